@@ -1,0 +1,36 @@
+# The targets a newcomer guesses. Each builds what it needs; PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench-smoke wheel clean
+
+demo: $(VENV)/installed  ## real text by tree speculative decoding, checked against plain decoding
+	$(BIN)/dynatree models install
+	$(BIN)/dynatree generate --compare --max-new-tokens 96 \
+	  "Write a Python function that returns the n-th Fibonacci number, then explain each line of the code."
+
+test: $(VENV)/installed  ## all tests; those on the default model want `dynatree models install`, which this does
+	$(BIN)/dynatree models install
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-smoke: $(VENV)/installed  ## what trees are worth on the default model, and where the time goes
+	$(BIN)/dynatree models install
+	$(BIN)/python -m dynatree_bench.smoke
+
+wheel: $(VENV)/installed
+	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "DynaTree needs Python 3.11 or newer, got " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,134 @@
+"""Which models take a tree mask, and in which form. What is not known to be exact is refused, not tried.
+
+Each family named here was compared in float64: one pass over a tree against separate passes over each of its
+paths (tests/test_architectures.py does it again for every one of them).
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from dynatree_core.errors import UnsupportedModelError
+from dynatree_core.records import FlatTrees
+
+__all__ = [
+    "EXACT_FAMILIES",
+    "AttentionLayout",
+    "attention_layout",
+    "check_causal_lm",
+    "max_positions",
+    "vocab_size",
+]
+
+# model types of transformers whose attention passes a 4-D mask through to every layer
+EXACT_FAMILIES = (
+    "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2", "olmoe", "opt",
+    "phi3", "qwen2", "qwen3", "smollm3", "stablelm",
+)  # fmt: skip
+
+_SLIDING = "sliding_attention"
+
+
+@attrs.frozen
+class AttentionLayout:
+    """How one model wants its masks."""
+
+    windows: dict[str, int | None]  # layer type -> how far back it sees, itself counted; None: all the way
+    is_mapping: bool  # one mask a layer type in a dict, rather than one mask for all layers
+    is_additive: bool  # eager attention adds a float mask to the scores; SDPA takes a boolean one
+
+    def masks(self, flat: FlatTrees, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+        """The `attention_mask` argument for the model's forward, [batch, 1, rows, slots] each.
+
+        Windows are measured in positions: slots of a tree are not in the order of positions.
+        """
+        masks = {kind: self._mask(flat, window, dtype) for kind, window in self.windows.items()}
+        return masks if self.is_mapping else next(iter(masks.values()))
+
+    def _mask(self, flat: FlatTrees, window: int | None, dtype: torch.dtype) -> Tensor:
+        visible = flat.visible
+        if window is not None:
+            distance = flat.position_ids[:, :, None] - flat.slot_positions[:, None, :]
+            visible = visible & (distance < window)
+        if self.is_additive:  # SDPA with a float mask of another dtype than the queries is silently wrong
+            visible = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+        return visible[:, None]
+
+
+def attention_layout(model: nn.Module) -> AttentionLayout:
+    """How the model wants its masks.
+
+    Raises:
+        UnsupportedModelError: the attention implementation takes no tree mask.
+    """
+    config: Any = model.config
+    implementation = config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"tree attention needs attn_implementation 'sdpa' or 'eager', which take a mask for every pair of tokens, "
+            f"got '{implementation}'; load the model with attn_implementation='sdpa'"
+        )
+    is_additive = implementation == "eager"
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        windows = {kind: config.sliding_window if kind == _SLIDING else None for kind in sorted(set(layer_types))}
+        return AttentionLayout(windows, is_mapping=True, is_additive=is_additive)
+    # a sliding_window without layer types means every layer slides (Mistral); configs that switch it off set None
+    window = getattr(config, "sliding_window", None)
+    return AttentionLayout({_SLIDING: window}, is_mapping=False, is_additive=is_additive)
+
+
+def check_causal_lm(model: nn.Module, role: str) -> None:
+    """Refuse a model on which tree decoding is not known to be exact.
+
+    Args:
+        role: "target" or "drafter", for the message.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "model_type"):
+        raise UnsupportedModelError(
+            f"the {role} must be a transformers causal language model, got {type(model).__name__}; "
+            "load it with AutoModelForCausalLM.from_pretrained"
+        )
+    reason = _reason_against(model, config)
+    if reason:
+        raise UnsupportedModelError(
+            f"the {role} ({type(model).__name__}, model type '{config.model_type}') "
+            f"cannot be decoded with trees: {reason}"
+        )
+
+
+def _reason_against(model: nn.Module, config: Any) -> str | None:
+    model_type = config.model_type
+    if model.training:
+        return "it is in training mode, where dropout makes its output random; call model.eval() first"
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder, and only decoder-only models are supported"
+    if model.get_output_embeddings() is None:  # type: ignore[operator]
+        return "it has no language-modelling head; load it with AutoModelForCausalLM.from_pretrained"
+    if getattr(config, "alibi", False):
+        return "its ALiBi position biases follow the order of the cache, not the positions in the tree"
+    if "position_ids" not in inspect.signature(model.forward).parameters and model_type in EXACT_FAMILIES:
+        return "its forward takes no position_ids, so siblings could not share a position"
+    if model_type not in EXACT_FAMILIES:
+        return f"it has not been shown to be exact there; known to be: {', '.join(EXACT_FAMILIES)}"
+    return None
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """Positions that the model has, its context limit; None when its configuration names none."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def vocab_size(model: nn.Module) -> int:
+    """Number of token ids that the model's head gives a logit to, padding included."""
+    return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]

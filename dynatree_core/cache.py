@@ -1,0 +1,128 @@
+"""The cache: preallocated keys and values, and the only module that knows how transformers lays them out.
+
+Each batch row holds `lengths[row]` committed rows and behind them a block of rows that is still undecided.
+A forward pass appends to the block; `commit` gathers the accepted rows of the block into place and forgets
+the rest; `rollback` forgets all of it. The cost of a commit follows the path's length, not the context's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from dynatree_core.errors import CacheError
+
+__all__ = ["TreeCache"]
+
+
+class TreeCache(Cache):
+    """Keys and values of one model, [batch, heads, capacity, head_dim] a layer.
+
+    Models use it through their public forward (`past_key_values=`). Buffers are allocated by the first
+    forward pass, which is the first to know heads, sizes and dtype.
+
+    Args:
+        capacity: rows per batch row, committed and undecided ones together.
+        batch: number of batch rows.
+    """
+
+    def __init__(self, capacity: int, *, batch: int = 1) -> None:
+        super().__init__(layers=[])
+        self.capacity = capacity
+        self.lengths = [0] * batch  # committed rows of each batch row
+        self.keys: list[Tensor] = []  # per layer, [batch, heads, capacity, head_dim]
+        self.values: list[Tensor] = []
+        self._block_lens: list[int] = []  # per layer: rows appended since the last commit
+
+    @property
+    def length(self) -> int:
+        """Committed rows of the longest batch row."""
+        return max(self.lengths)
+
+    @property
+    def block_len(self) -> int:
+        """Undecided rows behind the committed ones."""
+        return self._block_lens[0] if self._block_lens else 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append rows [batch, heads, rows, head_dim] to a layer's block; called by the model's attention.
+
+        Returns:
+            All keys and values that the pass may look at, [batch, heads, slots, head_dim]. A batch row that
+            is shorter than the longest has undefined rows at its end, which the mask hides.
+
+        Raises:
+            CacheError: the rows do not fit.
+        """
+        while len(self.keys) <= layer_idx:
+            self._allocate(key_states, value_states)
+        keys, values, block_len = self.keys[layer_idx], self.values[layer_idx], self._block_lens[layer_idx]
+        rows = key_states.shape[2]
+        if self.length + block_len + rows > self.capacity:
+            raise CacheError(
+                f"the cache has room for {self.capacity} rows, got {self.length} committed, {block_len} undecided "
+                f"and {rows} new ones; make it larger, or commit or roll back first"
+            )
+        for row, length in enumerate(self.lengths):
+            start = length + block_len
+            keys[row, :, start : start + rows] = key_states[row]
+            values[row, :, start : start + rows] = value_states[row]
+        self._block_lens[layer_idx] = block_len + rows
+        slots = self.length + block_len + rows
+        return keys[:, :, :slots], values[:, :, :slots]
+
+    @torch.inference_mode()  # the buffers were made in it, if the forward pass was
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keep the given rows of the block, one path a batch row, and forget the others.
+
+        Args:
+            paths: block rows to keep, ascending, counted from 0 at the first undecided row.
+
+        Raises:
+            CacheError: a path that does not ascend or leaves the block.
+        """
+        for row, path in enumerate(paths):
+            if any(b <= a for a, b in zip([-1, *path], path, strict=False)) or (path and path[-1] >= self.block_len):
+                raise CacheError(
+                    f"a path must ascend within the block of {self.block_len} rows, "
+                    f"got {list(path)} for batch row {row}"
+                )
+        for row, path in enumerate(paths):
+            self._gather(row, path)
+            self.lengths[row] += len(path)
+        self.rollback()
+
+    def rollback(self) -> None:
+        """Forget the block."""
+        self._block_lens = [0] * len(self._block_lens)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Rows that the next pass finds before its own; asked by models that are given no positions."""
+        return self.length + (self._block_lens[layer_idx] if layer_idx < len(self._block_lens) else 0)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys of the next pass; asked by models that are given no 4-D mask."""
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+    def _allocate(self, key_states: Tensor, value_states: Tensor) -> None:
+        for buffers, states in ((self.keys, key_states), (self.values, value_states)):
+            # zeros, not empty: a hidden slot has weight 0 in attention, and 0 × NaN would still be NaN
+            buffers.append(states.new_zeros(len(self.lengths), states.shape[1], self.capacity, states.shape[3]))
+        self._block_lens.append(0)
+
+    def _gather(self, row: int, path: Sequence[int]) -> None:
+        in_place = next((i for i, source in enumerate(path) if i != source), len(path))
+        moved = path[in_place:]
+        if not moved:
+            return
+        start = self.lengths[row]
+        source = torch.tensor(moved, device=self.keys[0].device) + start
+        target = slice(start + in_place, start + len(path))
+        for buffer in (*self.keys, *self.values):
+            buffer[row, :, target] = buffer[row].index_select(1, source)

@@ -1,0 +1,52 @@
+"""Where an iteration's time goes, measured at the borders of the stages and not inside them."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["StageClock"]
+
+
+class StageClock:
+    """Adds up seconds by name.
+
+    On CUDA a pass is measured with events on the stream, which neither wait for the device nor miss its work;
+    they are read when `seconds` is asked, which does wait.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def measure(self, name: str, *, on_device: bool = False) -> Iterator[None]:
+        """Add the time of the block to `name`; with `on_device`, the device's time where there is one."""
+        if on_device and self._is_cuda:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            try:
+                yield
+            finally:
+                end.record()
+                self._events.append((name, start, end))
+        else:
+            begin = time.perf_counter()
+            try:
+                yield
+            finally:
+                self._seconds[name] += time.perf_counter() - begin
+
+    def seconds(self, name: str) -> float:
+        """Total of all blocks of that name so far; 0.0 for a name never measured."""
+        if self._events:
+            torch.cuda.synchronize()
+            for event_name, start, end in self._events:
+                self._seconds[event_name] += start.elapsed_time(end) / 1000  # ms to s
+            self._events.clear()
+        return self._seconds[name]

@@ -1,0 +1,101 @@
+"""Stack strings: `confidence(high=0.9)+dynamic_depth:plan+history`.
+
+    stack   = plugin { "+" plugin }
+    plugin  = name [ ":" variant ] [ "(" [ parameter { "," parameter } ] ")" ]
+    parameter = name "=" number, string, True, False or None, as Python writes them
+
+Parsing knows nothing of what is installed. `format_stack(parse_stack(text))` is the canonical spelling, and
+parsing that gives the same stack again.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable
+
+import attrs
+
+from dynatree_core.errors import StackSyntaxError
+
+__all__ = ["ParameterValue", "PluginSpec", "format_stack", "parse_stack"]
+
+ParameterValue = bool | int | float | str | None
+
+_PLUGIN = re.compile(r"\s*(?P<name>[A-Za-z_]\w*)\s*(?::\s*(?P<variant>\w+)\s*)?(?:\((?P<parameters>.*)\))?\s*", re.S)
+
+
+@attrs.frozen
+class PluginSpec:
+    """One plugin of a stack by name: which variant of its parameters, and which are set by hand."""
+
+    name: str
+    variant: str | None = None
+    parameters: dict[str, ParameterValue] = attrs.field(factory=dict)
+
+    def __str__(self) -> str:
+        variant = f":{self.variant}" if self.variant else ""
+        parameters = ",".join(f"{name}={value!r}" for name, value in self.parameters.items())
+        return f"{self.name}{variant}{f'({parameters})' if parameters else ''}"
+
+
+def parse_stack(text: str) -> list[PluginSpec]:
+    """The plugins of a stack string, left to right.
+
+    Raises:
+        StackSyntaxError: the string is empty or does not follow the grammar; the message points at the part.
+    """
+    return [_parse_plugin(part, text) for part in _split_at_plus(text)]
+
+
+def format_stack(specs: Iterable[PluginSpec]) -> str:
+    """The canonical spelling of a stack."""
+    return "+".join(map(str, specs))
+
+
+def _split_at_plus(text: str) -> list[str]:
+    """Split at every + outside parentheses and quotes."""
+    parts, start, level, quote = [], 0, 0, ""
+    for i, char in enumerate(text):
+        if quote:
+            is_escaped = text[i - 1] == "\\" and text[i - 2] != "\\"
+            quote = "" if char == quote and not is_escaped else quote
+        elif char in "'\"":
+            quote = char
+        elif char in "()":
+            level += 1 if char == "(" else -1
+        elif char == "+" and level == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return [*parts, text[start:]]
+
+
+def _parse_plugin(part: str, text: str) -> PluginSpec:
+    match = _PLUGIN.fullmatch(part)
+    if match is None:
+        raise StackSyntaxError(
+            "a policy stack is names joined by '+', each with parameters in parentheses if any, such as "
+            f"'confidence(high=0.9)+history'; cannot read '{part.strip()}' in '{text}'"
+        )
+    return PluginSpec(match["name"], match["variant"], _parse_parameters(match["parameters"] or "", part))
+
+
+def _parse_parameters(parameters: str, part: str) -> dict[str, ParameterValue]:
+    try:
+        call = ast.parse(f"_({parameters})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        if call.args:
+            raise ValueError("a value without a name")
+        values: dict[str, ParameterValue] = {}
+        for keyword in call.keywords:
+            if keyword.arg is None or keyword.arg in values:
+                raise ValueError("a name that is missing or given twice")
+            values[keyword.arg] = ast.literal_eval(keyword.value)
+            if not isinstance(values[keyword.arg], ParameterValue):
+                raise ValueError(f"{keyword.arg} is not a number, string, True, False or None")
+    except (SyntaxError, ValueError, AssertionError) as error:
+        raise StackSyntaxError(
+            f"parameters are written as name=value, with a number, a quoted string, True, False or None as value; "
+            f"cannot read '{part.strip()}' ({error.args[0] if error.args else error})"
+        ) from error
+    return values

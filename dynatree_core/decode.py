@@ -1,0 +1,36 @@
+"""The algorithm on one page: a decode step, stage by stage."""
+
+from __future__ import annotations
+
+import torch
+
+from dynatree_core.commit import commit
+from dynatree_core.draft import draft
+from dynatree_core.feedback import feedback
+from dynatree_core.flatten import flatten
+from dynatree_core.prune import prune
+from dynatree_core.records import StepReport
+from dynatree_core.session import Session
+from dynatree_core.verify import verify
+
+__all__ = ["decode_step", "prefill"]
+
+
+@torch.inference_mode()
+def prefill(session: Session) -> None:
+    """Fill both caches with the prompt but its last token, which is the first tree's root."""
+    session.target.prefill(session.committed_ids[:-1], session.cache)
+    if session.draft_state is not None:
+        session.draft_state.prefill(session.committed_ids[:-1])
+
+
+@torch.inference_mode()
+def decode_step(session: Session) -> StepReport:
+    """Commit 1 to depth + 1 tokens, exactly those that the target itself would have chosen."""
+    tree = draft(session)  # rooted at the last committed token
+    tree = prune(session, tree)  # what the policies think worth verifying
+    flat = flatten([tree], [session.cache.length])  # ids, positions, who sees whom
+    logits = session.target.forward(flat, session.cache, stage="verify")[0]  # [nodes, vocab]
+    verdict = verify(tree, logits)  # accepted path and bonus token
+    token_ids = commit(session, tree, verdict)  # keep the path's cache rows, append the tokens
+    return feedback(session, tree, verdict, token_ids)  # tell the policies

@@ -1,0 +1,1 @@
+"""Drafters: where proposals come from. One file a drafter; `base` is the contract."""

@@ -1,0 +1,75 @@
+"""What a drafter is: something that proposes children for the nodes of a growing tree.
+
+A `Drafter` is shared by sessions and threads and never changes; what one generation needs to remember lives
+in the `DraftState` that it starts for each session.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import attrs
+import torch
+from torch import Tensor
+
+from dynatree_core.clock import StageClock
+from dynatree_core.records import Proposals
+from dynatree_core.tree import TokenTree
+
+__all__ = ["DraftPlan", "DraftState", "Drafter"]
+
+
+@attrs.frozen(eq=False)
+class DraftPlan:
+    """What a drafter is told about a generation before it begins."""
+
+    vocab_size: int  # token ids that the target knows; proposing any other is an error
+    num_tokens: int  # prompt and new tokens, at most
+    max_nodes: int  # drafted nodes of one tree, at most
+    device: torch.device  # where trees and proposals live
+    clock: StageClock  # measures forward passes, under the name "draft_forward"
+
+
+class Drafter(abc.ABC):
+    """A source of proposals, immutable and shared."""
+
+    @abc.abstractmethod
+    def start(self, plan: DraftPlan) -> DraftState:
+        """Begin one generation.
+
+        Raises:
+            VocabularyMismatchError: the drafter does not speak the target's token ids.
+            ContextLimitError: the generation is longer than the drafter can follow.
+        """
+
+
+class DraftState(abc.ABC):
+    """A drafter in one generation."""
+
+    @abc.abstractmethod
+    def prefill(self, prompt_ids: Tensor) -> None:
+        """Look at the prompt [prompt] but its last token, before the first decode step."""
+
+    @abc.abstractmethod
+    def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
+        """The k best children of each node of the tree's last level.
+
+        Called once a level at most, for level 0 (the root) first. It does not change the tree.
+
+        Args:
+            committed_ids: [committed] int64, prompt and new tokens; the last one is the tree's root.
+            tree: the tree so far.
+            k: children per node, the second dimension of the proposals.
+        """
+
+    @abc.abstractmethod
+    def commit(self, draft_path: tuple[int, ...]) -> None:
+        """Remember that these drafted nodes were accepted, by depth; forget the other nodes.
+
+        The bonus token is not among them: it is the last of `committed_ids` in the next iteration. The path
+        may be longer than what `propose` was asked about, since the deepest nodes are never expanded.
+        """
+
+    @abc.abstractmethod
+    def rollback(self) -> None:
+        """Forget all drafted nodes of an iteration that failed."""

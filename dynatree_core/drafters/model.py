@@ -1,0 +1,120 @@
+"""The `model` drafter: a small causal language model with the target's vocabulary (Leviathan et al. 2023,
+Chen et al. 2023), expanding a whole tree level in one forward pass.
+
+It keeps its cache across iterations: rows of accepted nodes stay, and the one or two committed tokens that it
+has not seen are its next root block. No token goes through it twice.
+"""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from dynatree_core.architectures import check_causal_lm, max_positions, vocab_size
+from dynatree_core.cache import TreeCache
+from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
+from dynatree_core.errors import ContextLimitError, ParameterError, VocabularyMismatchError
+from dynatree_core.flatten import flatten_chain, flatten_level
+from dynatree_core.models import load_model
+from dynatree_core.records import Proposals
+from dynatree_core.runner import EagerRunner
+from dynatree_core.tree import TokenTree
+
+__all__ = ["ModelDrafter"]
+
+# heads are padded to multiples of up to this many ids (Pythia 50,254 tokens: 50,304 to 50,688 outputs)
+MAX_VOCAB_PADDING = 512
+
+
+class ModelDrafter(Drafter):
+    """Drafts with a transformers causal language model.
+
+    Args:
+        model: the model, or the hub id or folder to load it from (`drafter="model(model='...')"`).
+    """
+
+    def __init__(self, model: nn.Module | str) -> None:
+        if isinstance(model, str):
+            model = load_model(model).model
+        if not isinstance(model, nn.Module):
+            raise ParameterError(f"the model drafter's model must be a model, a folder or a hub id, got {model!r}")
+        check_causal_lm(model, "drafter")
+        self.model = model
+
+    def __str__(self) -> str:
+        return f"model({getattr(self.model.config, 'name_or_path', '') or type(self.model).__name__})"
+
+    def start(self, plan: DraftPlan) -> ModelDraftState:
+        head_size = vocab_size(self.model)
+        check_vocabularies(plan.vocab_size, head_size)
+        limit = max_positions(self.model)
+        if limit is not None and plan.num_tokens > limit:
+            raise ContextLimitError(
+                f"the drafter must have a position for each of the {plan.num_tokens} tokens of prompt and output, but "
+                f"has {limit}; shorten the prompt, lower max_new_tokens, or choose another drafter"
+            )
+        return ModelDraftState(self.model, min(plan.vocab_size, head_size), plan)
+
+
+class ModelDraftState(DraftState):
+    """One generation of a model drafter: its cache and nothing else."""
+
+    def __init__(self, model: nn.Module, usable_vocab: int, plan: DraftPlan) -> None:
+        self.runner = EagerRunner(model, plan.clock)
+        self.cache = TreeCache(plan.num_tokens + plan.max_nodes)
+        self.usable_vocab = usable_vocab  # ids that both target and drafter know
+        self.last_id = vocab_size(model) - 1
+
+    def prefill(self, prompt_ids: Tensor) -> None:
+        self.runner.prefill(self._own(prompt_ids), self.cache)
+
+    def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
+        if tree.max_depth == 0:
+            flat = flatten_chain(committed_ids[self.cache.length :], self.cache.length)
+        else:
+            flat = flatten_level(tree, self.cache.length)
+        flat = attrs.evolve(flat, token_ids=self._own(flat.token_ids))
+        logits = self.runner.forward(flat, self.cache, stage="draft_forward", last_row_only=tree.max_depth == 0)[0]
+        if tree.max_depth == 0:
+            self.cache.commit([range(flat.num_rows)])
+        return top_proposals(logits[:, : self.usable_vocab], k)
+
+    def commit(self, draft_path: tuple[int, ...]) -> None:
+        # node i stands in block row i − 1, the root being committed; the deepest nodes may not have been forwarded
+        self.cache.commit([[node - 1 for node in draft_path if node <= self.cache.block_len]])
+
+    def rollback(self) -> None:
+        self.cache.rollback()
+
+    def _own(self, token_ids: Tensor) -> Tensor:
+        """Ids that this drafter can embed: padding ids of the target beyond its table become its last id."""
+        return token_ids.clamp(max=self.last_id)
+
+
+def check_vocabularies(target_size: int, drafter_size: int) -> None:
+    """Refuse sizes that differ by more than the padding of a head.
+
+    A wrong vocabulary could not make the output wrong, only every draft useless.
+
+    Raises:
+        VocabularyMismatchError: naming both sizes.
+    """
+    difference, larger = abs(target_size - drafter_size), max(target_size, drafter_size)
+    if difference >= MAX_VOCAB_PADDING or difference > 0.02 * larger:
+        raise VocabularyMismatchError(
+            f"the drafter must have the target's vocabulary, up to padding of the head: the target has {target_size} "
+            f"token ids, the drafter {drafter_size}; choose a drafter of the same model family"
+        )
+
+
+def top_proposals(logits: Tensor, k: int) -> Proposals:
+    """The k best children from a drafter's logits [width, vocab]; -inf where the vocabulary is smaller than k."""
+    logits = logits.float()
+    top = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    logprobs = top.values - logits.logsumexp(dim=-1, keepdim=True)
+    missing = k - logprobs.shape[-1]
+    return Proposals(
+        token_ids=torch.nn.functional.pad(top.indices, (0, missing)),
+        logprobs=torch.nn.functional.pad(logprobs, (0, missing), value=-torch.inf),
+    )

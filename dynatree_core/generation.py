@@ -1,0 +1,110 @@
+"""Generate and stream: the public way to run a session to its end."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dynatree_core.decode import decode_step, prefill
+from dynatree_core.drafters.base import Drafter
+from dynatree_core.errors import DrafterError, DynaTreeError, PolicyError
+from dynatree_core.records import GenerationResult, StepReport
+from dynatree_core.session import Session
+
+__all__ = ["generate", "run", "stream"]
+
+
+def generate(
+    target: nn.Module,
+    drafter: nn.Module | Drafter | str | None,
+    input_ids: Tensor | Sequence[int],
+    **options: Any,
+) -> GenerationResult:
+    """Generate greedily by tree speculative decoding.
+
+    The tokens are those of `target.generate(input_ids, do_sample=False)`, whatever drafter and policy are.
+
+    Args:
+        target: a transformers causal language model in eval mode.
+        drafter: a transformers model with the target's vocabulary, a registered drafter's name such as
+            "prompt_lookup", a Drafter, or None to draft nothing (autoregressive decoding).
+        input_ids: the prompt, [tokens] or [1, tokens] integers.
+
+    Keyword Args:
+        policy: a stack's string such as "confidence(high=0.8)+history", a policy object, or a list of them;
+            "phase3" by default.
+        max_new_tokens: tokens to generate at most; 128 by default, 0 returns nothing.
+        eos_token_id: one id or several that end the generation and are part of it. None (default): those of
+            the target's generation config. An empty list: none.
+        tau: drafted nodes whose path probability is below it are cut.
+        max_nodes: drafted nodes of a tree at most.
+        max_depth: depth of a tree at most. For these three the strictest of this argument and of what policies
+            with a parameter of that name ask for holds; where nobody asks: 0.05, 128 and 64.
+        top_k: children of a node at most, 16 by default.
+        on_error: "raise" (default), or "fallback" to go on autoregressively, with a warning, after a policy or a
+            drafter failed.
+
+    Returns:
+        New tokens, stop reason ("eos" or "length") and metrics.
+
+    Raises:
+        InputError: an argument that cannot be used; nothing was run.
+        DynaTreeError: what failed while running; its `partial` holds the result up to there.
+    """
+    session = Session(target, drafter, input_ids, **options)
+    for _ in run(session):
+        pass
+    return session.result()
+
+
+def stream(
+    target: nn.Module,
+    drafter: nn.Module | Drafter | str | None,
+    input_ids: Tensor | Sequence[int],
+    **options: Any,
+) -> Iterator[StepReport]:
+    """Like `generate`, but yields a report per decode step as its tokens are committed.
+
+    `report.token_ids` are the step's tokens. To have the metrics at the end as well, make a `Session` and
+    iterate over `run(session)`; `session.result()` is valid at any time. Arguments are checked at once.
+    """
+    return run(Session(target, drafter, input_ids, **options))
+
+
+def run(session: Session) -> Iterator[StepReport]:
+    """Drive a session to its end, one decode step at a time.
+
+    Raises:
+        DynaTreeError: its `partial` holds what was committed.
+    """
+    try:
+        if session.stop_reason is None:
+            with session.clock.measure("prefill", on_device=True):
+                prefill(session)
+        while session.stop_reason is None:
+            with session.clock.measure("decode"):
+                report = _step(session)
+            yield report
+    except DynaTreeError as error:
+        error.partial = session.result("error")
+        raise
+
+
+def _step(session: Session) -> StepReport:
+    """One decode step, and what happens when a policy or the drafter fails in it."""
+    steps_before = session.num_iterations
+    try:
+        return decode_step(session)
+    except (PolicyError, DrafterError) as error:
+        session.rollback()
+        if session.on_error == "raise":
+            raise
+        warnings.warn(f"drafting is off for the rest of this generation: {error}", RuntimeWarning, stacklevel=3)
+        session.draft_state = None
+        session.stack = session.stack.silenced()
+    if session.num_iterations > steps_before and session.last_report is not None:
+        return session.last_report  # the step was committed before a policy failed in on_iteration_end
+    return decode_step(session)

@@ -1,0 +1,198 @@
+"""Finding and making plugins: policies, presets and drafters that installed packages provide.
+
+Discovery is global (entry points); activity is not: every session gets instances of its own. The built-in
+plugins come through the same door as anyone else's.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import attrs
+
+from dynatree_core.composition import ParameterValue, PluginSpec, format_stack, parse_stack
+from dynatree_core.drafters.base import Drafter
+from dynatree_core.errors import (
+    ParameterError,
+    PluginConflictError,
+    StackSyntaxError,
+    UnknownPluginError,
+    nearest_match,
+)
+from dynatree_core.stack import PolicyStack
+
+__all__ = [
+    "DRAFTERS",
+    "POLICIES",
+    "PRESETS",
+    "build_drafter",
+    "build_stack",
+    "expand_preset",
+    "load_plugin",
+    "plugin_parameters",
+    "plugin_table",
+    "plugin_variants",
+]
+
+POLICIES = "dynatree.policies"  # entry-point group: name -> policy class
+PRESETS = "dynatree.presets"  # name -> a stack string
+DRAFTERS = "dynatree.drafters"  # name -> Drafter class
+
+
+def plugin_table(group: str) -> dict[str, list[EntryPoint]]:
+    """Everything that is installed under a group, by name; more than one entry for a name is a conflict."""
+    table: defaultdict[str, list[EntryPoint]] = defaultdict(list)
+    for entry_point in sorted(entry_points(group=group), key=lambda entry: entry.name):
+        table[entry_point.name].append(entry_point)
+    return dict(table)
+
+
+def load_plugin(group: str, name: str) -> Any:
+    """The object behind a name.
+
+    Raises:
+        UnknownPluginError: nobody provides it; the message lists the known names and the nearest.
+        PluginConflictError: two packages provide it.
+    """
+    table = plugin_table(group)
+    if name not in table:
+        kind = group.rpartition(".")[2]
+        raise UnknownPluginError(
+            f"'{name}' is not among the installed {kind}{nearest_match(name, table)}; known are: {', '.join(table)}"
+        )
+    if len(table[name]) > 1:
+        sources = " and ".join(f"{entry.dist.name if entry.dist else '?'} ({entry.value})" for entry in table[name])
+        raise PluginConflictError(f"a plugin's name must be unique, but '{name}' comes from {sources}; uninstall one")
+    return table[name][0].load()
+
+
+def plugin_parameters(plugin: type) -> dict[str, ParameterValue]:
+    """A plugin's parameters with their defaults, from its constructor's signature."""
+    parameters = inspect.signature(plugin).parameters.values()
+    return {p.name: None if p.default is p.empty else p.default for p in parameters}
+
+
+def plugin_variants(plugin: type) -> Mapping[str, Mapping[str, ParameterValue]]:
+    """A plugin's named parameter sets: its class attribute `variants`, if it has one."""
+    return getattr(plugin, "variants", {})
+
+
+def build_stack(policy: str | object | Sequence[str | object]) -> PolicyStack:
+    """A fresh stack for one session.
+
+    Args:
+        policy: a stack's string, a policy object, or a list of both. Strings are built anew; objects are
+            copied, so that what one session learns is not seen by another.
+
+    Raises:
+        StackSyntaxError, UnknownPluginError, ParameterError, PolicyError.
+    """
+    parts = list(policy) if isinstance(policy, list | tuple) else [policy]
+    if not parts:
+        raise StackSyntaxError("a policy stack must name at least one policy, got an empty list")
+    policies: dict[str, object] = {}
+    texts = []
+    for part in parts:
+        if isinstance(part, str):
+            specs = parse_stack(part)
+            texts.append(format_stack(specs))
+            named = [(spec.name, _build(POLICIES, spec)) for given in specs for spec in expand_preset(given)]
+        else:
+            name = _policy_name(part)
+            texts.append(str(PluginSpec(name, None, _field_values(part))))
+            named = [(name, copy.deepcopy(part))]
+        for name, instance in named:
+            if name in policies:
+                raise StackSyntaxError(f"a policy can stand in a stack once, got '{name}' twice in {policy!r}")
+            policies[name] = instance
+    return PolicyStack(policies, "+".join(texts))
+
+
+def expand_preset(spec: PluginSpec) -> list[PluginSpec]:
+    """The policies that a preset stands for; any other spec stands for itself.
+
+    A preset's variant is the variant of each of its policies that has one of that name.
+    """
+    if spec.name not in plugin_table(PRESETS):
+        return [spec]
+    if spec.parameters:
+        raise ParameterError(
+            f"a preset takes no parameters, got '{spec}'; write out its policies: "
+            f"{format_stack(expand_preset(PluginSpec(spec.name, spec.variant)))}"
+        )
+    specs = parse_stack(load_plugin(PRESETS, spec.name))
+    if spec.variant is None:
+        return specs
+    variants = {spec.name: plugin_variants(load_plugin(POLICIES, spec.name)) for spec in specs}
+    known = sorted({variant for of_policy in variants.values() for variant in of_policy})
+    if spec.variant not in known:
+        raise UnknownPluginError(
+            f"preset '{spec.name}' has no variant '{spec.variant}'{nearest_match(spec.variant, known)}; "
+            f"known are: {', '.join(known) or 'none'}"
+        )
+    return [attrs.evolve(s, variant=spec.variant) if spec.variant in variants[s.name] else s for s in specs]
+
+
+def build_drafter(text: str) -> Drafter:
+    """A drafter from its name, with parameters if any, such as `prompt_lookup(max_matches=8)`.
+
+    Raises:
+        StackSyntaxError, UnknownPluginError, ParameterError.
+    """
+    specs = parse_stack(text)
+    if len(specs) != 1:
+        raise StackSyntaxError(f"a drafter is one name, with parameters in parentheses if any, got '{text}'")
+    drafter = _build(DRAFTERS, specs[0])
+    assert isinstance(drafter, Drafter), f"entry point '{text}' made a {type(drafter)}, not a Drafter"
+    return drafter
+
+
+def _build(group: str, spec: PluginSpec) -> object:
+    """An instance: the class's defaults, then the variant's values, then those of the string."""
+    if group == POLICIES and spec.name not in plugin_table(group):
+        known = [*plugin_table(POLICIES), *plugin_table(PRESETS)]
+        raise UnknownPluginError(
+            f"'{spec.name}' is not an installed policy or preset{nearest_match(spec.name, known)}; "
+            f"known are: {', '.join(known)}"
+        )
+    plugin = load_plugin(group, spec.name)
+    variants = plugin_variants(plugin)
+    if spec.variant is not None and spec.variant not in variants:
+        raise UnknownPluginError(
+            f"'{spec.name}' has no variant '{spec.variant}'{nearest_match(spec.variant, variants)}; "
+            f"known are: {', '.join(variants) or 'none'}"
+        )
+    known_parameters = plugin_parameters(plugin)
+    for name in spec.parameters:
+        if name not in known_parameters:
+            raise ParameterError(
+                f"'{spec.name}' has no parameter '{name}'{nearest_match(name, known_parameters)}; "
+                f"known are: {', '.join(known_parameters) or 'none'}"
+            )
+    values = {**variants.get(spec.variant or "", {}), **spec.parameters}
+    try:
+        return plugin(**values)
+    except (TypeError, ValueError) as error:
+        raise ParameterError(f"'{spec}': {error}") from error
+
+
+def _policy_name(policy: object) -> str:
+    """A policy object's name: its `name` if that is a string, else its class's name in snake case."""
+    name = getattr(policy, "name", None)
+    return name if isinstance(name, str) else re.sub(r"(?<!^)(?=[A-Z])", "_", type(policy).__name__).lower()
+
+
+def _field_values(policy: object) -> dict[str, ParameterValue]:
+    """The parameters of an attrs policy; {} for a plain object, whose constructor's arguments are not kept."""
+    kind = type(policy)
+    if not attrs.has(kind):
+        return {}
+    fields = (field for field in attrs.fields(kind) if field.init)
+    values = {field.name: getattr(policy, field.name) for field in fields}
+    return {name: value for name, value in values.items() if isinstance(value, ParameterValue)}

@@ -1,0 +1,20 @@
+"""Prune: cut what the policies do not think worth verifying. A pruned node takes its descendants with it.
+
+The threshold τ and the node budget were applied while the tree grew (see draft.py), with the same result: a path's
+probability only falls with depth, so a node below τ has no descendant above it.
+"""
+
+from __future__ import annotations
+
+from dynatree_core.session import Session
+from dynatree_core.tree import TokenTree
+
+__all__ = ["prune"]
+
+
+def prune(session: Session, tree: TokenTree) -> TokenTree:
+    """The tree without the nodes to which a policy objects; the same tree when none has an opinion."""
+    if tree.num_drafted == 0:
+        return tree
+    keep = session.stack.keep_nodes(tree)
+    return tree if keep is None else tree.subtree(tree.close_under_ancestors(keep))

@@ -1,0 +1,199 @@
+"""The records that travel between the stages. No behaviour beyond what follows from the fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import attrs
+import torch
+from torch import Tensor
+
+from dynatree_core.tree import TokenTree
+
+__all__ = [
+    "FlatTrees",
+    "Frontier",
+    "GenerationReport",
+    "GenerationResult",
+    "Limits",
+    "Proposals",
+    "StepReport",
+    "StepStats",
+    "Verdict",
+]
+
+
+@attrs.frozen
+class Limits:
+    """What bounds every tree of a session, whatever its policies want."""
+
+    max_depth: int  # levels below the root
+    max_nodes: int  # drafted nodes, the root not counted (N_max in SpecInfer's terms)
+    tau: float  # a node whose cumulative draft probability is below it is cut, with its descendants
+    top_k: int  # children that a node can have at most
+
+
+@attrs.frozen(eq=False)
+class Proposals:
+    """A drafter's distribution over the children of each frontier node, best first.
+
+    Where a drafter knows fewer than k children, the rest has a log-probability of -inf.
+    """
+
+    token_ids: Tensor  # [width, k] int64
+    logprobs: Tensor  # [width, k] float32, natural log, descending along k
+
+
+@attrs.frozen(eq=False)
+class Frontier:
+    """The deepest level of a growing tree, as a policy sees it.
+
+    Depth, tree and path probabilities are at hand. What the drafter says about the children
+    (`top_token_ids`, `top_logprobs`, `confidence`, `entropy`) costs one drafter pass over the level, made when
+    a policy first looks; a level that is turned down by its depth alone costs nothing.
+    """
+
+    tree: TokenTree
+    iteration: int  # 0 for the first decode step of the session
+    nodes_left: int  # drafted nodes that the budget still allows
+    top_k: int  # the largest branch factor that can be served
+    propose: Callable[[], Proposals] = attrs.field(repr=False)
+
+    @property
+    def width(self) -> int:
+        """Number of frontier nodes."""
+        return self.tree.level_sizes[-1]
+
+    @property
+    def depth(self) -> int:
+        """Depth of the frontier nodes, the same for all: 0 when the frontier is the root."""
+        return self.tree.max_depth
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[width] int64."""
+        return self.tree.token_ids[self.tree.last_level]
+
+    @property
+    def logprob(self) -> Tensor:
+        """[width] float32: log of each node's own draft probability given its parent."""
+        return self.tree.logprob[self.tree.last_level]
+
+    @property
+    def cum_logprob(self) -> Tensor:
+        """[width] float32: log of each node's path probability."""
+        return self.tree.cum_logprob[self.tree.last_level]
+
+    @cached_property
+    def proposals(self) -> Proposals:
+        """What the drafter proposes as children; the first look runs the drafter over this level."""
+        return self.propose()
+
+    @property
+    def top_token_ids(self) -> Tensor:
+        """[width, k] int64: each node's most probable children, best first."""
+        return self.proposals.token_ids
+
+    @property
+    def top_logprobs(self) -> Tensor:
+        """[width, k] float32: log-probabilities of the children, descending; -inf where there is none."""
+        return self.proposals.logprobs
+
+    @cached_property
+    def confidence(self) -> Tensor:
+        """[width] float32 in [0, 1]: the drafter's top-1 probability at each node."""
+        return self.top_logprobs[:, 0].exp()
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """[width] float32, nats: entropy of the top-k children with the rest of the vocabulary as one outcome.
+
+        A lower bound of the full distribution's entropy, and defined alike for every drafter.
+        """
+        probs = self.top_logprobs.exp()
+        rest = (1 - probs.sum(dim=1)).clamp(min=0)
+        return -(torch.xlogy(probs, probs).sum(dim=1) + torch.xlogy(rest, rest))
+
+
+@attrs.frozen(eq=False)
+class FlatTrees:
+    """Trees laid out for one forward pass; one batch row a tree, padded to the longest."""
+
+    token_ids: Tensor  # [batch, rows] int64
+    position_ids: Tensor  # [batch, rows] int64
+    visible: Tensor  # [batch, rows, slots] bool: which cache slots a row attends to
+    slot_positions: Tensor  # [batch, slots] int64: the position of the token that a slot holds
+
+    @property
+    def num_rows(self) -> int:
+        return self.token_ids.shape[1]
+
+
+@attrs.frozen
+class Verdict:
+    """What the target says about one tree; already on the host."""
+
+    path: tuple[int, ...]  # accepted drafted nodes, by depth; the root is not among them
+    draft_path: tuple[int, ...]  # the same nodes, as they were numbered when drafted
+    token_ids: tuple[int, ...]  # the accepted nodes' tokens, then the bonus token
+
+
+@attrs.frozen(eq=False)
+class StepReport:
+    """The outcome of one decode step, as policies learn it."""
+
+    iteration: int
+    tree: TokenTree  # as it was verified
+    verdict: Verdict
+    token_ids: tuple[int, ...]  # committed in this step; shorter than the verdict's when generation stopped
+    num_accepted: int  # committed tokens that had been drafted
+
+    @property
+    def path_acceptance(self) -> float | None:
+        """Accepted drafted tokens ÷ depth of the tree, in [0, 1]; None when nothing was drafted."""
+        return len(self.verdict.path) / self.tree.max_depth if self.tree.max_depth else None
+
+
+@attrs.frozen
+class StepStats:
+    """The numbers of one decode step that the metrics are made from."""
+
+    num_drafted: int  # drafted nodes that were verified
+    depth: int  # depth of the verified tree
+    num_accepted: int  # committed tokens that had been drafted
+    num_committed: int  # num_accepted, plus the bonus token unless generation stopped before it
+
+
+@attrs.frozen
+class GenerationReport:
+    """The metrics of one generation. Times are wall-clock seconds; a ratio of nothing is None."""
+
+    policy: str  # the stack in its canonical spelling
+    drafter: str | None
+    num_prompt_tokens: int
+    num_new_tokens: int
+    num_iterations: int  # target forward passes after the prefill
+    num_drafted_nodes: int
+    num_accepted_tokens: int  # committed tokens that had been drafted
+    tokens_per_iteration: float | None  # committed tokens ÷ iterations
+    path_acceptance: float | None  # accepted ÷ depth of the tree, averaged over iterations that drafted
+    node_acceptance: float | None  # accepted ÷ drafted nodes
+    tokens_per_second: float | None  # new tokens ÷ decode_seconds, the prefill apart
+    repetition: float | None  # share of generated 4-grams that occurred earlier in the same output
+    prefill_seconds: float
+    decode_seconds: float  # draft + verify + rest
+    draft_seconds: float  # inside the drafter
+    verify_seconds: float  # inside the target's forward passes
+    rest_seconds: float  # policies, tree, masks, verification, caches
+    overhead_seconds: float  # decode time outside the forward passes of both models
+    steps: tuple[StepStats, ...] = attrs.field(repr=False)
+
+
+@attrs.frozen
+class GenerationResult:
+    """What a generation returns."""
+
+    token_ids: list[int]  # the new tokens, the prompt not among them
+    stop_reason: str  # "eos", "length", "interrupted" or "error"
+    report: GenerationReport

@@ -1,0 +1,86 @@
+"""Running a model's forward pass over trees. `EagerRunner` is the plain one, and the oracle for any other."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dynatree_core.architectures import attention_layout
+from dynatree_core.cache import TreeCache
+from dynatree_core.clock import StageClock
+from dynatree_core.errors import OutOfMemoryError
+from dynatree_core.flatten import flatten_chain
+from dynatree_core.records import FlatTrees
+
+__all__ = ["EagerRunner"]
+
+# rows of one prefill pass: its mask and activations stay small beside the weights, matrix products stay efficient
+PREFILL_CHUNK = 256
+
+
+class EagerRunner:
+    """Calls an unmodified transformers model through its public forward.
+
+    Holds no state of a generation, so sessions and threads may share the model; each has a runner for its clock.
+    """
+
+    def __init__(self, model: nn.Module, clock: StageClock) -> None:
+        self.model = model
+        self.clock = clock
+        self.layout = attention_layout(model)
+        self.dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+        # whether the head can be told to compute the last rows only, which saves most of a prefill's memory
+        self._can_skip_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def forward(self, flat: FlatTrees, cache: TreeCache, *, stage: str, last_row_only: bool = False) -> Tensor:
+        """One pass; the rows' keys and values are appended to the cache's undecided block.
+
+        Args:
+            flat: rows with positions and mask, spanning the cache's view.
+            cache: the model's cache.
+            stage: the clock's name for the time of this pass.
+            last_row_only: only the last row's logits are wanted.
+
+        Returns:
+            Logits [batch, rows, vocab], or [batch, 1, vocab].
+
+        Raises:
+            OutOfMemoryError: the device has no memory for the pass.
+        """
+        arguments: dict[str, object] = {
+            "input_ids": flat.token_ids,
+            "attention_mask": self.layout.masks(flat, self.dtype),
+            "position_ids": flat.position_ids,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if last_row_only and self._can_skip_logits:
+            arguments["logits_to_keep"] = 1
+        with _named_out_of_memory(flat), self.clock.measure(stage, on_device=True):
+            logits: Tensor = self.model(**arguments).logits
+        return logits[:, -1:] if last_row_only else logits
+
+    def prefill(self, token_ids: Tensor, cache: TreeCache) -> None:
+        """Fill the cache with committed tokens [tokens], in chunks; their logits are not wanted."""
+        if token_ids.numel() == 0:  # a prompt of one token: it is the root, and nothing comes before it
+            return
+        for chunk in torch.split(token_ids, PREFILL_CHUNK):
+            self.forward(flatten_chain(chunk, cache.length), cache, stage="prefill_forward", last_row_only=True)
+            cache.commit([range(chunk.numel())])
+
+
+@contextmanager
+def _named_out_of_memory(flat: FlatTrees) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a plain one
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemoryError(
+            f"a forward pass of {flat.num_rows} rows over {flat.visible.shape[-1]} cache slots needs more memory than "
+            f"the device has left; shorten the prompt, lower max_new_tokens or max_nodes ({error})"
+        ) from error

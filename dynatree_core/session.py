@@ -1,0 +1,235 @@
+"""A session: the state of one generation. What is checked before anything runs is checked here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dynatree_core.architectures import check_causal_lm, max_positions, vocab_size
+from dynatree_core.cache import TreeCache
+from dynatree_core.clock import StageClock
+from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
+from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.errors import ContextLimitError, DrafterError, DynaTreeError, ParameterError, PromptError
+from dynatree_core.metrics import summarise
+from dynatree_core.plugins import build_drafter, build_stack
+from dynatree_core.records import GenerationResult, Limits, Proposals, StepReport, StepStats
+from dynatree_core.runner import EagerRunner
+from dynatree_core.stack import PolicyStack
+from dynatree_core.tree import TokenTree
+
+__all__ = ["Session"]
+
+DEFAULT_TAU = 0.05
+DEFAULT_MAX_NODES = 128
+# no tree of the literature is deeper, and a policy that never stops must stop somewhere
+DEFAULT_MAX_DEPTH = 64
+
+
+class Session:
+    """One generation: models, caches, policies, and the tokens committed so far.
+
+    The arguments are those of `dynatree_core.generate`, which is the usual way to make one.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        drafter: nn.Module | Drafter | str | None,
+        input_ids: Tensor | Sequence[int],
+        *,
+        policy: str | object | Sequence[str | object] = "phase3",
+        max_new_tokens: int = 128,
+        eos_token_id: int | Sequence[int] | None = None,
+        tau: float | None = None,
+        max_nodes: int | None = None,
+        max_depth: int | None = None,
+        top_k: int = 16,
+        on_error: str = "raise",
+    ) -> None:
+        check_causal_lm(target, "target")
+        if on_error not in ("raise", "fallback"):
+            raise ParameterError(f"on_error must be 'raise' or 'fallback', got {on_error!r}")
+        self.on_error = on_error
+        self.device: torch.device = target.device  # type: ignore[assignment]
+        self.vocab_size = vocab_size(target)
+        self.prompt_ids = _checked_prompt(input_ids, self.vocab_size)
+        self.max_new_tokens = _checked_max_new_tokens(max_new_tokens, len(self.prompt_ids), max_positions(target))
+        self.eos_token_ids = _eos_token_ids(target, eos_token_id)
+        self.stack: PolicyStack = build_stack(policy)
+        self.limits = _limits(self.stack, max_depth, max_nodes, tau, top_k, self.vocab_size)
+        self.clock = StageClock(self.device)
+
+        num_tokens = len(self.prompt_ids) + self.max_new_tokens
+        self.target = EagerRunner(target, self.clock)
+        self.cache = TreeCache(num_tokens + self.limits.max_nodes)
+        source = _as_drafter(drafter)
+        self.drafter_name = None if source is None else str(source)
+        plan = DraftPlan(self.vocab_size, num_tokens, self.limits.max_nodes, self.device, self.clock)
+        self.draft_state: DraftState | None = None if source is None else source.start(plan)
+
+        self.new_token_ids: list[int] = []
+        self._ids = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
+        self._ids[: len(self.prompt_ids)] = torch.tensor(self.prompt_ids)
+        self.steps: list[StepStats] = []
+        self.last_report: StepReport | None = None
+
+    @property
+    def committed_ids(self) -> Tensor:
+        """[committed] int64 on the device: prompt and new tokens."""
+        return self._ids[: len(self.prompt_ids) + len(self.new_token_ids)]
+
+    @property
+    def num_iterations(self) -> int:
+        """Decode steps done."""
+        return len(self.steps)
+
+    @property
+    def num_tokens_left(self) -> int:
+        """New tokens that may still be committed."""
+        return self.max_new_tokens - len(self.new_token_ids)
+
+    @property
+    def depth_limit(self) -> int:
+        """How deep the next tree may be; a step commits one token more than its depth, so the end clips it."""
+        return min(self.limits.max_depth, self.num_tokens_left - 1) if self.draft_state is not None else 0
+
+    @property
+    def stop_reason(self) -> str | None:
+        """ "eos", "length", or None while there is more to come."""
+        if self.new_token_ids and self.new_token_ids[-1] in self.eos_token_ids:
+            return "eos"
+        return "length" if self.num_tokens_left <= 0 else None
+
+    def propose(self, tree: TokenTree) -> Proposals:
+        """The drafter's proposals for the tree's last level, in the shape that the contract asks for.
+
+        Raises:
+            DrafterError: naming the drafter and the fault.
+        """
+        assert self.draft_state is not None, "a session without a drafter never asks for proposals"
+        try:
+            with self.clock.measure("draft"):
+                proposals = self.draft_state.propose(self.committed_ids, tree, self.limits.top_k)
+        except DynaTreeError:
+            raise
+        except Exception as error:
+            raise DrafterError(f"drafter '{self.drafter_name}' raised {type(error).__name__}: {error}") from error
+        shape = (tree.level_sizes[-1], self.limits.top_k)
+        is_sound = isinstance(proposals, Proposals) and (
+            proposals.token_ids.shape == proposals.logprobs.shape == shape
+            and proposals.token_ids.dtype == torch.int64
+            and proposals.logprobs.dtype == torch.float32
+        )
+        if not is_sound:
+            raise DrafterError(
+                f"drafter '{self.drafter_name}' must propose int64 token_ids and float32 logprobs of shape "
+                f"{list(shape)}, got {proposals}"
+            )
+        return proposals
+
+    def append(self, token_ids: Sequence[int]) -> None:
+        """Append verified tokens."""
+        start = len(self.prompt_ids) + len(self.new_token_ids)
+        self._ids[start : start + len(token_ids)] = torch.tensor(token_ids)
+        self.new_token_ids.extend(token_ids)
+
+    def rollback(self) -> None:
+        """Forget an iteration that failed; the committed tokens and their cache rows stay."""
+        self.cache.rollback()
+        if self.draft_state is not None:
+            self.draft_state.rollback()
+
+    def result(self, stop_reason: str | None = None) -> GenerationResult:
+        """What was generated so far; valid between any two steps.
+
+        Args:
+            stop_reason: why the generation ended, where its own tokens do not say so.
+        """
+        reason = self.stop_reason or stop_reason or "interrupted"
+        return GenerationResult(list(self.new_token_ids), reason, summarise(self))
+
+
+def _as_drafter(drafter: nn.Module | Drafter | str | None) -> Drafter | None:
+    if drafter is None or isinstance(drafter, Drafter):
+        return drafter
+    if isinstance(drafter, str):
+        return build_drafter(drafter)
+    return ModelDrafter(drafter)
+
+
+def _checked_prompt(input_ids: Tensor | Sequence[int], vocab: int) -> list[int]:
+    ids = torch.as_tensor(input_ids)
+    if ids.numel() == 0:
+        raise PromptError(
+            "a prompt must have at least one token, got none; start from the model's BOS token if need be"
+        )
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise PromptError(f"a prompt is token ids, that is integers, got {ids.dtype}; tokenize the text first")
+    if ids.dim() == 2 and ids.shape[0] == 1:
+        ids = ids[0]
+    if ids.dim() != 1:
+        raise PromptError(f"a prompt is one sequence, [tokens] or [1, tokens], got shape {list(ids.shape)}")
+    prompt: list[int] = ids.tolist()
+    if min(prompt) < 0 or max(prompt) >= vocab:
+        raise PromptError(
+            f"prompt tokens must be from 0 to {vocab - 1}, the target's vocabulary, got {min(prompt)} to {max(prompt)}"
+        )
+    return prompt
+
+
+def _checked_max_new_tokens(max_new_tokens: int, num_prompt: int, limit: int | None) -> int:
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise ParameterError(f"max_new_tokens must be an integer of at least 0, got {max_new_tokens!r}")
+    if limit is not None and num_prompt + max_new_tokens > limit:
+        raise ContextLimitError(
+            f"prompt and new tokens must fit the target's context of {limit} tokens, got {num_prompt} + "
+            f"{max_new_tokens}; shorten the prompt or set max_new_tokens to at most {max(limit - num_prompt, 0)}"
+        )
+    return max_new_tokens
+
+
+def _eos_token_ids(target: nn.Module, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+    """None means the model's own, as in generate(); an empty sequence means never to stop at a token."""
+    if eos_token_id is None:
+        generation_config = getattr(target, "generation_config", None)
+        eos_token_id = generation_config.eos_token_id if generation_config is not None else None
+    if eos_token_id is None:
+        return frozenset()
+    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+
+
+def _limits(
+    stack: PolicyStack,
+    max_depth: int | None,
+    max_nodes: int | None,
+    tau: float | None,
+    top_k: int,
+    vocab: int,
+) -> Limits:
+    """The strictest of what the caller and the policies ask for; the default where nobody asks.
+
+    A policy asks by having a parameter called `max_depth`, `max_nodes` or `tau`.
+    """
+    for name, value, minimum in (
+        ("max_depth", max_depth, 0),
+        ("max_nodes", max_nodes, 0),
+        ("top_k", top_k, 1),
+    ):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
+            raise ParameterError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    if tau is not None and (isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 <= tau <= 1):
+        raise ParameterError(f"tau must be a probability from 0 to 1, got {tau!r}")
+    return Limits(
+        max_depth=int(min(_asked(stack, "max_depth", max_depth), default=DEFAULT_MAX_DEPTH)),
+        max_nodes=int(min(_asked(stack, "max_nodes", max_nodes), default=DEFAULT_MAX_NODES)),
+        tau=max(_asked(stack, "tau", tau), default=DEFAULT_TAU),
+        top_k=min(top_k, vocab),
+    )
+
+
+def _asked(stack: PolicyStack, name: str, given: float | None) -> list[float]:
+    values = [getattr(policy, name, None) for policy in stack.policies.values()]
+    return [value for value in [given, *values] if value is not None]

@@ -1,0 +1,212 @@
+"""A policy stack: policies composed for one session, each asked by name and held to its contract.
+
+Every policy is registered in a pluggy manager of its own and called through it, so that an answer or an exception
+has an author, and two sessions share no state. The rules by which answers combine are in `hookspecs`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import pluggy
+import torch
+from torch import Tensor
+
+from dynatree_core import hookspecs
+from dynatree_core.errors import (
+    DrafterError,
+    NonFiniteLogitsError,
+    OutOfMemoryError,
+    PolicyError,
+    nearest_match,
+)
+from dynatree_core.records import Frontier, StepReport
+from dynatree_core.tree import TokenTree
+
+__all__ = ["BranchFactor", "PolicyStack", "hook_names", "implemented_hooks"]
+
+# what the drafter or the target did wrong while a policy looked at the frontier is not the policy's fault
+_NOT_THE_POLICY = (DrafterError, NonFiniteLogitsError, OutOfMemoryError)
+
+
+@attrs.frozen(eq=False)
+class BranchFactor:
+    """How many children each frontier node gets, and who said so (None: nobody did)."""
+
+    wanted: Tensor | int  # int64 [width], or the same for all
+    policy: str | None
+
+
+def hook_names() -> list[str]:
+    """The hooks that a policy can implement."""
+    manager = _manager()
+    return [name for name in vars(manager.hook) if not name.startswith("_")]
+
+
+def implemented_hooks(policy: object) -> list[str]:
+    """The hooks that one policy implements.
+
+    Raises:
+        PolicyError: it implements none, or one that does not exist.
+    """
+    return list(PolicyStack({type(policy).__name__: policy}, "").callers)
+
+
+class PolicyStack:
+    """Policies by name, in the order of the stack: the rightmost decides widths.
+
+    Args:
+        policies: name -> policy. The stack takes them as they are and may see them change.
+        text: the canonical spelling, for reports.
+
+    Raises:
+        PolicyError: a policy without hooks, with an unknown hook, or with arguments that a hook does not have.
+    """
+
+    def __init__(self, policies: Mapping[str, object], text: str) -> None:
+        self.policies = dict(policies)
+        self.text = text
+        # hook -> [(policy, its caller)], in the order of the stack
+        self.callers: defaultdict[str, list[tuple[str, Callable[..., Any]]]] = defaultdict(list)
+        for name, policy in self.policies.items():
+            for caller in _register(name, policy):
+                self.callers[caller.name].append((name, caller))
+
+    def __str__(self) -> str:
+        return self.text
+
+    def find(self, name: str) -> Any | None:
+        """The policy of that name in this stack, or None. Its parameters may be set; they are checked."""
+        return self.policies.get(name)
+
+    def should_expand(self, frontier: Frontier) -> Tensor | bool:
+        """AND of all answers: one bool for all nodes, or bool [width]."""
+        verdict: Tensor | bool = True
+        for name, call in self.callers["should_expand"]:
+            with _blame(name, "should_expand"):
+                answers = call(frontier=frontier)
+            for answer in answers:
+                if not isinstance(answer, bool):
+                    _check_tensor(answer, torch.bool, (frontier.width,), frontier.tree.device, name, "should_expand")
+                verdict = answer if verdict is True else verdict & answer
+                if verdict is False:
+                    return False
+        return verdict
+
+    def branch_factor(self, frontier: Frontier) -> BranchFactor:
+        """The rightmost answer that is not None; one child where nobody has an opinion.
+
+        The values of a tensor are not looked at here, which would cost a wait for the device: the caller
+        checks them together with what else it transfers, and calls `refuse_branch_factor`.
+        """
+        for name, call in reversed(self.callers["branch_factor"]):
+            with _blame(name, "branch_factor"):
+                answer = call(frontier=frontier)
+            if answer is None:
+                continue
+            if isinstance(answer, int) and not isinstance(answer, bool):
+                if not 0 <= answer <= frontier.top_k:
+                    self.refuse_branch_factor(name, answer, frontier.top_k)
+            else:
+                _check_tensor(answer, torch.int64, (frontier.width,), frontier.tree.device, name, "branch_factor")
+            return BranchFactor(answer, name)
+        return BranchFactor(1, None)
+
+    def refuse_branch_factor(self, name: str | None, value: object, top_k: int) -> None:
+        """Raise the PolicyError for a branch factor out of range."""
+        raise PolicyError(
+            f"policy '{name}', hook branch_factor: a branch factor must be from 0 to top_k={top_k}, got {value}; "
+            "a larger top_k can be given to the session"
+        )
+
+    def keep_nodes(self, tree: TokenTree) -> Tensor | None:
+        """AND of all answers, bool [nodes]; None when no policy has an opinion."""
+        keep: Tensor | None = None
+        for name, call in self.callers["keep_nodes"]:
+            with _blame(name, "keep_nodes"):
+                answers = call(tree=tree)
+            for answer in answers:
+                _check_tensor(answer, torch.bool, (tree.num_nodes,), tree.device, name, "keep_nodes")
+                keep = answer if keep is None else keep & answer
+        return keep
+
+    def on_iteration_end(self, report: StepReport) -> None:
+        """Tell every policy that wants to know, in the order of the stack."""
+        for name, call in self.callers["on_iteration_end"]:
+            with _blame(name, "on_iteration_end"):
+                call(report=report, stack=self)
+
+    def silenced(self) -> PolicyStack:
+        """A stack of the same name that nobody speaks in: what a session falls back to."""
+        return PolicyStack({}, self.text)
+
+
+def _manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager(hookspecs.PROJECT_NAME)
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
+def _register(name: str, policy: object) -> list[pluggy.HookCaller]:
+    """A caller for each hook that the policy implements, reaching this policy alone."""
+    manager = _manager()
+    try:
+        manager.register(policy, name=name)
+        manager.check_pending()
+    except (pluggy.PluginValidationError, ValueError) as error:
+        raise PolicyError(f"policy '{name}' cannot be used: {_explain(error)}") from error
+    callers = manager.get_hookcallers(policy) or []
+    if not callers:
+        raise PolicyError(
+            f"policy '{name}' ({type(policy).__name__}) must implement at least one of {', '.join(hook_names())}, "
+            "got none; mark its methods with @hookimpl and use an instance, not the class"
+        )
+    for caller in callers:
+        for impl in caller.get_hookimpls():
+            if _has_default(impl.function):
+                raise PolicyError(
+                    f"policy '{name}', hook {caller.name}: arguments must have no default values, because pluggy "
+                    "never passes an argument that has one; remove the default"
+                )
+    return callers
+
+
+def _explain(error: Exception) -> str:
+    """pluggy's own words, with the nearest hook where one was misspelt."""
+    text = " ".join(str(error).split())
+    unknown = text.removeprefix("unknown hook ").split("'")
+    return text + nearest_match(unknown[1], hook_names()) if text.startswith("unknown hook") else text
+
+
+def _has_default(function: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(parameter.default is not inspect.Parameter.empty for parameter in parameters)
+
+
+@contextmanager
+def _blame(name: str, hook: str) -> Iterator[None]:
+    """Turn whatever a policy raises into a PolicyError that names it."""
+    try:
+        yield
+    except _NOT_THE_POLICY:
+        raise
+    except Exception as error:
+        raise PolicyError(f"policy '{name}', hook {hook}: raised {type(error).__name__}: {error}") from error
+
+
+def _check_tensor(
+    answer: object, dtype: torch.dtype, shape: Sequence[int], device: torch.device, name: str, hook: str
+) -> None:
+    wanted = f"a {dtype} tensor of shape {list(shape)} on {device}"
+    if not isinstance(answer, Tensor):
+        got = f"{answer!r} ({type(answer).__name__})"
+    elif answer.dtype != dtype or answer.shape != torch.Size(shape) or answer.device != device:
+        got = f"{answer.dtype} of shape {list(answer.shape)} on {answer.device}"
+    else:
+        return
+    raise PolicyError(f"policy '{name}', hook {hook}: must return {wanted}, got {got}")

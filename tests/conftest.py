@@ -1,0 +1,31 @@
+"""Settings and fixtures that several test files use."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out
+torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
+warnings.filterwarnings("ignore", message=".*generation flags are not valid.*")
+
+settings.register_profile(
+    "default", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=1000)
+settings.load_profile(os.environ.get("DYNATREE_HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every test that takes it runs on the CPU and, where there is one, on the GPU."""
+    return torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")

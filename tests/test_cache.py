@@ -1,0 +1,130 @@
+"""The cache as a state machine beside recomputation: after every commit, its rows are those of a plain pass."""
+
+from __future__ import annotations
+
+import pytest
+import strategies as ours
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tiny import tiny_model
+from transformers import DynamicCache
+
+from dynatree_core.cache import TreeCache
+from dynatree_core.clock import StageClock
+from dynatree_core.errors import CacheError
+from dynatree_core.flatten import flatten
+from dynatree_core.runner import EagerRunner
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Two batch rows of different lengths, driven by random trees, commits and rollbacks.
+
+    The naive model beside it is the committed tokens alone: their rows are computed anew for each check.
+    """
+
+    @initialize(family=st.sampled_from(["llama", "gpt_neox", "mistral"]))
+    def start(self, family):
+        self.model = tiny_model(family)
+        self.runner = EagerRunner(self.model, StageClock(torch.device("cpu")))
+        self.cache = TreeCache(80, batch=2)
+        self.texts = [[], []]
+        self.trees = None
+
+    @precondition(lambda self: self.trees is None and max(map(len, self.texts)) < 40)
+    @rule(trees=st.tuples(ours.trees(max_depth=4, max_width=4), ours.trees(max_depth=4, max_width=4)))
+    def append(self, trees):
+        """A forward pass over one tree a batch row; the roots are new tokens here."""
+        self.trees = trees
+        with torch.inference_mode():
+            logits = self.runner.forward(flatten(trees, self.cache.lengths), self.cache, stage="verify")
+        for row, tree in enumerate(trees):
+            node = tree.num_nodes - 1
+            text = [*self.texts[row], *tree.token_ids[tree.ancestor_mask[node]].tolist()]
+            expected = self.model(input_ids=torch.tensor([text])).logits[0, -1]
+            torch.testing.assert_close(logits[row, node], expected, rtol=1e-9, atol=1e-9)
+
+    @precondition(lambda self: self.trees is not None)
+    @rule(data=st.data())
+    def commit(self, data):
+        paths = []
+        for row, tree in enumerate(self.trees):
+            node = data.draw(st.integers(0, tree.num_nodes - 1))
+            path = tree.ancestor_mask[node].nonzero().flatten().tolist()[: data.draw(st.integers(0, 5))]
+            paths.append(path)
+            self.texts[row] += tree.token_ids[path].tolist()
+        self.cache.commit(paths)
+        self.trees = None
+
+    @precondition(lambda self: self.trees is not None)
+    @rule()
+    def rollback(self):
+        self.cache.rollback()
+        self.trees = None
+
+    @invariant()
+    def lengths_are_the_texts(self):
+        if hasattr(self, "cache"):
+            assert self.cache.lengths == [len(text) for text in self.texts]
+            assert self.cache.block_len == (max(t.num_nodes for t in self.trees) if self.trees else 0)
+
+    @invariant()
+    def rows_are_those_of_a_plain_pass(self):
+        if not hasattr(self, "cache") or self.trees is not None:
+            return
+        for row, text in enumerate(self.texts):
+            if not text:
+                continue
+            plain = DynamicCache()  # no config: the layers keep all rows, also where attention slides
+            with torch.inference_mode():
+                self.model(input_ids=torch.tensor([text]), past_key_values=plain)
+            for layer, expected in enumerate(plain.layers):
+                for ours_, theirs in ((self.cache.keys, expected.keys), (self.cache.values, expected.values)):
+                    torch.testing.assert_close(ours_[layer][row, :, : len(text)], theirs[0], rtol=1e-9, atol=1e-9)
+
+
+TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine.settings = settings(max_examples=30, stateful_step_count=14, deadline=None)
+
+
+def rows(n: int, start: float = 0.0) -> torch.Tensor:
+    return torch.arange(n, dtype=torch.float32)[None, None, :, None] + start
+
+
+def test_rows_beyond_the_capacity_are_refused():
+    cache = TreeCache(4)
+    cache.update(rows(3), rows(3), 0)
+    with pytest.raises(CacheError, match="room for 4 rows, got 0 committed, 3 undecided and 2 new"):
+        cache.update(rows(2), rows(2), 0)
+
+
+@pytest.mark.parametrize("path", [[1, 1], [2, 0], [3], [-1]])
+def test_a_path_that_is_not_in_the_block_is_refused(path):
+    cache = TreeCache(8)
+    cache.update(rows(3), rows(3), 0)
+    with pytest.raises(CacheError, match="ascend within the block of 3 rows"):
+        cache.commit([path])
+    assert cache.lengths == [0]
+
+
+def test_commit_moves_only_the_path(device):
+    cache = TreeCache(16)
+    cache.update(rows(4, 10).to(device), rows(4, 10).to(device), 0)
+    cache.commit([[0, 1, 2, 3]])
+    keys, _ = cache.update(rows(6).to(device), rows(6).to(device), 0)
+    assert keys.flatten().tolist() == [10, 11, 12, 13, 0, 1, 2, 3, 4, 5]
+    cache.commit([[0, 2, 5]])
+    keys, _ = cache.update(rows(1, 99).to(device), rows(1, 99).to(device), 0)
+    assert keys.flatten().tolist() == [10, 11, 12, 13, 0, 2, 5, 99]
+
+
+def test_models_may_use_it_without_positions_and_masks():
+    """The public forward with nothing but the cache: transformers makes the causal mask from the cache's sizes."""
+    model, cache = tiny_model("llama"), TreeCache(32)
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=cache)
+        cache.commit([[0, 1, 2]])
+        logits = model(input_ids=torch.tensor([[4, 5]]), past_key_values=cache).logits[0, -1]
+        expected = model(input_ids=torch.tensor([[1, 2, 3, 4, 5]])).logits[0, -1]
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)

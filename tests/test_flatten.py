@@ -1,0 +1,58 @@
+"""Masks and positions against brute force, for single trees, batches, chains and drafter levels."""
+
+from __future__ import annotations
+
+import strategies as ours
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_tree import ancestors
+
+from dynatree_core.flatten import flatten, flatten_chain, flatten_level
+
+
+@given(st.lists(st.tuples(ours.trees(), st.integers(0, 7)), min_size=1, max_size=3))
+def test_flatten(batch):
+    trees, prefix_lens = zip(*batch, strict=True)
+    flat = flatten(trees, prefix_lens)
+    rows = max(tree.num_nodes for tree in trees)
+    slots = max(prefix_lens) + rows
+    assert flat.token_ids.shape == flat.position_ids.shape == (len(trees), rows)
+    assert flat.visible.shape == (len(trees), rows, slots)
+    for i, (tree, prefix_len) in enumerate(batch):
+        parents = tree.parent.tolist()
+        for row in range(rows):
+            seen = set(flat.visible[i, row].nonzero().flatten().tolist())
+            if row < tree.num_nodes:
+                assert seen == set(range(prefix_len)) | {prefix_len + node for node in ancestors(parents, row)}
+                assert flat.token_ids[i, row] == tree.token_ids[row]
+                assert flat.position_ids[i, row] == prefix_len + tree.depth[row]
+                assert flat.slot_positions[i, prefix_len + row] == flat.position_ids[i, row]
+            else:
+                assert seen == {prefix_len + row}  # padding sees itself, or softmax would make NaN
+        assert flat.slot_positions[i, :prefix_len].tolist() == list(range(prefix_len))
+
+
+@given(st.lists(ours.token_ids, min_size=1, max_size=9), st.integers(0, 9))
+def test_flatten_chain(tokens, prefix_len):
+    flat = flatten_chain(torch.tensor(tokens), prefix_len)
+    assert flat.token_ids.tolist() == [tokens]
+    assert flat.position_ids.tolist() == [list(range(prefix_len, prefix_len + len(tokens)))]
+    for row in range(len(tokens)):
+        assert flat.visible[0, row].tolist() == [slot <= prefix_len + row for slot in range(prefix_len + len(tokens))]
+
+
+@given(ours.trees(), st.integers(1, 7))
+def test_flatten_level(tree, prefix_len):
+    """The drafter's rows: the root is committed, so node i stands in slot prefix_len + i − 1."""
+    flat = flatten_level(tree, prefix_len)
+    level, parents = tree.last_level, tree.parent.tolist()
+    assert flat.token_ids[0].tolist() == tree.token_ids[level].tolist()
+    if tree.max_depth == 0:
+        return  # the root's own pass is a chain
+    assert flat.position_ids[0].tolist() == [prefix_len - 1 + tree.max_depth] * tree.level_sizes[-1]
+    assert flat.visible.shape == (1, tree.level_sizes[-1], prefix_len + tree.num_drafted)
+    for row, node in enumerate(range(level.start, level.stop)):
+        above = {prefix_len + n - 1 for n in ancestors(parents, node) if n}
+        assert set(flat.visible[0, row].nonzero().flatten().tolist()) == set(range(prefix_len)) | above
+    assert flat.slot_positions[0].tolist() == [*range(prefix_len), *(tree.depth[1:] + prefix_len - 1).tolist()]

@@ -1,0 +1,173 @@
+"""Tree invariants after growth and pruning, and the mask against brute force."""
+
+from __future__ import annotations
+
+import pytest
+import strategies as ours
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import HostileDrafter
+from tiny import tiny_model
+
+from dynatree_core import Frontier, Session, TokenTree, hookimpl
+from dynatree_core.draft import draft
+from dynatree_core.errors import TreeError
+
+
+def ancestors(parents: list[int], node: int) -> set[int]:
+    """The node and everything above it, by walking up."""
+    found = {node}
+    while parents[node] >= 0:
+        node = parents[node]
+        found.add(node)
+    return found
+
+
+def assert_is_tree(tree: TokenTree) -> None:
+    parents, depth = tree.parent.tolist(), tree.depth.tolist()
+    assert parents[0] == -1
+    assert depth[0] == 0
+    assert all(0 <= parent < node for node, parent in enumerate(parents) if node)  # parents before children
+    assert all(depth[node] == depth[parent] + 1 for node, parent in enumerate(parents) if node)
+    assert depth == sorted(depth)  # breadth first
+    assert parents == sorted(parents)  # children of one parent adjacent
+    assert tree.level_sizes == tuple(depth.count(level) for level in range(max(depth) + 1))
+    assert tree.num_nodes == len(parents) == tree.num_drafted + 1
+    assert tree.max_depth == max(depth)
+    for node in range(tree.num_nodes):
+        assert set(tree.ancestor_mask[node].nonzero().flatten().tolist()) == ancestors(parents, node)
+        if node:
+            expected = tree.cum_logprob[parents[node]] + tree.logprob[node]
+            torch.testing.assert_close(tree.cum_logprob[node], expected, rtol=0, atol=1e-6)
+    level = tree.last_level
+    assert depth[level] == [tree.max_depth] * tree.level_sizes[-1]
+
+
+@given(ours.trees())
+def test_growth_keeps_the_invariants(tree):
+    assert_is_tree(tree)
+    assert tree.draft_index.tolist() == list(range(tree.num_nodes))
+
+
+@given(ours.trees(), st.data())
+def test_pruning_keeps_the_invariants(tree, data):
+    keep = torch.tensor(data.draw(st.lists(st.booleans(), min_size=tree.num_nodes, max_size=tree.num_nodes)))
+    closed = tree.close_under_ancestors(keep)
+    parents = tree.parent.tolist()
+    wanted = {0} | {node for node, is_kept in enumerate(keep.tolist()) if is_kept}
+    assert set(closed.nonzero().flatten().tolist()) == {n for n in wanted if ancestors(parents, n) <= wanted}
+    pruned = tree.subtree(closed)
+    assert_is_tree(pruned)
+    kept = closed.nonzero().flatten()
+    assert pruned.draft_index.tolist() == kept.tolist()
+    assert pruned.token_ids.tolist() == tree.token_ids[kept].tolist()
+    for node, draft_node in enumerate(kept.tolist()):  # every node stands at the end of the same text as before
+        before = tree.token_ids[tree.ancestor_mask[draft_node]].tolist()
+        assert pruned.token_ids[pruned.ancestor_mask[node]].tolist() == before
+
+
+def test_a_mask_that_is_not_closed_is_refused():
+    tree = TokenTree.root(torch.tensor([1]))
+    tree = tree.grow(torch.tensor([0]), torch.tensor([2]), torch.tensor([-0.1]))
+    tree = tree.grow(torch.tensor([1]), torch.tensor([3]), torch.tensor([-0.1]))
+    with pytest.raises(TreeError, match="every ancestor"):
+        tree.subtree(torch.tensor([True, False, True]))
+    with pytest.raises(TreeError, match="root"):
+        tree.subtree(torch.tensor([False, False, False]))
+
+
+class _Wide:
+    """Three children everywhere, four levels, and a record of every tree that it saw."""
+
+    @hookimpl
+    def branch_factor(self, frontier: Frontier) -> int:
+        return 3
+
+    @hookimpl
+    def should_expand(self, frontier: Frontier) -> bool:
+        return frontier.depth < 4
+
+
+def drafted(seed: int, **limits: float) -> TokenTree:
+    """A tree as the draft stage grows it; the same drafter and policy for the same seed."""
+    session = Session(
+        tiny_model("llama"), HostileDrafter(seed), [1, 2, 3], policy=_Wide(), max_new_tokens=20, top_k=5, **limits
+    )
+    with torch.inference_mode():
+        return draft(session)
+
+
+@given(st.integers(0, 1000), st.integers(0, 60))
+def test_the_node_budget_holds(seed, max_nodes):
+    tree = drafted(seed, tau=0.0, max_nodes=max_nodes)
+    assert_is_tree(tree)
+    assert tree.num_drafted <= max_nodes
+    free = drafted(seed, tau=0.0, max_nodes=1000)
+    if free.num_drafted <= max_nodes:
+        assert tree.token_ids.tolist() == free.token_ids.tolist()
+
+
+@given(st.integers(0, 1000), ours.probabilities, st.integers(0, 6))
+def test_tau_and_depth_hold(seed, tau, max_depth):
+    tree = drafted(seed, tau=tau, max_nodes=1000, max_depth=max_depth)
+    assert_is_tree(tree)
+    assert tree.max_depth <= min(max_depth, 4)
+    assert (tree.cum_logprob.exp() >= tau - 1e-6).all()
+
+
+class _PlainDrafter(HostileDrafter):
+    """Proposals that depend only on the path, so that trees of different budgets can be compared."""
+
+    def start(self, plan):
+        state = super().start(plan)
+
+        def propose(committed_ids, tree, k):
+            import random
+
+            from dynatree_core import Proposals
+
+            rows = []
+            for node in range(tree.last_level.start, tree.last_level.stop):
+                path = tuple(tree.token_ids[tree.ancestor_mask[node]].tolist())
+                source = random.Random(hash((self.seed, path)))
+                tokens = source.sample(range(plan.vocab_size), k)
+                logprobs = sorted((source.choice([-0.2, -0.9, -1.5, -2.5]) for _ in tokens), reverse=True)
+                rows.append((tokens, logprobs))
+            ids, logprobs = zip(*rows, strict=True)
+            return Proposals(torch.tensor(ids), torch.tensor(logprobs))
+
+        state.propose = propose
+        return state
+
+
+@given(st.integers(0, 1000), st.sampled_from([0.02, 0.05, 0.1, 0.3]))
+def test_cutting_while_growing_equals_cutting_afterwards(seed, tau):
+    """τ is applied while the tree grows, to save the drafter's work; the tree is the one that SPEC describes."""
+
+    def grow(tau: float) -> TokenTree:
+        session = Session(
+            tiny_model("llama"), _PlainDrafter(seed), [1], policy=_Wide(), max_new_tokens=20, top_k=5, tau=tau,
+            max_nodes=1000,
+        )  # fmt: skip
+        with torch.inference_mode():
+            return draft(session)
+
+    whole = grow(0.0)
+    afterwards = whole.subtree(whole.close_under_ancestors(whole.cum_logprob >= torch.tensor(tau).log()))
+    assert grow(tau).token_ids.tolist() == afterwards.token_ids.tolist()
+    assert grow(tau).parent.tolist() == afterwards.parent.tolist()
+
+
+def test_the_budget_keeps_the_most_probable_of_a_level():
+    session = Session(
+        tiny_model("llama"), _PlainDrafter(1), [1], policy=_Wide(), max_new_tokens=20, top_k=5, tau=0.0, max_nodes=5
+    )
+    with torch.inference_mode():
+        tree = draft(session)
+    assert tree.level_sizes == (1, 3, 2)
+    session.limits = type(session.limits)(max_depth=4, max_nodes=1000, tau=0.0, top_k=5)
+    with torch.inference_mode():
+        whole = draft(session)
+    best = whole.cum_logprob[4:13].topk(2).values
+    torch.testing.assert_close(tree.cum_logprob[4:].sort(descending=True).values, best)

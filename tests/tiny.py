@@ -1,0 +1,102 @@
+"""Tiny random models: real transformers architectures, a few thousand weights, float64."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+VOCAB = 37
+CONTEXT = 96
+
+_ROTARY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_GROUPED = {**_ROTARY, "num_key_value_heads": 2}
+
+# model type -> configuration; every one of architectures.EXACT_FAMILIES is here
+CONFIGS: dict[str, dict[str, Any]] = {
+    "falcon": {
+        **_ROTARY, "ffn_hidden_size": 48, "alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2,
+    },
+    "gemma2": {**_GROUPED, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        **_GROUPED, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gpt2": {
+        "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT,
+        "bos_token_id": None, "eos_token_id": None,
+    },
+    "gpt_neox": {**_ROTARY, "rotary_pct": 0.5},
+    "llama": _GROUPED,
+    "mistral": {**_GROUPED, "sliding_window": 6},
+    "mixtral": {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmo2": _GROUPED,
+    "olmoe": {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
+    "opt": {**_ROTARY, "ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
+    "phi3": {**_GROUPED, "sliding_window": 6},
+    "qwen2": _GROUPED,
+    "qwen3": {**_GROUPED, "head_dim": 8},
+    "smollm3": {**_GROUPED, "no_rope_layers": [1, 0]},
+    "stablelm": _GROUPED,
+}  # fmt: skip
+
+
+@functools.cache
+def tiny_model(model_type: str, seed: int = 0, *, attention: str | None = None, **overrides: Any) -> nn.Module:
+    """A random model, the same for the same arguments. Its distributions are neither flat nor certain.
+
+    With `attention=None` transformers chooses: SDPA where the family has it.
+    """
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[model_type](**{**CONFIGS[model_type], **overrides})
+    # the other ways to run a mixture of experts take no float64
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, experts_implementation="eager")
+    model = model.double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.35)
+    return model
+
+
+@functools.cache
+def perturbed(model_type: str, seed: int = 0, noise: float = 0.05) -> nn.Module:
+    """A copy of `tiny_model` with noise on its weights: a drafter that is right most of the time."""
+    import copy
+
+    model = copy.deepcopy(tiny_model(model_type, seed))
+    torch.manual_seed(seed + 1000)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * noise)
+    return model
+
+
+def greedy(model: nn.Module, prompt: list[int], max_new_tokens: int, eos: list[int] | None = None) -> list[int]:
+    """What transformers' own greedy decoding says."""
+    if max_new_tokens == 0:
+        return []
+    input_ids = torch.tensor([prompt], device=model.device)
+    output = model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos or None,
+        pad_token_id=0,
+    )
+    return output[0, len(prompt) :].tolist()
