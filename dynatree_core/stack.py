@@ -44,8 +44,8 @@ class BranchFactor:
 
 def hook_names() -> list[str]:
     """The hooks that a policy can implement."""
-    manager = _manager()
-    return [name for name in vars(manager.hook) if not name.startswith("_")]
+    specified = vars(_manager().hook)
+    return [name for name in vars(hookspecs) if name in specified]  # in the order of the file
 
 
 def implemented_hooks(policy: object) -> list[str]:

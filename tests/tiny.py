@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCAB = 37
-CONTEXT = 96
+CONTEXT = 160
 
 _ROTARY = {
     "vocab_size": VOCAB,

@@ -1,0 +1,148 @@
+"""Stack strings: parsing, printing, and every way to get a name wrong."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+
+import pytest
+import strategies as ours
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynatree_core import PluginSpec, build_drafter, build_stack, format_stack, hookimpl, parse_stack
+from dynatree_core import plugins as registry
+from dynatree_core.errors import ParameterError, PluginConflictError, PolicyError, StackSyntaxError, UnknownPluginError
+from dynatree_core.plugins import expand_preset, load_plugin, plugin_parameters
+
+names = st.from_regex(r"[A-Za-z_][A-Za-z_0-9]{0,8}", fullmatch=True)
+values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+keywords = names.filter(
+    lambda name: name not in ("None", "True", "False") and not __import__("keyword").iskeyword(name)
+)
+specs = st.builds(
+    PluginSpec, names, st.none() | names, st.dictionaries(keywords.filter(lambda n: n != "_"), values, max_size=3)
+)
+
+
+@given(st.lists(specs, min_size=1, max_size=4))
+def test_what_is_printed_parses_to_the_same(stack):
+    text = format_stack(stack)
+    assert parse_stack(text) == stack
+    assert format_stack(parse_stack(text)) == text
+
+
+@given(ours.stacks())
+def test_a_built_stack_prints_the_string_it_came_from(text):
+    assert str(build_stack(text)) == text
+
+
+def test_spaces_do_not_matter():
+    text = " confidence ( high = 0.9 , low=0.4 ) + dynamic_depth : plan+history "
+    assert format_stack(parse_stack(text)) == "confidence(high=0.9,low=0.4)+dynamic_depth:plan+history"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "+", "fixed+", "+fixed", "fixed++linear", "fixed(", "fixed)", "fixed(depth)", "fixed(4)", "fixed(depth=)",
+     "fixed(depth=x)", "fixed(depth=[1])", "fixed(depth=1+1j)", "fixed(depth=1,depth=2)", "fixed(**{})", "3fixed",
+     "fixed:", "fixed:a:b", "fixed(depth=4)linear", "fixed('a'='b')", "fixed linear"],
+)  # fmt: skip
+def test_malformed_strings(text):
+    with pytest.raises(StackSyntaxError):
+        parse_stack(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("confidense", "did you mean 'confidence'"),
+        ("phase4", "did you mean 'phase3'|did you mean 'phase"),
+        ("nonsense", "known are: autoregressive, confidence"),
+        ("fixed:plan", "'fixed' has no variant 'plan'"),
+        ("confidence:plane", "did you mean 'plan'"),
+        ("phase3:plane", "did you mean 'plan'"),
+    ],
+)
+def test_unknown_names(text, message):
+    with pytest.raises(UnknownPluginError, match=message):
+        build_stack(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fixed(dept=4)", "no parameter 'dept', did you mean 'depth'.*known are: depth, branch, tau, max_nodes"),
+        ("autoregressive(x=1)", "known are: none"),
+        ("history(recent=3)", "no parameter 'recent'"),
+        ("phase3(high=0.9)", r"write out its policies: confidence\+dynamic_depth\+history"),
+    ],
+)
+def test_unknown_parameters(text, message):
+    with pytest.raises(ParameterError, match=message):
+        build_stack(text)
+
+
+def test_a_policy_stands_in_a_stack_once():
+    with pytest.raises(StackSyntaxError, match="got 'fixed' twice"):
+        build_stack("fixed+confidence+fixed")
+    with pytest.raises(StackSyntaxError, match="got 'confidence' twice"):
+        build_stack("phase2+confidence")
+
+
+def test_drafters_by_name():
+    assert build_drafter("prompt_lookup(max_ngram=2)").max_ngram == 2
+    with pytest.raises(UnknownPluginError, match="did you mean 'prompt_lookup'"):
+        build_drafter("prompt_lokup")
+    with pytest.raises(ParameterError, match="at least 1, got 0"):
+        build_drafter("prompt_lookup(max_matches=0)")
+    with pytest.raises(StackSyntaxError, match="a drafter is one name"):
+        build_drafter("prompt_lookup+prompt_lookup")
+    with pytest.raises(ParameterError, match="missing 1 required positional argument: 'model'"):
+        build_drafter("model")
+
+
+def test_variants_and_their_overrides():
+    policy = build_stack("confidence:plan(high=0.85)").find("confidence")
+    assert (policy.high, policy.low, policy.max_branch) == (0.85, 0.3, 4)
+    specs = expand_preset(PluginSpec("phase1", "plan"))
+    assert format_stack(specs) == "fixed(depth=5)+confidence:plan"
+
+
+def test_parameters_are_read_from_the_constructor():
+    assert plugin_parameters(load_plugin(registry.POLICIES, "fixed")) == {
+        "depth": 5, "branch": 2, "tau": 0.05, "max_nodes": 128,
+    }  # fmt: skip
+
+
+class Chatty:
+    """A policy object with a name of its own."""
+
+    name = "chatty_one"
+
+    def __init__(self) -> None:
+        self.heard = []
+
+    @hookimpl
+    def on_iteration_end(self, report) -> None:
+        self.heard.append(report)
+
+
+def test_objects_and_lists():
+    mine = Chatty()
+    stack = build_stack(["phase2", mine])
+    assert list(stack.policies) == ["confidence", "dynamic_depth", "chatty_one"]
+    assert str(stack) == "phase2+chatty_one"
+    assert stack.find("chatty_one") is not mine  # a copy: sessions share no state
+    policy = load_plugin(registry.POLICIES, "fixed")(depth=3)
+    assert str(build_stack(policy)) == "fixed(depth=3,branch=2,tau=0.05,max_nodes=128)"
+    with pytest.raises(StackSyntaxError, match="empty list"):
+        build_stack([])
+    with pytest.raises(PolicyError, match="at least one of"):
+        build_stack(None)
+
+
+def test_two_plugins_of_one_name(monkeypatch):
+    twice = [EntryPoint("fixed", value, registry.POLICIES) for value in ("a.b:C", "d.e:F")]
+    monkeypatch.setattr(registry, "entry_points", lambda group: twice if group == registry.POLICIES else [])
+    with pytest.raises(PluginConflictError, match=r"'fixed' comes from .*a\.b:C.* and .*d\.e:F"):
+        build_stack("fixed")

@@ -1,0 +1,159 @@
+"""What drafters propose, against plain computation."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import pytest
+import strategies as ours
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import VOCAB, greedy, perturbed, tiny_model
+from transformers import LlamaModel
+
+from dynatree_core import DraftPlan, Frontier, Session, TokenTree, build_drafter, generate, hookimpl, run
+from dynatree_core.clock import StageClock
+from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.drafters.prompt_lookup import UNSEEN_WEIGHT
+from dynatree_core.errors import ModelLoadError, ParameterError, UnsupportedModelError
+
+CPU = torch.device("cpu")
+
+
+def plan(num_tokens: int = 120, max_nodes: int = 64) -> DraftPlan:
+    return DraftPlan(VOCAB, num_tokens, max_nodes, CPU, StageClock(CPU))
+
+
+@pytest.mark.parametrize("family", ours.FAMILIES)
+def test_model_proposals_are_those_of_a_plain_pass_over_the_path(family):
+    """At every node of every level, over several iterations with commits between them."""
+    target, drafter = tiny_model(family), perturbed(family, noise=0.02)
+    checked = []
+
+    class Checking:
+        @hookimpl
+        def branch_factor(self, frontier: Frontier) -> int:
+            text = session.committed_ids[:-1].tolist()
+            level = frontier.tree.last_level
+            for row, node in enumerate(range(level.start, level.stop)):
+                path = frontier.tree.token_ids[frontier.tree.ancestor_mask[node]].tolist()
+                logits = drafter(input_ids=torch.tensor([text + path])).logits[0, -1].float()
+                expected = logits.log_softmax(-1).topk(frontier.top_k)
+                torch.testing.assert_close(frontier.top_logprobs[row], expected.values, rtol=1e-5, atol=1e-6)
+                assert frontier.top_token_ids[row].tolist() == expected.indices.tolist()
+                checked.append(node)
+            return 2
+
+    Checking.__deepcopy__ = lambda self, memo: self
+    session = Session(
+        target, drafter, [1, 2, 3], policy=Checking(), max_new_tokens=24, max_depth=3, tau=0.02, max_nodes=20
+    )
+    for _ in run(session):
+        pass
+    assert session.result().token_ids == greedy(target, [1, 2, 3], 24)
+    assert len(checked) > 40
+    assert {bool(step.num_accepted) for step in session.steps} == {True, False}  # commits with and without a path
+
+
+def naive_lookup(text: list[int], path: list[int], max_ngram: int, max_matches: int) -> dict[int, float]:
+    """The drafter's formula by counting: what follows each earlier occurrence of the suffix, after the path."""
+    last = len(text) - 1
+    occurrences = []
+    for end in range(last):
+        length = 0
+        while length < min(max_ngram, end + 1) and text[end - length] == text[last - length]:
+            length += 1
+        occurrences.append((length, end))
+    followed = sorted(occurrences, reverse=True)[:max_matches]
+    votes: defaultdict[int, float] = defaultdict(float)
+    total = UNSEEN_WEIGHT
+    for length, end in followed:
+        period = last - end
+        continuation = [text[end + 1 + d % period] for d in range(len(path) + 1)]
+        if length and continuation[: len(path)] == path:
+            weight = (length + len(path)) ** 2
+            votes[continuation[len(path)]] += weight
+            total += weight
+    return {token: vote / total for token, vote in votes.items()}
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=24), st.integers(1, 5), st.integers(1, 8), st.integers(1, 6))
+def test_prompt_lookup_counts_as_the_formula_says(text, max_ngram, max_matches, k):
+    drafter = build_drafter(f"prompt_lookup(max_ngram={max_ngram},max_matches={max_matches})")
+    state, tree = drafter.start(plan()), TokenTree.root(torch.tensor(text[-1:]))
+    committed = torch.tensor(text)
+    for _ in range(4):
+        proposals = state.propose(committed, tree, k)
+        assert proposals.logprobs.shape == proposals.token_ids.shape == (tree.level_sizes[-1], k)
+        children = []
+        for row, node in enumerate(range(tree.last_level.start, tree.last_level.stop)):
+            path = tree.token_ids[tree.ancestor_mask[node]].tolist()[1:]
+            expected = naive_lookup(text, path, max_ngram, max_matches)
+            logprobs = proposals.logprobs[row].tolist()
+            found = {
+                token: math.exp(logprob)
+                for token, logprob in zip(proposals.token_ids[row].tolist(), logprobs, strict=True)
+                if logprob > -math.inf
+            }
+            assert len(found) == min(k, len(expected))
+            assert all(found[token] == pytest.approx(expected[token], rel=1e-5) for token in found)
+            assert sorted(found.values()) == pytest.approx(sorted(expected.values())[-len(found) :] if found else [])
+            assert logprobs == sorted(logprobs, reverse=True)
+            children += [(node, token, logprob) for token, logprob in zip(
+                proposals.token_ids[row].tolist(), logprobs, strict=True) if logprob > -math.inf]  # fmt: skip
+        if not children:
+            break
+        parents, tokens, logprobs = map(list, zip(*children, strict=True))
+        tree = tree.grow(torch.tensor(parents), torch.tensor(tokens), torch.tensor(logprobs))
+
+
+def test_prompt_lookup_branches_where_the_text_did():
+    text = [1, 2, 3, 4, 9, 1, 2, 3, 5, 9, 1, 2, 3]
+    state = build_drafter("prompt_lookup").start(plan())
+    proposals = state.propose(torch.tensor(text), TokenTree.root(torch.tensor([3])), 4)
+    assert set(proposals.token_ids[0, :2].tolist()) == {4, 5}
+    assert proposals.logprobs[0, 2:].tolist() == [-math.inf] * 2
+    # the later occurrence matches "9 1 2 3", the earlier "1 2 3": 16 and 9 against 4 for neither
+    assert proposals.token_ids[0, 0] == 5
+    assert proposals.logprobs[0, :2].exp().tolist() == pytest.approx([16 / 29, 9 / 29])
+
+
+def test_prompt_lookup_follows_a_loop_beyond_the_text():
+    """In a loop the copied text runs into itself, so trees may be deeper than the loop is long."""
+    target = tiny_model("llama")
+    loop = [5, 6, 7] * 6
+    state, tree = build_drafter("prompt_lookup").start(plan()), TokenTree.root(torch.tensor([7]))
+    tokens = []
+    for _ in range(8):
+        proposals = state.propose(torch.tensor(loop), tree, 1)
+        tokens.append(int(proposals.token_ids[0, 0]))
+        tree = tree.grow(torch.tensor([tree.num_nodes - 1]), proposals.token_ids[0, :1], proposals.logprobs[0, :1])
+    assert tokens == [5, 6, 7, 5, 6, 7, 5, 6]
+    assert generate(target, "prompt_lookup", loop, max_new_tokens=20).token_ids == greedy(target, loop, 20)
+
+
+def test_prompt_lookup_on_every_device(device):
+    text = torch.tensor([1, 2, 3, 1, 2], device=device)
+    proposals = build_drafter("prompt_lookup").start(plan()).propose(text, TokenTree.root(text[-1:]), 3)
+    assert proposals.token_ids.device == device
+    assert proposals.token_ids[0, 0] == 3
+
+
+def test_model_drafter_loads_by_folder(tmp_path):
+    target = tiny_model("llama")
+    target.save_pretrained(tmp_path / "drafter")
+    drafter = build_drafter(f"model(model={str(tmp_path / 'drafter')!r})")
+    result = generate(target, drafter, [1, 2, 3], policy="linear(depth=4)", max_new_tokens=20)
+    assert result.token_ids == greedy(target, [1, 2, 3], 20)
+    assert result.report.path_acceptance > 0.5
+    with pytest.raises(ModelLoadError):
+        build_drafter(f"model(model={str(tmp_path / 'nothing')!r})")
+
+
+def test_unusable_drafter_models():
+    with pytest.raises(UnsupportedModelError, match="the drafter"):
+        ModelDrafter(LlamaModel(tiny_model("llama").config).eval())
+    with pytest.raises(ParameterError, match="must be a model, a folder or a hub id, got 3"):
+        generate(tiny_model("llama"), "model(model=3)", [1])

@@ -1,0 +1,233 @@
+"""Bad input is refused before anything runs; limits and reports are what they claim to be."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from strategies import HostileDrafter
+from tiny import CONTEXT, VOCAB, greedy, perturbed, tiny_model
+
+from dynatree_core import Drafter, Proposals, Session, generate, run
+from dynatree_core.errors import (
+    ContextLimitError,
+    DrafterError,
+    InputError,
+    NonFiniteLogitsError,
+    OutOfMemoryError,
+    ParameterError,
+    PromptError,
+    UnsupportedModelError,
+    VocabularyMismatchError,
+)
+from dynatree_core.metrics import repetition
+
+TARGET, DRAFTER, PROMPT = tiny_model("llama"), perturbed("llama"), [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "at least one token"),
+        (torch.zeros(1, 0, dtype=torch.int64), "at least one token"),
+        ([0.5, 1.0], "integers, got torch.float32"),
+        ([True], "integers, got torch.bool"),
+        ([[1, 2], [3, 4]], r"one sequence.*got shape \[2, 2\]"),
+        ([VOCAB], f"from 0 to {VOCAB - 1}"),
+        ([-1, 2], f"from 0 to {VOCAB - 1}"),
+    ],
+)
+def test_bad_prompts(prompt, message):
+    with pytest.raises(PromptError, match=message):
+        generate(TARGET, DRAFTER, prompt)
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, (1, 2, 3), torch.tensor(PROMPT), torch.tensor([PROMPT], dtype=torch.int32)])
+def test_prompts_of_any_kind(prompt):
+    assert generate(TARGET, DRAFTER, prompt, max_new_tokens=5).token_ids == greedy(TARGET, PROMPT, 5)
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, "8", None, True])
+def test_bad_max_new_tokens(value):
+    with pytest.raises(ParameterError, match="max_new_tokens must be an integer of at least 0"):
+        generate(TARGET, DRAFTER, PROMPT, max_new_tokens=value)
+
+
+def test_nothing_to_generate():
+    result = generate(TARGET, DRAFTER, PROMPT, max_new_tokens=0)
+    assert (result.token_ids, result.stop_reason) == ([], "length")
+    report = result.report
+    assert (report.num_iterations, report.num_new_tokens, report.tokens_per_iteration) == (0, 0, None)
+    assert (report.path_acceptance, report.node_acceptance, report.tokens_per_second) == (None, None, None)
+
+
+def test_past_the_context():
+    with pytest.raises(ContextLimitError, match=f"context of {CONTEXT} tokens, got 3 \\+ {CONTEXT}.*at most 157"):
+        generate(TARGET, DRAFTER, PROMPT, max_new_tokens=CONTEXT)
+    short = tiny_model("llama", max_position_embeddings=32)
+    with pytest.raises(ContextLimitError, match="the drafter must have a position for each of the 43 tokens"):
+        generate(TARGET, short, PROMPT, max_new_tokens=40)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"tau": -0.1}, "tau must be a probability"),
+        ({"tau": 2}, "tau must be a probability"),
+        ({"max_nodes": -1}, "max_nodes must be an integer of at least 0"),
+        ({"max_depth": 1.5}, "max_depth must be an integer"),
+        ({"top_k": 0}, "top_k must be an integer of at least 1"),
+        ({"on_error": "ignore"}, "on_error must be 'raise' or 'fallback'"),
+    ],
+)
+def test_bad_options(option, message):
+    with pytest.raises(ParameterError, match=message):
+        generate(TARGET, DRAFTER, PROMPT, **option)
+
+
+def test_an_unknown_option_is_an_error():
+    with pytest.raises(TypeError, match="max_tokens"):
+        generate(TARGET, DRAFTER, PROMPT, max_tokens=4)
+
+
+def test_every_input_error_is_a_value_error():
+    assert issubclass(InputError, ValueError)
+
+
+def test_vocabularies():
+    other = tiny_model("llama", vocab_size=90)
+    with pytest.raises(VocabularyMismatchError, match=f"the target has {VOCAB} token ids, the drafter 90"):
+        generate(TARGET, other, PROMPT)
+
+
+@pytest.mark.parametrize(("target_vocab", "drafter_vocab"), [(300, 304), (304, 300)])
+def test_vocabularies_that_differ_by_padding(target_vocab, drafter_vocab):
+    """Padding ids of either side are harmless: not proposed, and replaced where the drafter cannot embed them."""
+    target = tiny_model("llama", 1, vocab_size=target_vocab)
+    drafter = tiny_model("llama", 2, vocab_size=drafter_vocab)
+    for prompt in ([target_vocab - 1, 5], [1, 2, 3]):
+        result = generate(target, drafter, prompt, policy="fixed", max_new_tokens=20, tau=0.0)
+        assert result.token_ids == greedy(target, prompt, 20)
+
+
+def test_limits_the_strictest_wins():
+    def limits(policy, **options):
+        return Session(TARGET, DRAFTER, PROMPT, policy=policy, **options).limits
+
+    assert (limits("confidence").tau, limits("confidence").max_nodes, limits("confidence").max_depth) == (0.05, 128, 64)
+    assert limits("fixed(tau=0.01)").tau == 0.01  # the policy's own replaces the default
+    assert limits("fixed(tau=0.01)", tau=0.2).tau == 0.2
+    assert limits("fixed(tau=0.3)", tau=0.2).tau == 0.3
+    assert limits("linear").tau == 0.0
+    assert limits("linear+fixed").tau == 0.05
+    assert limits("fixed(max_nodes=20)").max_nodes == 20
+    assert limits("fixed(max_nodes=20)", max_nodes=10).max_nodes == 10
+    assert limits("dynamic_depth(max_depth=6)").max_depth == 6
+    assert limits("confidence", top_k=1000).top_k == VOCAB
+
+
+def test_nan_logits_end_the_generation_with_what_was_committed():
+    broken = copy.deepcopy(TARGET)
+    expected = greedy(TARGET, PROMPT, 12)
+
+    def poison(module, args, kwargs, output):
+        if int(kwargs["position_ids"].max()) >= 8:
+            output.logits[..., 0] = torch.nan
+        return output
+
+    broken.register_forward_hook(poison, with_kwargs=True)
+    with pytest.raises(NonFiniteLogitsError, match="got NaN") as caught:
+        generate(broken, None, PROMPT, max_new_tokens=12)
+    assert caught.value.partial.token_ids == expected[:6]
+
+
+def test_out_of_memory_has_its_own_error():
+    broken = copy.deepcopy(TARGET)
+
+    def fail(module, args, kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    broken.register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(OutOfMemoryError, match=r"a forward pass of 2 rows over 2 cache slots.*lower max_new_tokens"):
+        generate(broken, None, PROMPT)
+
+
+class BadDrafter(Drafter):
+    """Proposes what its test tells it to."""
+
+    def __init__(self, proposals):
+        self.proposals = proposals
+
+    def start(self, plan):
+        state = HostileDrafter(0).start(plan)
+        state.propose = lambda committed_ids, tree, k: self.proposals(tree.level_sizes[-1], k)
+        return state
+
+
+@pytest.mark.parametrize(
+    ("proposals", "message"),
+    [
+        (lambda w, k: None, "must propose int64 token_ids.*got None"),
+        (lambda w, k: Proposals(torch.zeros(w, 1, dtype=torch.int64), torch.zeros(w, 1)), r"of shape \[1, 16\]"),
+        (lambda w, k: Proposals(torch.zeros(w, k), torch.zeros(w, k)), "int64"),
+        (lambda w, k: Proposals(torch.zeros(w, k, dtype=torch.int64), torch.full((w, k), torch.nan)), "bad proposal"),
+        (lambda w, k: Proposals(torch.zeros(w, k, dtype=torch.int64), torch.ones(w, k)), "at most 0"),
+        (lambda w, k: Proposals(torch.full((w, k), VOCAB), torch.zeros(w, k)), f"from 0 to {VOCAB - 1}"),
+        (lambda w, k: Proposals(torch.full((w, k), -1), torch.zeros(w, k)), f"from 0 to {VOCAB - 1}"),
+    ],
+)
+def test_bad_proposals(proposals, message):
+    with pytest.raises(DrafterError, match=message):
+        generate(TARGET, BadDrafter(proposals), PROMPT, policy="fixed", max_new_tokens=8)
+    with pytest.warns(RuntimeWarning, match="drafting is off"):
+        result = generate(TARGET, BadDrafter(proposals), PROMPT, policy="fixed", max_new_tokens=8, on_error="fallback")
+    assert result.token_ids == greedy(TARGET, PROMPT, 8)
+
+
+def test_flash_attention_is_refused():
+    model = copy.deepcopy(TARGET)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(UnsupportedModelError, match="needs attn_implementation 'sdpa' or 'eager'"):
+        generate(model, None, PROMPT)
+
+
+def test_the_report_adds_up():
+    session = Session(TARGET, DRAFTER, PROMPT, policy="phase2", max_new_tokens=30)
+    assert session.result().stop_reason == "interrupted"  # nothing yet, and valid all the same
+    for _ in run(session):
+        partial = session.result()
+        assert partial.token_ids == greedy(TARGET, PROMPT, 30)[: len(partial.token_ids)]
+    report, steps = session.result().report, session.steps
+    assert report.num_new_tokens == sum(step.num_committed for step in steps) == 30
+    assert report.num_iterations == len(steps)
+    assert report.tokens_per_iteration == pytest.approx(30 / len(steps))
+    assert report.num_drafted_nodes == sum(step.num_drafted for step in steps)
+    assert report.node_acceptance == pytest.approx(report.num_accepted_tokens / report.num_drafted_nodes)
+    shares = [step.num_accepted / step.depth for step in steps if step.depth]
+    assert report.path_acceptance == pytest.approx(sum(shares) / len(shares))
+    assert report.num_accepted_tokens == sum(step.num_accepted for step in steps)
+    assert all(step.num_committed - step.num_accepted in (0, 1) for step in steps)
+    total = report.draft_seconds + report.verify_seconds + report.rest_seconds
+    assert total == pytest.approx(report.decode_seconds)
+    assert report.tokens_per_second == pytest.approx(30 / report.decode_seconds)
+    assert 0 < report.rest_seconds <= report.overhead_seconds < report.decode_seconds
+    assert report.prefill_seconds > 0
+    assert (report.policy, report.num_prompt_tokens) == ("phase2", 3)
+
+
+def test_an_end_inside_a_path_counts_only_what_was_committed():
+    expected = greedy(TARGET, PROMPT, 20)
+    eos = expected[4]
+    result = generate(TARGET, TARGET, PROMPT, policy="linear(depth=8)", max_new_tokens=20, eos_token_id=eos)
+    (step,) = result.report.steps
+    assert step.num_committed == step.num_accepted == expected.index(eos) + 1
+    assert result.stop_reason == "eos"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [([], None), ([1, 2, 3], None), ([1, 2, 3, 4], 0.0), ([1] * 8, 0.8), ([1, 2, 3, 4, 1, 2, 3, 4], 0.2)],
+)
+def test_repetition(tokens, expected):
+    assert repetition(tokens) == (None if expected is None else pytest.approx(expected))
