@@ -112,8 +112,13 @@ class TreeCache(Cache):
 
     def _allocate(self, key_states: Tensor, value_states: Tensor) -> None:
         for buffers, states in ((self.keys, key_states), (self.values, value_states)):
-            # zeros, not empty: a hidden slot has weight 0 in attention, and 0 × NaN would still be NaN
-            buffers.append(states.new_zeros(len(self.lengths), states.shape[1], self.capacity, states.shape[3]))
+            buffer = states.new_empty(len(self.lengths), states.shape[1], self.capacity, states.shape[3])
+            if len(self.lengths) > 1:
+                # a batch row that is shorter than the longest shows slots that were never written. They are hidden,
+                # with weight 0 in attention, but 0 × NaN would be NaN. One row shows no such slot, and leaving its
+                # buffer untouched keeps the pages of trees that are never drafted out of memory.
+                buffer.zero_()
+            buffers.append(buffer)
         self._block_lens.append(0)
 
     def _gather(self, row: int, path: Sequence[int]) -> None:

@@ -73,22 +73,22 @@ def _checked_count(session: Session, frontier: Frontier, branch: BranchFactor, s
         PolicyError: a branch factor out of range.
         DrafterError: a proposal that is NaN, or a token that the target does not know.
     """
-    is_admitted = scores > -torch.inf
     proposals = frontier.proposals
-    is_unknown = (proposals.token_ids < 0) | (proposals.token_ids >= session.vocab_size)
     checks = [
-        is_admitted.sum(),
-        (is_unknown & is_admitted).any(),
-        (proposals.logprobs.isnan() | (proposals.logprobs > 1e-3)).any(),  # rounding may exceed log 1 = 0
+        (scores > -torch.inf).sum(),
+        *proposals.token_ids.aminmax(),
+        (proposals.logprobs <= 1e-3).all(),  # False for NaN too; rounding may exceed log 1 = 0 a little
     ]
     if isinstance(branch.wanted, Tensor):
-        checks.append(((branch.wanted < 0) | (branch.wanted > frontier.top_k)).any())
-    num_children, has_unknown, has_bad_logprob, *has_bad_width = torch.stack(checks).tolist()
-    if any(has_bad_width):
-        session.stack.refuse_branch_factor(branch.policy, branch.wanted, frontier.top_k)
-    if has_unknown or has_bad_logprob:
-        fault = "log-probabilities must be numbers of at most 0" if has_bad_logprob else (
-            f"token ids must be from 0 to {session.vocab_size - 1}"
-        )  # fmt: skip
+        checks += branch.wanted.aminmax()
+    num_children, min_id, max_id, is_sound, *widths = torch.stack(checks).tolist()
+    if widths and not 0 <= widths[0] <= widths[1] <= frontier.top_k:
+        session.stack.refuse_branch_factor(branch.policy, f"{widths[0]} to {widths[1]}", frontier.top_k)
+    fault = None
+    if not is_sound:
+        fault = "log-probabilities must be numbers of at most 0"
+    elif not 0 <= min_id <= max_id < session.vocab_size:
+        fault = f"token ids must be from 0 to {session.vocab_size - 1}"
+    if fault:
         raise DrafterError(f"drafter '{session.drafter_name}' made a bad proposal: {fault}, got {proposals}")
     return int(num_children)

@@ -7,6 +7,7 @@ plugins come through the same door as anyone else's.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
 from collections import defaultdict
@@ -45,8 +46,12 @@ PRESETS = "dynatree.presets"  # name -> a stack string
 DRAFTERS = "dynatree.drafters"  # name -> Drafter class
 
 
+@functools.cache
 def plugin_table(group: str) -> dict[str, list[EntryPoint]]:
-    """Everything that is installed under a group, by name; more than one entry for a name is a conflict."""
+    """Everything that is installed under a group, by name; more than one entry for a name is a conflict.
+
+    Read once per process: it costs milliseconds, and a package installed while a program runs is not seen by it.
+    """
     table: defaultdict[str, list[EntryPoint]] = defaultdict(list)
     for entry_point in sorted(entry_points(group=group), key=lambda entry: entry.name):
         table[entry_point.name].append(entry_point)

@@ -38,7 +38,7 @@ class Limits:
 class Proposals:
     """A drafter's distribution over the children of each frontier node, best first.
 
-    Where a drafter knows fewer than k children, the rest has a log-probability of -inf.
+    Where a drafter knows fewer than k children, the rest has a log-probability of -inf and any valid token id.
     """
 
     token_ids: Tensor  # [width, k] int64

@@ -33,7 +33,5 @@ class Confidence:
 
     @hookimpl
     def branch_factor(self, frontier: Frontier) -> Tensor:
-        branch = torch.full_like(frontier.token_ids, self.default_branch)
-        branch[frontier.confidence > self.high] = self.min_branch
-        branch[frontier.confidence < self.low] = self.max_branch
-        return branch
+        unsure = torch.where(frontier.confidence < self.low, self.max_branch, self.default_branch)
+        return torch.where(frontier.confidence > self.high, self.min_branch, unsure)

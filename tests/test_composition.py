@@ -144,5 +144,9 @@ def test_objects_and_lists():
 def test_two_plugins_of_one_name(monkeypatch):
     twice = [EntryPoint("fixed", value, registry.POLICIES) for value in ("a.b:C", "d.e:F")]
     monkeypatch.setattr(registry, "entry_points", lambda group: twice if group == registry.POLICIES else [])
-    with pytest.raises(PluginConflictError, match=r"'fixed' comes from .*a\.b:C.* and .*d\.e:F"):
-        build_stack("fixed")
+    registry.plugin_table.cache_clear()
+    try:
+        with pytest.raises(PluginConflictError, match=r"'fixed' comes from .*a\.b:C.* and .*d\.e:F"):
+            build_stack("fixed")
+    finally:
+        registry.plugin_table.cache_clear()

@@ -16,7 +16,7 @@ from dynatree_core.clock import StageClock
 from dynatree_core.records import Proposals
 from dynatree_core.tree import TokenTree
 
-__all__ = ["DraftPlan", "DraftState", "Drafter"]
+__all__ = ["DraftPlan", "DraftState", "Drafter", "padded_proposals"]
 
 
 @attrs.frozen(eq=False)
@@ -73,3 +73,12 @@ class DraftState(abc.ABC):
     @abc.abstractmethod
     def rollback(self) -> None:
         """Forget all drafted nodes of an iteration that failed."""
+
+
+def padded_proposals(token_ids: Tensor, logprobs: Tensor, k: int) -> Proposals:
+    """Proposals of exactly k children from [width, at most k] tensors: what is missing has probability 0."""
+    missing = k - logprobs.shape[1]
+    if missing == 0:
+        return Proposals(token_ids, logprobs)
+    pad = torch.nn.functional.pad
+    return Proposals(pad(token_ids, (0, missing)), pad(logprobs, (0, missing), value=-torch.inf))

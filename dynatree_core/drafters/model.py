@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynatree_core.architectures import check_causal_lm, max_positions, vocab_size
 from dynatree_core.cache import TreeCache
-from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
+from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, padded_proposals
 from dynatree_core.errors import ContextLimitError, ParameterError, VocabularyMismatchError
 from dynatree_core.flatten import flatten_chain, flatten_level
 from dynatree_core.models import load_model
@@ -113,8 +113,4 @@ def top_proposals(logits: Tensor, k: int) -> Proposals:
     logits = logits.float()
     top = logits.topk(min(k, logits.shape[-1]), dim=-1)
     logprobs = top.values - logits.logsumexp(dim=-1, keepdim=True)
-    missing = k - logprobs.shape[-1]
-    return Proposals(
-        token_ids=torch.nn.functional.pad(top.indices, (0, missing)),
-        logprobs=torch.nn.functional.pad(logprobs, (0, missing), value=-torch.inf),
-    )
+    return padded_proposals(top.indices, logprobs, k)

@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
+from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, padded_proposals
 from dynatree_core.params import count
 from dynatree_core.records import Proposals
 from dynatree_core.tree import TokenTree
@@ -69,15 +69,14 @@ class PromptLookupState(DraftState):
     def _find_matches(self, ids: Tensor) -> None:
         """The best occurrences of the suffix: where each ends, and how many tokens of the suffix it matches."""
         earlier = ids.numel() - 1  # an occurrence ends at any token but the last
-        is_matching = torch.ones(earlier, dtype=torch.bool, device=ids.device)
-        lengths = torch.zeros(earlier, dtype=torch.int64, device=ids.device)
-        for n in range(min(self.drafter.max_ngram, earlier)):
-            is_matching[n:] &= ids[: earlier - n] == ids[earlier - n]
-            is_matching[:n] = False
-            lengths += is_matching
+        n = min(self.drafter.max_ngram, earlier)
+        padded = torch.nn.functional.pad(ids, (max(n - 1, 0), 0), value=-1)
+        windows = padded.unfold(0, max(n, 1), 1)[:-1]  # [earlier, n]: the n tokens that end at each place
+        # matching from the right for as long as every token matches
+        lengths = (windows == ids[-max(n, 1) :]).flip(1).cumprod(dim=1).sum(dim=1)
         order = lengths * earlier + torch.arange(earlier, device=ids.device)
         self.ends = order.topk(min(self.drafter.max_matches, earlier)).indices  # [matches]
-        self.lengths = lengths[self.ends]  # [matches]
+        self.lengths = lengths[self.ends].float()  # [matches]
         self.is_followed = (self.lengths > 0)[None]  # [width, matches]: which occurrences agree with a node's path
 
     def _follow(self, tree: TokenTree) -> None:
@@ -97,16 +96,12 @@ class PromptLookupState(DraftState):
 
     def _vote(self, depth: int, k: int) -> Proposals:
         """Distinct next tokens by the weight of the occurrences behind them."""
-        matches = self.ends.numel()
+        if self.ends.numel() == 0:  # a text of one token has nothing earlier
+            return padded_proposals(self.ends[None], self.lengths[None], k)
         weights = self.is_followed * (self.lengths + depth).square()  # [width, matches]
-        is_same = self.next_ids[:, None] == self.next_ids  # [matches, matches]
-        # the first occurrence that says a token speaks for all that say it
-        is_first = ~(is_same.tril(diagonal=-1)[None] & self.is_followed[:, None, :]).any(dim=2) & self.is_followed
-        votes = (weights.float() @ is_same.float()) * is_first
+        # the first occurrence that says a token collects the weight of all that say it
+        spokesman = (self.next_ids[:, None] == self.next_ids).byte().argmax(dim=1)  # [matches]
+        votes = torch.zeros_like(weights).index_add_(1, spokesman, weights)
         probs = votes / (weights.sum(dim=1, keepdim=True) + UNSEEN_WEIGHT)
-        top = probs.topk(min(k, matches), dim=1)
-        padding = (0, k - top.values.shape[1])
-        return Proposals(
-            token_ids=torch.nn.functional.pad(self.next_ids[top.indices], padding),
-            logprobs=torch.nn.functional.pad(top.values.log(), padding, value=-torch.inf),
-        )
+        top = probs.topk(min(k, self.ends.numel()), dim=1)
+        return padded_proposals(self.next_ids[top.indices], top.values.log(), k)

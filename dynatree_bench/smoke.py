@@ -1,0 +1,223 @@
+"""What are trees worth on the default model, and where does an iteration's time go?
+
+Question: tokens per target pass, speed relative to autoregressive decoding on the same runtime, the part of an
+iteration outside the models' forward passes, and peak memory, for `phase3` and `fixed` with `prompt_lookup` drafts.
+
+Method: every prompt is decoded by all methods one after another, in rotating order, in one process after a warm-up; a
+speed is the ratio of two runs of the same prompt, and its median and range are shown. The machine is watched while
+it runs, because a busy one says nothing about speed. Memory is measured in a process per method: the highest resident
+size during one generation, the peak counter being reset after loading.
+
+Output: a table per kind of prompt, then two lines: overhead as a share of an autoregressive step, and peak memory
+relative to autoregressive decoding. Exit code 1 if any output differed from autoregressive decoding.
+
+Command: python -m dynatree_bench.smoke [--prompts FILE.jsonl] [--per-kind N] [--max-new-tokens N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+
+import attrs
+import psutil
+import torch
+import transformers
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from dynatree_bench.prompts import BUILT_IN, load_prompts
+from dynatree_core import GenerationResult, LoadedModel, generate, load_model
+
+BASELINE = "autoregressive"
+METHODS = (BASELINE, "fixed", "phase3")
+DRAFTER = "prompt_lookup"
+BUSY_PERCENT = 10  # of one core, used by others: above it, speeds are not to be believed
+
+
+@attrs.frozen
+class Run:
+    """One generation of one prompt by one method."""
+
+    result: GenerationResult
+    speedup: float  # decoding time of the baseline on this prompt ÷ this method's
+    is_identical: bool  # to the baseline's tokens
+
+
+def main() -> int:
+    arguments = _parse_arguments()
+    if arguments.memory_of:
+        print(peak_memory(arguments.memory_of, arguments.max_new_tokens))
+        return 0
+    console = Console()
+    kinds = load_prompts(arguments.prompts, arguments.per_kind)
+    console.print(
+        f"dynatree {version('dynatree')}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{platform.machine()}, {torch.get_num_threads()} threads, float32, drafter {DRAFTER}, "
+        f"{arguments.max_new_tokens} new tokens at most"
+    )
+    others_before = busy_percent(seconds=2.0)
+    default = load_model(None, device="cpu")
+    runs = measure(default, kinds, arguments.max_new_tokens, console)
+    others_after = busy_percent(seconds=2.0)
+    for kind in kinds:
+        console.print(_table(kind, {method: runs[kind, method] for method in METHODS}))
+    _print_overhead(console, runs)
+    if not arguments.no_memory:
+        _print_memory(console, arguments.max_new_tokens)
+    if max(others_before, others_after) > BUSY_PERCENT:
+        console.print(
+            f"[yellow]the machine was busy: other processes used {others_before:.0f} % of a core before and "
+            f"{others_after:.0f} % after; the times above are not to be believed"
+        )
+    else:
+        console.print(
+            f"the machine was idle: others used {others_before:.0f} % of a core before, {others_after:.0f} % after"
+        )
+    differing = sum(not run.is_identical for group in runs.values() for run in group)
+    console.print(f"outputs that differ from autoregressive decoding: {differing} of {sum(map(len, runs.values()))}")
+    return 1 if differing else 0
+
+
+def measure(
+    default: LoadedModel, kinds: dict[str, list[str]], max_new_tokens: int, console: Console
+) -> dict[tuple[str, str], list[Run]]:
+    """Every prompt by every method, interleaved: (kind, method) -> runs, in the order of the prompts."""
+    runs: defaultdict[tuple[str, str], list[Run]] = defaultdict(list)
+    prompts = [(kind, prompt) for kind, texts in kinds.items() for prompt in texts]
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("decoding", total=len(prompts) * len(METHODS))
+        for method in METHODS:  # warm-up: the first passes allocate and choose kernels
+            decode(default, prompts[0][1], method, 8)
+        for i, (kind, prompt) in enumerate(prompts):
+            results = {}
+            for method in METHODS[i % 3 :] + METHODS[: i % 3]:
+                results[method] = decode(default, prompt, method, max_new_tokens)
+                progress.advance(task)
+            baseline = results[BASELINE]
+            for method, result in results.items():
+                speedup = baseline.report.decode_seconds / result.report.decode_seconds
+                runs[kind, method].append(Run(result, speedup, result.token_ids == baseline.token_ids))
+    return dict(runs)
+
+
+def decode(default: LoadedModel, prompt: str, method: str, max_new_tokens: int) -> GenerationResult:
+    """One prompt through the chat template and one method."""
+    assert default.tokenizer is not None, "the default model has a tokenizer"
+    ids = default.tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+    )
+    drafter = None if method == BASELINE else DRAFTER
+    return generate(default.model, drafter, ids, policy=method, max_new_tokens=max_new_tokens)
+
+
+def busy_percent(*, seconds: float) -> float:
+    """CPU time that other processes use, in percent of one core, while this one waits."""
+    return psutil.cpu_percent(interval=seconds) * (psutil.cpu_count() or 1)
+
+
+def peak_memory(method: str, max_new_tokens: int) -> int:
+    """Highest resident size of this process during one generation, in bytes; 0 where the system cannot tell."""
+    default = load_model(None, device="cpu")
+    prompt = BUILT_IN["copying"][1]
+    decode(default, prompt, BASELINE, 4)
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return 0
+    reset.write_text("5")  # sets VmHWM, the peak resident size, to the present size
+    decode(default, prompt, method, max_new_tokens)
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def _table(kind: str, by_method: dict[str, list[Run]]) -> Table:
+    title = f"{kind}: {len(by_method[BASELINE])} prompts; times in ms per iteration"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for heading in (
+        "tokens /iter.", "path acc.", "node acc.", "nodes /iter.", "draft", "verify", "rest", "over- head",
+        "speedup (range)", "repe- tition", "same",
+    ):  # fmt: skip
+        table.add_column(heading, justify="right")
+    for method, runs in by_method.items():
+        reports = [run.result.report for run in runs]
+        iterations = sum(report.num_iterations for report in reports)
+        speedups = [run.speedup for run in runs]
+        tokens = sum(report.num_new_tokens for report in reports)
+        nodes = sum(report.num_drafted_nodes for report in reports)
+        accepted = sum(report.num_accepted_tokens for report in reports)
+        path = [report.path_acceptance for report in reports if report.path_acceptance is not None]
+        per_iteration = (
+            f"{1000 * sum(seconds) / iterations:.1f}"
+            for seconds in zip(
+                *((r.draft_seconds, r.verify_seconds, r.rest_seconds, r.overhead_seconds) for r in reports), strict=True
+            )
+        )
+        table.add_row(
+            method,
+            f"{tokens / iterations:.2f}",
+            f"{statistics.mean(path):.2f}" if path else "-",
+            f"{accepted / nodes:.2f}" if nodes else "-",
+            f"{nodes / iterations:.1f}",
+            *per_iteration,
+            f"{statistics.median(speedups):.2f} ({min(speedups):.2f}–{max(speedups):.2f})",
+            f"{statistics.mean(report.repetition or 0 for report in reports):.2f}",
+            f"{sum(run.is_identical for run in runs)}/{len(runs)}",
+        )
+    return table
+
+
+def _print_overhead(console: Console, runs: dict[tuple[str, str], list[Run]]) -> None:
+    """Overhead per iteration against an autoregressive step, both over all prompts."""
+
+    def per_iteration(method: str, field: str) -> float:
+        reports = [run.result.report for (_, of), group in runs.items() if of == method for run in group]
+        return sum(getattr(report, field) for report in reports) / sum(report.num_iterations for report in reports)
+
+    step = per_iteration(BASELINE, "decode_seconds")
+    for method in METHODS:
+        overhead = per_iteration(method, "overhead_seconds")
+        console.print(
+            f"overhead of {method}: {1000 * overhead:.2f} ms an iteration, {100 * overhead / step:.1f} % of an "
+            f"autoregressive step of {1000 * step:.1f} ms"
+        )
+
+
+def _print_memory(console: Console, max_new_tokens: int) -> None:
+    command = [sys.executable, "-m", "dynatree_bench.smoke", "--max-new-tokens", str(max_new_tokens), "--memory-of"]
+    peaks = {
+        method: int(subprocess.run([*command, method], check=True, capture_output=True, text=True).stdout)
+        for method in METHODS
+    }
+    if not peaks[BASELINE]:
+        console.print("peak memory: not measured, this system does not tell a process its peak")
+        return
+    for method, peak in peaks.items():
+        console.print(
+            f"peak memory of {method}: {peak / 2**20:.1f} MiB, {100 * (peak / peaks[BASELINE] - 1):+.2f} % "
+            f"against {BASELINE}"
+        )
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.smoke", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--prompts", type=Path, help='JSON lines with "prompt" and "category" (default: built-in prompts)'
+    )
+    parser.add_argument("--per-kind", type=int, default=5, help="prompts of each kind (default: 5)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="default: 64")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the memory measurement")
+    parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)  # how this program calls itself
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
