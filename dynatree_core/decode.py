@@ -18,8 +18,11 @@ __all__ = ["decode_step", "prefill"]
 
 @torch.inference_mode()
 def prefill(session: Session) -> None:
-    """Fill both caches with the prompt but its last token, which is the first tree's root."""
-    session.target.prefill(session.committed_ids[:-1], session.cache)
+    """Fill both caches with the prompt but its last token, which is the first tree's root.
+
+    Rows that are there already stay: in a session that goes on after a break there is nothing left to fill.
+    """
+    session.target.prefill(session.committed_ids[session.cache.length : -1], session.cache)
     if session.draft_state is not None:
         session.draft_state.prefill(session.committed_ids[:-1])
 

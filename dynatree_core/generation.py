@@ -77,9 +77,12 @@ def stream(
 def run(session: Session) -> Iterator[StepReport]:
     """Drive a session to its end, one decode step at a time.
 
+    A caller that stops listening may call it again later: the session goes on where it was.
+
     Raises:
         DynaTreeError: its `partial` holds what was committed.
     """
+    session.rollback()  # what a step that was broken off has left behind
     try:
         if session.stop_reason is None:
             with session.clock.measure("prefill", on_device=True):

@@ -119,7 +119,7 @@ class HostileState(DraftState):
     def __init__(self, source: random.Random, plan: DraftPlan) -> None:
         self.random, self.plan = source, plan
 
-    def prefill(self, prompt_ids: torch.Tensor) -> None:
+    def prefill(self, committed_ids: torch.Tensor) -> None:
         pass
 
     def propose(self, committed_ids: torch.Tensor, tree: TokenTree, k: int) -> Proposals:

@@ -139,6 +139,19 @@ def test_stream_yields_the_same_tokens():
     assert [report.iteration for report in reports] == list(range(len(reports)))
 
 
+@pytest.mark.parametrize("drafter", [perturbed("llama", noise=0.02), "prompt_lookup", None])
+def test_a_session_goes_on_after_a_break(drafter):
+    target, prompt = tiny_model("llama"), [5, 6, 7]
+    session = Session(target, drafter, prompt, policy="phase3", max_new_tokens=30)
+    rounds = 0
+    while session.stop_reason is None:
+        rounds += 1
+        for _ in run(session):
+            break
+    assert rounds > 5
+    assert session.result().token_ids == greedy(target, prompt, 30)
+
+
 def test_float32_equals_greedy():
     import copy
 

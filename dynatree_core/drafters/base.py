@@ -47,8 +47,11 @@ class DraftState(abc.ABC):
     """A drafter in one generation."""
 
     @abc.abstractmethod
-    def prefill(self, prompt_ids: Tensor) -> None:
-        """Look at the prompt [prompt] but its last token, before the first decode step."""
+    def prefill(self, committed_ids: Tensor) -> None:
+        """Look at the committed tokens [committed] but the last one, before the first decode step.
+
+        Called again when a session goes on after a break; what was seen before need not be seen twice.
+        """
 
     @abc.abstractmethod
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:

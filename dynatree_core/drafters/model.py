@@ -66,8 +66,8 @@ class ModelDraftState(DraftState):
         self.usable_vocab = usable_vocab  # ids that both target and drafter know
         self.last_id = vocab_size(model) - 1
 
-    def prefill(self, prompt_ids: Tensor) -> None:
-        self.runner.prefill(self._own(prompt_ids), self.cache)
+    def prefill(self, committed_ids: Tensor) -> None:
+        self.runner.prefill(self._own(committed_ids[self.cache.length :]), self.cache)
 
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
         if tree.max_depth == 0:

@@ -49,7 +49,7 @@ class PromptLookupState(DraftState):
     def __init__(self, drafter: PromptLookupDrafter) -> None:
         self.drafter = drafter
 
-    def prefill(self, prompt_ids: Tensor) -> None:
+    def prefill(self, committed_ids: Tensor) -> None:
         pass  # the prompt comes again with every proposal
 
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
