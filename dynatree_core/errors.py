@@ -115,6 +115,6 @@ class CacheError(DynaTreeError):
 
 
 def nearest_match(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: ", did you mean 'x'?" or an empty string when nothing is near."""
+    """A hint for a misspelt name: " (did you mean 'x'?)", or an empty string when nothing is near."""
     matches = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean '{matches[0]}'?" if matches else ""
+    return f" (did you mean '{matches[0]}'?)" if matches else ""

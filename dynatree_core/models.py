@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dynatree_core import embedded
-from dynatree_core.errors import ModelLoadError
+from dynatree_core.errors import ModelLoadError, ParameterError
 
 __all__ = ["DEFAULT_MODEL", "LoadedModel", "load_model", "vocabularies_match"]
 
@@ -70,6 +70,7 @@ def load_model(
         progress: called with a sentence before anything that takes seconds; None: silent.
 
     Raises:
+        ParameterError: a device that is not here or an unknown dtype.
         ModelLoadError: in one line what was expected, what came and what to do.
         DefaultModelError: the embedded model is not installed or cannot be converted.
     """
@@ -104,7 +105,7 @@ def _resolve_device(device: str | None) -> torch.device:
         return torch.device("cuda" if num_cuda else "cpu")
     accepted = ["auto", "cpu", *["cuda"][:num_cuda], *(f"cuda:{index}" for index in range(num_cuda))]
     if device not in accepted:
-        raise ModelLoadError(f"the device must be one of those here ({', '.join(accepted)}), got '{device}'")
+        raise ParameterError(f"the device must be one of those here ({', '.join(accepted)}), got '{device}'")
     return torch.device(device)
 
 
@@ -113,7 +114,7 @@ def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     if dtype == "auto":
         return "auto" if device.type == "cuda" else torch.float32
     if dtype not in _DTYPES:
-        raise ModelLoadError(f"the dtype must be one of auto, {', '.join(_DTYPES)}, got '{dtype}'")
+        raise ParameterError(f"the dtype must be one of auto, {', '.join(_DTYPES)}, got '{dtype}'")
     return cast(torch.dtype, getattr(torch, dtype))
 
 

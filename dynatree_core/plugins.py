@@ -39,6 +39,7 @@ __all__ = [
     "plugin_parameters",
     "plugin_table",
     "plugin_variants",
+    "required_parameters",
 ]
 
 POLICIES = "dynatree.policies"  # entry-point group: name -> policy class
@@ -78,9 +79,15 @@ def load_plugin(group: str, name: str) -> Any:
 
 
 def plugin_parameters(plugin: type) -> dict[str, ParameterValue]:
-    """A plugin's parameters with their defaults, from its constructor's signature."""
+    """A plugin's parameters with their defaults, from its constructor's signature; None where one is required."""
     parameters = inspect.signature(plugin).parameters.values()
     return {p.name: None if p.default is p.empty else p.default for p in parameters}
+
+
+def required_parameters(plugin: type) -> list[str]:
+    """The parameters that have no default."""
+    parameters = inspect.signature(plugin).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty]
 
 
 def plugin_variants(plugin: type) -> Mapping[str, Mapping[str, ParameterValue]]:
@@ -126,6 +133,10 @@ def expand_preset(spec: PluginSpec) -> list[PluginSpec]:
     """
     if spec.name not in plugin_table(PRESETS):
         return [spec]
+    if spec.name in plugin_table(POLICIES):
+        raise PluginConflictError(
+            f"'{spec.name}' must be a policy or a preset, but is installed as both; uninstall one"
+        )
     if spec.parameters:
         raise ParameterError(
             f"a preset takes no parameters, got '{spec}'; write out its policies: "
@@ -181,6 +192,11 @@ def _build(group: str, spec: PluginSpec) -> object:
                 f"known are: {', '.join(known_parameters) or 'none'}"
             )
     values = {**variants.get(spec.variant or "", {}), **spec.parameters}
+    missing = [name for name in required_parameters(plugin) if name not in values]
+    if missing:
+        raise ParameterError(
+            f"'{spec.name}' needs a value for {', '.join(missing)}, as in '{spec.name}({missing[0]}=...)'"
+        )
     try:
         return plugin(**values)
     except (TypeError, ValueError) as error:

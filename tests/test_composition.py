@@ -71,7 +71,7 @@ def test_unknown_names(text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fixed(dept=4)", "no parameter 'dept', did you mean 'depth'.*known are: depth, branch, tau, max_nodes"),
+        ("fixed(dept=4)", r"no parameter 'dept' \(did you mean 'depth'\?\); known are: depth, branch, tau, max_nodes"),
         ("autoregressive(x=1)", "known are: none"),
         ("history(recent=3)", "no parameter 'recent'"),
         ("phase3(high=0.9)", r"write out its policies: confidence\+dynamic_depth\+history"),
@@ -97,7 +97,7 @@ def test_drafters_by_name():
         build_drafter("prompt_lookup(max_matches=0)")
     with pytest.raises(StackSyntaxError, match="a drafter is one name"):
         build_drafter("prompt_lookup+prompt_lookup")
-    with pytest.raises(ParameterError, match="missing 1 required positional argument: 'model'"):
+    with pytest.raises(ParameterError, match=r"'model' needs a value for model, as in 'model\(model=\.\.\.\)'"):
         build_drafter("model")
 
 

@@ -37,7 +37,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dynatree_core import embedded
-from dynatree_core.errors import DefaultModelError, ModelLoadError
+from dynatree_core.errors import DefaultModelError, ModelLoadError, ParameterError
 from dynatree_core.models import load_model, vocabularies_match
 
 WEIGHTS = "model.safetensors"
@@ -159,13 +159,13 @@ def test_auto_on_cuda_is_the_checkpoints_dtype(tmp_path: Path) -> None:
 
 
 def test_unknown_dtype_lists_the_known(saved: Path) -> None:
-    with pytest.raises(ModelLoadError, match="auto, float64, float32, bfloat16, float16, got 'int8'"):
+    with pytest.raises(ParameterError, match="auto, float64, float32, bfloat16, float16, got 'int8'"):
         load_model(str(saved), dtype="int8")
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:99", "cuda:x", ""])
 def test_unknown_device_lists_the_known(saved: Path, device: str) -> None:
-    with pytest.raises(ModelLoadError, match=r"\(auto, cpu.*\), got '" + device):
+    with pytest.raises(ParameterError, match=r"\(auto, cpu.*\), got '" + device):
         load_model(str(saved), device=device)
 
 

@@ -231,3 +231,9 @@ def test_an_end_inside_a_path_counts_only_what_was_committed():
 )
 def test_repetition(tokens, expected):
     assert repetition(tokens) == (None if expected is None else pytest.approx(expected))
+
+
+def test_a_drafter_on_another_device_is_refused():
+    elsewhere = copy.deepcopy(DRAFTER).to("meta")
+    with pytest.raises(ParameterError, match=r"on the target's device, cpu, got meta"):
+        generate(TARGET, elsewhere, PROMPT)

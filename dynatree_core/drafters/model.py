@@ -8,7 +8,6 @@ has not seen are its next root block. No token goes through it twice.
 from __future__ import annotations
 
 import attrs
-import torch
 from torch import Tensor, nn
 
 from dynatree_core.architectures import check_causal_lm, max_positions, vocab_size
@@ -43,11 +42,16 @@ class ModelDrafter(Drafter):
         self.model = model
 
     def __str__(self) -> str:
-        return f"model({getattr(self.model.config, 'name_or_path', '') or type(self.model).__name__})"
+        name = getattr(self.model.config, "name_or_path", "")
+        return f"model(model={name!r})" if name else f"model({type(self.model).__name__})"
 
     def start(self, plan: DraftPlan) -> ModelDraftState:
         head_size = vocab_size(self.model)
         check_vocabularies(plan.vocab_size, head_size)
+        if self.model.device != plan.device:
+            raise ParameterError(
+                f"the drafter must be on the target's device, {plan.device}, got {self.model.device}; move it"
+            )
         limit = max_positions(self.model)
         if limit is not None and plan.num_tokens > limit:
             raise ContextLimitError(

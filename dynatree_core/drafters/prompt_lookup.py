@@ -12,6 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from dynatree_core.composition import PluginSpec
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, padded_proposals
 from dynatree_core.params import count
 from dynatree_core.records import Proposals
@@ -37,10 +38,14 @@ class PromptLookupDrafter(Drafter):
     max_matches: int = count(16)
 
     def __str__(self) -> str:
-        return "prompt_lookup"
+        changed = {name: value for name, value in attrs.asdict(self).items() if value != getattr(DEFAULTS, name)}
+        return str(PluginSpec("prompt_lookup", None, changed))
 
     def start(self, plan: DraftPlan) -> PromptLookupState:
         return PromptLookupState(self)
+
+
+DEFAULTS = PromptLookupDrafter()
 
 
 class PromptLookupState(DraftState):

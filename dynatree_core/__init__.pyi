@@ -1,0 +1,59 @@
+from .cache import TreeCache
+from .composition import PluginSpec, format_stack, parse_stack
+from .decode import decode_step, prefill
+from .drafters.base import Drafter, DraftPlan, DraftState
+from .errors import DynaTreeError, InputError
+from .generation import generate, run, stream
+from .hookspecs import hookimpl
+from .models import LoadedModel, load_model
+from .params import choice, count, fraction
+from .plugins import build_drafter, build_stack
+from .records import (
+    Frontier,
+    GenerationReport,
+    GenerationResult,
+    Limits,
+    Proposals,
+    StepReport,
+    StepStats,
+    Verdict,
+)
+from .session import Session
+from .stack import PolicyStack
+from .tree import TokenTree
+
+__all__ = [
+    "DraftPlan",
+    "DraftState",
+    "Drafter",
+    "DynaTreeError",
+    "Frontier",
+    "GenerationReport",
+    "GenerationResult",
+    "InputError",
+    "Limits",
+    "LoadedModel",
+    "PluginSpec",
+    "PolicyStack",
+    "Proposals",
+    "Session",
+    "StepReport",
+    "StepStats",
+    "TokenTree",
+    "TreeCache",
+    "Verdict",
+    "build_drafter",
+    "build_stack",
+    "choice",
+    "count",
+    "decode_step",
+    "format_stack",
+    "fraction",
+    "generate",
+    "hookimpl",
+    "load_model",
+    "parse_stack",
+    "prefill",
+    "run",
+    "stream",
+]

