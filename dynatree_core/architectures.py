@@ -25,13 +25,29 @@ __all__ = [
     "vocab_size",
 ]
 
-# model types of transformers whose attention passes a 4-D mask through to every layer
-EXACT_FAMILIES = (
-    "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2", "olmoe", "opt",
-    "phi3", "qwen2", "qwen3", "smollm3", "stablelm",
-)  # fmt: skip
+_SLIDING = "sliding_attention"  # as in a configuration's layer_types
 
-_SLIDING = "sliding_attention"
+# How a family lets its layers look back: "all" the way; within config.sliding_window if there is one, in "every" layer;
+# or by "layer" as config.layer_types says, with a mask for each type. A setting that a family ignores is ignored here.
+# model type -> which; each passes a 4-D mask through to every layer
+EXACT_FAMILIES = {
+    "falcon": "all",
+    "gemma2": "layer",
+    "gemma3_text": "layer",
+    "gpt2": "all",
+    "gpt_neox": "all",
+    "llama": "all",
+    "mistral": "every",
+    "mixtral": "every",
+    "olmo2": "all",
+    "olmoe": "all",
+    "opt": "all",
+    "phi3": "every",
+    "qwen2": "layer",
+    "qwen3": "layer",
+    "smollm3": "layer",
+    "stablelm": "all",
+}
 
 
 @attrs.frozen
@@ -74,13 +90,13 @@ def attention_layout(model: nn.Module) -> AttentionLayout:
             f"got '{implementation}'; load the model with attn_implementation='sdpa'"
         )
     is_additive = implementation == "eager"
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types:
-        windows = {kind: config.sliding_window if kind == _SLIDING else None for kind in sorted(set(layer_types))}
-        return AttentionLayout(windows, is_mapping=True, is_additive=is_additive)
-    # a sliding_window without layer types means every layer slides (Mistral); configs that switch it off set None
-    window = getattr(config, "sliding_window", None)
-    return AttentionLayout({_SLIDING: window}, is_mapping=False, is_additive=is_additive)
+    looks_back = EXACT_FAMILIES[config.model_type]
+    if looks_back == "layer":
+        kinds = sorted(set(config.layer_types))
+        windows = {kind: config.sliding_window if kind == _SLIDING else None for kind in kinds}
+    else:
+        windows = {"all": config.sliding_window if looks_back == "every" else None}
+    return AttentionLayout(windows, is_mapping=looks_back == "layer", is_additive=is_additive)
 
 
 def check_causal_lm(model: nn.Module, role: str) -> None:

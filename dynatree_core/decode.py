@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dynatree_core.clock import timed
 from dynatree_core.commit import commit
 from dynatree_core.draft import draft
 from dynatree_core.feedback import feedback
@@ -16,6 +17,7 @@ from dynatree_core.verify import verify
 __all__ = ["decode_step", "prefill"]
 
 
+@timed("prefill", on_device=True)
 @torch.inference_mode()
 def prefill(session: Session) -> None:
     """Fill both caches with the prompt but its last token, which is the first tree's root.
@@ -27,6 +29,7 @@ def prefill(session: Session) -> None:
         session.draft_state.prefill(session.committed_ids[:-1])
 
 
+@timed("decode")
 @torch.inference_mode()
 def decode_step(session: Session) -> StepReport:
     """Commit 1 to depth + 1 tokens, exactly those that the target itself would have chosen."""

@@ -85,12 +85,9 @@ def run(session: Session) -> Iterator[StepReport]:
     session.rollback()  # what a step that was broken off has left behind
     try:
         if session.stop_reason is None:
-            with session.clock.measure("prefill", on_device=True):
-                prefill(session)
+            prefill(session)
         while session.stop_reason is None:
-            with session.clock.measure("decode"):
-                report = _step(session)
-            yield report
+            yield _step(session)
     except DynaTreeError as error:
         error.partial = session.result("error")
         raise

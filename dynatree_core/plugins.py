@@ -205,6 +205,8 @@ def _build(group: str, spec: PluginSpec) -> object:
 
 def _policy_name(policy: object) -> str:
     """A policy object's name: its `name` if that is a string, else its class's name in snake case."""
+    if isinstance(policy, type):
+        return policy.__name__
     name = getattr(policy, "name", None)
     return name if isinstance(name, str) else re.sub(r"(?<!^)(?=[A-Z])", "_", type(policy).__name__).lower()
 

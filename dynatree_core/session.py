@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,25 @@ __all__ = ["Session"]
 
 DEFAULT_TAU = 0.05
 DEFAULT_MAX_NODES = 128
+# settings of a generation config by which generate() changes greedy decoding -> the value that changes nothing
+_SETTINGS_OF_GENERATE: dict[str, object] = {
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "exponential_decay_length_penalty": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1,
+    "max_time": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "repetition_penalty": 1,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "suppress_tokens": None,
+    "watermarking_config": None,
+}
 # no tree of the literature is deeper, and a policy that never stops must stop somewhere
 DEFAULT_MAX_DEPTH = 64
 
@@ -58,6 +78,7 @@ class Session:
         self.prompt_ids = _checked_prompt(input_ids, self.vocab_size)
         self.max_new_tokens = _checked_max_new_tokens(max_new_tokens, len(self.prompt_ids), max_positions(target))
         self.eos_token_ids = _eos_token_ids(target, eos_token_id)
+        _warn_of_settings_not_applied(target)
         self.stack: PolicyStack = build_stack(policy)
         self.limits = _limits(self.stack, max_depth, max_nodes, tau, top_k, self.vocab_size)
         self.clock = StageClock(self.device)
@@ -199,6 +220,21 @@ def _eos_token_ids(target: nn.Module, eos_token_id: int | Sequence[int] | None) 
     if eos_token_id is None:
         return frozenset()
     return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+
+
+def _warn_of_settings_not_applied(target: nn.Module) -> None:
+    """Say what the model's generation config asks for that generate() applies to greedy decoding and this does not."""
+    config = getattr(target, "generation_config", None)
+    given = {name: getattr(config, name, None) for name in _SETTINGS_OF_GENERATE}
+    not_applied = {name: value for name, value in given.items() if value not in (None, _SETTINGS_OF_GENERATE[name])}
+    if not_applied:
+        listed = ", ".join(f"{name}={value!r}" for name, value in not_applied.items())
+        warnings.warn(
+            f"the output is the target's plain greedy text: its generation config asks for {listed}, which generate() "
+            "would apply and this does not; set them to None to make both alike",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def _limits(

@@ -7,6 +7,7 @@ has an author, and two sessions share no state. The rules by which answers combi
 from __future__ import annotations
 
 import inspect
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,11 +92,12 @@ class PolicyStack:
             with _blame(name, "should_expand"):
                 answers = call(frontier=frontier)
             for answer in answers:
-                if not isinstance(answer, bool):
-                    _check_tensor(answer, torch.bool, (frontier.width,), frontier.tree.device, name, "should_expand")
-                verdict = answer if verdict is True else verdict & answer
-                if verdict is False:
+                if answer is False:
                     return False
+                if answer is True:
+                    continue
+                _check_tensor(answer, torch.bool, (frontier.width,), frontier.tree.device, name, "should_expand")
+                verdict = answer if verdict is True else verdict & answer
         return verdict
 
     def branch_factor(self, frontier: Frontier) -> BranchFactor:
@@ -154,6 +156,10 @@ def _manager() -> pluggy.PluginManager:
 
 def _register(name: str, policy: object) -> list[pluggy.HookCaller]:
     """A caller for each hook that the policy implements, reaching this policy alone."""
+    if isinstance(policy, type):
+        raise PolicyError(
+            f"policy '{name}' must be an instance, got the class {policy.__name__}; write {policy.__name__}()"
+        )
     manager = _manager()
     try:
         manager.register(policy, name=name)
@@ -164,7 +170,7 @@ def _register(name: str, policy: object) -> list[pluggy.HookCaller]:
     if not callers:
         raise PolicyError(
             f"policy '{name}' ({type(policy).__name__}) must implement at least one of {', '.join(hook_names())}, "
-            "got none; mark its methods with @hookimpl and use an instance, not the class"
+            "got none; mark its methods with @hookimpl"
         )
     for caller in callers:
         for impl in caller.get_hookimpls():
@@ -177,10 +183,10 @@ def _register(name: str, policy: object) -> list[pluggy.HookCaller]:
 
 
 def _explain(error: Exception) -> str:
-    """pluggy's own words, with the nearest hook where one was misspelt."""
+    """pluggy's own words; where a hook was misspelt, the nearest one."""
     text = " ".join(str(error).split())
-    unknown = text.removeprefix("unknown hook ").split("'")
-    return text + nearest_match(unknown[1], hook_names()) if text.startswith("unknown hook") else text
+    unknown = re.match("unknown hook '(.*?)'", text)
+    return unknown[0] + nearest_match(unknown[1], hook_names()) if unknown else text
 
 
 def _has_default(function: Callable[..., Any]) -> bool:
@@ -202,7 +208,8 @@ def _blame(name: str, hook: str) -> Iterator[None]:
 def _check_tensor(
     answer: object, dtype: torch.dtype, shape: Sequence[int], device: torch.device, name: str, hook: str
 ) -> None:
-    wanted = f"a {dtype} tensor of shape {list(shape)} on {device}"
+    plain = {"branch_factor": "an int, ", "should_expand": "a bool, "}.get(hook, "")
+    wanted = f"{plain}None or a {dtype} tensor of shape {list(shape)} on {device}"
     if not isinstance(answer, Tensor):
         got = f"{answer!r} ({type(answer).__name__})"
     elif answer.dtype != dtype or answer.shape != torch.Size(shape) or answer.device != device:

@@ -64,17 +64,19 @@ class History:
     def _move_high(self, stack: PolicyStack, step: float) -> None:
         confidence = stack.find("confidence")
         if confidence is not None and step:
-            confidence.high = _clip(confidence.high + step, HIGH_BOUNDS)
+            confidence.high = _moved(confidence.high, step, HIGH_BOUNDS)
 
     def _move_base_depth(self, stack: PolicyStack, step: int) -> None:
         dynamic_depth = stack.find("dynamic_depth")
         if dynamic_depth is not None:
-            dynamic_depth.base_depth = int(_clip(dynamic_depth.base_depth + step, BASE_DEPTH_BOUNDS))
+            dynamic_depth.base_depth = int(_moved(dynamic_depth.base_depth, step, BASE_DEPTH_BOUNDS))
 
 
 def _sign(number: float) -> int:
     return (number > 0) - (number < 0)
 
 
-def _clip(value: float, bounds: tuple[float, float]) -> float:
-    return min(max(value, bounds[0]), bounds[1])
+def _moved(value: float, step: float, bounds: tuple[float, float]) -> float:
+    """The value after a step towards a bound, which it does not pass; one beyond it already stays where it is."""
+    lowest, highest = bounds
+    return max(value, min(value + step, highest)) if step > 0 else min(value, max(value + step, lowest))

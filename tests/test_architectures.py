@@ -69,6 +69,18 @@ def test_generation_equals_greedy(family):
         assert generate(target, drafter, prompt, policy="phase1", max_new_tokens=30).token_ids == expected
 
 
+@pytest.mark.parametrize("family", [family for family, looks in EXACT_FAMILIES.items() if looks == "all"])
+def test_a_window_that_a_family_ignores_is_ignored(family):
+    """The reference is recomputation: `generate` drops keys beyond such a window."""
+    target = tiny_model(family, sliding_window=6, layer_types=("sliding_attention",) * 2)
+    prompt = list(range(20))
+    result = generate(target, target, prompt, policy="fixed(depth=8,tau=0.0)", max_new_tokens=20)
+    text = list(prompt)
+    for _ in range(20):
+        text.append(int(target(torch.tensor([text]), use_cache=False).logits[0, -1].float().argmax()))
+    assert result.token_ids == text[20:]
+
+
 @pytest.mark.parametrize("family", EXACT_FAMILIES)
 def test_generation_reaches_the_end_of_the_context(family):
     """The deepest node of the last tree stands at the last position that the model has."""

@@ -92,6 +92,21 @@ def test_hook_should_expand_false_costs_no_drafter_pass():
         handle.remove()
 
 
+def test_hook_should_expand_a_plain_false_ends_the_level_wherever_it_stands():
+    def num_passes(policy: str) -> int:
+        passes = []
+        handle = DRAFTER.register_forward_pre_hook(lambda module, args, kwargs: passes.append(1), with_kwargs=True)
+        try:
+            generate(TARGET, DRAFTER, PROMPT, policy=policy, max_new_tokens=30, tau=0.0)
+        finally:
+            handle.remove()
+        return len(passes)
+
+    assert num_passes("dynamic_depth:plan+fixed(depth=2,tau=0.0)") == num_passes(
+        "fixed(depth=2,tau=0.0)+dynamic_depth:plan"
+    )
+
+
 def test_hook_keep_nodes():
     """Closed under ancestors, ANDed, and the root stays."""
 
@@ -278,7 +293,7 @@ def test_unusable_policies_are_refused_before_anything_runs():
         (WrongArgument(), "front"),
         (Defaulted(), "no default values"),
         (NoHooks(), "mark its methods with @hookimpl"),
-        (HookedClass, "use an instance, not the class"),
+        (HookedClass, r"must be an instance, got the class HookedClass; write HookedClass\(\)"),
         (object(), "must implement at least one of branch_factor"),
     ]:
         with pytest.raises(PolicyError, match=message):
@@ -288,5 +303,6 @@ def test_unusable_policies_are_refused_before_anything_runs():
 class HookedClass:
     """Given to a stack as the class itself, by mistake."""
 
-    def helper(self):
+    @hookimpl
+    def branch_factor(self, frontier):
         return 1

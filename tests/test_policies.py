@@ -196,6 +196,18 @@ def test_history_window_bounds():
     assert (confidence.high, dynamic_depth.base_depth) == (0.95, 2)
 
 
+def test_history_never_moves_a_parameter_the_wrong_way():
+    """A threshold that was set beyond the published bound stays there, rather than being pulled back to it."""
+    stack = build_stack("confidence(high=0.99)+dynamic_depth(base_depth=12,max_depth=20)+history:plan")
+    for _ in range(5):
+        stack.on_iteration_end(report(0, 5))
+    assert stack.find("confidence").high == 0.99
+    assert stack.find("dynamic_depth").base_depth == 11
+    for _ in range(20):
+        stack.on_iteration_end(report(5, 5))
+    assert stack.find("confidence").high < 0.9
+
+
 def test_history_alone_changes_nothing():
     stack = build_stack("history")
     for _ in range(12):

@@ -9,7 +9,7 @@ import torch
 from strategies import HostileDrafter
 from tiny import CONTEXT, VOCAB, greedy, perturbed, tiny_model
 
-from dynatree_core import Drafter, Proposals, Session, generate, run
+from dynatree_core import Drafter, Proposals, Session, decode_step, generate, prefill, run
 from dynatree_core.errors import (
     ContextLimitError,
     DrafterError,
@@ -237,3 +237,22 @@ def test_a_drafter_on_another_device_is_refused():
     elsewhere = copy.deepcopy(DRAFTER).to("meta")
     with pytest.raises(ParameterError, match=r"on the target's device, cpu, got meta"):
         generate(TARGET, elsewhere, PROMPT)
+
+
+def test_settings_of_the_generation_config_that_are_not_applied_are_named():
+    model = copy.deepcopy(TARGET)
+    model.generation_config.repetition_penalty = 1.8
+    model.generation_config.min_new_tokens = 0
+    with pytest.warns(RuntimeWarning, match=r"asks for repetition_penalty=1\.8, which generate\(\) would apply"):
+        result = generate(model, DRAFTER, PROMPT, max_new_tokens=8)
+    assert result.token_ids == greedy(TARGET, PROMPT, 8)
+
+
+def test_a_session_driven_by_hand_has_times():
+    session = Session(TARGET, DRAFTER, PROMPT, max_new_tokens=12)
+    prefill(session)
+    while session.stop_reason is None:
+        decode_step(session)
+    report = session.result().report
+    assert min(report.prefill_seconds, report.rest_seconds, report.overhead_seconds) > 0
+    assert report.decode_seconds > report.verify_seconds

@@ -62,6 +62,7 @@ def tiny_model(model_type: str, seed: int = 0, *, attention: str | None = None, 
     With `attention=None` transformers chooses: SDPA where the family has it.
     """
     torch.manual_seed(seed)
+    overrides = {key: list(value) if isinstance(value, tuple) else value for key, value in overrides.items()}
     config = CONFIG_MAPPING[model_type](**{**CONFIGS[model_type], **overrides})
     # the other ways to run a mixture of experts take no float64
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, experts_implementation="eager")
