@@ -57,7 +57,7 @@ def main() -> int:
     if arguments.memory_of:
         print(peak_memory(arguments.memory_of, arguments.max_new_tokens))
         return 0
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     kinds = load_prompts(arguments.prompts, arguments.per_kind)
     console.print(
         f"dynatree {version('dynatree')}, torch {torch.__version__}, transformers {transformers.__version__}, "
@@ -143,8 +143,8 @@ def _table(kind: str, by_method: dict[str, list[Run]]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
     for heading in (
-        "tokens /iter.", "path acc.", "node acc.", "nodes /iter.", "draft", "verify", "rest", "over- head",
-        "speedup (range)", "repe- tition", "same",
+        "tokens /iter.", "path acc.", "node acc.", "nodes /iter.", "draft", "verify", "rest", "over- head", "speedup",
+        "range", "repe- tition", "same",
     ):  # fmt: skip
         table.add_column(heading, justify="right")
     for method, runs in by_method.items():
@@ -168,7 +168,8 @@ def _table(kind: str, by_method: dict[str, list[Run]]) -> Table:
             f"{accepted / nodes:.2f}" if nodes else "-",
             f"{nodes / iterations:.1f}",
             *per_iteration,
-            f"{statistics.median(speedups):.2f} ({min(speedups):.2f}–{max(speedups):.2f})",
+            f"{statistics.median(speedups):.2f}",
+            f"{min(speedups):.2f}–{max(speedups):.2f}",
             f"{statistics.mean(report.repetition or 0 for report in reports):.2f}",
             f"{sum(run.is_identical for run in runs)}/{len(runs)}",
         )
