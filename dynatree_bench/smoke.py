@@ -57,7 +57,7 @@ def main() -> int:
     if arguments.memory_of:
         print(peak_memory(arguments.memory_of, arguments.max_new_tokens))
         return 0
-    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     kinds = load_prompts(arguments.prompts, arguments.per_kind)
     console.print(
         f"dynatree {version('dynatree')}, torch {torch.__version__}, transformers {transformers.__version__}, "

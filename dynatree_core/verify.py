@@ -9,9 +9,7 @@ from dynatree_core.errors import NonFiniteLogitsError
 from dynatree_core.records import Verdict
 from dynatree_core.tree import TokenTree
 
-__all__ = ["first_argmax", "verify"]
-
-CHUNK = 256  # vocabulary entries that one reduction of `first_argmax` looks at
+__all__ = ["verify"]
 
 
 def verify(tree: TokenTree, logits: Tensor) -> Verdict:
@@ -34,7 +32,7 @@ def verify(tree: TokenTree, logits: Tensor) -> Verdict:
     if logits.dtype == torch.float64:
         # generate() chooses in float32; two float64 logits that are one float32 number tie there, and must tie here
         logits = logits.float()
-    top_logit, top_token = first_argmax(logits)
+    top_logit, top_token = logits.max(dim=-1)  # [nodes]; max() puts NaN above every number
     matches = torch.ones_like(tree.token_ids, dtype=torch.bool)
     matches[1:] = tree.token_ids[1:] == top_token[tree.parent[1:]]
     is_alive = ~(tree.ancestor_mask & ~matches).any(dim=1)
@@ -58,27 +56,3 @@ def verify(tree: TokenTree, logits: Tensor) -> Verdict:
         )
     nodes, draft_nodes, token_ids = (outcome[3 + i * levels :][1 : num_accepted + 1] for i in range(3))
     return Verdict(tuple(nodes), tuple(draft_nodes), (*token_ids, bonus_token_id))
-
-
-def first_argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit of each row and the first place where it stands; NaN counts as the largest.
-
-    The same as `logits.max(dim=-1)`, which on a CPU is not vectorised: for 30 rows of 49,152 it takes 0.6 ms, this
-    0.1 ms. The maximum of each chunk is found first, then the place within the chunk that has it.
-
-    Args:
-        logits: [rows, vocab].
-
-    Returns:
-        Values and indices, [rows] each.
-    """
-    vocab = logits.shape[1]
-    if vocab < CHUNK:
-        top = logits.max(dim=1)
-        return top.values, top.indices
-    whole_chunks = logits[:, : vocab - vocab % CHUNK].unflatten(1, (-1, CHUNK)).amax(dim=2)  # [rows, chunks]
-    last_chunk = logits[:, -CHUNK:].amax(dim=1, keepdim=True)  # overlaps, where the vocabulary is no multiple
-    top = torch.cat([whole_chunks, last_chunk], dim=1).max(dim=1)
-    start = (top.indices * CHUNK).clamp(max=vocab - CHUNK)
-    places = start[:, None] + torch.arange(CHUNK, device=logits.device)
-    return top.values, start + logits.gather(1, places).argmax(dim=1)

@@ -134,7 +134,9 @@ def plugin(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     if files:
         install(files, tmp_path / "site")
         monkeypatch.syspath_prepend(tmp_path / "site")
+    plugin_table.cache_clear()  # what is installed is read once per process
     yield
+    plugin_table.cache_clear()
     for name in files:
         sys.modules.pop(Path(name).stem, None)
 

@@ -11,7 +11,7 @@ from tiny import VOCAB
 
 from dynatree_core import TokenTree
 from dynatree_core.errors import NonFiniteLogitsError
-from dynatree_core.verify import CHUNK, first_argmax, verify
+from dynatree_core.verify import verify
 
 
 def walk(tree: TokenTree, best: list[int]) -> tuple[list[int], list[int]]:
@@ -78,16 +78,3 @@ def test_on_every_device(device):
         torch.tensor([0, 0], device=device), torch.tensor([1, 2], device=device), torch.zeros(2, device=device)
     )
     assert verify(tree, torch.eye(4, device=device)[[2, 0, 3]]).token_ids == (2, 3)
-
-
-@given(st.integers(1, 4), st.integers(1, 3 * CHUNK + 5), st.integers(0, 10_000), st.booleans())
-def test_first_argmax_is_that_of_torch(rows, vocab, seed, has_nan):
-    """With many ties, at every remainder of the vocabulary by the chunk, and with NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randint(0, 6, (rows, vocab), generator=generator).float()
-    if has_nan:
-        logits[torch.rand(rows, vocab, generator=generator) < 0.01] = torch.nan
-    values, indices = first_argmax(logits)
-    expected = logits.max(dim=-1)
-    assert indices.tolist() == expected.indices.tolist()
-    torch.testing.assert_close(values, expected.values, equal_nan=True)
