@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/installed  ## real text by tree speculative decoding, checked against plain decoding
 	$(BIN)/dynatree models install
-	$(BIN)/dynatree generate --compare --max-new-tokens 96 \
-	  "Write a Python function that returns the n-th Fibonacci number, then explain each line of the code."
+	$(BIN)/dynatree generate --compare "Summarise this text and quote it where you can: The committee met on \
+	Tuesday to discuss the new bridge. The new bridge will cross the river north of the old bridge. The committee \
+	agreed that it should carry trams, and that the old bridge should be kept for people on foot."
 
 test: $(VENV)/installed  ## all tests; those on the default model want `dynatree models install`, which this does
 	$(BIN)/dynatree models install

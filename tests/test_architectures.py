@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import strategies as ours
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import CONFIGS, CONTEXT, VOCAB, greedy, perturbed, tiny_model
 from transformers import (
     AutoModelForCausalLM,
@@ -58,6 +61,21 @@ def test_one_tree_pass_equals_a_pass_per_path(family, attention):
             path = tree.token_ids[tree.ancestor_mask[node]].tolist()
             alone = model(input_ids=torch.tensor([prefix + path])).logits[0, -1]
             torch.testing.assert_close(logits[node], alone, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", ours.FAMILIES)
+@settings(max_examples=25)
+@given(tree=ours.trees(), prefix=st.lists(ours.token_ids, max_size=12))
+def test_one_tree_pass_equals_a_pass_per_path_for_random_trees(family, tree, prefix):
+    model = tiny_model(family)
+    runner, cache = EagerRunner(model, StageClock(torch.device("cpu"))), TreeCache(64)
+    with torch.inference_mode():
+        runner.prefill(torch.tensor(prefix, dtype=torch.int64), cache)
+        logits = runner.forward(flatten([tree], [cache.length]), cache, stage="verify")[0]
+        for node in range(tree.num_nodes):
+            path = tree.token_ids[tree.ancestor_mask[node]].tolist()
+            alone = model(input_ids=torch.tensor([prefix + path])).logits[0, -1]
+            torch.testing.assert_close(logits[node], alone, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("family", EXACT_FAMILIES)
