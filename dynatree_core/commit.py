@@ -6,27 +6,34 @@ exactly the tokens up to there are committed.
 
 from __future__ import annotations
 
-from dynatree_core.records import Verdict
+from dynatree_core.records import StepReport, Verdict
 from dynatree_core.session import Session
 from dynatree_core.tree import TokenTree
 
 __all__ = ["commit"]
 
 
-def commit(session: Session, tree: TokenTree, verdict: Verdict) -> tuple[int, ...]:
-    """Make the verdict permanent.
+def commit(session: Session, tree: TokenTree, verdict: Verdict) -> StepReport:
+    """Make the verdict permanent, up to where generation stops.
 
-    Returns:
-        The tokens that were committed: the verdict's, cut where generation stops.
+    The drafter comes last: should it fail, the tokens are committed and counted.
     """
     token_ids = _until_stop(session, verdict.token_ids)
     # the root and all new tokens but the last are cached now; the last one is the next root
     num_cached = len(token_ids) - 1
     session.cache.commit([[0, *verdict.path[:num_cached]]])
+    report = StepReport(
+        iteration=session.num_iterations,
+        tree=tree,
+        verdict=verdict,
+        token_ids=token_ids,
+        num_accepted=min(len(verdict.path), len(token_ids)),
+    )
+    session.record(report)
     if session.draft_state is not None:
-        session.draft_state.commit(verdict.draft_path[:num_cached])
-    session.append(token_ids)
-    return token_ids
+        with session.blame_drafter():
+            session.draft_state.commit(verdict.draft_path[:num_cached])
+    return report
 
 
 def _until_stop(session: Session, token_ids: tuple[int, ...]) -> tuple[int, ...]:

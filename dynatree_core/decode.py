@@ -26,7 +26,8 @@ def prefill(session: Session) -> None:
     """
     session.target.prefill(session.committed_ids[session.cache.length : -1], session.cache)
     if session.draft_state is not None:
-        session.draft_state.prefill(session.committed_ids[:-1])
+        with session.blame_drafter():
+            session.draft_state.prefill(session.committed_ids[:-1])
 
 
 @timed("decode")
@@ -38,5 +39,5 @@ def decode_step(session: Session) -> StepReport:
     flat = flatten([tree], [session.cache.length])  # ids, positions, who sees whom
     logits = session.target.forward(flat, session.cache, stage="verify")[0]  # [nodes, vocab]
     verdict = verify(tree, logits)  # accepted path and bonus token
-    token_ids = commit(session, tree, verdict)  # keep the path's cache rows, append the tokens
-    return feedback(session, tree, verdict, token_ids)  # tell the policies
+    report = commit(session, tree, verdict)  # keep the path's cache rows, append the tokens
+    return feedback(session, report)  # tell the policies

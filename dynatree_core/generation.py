@@ -82,15 +82,22 @@ def run(session: Session) -> Iterator[StepReport]:
     Raises:
         DynaTreeError: its `partial` holds what was committed.
     """
-    session.rollback()  # what a step that was broken off has left behind
     try:
+        session.rollback()  # what a step that was broken off has left behind
         if session.stop_reason is None:
-            prefill(session)
+            _prefill(session)
         while session.stop_reason is None:
             yield _step(session)
     except DynaTreeError as error:
         error.partial = session.result("error")
         raise
+
+
+def _prefill(session: Session) -> None:
+    try:
+        prefill(session)
+    except DrafterError as error:  # the target came first, and has its prompt
+        _fall_back(session, error)
 
 
 def _step(session: Session) -> StepReport:
@@ -99,12 +106,15 @@ def _step(session: Session) -> StepReport:
     try:
         return decode_step(session)
     except (PolicyError, DrafterError) as error:
-        session.rollback()
-        if session.on_error == "raise":
-            raise
-        warnings.warn(f"drafting is off for the rest of this generation: {error}", RuntimeWarning, stacklevel=3)
-        session.draft_state = None
-        session.stack = session.stack.silenced()
+        _fall_back(session, error)
     if session.num_iterations > steps_before and session.last_report is not None:
-        return session.last_report  # the step was committed before a policy failed in on_iteration_end
+        return session.last_report  # it failed after the step was committed
     return decode_step(session)
+
+
+def _fall_back(session: Session, error: DynaTreeError) -> None:
+    """Go on without drafting, or raise the error, as the session wants it."""
+    if session.on_error == "raise":
+        raise error
+    warnings.warn(f"drafting is off for the rest of this generation: {error}", RuntimeWarning, stacklevel=4)
+    session.stop_drafting()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +89,12 @@ class Session:
         self.cache = TreeCache(num_tokens + self.limits.max_nodes)
         source = _as_drafter(drafter)
         self.drafter_name = None if source is None else str(source)
-        plan = DraftPlan(self.vocab_size, num_tokens, self.limits.max_nodes, self.device, self.clock)
-        self.draft_state: DraftState | None = None if source is None else source.start(plan)
+        self.draft_state: DraftState | None = None
+        if source is not None:
+            with self.blame_drafter():
+                self.draft_state = source.start(
+                    DraftPlan(self.vocab_size, num_tokens, self.limits.max_nodes, self.device, self.clock)
+                )
 
         self.new_token_ids: list[int] = []
         self._ids = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
@@ -131,13 +136,8 @@ class Session:
             DrafterError: naming the drafter and the fault.
         """
         assert self.draft_state is not None, "a session without a drafter never asks for proposals"
-        try:
-            with self.clock.measure("draft"):
-                proposals = self.draft_state.propose(self.committed_ids, tree, self.limits.top_k)
-        except DynaTreeError:
-            raise
-        except Exception as error:
-            raise DrafterError(f"drafter '{self.drafter_name}' raised {type(error).__name__}: {error}") from error
+        with self.clock.measure("draft"), self.blame_drafter():
+            proposals = self.draft_state.propose(self.committed_ids, tree, self.limits.top_k)
         shape = (tree.level_sizes[-1], self.limits.top_k)
         is_sound = isinstance(proposals, Proposals) and (
             proposals.token_ids.shape == proposals.logprobs.shape == shape
@@ -151,17 +151,43 @@ class Session:
             )
         return proposals
 
-    def append(self, token_ids: Sequence[int]) -> None:
-        """Append verified tokens."""
+    def record(self, report: StepReport) -> None:
+        """Append a step's verified tokens and count it."""
         start = len(self.prompt_ids) + len(self.new_token_ids)
-        self._ids[start : start + len(token_ids)] = torch.tensor(token_ids)
-        self.new_token_ids.extend(token_ids)
+        self._ids[start : start + len(report.token_ids)] = torch.tensor(report.token_ids)
+        self.new_token_ids.extend(report.token_ids)
+        self.last_report = report
+        self.steps.append(
+            StepStats(
+                num_drafted=report.tree.num_drafted,
+                depth=report.tree.max_depth,
+                num_accepted=report.num_accepted,
+                num_committed=len(report.token_ids),
+            )
+        )
 
     def rollback(self) -> None:
         """Forget an iteration that failed; the committed tokens and their cache rows stay."""
         self.cache.rollback()
         if self.draft_state is not None:
-            self.draft_state.rollback()
+            with self.blame_drafter():
+                self.draft_state.rollback()
+
+    def stop_drafting(self) -> None:
+        """Decode autoregressively for the rest of the session."""
+        self.cache.rollback()
+        self.draft_state = None
+        self.stack = self.stack.silenced()
+
+    @contextmanager
+    def blame_drafter(self) -> Iterator[None]:
+        """Turn whatever a drafter raises into a DrafterError that names it."""
+        try:
+            yield
+        except DynaTreeError:
+            raise
+        except Exception as error:
+            raise DrafterError(f"drafter '{self.drafter_name}' raised {type(error).__name__}: {error}") from error
 
     def result(self, stop_reason: str | None = None) -> GenerationResult:
         """What was generated so far; valid between any two steps.

@@ -256,3 +256,44 @@ def test_a_session_driven_by_hand_has_times():
     report = session.result().report
     assert min(report.prefill_seconds, report.rest_seconds, report.overhead_seconds) > 0
     assert report.decode_seconds > report.verify_seconds
+
+
+class Failing(Drafter):
+    """Drafts well, but fails in one of its methods, from the second call of it on if it is called often."""
+
+    def __init__(self, method):
+        self.method = method
+
+    def start(self, plan):
+        if self.method == "start":
+            raise OSError("out of order")
+        state, calls = HostileDrafter(3).start(plan), []
+        original = getattr(state, self.method)
+
+        def fail(*arguments):
+            calls.append(1)
+            if len(calls) > 1 or self.method == "prefill":
+                raise OSError("out of order")
+            return original(*arguments)
+
+        setattr(state, self.method, fail)
+        return state
+
+
+@pytest.mark.parametrize("method", ["prefill", "propose", "commit"])
+def test_a_drafter_may_fail_anywhere(method):
+    expected = greedy(TARGET, PROMPT, 12)
+    with pytest.raises(DrafterError, match="raised OSError: out of order") as caught:
+        generate(TARGET, Failing(method), PROMPT, policy="fixed", max_new_tokens=12)
+    partial = caught.value.partial
+    assert partial.token_ids == expected[: len(partial.token_ids)]
+    assert sum(step.num_committed for step in partial.report.steps) == len(partial.token_ids)
+    with pytest.warns(RuntimeWarning, match="drafting is off"):
+        result = generate(TARGET, Failing(method), PROMPT, policy="fixed", max_new_tokens=12, on_error="fallback")
+    assert result.token_ids == expected
+    assert sum(step.num_committed for step in result.report.steps) == 12
+
+
+def test_a_drafter_that_cannot_start():
+    with pytest.raises(DrafterError, match="raised OSError: out of order"):
+        generate(TARGET, Failing("start"), PROMPT)
