@@ -217,7 +217,10 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="default: 64")
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory measurement")
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)  # how this program calls itself
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if min(arguments.per_kind, arguments.max_new_tokens) < 1:
+        parser.error("--per-kind and --max-new-tokens must be at least 1")
+    return arguments
 
 
 if __name__ == "__main__":

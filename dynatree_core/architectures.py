@@ -130,6 +130,8 @@ def _reason_against(model: nn.Module, config: Any) -> str | None:
         return "it is an encoder-decoder, and only decoder-only models are supported"
     if model.get_output_embeddings() is None:  # type: ignore[operator]
         return "it has no language-modelling head; load it with AutoModelForCausalLM.from_pretrained"
+    if getattr(config, "use_bidirectional_attention", None):
+        return "its tokens see later ones, so a text cannot be decoded from its cache"
     if getattr(config, "alibi", False):
         return "its ALiBi position biases follow the order of the cache, not the positions in the tree"
     if "position_ids" not in inspect.signature(model.forward).parameters and model_type in EXACT_FAMILIES:
@@ -140,9 +142,19 @@ def _reason_against(model: nn.Module, config: Any) -> str | None:
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """Positions that the model has, its context limit; None when its configuration names none."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return int(limit) if limit else None
+    """Positions up to which the model is exact, its context limit; None when its configuration names none.
+
+    Some rotary embeddings change all their frequencies once a text is longer than a limit, so that cached keys no
+    longer fit. Dynamic scaling does so beyond `max_position_embeddings`, longrope already beyond the original length.
+    """
+    config: Any = model.config
+    limits = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # flat, or by layer type
+        if parameters.get("rope_type") == "longrope":
+            original = getattr(config, "original_max_position_embeddings", None)
+            limits.append(parameters.get("original_max_position_embeddings") or original)
+    return min((int(limit) for limit in limits if limit), default=None)
 
 
 def vocab_size(model: nn.Module) -> int:

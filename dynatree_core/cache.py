@@ -27,7 +27,7 @@ class TreeCache(Cache):
 
     Args:
         capacity: rows per batch row, committed and undecided ones together.
-        batch: number of batch rows.
+        batch: number of batch rows; a session has one.
     """
 
     def __init__(self, capacity: int, *, batch: int = 1) -> None:
@@ -101,6 +101,11 @@ class TreeCache(Cache):
     def rollback(self) -> None:
         """Forget the block."""
         self._block_lens = [0] * len(self._block_lens)
+
+    def truncate(self, length: int) -> None:
+        """Forget the block, and the committed rows of every batch row beyond the first `length`."""
+        self.lengths = [min(length, old) for old in self.lengths]
+        self.rollback()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Rows that the next pass finds before its own; asked by models that are given no positions."""

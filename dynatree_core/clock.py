@@ -28,20 +28,21 @@ class StageClock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
+        self._device = device
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def measure(self, name: str, *, on_device: bool = False) -> Iterator[None]:
         """Add the time of the block to `name`; with `on_device`, the device's time where there is one."""
-        if on_device and self._is_cuda:
+        if on_device and self._device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
+            stream = torch.cuda.current_stream(self._device)
+            start.record(stream)
             try:
                 yield
             finally:
-                end.record()
+                end.record(stream)
                 self._events.append((name, start, end))
         else:
             begin = time.perf_counter()
@@ -53,7 +54,7 @@ class StageClock:
     def seconds(self, name: str) -> float:
         """Total of all blocks of that name so far; 0.0 for a name never measured."""
         if self._events:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
             for event_name, start, end in self._events:
                 self._seconds[event_name] += start.elapsed_time(end) / 1000  # ms to s
             self._events.clear()

@@ -21,7 +21,6 @@ def commit(session: Session, tree: TokenTree, verdict: Verdict) -> StepReport:
     token_ids = _until_stop(session, verdict.token_ids)
     # the root and all new tokens but the last are cached now; the last one is the next root
     num_cached = len(token_ids) - 1
-    session.cache.commit([[0, *verdict.path[:num_cached]]])
     report = StepReport(
         iteration=session.num_iterations,
         tree=tree,
@@ -29,7 +28,9 @@ def commit(session: Session, tree: TokenTree, verdict: Verdict) -> StepReport:
         token_ids=token_ids,
         num_accepted=min(len(verdict.path), len(token_ids)),
     )
+    # tokens first: should this be broken off, a cache that lacks rows is filled again when the session goes on
     session.record(report)
+    session.cache.commit([[0, *verdict.path[:num_cached]]])
     if session.draft_state is not None:
         with session.blame_drafter():
             session.draft_state.commit(verdict.draft_path[:num_cached])

@@ -83,9 +83,8 @@ def _parse_plugin(part: str, text: str) -> PluginSpec:
 def _parse_parameters(parameters: str, part: str) -> dict[str, ParameterValue]:
     try:
         call = ast.parse(f"_({parameters})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        if call.args:
-            raise ValueError("a value without a name")
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError("a value without a name, or parentheses that do not match")
         values: dict[str, ParameterValue] = {}
         for keyword in call.keywords:
             if keyword.arg is None or keyword.arg in values:
@@ -93,7 +92,7 @@ def _parse_parameters(parameters: str, part: str) -> dict[str, ParameterValue]:
             values[keyword.arg] = ast.literal_eval(keyword.value)
             if not isinstance(values[keyword.arg], ParameterValue):
                 raise ValueError(f"{keyword.arg} is not a number, string, True, False or None")
-    except (SyntaxError, ValueError, AssertionError) as error:
+    except (SyntaxError, ValueError) as error:
         raise StackSyntaxError(
             f"parameters are written as name=value, with a number, a quoted string, True, False or None as value; "
             f"cannot read '{part.strip()}' ({error.args[0] if error.args else error})"

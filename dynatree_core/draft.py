@@ -23,7 +23,7 @@ __all__ = ["draft"]
 
 def draft(session: Session) -> TokenTree:
     """The tree that the session's policies and drafter make of the committed tokens; the root alone, if nothing."""
-    tree = TokenTree.root(session.committed_ids[-1:])
+    tree = TokenTree.root(session.committed_ids[-1:].clone())
     while tree.max_depth < session.depth_limit and tree.num_drafted < session.limits.max_nodes:
         grown = _grow_level(session, tree)
         if grown is None:

@@ -25,6 +25,7 @@ __all__ = [
     "OutOfMemoryError",
     "ParameterError",
     "PluginConflictError",
+    "PluginLoadError",
     "PolicyError",
     "PromptError",
     "StackSyntaxError",
@@ -60,6 +61,10 @@ class UnknownPluginError(InputError):
 
 class PluginConflictError(DynaTreeError):
     """Two installed packages provide a plugin of the same name."""
+
+
+class PluginLoadError(DynaTreeError):
+    """An installed plugin that cannot be imported."""
 
 
 class ParameterError(InputError):

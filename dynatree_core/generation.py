@@ -83,7 +83,6 @@ def run(session: Session) -> Iterator[StepReport]:
         DynaTreeError: its `partial` holds what was committed.
     """
     try:
-        session.rollback()  # what a step that was broken off has left behind
         if session.stop_reason is None:
             _prefill(session)
         while session.stop_reason is None:
@@ -95,9 +94,11 @@ def run(session: Session) -> Iterator[StepReport]:
 
 def _prefill(session: Session) -> None:
     try:
+        session.rollback()  # what a step that was broken off has left behind
         prefill(session)
-    except DrafterError as error:  # the target came first, and has its prompt
+    except DrafterError as error:
         _fall_back(session, error)
+        prefill(session)  # the target's part, if it was not reached
 
 
 def _step(session: Session) -> StepReport:

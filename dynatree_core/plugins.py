@@ -20,8 +20,10 @@ import attrs
 from dynatree_core.composition import ParameterValue, PluginSpec, format_stack, parse_stack
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.errors import (
+    DynaTreeError,
     ParameterError,
     PluginConflictError,
+    PluginLoadError,
     StackSyntaxError,
     UnknownPluginError,
     nearest_match,
@@ -65,6 +67,7 @@ def load_plugin(group: str, name: str) -> Any:
     Raises:
         UnknownPluginError: nobody provides it; the message lists the known names and the nearest.
         PluginConflictError: two packages provide it.
+        PluginLoadError: its package cannot be imported.
     """
     table = plugin_table(group)
     if name not in table:
@@ -75,7 +78,12 @@ def load_plugin(group: str, name: str) -> Any:
     if len(table[name]) > 1:
         sources = " and ".join(f"{entry.dist.name if entry.dist else '?'} ({entry.value})" for entry in table[name])
         raise PluginConflictError(f"a plugin's name must be unique, but '{name}' comes from {sources}; uninstall one")
-    return table[name][0].load()
+    try:
+        return table[name][0].load()
+    except (ImportError, AttributeError) as error:
+        raise PluginLoadError(
+            f"'{name}' is installed but cannot be imported ({table[name][0].value}: {error}); repair or uninstall it"
+        ) from error
 
 
 def plugin_parameters(plugin: type) -> dict[str, ParameterValue]:
@@ -118,7 +126,7 @@ def build_stack(policy: str | object | Sequence[str | object]) -> PolicyStack:
         else:
             name = _policy_name(part)
             texts.append(str(PluginSpec(name, None, _field_values(part))))
-            named = [(name, copy.deepcopy(part))]
+            named = [(name, _copied(name, part))]
         for name, instance in named:
             if name in policies:
                 raise StackSyntaxError(f"a policy can stand in a stack once, got '{name}' twice in {policy!r}")
@@ -200,7 +208,19 @@ def _build(group: str, spec: PluginSpec) -> object:
     try:
         return plugin(**values)
     except (TypeError, ValueError) as error:
+        if isinstance(error, DynaTreeError) and not isinstance(error, ParameterError):
+            raise
         raise ParameterError(f"'{spec}': {error}") from error
+
+
+def _copied(name: str, policy: object) -> object:
+    try:
+        return copy.deepcopy(policy)
+    except TypeError as error:
+        raise ParameterError(
+            f"policy '{name}' must be copyable, since every session has its own, but {error}; leave such state out of "
+            "it, or give it a __deepcopy__"
+        ) from error
 
 
 def _policy_name(policy: object) -> str:

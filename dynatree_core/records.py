@@ -58,7 +58,7 @@ class Frontier:
     iteration: int  # 0 for the first decode step of the session
     nodes_left: int  # drafted nodes that the budget still allows
     top_k: int  # the largest branch factor that can be served
-    propose: Callable[[], Proposals] = attrs.field(repr=False)
+    _propose: Callable[[], Proposals] = attrs.field(repr=False)
 
     @property
     def width(self) -> int:
@@ -88,7 +88,7 @@ class Frontier:
     @cached_property
     def proposals(self) -> Proposals:
         """What the drafter proposes as children; the first look runs the drafter over this level."""
-        return self.propose()
+        return self._propose()
 
     @property
     def top_token_ids(self) -> Tensor:
@@ -152,7 +152,7 @@ class StepReport:
     @property
     def path_acceptance(self) -> float | None:
         """Accepted drafted tokens ÷ depth of the tree, in [0, 1]; None when nothing was drafted."""
-        return len(self.verdict.path) / self.tree.max_depth if self.tree.max_depth else None
+        return self.num_accepted / self.tree.max_depth if self.tree.max_depth else None
 
 
 @attrs.frozen

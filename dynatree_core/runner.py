@@ -34,7 +34,10 @@ class EagerRunner:
         self.layout = attention_layout(model)
         self.dtype: torch.dtype = model.dtype  # type: ignore[assignment]
         # whether the head can be told to compute the last rows only, which saves most of a prefill's memory
-        self._can_skip_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
+        self._can_skip_logits = "logits_to_keep" in parameters
+        # a mixture of experts may be configured to compute its training loss, which does not take a 4-D mask
+        self._fixed_arguments = {"output_router_logits": False} if "output_router_logits" in parameters else {}
 
     def forward(self, flat: FlatTrees, cache: TreeCache, *, stage: str, last_row_only: bool = False) -> Tensor:
         """One pass; the rows' keys and values are appended to the cache's undecided block.
@@ -57,6 +60,7 @@ class EagerRunner:
             "position_ids": flat.position_ids,
             "past_key_values": cache,
             "use_cache": True,
+            **self._fixed_arguments,
         }
         if last_row_only and self._can_skip_logits:
             arguments["logits_to_keep"] = 1

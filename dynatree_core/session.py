@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,14 @@ from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
 from dynatree_core.drafters.model import ModelDrafter
-from dynatree_core.errors import ContextLimitError, DrafterError, DynaTreeError, ParameterError, PromptError
+from dynatree_core.errors import (
+    ContextLimitError,
+    DrafterError,
+    InputError,
+    OutOfMemoryError,
+    ParameterError,
+    PromptError,
+)
 from dynatree_core.metrics import summarise
 from dynatree_core.plugins import build_drafter, build_stack
 from dynatree_core.records import GenerationResult, Limits, Proposals, StepReport, StepStats
@@ -91,7 +99,7 @@ class Session:
         self.drafter_name = None if source is None else str(source)
         self.draft_state: DraftState | None = None
         if source is not None:
-            with self.blame_drafter():
+            with self.blame_drafter(InputError):
                 self.draft_state = source.start(
                     DraftPlan(self.vocab_size, num_tokens, self.limits.max_nodes, self.device, self.clock)
                 )
@@ -180,11 +188,12 @@ class Session:
         self.stack = self.stack.silenced()
 
     @contextmanager
-    def blame_drafter(self) -> Iterator[None]:
-        """Turn whatever a drafter raises into a DrafterError that names it."""
+    def blame_drafter(self, *but: type[Exception]) -> Iterator[None]:
+        """Turn whatever a drafter raises into a DrafterError that names it, but for these and lack of memory."""
+        as_they_are: tuple[type[Exception], ...] = (DrafterError, OutOfMemoryError, *but)
         try:
             yield
-        except DynaTreeError:
+        except as_they_are:
             raise
         except Exception as error:
             raise DrafterError(f"drafter '{self.drafter_name}' raised {type(error).__name__}: {error}") from error
@@ -208,7 +217,12 @@ def _as_drafter(drafter: nn.Module | Drafter | str | None) -> Drafter | None:
 
 
 def _checked_prompt(input_ids: Tensor | Sequence[int], vocab: int) -> list[int]:
-    ids = torch.as_tensor(input_ids)
+    try:
+        ids = torch.as_tensor(input_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PromptError(
+            f"a prompt is token ids, [tokens] or [1, tokens] integers, got {input_ids!r:.60}; tokenize the text first"
+        ) from error
     if ids.numel() == 0:
         raise PromptError(
             "a prompt must have at least one token, got none; start from the model's BOS token if need be"
@@ -245,7 +259,11 @@ def _eos_token_ids(target: nn.Module, eos_token_id: int | Sequence[int] | None) 
         eos_token_id = generation_config.eos_token_id if generation_config is not None else None
     if eos_token_id is None:
         return frozenset()
-    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+    try:
+        ids = torch.as_tensor(eos_token_id)
+        return frozenset(operator.index(token_id) for token_id in ids.flatten().tolist())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ParameterError(f"eos_token_id must be a token id or several, integers, got {eos_token_id!r}") from error
 
 
 def _warn_of_settings_not_applied(target: nn.Module) -> None:
@@ -280,7 +298,8 @@ def _limits(
         ("max_nodes", max_nodes, 0),
         ("top_k", top_k, 1),
     ):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
+        is_missing = value is None and name != "top_k"
+        if not is_missing and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
             raise ParameterError(f"{name} must be an integer of at least {minimum}, got {value!r}")
     if tau is not None and (isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 <= tau <= 1):
         raise ParameterError(f"tau must be a probability from 0 to 1, got {tau!r}")
@@ -293,5 +312,12 @@ def _limits(
 
 
 def _asked(stack: PolicyStack, name: str, given: float | None) -> list[float]:
-    values = [getattr(policy, name, None) for policy in stack.policies.values()]
-    return [value for value in [given, *values] if value is not None]
+    values = [] if given is None else [given]
+    for policy_name, policy in stack.policies.items():
+        value = getattr(policy, name, None)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise ParameterError(f"policy '{policy_name}': its {name} must be a number of at least 0, got {value!r}")
+        values.append(value)
+    return values

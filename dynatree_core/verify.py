@@ -27,7 +27,7 @@ def verify(tree: TokenTree, logits: Tensor) -> Verdict:
         The accepted path and its tokens, with the target's argmax after the last of them as bonus token.
 
     Raises:
-        NonFiniteLogitsError: a logit is NaN.
+        NonFiniteLogitsError: a logit on the accepted path is NaN.
     """
     if logits.dtype == torch.float64:
         # generate() chooses in float32; two float64 logits that are one float32 number tie there, and must tie here
@@ -40,16 +40,18 @@ def verify(tree: TokenTree, logits: Tensor) -> Verdict:
     # a stable sort brings the path's nodes to the front, by depth, without asking the device how many they are
     levels = tree.max_depth + 1
     path = torch.argsort((~tree.ancestor_mask[deepest]).byte(), stable=True)[:levels]
+    # off the path NaN does no harm: a wrong draft may overflow where the target's own text never goes
+    has_nan = (top_logit.isnan() & tree.ancestor_mask[deepest]).any()
     outcome = torch.cat(
         [
-            torch.stack([tree.depth[deepest], top_token[deepest], top_logit.isnan().any()]),
+            torch.stack([tree.depth[deepest], top_token[deepest], has_nan]),
             path,
             tree.draft_index[path],
             tree.token_ids[path],
         ]
     ).tolist()  # the one transfer to the host
-    num_accepted, bonus_token_id, has_nan = outcome[:3]
-    if has_nan:
+    num_accepted, bonus_token_id, is_broken = outcome[:3]
+    if is_broken:
         raise NonFiniteLogitsError(
             "the target's logits must be numbers, got NaN; its weights may be damaged, or half precision "
             "overflows: try float32 or bfloat16"

@@ -19,12 +19,12 @@ from transformers import (
 )
 
 from dynatree_core import generate
-from dynatree_core.architectures import EXACT_FAMILIES, check_causal_lm
+from dynatree_core.architectures import EXACT_FAMILIES, check_causal_lm, max_positions
 from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
-from dynatree_core.errors import UnsupportedModelError
+from dynatree_core.errors import ContextLimitError, UnsupportedModelError
 from dynatree_core.flatten import flatten
-from dynatree_core.runner import EagerRunner
+from dynatree_core.runner import PREFILL_CHUNK, EagerRunner
 from dynatree_core.tree import TokenTree
 
 
@@ -141,3 +141,38 @@ def test_refusals_say_why():
         check_causal_lm(training, "drafter")
     with pytest.raises(UnsupportedModelError, match="transformers causal language model, got Linear"):
         check_causal_lm(torch.nn.Linear(2, 2), "target")
+
+
+def test_longrope_ends_at_the_original_length():
+    """Beyond it the frequencies of all positions change, and cached keys no longer fit; up to it nothing does."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 60,
+        "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+    }  # fmt: skip
+    target = tiny_model.__wrapped__("llama", rope_parameters=rope)
+    assert max_positions(target) == 60
+    prompt = list(range(20))
+    assert generate(target, target, prompt, policy="fixed", max_new_tokens=40).token_ids == greedy(target, prompt, 40)
+    with pytest.raises(ContextLimitError, match="context of 60 tokens"):
+        generate(target, target, prompt, max_new_tokens=41)
+
+
+def test_tokens_that_see_later_ones_are_refused():
+    target = tiny_model.__wrapped__("gemma3_text", use_bidirectional_attention=True)
+    with pytest.raises(UnsupportedModelError, match="see later ones"):
+        check_causal_lm(target, "target")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_a_router_that_is_configured_for_training_is_no_obstacle(family):
+    target = tiny_model.__wrapped__(family, output_router_logits=True)
+    expected = greedy(tiny_model(family), [1, 2, 3], 12)
+    assert generate(target, target, [1, 2, 3], max_new_tokens=12).token_ids == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_prompts_of_several_prefill_chunks(family):
+    target = tiny_model.__wrapped__(family, max_position_embeddings=700)
+    prompt = [(7 * i + i // 5) % VOCAB for i in range(PREFILL_CHUNK * 2 + 3)]
+    result = generate(target, target, prompt, policy="phase1", max_new_tokens=12)
+    assert result.token_ids == greedy(target, prompt, 12)

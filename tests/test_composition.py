@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from dynatree_core import PluginSpec, build_drafter, build_stack, format_stack, hookimpl, parse_stack
 from dynatree_core import plugins as registry
-from dynatree_core.errors import ParameterError, PluginConflictError, PolicyError, StackSyntaxError, UnknownPluginError
+from dynatree_core.errors import (
+    ParameterError,
+    PluginConflictError,
+    PluginLoadError,
+    PolicyError,
+    StackSyntaxError,
+    UnknownPluginError,
+)
 from dynatree_core.plugins import expand_preset, load_plugin, plugin_parameters
 
 names = st.from_regex(r"[A-Za-z_][A-Za-z_0-9]{0,8}", fullmatch=True)
@@ -45,7 +52,8 @@ def test_spaces_do_not_matter():
     "text",
     ["", "+", "fixed+", "+fixed", "fixed++linear", "fixed(", "fixed)", "fixed(depth)", "fixed(4)", "fixed(depth=)",
      "fixed(depth=x)", "fixed(depth=[1])", "fixed(depth=1+1j)", "fixed(depth=1,depth=2)", "fixed(**{})", "3fixed",
-     "fixed:", "fixed:a:b", "fixed(depth=4)linear", "fixed('a'='b')", "fixed linear"],
+     "fixed:", "fixed:a:b", "fixed(depth=4)linear", "fixed(depth=4)(branch=3)",
+     "fixed(depth=4).x(branch=3)", "fixed('a'='b')", "fixed linear"],
 )  # fmt: skip
 def test_malformed_strings(text):
     with pytest.raises(StackSyntaxError):
@@ -148,5 +156,16 @@ def test_two_plugins_of_one_name(monkeypatch):
     try:
         with pytest.raises(PluginConflictError, match=r"'fixed' comes from .*a\.b:C.* and .*d\.e:F"):
             build_stack("fixed")
+    finally:
+        registry.plugin_table.cache_clear()
+
+
+def test_a_plugin_that_cannot_be_imported(monkeypatch):
+    broken = [EntryPoint("broken", "no_such_module:C", registry.POLICIES)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: broken if group == registry.POLICIES else [])
+    registry.plugin_table.cache_clear()
+    try:
+        with pytest.raises(PluginLoadError, match=r"'broken' is installed but cannot be imported \(no_such_module:C: No"):
+            build_stack("broken")
     finally:
         registry.plugin_table.cache_clear()

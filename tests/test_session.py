@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
 from strategies import HostileDrafter
 from tiny import CONTEXT, VOCAB, greedy, perturbed, tiny_model
 
-from dynatree_core import Drafter, Proposals, Session, decode_step, generate, prefill, run
+from dynatree_core import Drafter, Proposals, Session, decode_step, generate, hookimpl, prefill, run
 from dynatree_core.errors import (
+    CacheError,
     ContextLimitError,
     DrafterError,
     InputError,
@@ -36,6 +38,11 @@ TARGET, DRAFTER, PROMPT = tiny_model("llama"), perturbed("llama"), [1, 2, 3]
         ([[1, 2], [3, 4]], r"one sequence.*got shape \[2, 2\]"),
         ([VOCAB], f"from 0 to {VOCAB - 1}"),
         ([-1, 2], f"from 0 to {VOCAB - 1}"),
+        ("Hello", "got 'Hello'; tokenize the text first"),
+        (["a", "b"], "tokenize the text first"),
+        ([[1], [2, 3]], "tokenize the text first"),
+        ([1, None], "tokenize the text first"),
+        (None, "tokenize the text first"),
     ],
 )
 def test_bad_prompts(prompt, message):
@@ -78,6 +85,9 @@ def test_past_the_context():
         ({"max_nodes": -1}, "max_nodes must be an integer of at least 0"),
         ({"max_depth": 1.5}, "max_depth must be an integer"),
         ({"top_k": 0}, "top_k must be an integer of at least 1"),
+        ({"top_k": None}, "top_k must be an integer of at least 1"),
+        ({"eos_token_id": "5"}, "eos_token_id must be a token id or several"),
+        ({"eos_token_id": 2.5}, "eos_token_id must be a token id or several"),
         ({"on_error": "ignore"}, "on_error must be 'raise' or 'fallback'"),
     ],
 )
@@ -297,3 +307,39 @@ def test_a_drafter_may_fail_anywhere(method):
 def test_a_drafter_that_cannot_start():
     with pytest.raises(DrafterError, match="raised OSError: out of order"):
         generate(TARGET, Failing("start"), PROMPT)
+
+
+@pytest.mark.parametrize("kind", [int, torch.tensor, lambda token: torch.tensor([token]), lambda token: [token, token]])
+def test_end_tokens_of_any_kind(kind):
+    expected = greedy(TARGET, PROMPT, 20)
+    result = generate(TARGET, DRAFTER, PROMPT, max_new_tokens=20, eos_token_id=kind(expected[4]))
+    assert result.token_ids == expected[: expected.index(expected[4]) + 1]
+
+
+def test_limits_of_policies_are_checked():
+    class Odd:
+        max_nodes = "many"
+        branch_factor = hookimpl(lambda self, frontier: 1)
+
+    with pytest.raises(ParameterError, match="policy 'odd': its max_nodes must be a number of at least 0, got 'many'"):
+        generate(TARGET, DRAFTER, PROMPT, policy=Odd())
+
+
+def test_a_policy_that_cannot_be_copied():
+    class Locked:
+        branch_factor = hookimpl(lambda self, frontier: 1)
+
+        def __init__(self):
+            self.lock = threading.Lock()
+
+    with pytest.raises(ParameterError, match="policy 'locked' must be copyable"):
+        generate(TARGET, DRAFTER, PROMPT, policy=Locked())
+
+
+@pytest.mark.parametrize("policy", ["fixed", "confidence"])
+def test_any_error_of_a_drafter_is_the_drafters(policy):
+    def fail(width, k):
+        raise CacheError("no room")
+
+    with pytest.raises(DrafterError, match="raised CacheError: no room"):
+        generate(TARGET, BadDrafter(fail), PROMPT, policy=policy)

@@ -69,13 +69,16 @@ class ModelDraftState(DraftState):
         self.cache = TreeCache(plan.num_tokens + plan.max_nodes)
         self.usable_vocab = usable_vocab  # ids that both target and drafter know
         self.last_id = vocab_size(model) - 1
+        self.num_settled = 0  # cache rows of earlier iterations: where a rollback goes back to
 
     def prefill(self, committed_ids: Tensor) -> None:
         self.runner.prefill(self._own(committed_ids[self.cache.length :]), self.cache)
+        self.num_settled = self.cache.length
 
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
         if tree.max_depth == 0:
-            flat = flatten_chain(committed_ids[self.cache.length :], self.cache.length)
+            self.num_settled = self.cache.length
+            flat = flatten_chain(committed_ids[self.num_settled :], self.num_settled)
         else:
             flat = flatten_level(tree, self.cache.length)
         flat = attrs.evolve(flat, token_ids=self._own(flat.token_ids))
@@ -87,9 +90,10 @@ class ModelDraftState(DraftState):
     def commit(self, draft_path: tuple[int, ...]) -> None:
         # node i stands in block row i − 1, the root being committed; the deepest nodes may not have been forwarded
         self.cache.commit([[node - 1 for node in draft_path if node <= self.cache.block_len]])
+        self.num_settled = self.cache.length
 
     def rollback(self) -> None:
-        self.cache.rollback()
+        self.cache.truncate(self.num_settled)
 
     def _own(self, token_ids: Tensor) -> Tensor:
         """Ids that this drafter can embed: padding ids of the target beyond its table become its last id."""
