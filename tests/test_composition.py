@@ -165,7 +165,7 @@ def test_a_plugin_that_cannot_be_imported(monkeypatch):
     monkeypatch.setattr(registry, "entry_points", lambda group: broken if group == registry.POLICIES else [])
     registry.plugin_table.cache_clear()
     try:
-        with pytest.raises(PluginLoadError, match=r"'broken' is installed but cannot be imported \(no_such_module:C: No"):
+        with pytest.raises(PluginLoadError, match=r"'broken' .* cannot be imported \(no_such_module"):
             build_stack("broken")
     finally:
         registry.plugin_table.cache_clear()
