@@ -57,7 +57,7 @@ def main() -> int:
     if arguments.memory_of:
         print(peak_memory(arguments.memory_of, arguments.max_new_tokens))
         return 0
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     kinds = load_prompts(arguments.prompts, arguments.per_kind)
     console.print(
         f"dynatree {version('dynatree')}, torch {torch.__version__}, transformers {transformers.__version__}, "
@@ -146,7 +146,9 @@ def _table(kind: str, by_method: dict[str, list[Run]]) -> Table:
         "tokens /iter.", "path acc.", "node acc.", "nodes /iter.", "draft", "verify", "rest", "over- head", "speedup",
         "range", "repe- tition", "same",
     ):  # fmt: skip
-        table.add_column(heading, justify="right")
+        table.add_column(
+            heading, justify="right", no_wrap=heading == "range", min_width=9 if heading == "range" else None
+        )
     for method, runs in by_method.items():
         reports = [run.result.report for run in runs]
         iterations = sum(report.num_iterations for report in reports)
