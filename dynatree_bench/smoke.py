@@ -72,7 +72,7 @@ def main() -> int:
     if arguments.memory_of:
         print(peak_memory(arguments.memory_of, arguments.max_new_tokens))
         return 0
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     kinds = load_prompts(arguments.prompts, arguments.per_kind)
     console.print(
         f"dynatree {version('dynatree')}, torch {torch.__version__}, transformers {transformers.__version__}, "
@@ -155,8 +155,10 @@ def peak_memory(method: str, max_new_tokens: int) -> int:
 
 
 def _table(kind: str, by_method: dict[str, list[Run]]) -> Table:
-    table = Table(title=f"{kind}: {len(by_method[BASELINE])} prompts", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("method")
+    table = Table(
+        title=f"{kind}: {len(by_method[BASELINE])} prompts", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("method", no_wrap=True)
     for heading in COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
     for method, runs in by_method.items():

@@ -1,0 +1,45 @@
+"""The smoke benchmark: its prompts, and that it measures and prints what it says, on a few tokens."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from dynatree_bench import smoke
+from dynatree_bench.prompts import BUILT_IN, load_prompts
+from dynatree_core import embedded
+
+
+def test_five_built_in_prompts_of_each_kind():
+    assert {kind: len(prompts) for kind, prompts in load_prompts(None, 5).items()} == dict.fromkeys(BUILT_IN, 5)
+    assert len(load_prompts(None, 2)["prose"]) == 2
+
+
+def test_prompts_of_a_file(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    records = [{"category": kind, "prompt": f"{kind} {i}"} for i in range(3) for kind in ("a", "b")]
+    path.write_text("\n".join(map(json.dumps, records)))
+    assert load_prompts(path, 2) == {"a": ["a 0", "a 1"], "b": ["b 0", "b 1"]}
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "x"}'])
+def test_a_line_that_is_no_prompt_is_named(tmp_path, line):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"category": "a", "prompt": "x"}\n' + line)
+    with pytest.raises(ValueError, match='line 2: must be a JSON object with "prompt" and "category"'):
+        load_prompts(path, 5)
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(not embedded.is_installed(), reason="the default model is missing: dynatree models install")
+def test_the_smoke_benchmark_on_a_few_tokens(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"category": "mine", "prompt": "a b c a b c a b c"}))
+    arguments = ["--prompts", str(path), "--max-new-tokens", "6", "--no-memory"]
+    monkeypatch.setattr(sys, "argv", ["smoke", *arguments])
+    assert smoke.main() == 0
+    printed = capsys.readouterr().out
+    for expected in ("mine: 1 prompts", *smoke.METHODS, *smoke.COLUMNS, "overhead of phase3", "differ"):
+        assert expected in printed
