@@ -23,6 +23,8 @@ __all__ = [
 
 DEFAULT_TAU = 0.05
 DEFAULT_MAX_NODES = 128
+# no tree of the literature is deeper, and a policy that never stops must stop somewhere
+DEFAULT_MAX_DEPTH = 64
 # settings of a generation config by which generate() changes greedy decoding -> the value that changes nothing
 _SETTINGS_OF_GENERATE: dict[str, object] = {
     "bad_words_ids": None,
@@ -42,11 +44,14 @@ _SETTINGS_OF_GENERATE: dict[str, object] = {
     "suppress_tokens": None,
     "watermarking_config": None,
 }
-# no tree of the literature is deeper, and a policy that never stops must stop somewhere
-DEFAULT_MAX_DEPTH = 64
 
 
 def checked_prompt(input_ids: Tensor | Sequence[int], vocab: int) -> list[int]:
+    """The prompt as a list of ids.
+
+    Raises:
+        PromptError: it is empty, not one sequence of integers, or outside the vocabulary.
+    """
     try:
         ids = torch.as_tensor(input_ids)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -72,6 +77,12 @@ def checked_prompt(input_ids: Tensor | Sequence[int], vocab: int) -> list[int]:
 
 
 def checked_max_new_tokens(max_new_tokens: int, num_prompt: int, limit: int | None) -> int:
+    """The number of new tokens; with the prompt they must fit the target's `limit`, if it has one.
+
+    Raises:
+        ParameterError: not an integer of at least 0.
+        ContextLimitError: prompt and new tokens are longer than the limit.
+    """
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ParameterError(f"max_new_tokens must be an integer of at least 0, got {max_new_tokens!r}")
     if limit is not None and num_prompt + max_new_tokens > limit:

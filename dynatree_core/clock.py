@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-if TYPE_CHECKING:
-    from dynatree_core.session import Session
-
-__all__ = ["StageClock", "timed"]
-
-
-Result = TypeVar("Result")
+__all__ = ["StageClock"]
 
 
 class StageClock:
@@ -59,19 +51,3 @@ class StageClock:
                 self._seconds[event_name] += start.elapsed_time(end) / 1000  # ms to s
             self._events.clear()
         return self._seconds[name]
-
-
-def timed(
-    stage: str, *, on_device: bool = False
-) -> Callable[[Callable[[Session], Result]], Callable[[Session], Result]]:
-    """Decorate a function of a session: its time is added to that stage of the session's clock."""
-
-    def decorate(function: Callable[[Session], Result]) -> Callable[[Session], Result]:
-        @functools.wraps(function)
-        def measured(session: Session) -> Result:
-            with session.clock.measure(stage, on_device=on_device):
-                return function(session)
-
-        return measured
-
-    return decorate

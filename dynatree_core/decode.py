@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from dynatree_core.clock import timed
 from dynatree_core.commit import commit
 from dynatree_core.draft import draft
 from dynatree_core.feedback import feedback
 from dynatree_core.flatten import flatten
 from dynatree_core.prune import prune
 from dynatree_core.records import StepReport
-from dynatree_core.session import Session
+from dynatree_core.session import Session, timed
 from dynatree_core.verify import verify
 
 __all__ = ["decode_step", "prefill"]

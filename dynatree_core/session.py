@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,9 @@ from dynatree_core.runner import EagerRunner
 from dynatree_core.stack import PolicyStack
 from dynatree_core.tree import TokenTree
 
-__all__ = ["Session"]
+__all__ = ["Session", "timed"]
+
+Result = TypeVar("Result")
 
 
 class Session:
@@ -188,3 +192,19 @@ def _as_drafter(drafter: nn.Module | Drafter | str | None) -> Drafter | None:
     if isinstance(drafter, str):
         return build_drafter(drafter)
     return ModelDrafter(drafter)
+
+
+def timed(
+    stage: str, *, on_device: bool = False
+) -> Callable[[Callable[[Session], Result]], Callable[[Session], Result]]:
+    """Decorate a function of a session: its time is added to that stage of the session's clock."""
+
+    def decorate(function: Callable[[Session], Result]) -> Callable[[Session], Result]:
+        @functools.wraps(function)
+        def measured(session: Session) -> Result:
+            with session.clock.measure(stage, on_device=on_device):
+                return function(session)
+
+        return measured
+
+    return decorate

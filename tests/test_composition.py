@@ -149,23 +149,26 @@ def test_objects_and_lists():
         build_stack(None)
 
 
-def test_two_plugins_of_one_name(monkeypatch):
-    twice = [EntryPoint("fixed", value, registry.POLICIES) for value in ("a.b:C", "d.e:F")]
-    monkeypatch.setattr(registry, "entry_points", lambda group: twice if group == registry.POLICIES else [])
-    registry.plugin_table.cache_clear()
-    try:
-        with pytest.raises(PluginConflictError, match=r"'fixed' comes from .*a\.b:C.* and .*d\.e:F"):
-            build_stack("fixed")
-    finally:
+@pytest.fixture
+def installed(monkeypatch):
+    """Called with names and objects: they are all the policies that are installed, and there is nothing else."""
+
+    def install(*policies: tuple[str, str]) -> None:
+        entries = [EntryPoint(name, value, registry.POLICIES) for name, value in policies]
+        monkeypatch.setattr(registry, "entry_points", lambda group: entries if group == registry.POLICIES else [])
         registry.plugin_table.cache_clear()
 
-
-def test_a_plugin_that_cannot_be_imported(monkeypatch):
-    broken = [EntryPoint("broken", "no_such_module:C", registry.POLICIES)]
-    monkeypatch.setattr(registry, "entry_points", lambda group: broken if group == registry.POLICIES else [])
+    yield install
     registry.plugin_table.cache_clear()
-    try:
-        with pytest.raises(PluginLoadError, match=r"'broken' .* cannot be imported \(no_such_module"):
-            build_stack("broken")
-    finally:
-        registry.plugin_table.cache_clear()
+
+
+def test_two_plugins_of_one_name(installed):
+    installed(("fixed", "a.b:C"), ("fixed", "d.e:F"))
+    with pytest.raises(PluginConflictError, match=r"'fixed' comes from .*a\.b:C.* and .*d\.e:F"):
+        build_stack("fixed")
+
+
+def test_a_plugin_that_cannot_be_imported(installed):
+    installed(("broken", "no_such_module:C"))
+    with pytest.raises(PluginLoadError, match=r"'broken' .* cannot be imported \(no_such_module"):
+        build_stack("broken")

@@ -74,11 +74,11 @@ class PromptLookupState(DraftState):
     def _find_matches(self, ids: Tensor) -> None:
         """The best occurrences of the suffix: where each ends, and how many tokens of the suffix it matches."""
         earlier = ids.numel() - 1  # an occurrence ends at any token but the last
-        n = min(self.drafter.max_ngram, earlier)
-        padded = torch.nn.functional.pad(ids, (max(n - 1, 0), 0), value=-1)
-        windows = padded.unfold(0, max(n, 1), 1)[:-1]  # [earlier, n]: the n tokens that end at each place
+        n = max(min(self.drafter.max_ngram, earlier), 1)
+        padded = torch.nn.functional.pad(ids, (n - 1, 0), value=-1)
+        windows = padded.unfold(0, n, 1)[:-1]  # [earlier, n]: the n tokens that end at each place
         # matching from the right for as long as every token matches
-        lengths = (windows == ids[-max(n, 1) :]).flip(1).cumprod(dim=1).sum(dim=1)
+        lengths = (windows == ids[-n:]).flip(1).cumprod(dim=1).sum(dim=1)
         order = lengths * earlier + torch.arange(earlier, device=ids.device)
         self.ends = order.topk(min(self.drafter.max_matches, earlier)).indices  # [matches]
         self.lengths = lengths[self.ends].float()  # [matches]
