@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import strategies as ours
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CONFIGS, CONTEXT, VOCAB, greedy, perturbed, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -25,6 +23,8 @@ from dynatree_core.clock import StageClock
 from dynatree_core.errors import ContextLimitError, UnsupportedModelError
 from dynatree_core.flatten import flatten
 from dynatree_core.runner import PREFILL_CHUNK, EagerRunner
+from dynatree_core.testing import strategies as ours
+from dynatree_core.testing.models import CONFIGS, CONTEXT, VOCAB, greedy, perturbed, tiny_model
 from dynatree_core.tree import TokenTree
 
 

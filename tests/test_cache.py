@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import strategies as ours
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tiny import tiny_model
 from transformers import DynamicCache
 
 from dynatree_core.cache import TreeCache
@@ -16,6 +14,8 @@ from dynatree_core.clock import StageClock
 from dynatree_core.errors import CacheError
 from dynatree_core.flatten import flatten
 from dynatree_core.runner import EagerRunner
+from dynatree_core.testing import strategies as ours
+from dynatree_core.testing.models import tiny_model
 
 
 class CacheMachine(RuleBasedStateMachine):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint
 
 import pytest
-import strategies as ours
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from dynatree_core.errors import (
     UnknownPluginError,
 )
 from dynatree_core.plugins import expand_preset, load_plugin, plugin_parameters
+from dynatree_core.testing import strategies as ours
 
 names = st.from_regex(r"[A-Za-z_][A-Za-z_0-9]{0,8}", fullmatch=True)
 values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()

@@ -23,7 +23,6 @@ import attrs
 import click
 import pytest
 import torch
-from tiny import CONFIGS, greedy, perturbed, tiny_model
 
 import dynatree_core
 from dynatree_core import Frontier, GenerationReport, StepReport, StepStats, TokenTree, embedded, errors, generate
@@ -32,6 +31,7 @@ from dynatree_core.architectures import EXACT_FAMILIES, attention_layout
 from dynatree_core.cli import _dynatree
 from dynatree_core.plugins import DRAFTERS, POLICIES, PRESETS, load_plugin, plugin_table, plugin_variants
 from dynatree_core.stack import hook_names
+from dynatree_core.testing.models import CONFIGS, greedy, perturbed, tiny_model
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

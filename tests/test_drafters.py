@@ -6,11 +6,9 @@ import math
 from collections import defaultdict
 
 import pytest
-import strategies as ours
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import VOCAB, greedy, perturbed, tiny_model
 from transformers import LlamaModel
 
 from dynatree_core import DraftPlan, Frontier, Session, TokenTree, build_drafter, generate, hookimpl, run
@@ -18,6 +16,8 @@ from dynatree_core.clock import StageClock
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import UNSEEN_WEIGHT
 from dynatree_core.errors import ModelLoadError, ParameterError, UnsupportedModelError
+from dynatree_core.testing import strategies as ours
+from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
 
 CPU = torch.device("cpu")
 

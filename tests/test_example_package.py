@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import greedy, perturbed, tiny_model
+from dynatree_core.testing.models import greedy, perturbed, tiny_model
 
 from dynatree_core import build_stack, generate
 from dynatree_core.plugins import POLICIES, load_plugin, plugin_parameters, plugin_table
@@ -68,7 +68,7 @@ def in_subprocess(command: list[str], *search_path: Path) -> str:
 
 
 def test_it_is_found_composed_and_lossless(site):
-    in_subprocess([sys.executable, "-c", USE_IT, str(site)], site, Path(__file__).parent)
+    in_subprocess([sys.executable, "-c", USE_IT, str(site)], site)
 
 
 def test_its_readme_tells_the_truth(site):

@@ -7,11 +7,11 @@ import warnings
 import attrs
 import pytest
 import torch
-from tiny import greedy, perturbed, tiny_model
 
 from dynatree_core import Frontier, StepReport, TokenTree, build_stack, generate, hookimpl
 from dynatree_core.errors import DrafterError, PolicyError
 from dynatree_core.stack import PolicyStack, hook_names, implemented_hooks
+from dynatree_core.testing.models import greedy, perturbed, tiny_model
 
 TARGET, DRAFTER, PROMPT = tiny_model("llama"), perturbed("llama"), [1, 2, 3]
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import threading
 
 import pytest
-import strategies as ours
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from strategies import FAMILIES, HostilePolicy
-from tiny import CONTEXT, greedy, perturbed, tiny_model
 
 from dynatree_core import Session, generate, run, stream
 from dynatree_core.plugins import POLICIES, plugin_table
+from dynatree_core.testing import strategies as ours
+from dynatree_core.testing.models import CONTEXT, greedy, perturbed, tiny_model
+from dynatree_core.testing.strategies import FAMILIES, HostilePolicy
 
 
 def test_every_policy_has_a_strategy():

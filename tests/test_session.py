@@ -7,8 +7,6 @@ import threading
 
 import pytest
 import torch
-from strategies import HostileDrafter
-from tiny import CONTEXT, VOCAB, greedy, perturbed, tiny_model
 
 from dynatree_core import Drafter, Proposals, Session, decode_step, generate, hookimpl, prefill, run
 from dynatree_core.errors import (
@@ -24,6 +22,8 @@ from dynatree_core.errors import (
     VocabularyMismatchError,
 )
 from dynatree_core.metrics import repetition
+from dynatree_core.testing.models import CONTEXT, VOCAB, greedy, perturbed, tiny_model
+from dynatree_core.testing.strategies import HostileDrafter
 
 TARGET, DRAFTER, PROMPT = tiny_model("llama"), perturbed("llama"), [1, 2, 3]
 

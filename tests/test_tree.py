@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import strategies as ours
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import HostileDrafter
-from tiny import tiny_model
 
 from dynatree_core import Frontier, Session, TokenTree, hookimpl
 from dynatree_core.draft import draft
 from dynatree_core.errors import TreeError
+from dynatree_core.testing import strategies as ours
+from dynatree_core.testing.models import tiny_model
+from dynatree_core.testing.strategies import HostileDrafter
 
 
 def ancestors(parents: list[int], node: int) -> set[int]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import strategies as ours
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import VOCAB
 
 from dynatree_core import TokenTree
 from dynatree_core.errors import NonFiniteLogitsError
+from dynatree_core.testing import strategies as ours
+from dynatree_core.testing.models import VOCAB
 from dynatree_core.verify import verify
 
 

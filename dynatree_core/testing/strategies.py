@@ -8,11 +8,11 @@ from typing import Any
 import attrs
 import torch
 from hypothesis import strategies as st
-from tiny import VOCAB, perturbed, tiny_model
 
 from dynatree_core import Drafter, DraftPlan, DraftState, Frontier, PluginSpec, Proposals, TokenTree, hookimpl
 from dynatree_core.composition import format_stack
 from dynatree_core.plugins import POLICIES, PRESETS, plugin_table
+from dynatree_core.testing.models import VOCAB, perturbed, tiny_model
 
 FAMILIES = ("gpt_neox", "llama", "gpt2")
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB = 37
 CONTEXT = 160
@@ -63,10 +63,10 @@ def tiny_model(model_type: str, seed: int = 0, *, attention: str | None = None, 
     """
     torch.manual_seed(seed)
     overrides = {key: list(value) if isinstance(value, tuple) else value for key, value in overrides.items()}
-    config = CONFIG_MAPPING[model_type](**{**CONFIGS[model_type], **overrides})
+    config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **overrides})
     # the other ways to run a mixture of experts take no float64
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, experts_implementation="eager")
-    model = model.double().eval()
+    build: Any = AutoModelForCausalLM.from_config
+    model: nn.Module = build(config, attn_implementation=attention, experts_implementation="eager").double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -77,8 +77,6 @@ def tiny_model(model_type: str, seed: int = 0, *, attention: str | None = None, 
 @functools.cache
 def perturbed(model_type: str, seed: int = 0, noise: float = 0.05) -> nn.Module:
     """A copy of `tiny_model` with noise on its weights: a drafter that is right most of the time."""
-    import copy
-
     model = copy.deepcopy(tiny_model(model_type, seed))
     torch.manual_seed(seed + 1000)
     with torch.no_grad():
@@ -87,17 +85,16 @@ def perturbed(model_type: str, seed: int = 0, noise: float = 0.05) -> nn.Module:
     return model
 
 
-def greedy(model: nn.Module, prompt: list[int], max_new_tokens: int, eos: list[int] | None = None) -> list[int]:
-    """What transformers' own greedy decoding says."""
+def greedy(
+    model: Any, prompt: list[int], max_new_tokens: int, eos: list[int] | None = None, **settings: Any
+) -> list[int]:
+    """What transformers' own greedy decoding says; `settings` are those of its `generate`."""
     if max_new_tokens == 0:
         return []
     input_ids = torch.tensor([prompt], device=model.device)
-    output = model.generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos or None,
-        pad_token_id=0,
-    )
-    return output[0, len(prompt) :].tolist()
+    settings = {
+        "attention_mask": torch.ones_like(input_ids), "eos_token_id": eos or None, "pad_token_id": 0, **settings
+    }  # fmt: skip
+    output = model.generate(input_ids, do_sample=False, max_new_tokens=max_new_tokens, **settings)
+    new_token_ids: list[int] = output[0, len(prompt) :].tolist()
+    return new_token_ids
