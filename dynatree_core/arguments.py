@@ -17,12 +17,15 @@ __all__ = [
     "checked_max_new_tokens",
     "checked_prompt",
     "end_token_ids",
+    "fixed_width",
     "resolved_limits",
     "warn_of_settings_not_applied",
 ]
 
 DEFAULT_TAU = 0.05
 DEFAULT_MAX_NODES = 128
+# with exact="fixed_width": matrix products of up to 16 rows cost about the same on many CPUs and GPUs
+DEFAULT_FIXED_ROWS = 16
 # no tree of the literature is deeper, and a policy that never stops must stop somewhere
 DEFAULT_MAX_DEPTH = 64
 # settings of a generation config by which generate() changes greedy decoding -> the value that changes nothing
@@ -83,8 +86,7 @@ def checked_max_new_tokens(max_new_tokens: int, num_prompt: int, limit: int | No
         ParameterError: not an integer of at least 0.
         ContextLimitError: prompt and new tokens are longer than the limit.
     """
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-        raise ParameterError(f"max_new_tokens must be an integer of at least 0, got {max_new_tokens!r}")
+    _check_count("max_new_tokens", max_new_tokens, 0)
     if limit is not None and num_prompt + max_new_tokens > limit:
         raise ContextLimitError(
             f"prompt and new tokens must fit the target's context of {limit} tokens, got {num_prompt} + "
@@ -122,6 +124,22 @@ def warn_of_settings_not_applied(target: nn.Module) -> None:
         )
 
 
+def fixed_width(exact: str | None, max_nodes: int | None) -> tuple[int, int | None]:
+    """Rows that every verification pass has at least, and the largest tree that fits them.
+
+    Raises:
+        ParameterError: `exact` is neither None nor "fixed_width".
+    """
+    if exact is None:
+        return 0, max_nodes
+    if exact != "fixed_width":
+        raise ParameterError(f"exact must be None or 'fixed_width', got {exact!r}")
+    if max_nodes is not None:
+        _check_count("max_nodes", max_nodes, 0)
+    num_rows = DEFAULT_FIXED_ROWS if max_nodes is None else max_nodes + 1
+    return num_rows, num_rows - 1
+
+
 def resolved_limits(
     stack: PolicyStack,
     max_depth: int | None,
@@ -134,14 +152,11 @@ def resolved_limits(
 
     A policy asks by having a parameter called `max_depth`, `max_nodes` or `tau`.
     """
-    for name, value, minimum in (
-        ("max_depth", max_depth, 0),
-        ("max_nodes", max_nodes, 0),
-        ("top_k", top_k, 1),
-    ):
-        is_missing = value is None and name != "top_k"
-        if not is_missing and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
-            raise ParameterError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    if max_depth is not None:
+        _check_count("max_depth", max_depth, 0)
+    if max_nodes is not None:
+        _check_count("max_nodes", max_nodes, 0)
+    _check_count("top_k", top_k, 1)
     if tau is not None and (isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 <= tau <= 1):
         raise ParameterError(f"tau must be a probability from 0 to 1, got {tau!r}")
     return Limits(
@@ -162,3 +177,8 @@ def _asked(stack: PolicyStack, name: str, given: float | None) -> list[float]:
             raise ParameterError(f"policy '{policy_name}': its {name} must be a number of at least 0, got {value!r}")
         values.append(value)
     return values
+
+
+def _check_count(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ParameterError(f"{name} must be an integer of at least {minimum}, got {value!r}")

@@ -35,8 +35,8 @@ def decode_step(session: Session) -> StepReport:
     """Commit 1 to depth + 1 tokens, exactly those that the target itself would have chosen."""
     tree = draft(session)  # rooted at the last committed token
     tree = prune(session, tree)  # what the policies think worth verifying
-    flat = flatten([tree], [session.cache.length])  # ids, positions, who sees whom
-    logits = session.target.forward(flat, session.cache, stage="verify")[0]  # [nodes, vocab]
+    flat = flatten([tree], [session.cache.length], min_rows=session.pass_rows)  # ids, positions, who sees whom
+    logits = session.target.forward(flat, session.cache, stage="verify")[0, : tree.num_nodes]  # [nodes, vocab]
     verdict = verify(tree, logits)  # accepted path and bonus token
     report = commit(session, tree, verdict)  # keep the path's cache rows, append the tokens
     return feedback(session, report)  # tell the policies

@@ -17,19 +17,20 @@ from dynatree_core.tree import TokenTree
 __all__ = ["flatten", "flatten_chain", "flatten_level"]
 
 
-def flatten(trees: Sequence[TokenTree], prefix_lens: Sequence[int]) -> FlatTrees:
+def flatten(trees: Sequence[TokenTree], prefix_lens: Sequence[int], *, min_rows: int = 0) -> FlatTrees:
     """Lay out whole trees, the root as row 0, for the target.
 
     Args:
         trees: one tree a batch row.
         prefix_lens: committed rows in the cache of each batch row; the root is not among them.
+        min_rows: rows of the pass at least.
 
     Returns:
         Rows and slots are padded to the longest. A padding row sees only itself (a row that sees nothing
         is NaN after softmax), and nothing else sees it.
     """
     batch, device = len(trees), trees[0].device
-    rows = max(tree.num_nodes for tree in trees)
+    rows = max(min_rows, *(tree.num_nodes for tree in trees))
     slots = max(prefix_lens) + rows
     token_ids = torch.zeros(batch, rows, dtype=torch.int64, device=device)
     position_ids = torch.zeros(batch, rows, dtype=torch.int64, device=device)

@@ -15,6 +15,7 @@ from dynatree_core.arguments import (
     checked_max_new_tokens,
     checked_prompt,
     end_token_ids,
+    fixed_width,
     resolved_limits,
     warn_of_settings_not_applied,
 )
@@ -54,6 +55,7 @@ class Session:
         max_nodes: int | None = None,
         max_depth: int | None = None,
         top_k: int = 16,
+        exact: str | None = None,
         on_error: str = "raise",
     ) -> None:
         check_causal_lm(target, "target")
@@ -67,12 +69,14 @@ class Session:
         self.eos_token_ids = end_token_ids(target, eos_token_id)
         warn_of_settings_not_applied(target)
         self.stack: PolicyStack = build_stack(policy)
+        # rows of a verification pass at least
+        self.pass_rows, max_nodes = fixed_width(exact, max_nodes)
         self.limits = resolved_limits(self.stack, max_depth, max_nodes, tau, top_k, self.vocab_size)
         self.clock = StageClock(self.device)
 
         num_tokens = len(self.prompt_ids) + self.max_new_tokens
         self.target = EagerRunner(target, self.clock)
-        self.cache = TreeCache(num_tokens + self.limits.max_nodes)
+        self.cache = TreeCache(num_tokens + max(self.limits.max_nodes, self.pass_rows))
         source = _as_drafter(drafter)
         self.drafter_name = None if source is None else str(source)
         self.draft_state: DraftState | None = None

@@ -11,11 +11,11 @@ from dynatree_core.flatten import flatten, flatten_chain, flatten_level
 from dynatree_core.testing import strategies as ours
 
 
-@given(st.lists(st.tuples(ours.trees(), st.integers(0, 7)), min_size=1, max_size=3))
-def test_flatten(batch):
+@given(st.lists(st.tuples(ours.trees(), st.integers(0, 7)), min_size=1, max_size=3), st.integers(0, 12))
+def test_flatten(batch, min_rows):
     trees, prefix_lens = zip(*batch, strict=True)
-    flat = flatten(trees, prefix_lens)
-    rows = max(tree.num_nodes for tree in trees)
+    flat = flatten(trees, prefix_lens, min_rows=min_rows)
+    rows = max(min_rows, *(tree.num_nodes for tree in trees))
     slots = max(prefix_lens) + rows
     assert flat.token_ids.shape == flat.position_ids.shape == (len(trees), rows)
     assert flat.visible.shape == (len(trees), rows, slots)

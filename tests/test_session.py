@@ -88,6 +88,8 @@ def test_past_the_context():
         ({"top_k": None}, "top_k must be an integer of at least 1"),
         ({"eos_token_id": "5"}, "eos_token_id must be a token id or several"),
         ({"eos_token_id": 2.5}, "eos_token_id must be a token id or several"),
+        ({"exact": "yes"}, "exact must be None or 'fixed_width'"),
+        ({"exact": "fixed_width", "max_nodes": "4"}, "max_nodes must be an integer of at least 0"),
         ({"on_error": "ignore"}, "on_error must be 'raise' or 'fallback'"),
     ],
 )
@@ -135,6 +137,27 @@ def test_limits_the_strictest_wins():
     assert limits("fixed(max_nodes=20)", max_nodes=10).max_nodes == 10
     assert limits("dynamic_depth(max_depth=6)").max_depth == 6
     assert limits("confidence", top_k=1000).top_k == VOCAB
+
+
+@pytest.mark.parametrize("max_nodes", [None, 0, 5])
+def test_fixed_width(max_nodes, monkeypatch):
+    """Every verification pass has one and the same number of rows, and the output is what it always is."""
+    session = Session(
+        TARGET, DRAFTER, PROMPT, policy="fixed(tau=0.0)", max_new_tokens=20, exact="fixed_width", max_nodes=max_nodes
+    )
+    rows = set()
+    forward = session.target.forward
+
+    def count(flat, cache, *, stage, **options):
+        if stage == "verify":
+            rows.add(flat.num_rows)
+        return forward(flat, cache, stage=stage, **options)
+
+    monkeypatch.setattr(session.target, "forward", count)
+    for _ in run(session):
+        pass
+    assert rows == {16 if max_nodes is None else max_nodes + 1}
+    assert session.new_token_ids == greedy(TARGET, PROMPT, 20)
 
 
 def test_nan_logits_end_the_generation_with_what_was_committed():
