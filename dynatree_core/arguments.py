@@ -2,51 +2,58 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
-from dynatree_core.errors import ContextLimitError, ParameterError, PromptError
+from dynatree_core.errors import ContextLimitError, ParameterError, PromptError, nearest_match
 from dynatree_core.records import Limits
 from dynatree_core.stack import PolicyStack
 
 __all__ = [
-    "checked_max_new_tokens",
+    "checked_positions",
     "checked_prompt",
     "end_token_ids",
     "fixed_width",
+    "new_token_limit",
+    "num_padding",
     "resolved_limits",
-    "warn_of_settings_not_applied",
+    "settings_of",
 ]
 
+DEFAULT_MAX_NEW_TOKENS = 128
 DEFAULT_TAU = 0.05
 DEFAULT_MAX_NODES = 128
 # with exact="fixed_width": matrix products of up to 16 rows cost about the same on many CPUs and GPUs
 DEFAULT_FIXED_ROWS = 16
 # no tree of the literature is deeper, and a policy that never stops must stop somewhere
 DEFAULT_MAX_DEPTH = 64
-# settings of a generation config by which generate() changes greedy decoding -> the value that changes nothing
-_SETTINGS_OF_GENERATE: dict[str, object] = {
-    "bad_words_ids": None,
-    "begin_suppress_tokens": None,
-    "exponential_decay_length_penalty": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "guidance_scale": 1,
-    "max_time": None,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "no_repeat_ngram_size": 0,
-    "num_beams": 1,
-    "repetition_penalty": 1,
-    "sequence_bias": None,
-    "stop_strings": None,
-    "suppress_tokens": None,
-    "watermarking_config": None,
-}
+# settings of a generation config that are applied here as generate() applies them
+HONOURED_SETTINGS = (
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "max_time",
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "remove_invalid_values",
+    "renormalize_logits",
+    "repetition_penalty",
+    "sequence_bias",
+    "stop_strings",
+    "suppress_tokens",
+    "watermarking_config",
+)
+# settings by which generate() would choose other tokens, not applied here -> the value that changes nothing
+_OTHER_SETTINGS: dict[str, object] = {"guidance_scale": 1, "num_beams": 1, "penalty_alpha": None, "dola_layers": None}
 
 
 def checked_prompt(input_ids: Tensor | Sequence[int], vocab: int) -> list[int]:
@@ -79,27 +86,90 @@ def checked_prompt(input_ids: Tensor | Sequence[int], vocab: int) -> list[int]:
     return prompt
 
 
-def checked_max_new_tokens(max_new_tokens: int, num_prompt: int, limit: int | None) -> int:
-    """The number of new tokens; with the prompt they must fit the target's `limit`, if it has one.
+def num_padding(attention_mask: Tensor | Sequence[int] | None, num_prompt: int) -> int:
+    """How many tokens at the prompt's left are padding, by its mask ([tokens] or [1, tokens], 0 for padding).
 
     Raises:
-        ParameterError: not an integer of at least 0.
-        ContextLimitError: prompt and new tokens are longer than the limit.
+        PromptError: a mask of another length, without any token, or with padding elsewhere: what follows a padding
+            token is not what the model would say.
     """
+    if attention_mask is None:
+        return 0
+    mask = torch.as_tensor(attention_mask)
+    if mask.numel() != num_prompt or mask.dim() > 2:
+        raise PromptError(
+            f"an attention mask must have a value for each of the prompt's {num_prompt} tokens, got shape "
+            f"{list(mask.shape)}"
+        )
+    is_token = mask.flatten() != 0
+    padding = num_prompt - int(is_token.sum())
+    if padding == num_prompt or not bool(is_token[padding:].all()):
+        raise PromptError(
+            "a prompt may be padded at its left only, and needs one token that is none, got the mask "
+            f"{mask.flatten().tolist()!s:.60}; set the tokenizer's padding_side to 'left'"
+        )
+    return padding
+
+
+def checked_positions(position_ids: Tensor | Sequence[int] | None, num_prompt: int) -> list[int] | None:
+    """The prompt's positions, [tokens] or [1, tokens] integers, as a list; None where none are given.
+
+    Raises:
+        PromptError: of another length or kind, or negative.
+    """
+    if position_ids is None:
+        return None
+    ids = torch.as_tensor(position_ids)
+    if ids.numel() != num_prompt or ids.dim() > 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise PromptError(
+            f"position_ids must be an integer for each of the prompt's {num_prompt} tokens, got {ids.dtype} of shape "
+            f"{list(ids.shape)}"
+        )
+    positions: list[int] = ids.flatten().tolist()
+    if min(positions) < 0:
+        raise PromptError(f"position_ids must be at least 0, got {min(positions)}")
+    return positions
+
+
+def new_token_limit(
+    max_new_tokens: int | None, max_length: int | None, num_prompt: int, num_positions: int, limit: int | None
+) -> int:
+    """How many new tokens there may be.
+
+    Args:
+        max_new_tokens: the caller's number of them; 128 where neither this nor `max_length` is given.
+        max_length: tokens of prompt and output together, as in generate().
+        num_prompt: tokens of the prompt, padding included.
+        num_positions: positions that the prompt takes up.
+        limit: positions that the target has, if it has a limit.
+
+    Raises:
+        ParameterError: not an integer of at least 0, both given, or `max_length` shorter than the prompt.
+        ContextLimitError: prompt and new tokens do not fit the limit.
+    """
+    if max_new_tokens is not None and max_length is not None:
+        raise ParameterError(
+            f"max_new_tokens and max_length say the same thing in two ways, got {max_new_tokens!r} and {max_length!r}; "
+            "give one of them"
+        )
+    if max_length is not None:
+        _check_count("max_length", max_length, num_prompt)
+        max_new_tokens = max_length - num_prompt
+    elif max_new_tokens is None:
+        max_new_tokens = DEFAULT_MAX_NEW_TOKENS
     _check_count("max_new_tokens", max_new_tokens, 0)
-    if limit is not None and num_prompt + max_new_tokens > limit:
+    if limit is not None and num_positions + max_new_tokens > limit:
         raise ContextLimitError(
-            f"prompt and new tokens must fit the target's context of {limit} tokens, got {num_prompt} + "
-            f"{max_new_tokens}; shorten the prompt or set max_new_tokens to at most {max(limit - num_prompt, 0)}"
+            f"prompt and new tokens must fit the target's context of {limit} tokens, got {num_positions} + "
+            f"{max_new_tokens}; shorten the prompt or set max_new_tokens to at most {max(limit - num_positions, 0)}"
         )
     return max_new_tokens
 
 
-def end_token_ids(target: nn.Module, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
-    """None means the model's own, as in generate(); an empty sequence means never to stop at a token."""
+def end_token_ids(config: GenerationConfig, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+    """None means those of the configuration, as in generate(); an empty sequence means never to stop at a token."""
     if eos_token_id is None:
-        generation_config = getattr(target, "generation_config", None)
-        eos_token_id = generation_config.eos_token_id if generation_config is not None else None
+        eos_token_id = config.eos_token_id
     if eos_token_id is None:
         return frozenset()
     try:
@@ -109,19 +179,53 @@ def end_token_ids(target: nn.Module, eos_token_id: int | Sequence[int] | None) -
         raise ParameterError(f"eos_token_id must be a token id or several, integers, got {eos_token_id!r}") from error
 
 
-def warn_of_settings_not_applied(target: nn.Module) -> None:
-    """Say what the model's generation config asks for that generate() applies to greedy decoding and this does not."""
-    config = getattr(target, "generation_config", None)
-    given = {name: getattr(config, name, None) for name in _SETTINGS_OF_GENERATE}
-    not_applied = {name: value for name, value in given.items() if value not in (None, _SETTINGS_OF_GENERATE[name])}
+def settings_of(
+    target: nn.Module,
+    generation_config: GenerationConfig | None,
+    settings: Mapping[str, object],
+    options: Iterable[str],
+) -> GenerationConfig:
+    """generate()'s settings: the given configuration or else the target's own, changed by what the caller names.
+
+    Warns of what a configuration asks for and is not applied here.
+
+    Args:
+        target: its own configuration holds where none is given.
+        generation_config: the given one.
+        settings: what the caller names.
+        options: the other options there are, for the hint in an error message.
+
+    Raises:
+        ParameterError: a setting that does not exist, or is not applied here.
+    """
+    config = generation_config or getattr(target, "generation_config", None) or GenerationConfig()  # type: ignore[no-untyped-call]
+    if not isinstance(config, GenerationConfig):
+        raise ParameterError(f"generation_config must be transformers' GenerationConfig, got {config!r:.60}")
+    config = copy.deepcopy(config)
+    for name in settings:
+        if name not in HONOURED_SETTINGS:
+            raise ParameterError(
+                f"there is no option '{name}'{nearest_match(name, [*options, *HONOURED_SETTINGS])}; generate()'s "
+                f"settings that are applied: {', '.join(HONOURED_SETTINGS)}"
+            )
+    try:
+        config.update(**settings)  # type: ignore[no-untyped-call]
+    except (TypeError, ValueError) as error:
+        raise ParameterError(f"the settings of this generation cannot be used: {error}") from error
+    not_applied = {
+        name: value
+        for name, neutral in _OTHER_SETTINGS.items()
+        if (value := getattr(config, name, None)) not in (None, neutral)
+    }
     if not_applied:
         listed = ", ".join(f"{name}={value!r}" for name, value in not_applied.items())
         warnings.warn(
-            f"the output is the target's plain greedy text: its generation config asks for {listed}, which generate() "
-            "would apply and this does not; set them to None to make both alike",
+            f"the output is greedy text: the generation config asks for {listed}, which generate() would apply and "
+            "this does not; set them to None to make both alike",
             RuntimeWarning,
             stacklevel=4,
         )
+    return config
 
 
 def fixed_width(exact: str | None, max_nodes: int | None) -> tuple[int, int | None]:

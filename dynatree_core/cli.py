@@ -134,6 +134,19 @@ def _dynatree(context: click.Context) -> None:
     help="Wrap the prompt in the chat template, or not.  [default: where there is one]",
 )
 @click.option("--ignore-eos", is_flag=True, help="Do not stop where the model would.")
+@click.option("--stop", "stop_strings", metavar="TEXT", multiple=True, help="Stop behind this text; may be repeated.")
+@click.option("--max-time", type=click.FloatRange(min=0), metavar="SECONDS", help="Stop when so much time has passed.")
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(min=0, min_open=True),
+    help="As in transformers; above 1 repeats less.",
+)
+@click.option("--no-repeat-ngram-size", type=click.IntRange(min=1), help="No n tokens in a row come twice.")
+@click.option(
+    "--exact",
+    type=click.Choice(["fixed_width"]),
+    help="Pad every pass to one width, so that half precision rounds alike with and without trees.",
+)
 @click.option("--tau", type=click.FloatRange(0, 1), help="Cut drafted nodes of a lower path probability.")
 @click.option("--max-nodes", type=click.IntRange(min=0), help="Drafted nodes of a tree at most.")
 @click.option("--max-depth", type=click.IntRange(min=0), help="Depth of a tree at most.")
@@ -160,6 +173,8 @@ def generate(
       dynatree generate --target ./big --drafter ./small "Once upon a time"
       dynatree generate --json - < prompt.txt > answer.json
     """
+    if compare and request["max_time"] is not None:
+        raise click.UsageError("--compare needs outputs of one length, and --max-time ends each at another token")
     job = _Job(target, drafter, policy, as_json, compare)
     try:
         with console.warnings_in_one_line():
@@ -245,7 +260,14 @@ class _Job:
     screen: console.Answer | None = attrs.field(default=None, init=False)
 
     def start(
-        self, prompt: str, device: str | None, dtype: str, is_chat: bool | None, ignore_eos: bool, **limits: Any
+        self,
+        prompt: str,
+        device: str | None,
+        dtype: str,
+        is_chat: bool | None,
+        ignore_eos: bool,
+        stop_strings: Sequence[str],
+        **settings: Any,
     ) -> None:
         """Load the models and open a session; what can be refused without a model is refused first."""
         from dynatree_core.plugins import build_stack, expand_preset
@@ -261,7 +283,11 @@ class _Job:
         prompt_ids = _encode(text, self.tokenizer, is_chat)
         if drafter is None:
             drafter = _load_drafter(self.drafter_name, self.target).model
-        self.options = {**limits, "eos_token_id": [] if ignore_eos else None}
+        self.options = {name: value for name, value in settings.items() if value is not None}
+        if stop_strings:
+            self.options |= {"stop_strings": list(stop_strings), "tokenizer": self.tokenizer}
+        if ignore_eos:
+            self.options["eos_token_id"] = []
         self.session = Session(self.target.model, drafter, prompt_ids, policy=self.policy, **self.options)
 
     def warm_up(self) -> None:

@@ -37,6 +37,6 @@ def decode_step(session: Session) -> StepReport:
     tree = prune(session, tree)  # what the policies think worth verifying
     flat = flatten([tree], [session.cache.length], min_rows=session.pass_rows)  # ids, positions, who sees whom
     logits = session.target.forward(flat, session.cache, stage="verify")[0, : tree.num_nodes]  # [nodes, vocab]
-    verdict = verify(tree, logits)  # accepted path and bonus token
+    verdict = verify(session, tree, logits)  # accepted path and bonus token, up to a stop
     report = commit(session, tree, verdict)  # keep the path's cache rows, append the tokens
     return feedback(session, report)  # tell the policies

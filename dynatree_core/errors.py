@@ -19,6 +19,7 @@ __all__ = [
     "DefaultModelError",
     "DrafterError",
     "DynaTreeError",
+    "ForwardPassError",
     "InputError",
     "ModelLoadError",
     "NonFiniteLogitsError",
@@ -105,6 +106,10 @@ class DrafterError(DynaTreeError):
 
 class NonFiniteLogitsError(DynaTreeError):
     """The target's logits contain NaN, so no token can be chosen."""
+
+
+class ForwardPassError(DynaTreeError):
+    """A model that raised in its forward pass."""
 
 
 class OutOfMemoryError(DynaTreeError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ __all__ = ["generate", "run", "stream"]
 def generate(
     target: nn.Module,
     drafter: nn.Module | Drafter | str | None,
-    input_ids: Tensor | Sequence[int],
+    input_ids: Tensor | Sequence[int] | Mapping[str, Tensor],
     **options: Any,
 ) -> GenerationResult:
     """Generate greedily by tree speculative decoding.
@@ -31,14 +31,24 @@ def generate(
         target: a transformers causal language model in eval mode.
         drafter: a transformers model with the target's vocabulary, a registered drafter's name such as
             "prompt_lookup", a Drafter, or None to draft nothing (autoregressive decoding).
-        input_ids: the prompt, [tokens] or [1, tokens] integers.
+        input_ids: the prompt, [tokens] or [1, tokens] integers, or what a tokenizer returns: a mapping with
+            "input_ids" and "attention_mask".
 
     Keyword Args:
         policy: a stack's string such as "confidence(high=0.8)+history", a policy object, or a list of them;
             "phase3" by default.
         max_new_tokens: tokens to generate at most; 128 by default, 0 returns nothing.
+        max_length: instead, tokens of prompt and output at most.
         eos_token_id: one id or several that end the generation and are part of it. None (default): those of
             the target's generation config. An empty list: none.
+        attention_mask: [tokens] or [1, tokens], 0 for padding at the prompt's left.
+        position_ids: [tokens] or [1, tokens], the prompt's positions where they are not 0, 1, 2, …
+        generation_config: settings of `transformers.GenerationConfig`, instead of the target's own.
+        logits_processor: a list of `transformers.LogitsProcessor`.
+        stopping_criteria: a list of `transformers.StoppingCriteria`.
+        tokenizer: the target's, needed with stop_strings.
+        repetition_penalty, no_repeat_ngram_size, bad_words_ids, stop_strings, max_time and others: settings of
+            `generate` that act on greedy decoding; docs/generation.md has the list.
         tau: drafted nodes whose path probability is below it are cut.
         max_nodes: drafted nodes of a tree at most.
         max_depth: depth of a tree at most. For these three the strictest of this argument and of what policies
@@ -50,7 +60,7 @@ def generate(
             drafter failed.
 
     Returns:
-        New tokens, stop reason ("eos" or "length") and metrics.
+        New tokens, stop reason ("eos", "length", "stop_string", "time" or "criterion") and metrics.
 
     Raises:
         InputError: an argument that cannot be used; nothing was run.
@@ -65,7 +75,7 @@ def generate(
 def stream(
     target: nn.Module,
     drafter: nn.Module | Drafter | str | None,
-    input_ids: Tensor | Sequence[int],
+    input_ids: Tensor | Sequence[int] | Mapping[str, Tensor],
     **options: Any,
 ) -> Iterator[StepReport]:
     """Like `generate`, but yields a report per decode step as its tokens are committed.

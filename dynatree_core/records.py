@@ -132,11 +132,12 @@ class FlatTrees:
 
 @attrs.frozen
 class Verdict:
-    """What the target says about one tree; already on the host."""
+    """What the target says about one tree, up to where the generation stops; already on the host."""
 
     path: tuple[int, ...]  # accepted drafted nodes, by depth; the root is not among them
     draft_path: tuple[int, ...]  # the same nodes, as they were numbered when drafted
-    token_ids: tuple[int, ...]  # the accepted nodes' tokens, then the bonus token
+    token_ids: tuple[int, ...]  # the accepted nodes' tokens, then the bonus token unless generation stops before it
+    stop_reason: str | None = None  # why the generation ends with the last of them, if it does
 
 
 @attrs.frozen(eq=False)
@@ -146,8 +147,16 @@ class StepReport:
     iteration: int
     tree: TokenTree  # as it was verified
     verdict: Verdict
-    token_ids: tuple[int, ...]  # committed in this step; shorter than the verdict's when generation stopped
-    num_accepted: int  # committed tokens that had been drafted
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """What is committed in this step."""
+        return self.verdict.token_ids
+
+    @property
+    def num_accepted(self) -> int:
+        """Committed tokens that had been drafted."""
+        return len(self.verdict.path)
 
     @property
     def path_acceptance(self) -> float | None:
@@ -195,5 +204,5 @@ class GenerationResult:
     """What a generation returns."""
 
     token_ids: list[int]  # the new tokens, the prompt not among them
-    stop_reason: str  # "eos", "length", "interrupted" or "error"
+    stop_reason: str  # "eos", "length", "stop_string", "time", "criterion", "interrupted" or "error"
     report: GenerationReport

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dynatree_core.architectures import attention_layout
 from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
-from dynatree_core.errors import OutOfMemoryError
+from dynatree_core.errors import DynaTreeError, ForwardPassError, OutOfMemoryError
 from dynatree_core.flatten import flatten_chain
 from dynatree_core.records import FlatTrees
 
@@ -26,11 +26,18 @@ class EagerRunner:
     """Calls an unmodified transformers model through its public forward.
 
     Holds no state of a generation, so sessions and threads may share the model; each has a runner for its clock.
+
+    Args:
+        model: the model.
+        clock: where the time of its passes goes.
+        positions: the position of each token of the prompt, where they are not 0, 1, 2, …
     """
 
-    def __init__(self, model: nn.Module, clock: StageClock) -> None:
+    def __init__(self, model: nn.Module, clock: StageClock, positions: Sequence[int] | None = None) -> None:
         self.model = model
         self.clock = clock
+        # [tokens] the prompt's own positions, where a caller gives any; later tokens count on from the last of them
+        self.positions = None if positions is None else torch.tensor(positions, device=model.device)  # type: ignore[arg-type]
         self.layout = attention_layout(model)
         self.dtype: torch.dtype = model.dtype  # type: ignore[assignment]
         # whether the head can be told to compute the last rows only, which saves most of a prefill's memory
@@ -53,20 +60,28 @@ class EagerRunner:
 
         Raises:
             OutOfMemoryError: the device has no memory for the pass.
+            ForwardPassError: the model raised anything else.
         """
         arguments: dict[str, object] = {
             "input_ids": flat.token_ids,
             "attention_mask": self.layout.masks(flat, self.dtype),
-            "position_ids": flat.position_ids,
+            "position_ids": self._model_positions(flat.position_ids),
             "past_key_values": cache,
             "use_cache": True,
             **self._fixed_arguments,
         }
         if last_row_only and self._can_skip_logits:
             arguments["logits_to_keep"] = 1
-        with _named_out_of_memory(flat), self.clock.measure(stage, on_device=True):
+        with _named_failure(flat), self.clock.measure(stage, on_device=True):
             logits: Tensor = self.model(**arguments).logits
         return logits[:, -1:] if last_row_only else logits
+
+    def _model_positions(self, places: Tensor) -> Tensor:
+        """What the model is told for places in the text [batch, rows]: the places themselves, most of the time."""
+        if self.positions is None:
+            return places
+        last = self.positions.numel() - 1
+        return self.positions[places.clamp(max=last)] + (places - last).clamp(min=0)
 
     def prefill(self, token_ids: Tensor, cache: TreeCache) -> None:
         """Fill the cache with committed tokens [tokens], in chunks; their logits are not wanted."""
@@ -78,13 +93,18 @@ class EagerRunner:
 
 
 @contextmanager
-def _named_out_of_memory(flat: FlatTrees) -> Iterator[None]:
+def _named_failure(flat: FlatTrees) -> Iterator[None]:
+    """Turn whatever a model raises into an error of ours, so that a generation ends with what it has committed."""
+    size = f"a forward pass of {flat.num_rows} rows over {flat.visible.shape[-1]} cache slots"
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a plain one
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise OutOfMemoryError(
-            f"a forward pass of {flat.num_rows} rows over {flat.visible.shape[-1]} cache slots needs more memory than "
-            f"the device has left; shorten the prompt, lower max_new_tokens or max_nodes ({error})"
-        ) from error
+    except DynaTreeError:
+        raise
+    except Exception as error:
+        # torch.OutOfMemoryError is a CUDA allocator's; the CPU's raises a plain RuntimeError
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            raise OutOfMemoryError(
+                f"{size} needs more memory than the device has left; shorten the prompt, lower max_new_tokens or "
+                f"max_nodes ({error})"
+            ) from error
+        raise ForwardPassError(f"{size} failed in the model: {type(error).__name__}: {error}") from error

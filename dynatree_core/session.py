@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from dynatree_core.architectures import check_causal_lm, max_positions, vocab_size
 from dynatree_core.arguments import (
-    checked_max_new_tokens,
+    checked_positions,
     checked_prompt,
     end_token_ids,
     fixed_width,
+    new_token_limit,
+    num_padding,
     resolved_limits,
-    warn_of_settings_not_applied,
+    settings_of,
 )
 from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
@@ -26,10 +30,15 @@ from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import DrafterError, InputError, OutOfMemoryError, ParameterError
 from dynatree_core.metrics import summarise
 from dynatree_core.plugins import build_drafter, build_stack
+from dynatree_core.processors import logits_processors
 from dynatree_core.records import GenerationResult, Proposals, StepReport, StepStats
 from dynatree_core.runner import EagerRunner
 from dynatree_core.stack import PolicyStack
+from dynatree_core.stopping import stopping_criteria as criteria_of
 from dynatree_core.tree import TokenTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Session", "timed"]
 
@@ -46,17 +55,25 @@ class Session:
         self,
         target: nn.Module,
         drafter: nn.Module | Drafter | str | None,
-        input_ids: Tensor | Sequence[int],
+        input_ids: Tensor | Sequence[int] | Mapping[str, Tensor],
         *,
         policy: str | object | Sequence[str | object] = "phase3",
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
+        attention_mask: Tensor | Sequence[int] | None = None,
+        position_ids: Tensor | Sequence[int] | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Sequence[LogitsProcessor] = (),
+        stopping_criteria: Sequence[StoppingCriteria] = (),
+        tokenizer: PreTrainedTokenizerBase | None = None,
         tau: float | None = None,
         max_nodes: int | None = None,
         max_depth: int | None = None,
         top_k: int = 16,
         exact: str | None = None,
         on_error: str = "raise",
+        **settings: object,
     ) -> None:
         check_causal_lm(target, "target")
         if on_error not in ("raise", "fallback"):
@@ -64,10 +81,33 @@ class Session:
         self.on_error = on_error
         self.device: torch.device = target.device  # type: ignore[assignment]
         self.vocab_size = vocab_size(target)
-        self.prompt_ids = checked_prompt(input_ids, self.vocab_size)
-        self.max_new_tokens = checked_max_new_tokens(max_new_tokens, len(self.prompt_ids), max_positions(target))
-        self.eos_token_ids = end_token_ids(target, eos_token_id)
-        warn_of_settings_not_applied(target)
+        if isinstance(input_ids, Mapping):  # what a tokenizer returns
+            attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
+            input_ids = input_ids["input_ids"]
+        given_ids = checked_prompt(input_ids, self.vocab_size)
+        self._num_padding = num_padding(attention_mask, len(given_ids))
+        self.prompt_ids = given_ids[self._num_padding :]
+        positions = checked_positions(position_ids, len(given_ids))
+        config = settings_of(target, generation_config, settings, inspect.signature(Session).parameters)
+        self.eos_token_ids = end_token_ids(config, eos_token_id)
+        self.max_new_tokens = new_token_limit(
+            max_new_tokens,
+            max_length,
+            len(given_ids),
+            len(self.prompt_ids) if positions is None else max(positions) + 1,
+            max_positions(target),
+        )
+        self.logits_processors = logits_processors(
+            config,
+            list(logits_processor),
+            eos_token_ids=self.eos_token_ids,
+            num_prompt=len(given_ids),
+            num_padding=self._num_padding,
+            max_length=len(given_ids) + self.max_new_tokens,
+            vocab=self.vocab_size,
+            device=self.device,
+        )
+        self.stopping_criteria = criteria_of(config, stopping_criteria, tokenizer)
         self.stack: PolicyStack = build_stack(policy)
         # rows of a verification pass at least
         self.pass_rows, max_nodes = fixed_width(exact, max_nodes)
@@ -75,7 +115,7 @@ class Session:
         self.clock = StageClock(self.device)
 
         num_tokens = len(self.prompt_ids) + self.max_new_tokens
-        self.target = EagerRunner(target, self.clock)
+        self.target = EagerRunner(target, self.clock, positions and positions[self._num_padding :])
         self.cache = TreeCache(num_tokens + max(self.limits.max_nodes, self.pass_rows))
         source = _as_drafter(drafter)
         self.drafter_name = None if source is None else str(source)
@@ -87,15 +127,17 @@ class Session:
                 )
 
         self.new_token_ids: list[int] = []
-        self._ids = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
-        self._ids[: len(self.prompt_ids)] = torch.tensor(self.prompt_ids)
+        self._stop_reason: str | None = None
+        # padding, prompt, committed tokens, and room for those to come
+        self._ids = torch.zeros(len(given_ids) + self.max_new_tokens, dtype=torch.int64, device=self.device)
+        self._ids[: len(given_ids)] = torch.tensor(given_ids)
         self.steps: list[StepStats] = []
         self.last_report: StepReport | None = None
 
     @property
     def committed_ids(self) -> Tensor:
         """[committed] int64 on the device: prompt and new tokens."""
-        return self._ids[: len(self.prompt_ids) + len(self.new_token_ids)]
+        return self._ids[self._num_padding : self._num_padding + len(self.prompt_ids) + len(self.new_token_ids)]
 
     @property
     def num_iterations(self) -> int:
@@ -114,10 +156,32 @@ class Session:
 
     @property
     def stop_reason(self) -> str | None:
-        """ "eos", "length", or None while there is more to come."""
-        if self.new_token_ids and self.new_token_ids[-1] in self.eos_token_ids:
+        """ "eos", "length", "stop_string", "time", "criterion", or None while there is more to come."""
+        return self._stop_reason or ("length" if self.num_tokens_left <= 0 else None)
+
+    def text_with(self, token_ids: Sequence[int]) -> Tensor:
+        """[1, tokens] int64 on the device: what generate() would show to processors and criteria.
+
+        Padding, prompt, committed tokens, and behind them these, which are the target's choice already.
+        """
+        start = self._num_padding + len(self.prompt_ids) + len(self.new_token_ids)
+        self._ids[start : start + len(token_ids)] = torch.tensor(token_ids, dtype=torch.int64)
+        return self._ids[None, : start + len(token_ids)]
+
+    def reason_to_stop(self, token_ids: Sequence[int]) -> str | None:
+        """Why the generation ends with the last of these tokens, which follow the committed ones, or None.
+
+        To be asked once for each token, in order: a criterion may count.
+        """
+        fulfilled = []
+        if self.stopping_criteria:
+            text = self.text_with(token_ids)
+            fulfilled = [criterion.reason for criterion in self.stopping_criteria if criterion(text)]
+        if token_ids[-1] in self.eos_token_ids:
             return "eos"
-        return "length" if self.num_tokens_left <= 0 else None
+        if len(token_ids) >= self.num_tokens_left:
+            return "length"
+        return fulfilled[0] if fulfilled else None
 
     def propose(self, tree: TokenTree) -> Proposals:
         """The drafter's proposals for the tree's last level, in the shape that the contract asks for.
@@ -143,9 +207,9 @@ class Session:
 
     def record(self, report: StepReport) -> None:
         """Append a step's verified tokens and count it."""
-        start = len(self.prompt_ids) + len(self.new_token_ids)
-        self._ids[start : start + len(report.token_ids)] = torch.tensor(report.token_ids)
+        self.text_with(report.token_ids)
         self.new_token_ids.extend(report.token_ids)
+        self._stop_reason = report.verdict.stop_reason
         self.last_report = report
         self.steps.append(
             StepStats(

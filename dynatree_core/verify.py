@@ -1,4 +1,4 @@
-"""Verify: which drafted nodes the target agrees with. Pure functions of a tree and the target's logits."""
+"""Verify: which drafted nodes the target agrees with, and where the generation stops."""
 
 from __future__ import annotations
 
@@ -7,12 +7,65 @@ from torch import Tensor
 
 from dynatree_core.errors import NonFiniteLogitsError
 from dynatree_core.records import Verdict
+from dynatree_core.session import Session
 from dynatree_core.tree import TokenTree
 
-__all__ = ["verify"]
+__all__ = ["follow", "longest_match", "verify"]
 
 
-def verify(tree: TokenTree, logits: Tensor) -> Verdict:
+def verify(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
+    """The path that the target follows in the tree, with its tokens, up to where the generation stops.
+
+    Args:
+        session: says when to stop, and which logits processors there are.
+        tree: the tree that was verified.
+        logits: [nodes, vocab], the target's output at each node, in the tree's order.
+
+    Raises:
+        NonFiniteLogitsError: a logit on the path is NaN.
+    """
+    if session.logits_processors:
+        return follow(session, tree, logits)
+    return _until_stop(session, longest_match(tree, logits))
+
+
+def follow(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
+    """Walk down from the root, choosing a token at each node as generate() would, while a child carries it.
+
+    Logits processors see each node with its own path, and are called for each emitted token once, in order, with one
+    row, as by generate(): what they count or remember stays right. It costs a transfer to the host for each token.
+    """
+    parents, token_ids, draft_index = torch.stack([tree.parent, tree.token_ids, tree.draft_index]).tolist()
+    children = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, token_ids, strict=True))}
+    path: list[int] = []
+    chosen: list[int] = []
+    node = 0
+    while True:
+        own_logits = logits[node : node + 1].to(torch.float32, copy=True)  # [1, vocab], a processor may write into it
+        text = session.text_with(chosen)  # [1, tokens]
+        scores = session.logits_processors(text, own_logits)  # type: ignore[arg-type]  # transformers says LongTensor
+        top_score, token = scores.max(dim=-1)
+        _check_number(bool(top_score.isnan()))
+        chosen.append(int(token))
+        child = children.get((node, chosen[-1]))
+        if child is not None:
+            path.append(child)
+        reason = session.reason_to_stop(chosen)
+        if child is None or reason is not None:
+            return Verdict(tuple(path), tuple(draft_index[i] for i in path), tuple(chosen), reason)
+        node = child
+
+
+def _until_stop(session: Session, verdict: Verdict) -> Verdict:
+    """The verdict, cut after the first token at which the generation stops."""
+    for end in range(1, len(verdict.token_ids) + 1):
+        reason = session.reason_to_stop(verdict.token_ids[:end])
+        if reason is not None:
+            return Verdict(verdict.path[:end], verdict.draft_path[:end], verdict.token_ids[:end], reason)
+    return verdict
+
+
+def longest_match(tree: TokenTree, logits: Tensor) -> Verdict:
     """Accept the deepest path of which every token is the target's argmax at its parent.
 
     A node is alive when it and all its ancestors match: one comparison and one reduction with the
@@ -51,10 +104,14 @@ def verify(tree: TokenTree, logits: Tensor) -> Verdict:
         ]
     ).tolist()  # the one transfer to the host
     num_accepted, bonus_token_id, is_broken = outcome[:3]
-    if is_broken:
+    _check_number(bool(is_broken))
+    nodes, draft_nodes, token_ids = (outcome[3 + i * levels :][1 : num_accepted + 1] for i in range(3))
+    return Verdict(tuple(nodes), tuple(draft_nodes), (*token_ids, bonus_token_id))
+
+
+def _check_number(is_nan: bool) -> None:
+    if is_nan:
         raise NonFiniteLogitsError(
             "the target's logits must be numbers, got NaN; its weights may be damaged, or half precision "
             "overflows: try float32 or bfloat16"
         )
-    nodes, draft_nodes, token_ids = (outcome[3 + i * levels :][1 : num_accepted + 1] for i in range(3))
-    return Verdict(tuple(nodes), tuple(draft_nodes), (*token_ids, bonus_token_id))

@@ -365,6 +365,25 @@ def test_options_reach_the_session(generate: Dynatree, folders: SimpleNamespace)
 # ---- JSON ----------------------------------------------------------------------------------------------------
 
 
+def test_settings_of_generate_reach_the_session(generate: Dynatree) -> None:
+    plain = generate("--json", "--max-new-tokens", "24", "x").document
+    stop = next(char for char in plain["text"][1:] if char.isascii() and char.isprintable())
+    stopped = generate("--json", "--max-new-tokens", "24", "--stop", stop, "--stop", "never there", "x").document
+    assert stopped["stop_reason"] == "stop_string"
+    assert stopped["text"] == plain["text"][: plain["text"].index(stop) + 1]
+    timed = generate("--json", "--max-new-tokens", "24", "--max-time", "0", "x").document
+    assert (timed["stop_reason"], timed["num_new_tokens"]) == ("time", 1)
+    penalised = generate("--json", "--max-new-tokens", "24", "--repetition-penalty", "9", "x").document
+    assert len(set(penalised["token_ids"])) > len(set(plain["token_ids"]))
+    unique = generate("--json", "--compare", "--max-new-tokens", "24", "--no-repeat-ngram-size", "1", "x").document
+    assert len(set(unique["token_ids"])) == 24
+    assert unique["identical"] is True
+    assert generate("--json", "--max-new-tokens", "24", "--exact", "fixed_width", "x").document["text"] == plain["text"]
+    refused = generate("--compare", "--max-time", "1", "x")
+    assert refused.code == 2
+    assert "--compare needs outputs of one length" in refused.err
+
+
 def test_json_holds_every_metric_and_where_it_comes_from(generate: Dynatree, folders: SimpleNamespace) -> None:
     ran = generate("--json", "--dtype", "float64", "--policy", "phase3:plan", "--max-new-tokens", 12, "abc")
     assert (ran.code, ran.err) == (0, "")

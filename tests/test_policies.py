@@ -45,7 +45,7 @@ def report(accepted: int, depth: int, iteration: int = 0) -> StepReport:
     for _ in range(depth):
         tree = tree.grow(torch.tensor([tree.num_nodes - 1]), torch.tensor([1]), torch.tensor([0.0]))
     path = tuple(range(1, accepted + 1))
-    return StepReport(iteration, tree, Verdict(path, path, (1,) * (accepted + 1)), (1,) * (accepted + 1), accepted)
+    return StepReport(iteration, tree, Verdict(path, path, (1,) * (accepted + 1)))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from dynatree_core import TokenTree
 from dynatree_core.errors import NonFiniteLogitsError
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import VOCAB
-from dynatree_core.verify import verify
+from dynatree_core.verify import longest_match
 
 
 def walk(tree: TokenTree, best: list[int]) -> tuple[list[int], list[int]]:
@@ -33,7 +33,7 @@ def test_equals_a_walk(tree, data):
     best = data.draw(st.tuples(*choices))
     logits = torch.randn(tree.num_nodes, VOCAB, dtype=torch.float64)
     logits[torch.arange(tree.num_nodes), torch.tensor(best)] = 10.0
-    verdict = verify(tree, logits)
+    verdict = longest_match(tree, logits)
     path, tokens = walk(tree, list(best))
     assert list(verdict.path) == path
     assert list(verdict.token_ids) == tokens
@@ -52,8 +52,8 @@ def test_ties_are_broken_as_generate_does():
     logits = torch.zeros(2, 5, dtype=torch.float64)
     logits[0, 1], logits[0, 3] = 1.0, 1.0 + 1e-12  # one number in float32
     logits[1, 4] = 1.0
-    assert verify(chain(1), logits).token_ids == (1, 4)
-    assert verify(chain(3), logits).token_ids == (1,)
+    assert longest_match(chain(1), logits).token_ids == (1, 4)
+    assert longest_match(chain(3), logits).token_ids == (1,)
 
 
 def test_a_pruned_tree_reports_where_its_nodes_were_drafted():
@@ -62,7 +62,7 @@ def test_a_pruned_tree_reports_where_its_nodes_were_drafted():
     )
     pruned = tree.subtree(torch.tensor([True, False, True]))
     logits = torch.eye(5)[[2, 3]]
-    verdict = verify(pruned, logits)
+    verdict = longest_match(pruned, logits)
     assert (verdict.path, verdict.draft_path, verdict.token_ids) == ((1,), (2,), (2, 3))
 
 
@@ -70,13 +70,13 @@ def test_nan_is_an_error():
     logits = torch.zeros(2, 5)
     logits[1, 3] = torch.nan
     with pytest.raises(NonFiniteLogitsError, match="got NaN"):
-        verify(chain(0), logits)
+        longest_match(chain(0), logits)
     # a wrong draft may overflow where the target's own text never goes
-    assert verify(chain(2), logits).token_ids == (0,)
+    assert longest_match(chain(2), logits).token_ids == (0,)
 
 
 def test_on_every_device(device):
     tree = TokenTree.root(torch.tensor([0], device=device)).grow(
         torch.tensor([0, 0], device=device), torch.tensor([1, 2], device=device), torch.zeros(2, device=device)
     )
-    assert verify(tree, torch.eye(4, device=device)[[2, 0, 3]]).token_ids == (2, 3)
+    assert longest_match(tree, torch.eye(4, device=device)[[2, 0, 3]]).token_ids == (2, 3)

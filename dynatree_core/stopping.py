@@ -1,0 +1,50 @@
+"""When a generation ends: at an end token, at its length, or where one of generate()'s stopping criteria says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, MaxTimeCriteria, StoppingCriteria, StopStringCriteria
+
+from dynatree_core.errors import ParameterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Criterion", "stopping_criteria"]
+
+
+@attrs.frozen
+class Criterion:
+    """One of transformers' stopping criteria, and the stop reason that it stands for."""
+
+    reason: str  # "stop_string", "time" or "criterion"
+    is_done: StoppingCriteria  # called with the text [1, tokens] after each new token
+
+    def __call__(self, text: Tensor) -> bool:
+        """Whether the generation ends with this text [1, tokens]."""
+        return bool(torch.as_tensor(self.is_done(text, None)).any())
+
+
+def stopping_criteria(
+    config: GenerationConfig, own: Sequence[StoppingCriteria], tokenizer: PreTrainedTokenizerBase | None
+) -> list[Criterion]:
+    """The criteria that the settings ask for, then the caller's own. A time limit counts from here on.
+
+    Raises:
+        ParameterError: stop strings without a tokenizer, or a setting with a value that its criterion refuses.
+    """
+    criteria = []
+    if config.max_time is not None:
+        if isinstance(config.max_time, bool) or not isinstance(config.max_time, int | float) or config.max_time < 0:
+            raise ParameterError(f"max_time must be a number of seconds of at least 0, got {config.max_time!r}")
+        criteria.append(Criterion("time", MaxTimeCriteria(config.max_time)))
+    if config.stop_strings is not None:
+        if tokenizer is None:
+            raise ParameterError("stop_strings need the target's tokenizer, got none; give it as tokenizer=...")
+        criteria.append(Criterion("stop_string", StopStringCriteria(tokenizer, config.stop_strings)))
+    return [*criteria, *(Criterion("criterion", criterion) for criterion in own)]

@@ -1,0 +1,343 @@
+"""Settings of generate() inside the tree: processors, stopping, padded prompts and positions change both alike."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    BatchEncoding,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedTokenizerFast,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+)
+
+from dynatree_core import Session, generate, run
+from dynatree_core.errors import ContextLimitError, NonFiniteLogitsError, ParameterError, PromptError
+from dynatree_core.testing import strategies as ours
+from dynatree_core.testing.models import CONTEXT, VOCAB, greedy, perturbed, tiny_model
+
+TARGET, DRAFTER, PROMPT = tiny_model("llama"), perturbed("llama"), [1, 2, 3]
+
+few_ids = st.lists(ours.token_ids, min_size=1, max_size=4, unique=True)
+# generate()'s settings that act on logits, one at a time or together
+processor_settings = st.fixed_dictionaries(
+    {},
+    optional={
+        "repetition_penalty": st.sampled_from([0.7, 1.1, 1.5, 3.0]),
+        "no_repeat_ngram_size": st.integers(1, 4),
+        "bad_words_ids": st.lists(st.lists(ours.token_ids, min_size=1, max_size=3), min_size=1, max_size=3),
+        "min_length": st.integers(1, 30),
+        "min_new_tokens": st.integers(1, 20),
+        "forced_bos_token_id": ours.token_ids,
+        "forced_eos_token_id": ours.token_ids,
+        "suppress_tokens": few_ids,
+        "begin_suppress_tokens": few_ids,
+        "sequence_bias": st.dictionaries(
+            st.tuples(ours.token_ids) | st.tuples(ours.token_ids, ours.token_ids),
+            st.sampled_from([-10.0, -1.0, 1.0, 10.0]), min_size=1, max_size=3,
+        ),
+        "renormalize_logits": st.just(True),
+        "remove_invalid_values": st.just(True),
+    },
+).filter(lambda asked: not forced_in(asked) & suppressed_in(asked))  # fmt: skip
+
+
+def forced_in(asked):
+    return {asked.get("forced_bos_token_id"), asked.get("forced_eos_token_id")} - {None}
+
+
+def suppressed_in(asked):
+    """generate() refuses to force what is suppressed."""
+    return {*asked.get("suppress_tokens", []), *asked.get("begin_suppress_tokens", [])}
+
+
+class Grudge(LogitsProcessor):
+    """A user's processor with a memory: whatever it saw chosen most recently, it forbids three calls later."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, input_ids, scores):
+        self.calls.append(input_ids[0].tolist())
+        if len(self.calls) > 3:
+            scores[0, self.calls[-3][-1]] = -torch.inf
+        return scores
+
+
+class Countdown(StoppingCriteria):
+    """A user's criterion with a memory: done when it was asked so many times."""
+
+    def __init__(self, calls):
+        self.calls_left, self.texts = calls, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.calls_left -= 1
+        self.texts.append(input_ids[0].tolist())
+        return torch.full((1,), self.calls_left <= 0)
+
+
+@given(data=st.data())
+def test_processors_see_each_node_with_its_own_path(data):
+    family, seed = data.draw(ours.families), data.draw(ours.model_seeds)
+    target, prompt = tiny_model(family, seed), data.draw(ours.prompts)
+    asked = data.draw(processor_settings)
+    length = data.draw(st.integers(1, 24))
+    eos = data.draw(st.lists(ours.token_ids, max_size=3))
+    expected = greedy(target, prompt, length, eos, **asked)
+    drafter, stack = data.draw(ours.drafters(family, seed)), data.draw(ours.stacks())
+    result = generate(target, drafter, prompt, policy=stack, max_new_tokens=length, eos_token_id=eos, **asked)
+    assert result.token_ids == expected
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_a_users_own_processor_is_called_as_by_generate(data):
+    """Once for each emitted token, in order, with the text up to there: even a processor with a memory is exact."""
+    prompt, length = data.draw(ours.prompts), data.draw(st.integers(1, 24))
+    eos = data.draw(st.lists(ours.token_ids, max_size=2))
+    theirs, mine = Grudge(), Grudge()
+    expected = greedy(TARGET, prompt, length, eos, logits_processor=[theirs], repetition_penalty=1.2)
+    drafter = data.draw(ours.drafters("llama", 0))
+    result = generate(
+        TARGET, drafter, prompt, policy=data.draw(ours.stacks()), max_new_tokens=length, eos_token_id=eos,
+        logits_processor=[mine], repetition_penalty=1.2,
+    )  # fmt: skip
+    assert result.token_ids == expected
+    assert mine.calls == theirs.calls
+
+
+def test_trees_are_worth_something_under_a_processor():
+    result = generate(TARGET, TARGET, PROMPT, policy="fixed(tau=0.0)", max_new_tokens=30, suppress_tokens=[5])
+    assert result.token_ids == greedy(TARGET, PROMPT, 30, suppress_tokens=[5])
+    assert result.report.tokens_per_iteration > 2
+
+
+def test_a_users_processor_replaces_the_settings_own():
+    stronger = RepetitionPenaltyLogitsProcessor(4.0)
+    expected = greedy(TARGET, PROMPT, 20, logits_processor=[stronger], repetition_penalty=1.1)
+    result = generate(TARGET, DRAFTER, PROMPT, max_new_tokens=20, logits_processor=[stronger], repetition_penalty=1.1)
+    assert result.token_ids == expected != greedy(TARGET, PROMPT, 20, repetition_penalty=1.1)
+
+
+def test_settings_come_from_the_call_then_a_given_configuration_then_the_targets():
+    plain, tame, strict = (greedy(TARGET, PROMPT, 20, repetition_penalty=penalty) for penalty in (1.0, 1.3, 4.0))
+    assert len({tuple(plain), tuple(tame), tuple(strict)}) == 3
+    config = GenerationConfig(repetition_penalty=4.0)
+    TARGET.generation_config.repetition_penalty = 1.3
+    try:
+        assert generate(TARGET, DRAFTER, PROMPT, max_new_tokens=20).token_ids == tame
+        assert generate(TARGET, DRAFTER, PROMPT, max_new_tokens=20, repetition_penalty=1.0).token_ids == plain
+        assert generate(TARGET, DRAFTER, PROMPT, max_new_tokens=20, generation_config=config).token_ids == strict
+    finally:
+        TARGET.generation_config.repetition_penalty = None
+
+
+@given(data=st.data())
+def test_stopping_anywhere_in_a_path(data):
+    """Several end tokens, and a criterion that counts: never a token more or less, and asked once for each."""
+    prompt, length = data.draw(ours.prompts), data.draw(st.integers(1, 24))
+    eos, calls = data.draw(st.lists(ours.token_ids, max_size=3)), data.draw(st.integers(1, 26))
+    theirs, mine = Countdown(calls), Countdown(calls)
+    expected = greedy(TARGET, prompt, length, eos, stopping_criteria=[theirs])
+    result = generate(
+        TARGET, data.draw(ours.drafters("llama", 0)), prompt, policy=data.draw(ours.stacks()), max_new_tokens=length,
+        eos_token_id=eos, stopping_criteria=[mine],
+    )  # fmt: skip
+    assert result.token_ids == expected
+    assert mine.texts == theirs.texts
+    ends = expected[-1] in eos
+    assert result.stop_reason == ("eos" if ends else "length" if len(expected) == length else "criterion")
+
+
+LETTERS = [*"abcdefghij", "ab", "bc", "cd", "abc", "ba", "ca", " ", " a", "b ", "cab", *"klmnopqrstuvwxyz."]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A token for each of the tiny vocabulary's ids, some of them longer than a letter."""
+    assert len(LETTERS) == VOCAB
+    inner = Tokenizer(models.BPE({text: i for i, text in enumerate(LETTERS)}, merges=[]))
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_stop_strings_across_token_borders(data, tokenizer):
+    seed = data.draw(ours.model_seeds)
+    target, prompt = tiny_model("gpt2", seed), data.draw(ours.prompts)
+    text = "".join(LETTERS[token] for token in greedy(target, prompt, 24))
+    start = data.draw(st.integers(0, len(text) - 2))
+    stops = [
+        text[start : start + data.draw(st.integers(1, 4))],
+        *data.draw(st.lists(st.sampled_from(LETTERS), max_size=2)),
+    ]
+    expected = greedy(target, prompt, 24, stop_strings=stops, tokenizer=tokenizer)
+    drafter, stack = data.draw(ours.drafters("gpt2", seed)), data.draw(ours.stacks())
+    result = generate(target, drafter, prompt, policy=stack, max_new_tokens=24, stop_strings=stops, tokenizer=tokenizer)
+    assert result.token_ids == expected
+    assert result.stop_reason == ("length" if len(expected) == 24 else "stop_string")
+
+
+def test_stop_strings_need_a_tokenizer():
+    with pytest.raises(ParameterError, match="stop_strings need the target's tokenizer"):
+        generate(TARGET, DRAFTER, PROMPT, stop_strings=["a"])
+
+
+def test_max_time():
+    result = generate(TARGET, DRAFTER, PROMPT, max_new_tokens=100, max_time=0.0)
+    assert (len(result.token_ids), result.stop_reason) == (1, "time")  # as by generate(): asked after the first token
+    assert len(greedy(TARGET, PROMPT, 100, max_time=0.0)) == 1
+    assert generate(TARGET, DRAFTER, PROMPT, max_new_tokens=10, max_time=1e6).stop_reason == "length"
+    with pytest.raises(ParameterError, match="max_time must be a number of seconds"):
+        generate(TARGET, DRAFTER, PROMPT, max_time="soon")
+
+
+def test_max_time_counts_from_the_start():
+    session = Session(TARGET, DRAFTER, PROMPT, policy="fixed", max_new_tokens=100, max_time=0.2)
+    for _ in run(session):
+        time.sleep(0.25)
+    assert session.stop_reason == "time"
+    assert session.num_iterations == 2
+
+
+@pytest.mark.parametrize("max_length", [3, 4, 20])
+def test_max_length_counts_the_prompt(max_length):
+    result = generate(TARGET, DRAFTER, PROMPT, max_length=max_length)
+    assert result.token_ids == greedy(TARGET, PROMPT, max_length - 3)
+    assert result.stop_reason == "length"
+
+
+def test_max_length_errors():
+    with pytest.raises(ParameterError, match="max_length must be an integer of at least 3, got 2"):
+        generate(TARGET, DRAFTER, PROMPT, max_length=2)
+    with pytest.raises(ParameterError, match="give one of them"):
+        generate(TARGET, DRAFTER, PROMPT, max_length=20, max_new_tokens=5)
+
+
+def test_a_session_goes_on_after_a_break_with_processors_and_criteria():
+    session = Session(
+        TARGET,
+        DRAFTER,
+        PROMPT,
+        policy="phase3",
+        max_new_tokens=30,
+        repetition_penalty=1.3,
+        stopping_criteria=[Countdown(22)],
+    )
+    while session.stop_reason is None:
+        for _ in run(session):
+            break
+    assert session.result().token_ids == greedy(TARGET, PROMPT, 22, repetition_penalty=1.3)
+    assert session.result().stop_reason == "criterion"
+
+
+def test_nan_under_a_processor():
+    class Breaks(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores * (torch.nan if input_ids.shape[1] > 7 else 1)
+
+    with pytest.raises(NonFiniteLogitsError) as caught:
+        generate(TARGET, DRAFTER, PROMPT, max_new_tokens=20, logits_processor=[Breaks()])
+    assert caught.value.partial.token_ids == greedy(TARGET, PROMPT, 20)[: len(caught.value.partial.token_ids)]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"repetition_penalty": -1.0}, "a setting of the generation cannot be used: .*strictly positive"),
+        ({"no_repeat_ngram_size": -2}, "a setting of the generation cannot be used"),
+        ({"exponential_decay_length_penalty": (3, 1.1)}, "needs an end token"),
+        ({"temperature": 0.7}, "there is no option 'temperature'"),
+        ({"repitition_penalty": 1.2}, "did you mean 'repetition_penalty'"),
+        ({"generation_config": {"min_length": 3}}, "must be transformers' GenerationConfig"),
+    ],
+)
+def test_bad_settings(option, message):
+    with pytest.raises(ParameterError, match=message):
+        generate(TARGET, DRAFTER, PROMPT, **option)
+
+
+def test_exponential_decay():
+    asked = {"exponential_decay_length_penalty": (4, 1.5)}
+    expected = greedy(TARGET, PROMPT, 30, [7], **asked)
+    result = generate(TARGET, DRAFTER, PROMPT, max_new_tokens=30, eos_token_id=7, **asked)
+    assert result.token_ids == expected
+    assert expected[-1] == 7  # the penalty brought the end about
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_padded_prompts(data):
+    """Padding at the left is not looked at, but counts where generate() counts it: lengths, and what is repeated."""
+    family, seed = data.draw(ours.families), data.draw(ours.model_seeds)
+    target, prompt, padding = tiny_model(family, seed), data.draw(ours.prompts), data.draw(st.integers(0, 5))
+    padded, mask = [0] * padding + prompt, torch.tensor([[0] * padding + [1] * len(prompt)])
+    asked = data.draw(
+        st.fixed_dictionaries(
+            {}, optional={"no_repeat_ngram_size": st.integers(1, 3), "min_length": st.integers(1, 24)}
+        )
+    )
+    eos = data.draw(st.lists(ours.token_ids, max_size=2))
+    expected = greedy(target, padded, 16, eos, attention_mask=mask, **asked)
+    drafter = data.draw(ours.drafters(family, seed))
+    result = generate(
+        target,
+        drafter,
+        padded,
+        attention_mask=mask,
+        policy="fixed(tau=0.0)",
+        max_new_tokens=16,
+        eos_token_id=eos,
+        **asked,
+    )
+    assert result.token_ids == expected
+    assert result.report.num_prompt_tokens == len(prompt)
+
+
+def test_what_a_tokenizer_returns_is_a_prompt():
+    encoded = BatchEncoding(
+        {"input_ids": torch.tensor([[0, 0, *PROMPT]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
+    )
+    assert generate(TARGET, DRAFTER, encoded, max_new_tokens=12).token_ids == greedy(TARGET, PROMPT, 12)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("positions", [[4, 5, 6, 7], [0, 2, 4, 9], [3, 3, 1, 0]])
+def test_position_ids(family, positions):
+    """The prompt's tokens stand where the caller says, later ones count on from the last, as by generate()."""
+    target, prompt = tiny_model(family), [5, 6, 7, 8]
+    expected = greedy(target, prompt, 20, position_ids=torch.tensor([positions]))
+    result = generate(target, target, prompt, policy="fixed(tau=0.0)", max_new_tokens=20, position_ids=positions)
+    assert result.token_ids == expected
+    assert expected != greedy(target, prompt, 20) or positions == [
+        4,
+        5,
+        6,
+        7,
+    ]  # an offset alone is nothing to rotations
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ({"attention_mask": [1, 1]}, PromptError, "a value for each of the prompt's 3 tokens"),
+        ({"attention_mask": [1, 1, 0]}, PromptError, "padded at its left only.*padding_side"),
+        ({"attention_mask": [1, 0, 1]}, PromptError, "padded at its left only"),
+        ({"attention_mask": [0, 0, 0]}, PromptError, "needs one token that is none"),
+        ({"position_ids": [0, 1]}, PromptError, "an integer for each of the prompt's 3 tokens"),
+        ({"position_ids": [0.0, 1.0, 2.0]}, PromptError, "an integer for each"),
+        ({"position_ids": [-1, 0, 1]}, PromptError, "at least 0, got -1"),
+        ({"position_ids": [0, 1, CONTEXT - 5]}, ContextLimitError, "context of 160 tokens, got 156 \\+ 128"),
+    ],
+)
+def test_bad_masks_and_positions(option, error, message):
+    with pytest.raises(error, match=message):
+        generate(TARGET, DRAFTER, PROMPT, **option)
