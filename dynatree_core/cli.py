@@ -150,7 +150,9 @@ def _dynatree(context: click.Context) -> None:
 @click.option("--tau", type=click.FloatRange(0, 1), help="Cut drafted nodes of a lower path probability.")
 @click.option("--max-nodes", type=click.IntRange(min=0), help="Drafted nodes of a tree at most.")
 @click.option("--max-depth", type=click.IntRange(min=0), help="Depth of a tree at most.")
-@click.option("--top-k", type=click.IntRange(min=1), default=16, show_default=True, help="Children of a node at most.")
+@click.option(
+    "--max-branch", type=click.IntRange(min=1), default=16, show_default=True, help="Children of a node at most."
+)
 @click.option(
     "--on-error",
     type=click.Choice(["raise", "fallback"]),

@@ -16,6 +16,7 @@ from dynatree_core.architectures import check_causal_lm, max_positions, vocab_si
 from dynatree_core.arguments import (
     checked_positions,
     checked_prompt,
+    checked_seed,
     end_token_ids,
     fixed_width,
     new_token_limit,
@@ -33,6 +34,7 @@ from dynatree_core.plugins import build_drafter, build_stack
 from dynatree_core.processors import logits_processors
 from dynatree_core.records import GenerationResult, Proposals, StepReport, StepStats
 from dynatree_core.runner import EagerRunner
+from dynatree_core.sampling import Sampler
 from dynatree_core.stack import PolicyStack
 from dynatree_core.stopping import stopping_criteria as criteria_of
 from dynatree_core.tree import TokenTree
@@ -66,11 +68,12 @@ class Session:
         generation_config: GenerationConfig | None = None,
         logits_processor: Sequence[LogitsProcessor] = (),
         stopping_criteria: Sequence[StoppingCriteria] = (),
+        seed: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         tau: float | None = None,
         max_nodes: int | None = None,
         max_depth: int | None = None,
-        top_k: int = 16,
+        max_branch: int = 16,
         exact: str | None = None,
         on_error: str = "raise",
         **settings: object,
@@ -107,11 +110,12 @@ class Session:
             vocab=self.vocab_size,
             device=self.device,
         )
+        self.sampler = Sampler(self.device, checked_seed(seed)) if config.do_sample else None  # None: greedy
         self.stopping_criteria = criteria_of(config, stopping_criteria, tokenizer)
         self.stack: PolicyStack = build_stack(policy)
         # rows of a verification pass at least
         self.pass_rows, max_nodes = fixed_width(exact, max_nodes)
-        self.limits = resolved_limits(self.stack, max_depth, max_nodes, tau, top_k, self.vocab_size)
+        self.limits = resolved_limits(self.stack, max_depth, max_nodes, tau, max_branch, self.vocab_size)
         self.clock = StageClock(self.device)
 
         num_tokens = len(self.prompt_ids) + self.max_new_tokens
@@ -191,8 +195,8 @@ class Session:
         """
         assert self.draft_state is not None, "a session without a drafter never asks for proposals"
         with self.clock.measure("draft"), self.blame_drafter():
-            proposals = self.draft_state.propose(self.committed_ids, tree, self.limits.top_k)
-        shape = (tree.level_sizes[-1], self.limits.top_k)
+            proposals = self.draft_state.propose(self.committed_ids, tree, self.limits.max_branch)
+        shape = (tree.level_sizes[-1], self.limits.max_branch)
         is_sound = isinstance(proposals, Proposals) and (
             proposals.token_ids.shape == proposals.logprobs.shape == shape
             and proposals.token_ids.dtype == torch.int64
@@ -210,6 +214,8 @@ class Session:
         self.text_with(report.token_ids)
         self.new_token_ids.extend(report.token_ids)
         self._stop_reason = report.verdict.stop_reason
+        if self.sampler is not None:
+            self.sampler.commit()
         self.last_report = report
         self.steps.append(
             StepStats(
@@ -223,6 +229,8 @@ class Session:
     def rollback(self) -> None:
         """Forget an iteration that failed; the committed tokens and their cache rows stay."""
         self.cache.rollback()
+        if self.sampler is not None:
+            self.sampler.rollback()
         if self.draft_state is not None:
             with self.blame_drafter():
                 self.draft_state.rollback()

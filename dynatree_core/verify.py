@@ -24,7 +24,7 @@ def verify(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
     Raises:
         NonFiniteLogitsError: a logit on the path is NaN.
     """
-    if session.logits_processors:
+    if session.logits_processors or session.sampler is not None:
         return follow(session, tree, logits)
     return _until_stop(session, longest_match(tree, logits))
 
@@ -46,7 +46,7 @@ def follow(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
         scores = session.logits_processors(text, own_logits)  # type: ignore[arg-type]  # transformers says LongTensor
         top_score, token = scores.max(dim=-1)
         _check_number(bool(top_score.isnan()))
-        chosen.append(int(token))
+        chosen.append(int(token if session.sampler is None else session.sampler.draw(scores)))
         child = children.get((node, chosen[-1]))
         if child is not None:
             path.append(child)

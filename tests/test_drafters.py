@@ -40,7 +40,7 @@ def test_model_proposals_are_those_of_a_plain_pass_over_the_path(family):
             for row, node in enumerate(range(level.start, level.stop)):
                 path = frontier.tree.token_ids[frontier.tree.ancestor_mask[node]].tolist()
                 logits = drafter(input_ids=torch.tensor([text + path])).logits[0, -1].float()
-                expected = logits.log_softmax(-1).topk(frontier.top_k)
+                expected = logits.log_softmax(-1).topk(frontier.max_branch)
                 torch.testing.assert_close(frontier.top_logprobs[row], expected.values, rtol=1e-5, atol=1e-6)
                 assert frontier.top_token_ids[row].tolist() == expected.indices.tolist()
                 checked.append(node)

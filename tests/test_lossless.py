@@ -56,7 +56,7 @@ def test_any_stack_any_drafter(family, data):
                 "tau": ours.probabilities,
                 "max_nodes": st.integers(0, 40),
                 "max_depth": st.integers(0, 8),
-                "top_k": st.integers(4, 50),
+                "max_branch": st.integers(4, 50),
             },
         )
     )

@@ -255,7 +255,7 @@ def test_nan_under_a_processor():
         ({"repetition_penalty": -1.0}, "a setting of the generation cannot be used: .*strictly positive"),
         ({"no_repeat_ngram_size": -2}, "a setting of the generation cannot be used"),
         ({"exponential_decay_length_penalty": (3, 1.1)}, "needs an end token"),
-        ({"temperature": 0.7}, "there is no option 'temperature'"),
+        ({"num_beams": 4}, "there is no option 'num_beams'"),
         ({"repitition_penalty": 1.2}, "did you mean 'repetition_penalty'"),
         ({"generation_config": {"min_length": 3}}, "must be transformers' GenerationConfig"),
     ],
