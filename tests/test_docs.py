@@ -25,13 +25,13 @@ import pytest
 import torch
 
 import dynatree_core
-from dynatree_core import Frontier, GenerationReport, StepReport, StepStats, TokenTree, embedded, errors, generate
+from dynatree_core import Frontier, GenerationReport, StepReport, StepStats, TokenTree, embedded, errors
 from dynatree_core import hookspecs as specs
-from dynatree_core.architectures import EXACT_FAMILIES, attention_layout
+from dynatree_core.architectures import EXACT_FAMILIES
 from dynatree_core.cli import _dynatree
 from dynatree_core.plugins import DRAFTERS, POLICIES, PRESETS, load_plugin, plugin_table, plugin_variants
 from dynatree_core.stack import hook_names
-from dynatree_core.testing.models import CONFIGS, greedy, perturbed, tiny_model
+from dynatree_core.testing.models import REFUSED, ROPES, VARIANTS, tiny_model
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -387,37 +387,33 @@ def test_what_a_hook_sees_is_listed():
         assert set(shown) == expected - {"propose"}
 
 
+LOOKS_BACK = {"all": "all the way", "every": "every layer alike", "layer": "by layer type"}
+
+
 def test_families_are_those_of_the_code():
-    rows = table(DOCS / "models.md", "model type", "masks", "sliding windows")
+    header = ("model type", "for example", "looks back", "attention", "settings tested besides")
+    rows = table(DOCS / "models.md", *header)
     assert first_words(rows) == sorted(EXACT_FAMILIES) == list(EXACT_FAMILIES)
-    for row in rows:
-        layout = attention_layout(tiny_model(code_words(row["model type"])[0]))
-        assert row["masks"] == ("one per layer type" if layout.is_mapping else "one")
-        assert row["sliding windows"] == "yes" or set(layout.windows.values()) == {None}
+    for row, family in zip(rows, EXACT_FAMILIES, strict=True):
+        assert row["for example"]
+        assert row["looks back"] == LOOKS_BACK[EXACT_FAMILIES[family]]
+        default = tiny_model(family).config._attn_implementation
+        has_sdpa = default == "sdpa" and family != "gemma2"  # transformers 5.17 offers it there, without the soft caps
+        assert row["attention"] == ("SDPA, eager" if has_sdpa else "eager")
+        variants = [name for name, (model_type, _) in VARIANTS.items() if model_type == family]
+        assert row["settings tested besides"] == ", ".join(name.removeprefix(f"{family}, ") for name in variants)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert re.sub(r"\s+", " ", ", ".join(f"`{family}`" for family in EXACT_FAMILIES)) in re.sub(r"\s+", " ", readme)
 
 
-WINDOWED = {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
-# configurations with a window for the families whose tiny models have none
-WINDOWS: dict[str, dict[str, Any]] = {
-    "mixtral": {"sliding_window": 6},
-    "qwen2": WINDOWED,
-    "qwen3": WINDOWED,
-    "smollm3": WINDOWED,
-}
+def test_rotary_scalings_are_those_that_are_tested():
+    assert first_words(table(DOCS / "models.md", "`rope_type`", "context limit")) == list(ROPES)
 
 
-@pytest.mark.parametrize("family", [f for f in CONFIGS if f in WINDOWS or "sliding_window" in CONFIGS[f]])
-def test_windows_are_kept_where_the_table_says(family):
-    rows = table(DOCS / "models.md", "model type", "masks", "sliding windows")
-    assert family in [code_words(row["model type"])[0] for row in rows if row["sliding windows"] == "yes"]
-    target, prompt = tiny_model.__wrapped__(family, **WINDOWS.get(family, {})), list(range(20))
-    assert 6 in attention_layout(target).windows.values()
-    stack = "fixed(depth=8,tau=0.0)"
-    result = generate(target, perturbed(family), prompt, policy=stack, max_new_tokens=30)
-    assert result.token_ids == greedy(target, prompt, 30)
-    assert max(step.depth for step in result.report.steps) > 6  # a path is longer than the window
+def test_refusals_are_those_that_are_tested():
+    rows = table(DOCS / "models.md", "reason", "model types", "what is the matter")
+    shown = {code_words(row["reason"])[0]: code_words(row["model types"]) for row in rows}
+    assert shown == {reason: list(configs) for reason, configs in REFUSED.items()}
 
 
 def test_errors_are_listed():
