@@ -32,7 +32,7 @@ def check(target, drafter, prompt, policy, max_new_tokens, eos, **options):
 @pytest.mark.parametrize("title", POLICY_PROPERTIES)
 @pytest.mark.parametrize("stack", [*ours.policy_names(), *ours.presets()])
 def test_every_registered_stack_keeps_to_the_contract(stack, title):
-    POLICY_PROPERTIES[title](stack, EXAMPLES // 8)
+    POLICY_PROPERTIES[title](stack, EXAMPLES // 12)
 
 
 def test_any_stack_any_drafter():

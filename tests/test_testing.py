@@ -173,21 +173,6 @@ def test_state_outside_the_session_is_found(policy):
     assert re.search("must share no state|must give the same outcome each time", str(caught.value))
 
 
-def test_a_difference_between_sessions_is_shown():
-    """Without hypothesis' replays in between: the first session leaves one number behind."""
-
-    class LeavesOneBehind:
-        left: ClassVar[list[int]] = []
-
-        @hookimpl
-        def branch_factor(self, frontier: Frontier) -> int:
-            self.left[:] = [*self.left, frontier.iteration]
-            return 1 + len(self.left)
-
-    with pytest.raises(AssertionError):
-        POLICY_PROPERTIES["independent_sessions"](LeavesOneBehind(), 20)
-
-
 def test_the_lossless_check_finds_a_tree_that_was_written_to():
     with pytest.raises(AssertionError, match="the output must be the target's own greedy text: at token") as caught:
         assert_lossless(["fixed(branch=3,tau=0.0)", Writes()])

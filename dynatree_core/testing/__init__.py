@@ -21,10 +21,10 @@ def __getattr__(name: str) -> Any:
     try:
         return _load(name)
     except ModuleNotFoundError as error:
-        if error.name not in ("hypothesis", "pytest"):
+        if error.name != "hypothesis":
             raise
         raise ModuleNotFoundError(
-            f"dynatree_core.testing.{name} needs {error.name}, which is not installed: "
+            f"dynatree_core.testing.{name} needs hypothesis, which is not installed: "
             "python -m pip install 'dynatree[testing]'",
             name=error.name,
         ) from error
