@@ -149,9 +149,9 @@ def test_a_window_that_a_family_ignores_is_ignored(family):
 def test_generation_reaches_the_end_of_the_context(family):
     """The deepest node of the last tree stands at the last position that the model has."""
     target = tiny_model(family)
-    prompt = list(range(20))
-    result = generate(target, target, prompt, policy="linear(depth=9)", max_new_tokens=CONTEXT - 20)
-    assert result.token_ids == greedy(target, prompt, CONTEXT - 20)
+    prompt = [(7 * i + i // 5) % VOCAB for i in range(CONTEXT - 30)]
+    result = generate(target, target, prompt, policy="linear(depth=9)", max_new_tokens=30)
+    assert result.token_ids == greedy(target, prompt, 30)
 
 
 @pytest.mark.parametrize("scaling", ROPES)
