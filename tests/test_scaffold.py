@@ -173,3 +173,18 @@ def test_it_is_clean_under_this_projects_linters(name, tmp_path):
         in_subprocess([sys.executable, "-m", "ruff", *command, "--no-cache", "--config", settings, "."], cwd=folder)
     files = [str(path) for path in folder.rglob("*.py")]
     in_subprocess([sys.executable, "-m", "mypy", "--config-file", settings, *files], folder)
+
+
+@pytest.mark.slow
+def test_the_change_that_the_tutorial_makes_passes_all_tests(tmp_path):
+    """Its new rule in the place of the generated one, and its new test behind the generated ones."""
+    snippets = re.findall(r"\n```python\n(.*?)^```", (ROOT / "docs" / "tutorial.md").read_text("utf-8"), re.M | re.S)
+    [rule] = [text for text in snippets if "reached" in text]
+    [test] = [text for text in snippets if "def children" in text]
+    package = write_policy("nucleus", tmp_path)
+    module, tests = package / "dynatree_nucleus.py", package / "tests" / "test_nucleus.py"
+    head = module.read_text("utf-8").partition("@attrs.define")[0]
+    policy = rule[rule.index("@attrs.define") : rule.index("\n\n\nmeasure(")]
+    module.write_text(f"{head}{policy}\n", "utf-8")
+    tests.write_text(f"{tests.read_text('utf-8')}\n\n{test}", "utf-8")
+    run_tests_of(install(package, tmp_path))

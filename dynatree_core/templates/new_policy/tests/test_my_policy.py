@@ -14,10 +14,9 @@ HAIR = 1e-4  # probabilities come through a logarithm, so they are not exact
 
 def level(*rows: list[float], top_k: int = 4) -> Frontier:
     """A tree level of one node per row; a row has the draft probabilities of that node's children, best first."""
-    probs = torch.tensor(rows)
-    width = len(rows)
-    root = TokenTree.root(torch.tensor([0]))
-    tree = root.grow(torch.zeros(width, dtype=torch.int64), torch.arange(width), torch.full((width,), 0.1).log())
+    probs, width = torch.tensor(rows), len(rows)
+    parent = torch.zeros(width, dtype=torch.int64)
+    tree = TokenTree.root(torch.tensor([0])).grow(parent, torch.arange(width), torch.zeros(width))
     proposals = Proposals(torch.arange(probs.shape[1]).expand(width, -1), probs.log())
     return Frontier(tree, iteration=0, nodes_left=128, top_k=top_k, propose=lambda: proposals)
 
