@@ -16,7 +16,9 @@ from dynatree_core.clock import StageClock
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import UNSEEN_WEIGHT
 from dynatree_core.errors import ModelLoadError, ParameterError, UnsupportedModelError
+from dynatree_core.testing import assert_drafter_contract
 from dynatree_core.testing import strategies as ours
+from dynatree_core.testing.conformance import DRAFTER_PROPERTIES
 from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
 
 CPU = torch.device("cpu")
@@ -55,6 +57,17 @@ def test_model_proposals_are_those_of_a_plain_pass_over_the_path(family):
     assert session.result().token_ids == greedy(target, [1, 2, 3], 24)
     assert len(checked) > 40
     assert {bool(step.num_accepted) for step in session.steps} == {True, False}  # commits with and without a path
+
+
+@pytest.mark.parametrize("title", DRAFTER_PROPERTIES)
+@pytest.mark.parametrize("name", ["prompt_lookup", "prompt_lookup(max_ngram=2,max_matches=3)"])
+def test_prompt_lookup_keeps_to_the_contract(name, title):
+    DRAFTER_PROPERTIES[title](name, 20)
+
+
+@pytest.mark.parametrize("family", ours.FAMILIES)
+def test_model_drafters_keep_to_the_contract(family):
+    assert_drafter_contract(perturbed(family), max_examples=20)
 
 
 def naive_lookup(text: list[int], path: list[int], max_ngram: int, max_matches: int) -> dict[int, float]:

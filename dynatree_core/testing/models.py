@@ -66,23 +66,27 @@ def tiny_model(model_type: str, seed: int = 0, *, attention: str | None = None, 
     config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **overrides})
     # the other ways to run a mixture of experts take no float64
     build: Any = AutoModelForCausalLM.from_config
-    model: nn.Module = build(config, attn_implementation=attention, experts_implementation="eager").double().eval()
+    model = build(config, attn_implementation=attention, experts_implementation="eager").double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.35)
-    return model
+    model.config.name_or_path = f"tiny_model({model_type!r}, {seed})"  # how failures name it
+    tiny: nn.Module = model
+    return tiny
 
 
 @functools.cache
 def perturbed(model_type: str, seed: int = 0, noise: float = 0.05) -> nn.Module:
     """A copy of `tiny_model` with noise on its weights: a drafter that is right most of the time."""
-    model = copy.deepcopy(tiny_model(model_type, seed))
+    model: Any = copy.deepcopy(tiny_model(model_type, seed))
     torch.manual_seed(seed + 1000)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * noise)
-    return model
+    model.config.name_or_path = f"perturbed({model_type!r}, {seed}, {noise})"
+    noisy: nn.Module = model
+    return noisy
 
 
 def greedy(
