@@ -221,6 +221,30 @@ def _list_plugins(rows: Sequence[console.PluginRow], as_json: bool) -> None:
         Console(highlight=False).print(console.plugin_listing(rows))
 
 
+@_dynatree.command()
+@click.argument("name")
+@click.option(
+    "--dir",
+    "parent",
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=".",
+    help="Where the package's folder is made.  [default: here]",
+)
+def new_policy(name: str, parent: Path) -> None:
+    """Write an installable package dynatree-NAME with a policy NAME, its tests and a README.
+
+    \b
+    Examples:
+      dynatree new-policy wide_root
+      dynatree new-policy --dir ~/policies wide_root
+    """
+    from dynatree_core import scaffold
+
+    folder = scaffold.write_policy(name, parent)
+    click.echo(scaffold.next_steps(folder))
+
+
 @_dynatree.group(invoke_without_command=True)
 @click.pass_context
 def models(context: click.Context) -> None:

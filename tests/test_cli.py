@@ -576,7 +576,9 @@ def test_no_command_is_help_and_a_wrong_one_is_a_mistake(dynatree: Dynatree) -> 
     assert dynatree("generate").code == 2
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["policies"], ["drafters"], ["models"], ["models", "install"]])
+@pytest.mark.parametrize(
+    "command", [[], ["generate"], ["policies"], ["drafters"], ["new-policy"], ["models"], ["models", "install"]]
+)
 def test_help(dynatree: Dynatree, command: list[str]) -> None:
     ran = dynatree(*command, "--help")
     assert (ran.code, ran.err) == (0, "")

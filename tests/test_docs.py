@@ -30,6 +30,7 @@ from dynatree_core import hookspecs as specs
 from dynatree_core.architectures import EXACT_FAMILIES
 from dynatree_core.cli import _dynatree
 from dynatree_core.plugins import DRAFTERS, POLICIES, PRESETS, load_plugin, plugin_table, plugin_variants
+from dynatree_core.scaffold import policy_files
 from dynatree_core.stack import hook_names
 from dynatree_core.testing.models import REFUSED, ROPES, VARIANTS, tiny_model
 
@@ -38,6 +39,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 ALL_PAGES = [*PAGES, *sorted(DOCS.glob("*/**/*.md")), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 
+QUOTES = ("source: ", "generated: ")
 FENCE = re.compile(r"^(?:<!-- (?P<marker>[^\n]+) -->\n+)?```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
 
 
@@ -46,7 +48,9 @@ class Block:
     """A fenced block, with what the HTML comment before it says about it.
 
     `real-model`: needs the default model. `output`: what the snippet before it prints. `source: FILE NAME`: a quote
-    of that function or class. `file: NAME`: belongs to a plugin that the page's snippets may use.
+    of that function or class. `file: NAME`: belongs to a plugin that the page's snippets may use. `generated: POLICY
+    FILE NAME`: a quote of what `dynatree new-policy POLICY` writes, of the whole file without a name, of the list of
+    files without a file; the snippets may use that policy too.
     """
 
     language: str
@@ -75,7 +79,7 @@ def prose(page: Path) -> str:
 
 def snippets(page: Path) -> list[Block]:
     """The Python blocks that run as they stand, in one namespace and in their order."""
-    return [b for b in blocks(page) if b.language == "python" and not b.marker.startswith(("source:", "file:"))]
+    return [b for b in blocks(page) if b.language == "python" and not b.marker.startswith((*QUOTES, "file: "))]
 
 
 def run_page(page: Path, *, has_model: bool) -> Iterator[tuple[Block, str]]:
@@ -99,19 +103,38 @@ def expected_outputs(page: Path) -> dict[int, Block]:
 
 
 def quoted_source(marker: str) -> str:
-    """The code that `source: FILE NAME` or `source: FILE CLASS.METHOD` names, decorators included."""
-    file, _, name = marker.removeprefix("source: ").partition(" ")
-    text = (ROOT / file).read_text(encoding="utf-8")
-    node: Any = ast.parse(text)
+    """What `source: FILE NAME` or `generated: POLICY FILE NAME` quotes."""
+    kind, *words = marker.split()
+    if kind == "source:":
+        file, name = words
+        return definition((ROOT / file).read_text(encoding="utf-8"), name)
+    files = policy_files(words[0])
+    match words[1:]:
+        case []:
+            return "".join(f"{file}\n" for file in files)
+        case [file]:
+            return files[file]
+        case [file, name]:
+            return definition(files[file], name)
+    raise ValueError(f"a quote is 'generated: POLICY FILE NAME', got '{marker}'")
+
+
+def definition(code: str, name: str) -> str:
+    """The function, class or CLASS.METHOD of that name, decorators included."""
+    node: Any = ast.parse(code)
     for part in name.split("."):
         node = next(child for child in node.body if getattr(child, "name", None) == part)
     start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    return textwrap.dedent("\n".join(text.splitlines()[start - 1 : node.end_lineno])) + "\n"
+    return textwrap.dedent("\n".join(code.splitlines()[start - 1 : node.end_lineno])) + "\n"
 
 
 def plugin_files(page: Path) -> dict[str, str]:
-    """The files of the plugin that a page shows."""
-    return {b.marker.removeprefix("file: "): b.text for b in blocks(page) if b.marker.startswith("file: ")}
+    """The files of the plugin that a page shows or generates."""
+    markers = [block.marker for block in blocks(page)]
+    generated = [policy_files(marker.split()[1]) for marker in markers if marker.startswith("generated: ")]
+    modules = {file: text for files in generated for file, text in files.items() if "/" not in file}
+    shown = {b.marker.removeprefix("file: "): b.text for b in blocks(page) if b.marker.startswith("file: ")}
+    return {**modules, **shown}
 
 
 def install(files: dict[str, str], site: Path) -> None:
@@ -177,17 +200,19 @@ def test_snippets_on_the_real_model_run(page):
 def test_every_marker_is_known_and_outputs_follow_a_snippet(page):
     found = blocks(page)
     for before, block in zip([None, *found], found, strict=False):
-        known = block.marker in ("", "real-model", "output") or block.marker.startswith(("source: ", "file: "))
+        known = block.marker in ("", "real-model", "output") or block.marker.startswith((*QUOTES, "file: "))
         assert known, f"{page.name}:{block.line}: unknown marker '{block.marker}'"
         if block.marker == "output":
             assert before is not None
             assert before in snippets(page), f"{page.name}:{block.line}: no snippet before this output"
 
 
-@pytest.mark.parametrize("page", [p for p in ALL_PAGES if "<!-- source: " in p.read_text("utf-8")], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [page for page in ALL_PAGES if any(b.marker.startswith(QUOTES) for b in blocks(page))], ids=name_of
+)
 def test_quoted_code_is_the_code(page):
     for block in blocks(page):
-        if block.marker.startswith("source: "):
+        if block.marker.startswith(QUOTES):
             assert block.text == quoted_source(block.marker), f"{page.name}:{block.line}"
 
 
@@ -444,6 +469,8 @@ def test_policies_use_public_names_only():
 
 def test_the_core_imports_no_policy():
     for file in (ROOT / "dynatree_core").rglob("*.py"):
+        if "templates" in file.parts:  # packages of their own
+            continue
         others = {module.partition(".")[0] for module, _ in imports(file) if module.startswith("dynatree")}
         assert others <= {"dynatree_core"}, f"{file.name} imports {others}"
 
@@ -455,7 +482,7 @@ def update(page: Path) -> None:
     """Replace quotes and outputs by what they should be. Stops at the first snippet that fails."""
     text = page.read_text(encoding="utf-8")
     shown = expected_outputs(page)
-    new = {block.span: quoted_source(block.marker) for block in blocks(page) if block.marker.startswith("source: ")}
+    new = {block.span: quoted_source(block.marker) for block in blocks(page) if block.marker.startswith(QUOTES)}
     new |= {shown[b.line].span: printed for b, printed in run_page(page, has_model=False) if b.line in shown}
     for (start, end), replacement in sorted(new.items(), reverse=True):
         text = text[:start] + replacement + text[end:]
@@ -470,4 +497,5 @@ if __name__ == "__main__":
             if plugin_files(page):
                 install(plugin_files(page), Path(folder) / "site")
                 sys.path.insert(0, str(Path(folder) / "site"))
+                plugin_table.cache_clear()  # what is installed is read once per process
             update(page)
