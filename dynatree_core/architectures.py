@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from dynatree_core.errors import UnsupportedModelError
 from dynatree_core.records import FlatTrees
@@ -25,28 +26,53 @@ __all__ = [
     "vocab_size",
 ]
 
-_SLIDING = "sliding_attention"  # as in a configuration's layer_types
+# as in a configuration's layer_types
+_FULL = "full_attention"
+_SLIDING = "sliding_attention"
 
 # How a family lets its layers look back: "all" the way; within config.sliding_window if there is one, in "every" layer;
 # or by "layer" as config.layer_types says, with a mask for each type. A setting that a family ignores is ignored here.
 # model type -> which; each passes a 4-D mask through to every layer
 EXACT_FAMILIES = {
+    "cohere": "all",
+    "cohere2": "layer",
+    "deepseek_v3": "all",
     "falcon": "all",
+    "gemma": "all",
     "gemma2": "layer",
     "gemma3_text": "layer",
+    "glm4": "all",
     "gpt2": "all",
     "gpt_neox": "all",
+    "gpt_oss": "layer",
+    "gptj": "all",
+    "granite": "all",
     "llama": "all",
+    "ministral3": "every",
     "mistral": "every",
     "mixtral": "every",
+    "olmo": "all",
     "olmo2": "all",
+    "olmo3": "layer",
     "olmoe": "all",
     "opt": "all",
+    "phi": "all",
     "phi3": "every",
     "qwen2": "layer",
+    "qwen2_moe": "layer",
     "qwen3": "layer",
+    "qwen3_moe": "every",
     "smollm3": "layer",
     "stablelm": "all",
+    "starcoder2": "every",
+}
+
+_GENERATE = "; decode it with its own generate"
+_ALIBI = "its ALiBi position biases follow the order of the cache, not the positions in the tree" + _GENERATE
+# model type -> why not, where its configuration does not tell
+_REASONS = {
+    "bloom": _ALIBI,
+    "gpt_neo": "its local layers cut the mask by the order of the cache, not by the positions in the tree" + _GENERATE,
 }
 
 
@@ -124,21 +150,39 @@ def check_causal_lm(model: nn.Module, role: str) -> None:
 
 def _reason_against(model: nn.Module, config: Any) -> str | None:
     model_type = config.model_type
+    kinds = set(getattr(config, "layer_types", None) or ())
     if model.training:
         return "it is in training mode, where dropout makes its output random; call model.eval() first"
     if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder, and only decoder-only models are supported"
+        return f"it is an encoder-decoder, and only decoder-only models are supported{_GENERATE}"
+    if getattr(model, "_is_stateful", False) or "conv" in kinds:
+        return (
+            "it carries a state from token to token (recurrent, convolutional or compressed), which can neither branch "
+            "at a node nor take rejected tokens back" + _GENERATE
+        )
+    if getattr(config, "text_config", None) is not None:
+        return "it wraps its text model together with others; take that out of it and pass it alone"
+    if _sees_later_tokens(config):
+        return "its tokens see later ones, so a text cannot be decoded from its cache; choose a causal model"
     if model.get_output_embeddings() is None:  # type: ignore[operator]
         return "it has no language-modelling head; load it with AutoModelForCausalLM.from_pretrained"
-    if getattr(config, "use_bidirectional_attention", None):
-        return "its tokens see later ones, so a text cannot be decoded from its cache"
-    if getattr(config, "alibi", False):
-        return "its ALiBi position biases follow the order of the cache, not the positions in the tree"
-    if "position_ids" not in inspect.signature(model.forward).parameters and model_type in EXACT_FAMILIES:
-        return "its forward takes no position_ids, so siblings could not share a position"
+    if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):  # Falcon, MPT
+        return _ALIBI
+    if kinds - {_FULL, _SLIDING}:
+        names = ", ".join(sorted(kinds - {_FULL, _SLIDING}))
+        return f"what its layers of type {names} look back to is not known for trees{_GENERATE}"
+    if model_type in _REASONS:
+        return _REASONS[model_type]
     if model_type not in EXACT_FAMILIES:
         return f"it has not been shown to be exact there; known to be: {', '.join(EXACT_FAMILIES)}"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "its forward takes no position_ids, so siblings could not share a position"
     return None
+
+
+def _sees_later_tokens(config: Any) -> bool:
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    return is_encoder or bool(getattr(config, "use_bidirectional_attention", None))
 
 
 def max_positions(model: nn.Module) -> int | None:
@@ -146,15 +190,19 @@ def max_positions(model: nn.Module) -> int | None:
 
     Some rotary embeddings change all their frequencies once a text is longer than a limit, so that cached keys no
     longer fit. Dynamic scaling does so beyond `max_position_embeddings`, longrope already beyond the original length.
+    Yarn never does; many of its configurations keep the original length as `max_position_embeddings`, so there the
+    limit is what it stretches that to.
     """
     config: Any = model.config
-    limits = [getattr(config, "max_position_embeddings", None)]
+    limit = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # flat, or by layer type
-        if parameters.get("rope_type") == "longrope":
-            original = getattr(config, "original_max_position_embeddings", None)
-            limits.append(parameters.get("original_max_position_embeddings") or original)
-    return min((int(limit) for limit in limits if limit), default=None)
+        kind, original = parameters.get("rope_type"), parameters.get("original_max_position_embeddings")
+        if kind == "longrope":
+            limit = min((length for length in (limit, original) if length), default=None)
+        elif kind == "yarn" and limit and original and parameters.get("factor"):
+            limit = max(limit, int(original * parameters["factor"]))
+    return int(limit) if limit else None
 
 
 def vocab_size(model: nn.Module) -> int:

@@ -18,6 +18,7 @@ from dynatree_core.stack import PolicyStack
 __all__ = [
     "checked_positions",
     "checked_prompt",
+    "checked_seed",
     "end_token_ids",
     "fixed_width",
     "new_token_limit",
@@ -51,6 +52,18 @@ HONOURED_SETTINGS = (
     "stop_strings",
     "suppress_tokens",
     "watermarking_config",
+)
+# and those of sampling
+SAMPLING_SETTINGS = (
+    "do_sample",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "min_p",
+    "temperature",
+    "top_h",
+    "top_k",
+    "top_p",
+    "typical_p",
 )
 # settings by which generate() would choose other tokens, not applied here -> the value that changes nothing
 _OTHER_SETTINGS: dict[str, object] = {"guidance_scale": 1, "num_beams": 1, "penalty_alpha": None, "dola_layers": None}
@@ -109,6 +122,17 @@ def num_padding(attention_mask: Tensor | Sequence[int] | None, num_prompt: int) 
             f"{mask.flatten().tolist()!s:.60}; set the tokenizer's padding_side to 'left'"
         )
     return padding
+
+
+def checked_seed(seed: int | None) -> int | None:
+    """The seed.
+
+    Raises:
+        ParameterError: neither None nor an integer of at least 0.
+    """
+    if seed is not None:
+        _check_count("seed", seed, 0)
+    return seed
 
 
 def checked_positions(position_ids: Tensor | Sequence[int] | None, num_prompt: int) -> list[int] | None:
@@ -202,12 +226,15 @@ def settings_of(
     if not isinstance(config, GenerationConfig):
         raise ParameterError(f"generation_config must be transformers' GenerationConfig, got {config!r:.60}")
     config = copy.deepcopy(config)
+    known = (*HONOURED_SETTINGS, *SAMPLING_SETTINGS)
     for name in settings:
-        if name not in HONOURED_SETTINGS:
+        if name not in known:
             raise ParameterError(
-                f"there is no option '{name}'{nearest_match(name, [*options, *HONOURED_SETTINGS])}; generate()'s "
-                f"settings that are applied: {', '.join(HONOURED_SETTINGS)}"
+                f"there is no option '{name}'{nearest_match(name, [*options, *known])}; generate()'s "
+                f"settings that are applied: {', '.join(known)}"
             )
+    if generation_config is None:
+        config.do_sample = False  # many chat models ask for sampling; here it has to be asked for in the call
     try:
         config.update(**settings)  # type: ignore[no-untyped-call]
     except (TypeError, ValueError) as error:
@@ -249,7 +276,7 @@ def resolved_limits(
     max_depth: int | None,
     max_nodes: int | None,
     tau: float | None,
-    top_k: int,
+    max_branch: int,
     vocab: int,
 ) -> Limits:
     """The strictest of what the caller and the policies ask for; the default where nobody asks.
@@ -260,14 +287,14 @@ def resolved_limits(
         _check_count("max_depth", max_depth, 0)
     if max_nodes is not None:
         _check_count("max_nodes", max_nodes, 0)
-    _check_count("top_k", top_k, 1)
+    _check_count("max_branch", max_branch, 1)
     if tau is not None and (isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 <= tau <= 1):
         raise ParameterError(f"tau must be a probability from 0 to 1, got {tau!r}")
     return Limits(
         max_depth=int(min(_asked(stack, "max_depth", max_depth), default=DEFAULT_MAX_DEPTH)),
         max_nodes=int(min(_asked(stack, "max_nodes", max_nodes), default=DEFAULT_MAX_NODES)),
         tau=max(_asked(stack, "tau", tau), default=DEFAULT_TAU),
-        top_k=min(top_k, vocab),
+        max_branch=min(max_branch, vocab),
     )
 
 

@@ -150,7 +150,9 @@ def _dynatree(context: click.Context) -> None:
 @click.option("--tau", type=click.FloatRange(0, 1), help="Cut drafted nodes of a lower path probability.")
 @click.option("--max-nodes", type=click.IntRange(min=0), help="Drafted nodes of a tree at most.")
 @click.option("--max-depth", type=click.IntRange(min=0), help="Depth of a tree at most.")
-@click.option("--top-k", type=click.IntRange(min=1), default=16, show_default=True, help="Children of a node at most.")
+@click.option(
+    "--max-branch", type=click.IntRange(min=1), default=16, show_default=True, help="Children of a node at most."
+)
 @click.option(
     "--on-error",
     type=click.Choice(["raise", "fallback"]),
@@ -217,6 +219,30 @@ def _list_plugins(rows: Sequence[console.PluginRow], as_json: bool) -> None:
         click.echo(json.dumps([attrs.asdict(row) for row in rows], indent=2, default=repr))
     else:
         Console(highlight=False).print(console.plugin_listing(rows))
+
+
+@_dynatree.command()
+@click.argument("name")
+@click.option(
+    "--dir",
+    "parent",
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=".",
+    help="Where the package's folder is made.  [default: here]",
+)
+def new_policy(name: str, parent: Path) -> None:
+    """Write an installable package dynatree-NAME with a policy NAME, its tests and a README.
+
+    \b
+    Examples:
+      dynatree new-policy wide_root
+      dynatree new-policy --dir ~/policies wide_root
+    """
+    from dynatree_core import scaffold
+
+    folder = scaffold.write_policy(name, parent)
+    click.echo(scaffold.next_steps(folder))
 
 
 @_dynatree.group(invoke_without_command=True)

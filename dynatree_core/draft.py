@@ -36,7 +36,7 @@ def _grow_level(session: Session, tree: TokenTree) -> TokenTree | None:
     """The tree with one more level, or None when the policies or the drafter end it here."""
     limits = session.limits
     nodes_left = limits.max_nodes - tree.num_drafted
-    frontier = Frontier(tree, session.num_iterations, nodes_left, limits.top_k, lambda: session.propose(tree))
+    frontier = Frontier(tree, session.num_iterations, nodes_left, limits.max_branch, lambda: session.propose(tree))
     expand = session.stack.should_expand(frontier)
     if expand is False:
         return None
@@ -49,13 +49,13 @@ def _grow_level(session: Session, tree: TokenTree) -> TokenTree | None:
         return None
     # the best of what fits, then back into breadth-first order
     chosen = scores.flatten().topk(min(num_children, nodes_left)).indices.sort().values
-    parent = tree.last_level.start + chosen // limits.top_k
+    parent = tree.last_level.start + chosen // limits.max_branch
     return tree.grow(parent, frontier.top_token_ids.flatten()[chosen], frontier.top_logprobs.flatten()[chosen])
 
 
 def _admitted_scores(session: Session, frontier: Frontier, expand: Tensor | bool, branch: BranchFactor) -> Tensor:
     """[width, k]: cumulative log-probability of each proposed child, -inf where it is not to be."""
-    rank = torch.arange(frontier.top_k, device=frontier.tree.device)
+    rank = torch.arange(frontier.max_branch, device=frontier.tree.device)
     wanted = branch.wanted if isinstance(branch.wanted, int) else branch.wanted[:, None]
     scores = frontier.cum_logprob[:, None] + frontier.top_logprobs
     is_admitted = rank < wanted
@@ -82,8 +82,8 @@ def _checked_count(session: Session, frontier: Frontier, branch: BranchFactor, s
     if isinstance(branch.wanted, Tensor):
         checks += branch.wanted.aminmax()
     num_children, min_id, max_id, is_sound, *widths = torch.stack(checks).tolist()
-    if widths and not 0 <= widths[0] <= widths[1] <= frontier.top_k:
-        session.stack.refuse_branch_factor(branch.policy, f"{widths[0]} to {widths[1]}", frontier.top_k)
+    if widths and not 0 <= widths[0] <= widths[1] <= frontier.max_branch:
+        session.stack.refuse_branch_factor(branch.policy, f"{widths[0]} to {widths[1]}", frontier.max_branch)
     fault = None
     if not is_sound:
         fault = "log-probabilities must be numbers of at most 0"

@@ -23,9 +23,10 @@ def generate(
     input_ids: Tensor | Sequence[int] | Mapping[str, Tensor],
     **options: Any,
 ) -> GenerationResult:
-    """Generate greedily by tree speculative decoding.
+    """Generate by tree speculative decoding.
 
-    The tokens are those of `target.generate(input_ids, do_sample=False)`, whatever drafter and policy are.
+    The tokens are those of `target.generate(input_ids, do_sample=False)`, whatever drafter and policy are; with
+    `do_sample=True` they are those of its sampling.
 
     Args:
         target: a transformers causal language model in eval mode.
@@ -47,13 +48,17 @@ def generate(
         logits_processor: a list of `transformers.LogitsProcessor`.
         stopping_criteria: a list of `transformers.StoppingCriteria`.
         tokenizer: the target's, needed with stop_strings.
+        do_sample: draw tokens instead of taking the best; with temperature, top_k, top_p, min_p and others, as in
+            `generate`. False by default, whatever the target's generation config says.
+        seed: of a random generator for this generation. None: torch's global one is used, as by `generate`; with
+            the same seed either way the text is that of `generate(do_sample=True)`.
         repetition_penalty, no_repeat_ngram_size, bad_words_ids, stop_strings, max_time and others: settings of
             `generate` that act on greedy decoding; docs/generation.md has the list.
         tau: drafted nodes whose path probability is below it are cut.
         max_nodes: drafted nodes of a tree at most.
         max_depth: depth of a tree at most. For these three the strictest of this argument and of what policies
             with a parameter of that name ask for holds; where nobody asks: 0.05, 128 and 64.
-        top_k: children of a node at most, 16 by default.
+        max_branch: children of a node at most, 16 by default.
         exact: None (default), or "fixed_width" for half precision: every verification pass has max_nodes + 1 rows (16,
             unless max_nodes is given), autoregressive decoding's too, so that both round alike; see docs/audit.md.
         on_error: "raise" (default), or "fallback" to go on autoregressively, with a warning, after a policy or a

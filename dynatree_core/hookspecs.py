@@ -29,7 +29,7 @@ def branch_factor(frontier: Frontier) -> Tensor | int | None:
     """How many children each frontier node gets. Called once per level.
 
     Returns:
-        int64 [width] in 0…frontier.top_k, or one int for all nodes, or None for no opinion.
+        int64 [width] in 0…frontier.max_branch, or one int for all nodes, or None for no opinion.
 
     Where several policies of a stack answer, the rightmost wins; where none does, every node gets one child.
     """

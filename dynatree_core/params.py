@@ -6,7 +6,8 @@
         threshold: float = fraction(0.3)
         signal: str = choice("confidence", ("confidence", "cumulative"))
 
-A value of the wrong type or outside its range is a `ParameterError` that says what is allowed.
+A value of the wrong type or outside its range is a `ParameterError` that says what is allowed. The range stands in the
+field's metadata under `DOMAIN`, so that the conformance kit can draw values: (lowest, highest) or the options.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import attrs
 
 from dynatree_core.errors import ParameterError
 
-__all__ = ["choice", "count", "fraction"]
+__all__ = ["DOMAIN", "choice", "count", "fraction"]
+
+DOMAIN = "dynatree_domain"
 
 
 def count(default: int, *, minimum: int = 1, maximum: int | None = None) -> int:
@@ -30,7 +33,7 @@ def count(default: int, *, minimum: int = 1, maximum: int | None = None) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= upper:
             _refuse(instance, attribute.name, allowed, value)
 
-    return attrs.field(default=default, validator=check)
+    return attrs.field(default=default, validator=check, metadata={DOMAIN: (minimum, maximum)})
 
 
 def fraction(default: float) -> float:
@@ -40,7 +43,7 @@ def fraction(default: float) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             _refuse(instance, attribute.name, "a number from 0 to 1", value)
 
-    return attrs.field(default=default, validator=check)
+    return attrs.field(default=default, validator=check, metadata={DOMAIN: (0.0, 1.0)})
 
 
 def choice(default: str, options: tuple[str, ...]) -> str:
@@ -50,7 +53,7 @@ def choice(default: str, options: tuple[str, ...]) -> str:
         if value not in options:
             _refuse(instance, attribute.name, "one of " + ", ".join(map(repr, options)), value)
 
-    return attrs.field(default=default, validator=check)
+    return attrs.field(default=default, validator=check, metadata={DOMAIN: options})
 
 
 def _refuse(instance: Any, name: str, allowed: str, value: Any) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     ExponentialDecayLengthPenalty,
     ForcedBOSTokenLogitsProcessor,
     ForcedEOSTokenLogitsProcessor,
@@ -17,17 +19,25 @@ from transformers import (
     LogitsProcessorList,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from dynatree_core.errors import ParameterError
 
 __all__ = ["logits_processors"]
+
+DEFAULT_TOP_K = 50  # generate()'s own, where neither the caller nor the model sets one
 
 
 def logits_processors(
@@ -41,7 +51,7 @@ def logits_processors(
     vocab: int,
     device: torch.device,
 ) -> LogitsProcessorList:
-    """The processors that the settings ask for, then the caller's own, as `generate` would apply them.
+    """The processors that the settings ask for, the caller's own, then those of sampling, as `generate` has them.
 
     Args:
         config: the settings.
@@ -59,7 +69,7 @@ def logits_processors(
     eos = torch.tensor(sorted(eos_token_ids), device=device) if eos_token_ids else None
     try:
         asked = _from_settings(config, eos, num_prompt, num_padding, max_length, str(device))
-        last = []
+        last = _for_sampling(config, str(device)) if config.do_sample else []
         if config.watermarking_config is not None:
             last.append(config.watermarking_config.construct_processor(vocab, str(device)))
         if config.renormalize_logits:
@@ -107,4 +117,27 @@ def _from_settings(
         # a forced first token is not the one to be suppressed, but the one after it
         begin = num_prompt + (num_prompt == 1 and config.forced_bos_token_id is not None)
         processors.append(SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, begin, device=device))
+    return processors
+
+
+def _for_sampling(config: GenerationConfig, device: str) -> list[LogitsProcessor]:
+    """What reshapes the distribution that a token is drawn from."""
+    processors: list[LogitsProcessor] = []
+    top_k = DEFAULT_TOP_K if config.top_k is None else config.top_k
+    if config.temperature not in (None, 1):
+        processors.append(TemperatureLogitsWarper(config.temperature))
+    if config.top_h is not None:
+        processors.append(TopHLogitsWarper(config.top_h))
+    if top_k != 0:
+        processors.append(TopKLogitsWarper(top_k))
+    if config.top_p is not None and config.top_p < 1:
+        processors.append(TopPLogitsWarper(config.top_p))
+    if config.min_p is not None:
+        processors.append(MinPLogitsWarper(config.min_p))
+    if config.typical_p is not None and config.typical_p < 1:
+        processors.append(TypicalLogitsWarper(config.typical_p))
+    if config.epsilon_cutoff:
+        processors.append(EpsilonLogitsWarper(config.epsilon_cutoff))
+    if config.eta_cutoff:
+        processors.append(EtaLogitsWarper(config.eta_cutoff, device=device))
     return processors

@@ -31,7 +31,7 @@ class Limits:
     max_depth: int  # levels below the root
     max_nodes: int  # drafted nodes, the root not counted (N_max in SpecInfer's terms)
     tau: float  # a node whose cumulative draft probability is below it is cut, with its descendants
-    top_k: int  # children that a node can have at most
+    max_branch: int  # children that a node can have at most
 
 
 @attrs.frozen(eq=False)
@@ -57,7 +57,7 @@ class Frontier:
     tree: TokenTree
     iteration: int  # 0 for the first decode step of the session
     nodes_left: int  # drafted nodes that the budget still allows
-    top_k: int  # the largest branch factor that can be served
+    max_branch: int  # the largest branch factor that can be served
     _propose: Callable[[], Proposals] = attrs.field(repr=False)
 
     @property

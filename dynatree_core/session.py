@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
+import attrs
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
@@ -17,6 +18,7 @@ from dynatree_core.architectures import check_causal_lm, max_positions, vocab_si
 from dynatree_core.arguments import (
     checked_positions,
     checked_prompt,
+    checked_seed,
     end_token_ids,
     fixed_width,
     new_token_limit,
@@ -34,6 +36,7 @@ from dynatree_core.plugins import build_drafter, build_stack
 from dynatree_core.processors import logits_processors
 from dynatree_core.records import GenerationResult, Proposals, StepReport, StepStats
 from dynatree_core.runner import EagerRunner
+from dynatree_core.sampling import Sampler
 from dynatree_core.stack import PolicyStack
 from dynatree_core.stopping import stopping_criteria as criteria_of
 from dynatree_core.tree import TokenTree
@@ -41,9 +44,22 @@ from dynatree_core.tree import TokenTree
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Session", "timed"]
+__all__ = ["Pending", "Session", "timed"]
 
 Result = TypeVar("Result")
+
+
+@attrs.define(eq=False)
+class Pending:
+    """What is known of the tokens behind the committed ones, before they are committed.
+
+    A step that is broken off leaves it for the next one, so that each token is chosen and judged once: processors and
+    criteria may remember their calls, and random numbers must not be drawn twice.
+    """
+
+    choices: list[int] = attrs.field(factory=list)  # the tokens, where processors or chance choose them
+    draws: list[Tensor] = attrs.field(factory=list)  # the random generator's state before each of them
+    reasons: list[str | None] = attrs.field(factory=list)  # why the generation ends with each of them, or None
 
 
 class Session:
@@ -67,11 +83,12 @@ class Session:
         generation_config: GenerationConfig | None = None,
         logits_processor: Sequence[LogitsProcessor] = (),
         stopping_criteria: Sequence[StoppingCriteria] = (),
+        seed: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         tau: float | None = None,
         max_nodes: int | None = None,
         max_depth: int | None = None,
-        top_k: int = 16,
+        max_branch: int = 16,
         exact: str | None = None,
         on_error: str = "raise",
         **settings: object,
@@ -108,11 +125,12 @@ class Session:
             vocab=self.vocab_size,
             device=self.device,
         )
+        self.sampler = Sampler(self.device, checked_seed(seed)) if config.do_sample else None  # None: greedy
         self.stopping_criteria = criteria_of(config, stopping_criteria, tokenizer)
         self.stack: PolicyStack = build_stack(policy)
         # rows of a verification pass at least
         self.pass_rows, max_nodes = fixed_width(exact, max_nodes)
-        self.limits = resolved_limits(self.stack, max_depth, max_nodes, tau, top_k, self.vocab_size)
+        self.limits = resolved_limits(self.stack, max_depth, max_nodes, tau, max_branch, self.vocab_size)
         self.clock = StageClock(self.device)
 
         num_tokens = len(self.prompt_ids) + self.max_new_tokens
@@ -130,9 +148,7 @@ class Session:
                 self.fall_back(error)
 
         self.new_token_ids: list[int] = []
-        # of tokens that follow the committed ones and are not committed yet: kept in a step that is broken off
-        self.choices: list[int] = []  # chosen under logits processors
-        self._reasons: list[str | None] = []  # why the generation ends with each of them, or None
+        self.pending = Pending()
         # padding, prompt, committed tokens, and room for those to come
         self._ids = torch.zeros(len(given_ids) + self.max_new_tokens, dtype=torch.int64, device=self.device)
         self._ids[: len(given_ids)] = torch.tensor(given_ids)
@@ -180,9 +196,10 @@ class Session:
         To be asked for each token in order. Each is judged once, also in a step that is broken off and done again: a
         criterion may count.
         """
-        if len(token_ids) > len(self._reasons):
-            self._reasons.append(self._judge(token_ids))
-        return self._reasons[len(token_ids) - 1]
+        reasons = self.pending.reasons
+        if len(token_ids) > len(reasons):
+            reasons.append(self._judge(token_ids))
+        return reasons[len(token_ids) - 1]
 
     def _judge(self, token_ids: Sequence[int]) -> str | None:
         fulfilled = []
@@ -203,8 +220,8 @@ class Session:
         """
         assert self.draft_state is not None, "a session without a drafter never asks for proposals"
         with self.clock.measure("draft"), self.blame_drafter():
-            proposals = self.draft_state.propose(self.committed_ids, tree, self.limits.top_k)
-        shape = (tree.level_sizes[-1], self.limits.top_k)
+            proposals = self.draft_state.propose(self.committed_ids, tree, self.limits.max_branch)
+        shape = (tree.level_sizes[-1], self.limits.max_branch)
         is_sound = isinstance(proposals, Proposals) and (
             proposals.token_ids.shape == proposals.logprobs.shape == shape
             and proposals.token_ids.dtype == torch.int64
@@ -226,13 +243,16 @@ class Session:
             num_accepted=report.num_accepted,
             num_committed=len(report.token_ids),
         )
-        tokens, steps = [*self.new_token_ids, *report.token_ids], [*self.steps, step]
+        tokens, steps, pending = [*self.new_token_ids, *report.token_ids], [*self.steps, step], Pending()
         # nothing but assignments, between which no signal arrives: a step is recorded whole or not at all
-        self.new_token_ids, self.steps, self.last_report, self.choices, self._reasons = tokens, steps, report, [], []
+        self.new_token_ids, self.steps, self.last_report, self.pending = tokens, steps, report, pending
 
     def rollback(self) -> None:
         """Forget an iteration that failed; the committed tokens and their cache rows stay."""
         self.cache.rollback()
+        if self.sampler is not None:
+            for state in self.pending.draws[len(self.pending.choices) :]:  # drawn, but the token did not get here
+                self.sampler.restore(state)
         if self.draft_state is not None:
             with self.blame_drafter():
                 self.draft_state.rollback()

@@ -106,18 +106,18 @@ class PolicyStack:
             if answer is None:
                 continue
             if isinstance(answer, int) and not isinstance(answer, bool):
-                if not 0 <= answer <= frontier.top_k:
-                    self.refuse_branch_factor(name, answer, frontier.top_k)
+                if not 0 <= answer <= frontier.max_branch:
+                    self.refuse_branch_factor(name, answer, frontier.max_branch)
             else:
                 _check_tensor(answer, torch.int64, (frontier.width,), frontier.tree.device, name, "branch_factor")
             return BranchFactor(answer, name)
         return BranchFactor(1, None)
 
-    def refuse_branch_factor(self, name: str | None, value: object, top_k: int) -> None:
+    def refuse_branch_factor(self, name: str | None, value: object, max_branch: int) -> None:
         """Raise the PolicyError for a branch factor out of range."""
         raise PolicyError(
-            f"policy '{name}', hook branch_factor: a branch factor must be from 0 to top_k={top_k}, got {value}; "
-            "a larger top_k can be given to the session"
+            f"policy '{name}', hook branch_factor: a branch factor must be from 0 to max_branch={max_branch}, got "
+            f"{value}; a larger max_branch can be given to the session"
         )
 
     def keep_nodes(self, tree: TokenTree) -> Tensor | None:

@@ -24,7 +24,7 @@ def verify(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
     Raises:
         NonFiniteLogitsError: a logit on the path is NaN.
     """
-    if session.logits_processors:
+    if session.logits_processors or session.sampler is not None:
         return follow(session, tree, logits)
     return _until_stop(session, longest_match(tree, logits))
 
@@ -42,9 +42,10 @@ def follow(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
     chosen: list[int] = []
     node = 0
     while True:
-        if len(chosen) == len(session.choices):
-            session.choices.append(_choose(session, chosen, logits[node : node + 1]))
-        chosen.append(session.choices[len(chosen)])
+        choices = session.pending.choices
+        if len(chosen) == len(choices):
+            choices.append(_choose(session, chosen, logits[node : node + 1]))
+        chosen.append(choices[len(chosen)])
         child = children.get((node, chosen[-1]))
         if child is not None:
             path.append(child)
@@ -55,13 +56,16 @@ def follow(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
 
 
 def _choose(session: Session, before: list[int], logits: Tensor) -> int:
-    """The token that processors and the target's logits [1, vocab] choose behind these new tokens."""
+    """The token behind these new ones, by the target's logits [1, vocab] there, processors, and chance where asked."""
     own_logits = logits.to(torch.float32, copy=True)  # a processor may write into it
     text = session.text_with(before)  # [1, tokens]
     scores = session.logits_processors(text, own_logits)  # type: ignore[arg-type]  # transformers says LongTensor
     top_score, token = scores.max(dim=-1)
     _check_number(bool(top_score.isnan()))
-    return int(token)
+    if session.sampler is None:
+        return int(token)
+    session.pending.draws[len(before) :] = [session.sampler.state()]
+    return int(session.sampler.draw(scores))
 
 
 def _until_stop(session: Session, verdict: Verdict) -> Verdict:

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    BertConfig,
-    BloomConfig,
+    AutoModelForSeq2SeqLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaModel,
-    MambaConfig,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from dynatree_core import generate
-from dynatree_core.architectures import EXACT_FAMILIES, check_causal_lm, max_positions
+from dynatree_core.architectures import EXACT_FAMILIES, attention_layout, check_causal_lm, max_positions
 from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import ContextLimitError, UnsupportedModelError
 from dynatree_core.flatten import flatten
 from dynatree_core.runner import PREFILL_CHUNK, EagerRunner
 from dynatree_core.testing import strategies as ours
-from dynatree_core.testing.models import CONFIGS, CONTEXT, VOCAB, greedy, perturbed, tiny_model
+from dynatree_core.testing.models import (
+    CONFIGS,
+    CONTEXT,
+    REFUSED,
+    ROPES,
+    VARIANTS,
+    VOCAB,
+    greedy,
+    perturbed,
+    tiny_model,
+    tiny_variant,
+)
 from dynatree_core.tree import TokenTree
 
 
@@ -33,22 +46,21 @@ def test_every_exact_family_is_tested():
 
 
 def bushy_tree(device: torch.device | str = "cpu") -> TokenTree:
-    """Three levels of 3, 5 and 4 nodes with irregular parents."""
+    """Three levels of 3, 5 and 4 nodes with irregular parents, and below them two branches longer than the windows."""
     tree = TokenTree.root(torch.tensor([5], device=device))
     for parents, tokens in [
         ([0, 0, 0], [7, 2, 30]),
         ([1, 1, 2, 3, 3], [9, 7, 11, 1, 2]),
         ([4, 6, 8, 8], [3, 4, 5, 6]),
+        *(([node, node + 1], [node, 36 - node]) for node in range(11, 25, 2)),
     ]:
         parent, token_ids = torch.tensor(parents, device=device), torch.tensor(tokens, device=device)
         tree = tree.grow(parent, token_ids, torch.full((len(parents),), -0.7, device=device))
     return tree
 
 
-@pytest.mark.parametrize("attention", [None, "eager"])  # None: SDPA, but for Gemma 2, which has none
-@pytest.mark.parametrize("family", EXACT_FAMILIES)
-def test_one_tree_pass_equals_a_pass_per_path(family, attention):
-    model = tiny_model(family, attention=attention)
+def check_a_tree_path_by_path(model: Any) -> None:
+    """One pass over a tree says of each node what a pass over the text up to there says, without cache or mask."""
     # transformers' eager attention rounds its softmax to float32, whatever the model's dtype
     tolerance = 1e-4 if model.config._attn_implementation == "eager" else 1e-10
     prefix = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]  # longer than the sliding windows
@@ -61,6 +73,12 @@ def test_one_tree_pass_equals_a_pass_per_path(family, attention):
             path = tree.token_ids[tree.ancestor_mask[node]].tolist()
             alone = model(input_ids=torch.tensor([prefix + path])).logits[0, -1]
             torch.testing.assert_close(logits[node], alone, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("attention", [None, "eager"])  # None: SDPA, where the family has it
+@pytest.mark.parametrize("name", [*EXACT_FAMILIES, *VARIANTS])
+def test_one_tree_pass_equals_a_pass_per_path(name, attention):
+    check_a_tree_path_by_path(tiny_variant(name, attention=attention))
 
 
 @pytest.mark.parametrize("family", ours.FAMILIES)
@@ -87,6 +105,34 @@ def test_generation_equals_greedy(family):
         assert generate(target, drafter, prompt, policy="phase1", max_new_tokens=30).token_ids == expected
 
 
+def with_a_window() -> list[str]:
+    """The models above of which some layers see 6 tokens only."""
+    return [name for name in (*EXACT_FAMILIES, *VARIANTS) if 6 in attention_layout(tiny_variant(name)).windows.values()]
+
+
+def test_every_family_that_may_have_a_window_is_tested_with_one():
+    families = {VARIANTS.get(name, (name, {}))[0] for name in with_a_window()}
+    assert families == {family for family, looks_back in EXACT_FAMILIES.items() if looks_back != "all"}
+
+
+@pytest.mark.parametrize("name", with_a_window())
+def test_paths_longer_than_the_window(name):
+    target, prompt = tiny_variant(name), list(range(20))
+    result = generate(target, target, prompt, policy="fixed(depth=8,tau=0.0)", max_new_tokens=30)
+    assert result.token_ids == greedy(target, prompt, 30)
+    assert max(step.depth for step in result.report.steps) > 6
+
+
+def test_the_soft_caps_of_gemma_2_are_at_work():
+    """In eager attention, which is what newer versions of transformers choose; its SDPA has no soft cap."""
+    capped = tiny_model("gemma2", attention="eager")
+    free = tiny_model("gemma2", attention="eager", attn_logit_softcapping=None)
+    text = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert (capped(text).logits - free(text).logits).abs().max() > 0.1
+        assert capped(text).logits.abs().max() < 3 < free.lm_head(free.model(text).last_hidden_state).abs().max()
+
+
 @pytest.mark.parametrize("family", [family for family, looks in EXACT_FAMILIES.items() if looks == "all"])
 def test_a_window_that_a_family_ignores_is_ignored(family):
     """The reference is recomputation: `generate` drops keys beyond such a window."""
@@ -103,36 +149,77 @@ def test_a_window_that_a_family_ignores_is_ignored(family):
 def test_generation_reaches_the_end_of_the_context(family):
     """The deepest node of the last tree stands at the last position that the model has."""
     target = tiny_model(family)
+    prompt = [(7 * i + i // 5) % VOCAB for i in range(CONTEXT - 30)]
+    result = generate(target, target, prompt, policy="linear(depth=9)", max_new_tokens=30)
+    assert result.token_ids == greedy(target, prompt, 30)
+
+
+@pytest.mark.parametrize("scaling", ROPES)
+def test_rotary_scaling(scaling):
+    """Exact up to the limit, and refused beyond it, also where a longer text would change no frequency."""
+    target = tiny_model.__wrapped__("llama", rope_parameters={"rope_type": scaling, **ROPES[scaling]})
+    limit = {"yarn": CONTEXT * 5 // 4, "longrope": 60}.get(scaling, CONTEXT)
+    assert max_positions(target) == limit
+    check_a_tree_path_by_path(target)
     prompt = list(range(20))
-    result = generate(target, target, prompt, policy="linear(depth=9)", max_new_tokens=CONTEXT - 20)
-    assert result.token_ids == greedy(target, prompt, CONTEXT - 20)
+    expected = greedy(target, prompt, limit - 20)
+    result = generate(target, target, prompt, policy="linear(depth=9)", max_new_tokens=limit - 20)
+    assert result.token_ids == expected
+    with pytest.raises(ContextLimitError, match=f"context of {limit} tokens"):
+        generate(target, target, prompt, max_new_tokens=limit - 19)
+
+    text = torch.tensor([prompt + expected])
+    with torch.inference_mode():
+        up_to_the_limit = target(text).logits
+        beyond = target(torch.cat([text, text[:, :1]], dim=1)).logits[:, :limit]
+    is_stable = torch.allclose(up_to_the_limit, beyond)
+    assert is_stable == (scaling not in ("dynamic", "longrope"))
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_the_limit_is_found_in_old_configurations_too(key):
+    """Checkpoints have `rope_scaling`, older ones with `type`, and Phi-3 the original length beside it."""
+    kind = "rope_type" if key == "rope_parameters" else "type"
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    phi3 = AutoConfig.for_model(
+        "phi3", **{**CONFIGS["phi3"], key: {kind: "longrope", **factors}, "original_max_position_embeddings": 60}
+    )
+    assert max_positions(AutoModelForCausalLM.from_config(phi3)) == 60
+    yarn = {kind: "yarn", "factor": 4.0, "original_max_position_embeddings": CONTEXT}
+    qwen2 = AutoConfig.for_model("qwen2", **{**CONFIGS["qwen2"], key: yarn})
+    assert max_positions(AutoModelForCausalLM.from_config(qwen2)) == 4 * CONTEXT
+
+
+def without_weights(model_type: str, **settings: Any) -> nn.Module:
+    """A model on no device: nothing can be computed with it."""
+    config = AutoConfig.for_model(model_type, **settings)
+    build: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        model: nn.Module = build.from_config(config).eval()
+    return model
 
 
 @pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=4), "known to be"),
-        (MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, state_size=4), "known to be"),
-        (
-            BertConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4),
-            "known to be",
-        ),
-    ],
-    ids=lambda value: getattr(value, "model_type", ""),
+    ("reason", "model_type"), [(reason, model_type) for reason, configs in REFUSED.items() for model_type in configs]
 )
-def test_what_is_not_known_to_be_exact_is_refused(config, reason):
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(UnsupportedModelError, match=reason):
+def test_what_cannot_be_exact_is_refused_before_anything_runs(reason, model_type):
+    model = without_weights(model_type, **REFUSED[reason][model_type])
+    for target, drafter in [(model, None), (tiny_model("llama"), model)]:
+        with pytest.raises(UnsupportedModelError, match=f"'{model_type}'.* cannot be decoded with trees: {reason}"):
+            generate(target, drafter, [1, 2, 3])
+
+
+def test_layers_of_an_unknown_type_are_refused():
+    """Such a mask would be ignored, or be that of a layer that sees everything."""
+    target = tiny_model("qwen3")
+    config = AutoConfig.for_model("qwen3", **CONFIGS["qwen3"])
+    config.layer_types = ["full_attention", "chunked_attention"]
+    model = type(target)(config).eval()
+    with pytest.raises(UnsupportedModelError, match="layers of type chunked_attention"):
         check_causal_lm(model, "target")
 
 
-def test_refusals_say_why():
-    falcon = AutoModelForCausalLM.from_config(tiny_model("falcon", alibi=True).config).eval()
-    with pytest.raises(UnsupportedModelError, match="ALiBi"):
-        check_causal_lm(falcon, "target")
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=16, num_layers=1)).eval()
-    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
-        check_causal_lm(t5, "target")
+def test_refusals_say_what_to_do():
     headless = LlamaModel(tiny_model("llama").config).eval()
     with pytest.raises(UnsupportedModelError, match="language-modelling head"):
         check_causal_lm(headless, "target")
@@ -143,27 +230,29 @@ def test_refusals_say_why():
         check_causal_lm(torch.nn.Linear(2, 2), "target")
 
 
-def test_longrope_ends_at_the_original_length():
-    """Beyond it the frequencies of all positions change, and cached keys no longer fit; up to it nothing does."""
-    rope = {
-        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 60,
-        "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
-    }  # fmt: skip
-    target = tiny_model.__wrapped__("llama", rope_parameters=rope)
-    assert max_positions(target) == 60
-    prompt = list(range(20))
-    assert generate(target, target, prompt, policy="fixed", max_new_tokens=40).token_ids == greedy(target, prompt, 40)
-    with pytest.raises(ContextLimitError, match="context of 60 tokens"):
-        generate(target, target, prompt, max_new_tokens=41)
+def text_model_of(wrapper: Gemma3ForConditionalGeneration) -> nn.Module:
+    """The text model of a multimodal Gemma 3, on the same weights."""
+    with torch.device("meta"):  # allocates nothing; its own layers are replaced at once
+        text_model = AutoModelForCausalLM.from_config(wrapper.config.text_config)
+    text_model.model, text_model.lm_head = wrapper.model.language_model, wrapper.lm_head
+    text_model.generation_config = wrapper.generation_config
+    return text_model.eval()
 
 
-def test_tokens_that_see_later_ones_are_refused():
-    target = tiny_model.__wrapped__("gemma3_text", use_bidirectional_attention=True)
-    with pytest.raises(UnsupportedModelError, match="see later ones"):
-        check_causal_lm(target, "target")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_text_model_of_a_wrapper_can_be_taken_out(attention):
+    torch.manual_seed(0)
+    config = Gemma3Config(**REFUSED["it wraps its text model"]["gemma3"])
+    wrapper = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
+    assert isinstance(wrapper, Gemma3ForConditionalGeneration)
+    target, prompt = text_model_of(wrapper), list(range(20))
+    assert target.config._attn_implementation == attention
+    check_a_tree_path_by_path(target)
+    result = generate(target, "prompt_lookup", prompt, max_new_tokens=30)
+    assert result.token_ids == greedy(wrapper, prompt, 30)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
 def test_a_router_that_is_configured_for_training_is_no_obstacle(family):
     target = tiny_model.__wrapped__(family, output_router_logits=True)
     expected = greedy(tiny_model(family), [1, 2, 3], 12)

@@ -357,9 +357,9 @@ def test_options_reach_the_session(generate: Dynatree, folders: SimpleNamespace)
     assert generate(*own, "--max-nodes", 0, "abc").document["num_drafted_nodes"] == 0
     assert generate(*own, "--max-depth", 0, "abc").document["num_drafted_nodes"] == 0
     assert generate(*own, "--tau", 1, "abc").document["num_drafted_nodes"] == 0
-    narrow = generate(*own, "--top-k", 1, "abc")
+    narrow = generate(*own, "--max-branch", 1, "abc")
     assert narrow.code == 1
-    assert "top_k=1" in narrow.err
+    assert "max_branch=1" in narrow.err
 
 
 # ---- JSON ----------------------------------------------------------------------------------------------------
@@ -535,7 +535,7 @@ def test_vocabularies_that_disagree(generate: Dynatree, folders: SimpleNamespace
         (["--max-new-tokens", "30000"], ["context of 20000"]),
         (["--max-depth", "-1"], ["--max-depth"]),
         (["--max-nodes", "1.5"], ["--max-nodes"]),
-        (["--top-k", "0"], ["--top-k"]),
+        (["--max-branch", "0"], ["--max-branch"]),
         (["--tau", "1.5"], ["--tau"]),
         (["--tau", "nan"], ["tau", "nan"]),
         (["--dtype", "int8"], ["--dtype", "float32"]),
@@ -576,7 +576,9 @@ def test_no_command_is_help_and_a_wrong_one_is_a_mistake(dynatree: Dynatree) -> 
     assert dynatree("generate").code == 2
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["policies"], ["drafters"], ["models"], ["models", "install"]])
+@pytest.mark.parametrize(
+    "command", [[], ["generate"], ["policies"], ["drafters"], ["new-policy"], ["models"], ["models", "install"]]
+)
 def test_help(dynatree: Dynatree, command: list[str]) -> None:
     ran = dynatree(*command, "--help")
     assert (ran.code, ran.err) == (0, "")

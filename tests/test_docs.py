@@ -25,19 +25,21 @@ import pytest
 import torch
 
 import dynatree_core
-from dynatree_core import Frontier, GenerationReport, StepReport, StepStats, TokenTree, embedded, errors, generate
+from dynatree_core import Frontier, GenerationReport, StepReport, StepStats, TokenTree, embedded, errors
 from dynatree_core import hookspecs as specs
-from dynatree_core.architectures import EXACT_FAMILIES, attention_layout
+from dynatree_core.architectures import EXACT_FAMILIES
 from dynatree_core.cli import _dynatree
 from dynatree_core.plugins import DRAFTERS, POLICIES, PRESETS, load_plugin, plugin_table, plugin_variants
+from dynatree_core.scaffold import policy_files
 from dynatree_core.stack import hook_names
-from dynatree_core.testing.models import CONFIGS, greedy, perturbed, tiny_model
+from dynatree_core.testing.models import REFUSED, ROPES, VARIANTS, tiny_model
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 ALL_PAGES = [*PAGES, *sorted(DOCS.glob("*/**/*.md")), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 
+QUOTES = ("source: ", "generated: ")
 FENCE = re.compile(r"^(?:<!-- (?P<marker>[^\n]+) -->\n+)?```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
 
 
@@ -46,7 +48,9 @@ class Block:
     """A fenced block, with what the HTML comment before it says about it.
 
     `real-model`: needs the default model. `output`: what the snippet before it prints. `source: FILE NAME`: a quote
-    of that function or class. `file: NAME`: belongs to a plugin that the page's snippets may use.
+    of that function or class. `file: NAME`: belongs to a plugin that the page's snippets may use. `generated: POLICY
+    FILE NAME`: a quote of what `dynatree new-policy POLICY` writes, of the whole file without a name, of the list of
+    files without a file; the snippets may use that policy too.
     """
 
     language: str
@@ -75,7 +79,7 @@ def prose(page: Path) -> str:
 
 def snippets(page: Path) -> list[Block]:
     """The Python blocks that run as they stand, in one namespace and in their order."""
-    return [b for b in blocks(page) if b.language == "python" and not b.marker.startswith(("source:", "file:"))]
+    return [b for b in blocks(page) if b.language == "python" and not b.marker.startswith((*QUOTES, "file: "))]
 
 
 def run_page(page: Path, *, has_model: bool) -> Iterator[tuple[Block, str]]:
@@ -99,19 +103,38 @@ def expected_outputs(page: Path) -> dict[int, Block]:
 
 
 def quoted_source(marker: str) -> str:
-    """The code that `source: FILE NAME` or `source: FILE CLASS.METHOD` names, decorators included."""
-    file, _, name = marker.removeprefix("source: ").partition(" ")
-    text = (ROOT / file).read_text(encoding="utf-8")
-    node: Any = ast.parse(text)
+    """What `source: FILE NAME` or `generated: POLICY FILE NAME` quotes."""
+    kind, *words = marker.split()
+    if kind == "source:":
+        file, name = words
+        return definition((ROOT / file).read_text(encoding="utf-8"), name)
+    files = policy_files(words[0])
+    match words[1:]:
+        case []:
+            return "".join(f"{file}\n" for file in files)
+        case [file]:
+            return files[file]
+        case [file, name]:
+            return definition(files[file], name)
+    raise ValueError(f"a quote is 'generated: POLICY FILE NAME', got '{marker}'")
+
+
+def definition(code: str, name: str) -> str:
+    """The function, class or CLASS.METHOD of that name, decorators included."""
+    node: Any = ast.parse(code)
     for part in name.split("."):
         node = next(child for child in node.body if getattr(child, "name", None) == part)
     start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    return textwrap.dedent("\n".join(text.splitlines()[start - 1 : node.end_lineno])) + "\n"
+    return textwrap.dedent("\n".join(code.splitlines()[start - 1 : node.end_lineno])) + "\n"
 
 
 def plugin_files(page: Path) -> dict[str, str]:
-    """The files of the plugin that a page shows."""
-    return {b.marker.removeprefix("file: "): b.text for b in blocks(page) if b.marker.startswith("file: ")}
+    """The files of the plugin that a page shows or generates."""
+    markers = [block.marker for block in blocks(page)]
+    generated = [policy_files(marker.split()[1]) for marker in markers if marker.startswith("generated: ")]
+    modules = {file: text for files in generated for file, text in files.items() if "/" not in file}
+    shown = {b.marker.removeprefix("file: "): b.text for b in blocks(page) if b.marker.startswith("file: ")}
+    return {**modules, **shown}
 
 
 def install(files: dict[str, str], site: Path) -> None:
@@ -177,17 +200,19 @@ def test_snippets_on_the_real_model_run(page):
 def test_every_marker_is_known_and_outputs_follow_a_snippet(page):
     found = blocks(page)
     for before, block in zip([None, *found], found, strict=False):
-        known = block.marker in ("", "real-model", "output") or block.marker.startswith(("source: ", "file: "))
+        known = block.marker in ("", "real-model", "output") or block.marker.startswith((*QUOTES, "file: "))
         assert known, f"{page.name}:{block.line}: unknown marker '{block.marker}'"
         if block.marker == "output":
             assert before is not None
             assert before in snippets(page), f"{page.name}:{block.line}: no snippet before this output"
 
 
-@pytest.mark.parametrize("page", [p for p in ALL_PAGES if "<!-- source: " in p.read_text("utf-8")], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [page for page in ALL_PAGES if any(b.marker.startswith(QUOTES) for b in blocks(page))], ids=name_of
+)
 def test_quoted_code_is_the_code(page):
     for block in blocks(page):
-        if block.marker.startswith("source: "):
+        if block.marker.startswith(QUOTES):
             assert block.text == quoted_source(block.marker), f"{page.name}:{block.line}"
 
 
@@ -387,37 +412,33 @@ def test_what_a_hook_sees_is_listed():
         assert set(shown) == expected - {"propose"}
 
 
+LOOKS_BACK = {"all": "all the way", "every": "every layer alike", "layer": "by layer type"}
+
+
 def test_families_are_those_of_the_code():
-    rows = table(DOCS / "models.md", "model type", "masks", "sliding windows")
+    header = ("model type", "for example", "looks back", "attention", "settings tested besides")
+    rows = table(DOCS / "models.md", *header)
     assert first_words(rows) == sorted(EXACT_FAMILIES) == list(EXACT_FAMILIES)
-    for row in rows:
-        layout = attention_layout(tiny_model(code_words(row["model type"])[0]))
-        assert row["masks"] == ("one per layer type" if layout.is_mapping else "one")
-        assert row["sliding windows"] == "yes" or set(layout.windows.values()) == {None}
+    for row, family in zip(rows, EXACT_FAMILIES, strict=True):
+        assert row["for example"]
+        assert row["looks back"] == LOOKS_BACK[EXACT_FAMILIES[family]]
+        default = tiny_model(family).config._attn_implementation
+        has_sdpa = default == "sdpa" and family != "gemma2"  # transformers 5.17 offers it there, without the soft caps
+        assert row["attention"] == ("SDPA, eager" if has_sdpa else "eager")
+        variants = [name for name, (model_type, _) in VARIANTS.items() if model_type == family]
+        assert row["settings tested besides"] == ", ".join(name.removeprefix(f"{family}, ") for name in variants)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert re.sub(r"\s+", " ", ", ".join(f"`{family}`" for family in EXACT_FAMILIES)) in re.sub(r"\s+", " ", readme)
 
 
-WINDOWED = {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
-# configurations with a window for the families whose tiny models have none
-WINDOWS: dict[str, dict[str, Any]] = {
-    "mixtral": {"sliding_window": 6},
-    "qwen2": WINDOWED,
-    "qwen3": WINDOWED,
-    "smollm3": WINDOWED,
-}
+def test_rotary_scalings_are_those_that_are_tested():
+    assert first_words(table(DOCS / "models.md", "`rope_type`", "context limit")) == list(ROPES)
 
 
-@pytest.mark.parametrize("family", [f for f in CONFIGS if f in WINDOWS or "sliding_window" in CONFIGS[f]])
-def test_windows_are_kept_where_the_table_says(family):
-    rows = table(DOCS / "models.md", "model type", "masks", "sliding windows")
-    assert family in [code_words(row["model type"])[0] for row in rows if row["sliding windows"] == "yes"]
-    target, prompt = tiny_model.__wrapped__(family, **WINDOWS.get(family, {})), list(range(20))
-    assert 6 in attention_layout(target).windows.values()
-    stack = "fixed(depth=8,tau=0.0)"
-    result = generate(target, perturbed(family), prompt, policy=stack, max_new_tokens=30)
-    assert result.token_ids == greedy(target, prompt, 30)
-    assert max(step.depth for step in result.report.steps) > 6  # a path is longer than the window
+def test_refusals_are_those_that_are_tested():
+    rows = table(DOCS / "models.md", "reason", "model types", "what is the matter")
+    shown = {code_words(row["reason"])[0]: code_words(row["model types"]) for row in rows}
+    assert shown == {reason: list(configs) for reason, configs in REFUSED.items()}
 
 
 def test_errors_are_listed():
@@ -448,6 +469,8 @@ def test_policies_use_public_names_only():
 
 def test_the_core_imports_no_policy():
     for file in (ROOT / "dynatree_core").rglob("*.py"):
+        if "templates" in file.parts:  # packages of their own
+            continue
         others = {module.partition(".")[0] for module, _ in imports(file) if module.startswith("dynatree")}
         assert others <= {"dynatree_core"}, f"{file.name} imports {others}"
 
@@ -459,7 +482,7 @@ def update(page: Path) -> None:
     """Replace quotes and outputs by what they should be. Stops at the first snippet that fails."""
     text = page.read_text(encoding="utf-8")
     shown = expected_outputs(page)
-    new = {block.span: quoted_source(block.marker) for block in blocks(page) if block.marker.startswith("source: ")}
+    new = {block.span: quoted_source(block.marker) for block in blocks(page) if block.marker.startswith(QUOTES)}
     new |= {shown[b.line].span: printed for b, printed in run_page(page, has_model=False) if b.line in shown}
     for (start, end), replacement in sorted(new.items(), reverse=True):
         text = text[:start] + replacement + text[end:]
@@ -474,4 +497,5 @@ if __name__ == "__main__":
             if plugin_files(page):
                 install(plugin_files(page), Path(folder) / "site")
                 sys.path.insert(0, str(Path(folder) / "site"))
+                plugin_table.cache_clear()  # what is installed is read once per process
             update(page)

@@ -16,7 +16,9 @@ from dynatree_core.clock import StageClock
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import UNSEEN_WEIGHT
 from dynatree_core.errors import ModelLoadError, ParameterError, UnsupportedModelError
+from dynatree_core.testing import assert_drafter_contract
 from dynatree_core.testing import strategies as ours
+from dynatree_core.testing.conformance import DRAFTER_PROPERTIES
 from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
 
 CPU = torch.device("cpu")
@@ -40,7 +42,7 @@ def test_model_proposals_are_those_of_a_plain_pass_over_the_path(family):
             for row, node in enumerate(range(level.start, level.stop)):
                 path = frontier.tree.token_ids[frontier.tree.ancestor_mask[node]].tolist()
                 logits = drafter(input_ids=torch.tensor([text + path])).logits[0, -1].float()
-                expected = logits.log_softmax(-1).topk(frontier.top_k)
+                expected = logits.log_softmax(-1).topk(frontier.max_branch)
                 torch.testing.assert_close(frontier.top_logprobs[row], expected.values, rtol=1e-5, atol=1e-6)
                 assert frontier.top_token_ids[row].tolist() == expected.indices.tolist()
                 checked.append(node)
@@ -55,6 +57,17 @@ def test_model_proposals_are_those_of_a_plain_pass_over_the_path(family):
     assert session.result().token_ids == greedy(target, [1, 2, 3], 24)
     assert len(checked) > 40
     assert {bool(step.num_accepted) for step in session.steps} == {True, False}  # commits with and without a path
+
+
+@pytest.mark.parametrize("title", DRAFTER_PROPERTIES)
+@pytest.mark.parametrize("name", ["prompt_lookup", "prompt_lookup(max_ngram=2,max_matches=3)"])
+def test_prompt_lookup_keeps_to_the_contract(name, title):
+    DRAFTER_PROPERTIES[title](name, 20)
+
+
+@pytest.mark.parametrize("family", ours.FAMILIES)
+def test_model_drafters_keep_to_the_contract(family):
+    assert_drafter_contract(perturbed(family), max_examples=20)
 
 
 def naive_lookup(text: list[int], path: list[int], max_ngram: int, max_matches: int) -> dict[int, float]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packages import ROOT, in_subprocess, install, run_tests_of
 
-SOURCE = Path(__file__).parents[1] / "docs" / "examples" / "dynatree-rerank"
+SOURCE = ROOT / "docs" / "examples" / "dynatree-rerank"
 
 pytestmark = pytest.mark.slow
 
@@ -48,23 +46,8 @@ assert max(step.num_drafted for step in result.report.steps) == 12
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that the package was installed into, from a copy: building leaves files beside the sources."""
-    pytest.importorskip("setuptools", "77", reason="building the package offline needs setuptools 77 or newer here")
-    folder = tmp_path_factory.mktemp("rerank")
-    shutil.copytree(SOURCE, folder / "source", ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    offline = ["--no-deps", "--no-build-isolation", "--no-index"]
-    in_subprocess([*pip, *offline, "--target", str(folder / "site"), str(folder / "source")])
-    return folder / "site"
-
-
-def in_subprocess(command: list[str], *search_path: Path) -> str:
-    """Run a command that has to succeed; the folders are searched for modules and entry points."""
-    # one thread: on matrices this small, more only wait for each other
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, search_path)), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    """A folder that the package was installed into."""
+    return install(SOURCE, tmp_path_factory.mktemp("rerank"))
 
 
 def test_it_is_found_composed_and_lossless(site):
@@ -77,9 +60,4 @@ def test_its_readme_tells_the_truth(site):
 
 
 def test_its_own_tests_pass(site):
-    tests = site.parent / "source" / "tests"
-    said = in_subprocess(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tests), str(tests)], site
-    )
-    assert " passed" in said
-    assert "skipped" not in said
+    run_tests_of(site)

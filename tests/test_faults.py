@@ -365,21 +365,25 @@ def at_line(called: Callable[[str, str, int], None]) -> Iterator[None]:
         sys.settrace(before)
 
 
-def with_memory() -> dict[str, object]:
-    """A caller's own processor and criterion that remember every call."""
-    return {"logits_processor": [Grudge()], "stopping_criteria": [Countdown(11)]}
+def asked(kind: str) -> dict[str, object]:
+    """Options of a generation: none, a caller's own processor and criterion that remember every call, or sampling."""
+    return {
+        "greedy": {},
+        "memory": {"logits_processor": [Grudge()], "stopping_criteria": [Countdown(11)]},
+        "sampling": {"do_sample": True, "temperature": 0.6, "seed": 3},
+    }[kind]
 
 
 @functools.cache
-def lines(drafter: object, remembers: bool) -> dict[tuple[str, str, int], list[int]]:
+def lines(drafter: object, kind: str) -> dict[tuple[str, str, int], list[int]]:
     """Every line that a run executes -> when: the how manieth lines of all they are."""
     executed: list[tuple[str, str, int]] = []
-    session = new_session(drafter, policy="phase3", **(with_memory() if remembers else {}))
+    session = new_session(drafter, policy="phase3", **asked(kind))
     with at_line(lambda *line: executed.append(line)):
         finish(session)
     found = defaultdict(list)
     for i, line in enumerate(executed):
-        if not (remembers and line[1] in OF_THE_CALLER):
+        if not (kind == "memory" and line[1] in OF_THE_CALLER):
             found[line].append(i + 1)
     return found
 
@@ -388,18 +392,19 @@ def lines(drafter: object, remembers: bool) -> dict[tuple[str, str, int], list[i
 @given(
     st.data(),
     drafters,
-    st.booleans(),
+    st.sampled_from(["greedy", "memory", "sampling"]),
     st.sampled_from([KeyboardInterrupt(), *NO_MEMORY]),
     st.sampled_from(["raise", "fallback"]),
 )
-def test_every_line(data, drafter, remembers, error, on_error):
+def test_every_line(data, drafter, kind, error, on_error):
     """An interrupt (Ctrl-C) or a lack of memory, wherever Python stands in our code."""
-    found = lines(drafter, remembers)
+    found = lines(drafter, kind)
     line = data.draw(st.sampled_from(sorted(found)))
     fault = Fault(error, data.draw(st.sampled_from(found[line])))
-    options = with_memory() if remembers else {}
-    expected = greedy(TARGET, PROMPT, LENGTH, **options)
-    session = new_session(drafter, policy="phase3", on_error=on_error, **(with_memory() if remembers else {}))
+    undisturbed = new_session(None, **asked(kind))
+    finish(undisturbed)
+    expected = undisturbed.new_token_ids
+    session = new_session(drafter, policy="phase3", on_error=on_error, **asked(kind))
     named = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else DynaTreeError
     caught = None
     try:

@@ -172,9 +172,9 @@ def test_frontier_tells_what_policies_need():
             seen.append(frontier)
             return frontier.depth < 2
 
-    generate(TARGET, DRAFTER, PROMPT, policy=Looking(), max_new_tokens=8, tau=0.0, max_nodes=50, top_k=5)
+    generate(TARGET, DRAFTER, PROMPT, policy=Looking(), max_new_tokens=8, tau=0.0, max_nodes=50, max_branch=5)
     root, level = seen[0], seen[1]
-    assert (root.depth, root.width, root.nodes_left, root.top_k, root.iteration) == (0, 1, 50, 5, 0)
+    assert (root.depth, root.width, root.nodes_left, root.max_branch, root.iteration) == (0, 1, 50, 5, 0)
     assert (level.depth, level.width, level.nodes_left) == (1, 2, 48)
     logits = DRAFTER(torch.tensor([PROMPT])).logits[0, -1].float()
     expected = logits.log_softmax(-1).topk(5)
@@ -201,10 +201,10 @@ BAD_ANSWERS = [
     ("branch_factor", lambda self, frontier: float("nan"), "got nan"),
     ("branch_factor", lambda self, frontier: True, "got True"),
     ("branch_factor", lambda self, frontier: "two", "got 'two'"),
-    ("branch_factor", lambda self, frontier: -1, "from 0 to top_k=16, got -1"),
-    ("branch_factor", lambda self, frontier: 10**9, "from 0 to top_k=16, got 1000000000"),
-    ("branch_factor", lambda self, frontier: torch.full((frontier.width,), -2), "from 0 to top_k=16"),
-    ("branch_factor", lambda self, frontier: torch.full((frontier.width,), 17), "from 0 to top_k=16"),
+    ("branch_factor", lambda self, frontier: -1, "from 0 to max_branch=16, got -1"),
+    ("branch_factor", lambda self, frontier: 10**9, "from 0 to max_branch=16, got 1000000000"),
+    ("branch_factor", lambda self, frontier: torch.full((frontier.width,), -2), "from 0 to max_branch=16"),
+    ("branch_factor", lambda self, frontier: torch.full((frontier.width,), 17), "from 0 to max_branch=16"),
     ("should_expand", lambda self, frontier: 1, "got 1"),
     ("should_expand", lambda self, frontier: torch.ones(frontier.width), "torch.bool"),
     ("should_expand", lambda self, frontier: torch.ones(3, 2, dtype=torch.bool), r"shape \[3, 2\]"),

@@ -15,6 +15,7 @@ MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for package in PACKAGES
     for path in (ROOT / package).rglob("*.py")
+    if "templates" not in path.parts  # packages of their own
 )
 
 

@@ -6,28 +6,16 @@ import threading
 
 import pytest
 import torch
-from hypothesis import event, given, settings
-from hypothesis import strategies as st
+from hypothesis import settings
 
 from dynatree_core import Session, generate, run, stream
-from dynatree_core.plugins import POLICIES, plugin_table
+from dynatree_core.testing import assert_lossless
 from dynatree_core.testing import strategies as ours
+from dynatree_core.testing.conformance import POLICY_PROPERTIES
 from dynatree_core.testing.models import CONTEXT, greedy, perturbed, tiny_model
 from dynatree_core.testing.strategies import FAMILIES, HostilePolicy
 
-
-def test_every_policy_has_a_strategy():
-    built_in = {name for name, (entry, *_) in plugin_table(POLICIES).items() if entry.value.startswith("dynatree_pol")}
-    assert built_in == set(ours.PARAMETERS)
-
-
-@st.composite
-def eos_choices(draw: st.DrawFn, expected: list[int]) -> list[int]:
-    """No end token, some that never come, or ones that stand somewhere in the output."""
-    some = draw(st.lists(ours.token_ids, max_size=3))
-    if expected and draw(st.booleans()):
-        some.append(draw(st.sampled_from(expected)))
-    return some
+EXAMPLES = settings().max_examples  # as the profile of conftest.py says
 
 
 def check(target, drafter, prompt, policy, max_new_tokens, eos, **options):
@@ -41,49 +29,19 @@ def check(target, drafter, prompt, policy, max_new_tokens, eos, **options):
     return result
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@given(data=st.data())
-def test_any_stack_any_drafter(family, data):
-    seed = data.draw(ours.model_seeds)
-    target, prompt = tiny_model(family, seed), data.draw(ours.prompts)
-    max_new_tokens = data.draw(st.integers(0, 28))
-    eos = data.draw(eos_choices(greedy(target, prompt, max_new_tokens)))
-    policy, drafter = data.draw(ours.stacks()), data.draw(ours.drafters(family, seed))
-    options = data.draw(
-        st.fixed_dictionaries(
-            {},
-            optional={
-                "tau": ours.probabilities,
-                "max_nodes": st.integers(0, 40),
-                "max_depth": st.integers(0, 8),
-                "top_k": st.integers(4, 50),
-            },
-        )
-    )
-    result = check(target, drafter, prompt, policy, max_new_tokens, eos, **options)
-    event(f"tokens/iteration: {int(result.report.tokens_per_iteration or 0)}")  # see --hypothesis-show-statistics
+@pytest.mark.parametrize("title", POLICY_PROPERTIES)
+@pytest.mark.parametrize("stack", [*ours.policy_names(), *ours.presets()])
+def test_every_registered_stack_keeps_to_the_contract(stack, title):
+    POLICY_PROPERTIES[title](stack, EXAMPLES // 12)
 
 
-@pytest.mark.parametrize("name", sorted(ours.PARAMETERS))
-@settings(max_examples=20)
-@given(data=st.data())
-def test_every_policy_with_random_parameters(name, data):
-    family, seed = data.draw(ours.families), data.draw(ours.model_seeds)
-    target, prompt = tiny_model(family, seed), data.draw(ours.prompts)
-    policy = str(data.draw(ours.policy_specs(name)))
-    check(target, data.draw(ours.drafters(family, seed)), prompt, policy, data.draw(st.integers(1, 24)), [])
+def test_any_stack_any_drafter():
+    assert_lossless(ours.stacks(), max_examples=EXAMPLES)
 
 
-@given(data=st.data())
-def test_hostile_policies(data):
+def test_hostile_policies():
     """Random widths, random cuts, random keep-masks: slow perhaps, never wrong."""
-    family, seed = data.draw(ours.families), data.draw(ours.model_seeds)
-    target, prompt = tiny_model(family, seed), data.draw(ours.prompts)
-    stack = [HostilePolicy(data.draw(st.integers(0, 10_000)))]
-    if data.draw(st.booleans()):
-        stack.insert(0, data.draw(ours.stacks()))
-    drafter = data.draw(ours.drafters(family, seed))
-    check(target, drafter, prompt, stack, data.draw(st.integers(1, 24)), [], tau=0.0)
+    assert_lossless(ours.hostile_policies, max_examples=EXAMPLES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -84,8 +84,8 @@ def test_past_the_context():
         ({"tau": 2}, "tau must be a probability"),
         ({"max_nodes": -1}, "max_nodes must be an integer of at least 0"),
         ({"max_depth": 1.5}, "max_depth must be an integer"),
-        ({"top_k": 0}, "top_k must be an integer of at least 1"),
-        ({"top_k": None}, "top_k must be an integer of at least 1"),
+        ({"max_branch": 0}, "max_branch must be an integer of at least 1"),
+        ({"max_branch": None}, "max_branch must be an integer of at least 1"),
         ({"eos_token_id": "5"}, "eos_token_id must be a token id or several"),
         ({"eos_token_id": 2.5}, "eos_token_id must be a token id or several"),
         ({"exact": "yes"}, "exact must be None or 'fixed_width'"),
@@ -136,7 +136,7 @@ def test_limits_the_strictest_wins():
     assert limits("fixed(max_nodes=20)").max_nodes == 20
     assert limits("fixed(max_nodes=20)", max_nodes=10).max_nodes == 10
     assert limits("dynamic_depth(max_depth=6)").max_depth == 6
-    assert limits("confidence", top_k=1000).top_k == VOCAB
+    assert limits("confidence", max_branch=1000).max_branch == VOCAB
 
 
 @pytest.mark.parametrize("max_nodes", [None, 0, 5])

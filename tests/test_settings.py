@@ -25,38 +25,6 @@ from dynatree_core.testing.models import CONTEXT, VOCAB, greedy, perturbed, tiny
 
 TARGET, DRAFTER, PROMPT = tiny_model("llama"), perturbed("llama"), [1, 2, 3]
 
-few_ids = st.lists(ours.token_ids, min_size=1, max_size=4, unique=True)
-# generate()'s settings that act on logits, one at a time or together
-processor_settings = st.fixed_dictionaries(
-    {},
-    optional={
-        "repetition_penalty": st.sampled_from([0.7, 1.1, 1.5, 3.0]),
-        "no_repeat_ngram_size": st.integers(1, 4),
-        "bad_words_ids": st.lists(st.lists(ours.token_ids, min_size=1, max_size=3), min_size=1, max_size=3),
-        "min_length": st.integers(1, 30),
-        "min_new_tokens": st.integers(1, 20),
-        "forced_bos_token_id": ours.token_ids,
-        "forced_eos_token_id": ours.token_ids,
-        "suppress_tokens": few_ids,
-        "begin_suppress_tokens": few_ids,
-        "sequence_bias": st.dictionaries(
-            st.tuples(ours.token_ids) | st.tuples(ours.token_ids, ours.token_ids),
-            st.sampled_from([-10.0, -1.0, 1.0, 10.0]), min_size=1, max_size=3,
-        ),
-        "renormalize_logits": st.just(True),
-        "remove_invalid_values": st.just(True),
-    },
-).filter(lambda asked: not forced_in(asked) & suppressed_in(asked))  # fmt: skip
-
-
-def forced_in(asked):
-    return {asked.get("forced_bos_token_id"), asked.get("forced_eos_token_id")} - {None}
-
-
-def suppressed_in(asked):
-    """generate() refuses to force what is suppressed."""
-    return {*asked.get("suppress_tokens", []), *asked.get("begin_suppress_tokens", [])}
-
 
 class Grudge(LogitsProcessor):
     """A user's processor with a memory: whatever it saw chosen most recently, it forbids three calls later."""
@@ -87,7 +55,7 @@ class Countdown(StoppingCriteria):
 def test_processors_see_each_node_with_its_own_path(data):
     family, seed = data.draw(ours.families), data.draw(ours.model_seeds)
     target, prompt = tiny_model(family, seed), data.draw(ours.prompts)
-    asked = data.draw(processor_settings)
+    asked = data.draw(ours.processor_settings)
     length = data.draw(st.integers(1, 24))
     eos = data.draw(st.lists(ours.token_ids, max_size=3))
     expected = greedy(target, prompt, length, eos, **asked)
@@ -255,7 +223,7 @@ def test_nan_under_a_processor():
         ({"repetition_penalty": -1.0}, "a setting of the generation cannot be used: .*strictly positive"),
         ({"no_repeat_ngram_size": -2}, "a setting of the generation cannot be used"),
         ({"exponential_decay_length_penalty": (3, 1.1)}, "needs an end token"),
-        ({"temperature": 0.7}, "there is no option 'temperature'"),
+        ({"num_beams": 4}, "there is no option 'num_beams'"),
         ({"repitition_penalty": 1.2}, "did you mean 'repetition_penalty'"),
         ({"generation_config": {"min_length": 3}}, "must be transformers' GenerationConfig"),
     ],

@@ -92,7 +92,7 @@ class _Wide:
 def drafted(seed: int, **limits: float) -> TokenTree:
     """A tree as the draft stage grows it; the same drafter and policy for the same seed."""
     session = Session(
-        tiny_model("llama"), HostileDrafter(seed), [1, 2, 3], policy=_Wide(), max_new_tokens=20, top_k=5, **limits
+        tiny_model("llama"), HostileDrafter(seed), [1, 2, 3], policy=_Wide(), max_new_tokens=20, max_branch=5, **limits
     )
     with torch.inference_mode():
         return draft(session)
@@ -147,7 +147,7 @@ def test_cutting_while_growing_equals_cutting_afterwards(seed, tau):
 
     def grow(tau: float) -> TokenTree:
         session = Session(
-            tiny_model("llama"), _PlainDrafter(seed), [1], policy=_Wide(), max_new_tokens=20, top_k=5, tau=tau,
+            tiny_model("llama"), _PlainDrafter(seed), [1], policy=_Wide(), max_new_tokens=20, max_branch=5, tau=tau,
             max_nodes=1000,
         )  # fmt: skip
         with torch.inference_mode():
@@ -161,12 +161,19 @@ def test_cutting_while_growing_equals_cutting_afterwards(seed, tau):
 
 def test_the_budget_keeps_the_most_probable_of_a_level():
     session = Session(
-        tiny_model("llama"), _PlainDrafter(1), [1], policy=_Wide(), max_new_tokens=20, top_k=5, tau=0.0, max_nodes=5
+        tiny_model("llama"),
+        _PlainDrafter(1),
+        [1],
+        policy=_Wide(),
+        max_new_tokens=20,
+        max_branch=5,
+        tau=0.0,
+        max_nodes=5,
     )
     with torch.inference_mode():
         tree = draft(session)
     assert tree.level_sizes == (1, 3, 2)
-    session.limits = type(session.limits)(max_depth=4, max_nodes=1000, tau=0.0, top_k=5)
+    session.limits = type(session.limits)(max_depth=4, max_nodes=1000, tau=0.0, max_branch=5)
     with torch.inference_mode():
         whole = draft(session)
     best = whole.cum_logprob[4:13].topk(2).values

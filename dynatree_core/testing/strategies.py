@@ -1,72 +1,238 @@
-"""Hypothesis strategies, from small to large: prompts, parameters, stacks, hostile policies and drafters."""
+"""Hypothesis strategies, from small to large: prompts, models, parameters, stacks, trees, and what happens to them.
+
+Everything here is public. What is drawn is small, and shrinks to what is smaller: one token, a tree without children.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 
-from dynatree_core import Drafter, DraftPlan, DraftState, Frontier, PluginSpec, Proposals, TokenTree, hookimpl
-from dynatree_core.composition import format_stack
-from dynatree_core.plugins import POLICIES, PRESETS, plugin_table
+from dynatree_core import (
+    Drafter,
+    DraftPlan,
+    DraftState,
+    Frontier,
+    PluginSpec,
+    Proposals,
+    StepReport,
+    TokenTree,
+    Verdict,
+    hookimpl,
+)
+from dynatree_core.composition import format_stack, parse_stack
+from dynatree_core.errors import ParameterError
+from dynatree_core.params import DOMAIN
+from dynatree_core.plugins import (
+    POLICIES,
+    PRESETS,
+    build_stack,
+    expand_preset,
+    load_plugin,
+    plugin_parameters,
+    plugin_table,
+    plugin_variants,
+    required_parameters,
+)
 from dynatree_core.testing.models import VOCAB, perturbed, tiny_model
+from dynatree_core.testing.text import format_tree
+
+__all__ = [
+    "FAMILIES",
+    "HostileDrafter",
+    "HostilePolicy",
+    "Iteration",
+    "compositions",
+    "drafters",
+    "families",
+    "frontiers",
+    "hostile_policies",
+    "iterations",
+    "levels",
+    "limits",
+    "model_seeds",
+    "other_parameters",
+    "parameters",
+    "policy_names",
+    "policy_specs",
+    "presets",
+    "probabilities",
+    "processor_settings",
+    "prompts",
+    "proposals_of",
+    "report_of",
+    "settings",
+    "stacks",
+    "tight_limits",
+    "token_ids",
+    "trees",
+]
 
 FAMILIES = ("gpt_neox", "llama", "gpt2")
+MAX_BRANCH = 16  # the default of a session: any policy must live with it
+# counts are drawn up to here: enough to see everything, and few enough that trees stay small
+LARGEST_COUNT = 12
 
 token_ids = st.integers(0, VOCAB - 1)
 prompts = st.lists(token_ids, min_size=1, max_size=14)
 families = st.sampled_from(FAMILIES)
 model_seeds = st.integers(0, 3)  # few, since building a model costs more than decoding with it
 probabilities = st.sampled_from([0.0, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0]) | st.floats(0, 1)
-branches = st.integers(1, 4)
-depths = st.integers(1, 9)
 
-# policy -> its parameters; a registered policy that is missing here fails test_every_policy_has_a_strategy
-PARAMETERS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
-    "autoregressive": {},
-    "linear": {"depth": depths, "tau": probabilities},
-    "fixed": {"depth": depths, "branch": branches, "tau": probabilities, "max_nodes": st.integers(1, 60)},
-    "confidence": {
-        "high": probabilities,
-        "low": probabilities,
-        "min_branch": branches,
-        "default_branch": branches,
-        "max_branch": branches,
+# limits, as generate() takes them; max_branch not below the default, which policies may count on
+limits = st.fixed_dictionaries(
+    {},
+    optional={
+        "tau": probabilities,
+        "max_nodes": st.integers(0, 40),
+        "max_depth": st.integers(0, 8),
+        "max_branch": st.integers(MAX_BRANCH, 50),
     },
-    "dynamic_depth": {
-        "signal": st.sampled_from(["confidence", "cumulative"]),
-        "stop_threshold": probabilities,
-        "extend_threshold": probabilities,
-        "base_depth": depths,
-        "max_depth": depths,
+)
+# limits at their ends: no tree at all, one node, one level, nothing cut, all but certain nodes cut
+tight_limits = st.fixed_dictionaries(
+    {
+        "tau": st.sampled_from([0.0, 1.0, 0.5]),
+        "max_nodes": st.sampled_from([0, 1, 2, 300]),
+        "max_depth": st.sampled_from([0, 1, 2, 100]),
+    }
+)
+
+
+# settings of a generation
+
+
+def _can_force(settings: Mapping[str, Any]) -> bool:
+    """Whether generate() takes these settings together: it refuses to force what is suppressed."""
+    forced = {settings.get("forced_bos_token_id"), settings.get("forced_eos_token_id")}
+    return not forced & {*settings.get("suppress_tokens", ()), *settings.get("begin_suppress_tokens", ())}
+
+
+_some_ids = st.lists(token_ids, min_size=1, max_size=4, unique=True)
+# generate()'s settings that change the target's logits, one at a time or together
+processor_settings: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
+    {},
+    optional={
+        "repetition_penalty": st.sampled_from([0.7, 1.1, 1.5, 3.0]),
+        "no_repeat_ngram_size": st.integers(1, 4),
+        "bad_words_ids": st.lists(st.lists(token_ids, min_size=1, max_size=3), min_size=1, max_size=3),
+        "min_length": st.integers(1, 30),
+        "min_new_tokens": st.integers(1, 20),
+        "forced_bos_token_id": token_ids,
+        "forced_eos_token_id": token_ids,
+        "suppress_tokens": _some_ids,
+        "begin_suppress_tokens": _some_ids,
+        "sequence_bias": st.dictionaries(
+            st.tuples(token_ids) | st.tuples(token_ids, token_ids),
+            st.sampled_from([-10.0, -1.0, 1.0, 10.0]),
+            min_size=1,
+            max_size=3,
+        ),
+        "renormalize_logits": st.just(True),
+        "remove_invalid_values": st.just(True),
     },
-    "history": {
-        "rule": st.sampled_from(["step", "window"]),
-        "target_accept_rate": probabilities,
-        "learning_rate": probabilities,
-        "history_window": st.integers(1, 12),
-        "margin": probabilities,
-    },
-}
+).filter(_can_force)
+# most generations have none
+settings: st.SearchStrategy[dict[str, Any]] = st.just({}) | processor_settings
+
+
+# policies
+
+
+def policy_names() -> list[str]:
+    """The registered policies that can be built without giving a parameter."""
+    return [name for name in plugin_table(POLICIES) if not required_parameters(load_plugin(POLICIES, name))]
+
+
+def parameters(plugin: type) -> dict[str, st.SearchStrategy[Any]]:
+    """A policy's or drafter's parameters -> values for each.
+
+    Fields made by `count`, `fraction` and `choice` say what is allowed; flags are drawn too. Of any other parameter
+    nothing is known, so it is left out and keeps its default.
+    """
+    fields = {field.alias: field for field in attrs.fields(plugin)} if attrs.has(plugin) else {}
+    found: dict[str, st.SearchStrategy[Any]] = {}
+    for name, default in plugin_parameters(plugin).items():
+        domain = fields[name].metadata.get(DOMAIN) if name in fields else None
+        match domain:
+            case (int(lowest), int() | None as highest):
+                practical = max(LARGEST_COUNT, lowest + 3)
+                found[name] = st.integers(lowest, practical if highest is None else min(highest, practical))
+            case (float(), float()):
+                found[name] = probabilities
+            case tuple():
+                found[name] = st.sampled_from(domain)
+            case None if isinstance(default, bool):
+                found[name] = st.booleans()
+    return found
 
 
 @st.composite
-def policy_specs(draw: st.DrawFn, name: str) -> PluginSpec:
-    """One registered policy with some of its parameters set at random."""
-    parameters = draw(st.fixed_dictionaries({}, optional=PARAMETERS[name]))
-    return PluginSpec(name, None, parameters)
+def policy_specs(draw: st.DrawFn, name: str, *, given: Mapping[str, Any] | None = None) -> PluginSpec:
+    """One registered policy: a variant of it if it has any, with some of its parameters set at random.
+
+    Parameters that are given hold unless they are drawn.
+    """
+    plugin = load_plugin(POLICIES, name)
+    drawn = draw(st.fixed_dictionaries({}, optional=parameters(plugin)))
+    spec = PluginSpec(name, draw(st.sampled_from([None, *plugin_variants(plugin)])), {**(given or {}), **drawn})
+    assume(_is_allowed(spec))
+    return spec
+
+
+def _is_allowed(spec: PluginSpec) -> bool:
+    """Whether the policy takes these values together: it may have rules about more than one of them."""
+    try:
+        build_stack(str(spec))
+    except ParameterError:
+        return False
+    return True
+
+
+@st.composite
+def other_parameters(draw: st.DrawFn, stack: str) -> str:
+    """The stack's policies with other parameters, presets written out."""
+    specs = [spec for given in parse_stack(stack) for spec in expand_preset(given)]
+    return format_stack([draw(policy_specs(spec.name, given=spec.parameters)) for spec in specs])
+
+
+def presets() -> list[str]:
+    """The registered presets, and each with each of its variants."""
+    found = []
+    for name in plugin_table(PRESETS):
+        plugins = [load_plugin(POLICIES, spec.name) for spec in expand_preset(PluginSpec(name))]
+        variants = sorted({variant for plugin in plugins for variant in plugin_variants(plugin)})
+        found += [name, *(f"{name}:{variant}" for variant in variants)]
+    return found
 
 
 @st.composite
 def stacks(draw: st.DrawFn) -> str:
     """A stack string: a preset, or a composition of registered policies in any order."""
-    if draw(st.integers(0, 4)) == 0:
-        return draw(st.sampled_from([*plugin_table(PRESETS), "phase1:plan", "phase2:plan", "phase3:plan"]))
-    names = draw(st.lists(st.sampled_from(sorted(plugin_table(POLICIES))), min_size=1, max_size=4, unique=True))
+    if plugin_table(PRESETS) and draw(st.integers(0, 4)) == 4:
+        return draw(st.sampled_from(presets()))
+    names = draw(st.lists(st.sampled_from(policy_names()), min_size=1, max_size=4, unique=True))
     return format_stack([draw(policy_specs(name)) for name in names])
+
+
+@st.composite
+def compositions(draw: st.DrawFn, policy: str | object | Sequence[str | object]) -> list[str | object]:
+    """A stack with up to three registered policies that it does not hold around it, at times a hostile one too."""
+    own = list(policy) if isinstance(policy, list | tuple) else [policy]
+    taken = build_stack(own).policies
+    free = [name for name in policy_names() if name not in taken]
+    names = draw(st.lists(st.sampled_from(free), max_size=3, unique=True)) if free else []
+    others: list[str | object] = [str(draw(policy_specs(name))) for name in names]
+    if "hostile_policy" not in taken and draw(st.integers(0, 3)) == 3:
+        others.append(draw(hostile_policies))
+    place = draw(st.integers(0, len(others)))
+    return [*others[:place], *own, *others[place:]]
 
 
 @attrs.define
@@ -74,7 +240,7 @@ class HostilePolicy:
     """Answers every hook at random, within the contract and against all sense."""
 
     seed: int
-    random: random.Random = attrs.field(init=False)
+    random: random.Random = attrs.field(init=False, repr=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -105,17 +271,25 @@ class HostilePolicy:
         return (self._tensor(tree.num_nodes, 0, 4) > 0).to(tree.device)
 
 
+hostile_policies = st.builds(HostilePolicy, st.integers(0, 10_000))
+
+
+# drafters
+
+
+@attrs.frozen(slots=False)
 class HostileDrafter(Drafter):
     """Proposes random tokens: repeated among siblings, with ties, and with fewer children than asked for."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    seed: int
 
     def start(self, plan: DraftPlan) -> HostileState:
         return HostileState(random.Random(self.seed), plan)
 
 
 class HostileState(DraftState):
+    """A source of random numbers."""
+
     def __init__(self, source: random.Random, plan: DraftPlan) -> None:
         self.random, self.plan = source, plan
 
@@ -139,7 +313,10 @@ class HostileState(DraftState):
 
 @st.composite
 def drafters(draw: st.DrawFn, family: str, seed: int) -> Any:
-    """From perfect to hostile: the target itself, a perturbed copy, an unrelated model, the prompt, noise."""
+    """For the target `tiny_model(family, seed)`, from perfect to hostile.
+
+    The target itself, a perturbed copy, an unrelated model, one of another family, the prompt, noise, or None.
+    """
     kind = draw(st.sampled_from(["self", "near", "far", "other_family", "prompt_lookup", "hostile", "none"]))
     match kind:
         case "self":
@@ -158,6 +335,9 @@ def drafters(draw: st.DrawFn, family: str, seed: int) -> Any:
             return None
 
 
+# trees, levels and iterations
+
+
 @st.composite
 def trees(draw: st.DrawFn, *, max_depth: int = 5, max_width: int = 5) -> TokenTree:
     """A random tree, grown by levels, with distinct siblings and probabilities that descend among them."""
@@ -165,7 +345,87 @@ def trees(draw: st.DrawFn, *, max_depth: int = 5, max_width: int = 5) -> TokenTr
     for _ in range(draw(st.integers(0, max_depth))):
         level = tree.last_level
         parents = sorted(draw(st.lists(st.integers(level.start, level.stop - 1), min_size=1, max_size=max_width)))
-        tokens = draw(st.lists(token_ids, min_size=len(parents), max_size=len(parents), unique=True))
-        logprobs = -torch.tensor(draw(st.lists(st.floats(0.01, 3), min_size=len(parents), max_size=len(parents))))
-        tree = tree.grow(torch.tensor(parents), torch.tensor(tokens), logprobs)
+        num_children = len(parents)
+        tokens = draw(st.lists(token_ids, min_size=num_children, max_size=num_children, unique=True))
+        logprobs = [-loss for loss in draw(st.lists(st.floats(0.01, 3), min_size=num_children, max_size=num_children))]
+        logprobs = [logprob for _, logprob in sorted(zip(parents, logprobs, strict=True), key=lambda c: (c[0], -c[1]))]
+        tree = tree.grow(torch.tensor(parents), torch.tensor(tokens), torch.tensor(logprobs))
     return tree
+
+
+@st.composite
+def _children(draw: st.DrawFn) -> list[tuple[int, float]]:
+    """What a drafter says about one node: up to four tokens, and probabilities that descend and sum to at most 1."""
+    found: list[tuple[int, float]] = []
+    highest = left = 1.0
+    for token in draw(st.lists(token_ids, max_size=4, unique=True)):
+        highest = min(highest, left * draw(probabilities))
+        left -= highest
+        found.append((token, highest))
+    return found
+
+
+# what a drafter says about a level, as lists of (token, probability) for its first nodes; see proposals_of
+levels = st.lists(_children(), min_size=1, max_size=3)
+
+
+def proposals_of(level: Sequence[Sequence[tuple[int, float]]], width: int, k: int) -> Proposals:
+    """Proposals of that shape: a level that is drawn narrower repeats, and what is missing has probability 0."""
+    token_ids_ = torch.zeros(width, k, dtype=torch.int64)
+    probs = torch.zeros(width, k)
+    for row in range(width):
+        for rank, (token, prob) in enumerate(level[row % len(level)][:k]):
+            token_ids_[row, rank], probs[row, rank] = token, prob
+    return Proposals(token_ids_, probs.log())
+
+
+@st.composite
+def frontiers(draw: st.DrawFn, tree: TokenTree, iteration: int = 0) -> Frontier:
+    """The tree's last level with anything that a drafter may say about it."""
+    max_branch = draw(st.sampled_from([MAX_BRANCH, VOCAB]))
+    proposals = proposals_of(draw(levels), tree.level_sizes[-1], max_branch)
+    return Frontier(tree, iteration, draw(st.integers(1, 128)), max_branch, lambda: proposals)
+
+
+def report_of(tree: TokenTree, iteration: int, node: int, bonus: int, num_cut: int = 0) -> StepReport:
+    """The step in which the path to a node was accepted, less the last tokens if generation stopped before them."""
+    path = tuple(tree.ancestor_mask[node].nonzero().flatten().tolist()[1:])
+    token_ids_ = (*tree.token_ids[list(path)].tolist(), bonus)
+    end = max(len(token_ids_) - num_cut, 1)
+    draft_path = tuple(tree.draft_index[list(path)].tolist())
+    return StepReport(iteration, tree, Verdict(path[:end], draft_path[:end], token_ids_[:end]))
+
+
+@attrs.frozen(eq=False)
+class Iteration:
+    """What the policies of a stack see of one decode step: a level of the tree, the tree, and the outcome."""
+
+    frontier: Frontier
+    report: StepReport
+
+    @property
+    def tree(self) -> TokenTree:
+        return self.report.tree
+
+    def __str__(self) -> str:
+        confidence = [round(value, 3) for value in self.frontier.confidence.tolist()]
+        return (
+            f"iteration {self.frontier.iteration}: the frontier is at depth {self.frontier.depth}, confidence "
+            f"{confidence}; committed {list(self.report.token_ids)}; * is accepted\n"
+            f"{format_tree(self.tree, (0, *self.report.verdict.path))}"
+        )
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(f"<{self.tree.num_nodes} nodes>")  # the trees are printed as text
+
+
+@st.composite
+def iterations(draw: st.DrawFn, *, max_size: int = 4) -> list[Iteration]:
+    """Decode steps in their order, each with a tree and an outcome that have nothing to do with the policies."""
+    found = []
+    for number in range(draw(st.integers(1, max_size))):
+        tree = draw(trees(max_depth=4, max_width=4))
+        node = draw(st.integers(0, tree.num_nodes - 1))
+        report = report_of(tree, number, node, draw(token_ids), draw(st.integers(0, 2)))
+        found.append(Iteration(draw(frontiers(tree, number)), report))
+    return found

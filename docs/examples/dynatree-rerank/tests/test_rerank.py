@@ -11,6 +11,7 @@ from dynatree_rerank import Rerank
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynatree_core import StepReport, TokenTree, build_stack, generate, hookimpl
+from dynatree_core.testing import assert_hook_contract, assert_lossless
 
 # parent and draft probability of node 1, 2, …; breadth first. Powers of two, so that ties are exact
 NODES = [(0, 0.5), (0, 0.25), (1, 0.5), (1, 0.25), (2, 0.5), (3, 1.0), (4, 1.0), (5, 0.5)]
@@ -108,3 +109,9 @@ def test_is_composed_by_name() -> None:
     stack = build_stack("confidence+dynamic_depth+rerank(nodes=12)")
     assert stack.find("rerank") == Rerank(nodes=12)
     assert str(stack) == "confidence+dynamic_depth+rerank(nodes=12)"
+
+
+@pytest.mark.parametrize("nodes", [1, 5])
+def test_it_conforms(nodes: int) -> None:
+    assert_hook_contract(f"rerank(nodes={nodes})")
+    assert_lossless(f"rerank(nodes={nodes})")

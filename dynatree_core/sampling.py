@@ -1,0 +1,44 @@
+"""How a token is chosen from the target's scores: the best one, or one drawn at random.
+
+Drawing needs no more than this to stay exact inside a tree. The tree is fixed before anything is drawn, and the target
+draws its token at each node of the path, in order, whatever was drafted; the path goes on where a child carries that
+token. So the text's law is the target's own, for every policy and drafter, and with the same seed it is the same text.
+(The rule of Leviathan et al. 2023, which accepts a drafted token with probability p/q, would not be exact here: its
+proof needs the drafted token to be a sample of q, and a policy may have chosen it by its probability.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["Sampler"]
+
+
+class Sampler:
+    """Draws one token at a time, with a random generator of its own or torch's.
+
+    Args:
+        device: where scores are.
+        seed: of a generator of its own; None: torch's global one, as `generate` uses it.
+    """
+
+    def __init__(self, device: torch.device, seed: int | None) -> None:
+        if seed is not None:
+            self._generator = torch.Generator(device).manual_seed(seed)
+        elif device.type == "cuda":
+            self._generator = torch.cuda.default_generators[device.index or 0]
+        else:
+            self._generator = torch.default_generator
+
+    def draw(self, scores: Tensor) -> Tensor:
+        """A token id [1] for scores [1, vocab], which are unnormalised log-probabilities."""
+        return torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self._generator)[0]
+
+    def state(self) -> Tensor:
+        """Where the generator stands."""
+        return self._generator.get_state()
+
+    def restore(self, state: Tensor) -> None:
+        """Go back to where the generator stood: the same numbers will be drawn again."""
+        self._generator.set_state(state)

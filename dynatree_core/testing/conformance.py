@@ -1,0 +1,608 @@
+"""What policies and drafters must keep to, as assertions that search for a counterexample.
+
+A failure is the smallest example that hypothesis could find: the error's message, and as notes below it the example and
+the trees of its iterations as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import attrs
+import torch
+from hypothesis import HealthCheck, Phase, given, note
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.errors import Flaky
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from torch import Tensor, nn
+
+from dynatree_core.clock import StageClock
+from dynatree_core.composition import format_stack, parse_stack
+from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
+from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.generation import run
+from dynatree_core.plugins import build_drafter, build_stack
+from dynatree_core.records import Frontier, Proposals, StepReport
+from dynatree_core.session import Session
+from dynatree_core.stack import PolicyStack
+from dynatree_core.testing import strategies as ours
+from dynatree_core.testing.models import VOCAB, greedy, tiny_model
+from dynatree_core.testing.text import format_tree
+from dynatree_core.tree import TokenTree
+
+__all__ = [
+    "DRAFTER_PROPERTIES",
+    "POLICY_PROPERTIES",
+    "PolicyMachine",
+    "assert_drafter_contract",
+    "assert_hook_contract",
+    "assert_lossless",
+]
+
+Policy = str | object | Sequence[str | object]
+
+
+def assert_lossless(policy: Policy, *, drafter: Any = None, max_examples: int = 50) -> None:
+    """Generations with this stack, alone and beside random others, equal the target's own greedy output.
+
+    Tiny random float64 models of several architectures, random prompts, lengths, end tokens and limits, other
+    registered policies before and behind the stack, and drafters from perfect to hostile.
+
+    Args:
+        policy: a stack's string, a policy object, a list of both, or a hypothesis strategy for any of them.
+        drafter: a registered name, a Drafter, or a model with the tiny models' vocabulary. None: any drafter.
+        max_examples: generations to try.
+
+    Raises:
+        AssertionError: the output differs; with the first difference and the tree of the step where it went wrong.
+        DynaTreeError: a policy or drafter broke its contract in a generation; the message names it.
+    """
+    _check_lossless(_cases(_composed(policy), drafter=drafter), max_examples)
+
+
+def assert_hook_contract(policy: Policy, *, max_examples: int = 100) -> None:
+    """Every hook of this stack answers within its contract for any tree, proposals and outcome, and changes no tree.
+
+    Args:
+        policy: a stack's string, a policy object, a list of both, or a hypothesis strategy for any of them.
+        max_examples: sequences of iterations to try.
+
+    Raises:
+        PolicyError: an answer of the wrong type, shape, dtype or range, or an exception; it names policy and hook.
+        AssertionError: a hook changed something that it was shown.
+    """
+    _check_hooks(policy, max_examples)
+
+
+def assert_drafter_contract(
+    drafter: str | Drafter | nn.Module,
+    *,
+    deterministic: bool = True,
+    vocab_size: int = VOCAB,
+    max_examples: int = 50,
+) -> None:
+    """A drafter's proposals have the right form whatever tree it is asked about, and it forgets what was not accepted.
+
+    After every commit, rollback and break it must propose what a fresh state proposes that was only shown the
+    committed tokens, at each level of the next tree.
+
+    Args:
+        drafter: a registered name with parameters if any, a Drafter, or a model.
+        deterministic: whether to compare with a fresh state; False for a drafter that draws random numbers.
+        vocab_size: token ids that the target knows.
+        max_examples: generations to try.
+
+    Raises:
+        AssertionError: what must hold of the proposals, and what came.
+    """
+    source = _as_drafter(drafter)
+
+    @given(
+        prompt=st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=14),
+        k=st.integers(1, 8),
+        rounds=st.lists(_rounds(vocab_size), min_size=1, max_size=4),
+    )
+    def drafter_contract(prompt: list[int], k: int, rounds: list[_Round]) -> None:
+        with torch.inference_mode():
+            _Drafting(source, vocab_size, prompt, k, deterministic).play(rounds)
+
+    _search(drafter_contract, max_examples)
+
+
+def _search(check: Callable[[], None], max_examples: int) -> None:
+    """Run a check on many examples, and show one fault only: the smallest example of it."""
+    with _steady():
+        _settings(max_examples)(check)()
+
+
+def _settings(max_examples: int) -> hypothesis_settings:
+    return hypothesis_settings(
+        max_examples=max_examples,
+        deadline=None,
+        database=None,  # its key would be this function, whatever is checked
+        phases=[Phase.generate, Phase.shrink],
+        report_multiple_bugs=False,
+        print_blob=False,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@contextmanager
+def _steady() -> Iterator[None]:
+    """Say what hypothesis calls flaky in our own words."""
+    try:
+        yield
+    except Flaky as error:
+        raise AssertionError(
+            "the same example must give the same outcome each time, but failed once and passed once; something "
+            "outlives the session: a class attribute, a global, or random numbers that no seed of the policy or "
+            f"drafter decides\n{error}"
+        ) from error
+
+
+def _drawn(policy: Policy) -> st.SearchStrategy[Any]:
+    return policy if isinstance(policy, st.SearchStrategy) else st.just(policy)
+
+
+def _composed(policy: Policy) -> st.SearchStrategy[Any]:
+    return _drawn(policy).flatmap(ours.compositions)
+
+
+# lossless
+
+
+@attrs.frozen(eq=False)
+class Case:
+    """One generation to compare with greedy decoding."""
+
+    target: Any
+    drafter: Any
+    prompt: list[int]
+    options: dict[str, Any]  # what generate() gets
+    expected: list[int]
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"generate({_name(self.target)}, {_name(self.drafter)}, {self.prompt}, {options})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
+
+def _name(model_or_drafter: Any) -> str:
+    is_model = isinstance(model_or_drafter, nn.Module)
+    return str(model_or_drafter.config.name_or_path) if is_model else repr(model_or_drafter)
+
+
+@st.composite
+def _cases(
+    draw: st.DrawFn,
+    policies: st.SearchStrategy[Any],
+    *,
+    drafter: Any = None,
+    limits: st.SearchStrategy[dict[str, Any]] = ours.limits,
+) -> Case:
+    """A generation: everything that is drawn here is drawn for every check of losslessness."""
+    family, seed = draw(ours.families), draw(ours.model_seeds)
+    target, prompt = tiny_model(family, seed), draw(ours.prompts)
+    chosen_drafter = draw(ours.drafters(family, seed)) if drafter is None else drafter
+    max_new_tokens = draw(st.integers(0, 24))
+    settings = draw(ours.settings)
+    expected = greedy(target, prompt, max_new_tokens, **settings)
+    # end tokens that never come, and ones that stand in the output
+    eos = draw(st.lists(st.sampled_from(expected) | ours.token_ids if expected else ours.token_ids, max_size=2))
+    if eos:
+        expected = greedy(target, prompt, max_new_tokens, eos, **settings)
+    options = {
+        "policy": draw(policies), "max_new_tokens": max_new_tokens, "eos_token_id": eos, **draw(limits), **settings
+    }  # fmt: skip
+    return Case(target, chosen_drafter, prompt, options, expected)
+
+
+def _check_lossless(cases: st.SearchStrategy[Case], max_examples: int) -> None:
+    @given(case=cases)
+    def lossless(case: Case) -> None:
+        session = Session(case.target, case.drafter, case.prompt, on_error="raise", **case.options)
+        for _ in run(session):
+            if session.new_token_ids != case.expected[: len(session.new_token_ids)]:
+                break
+        if session.new_token_ids != case.expected:
+            raise AssertionError(_difference(case, session))
+        reason = "eos" if case.expected and case.expected[-1] in case.options["eos_token_id"] else "length"
+        if session.stop_reason != reason:
+            raise AssertionError(f"the generation must stop for the reason '{reason}', got '{session.stop_reason}'")
+
+    _search(lossless, max_examples)
+
+
+def _difference(case: Case, session: Session) -> str:
+    """The first difference, and the tree of the step that made it."""
+    got, expected = session.new_token_ids, case.expected
+    pairs = zip([*got, None], [*expected, None], strict=False)
+    place = next(i for i, (ours_, theirs) in enumerate(pairs) if ours_ != theirs)
+    wanted, came = ("the end" if place >= len(ids) else ids[place] for ids in (expected, got))
+    lines = [
+        f"the output must be the target's own greedy text: at token {place} expected {wanted}, got {came}",
+        f"stack:    {session.stack}",
+        f"drafter:  {session.drafter_name}",
+        f"prompt:   {case.prompt}",
+        f"expected: {expected}",
+        f"got:      {got}",
+    ]
+    report = session.last_report
+    if report is not None:
+        start = len(got) - len(report.token_ids)
+        lines += [
+            f"The step that went wrong, iteration {report.iteration}, accepted the path {list(report.verdict.path)} "
+            f"and committed {list(report.token_ids)}, where the target alone says {expected[start : len(got)]}. Its "
+            "tree, * is accepted:",
+            format_tree(report.tree, (0, *report.verdict.path)),
+        ]
+    return "\n".join(lines)
+
+
+# hooks
+
+
+@contextmanager
+def _only_read(who: str, tree: TokenTree, proposals: Proposals | None = None) -> Iterator[None]:
+    """Fail if one writes to what it is shown."""
+    shown = {f"tree.{name}": value for name, value in attrs.asdict(tree, recurse=False).items()}
+    if proposals is not None:
+        shown |= {f"proposals.{name}": value for name, value in attrs.asdict(proposals, recurse=False).items()}
+    tensors = {name: value for name, value in shown.items() if isinstance(value, Tensor)}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    as_text = format_tree(tree)
+    yield
+    changed = [name for name, tensor in tensors.items() if not torch.equal(before[name], tensor)]
+    if changed:
+        raise AssertionError(
+            f"{who} must only read what it is shown, but wrote to {', '.join(changed)}; clone() what it changes. "
+            f"The tree before the call:\n{as_text}"
+        )
+
+
+@contextmanager
+def _unwatched(who: str, tree: TokenTree, proposals: Proposals | None = None) -> Iterator[None]:
+    yield
+
+
+@attrs.frozen
+class _Hooks:
+    """A stack, asked as a decode step asks it, its answers checked as a decode step checks them."""
+
+    stack: PolicyStack
+    watch: Callable[..., Any] = _only_read
+
+    @torch.inference_mode()
+    def widths(self, frontier: Frontier) -> list[int]:
+        """How many children each frontier node gets, 0 where it is not expanded; [] if a plain False ends the tree."""
+        with self.watch("hook should_expand", frontier.tree, frontier.proposals):
+            expand = self.stack.should_expand(frontier)
+        if expand is False:
+            return []
+        with self.watch("hook branch_factor", frontier.tree, frontier.proposals):
+            branch = self.stack.branch_factor(frontier)
+        wanted = branch.wanted.tolist() if isinstance(branch.wanted, Tensor) else [branch.wanted] * frontier.width
+        if not 0 <= min(wanted) <= max(wanted) <= frontier.max_branch:
+            self.stack.refuse_branch_factor(branch.policy, f"{min(wanted)} to {max(wanted)}", frontier.max_branch)
+        is_expanded = expand.tolist() if isinstance(expand, Tensor) else [True] * frontier.width
+        return [width if is_wanted else 0 for width, is_wanted in zip(wanted, is_expanded, strict=True)]
+
+    @torch.inference_mode()
+    def kept(self, tree: TokenTree) -> Tensor:
+        """[nodes] bool: the nodes that would be verified."""
+        everything = torch.ones(tree.num_nodes, dtype=torch.bool)
+        if tree.num_drafted == 0:  # then nobody is asked
+            return everything
+        with self.watch("hook keep_nodes", tree):
+            keep = self.stack.keep_nodes(tree)
+        return everything if keep is None else tree.close_under_ancestors(keep)
+
+    @torch.inference_mode()
+    def tell(self, report: StepReport) -> None:
+        with self.watch("hook on_iteration_end", report.tree):
+            self.stack.on_iteration_end(report)
+
+    def answers(self, iteration: ours.Iteration) -> tuple[list[int], list[bool]]:
+        """All four hooks, in the order of a decode step."""
+        answers = self.widths(iteration.frontier), self.kept(iteration.tree).tolist()
+        self.tell(iteration.report)
+        return answers
+
+
+def _check_hooks(policy: Policy, max_examples: int, *, watch: Callable[..., Any] = _only_read) -> None:
+    @given(policy=_drawn(policy), iterations=ours.iterations())
+    def hook_contract(policy: Policy, iterations: list[ours.Iteration]) -> None:
+        hooks = _Hooks(build_stack(policy), watch)
+        for iteration in iterations:
+            note(str(iteration))
+            hooks.answers(iteration)
+
+    _search(hook_contract, max_examples)
+
+
+def _check_independent_sessions(policy: Policy, max_examples: int) -> None:
+    """A session beside another one answers as it does alone."""
+
+    @given(policy=_drawn(policy), iterations=ours.iterations(), of_another=ours.iterations())
+    def independent_sessions(
+        policy: Policy, iterations: list[ours.Iteration], of_another: list[ours.Iteration]
+    ) -> None:
+        alone, beside, another = (_Hooks(build_stack(policy), _unwatched) for _ in range(3))
+        expected = [alone.answers(iteration) for iteration in iterations]
+        for number, iteration in enumerate(iterations):
+            if number < len(of_another):
+                another.answers(of_another[number])
+            note(str(iteration))
+            answers = beside.answers(iteration)
+            if answers != expected[number]:
+                raise AssertionError(
+                    "two sessions of a stack must share no state, but beside another session its answers differ; "
+                    "keep state in attributes of the instance, and random numbers in a generator of its own\n"
+                    f"stack:  {beside.stack}\n"
+                    f"alone:  widths {expected[number][0]}, kept {expected[number][1]}\n"
+                    f"beside: widths {answers[0]}, kept {answers[1]}"
+                )
+
+    _search(independent_sessions, max_examples)
+
+
+class PolicyMachine(RuleBasedStateMachine):
+    """Drives the hooks of a stack through sessions that do anything a session may do, in any order.
+
+    Trees grow as the stack answers and as a random drafter proposes, are cut as it says, and a random path is
+    accepted; an iteration may also be broken off. Every answer is held to its contract.
+
+        run_state_machine_as_test(lambda: PolicyMachine("my_policy(x=3)"))
+    """
+
+    max_nodes = 24
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.hooks = _Hooks(build_stack(policy))
+        self.iteration = 0
+        self._start(0)
+
+    def _start(self, token_id: int) -> None:
+        self.tree = TokenTree.root(torch.tensor([token_id]))
+        self.is_growing, self.is_pruned = True, False
+
+    @precondition(lambda self: self.is_growing)
+    @rule(level=ours.levels)
+    def next_level(self, level: list[list[tuple[int, float]]]) -> None:
+        """should_expand and branch_factor, and the children that they ask for."""
+        tree, k = self.tree, ours.MAX_BRANCH
+        nodes_left = self.max_nodes - tree.num_drafted
+        proposals = ours.proposals_of(level, tree.level_sizes[-1], k)
+        note(format_tree(tree))
+        widths = self.hooks.widths(Frontier(tree, self.iteration, nodes_left, k, lambda: proposals))
+        children = [
+            (row, rank)
+            for row, width in enumerate(widths)
+            for rank in range(width)
+            if proposals.logprobs[row, rank] > -torch.inf
+        ][:nodes_left]
+        if children:
+            rows, ranks = torch.tensor(children).T
+            parents = tree.last_level.start + rows
+            self.tree = tree.grow(parents, proposals.token_ids[rows, ranks], proposals.logprobs[rows, ranks])
+        self.is_growing = bool(children) and self.tree.num_drafted < self.max_nodes
+
+    @precondition(lambda self: self.tree.num_drafted and not self.is_pruned)
+    @rule()
+    def prune(self) -> None:
+        """keep_nodes, which ends the growth."""
+        note(format_tree(self.tree))
+        self.tree = self.tree.subtree(self.hooks.kept(self.tree))
+        self.is_growing, self.is_pruned = False, True
+
+    @precondition(lambda self: self.is_pruned or not self.tree.num_drafted)
+    @rule(node=st.integers(0, max_nodes), bonus=ours.token_ids, num_cut=st.integers(0, 2))
+    def end_iteration(self, node: int, bonus: int, num_cut: int) -> None:
+        """on_iteration_end, with the path to any node accepted."""
+        report = ours.report_of(self.tree, self.iteration, node % self.tree.num_nodes, bonus, num_cut)
+        note(format_tree(self.tree, (0, *report.verdict.path)))
+        self.hooks.tell(report)
+        self.iteration += 1
+        self._start(bonus)
+
+    @rule()
+    def break_off(self) -> None:
+        """The iteration was interrupted, and the session goes on from its last token."""
+        self._start(int(self.tree.token_ids[0]))
+
+
+def _check_any_order(policy: Policy, max_examples: int) -> None:
+    with _steady():
+        machine: Any = partial(PolicyMachine, policy)  # hypothesis calls it like a class
+        run_state_machine_as_test(
+            machine,
+            settings=hypothesis_settings(_settings(max_examples), stateful_step_count=20),
+        )
+
+
+def _check_prints_back(stack: str, max_examples: int) -> None:
+    """What is printed parses to the same stack, with any parameters."""
+
+    @given(text=st.just(stack) | ours.other_parameters(stack))
+    def prints_back(text: str) -> None:
+        specs = parse_stack(text)
+        again = parse_stack(format_stack(specs))
+        if again != specs:
+            raise AssertionError(f"'{text}' must parse to the stack that its canonical spelling does, got {again}")
+        first = build_stack(text)
+        second = build_stack(str(first))
+        if str(first) != str(second) or _parameters(first) != _parameters(second):
+            raise AssertionError(
+                f"a stack must be built alike from its own spelling: '{text}' gave {_parameters(first)}, its spelling "
+                f"'{first}' gave {_parameters(second)}"
+            )
+
+    _search(prints_back, max_examples)
+
+
+def _parameters(stack: PolicyStack) -> dict[str, Any]:
+    """The parameters of each policy, as far as its fields say what they are."""
+    found: dict[str, Any] = {}
+    for name, policy in stack.policies.items():
+        kind: Any = type(policy)
+        if attrs.has(kind):
+            found[name] = {field.name: getattr(policy, field.name) for field in attrs.fields(kind) if field.init}
+    return found
+
+
+# drafters
+
+
+@attrs.frozen
+class _Round:
+    """One iteration of a drafter: which proposed children the tree grows, and how the iteration ends."""
+
+    picks: list[list[int]]  # a level each: places among the children that are proposed
+    ending: str  # "commit", "rollback", or "break": the session stopped within the iteration and goes on
+    node: int  # the end of the accepted path
+    bonus: int
+
+
+def _rounds(vocab_size: int) -> st.SearchStrategy[_Round]:
+    return st.builds(
+        _Round,
+        picks=st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=3), max_size=3),
+        ending=st.sampled_from(["commit", "rollback", "break"]),
+        node=st.integers(0, 9),
+        bonus=st.integers(0, vocab_size - 1),
+    )
+
+
+class _Drafting:
+    """A drafter's state in one generation, beside fresh ones that only ever saw committed tokens."""
+
+    def __init__(self, source: Drafter, vocab_size: int, prompt: list[int], k: int, is_compared: bool) -> None:
+        self.source, self.vocab_size, self.k, self.is_compared = source, vocab_size, k, is_compared
+        cpu = torch.device("cpu")
+        self.plan = DraftPlan(vocab_size, 64, 32, cpu, StageClock(cpu))
+        self.committed_ids = torch.tensor(prompt)
+        self.state = self._fresh()
+
+    def _fresh(self) -> DraftState:
+        state = self.source.start(self.plan)
+        state.prefill(self.committed_ids[:-1])
+        return state
+
+    def play(self, rounds: list[_Round]) -> None:
+        for number, played in enumerate(rounds):
+            tree = self._drafted(played.picks)
+            node = played.node % tree.num_nodes
+            path = tuple(tree.ancestor_mask[node].nonzero().flatten().tolist()[1:])
+            is_committed = played.ending == "commit"
+            note(f"iteration {number}, then {played.ending}:\n{format_tree(tree, (0, *path) if is_committed else ())}")
+            if is_committed:
+                self.state.commit(path)
+                new_ids = torch.tensor([*tree.token_ids[list(path)].tolist(), played.bonus])
+                self.committed_ids = torch.cat([self.committed_ids, new_ids])
+            else:
+                self.state.rollback()
+            if played.ending == "break":
+                self.state.prefill(self.committed_ids[:-1])
+        self._drafted([[0]])  # what the last ending left behind
+
+    def _drafted(self, picks: list[list[int]]) -> TokenTree:
+        """A tree of proposed children; at each level the state proposes what a fresh one does."""
+        tree = TokenTree.root(self.committed_ids[-1:].clone())
+        fresh = self._fresh() if self.is_compared else None
+        for level in picks:
+            proposals = self._proposed(self.state, tree)
+            if fresh is not None:
+                self._compare(proposals, self._proposed(fresh, tree), tree)
+            possible = (proposals.logprobs > -torch.inf).flatten().nonzero().flatten()
+            if possible.numel() == 0:
+                break
+            chosen = possible[sorted({pick % possible.numel() for pick in level})]
+            parents = tree.last_level.start + chosen // self.k
+            tree = tree.grow(parents, proposals.token_ids.flatten()[chosen], proposals.logprobs.flatten()[chosen])
+        return tree
+
+    def _proposed(self, state: DraftState, tree: TokenTree) -> Proposals:
+        """The proposals for the last level, after a look at their form."""
+        ids_before = self.committed_ids.clone()
+        with _only_read(f"drafter '{self.source}'", tree):
+            proposals = state.propose(self.committed_ids, tree, self.k)
+        self._require(torch.equal(ids_before, self.committed_ids), "leave committed_ids as they are", "a change")
+        self._require(isinstance(proposals, Proposals), "return Proposals", type(proposals).__name__)
+        ids, logprobs = proposals.token_ids, proposals.logprobs
+        shape = (tree.level_sizes[-1], self.k)
+        for field, tensor, dtype in (("token_ids", ids, torch.int64), ("logprobs", logprobs, torch.float32)):
+            self._require(
+                tensor.dtype == dtype and tensor.shape == shape and tensor.device == self.plan.device,
+                f"propose {field} of type {dtype} and shape {list(shape)} on {self.plan.device}",
+                f"{tensor.dtype} of shape {list(tensor.shape)} on {tensor.device}",
+            )
+        self._require(
+            bool((logprobs <= 1e-3).all()), "propose log-probabilities that are numbers of at most 0", logprobs
+        )
+        is_known = 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size
+        self._require(is_known, f"propose token ids from 0 to {self.vocab_size - 1}", ids)
+        is_descending = bool((logprobs[:, :-1] >= logprobs[:, 1:]).all())
+        self._require(is_descending, "propose each node's best children first", logprobs)
+        return proposals
+
+    def _compare(self, kept: Proposals, fresh: Proposals, tree: TokenTree) -> None:
+        """Equal up to rounding, and up to the order of children that are equally probable."""
+        is_close = torch.isclose(kept.logprobs, fresh.logprobs, rtol=1e-3, atol=1e-3)
+        gaps = kept.logprobs[:, :-1] - kept.logprobs[:, 1:] < 1e-3
+        end = torch.zeros(gaps.shape[0], 1, dtype=torch.bool)
+        is_tied = torch.cat([gaps, end], dim=1) | torch.cat([end, gaps], dim=1)
+        is_same = (kept.token_ids == fresh.token_ids) | is_tied | (kept.logprobs == -torch.inf)
+        self._require(
+            bool((is_close & is_same).all()),
+            f"propose after {self.committed_ids.tolist()} what a fresh state does that was shown these tokens only, "
+            f"for the last level of\n{format_tree(tree)}\nthat is\n{_shown(fresh)}\n(deterministic=False spares a "
+            "drafter that draws random numbers)",
+            f"\n{_shown(kept)}",
+        )
+
+    def _require(self, is_met: bool, what: str, got: object) -> None:
+        if not is_met:
+            raise AssertionError(f"drafter '{self.source}' must {what}, got {got}")
+
+
+def _shown(proposals: Proposals) -> str:
+    """Each node's children with their probabilities, a line a node."""
+    rows = zip(proposals.token_ids.tolist(), proposals.logprobs.exp().tolist(), strict=True)
+    return "\n".join(
+        "  " + (", ".join(f"{token} p {prob:.3f}" for token, prob in zip(*row, strict=True) if prob > 0) or "nothing")
+        for row in rows
+    )
+
+
+def _as_drafter(drafter: str | Drafter | nn.Module) -> Drafter:
+    if isinstance(drafter, nn.Module):
+        return ModelDrafter(drafter)
+    return build_drafter(drafter) if isinstance(drafter, str) else drafter
+
+
+# the suite of the pytest plugin: name of the property -> check of a stack's string or a drafter's name
+
+POLICY_PROPERTIES: dict[str, Callable[[str, int], None]] = {
+    "hook_contract": partial(_check_hooks, watch=_unwatched),
+    "only_reads": _check_hooks,
+    "any_order": _check_any_order,
+    "independent_sessions": _check_independent_sessions,
+    "prints_back": _check_prints_back,
+    "lossless_alone": lambda stack, n: _check_lossless(_cases(_drawn(stack)), n),
+    "lossless_composed": lambda stack, n: _check_lossless(_cases(_composed(stack)), n),
+    "lossless_with_other_parameters": lambda stack, n: _check_lossless(_cases(ours.other_parameters(stack)), n),
+    "lossless_at_tight_limits": lambda stack, n: _check_lossless(_cases(_drawn(stack), limits=ours.tight_limits), n),
+}
+
+DRAFTER_PROPERTIES: dict[str, Callable[[str, int], None]] = {
+    "proposals": lambda name, n: assert_drafter_contract(name, deterministic=False, max_examples=n),
+    "commit_and_rollback": lambda name, n: assert_drafter_contract(name, max_examples=n),
+    "lossless": lambda name, n: assert_lossless(ours.stacks(), drafter=name, max_examples=n),
+}

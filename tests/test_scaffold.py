@@ -1,0 +1,190 @@
+"""`dynatree new-policy`: what it writes installs, passes its own tests and composes; what it refuses."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from packages import ROOT, in_subprocess, install, run_tests_of
+
+from dynatree_core.cli import main
+from dynatree_core.errors import InputError
+from dynatree_core.scaffold import TEMPLATES, policy_files, write_policy
+
+NAMES = ["x", "prob_mass", "width_by_nucleus_of_the_draft"]  # one word, several, and lines that grow long
+
+
+def dynatree(*args: object) -> object:
+    """Run the command in this process and return its exit code."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(arg) for arg in args])
+    return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "class_name", "folder"),
+    [
+        ("prob-mass", "prob_mass", "ProbMass", "dynatree-prob-mass"),
+        ("prob_mass", "prob_mass", "ProbMass", "dynatree-prob-mass"),
+        ("top2", "top2", "Top2", "dynatree-top2"),
+        ("my_policy", "my_policy", "MyPolicy", "dynatree-my-policy"),
+    ],
+)
+def test_names(given, name, class_name, folder, tmp_path):
+    written = write_policy(given, tmp_path)
+    assert written == tmp_path / folder
+    assert f'{name} = "dynatree_{name}:{class_name}"' in (written / "pyproject.toml").read_text("utf-8")
+    assert f"class {class_name}:" in (written / f"dynatree_{name}.py").read_text("utf-8")
+    assert sorted(str(path.relative_to(written)) for path in written.rglob("*") if path.is_file()) == sorted(
+        ["pyproject.toml", "README.md", f"dynatree_{name}.py", f"tests/test_{name}.py"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("linear", "an installed policy is called 'linear'"),
+        ("dynamic-depth", "an installed policy is called 'dynamic_depth'"),
+        ("phase1", "an installed preset is called 'phase1'"),
+        *((name, "lower-case words") for name in ("", "Wide", "2wide", "wide_", "a__b", "a b", "../a", "größe", "if")),
+        ("core", "module would be 'dynatree_core'"),
+        ("frontier", "class would be 'Frontier'"),
+        ("none", "class would be 'None'"),
+    ],
+)
+def test_a_name_that_cannot_be_used(name, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        write_policy(name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "dynatree-wide").mkdir()
+    with pytest.raises(InputError, match="is there already"):
+        write_policy("wide", tmp_path)
+    assert list((tmp_path / "dynatree-wide").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    with pytest.raises(InputError, match="cannot be made"):
+        write_policy("wide", tmp_path / "absent")
+
+
+def test_the_command_says_what_comes_next(tmp_path, capsys):
+    assert dynatree("new-policy", "prob-mass", "--dir", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert str(tmp_path / "dynatree-prob-mass") in said
+    there, *commands = re.findall(r"^  (.*)$", said, re.M)
+    assert there == f"cd {tmp_path / 'dynatree-prob-mass'}"
+    assert commands == readme_commands("prob_mass")
+
+
+def test_the_command_in_the_folder_where_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert dynatree("new-policy", "wide") == 0
+    assert (tmp_path / "dynatree-wide" / "README.md").exists()
+
+
+@pytest.mark.parametrize("args", [["phase1"], ["wide"], ["narrow", "--dir", "absent"], []])
+def test_mistakes_are_one_line_and_exit_code_2(args, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dynatree-wide").mkdir()
+    assert dynatree("new-policy", *args) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+
+
+def test_every_template_is_written():
+    files = {str(path.relative_to(TEMPLATES)) for path in TEMPLATES.rglob("*") if path.is_file()}
+    assert {file for file in files if "__pycache__" not in file} == set(policy_files("my_policy"))
+
+
+def readme_commands(name: str) -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", policy_files(name)["README.md"], re.M | re.S)
+    return [line.partition("  #")[0].rstrip() for line in "".join(blocks).splitlines()]
+
+
+USE_IT = """
+import sys
+from pathlib import Path
+
+from dynatree_core.testing.models import greedy, perturbed, tiny_model
+
+from dynatree_core import build_stack, generate
+from dynatree_core.plugins import POLICIES, load_plugin, plugin_parameters, plugin_table
+
+site, readme = map(Path, sys.argv[1:])
+[entry] = plugin_table(POLICIES)["prob_mass"]
+assert (entry.dist.name, entry.value) == ("dynatree-prob-mass", "dynatree_prob_mass:ProbMass"), entry
+policy = load_plugin(POLICIES, "prob_mass")
+assert Path(sys.modules[policy.__module__].__file__).is_relative_to(site)
+for name, default in plugin_parameters(policy).items():
+    assert f"| `{name}` | {default!r} |" in readme.read_text("utf-8"), name
+
+target, drafter, prompt = tiny_model("llama"), perturbed("llama"), [3, 1, 4, 1, 5, 9, 2, 6]
+sizes = {}
+for text in ("prob_mass(mass=0.3)+dynamic_depth", "confidence+prob_mass(mass=0.95)+dynamic_depth+history"):
+    result = generate(target, drafter, prompt, policy=text, max_new_tokens=40)
+    assert result.token_ids == greedy(target, prompt, 40)
+    assert result.report.policy == text
+    sizes[text] = result.report.num_drafted_nodes / result.report.num_iterations
+narrow, wide = sizes.values()
+assert narrow < wide, sizes
+"""
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a package as it was written."""
+    return write_policy("prob_mass", tmp_path_factory.mktemp("written"))
+
+
+@pytest.fixture(scope="module")
+def site(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that it was installed into."""
+    return install(package, tmp_path_factory.mktemp("installed"))
+
+
+@pytest.mark.slow
+def test_it_is_found_composed_and_lossless(site, package):
+    in_subprocess([sys.executable, "-c", USE_IT, str(site), str(package / "README.md")], site)
+
+
+@pytest.mark.slow
+def test_it_is_listed(site):
+    listed = in_subprocess([sys.executable, "-c", "from dynatree_core.cli import main; main()", "policies"], site)
+    assert "prob_mass" in listed
+    assert "dynatree-prob-mass" in listed
+
+
+@pytest.mark.slow
+def test_its_own_tests_pass(site):
+    run_tests_of(site)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_clean_under_this_projects_linters(name, tmp_path):
+    folder, settings = write_policy(name, tmp_path), str(ROOT / "pyproject.toml")
+    for command in (["check"], ["format", "--check"]):
+        in_subprocess([sys.executable, "-m", "ruff", *command, "--no-cache", "--config", settings, "."], cwd=folder)
+    files = [str(path) for path in folder.rglob("*.py")]
+    in_subprocess([sys.executable, "-m", "mypy", "--config-file", settings, *files], folder)
+
+
+@pytest.mark.slow
+def test_the_change_that_the_tutorial_makes_passes_all_tests(tmp_path):
+    """Its new rule in the place of the generated one, and its new test behind the generated ones."""
+    snippets = re.findall(r"\n```python\n(.*?)^```", (ROOT / "docs" / "tutorial.md").read_text("utf-8"), re.M | re.S)
+    [rule] = [text for text in snippets if "reached" in text]
+    [test] = [text for text in snippets if "def children" in text]
+    package = write_policy("nucleus", tmp_path)
+    module, tests = package / "dynatree_nucleus.py", package / "tests" / "test_nucleus.py"
+    head = module.read_text("utf-8").partition("@attrs.define")[0]
+    policy = rule[rule.index("@attrs.define") : rule.index("\n\n\nmeasure(")]
+    module.write_text(f"{head}{policy}\n", "utf-8")
+    tests.write_text(f"{tests.read_text('utf-8')}\n\n{test}", "utf-8")
+    run_tests_of(install(package, tmp_path))
