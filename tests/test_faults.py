@@ -18,7 +18,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_settings import Countdown, Grudge
 
@@ -42,7 +42,10 @@ Where = contextlib.AbstractContextManager[object]
 
 
 class Fault:
-    """Raises at one of its calls, and never again: then what was out of order is mended."""
+    """Raises at one of its calls, and never again: then what was out of order is mended.
+
+    A generation may be over before that call; `has_struck` says so.
+    """
 
     def __init__(self, error: BaseException, call: int) -> None:
         self.error, self.call, self.calls = error, call, 0
@@ -224,6 +227,7 @@ def test_target(place, call, chunk, error, on_error):
 @pytest.mark.parametrize("place", IN_TENSORS)
 @settings(max_examples=10)
 @given(calls, drafters, st.sampled_from(NO_MEMORY))
+@example(2, DRAFTER, NO_MEMORY[0])
 def test_no_memory_for_tensors(place, call, drafter, error):
     """Whoever asked for them, target or drafter."""
     fault, session = Fault(error, call), new_session(drafter)
@@ -233,6 +237,7 @@ def test_no_memory_for_tensors(place, call, drafter, error):
 @pytest.mark.parametrize("place", IN_SESSION)
 @settings(max_examples=8)
 @given(calls, drafters, st.sampled_from(NO_MEMORY))
+@example(1, DRAFTER, NO_MEMORY[0])
 def test_no_memory_between_the_stages(place, call, drafter, error):
     fault, session = Fault(error, call), new_session(drafter)
     check_strike(session, fault, IN_SESSION[place](session, fault), OutOfMemoryError, "more memory", str(error))
@@ -252,6 +257,8 @@ def test_drafter_model(place, call, error):
 @pytest.mark.parametrize(("name", "when"), IN_DRAFTER)
 @settings(max_examples=8)
 @given(calls, drafters, st.sampled_from(ANY_ERROR))
+@example(1, DRAFTER, OSError("gone"))
+@example(1, DRAFTER, NO_MEMORY[0])
 def test_drafter(name, when, call, drafter, error):
     fault, session = Fault(error, call), new_session(drafter)
     where = in_method(session.draft_state, name, fault, when=when)
@@ -288,6 +295,7 @@ def test_policy(hook, call, drafter, error):
 @pytest.mark.parametrize("place", INTERRUPTS)
 @settings(max_examples=8)
 @given(calls, st.sampled_from([1, 256]))
+@example(1, 256)
 def test_interrupt(place, call, chunk):
     """Ctrl-C within a step: what was committed is right, and so is what comes when the session goes on."""
     fault, session = Fault(KeyboardInterrupt(), call), new_session()
