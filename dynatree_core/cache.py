@@ -60,8 +60,8 @@ class TreeCache(Cache):
         Raises:
             CacheError: the rows do not fit.
         """
-        while len(self.keys) <= layer_idx:
-            self._allocate(key_states, value_states)
+        while len(self._block_lens) <= layer_idx:
+            self._add_layer(key_states, value_states)
         keys, values, block_len = self.keys[layer_idx], self.values[layer_idx], self._block_lens[layer_idx]
         rows = key_states.shape[2]
         if self.length + block_len + rows > self.capacity:
@@ -81,11 +81,13 @@ class TreeCache(Cache):
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep the given rows of the block, one path a batch row, and forget the others.
 
+        A commit that fails keeps nothing: the block may have been moved in some layers only, and is forgotten.
+
         Args:
             paths: block rows to keep, ascending, counted from 0 at the first undecided row.
 
         Raises:
-            CacheError: a path that does not ascend or leaves the block.
+            CacheError: a path that does not ascend or leaves the block, which stays as it is.
         """
         for row, path in enumerate(paths):
             if any(b <= a for a, b in zip([-1, *path], path, strict=False)) or (path and path[-1] >= self.block_len):
@@ -93,10 +95,12 @@ class TreeCache(Cache):
                     f"a path must ascend within the block of {self.block_len} rows, "
                     f"got {list(path)} for batch row {row}"
                 )
-        for row, path in enumerate(paths):
-            self._gather(row, path)
-            self.lengths[row] += len(path)
-        self.rollback()
+        try:
+            for row, path in enumerate(paths):
+                self._gather(row, path)
+            self.lengths = [length + len(path) for length, path in zip(self.lengths, paths, strict=True)]
+        finally:
+            self.rollback()
 
     def rollback(self) -> None:
         """Forget the block."""
@@ -115,16 +119,19 @@ class TreeCache(Cache):
         """Length and offset of the keys of the next pass; asked by models that are given no 4-D mask."""
         return self.get_seq_length(layer_idx) + query_length, 0
 
-    def _allocate(self, key_states: Tensor, value_states: Tensor) -> None:
-        for buffers, states in ((self.keys, key_states), (self.values, value_states)):
-            buffer = states.new_empty(len(self.lengths), states.shape[1], self.capacity, states.shape[3])
-            if len(self.lengths) > 1:
-                # a batch row that is shorter than the longest shows slots that were never written. They are hidden,
-                # with weight 0 in attention, but 0 × NaN would be NaN. One row shows no such slot, and leaving its
-                # buffer untouched keeps the pages of trees that are never drafted out of memory.
-                buffer.zero_()
-            buffers.append(buffer)
-        self._block_lens.append(0)
+    def _add_layer(self, key_states: Tensor, value_states: Tensor) -> None:
+        keys, values = [*self.keys, self._allocate(key_states)], [*self.values, self._allocate(value_states)]
+        # all or nothing: a layer without its values, where memory ended, would shift the layers behind it
+        self.keys, self.values, self._block_lens = keys, values, [*self._block_lens, 0]
+
+    def _allocate(self, states: Tensor) -> Tensor:
+        buffer = states.new_empty(len(self.lengths), states.shape[1], self.capacity, states.shape[3])
+        if len(self.lengths) > 1:
+            # a batch row that is shorter than the longest shows slots that were never written. They are hidden,
+            # with weight 0 in attention, but 0 × NaN would be NaN. One row shows no such slot, and leaving its
+            # buffer untouched keeps the pages of trees that are never drafted out of memory.
+            buffer.zero_()
+        return buffer
 
     def _gather(self, row: int, path: Sequence[int]) -> None:
         in_place = next((i for i, source in enumerate(path) if i != source), len(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,9 @@ from torch import Tensor, nn
 
 from dynatree_core.decode import decode_step, prefill
 from dynatree_core.drafters.base import Drafter
-from dynatree_core.errors import DrafterError, DynaTreeError, PolicyError
+from dynatree_core.errors import DrafterError, DynaTreeError, OutOfMemoryError, PolicyError
 from dynatree_core.records import GenerationResult, StepReport
+from dynatree_core.runner import is_out_of_memory
 from dynatree_core.session import Session
 
 __all__ = ["generate", "run", "stream"]
@@ -107,15 +107,25 @@ def run(session: Session) -> Iterator[StepReport]:
     except DynaTreeError as error:
         error.partial = session.result("error")
         raise
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        named = OutOfMemoryError(
+            "the generation needs more memory than the device has left; shorten the prompt, lower max_new_tokens or "
+            f"max_nodes ({error})"
+        )
+        named.partial = session.result("error")
+        raise named from error
 
 
 def _prefill(session: Session) -> None:
     try:
         session.rollback()  # what a step that was broken off has left behind
         prefill(session)
+        return
     except DrafterError as error:
-        _fall_back(session, error)
-        prefill(session)  # the target's part, if it was not reached
+        session.fall_back(error)
+    prefill(session)  # the target's part, if it was not reached
 
 
 def _step(session: Session) -> StepReport:
@@ -124,15 +134,7 @@ def _step(session: Session) -> StepReport:
     try:
         return decode_step(session)
     except (PolicyError, DrafterError) as error:
-        _fall_back(session, error)
+        session.fall_back(error)
     if session.num_iterations > steps_before and session.last_report is not None:
         return session.last_report  # it failed after the step was committed
     return decode_step(session)
-
-
-def _fall_back(session: Session, error: DynaTreeError) -> None:
-    """Go on without drafting, or raise the error, as the session wants it."""
-    if session.on_error == "raise":
-        raise error
-    warnings.warn(f"drafting is off for the rest of this generation: {error}", RuntimeWarning, stacklevel=4)
-    session.stop_drafting()

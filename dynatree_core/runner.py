@@ -16,7 +16,7 @@ from dynatree_core.errors import DynaTreeError, ForwardPassError, OutOfMemoryErr
 from dynatree_core.flatten import flatten_chain
 from dynatree_core.records import FlatTrees
 
-__all__ = ["EagerRunner"]
+__all__ = ["EagerRunner", "is_out_of_memory"]
 
 # rows of one prefill pass: its mask and activations stay small beside the weights, matrix products stay efficient
 PREFILL_CHUNK = 256
@@ -92,6 +92,12 @@ class EagerRunner:
             cache.commit([range(chunk.numel())])
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the device has no memory left."""
+    # torch.OutOfMemoryError is a CUDA allocator's; the CPU's raises a plain RuntimeError
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def _named_failure(flat: FlatTrees) -> Iterator[None]:
     """Turn whatever a model raises into an error of ours, so that a generation ends with what it has committed."""
@@ -101,8 +107,7 @@ def _named_failure(flat: FlatTrees) -> Iterator[None]:
     except DynaTreeError:
         raise
     except Exception as error:
-        # torch.OutOfMemoryError is a CUDA allocator's; the CPU's raises a plain RuntimeError
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise OutOfMemoryError(
                 f"{size} needs more memory than the device has left; shorten the prompt, lower max_new_tokens or "
                 f"max_nodes ({error})"

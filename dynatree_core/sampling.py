@@ -30,20 +30,15 @@ class Sampler:
             self._generator = torch.cuda.default_generators[device.index or 0]
         else:
             self._generator = torch.default_generator
-        self._before: Tensor | None = None  # the generator's state before the draws that are not committed
 
     def draw(self, scores: Tensor) -> Tensor:
         """A token id [1] for scores [1, vocab], which are unnormalised log-probabilities."""
-        if self._before is None:
-            self._before = self._generator.get_state()
         return torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self._generator)[0]
 
-    def commit(self) -> None:
-        """What was drawn is part of the text."""
-        self._before = None
+    def state(self) -> Tensor:
+        """Where the generator stands."""
+        return self._generator.get_state()
 
-    def rollback(self) -> None:
-        """Take back what was drawn since the last commit: the same tokens will be drawn again."""
-        if self._before is not None:
-            self._generator.set_state(self._before)
-            self._before = None
+    def restore(self, state: Tensor) -> None:
+        """Go back to where the generator stood: the same numbers will be drawn again."""
+        self._generator.set_state(state)

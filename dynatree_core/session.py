@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
+import attrs
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
@@ -28,7 +30,7 @@ from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
 from dynatree_core.drafters.model import ModelDrafter
-from dynatree_core.errors import DrafterError, InputError, OutOfMemoryError, ParameterError
+from dynatree_core.errors import DrafterError, DynaTreeError, InputError, ParameterError
 from dynatree_core.metrics import summarise
 from dynatree_core.plugins import build_drafter, build_stack
 from dynatree_core.processors import logits_processors
@@ -42,9 +44,22 @@ from dynatree_core.tree import TokenTree
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Session", "timed"]
+__all__ = ["Pending", "Session", "timed"]
 
 Result = TypeVar("Result")
+
+
+@attrs.define(eq=False)
+class Pending:
+    """What is known of the tokens behind the committed ones, before they are committed.
+
+    A step that is broken off leaves it for the next one, so that each token is chosen and judged once: processors and
+    criteria may remember their calls, and random numbers must not be drawn twice.
+    """
+
+    choices: list[int] = attrs.field(factory=list)  # the tokens, where processors or chance choose them
+    draws: list[Tensor] = attrs.field(factory=list)  # the random generator's state before each of them
+    reasons: list[str | None] = attrs.field(factory=list)  # why the generation ends with each of them, or None
 
 
 class Session:
@@ -125,13 +140,15 @@ class Session:
         self.drafter_name = None if source is None else str(source)
         self.draft_state: DraftState | None = None
         if source is not None:
-            with self.blame_drafter(InputError):
-                self.draft_state = source.start(
-                    DraftPlan(self.vocab_size, num_tokens, self.limits.max_nodes, self.device, self.clock)
-                )
+            plan = DraftPlan(self.vocab_size, num_tokens, self.limits.max_nodes, self.device, self.clock)
+            try:
+                with self.blame_drafter(InputError):
+                    self.draft_state = source.start(plan)
+            except DrafterError as error:
+                self.fall_back(error)
 
         self.new_token_ids: list[int] = []
-        self._stop_reason: str | None = None
+        self.pending = Pending()
         # padding, prompt, committed tokens, and room for those to come
         self._ids = torch.zeros(len(given_ids) + self.max_new_tokens, dtype=torch.int64, device=self.device)
         self._ids[: len(given_ids)] = torch.tensor(given_ids)
@@ -161,7 +178,8 @@ class Session:
     @property
     def stop_reason(self) -> str | None:
         """ "eos", "length", "stop_string", "time", "criterion", or None while there is more to come."""
-        return self._stop_reason or ("length" if self.num_tokens_left <= 0 else None)
+        decided = self.last_report and self.last_report.verdict.stop_reason
+        return decided or ("length" if self.num_tokens_left <= 0 else None)
 
     def text_with(self, token_ids: Sequence[int]) -> Tensor:
         """[1, tokens] int64 on the device: what generate() would show to processors and criteria.
@@ -175,8 +193,15 @@ class Session:
     def reason_to_stop(self, token_ids: Sequence[int]) -> str | None:
         """Why the generation ends with the last of these tokens, which follow the committed ones, or None.
 
-        To be asked once for each token, in order: a criterion may count.
+        To be asked for each token in order. Each is judged once, also in a step that is broken off and done again: a
+        criterion may count.
         """
+        reasons = self.pending.reasons
+        if len(token_ids) > len(reasons):
+            reasons.append(self._judge(token_ids))
+        return reasons[len(token_ids) - 1]
+
+    def _judge(self, token_ids: Sequence[int]) -> str | None:
         fulfilled = []
         if self.stopping_criteria:
             text = self.text_with(token_ids)
@@ -212,39 +237,39 @@ class Session:
     def record(self, report: StepReport) -> None:
         """Append a step's verified tokens and count it."""
         self.text_with(report.token_ids)
-        self.new_token_ids.extend(report.token_ids)
-        self._stop_reason = report.verdict.stop_reason
-        if self.sampler is not None:
-            self.sampler.commit()
-        self.last_report = report
-        self.steps.append(
-            StepStats(
-                num_drafted=report.tree.num_drafted,
-                depth=report.tree.max_depth,
-                num_accepted=report.num_accepted,
-                num_committed=len(report.token_ids),
-            )
+        step = StepStats(
+            num_drafted=report.tree.num_drafted,
+            depth=report.tree.max_depth,
+            num_accepted=report.num_accepted,
+            num_committed=len(report.token_ids),
         )
+        tokens, steps, pending = [*self.new_token_ids, *report.token_ids], [*self.steps, step], Pending()
+        # nothing but assignments, between which no signal arrives: a step is recorded whole or not at all
+        self.new_token_ids, self.steps, self.last_report, self.pending = tokens, steps, report, pending
 
     def rollback(self) -> None:
         """Forget an iteration that failed; the committed tokens and their cache rows stay."""
         self.cache.rollback()
         if self.sampler is not None:
-            self.sampler.rollback()
+            for state in self.pending.draws[len(self.pending.choices) :]:  # drawn, but the token did not get here
+                self.sampler.restore(state)
         if self.draft_state is not None:
             with self.blame_drafter():
                 self.draft_state.rollback()
 
-    def stop_drafting(self) -> None:
-        """Decode autoregressively for the rest of the session."""
+    def fall_back(self, error: DynaTreeError) -> None:
+        """After an error of a drafter or a policy: decode autoregressively from here on, or raise it, as asked."""
+        if self.on_error == "raise":
+            raise error
+        warnings.warn(f"drafting is off for the rest of this generation: {error}", RuntimeWarning, stacklevel=4)
         self.cache.rollback()
         self.draft_state = None
         self.stack = self.stack.silenced()
 
     @contextmanager
     def blame_drafter(self, *but: type[Exception]) -> Iterator[None]:
-        """Turn whatever a drafter raises into a DrafterError that names it, but for these and lack of memory."""
-        as_they_are: tuple[type[Exception], ...] = (DrafterError, OutOfMemoryError, *but)
+        """Turn whatever a drafter raises into a DrafterError that names it, but for these."""
+        as_they_are: tuple[type[Exception], ...] = (DrafterError, *but)
         try:
             yield
         except as_they_are:

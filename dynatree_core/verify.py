@@ -34,6 +34,7 @@ def follow(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
 
     Logits processors see each node with its own path, and are called for each emitted token once, in order, with one
     row, as by generate(): what they count or remember stays right. It costs a transfer to the host for each token.
+    A token that was chosen in a step that was broken off is not chosen again.
     """
     parents, token_ids, draft_index = torch.stack([tree.parent, tree.token_ids, tree.draft_index]).tolist()
     children = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, token_ids, strict=True))}
@@ -41,12 +42,10 @@ def follow(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
     chosen: list[int] = []
     node = 0
     while True:
-        own_logits = logits[node : node + 1].to(torch.float32, copy=True)  # [1, vocab], a processor may write into it
-        text = session.text_with(chosen)  # [1, tokens]
-        scores = session.logits_processors(text, own_logits)  # type: ignore[arg-type]  # transformers says LongTensor
-        top_score, token = scores.max(dim=-1)
-        _check_number(bool(top_score.isnan()))
-        chosen.append(int(token if session.sampler is None else session.sampler.draw(scores)))
+        choices = session.pending.choices
+        if len(chosen) == len(choices):
+            choices.append(_choose(session, chosen, logits[node : node + 1]))
+        chosen.append(choices[len(chosen)])
         child = children.get((node, chosen[-1]))
         if child is not None:
             path.append(child)
@@ -54,6 +53,19 @@ def follow(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
         if child is None or reason is not None:
             return Verdict(tuple(path), tuple(draft_index[i] for i in path), tuple(chosen), reason)
         node = child
+
+
+def _choose(session: Session, before: list[int], logits: Tensor) -> int:
+    """The token behind these new ones, by the target's logits [1, vocab] there, processors, and chance where asked."""
+    own_logits = logits.to(torch.float32, copy=True)  # a processor may write into it
+    text = session.text_with(before)  # [1, tokens]
+    scores = session.logits_processors(text, own_logits)  # type: ignore[arg-type]  # transformers says LongTensor
+    top_score, token = scores.max(dim=-1)
+    _check_number(bool(top_score.isnan()))
+    if session.sampler is None:
+        return int(token)
+    session.pending.draws[len(before) :] = [session.sampler.state()]
+    return int(session.sampler.draw(scores))
 
 
 def _until_stop(session: Session, verdict: Verdict) -> Verdict:

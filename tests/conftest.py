@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
@@ -17,6 +17,10 @@ settings.register_profile(
     "default", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=1000)
+# the same examples each time, and no search for a simpler one: it is enough that one fails (tests/mutants.py)
+settings.register_profile(
+    "mutants", parent=settings.get_profile("default"), derandomize=True, phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile(os.environ.get("DYNATREE_HYPOTHESIS_PROFILE", "default"))
 
 

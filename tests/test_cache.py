@@ -119,6 +119,53 @@ def test_commit_moves_only_the_path(device):
     assert keys.flatten().tolist() == [10, 11, 12, 13, 0, 2, 5, 99]
 
 
+def append(cache: TreeCache, states: torch.Tensor) -> None:
+    """What a forward pass of two layers does."""
+    for layer in (0, 1):
+        cache.update(states, states, layer)
+
+
+def failing(function, call):
+    """The function, but memory ends at that call of it."""
+    calls = []
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("no memory")
+        return function(*arguments)
+
+    return fail
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_a_commit_that_fails_keeps_nothing(call, monkeypatch):
+    """Memory ends between the layers, or between keys and values: committed rows stay, the block is forgotten."""
+    cache = TreeCache(16)
+    append(cache, rows(3, 10))
+    cache.commit([[0, 1, 2]])
+    append(cache, rows(4))
+    monkeypatch.setattr(torch.Tensor, "index_select", failing(torch.Tensor.index_select, call))
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.commit([[0, 2]])
+    assert (cache.lengths, cache.block_len) == ([3], 0)
+    for layer in (0, 1):
+        for seen in cache.update(rows(1, 99), rows(1, 99), layer):
+            assert seen.flatten().tolist() == [10, 11, 12, 99]
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_an_allocation_that_fails_adds_no_layer(call, monkeypatch):
+    cache = TreeCache(8)
+    monkeypatch.setattr(torch.Tensor, "new_empty", failing(torch.Tensor.new_empty, call))
+    with pytest.raises(torch.OutOfMemoryError):
+        append(cache, rows(3))
+    cache.rollback()
+    for layer in (0, 1):
+        for seen in cache.update(rows(2, layer), rows(2, layer), layer):
+            assert seen.flatten().tolist() == [layer, layer + 1]
+
+
 def test_models_may_use_it_without_positions_and_masks():
     """The public forward with nothing but the cache: transformers makes the causal mask from the cache's sizes."""
     model, cache = tiny_model("llama"), TreeCache(32)

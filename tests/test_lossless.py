@@ -215,36 +215,3 @@ def test_no_token_goes_through_a_model_twice(family, policy):
     assert len(seen) == len(set(seen))
     text = (*prompt, *session.new_token_ids)
     assert {text[: i + 1] for i in range(session.draft_state.cache.length)} <= set(seen)
-
-
-@pytest.mark.parametrize("drafter", [perturbed("llama", noise=0.02), "prompt_lookup"])
-@pytest.mark.parametrize("place", ["forward", "record", "commit", "draft_commit", "feedback"])
-@pytest.mark.parametrize("step", [1, 3])
-def test_a_session_goes_on_after_an_interrupt_anywhere(drafter, place, step, monkeypatch):
-    """Ctrl-C within a step: what was committed is right, and so is what comes when the session goes on."""
-    target, prompt = tiny_model("llama"), [5, 6, 7]
-    session = Session(target, drafter, prompt, policy="fixed", max_new_tokens=30, tau=0.0)
-    owner, name = {
-        "forward": (session.target, "forward"),
-        "record": (session, "record"),
-        "commit": (session.cache, "commit"),
-        "draft_commit": (session.draft_state, "commit"),
-        "feedback": (session.stack, "on_iteration_end"),
-    }[place]
-    original = getattr(owner, name)
-
-    def interrupted(*arguments, **options):
-        if session.num_iterations == step:
-            monkeypatch.undo()
-            raise KeyboardInterrupt
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(owner, name, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        for _ in run(session):
-            pass
-    expected = greedy(target, prompt, 30)
-    assert session.new_token_ids == expected[: len(session.new_token_ids)]
-    for _ in run(session):
-        pass
-    assert session.new_token_ids == expected

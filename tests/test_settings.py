@@ -270,6 +270,15 @@ def test_padded_prompts(data):
     assert result.report.num_prompt_tokens == len(prompt)
 
 
+def test_padding_is_not_penalised():
+    """As by the generate() of newer versions of transformers: the text is that of the prompt without padding."""
+    expected = greedy(TARGET, PROMPT, 20, repetition_penalty=3.0)
+    for pad in expected:  # a token that would be chosen, were it not penalised
+        padded, mask = [pad, pad, *PROMPT], [0, 0, 1, 1, 1]
+        options = {"attention_mask": mask, "max_new_tokens": 20, "repetition_penalty": 3.0}
+        assert generate(TARGET, DRAFTER, padded, **options).token_ids == expected
+
+
 def test_what_a_tokenizer_returns_is_a_prompt():
     encoded = BatchEncoding(
         {"input_ids": torch.tensor([[0, 0, *PROMPT]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}

@@ -1,0 +1,374 @@
+"""Are the tests worth their name? Deliberate bugs, each of which a test has to notice.
+
+    python tests/mutants.py [--list] [--only NAME]...
+
+A mutant is one change of one file. It is made in a copy of packages and tests in a temporary folder, and the tests that
+ought to notice it run there. Exit code 1: a mutant survived, or the tests fail without one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+import click
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("dynatree_core", "dynatree_policies", "tests", "pyproject.toml")
+TIME_LIMIT = 300  # seconds for the tests of one mutant, which need a few
+
+
+@attrs.frozen
+class Mutant:
+    """One deliberate bug."""
+
+    name: str
+    file: str
+    old: str  # stands there once
+    new: str
+    tests: tuple[str, ...]  # what ought to notice it
+
+    def source(self, root: Path = ROOT) -> str:
+        """The file with the bug in it."""
+        text = (root / self.file).read_text(encoding="utf-8")
+        count = text.count(self.old)
+        if count != 1:
+            raise ValueError(
+                f"mutant '{self.name}': its old text must stand in {self.file} once, got {count} times; adapt the table"
+            )
+        return text.replace(self.old, self.new)
+
+
+TREE = "tests/test_tree.py::test_growth_keeps_the_invariants"
+FLATTEN = "tests/test_flatten.py::test_flatten"
+LEVEL = "tests/test_flatten.py::test_flatten_level"
+CACHE = "tests/test_cache.py::test_commit_moves_only_the_path"
+WALK = "tests/test_verify.py::test_equals_a_walk"
+LOSSLESS = "tests/test_lossless.py::test_every_length_and_every_stop"
+STOPPING = "tests/test_settings.py::test_stopping_anywhere_in_a_path"
+PROCESSORS = "tests/test_settings.py::test_processors_see_each_node_with_its_own_path"
+PADDING = "tests/test_settings.py::test_padded_prompts"
+DRAFTS = "tests/test_drafters.py::test_model_proposals_are_those_of_a_plain_pass_over_the_path"
+
+MUTANTS = (
+    # mask
+    Mutant(
+        "a node does not see itself",
+        "dynatree_core/tree.py",
+        "mask.diagonal().fill_(True)",
+        "mask.diagonal()[:nodes].fill_(True)",
+        (TREE,),
+    ),
+    Mutant(
+        "siblings see each other",
+        "dynatree_core/tree.py",
+        "mask[nodes:, :nodes] = self.ancestor_mask[parent]",
+        "mask[nodes:, :nodes] = self.ancestor_mask[parent]\n        mask[nodes:, nodes:] = parent[:, None] == parent",
+        (TREE,),
+    ),
+    Mutant(
+        "padding rows are seen",
+        "dynatree_core/flatten.py",
+        "visible[row, nodes:, prefix_len + nodes : prefix_len + rows].diagonal().fill_(True)",
+        "visible[row, :, prefix_len + nodes : prefix_len + rows] = True",
+        (FLATTEN,),
+    ),
+    Mutant(
+        "a drafted node sees its whole level",
+        "dynatree_core/flatten.py",
+        "visible = torch.cat([prefix, tree.ancestor_mask[level, 1:]], dim=1)",
+        "visible = torch.cat([prefix, tree.ancestor_mask[level, 1:] | (tree.depth[1:] == tree.max_depth)], dim=1)",
+        (LEVEL, DRAFTS),
+    ),
+    Mutant(
+        "the window counts slots",
+        "dynatree_core/architectures.py",
+        "distance = flat.position_ids[:, :, None] - flat.slot_positions[:, None, :]",
+        "slots = torch.arange(visible.shape[-1], device=visible.device)\n"
+        "            distance = (slots[-visible.shape[1] :, None] - slots)[None]",
+        ("tests/test_architectures.py::test_one_tree_pass_equals_a_pass_per_path[mistral-None]",),
+    ),
+    # positions
+    Mutant(
+        "positions count slots",
+        "dynatree_core/flatten.py",
+        "position_ids[row, :nodes] = tree.depth + prefix_len",
+        "position_ids[row, :nodes] = torch.arange(nodes, device=device) + prefix_len",
+        (FLATTEN,),
+    ),
+    Mutant(
+        "the drafter's positions are one too high",
+        "dynatree_core/flatten.py",
+        "node_positions = tree.depth[1:] + (prefix_len - 1)",
+        "node_positions = tree.depth[1:] + prefix_len",
+        (LEVEL, DRAFTS),
+    ),
+    Mutant(
+        "padding is text",
+        "dynatree_core/session.py",
+        "self.prompt_ids = given_ids[self._num_padding :]",
+        "self.prompt_ids, self._num_padding = given_ids, 0",
+        (PADDING,),
+    ),
+    # commit
+    Mutant(
+        "a commit takes the row before",
+        "dynatree_core/cache.py",
+        "source = torch.tensor(moved, device=self.keys[0].device) + start",
+        "source = torch.tensor(moved, device=self.keys[0].device) + start - 1",
+        (CACHE,),
+    ),
+    Mutant(
+        "a commit gathers keys only",
+        "dynatree_core/cache.py",
+        "for buffer in (*self.keys, *self.values):",
+        "for buffer in self.keys:",
+        ("tests/test_cache.py::TestCacheMachine",),
+    ),
+    Mutant(
+        "a commit leaves the lengths",
+        "dynatree_core/cache.py",
+        "self.lengths = [length + len(path) for length, path in zip(self.lengths, paths, strict=True)]",
+        "pass",
+        (CACHE,),
+    ),
+    Mutant(
+        "a rollback keeps the block",
+        "dynatree_core/cache.py",
+        "self._block_lens = [0] * len(self._block_lens)",
+        "pass",
+        (CACHE,),
+    ),
+    Mutant(
+        "a commit forgets the last accepted node",
+        "dynatree_core/commit.py",
+        "[[0, *verdict.path[:num_cached]]]",
+        "[[0, *verdict.path[: num_cached - 1]]]",
+        (LOSSLESS,),
+    ),
+    Mutant(
+        "the drafter keeps what was rejected",
+        "dynatree_core/drafters/model.py",
+        "[node - 1 for node in draft_path if node <= self.cache.block_len]",
+        "list(range(self.cache.block_len))",
+        (DRAFTS,),
+    ),
+    Mutant(
+        "a pruned tree forgets where it was drafted",
+        "dynatree_core/tree.py",
+        "draft_index=self.draft_index[index],",
+        "draft_index=torch.arange(index.numel(), device=self.device),",
+        ("tests/test_tree.py::test_pruning_keeps_the_invariants",),
+    ),
+    Mutant(
+        "a step is recorded after the cache",
+        "dynatree_core/commit.py",
+        "    session.record(report)\n    session.cache.commit([[0, *verdict.path[:num_cached]]])\n",
+        "    session.cache.commit([[0, *verdict.path[:num_cached]]])\n    session.record(report)\n",
+        ("tests/test_faults.py::test_interrupt[commit, after]",),
+    ),
+    Mutant(
+        "a layer is added key by key",
+        "dynatree_core/cache.py",
+        "keys, values = [*self.keys, self._allocate(key_states)], [*self.values, self._allocate(value_states)]",
+        "self.keys.append(self._allocate(key_states))\n"
+        "        keys, values = self.keys, [*self.values, self._allocate(value_states)]",
+        ("tests/test_faults.py::test_no_memory_for_tensors[buffers of a cache]",),
+    ),
+    # verification
+    Mutant(
+        "the bonus token is the root's",
+        "dynatree_core/verify.py",
+        "top_token[deepest], has_nan",
+        "top_token[0], has_nan",
+        (WALK,),
+    ),
+    Mutant(
+        "a node is accepted without its ancestors",
+        "dynatree_core/verify.py",
+        "is_alive = ~(tree.ancestor_mask & ~matches).any(dim=1)",
+        "is_alive = matches",
+        (WALK,),
+    ),
+    Mutant(
+        "float64 logits are not rounded",
+        "dynatree_core/verify.py",
+        "logits = logits.float()",
+        "pass",
+        ("tests/test_verify.py::test_ties_are_broken_as_generate_does",),
+    ),
+    Mutant(
+        "processors do not see the last token",
+        "dynatree_core/verify.py",
+        "text = session.text_with(before)",
+        "text = session.text_with(before[:-1])",
+        (PROCESSORS,),
+    ),
+    Mutant(
+        "processors act on the root only",
+        "dynatree_core/verify.py",
+        "scores = session.logits_processors(text, own_logits)",
+        "scores = own_logits if before else session.logits_processors(text, own_logits)",
+        (PROCESSORS,),
+    ),
+    Mutant(
+        "a token of a broken step is chosen anew",
+        "dynatree_core/verify.py",
+        "choices = session.pending.choices\n",
+        "choices = session.pending.choices\n        del choices[len(chosen) :]\n",
+        ("tests/test_faults.py::test_a_callers_own_processor_or_criterion[criterion]",),
+    ),
+    Mutant(
+        "padding is penalised",
+        "dynatree_core/processors.py",
+        "RepetitionPenaltyLogitsProcessor(config.repetition_penalty, num_padding or None)",
+        "RepetitionPenaltyLogitsProcessor(config.repetition_penalty)",
+        ("tests/test_settings.py::test_padding_is_not_penalised",),
+    ),
+    # stopping
+    Mutant(
+        "a token too many after a stop",
+        "dynatree_core/verify.py",
+        "return Verdict(verdict.path[:end], verdict.draft_path[:end], verdict.token_ids[:end], reason)",
+        "return Verdict(verdict.path[:end], verdict.draft_path[:end], verdict.token_ids[: end + 1], reason)",
+        (LOSSLESS,),
+    ),
+    Mutant(
+        "an end token within a path is passed over",
+        "dynatree_core/verify.py",
+        "if reason is not None:\n            return Verdict(verdict.path[:end]",
+        "if reason and end == len(verdict.token_ids):\n            return Verdict(verdict.path[:end]",
+        (LOSSLESS,),
+    ),
+    Mutant(
+        "a token more than max_new_tokens",
+        "dynatree_core/session.py",
+        "if len(token_ids) >= self.num_tokens_left:",
+        "if len(token_ids) > self.num_tokens_left:",
+        (LOSSLESS, STOPPING),
+    ),
+    Mutant(
+        "trees deeper than what is left",
+        "dynatree_core/session.py",
+        "min(self.limits.max_depth, self.num_tokens_left - 1)",
+        "self.limits.max_depth",
+        (LOSSLESS,),
+    ),
+    Mutant(
+        "criteria are asked once a step",
+        "dynatree_core/session.py",
+        "        if self.stopping_criteria:\n",
+        "        if self.stopping_criteria and len(token_ids) == 1:\n",
+        (STOPPING,),
+    ),
+)
+
+
+@contextlib.contextmanager
+def copy_of_the_project() -> Iterator[Path]:
+    """A temporary folder with packages and tests."""
+    with tempfile.TemporaryDirectory(prefix="dynatree-mutants-") as folder:
+        for name in COPIED:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, folder)
+        yield Path(folder)
+
+
+def run_there(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in the copy, with the copy's packages."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONDONTWRITEBYTECODE": "1",  # a mutant may be as long as the code, and made in the same second
+        "DYNATREE_HYPOTHESIS_PROFILE": "mutants",
+    }
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT,
+        check=False,
+    )
+
+
+def check_the_copy_is_what_is_imported(folder: Path) -> None:
+    for package in ("dynatree_core", "dynatree_policies"):
+        found = run_there(folder, "-c", f"import {package}; print({package}.__file__)").stdout.strip()
+        if not Path(found).resolve().is_relative_to(folder.resolve()):
+            raise SystemExit(f"{package} must be imported from {folder}, got {found!r}")
+
+
+def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+    """pytest's exit code, and the first test that failed or pytest's last words."""
+    done = run_there(folder, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", *tests)
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return done.returncode, failed[1] if failed else (done.stdout + done.stderr).strip()[-300:]
+
+
+def outcome(folder: Path, mutant: Mutant) -> tuple[bool, str]:
+    """Whether a test noticed the mutant, and which one."""
+    path = folder / mutant.file
+    before = path.read_text(encoding="utf-8")
+    path.write_text(mutant.source(folder), encoding="utf-8")
+    try:
+        code, said = run_tests(folder, mutant.tests)
+    except subprocess.TimeoutExpired:
+        return False, f"no answer within {TIME_LIMIT} s"
+    finally:
+        path.write_text(before, encoding="utf-8")
+    return code == 1, said if code == 1 else f"pytest ended with {code}: {said}"  # 1: tests ran, and some failed
+
+
+@click.command()
+@click.option("--list", "only_list", is_flag=True, help="Show the mutants and run nothing.")
+@click.option("--only", multiple=True, metavar="NAME", help="Run this mutant; may be repeated.")
+def main(only_list: bool, only: tuple[str, ...]) -> None:
+    """Run the tests against deliberate bugs."""
+    unknown = set(only) - {mutant.name for mutant in MUTANTS}
+    if unknown:
+        raise click.UsageError(f"there is no mutant {', '.join(map(repr, sorted(unknown)))}; --list shows them")
+    mutants = [mutant for mutant in MUTANTS if not only or mutant.name in only]
+    for mutant in mutants:
+        mutant.source()
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if only_list:
+        table = Table("mutant", "file", "tests")
+        for mutant in mutants:
+            table.add_row(mutant.name, mutant.file, "\n".join(mutant.tests))
+        console.print(table)
+        return
+
+    table, num_survivors, start = Table("mutant", "caught", "by", "seconds"), 0, time.monotonic()
+    with copy_of_the_project() as folder:
+        check_the_copy_is_what_is_imported(folder)
+        code, said = run_tests(folder, tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests)))
+        if code != 0:
+            raise SystemExit(f"the tests must pass without a mutant, but pytest ended with {code}: {said}")
+        for mutant in mutants:
+            begin = time.monotonic()
+            is_caught, said = outcome(folder, mutant)
+            num_survivors += not is_caught
+            table.add_row(mutant.name, "yes" if is_caught else "NO", said, f"{time.monotonic() - begin:.0f}")
+            console.print(f"{mutant.name}: {'caught' if is_caught else 'NOT CAUGHT'}", highlight=False)
+    console.print(table)
+    console.print(f"{len(mutants) - num_survivors} of {len(mutants)} caught in {time.monotonic() - start:.0f} s")
+    sys.exit(num_survivors > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""The table of mutants fits the code. `make mutants` runs them."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from mutants import MUTANTS, ROOT
+
+
+def test_names_are_unique():
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
+def test_a_mutant_is_a_change_that_compiles_and_has_tests(mutant):
+    before = Path(ROOT, mutant.file).read_text(encoding="utf-8")
+    assert ast.dump(ast.parse(mutant.source())) != ast.dump(ast.parse(before))
+    for test in mutant.tests:
+        file, _, name = test.partition("::")
+        defined = {
+            name.id if isinstance(name, ast.Name) else name.name
+            for name in ast.walk(ast.parse(Path(ROOT, file).read_text(encoding="utf-8")))
+            if isinstance(name, ast.FunctionDef | ast.Name)
+        }
+        assert name.partition("[")[0] in defined
