@@ -349,7 +349,7 @@ def test_a_callers_own_processor_or_criterion(who, call, drafter, error):
 
 OURS = tuple(str(Path(package.__file__).parent) for package in (dynatree_core, dynatree_policies))
 # where a caller's own processors and criteria are called: one with a memory would remember an interrupted call
-OF_THE_CALLER = {"_choose", "_judge", "__call__"}
+OF_THE_CALLER = {"_choose", "_judge", "<listcomp>", "__call__"}
 
 
 @contextlib.contextmanager
