@@ -41,8 +41,10 @@ PRECISE = "transformers, all rows, {dtype}"
 
 # deviations are measured among a position's best tokens: eight give 28 gaps, a steadier maximum than one gap gives
 TOP_TOKENS = 8
-# rounding errors are sums of many small ones, so their tails are short: twice the largest of n positions is rare
+# the largest of a few dozen positions varies from one way of computing to another, by up to 2 where it was measured
 SAFETY = 2
+# and says little where positions are few; a standard deviation is steady, and 5 of them are about as large
+SPREADS = 5
 
 
 @attrs.frozen
@@ -50,22 +52,25 @@ class Rounding:
     """What rounding alone does to a model's logits, measured with transformers' own forward passes."""
 
     deviation: float  # largest change of a gap between two of a position's best tokens, from one row to the whole text
+    spread: float  # standard deviation of these changes
     spacing: float  # of neighbouring numbers of the dtype at the largest of these logits
     num_positions: int
 
     @property
     def bound(self) -> float:
         """Gaps up to here can be turned by rounding."""
-        return SAFETY * max(self.deviation, self.spacing)
+        return SAFETY * max(self.deviation, SPREADS * self.spread, self.spacing)
 
     @classmethod
     def of_all(cls, measured: Iterable[Rounding]) -> Rounding:
         """What several outputs of the same model say together; the more positions, the surer the maximum."""
         every = list(measured)
+        num_positions = sum(one.num_positions for one in every)
         return cls(
             deviation=max(one.deviation for one in every),
+            spread=math.sqrt(sum(one.spread**2 * one.num_positions for one in every) / num_positions),
             spacing=max(one.spacing for one in every),
-            num_positions=sum(one.num_positions for one in every),
+            num_positions=num_positions,
         )
 
 
@@ -257,14 +262,13 @@ def judge(
         differences.append(Difference(position, expected_id, token_id, pairs))
     top = reference.double().topk(2).values
     is_misread = _choice(scores[VERIFIED]) != output if VERIFIED in scores else torch.zeros_like(output)
-    largest = float(_best(stepwise).values.abs().max())
     return AuditReport(
         num_tokens=len(token_ids),
         dtype=str(dtype).removeprefix("torch."),
         num_rows=num_rows,
         differences=tuple(differences),
         top_gaps=tuple((top[:, 0] - top[:, 1]).tolist()),
-        rounding=Rounding(_deviation(stepwise, scores[WHOLE]), _spacing(largest, reference.dtype), len(token_ids)),
+        rounding=_rounding(stepwise, scores[WHOLE]),
         deviations={way: _deviation(stepwise, scores[way]) for way in (AUTOREGRESSIVE, VERIFIED) if way in scores},
         misread=tuple(is_misread.nonzero().flatten().tolist()),
         ending=ending,
@@ -369,11 +373,27 @@ def _best(scores: Tensor) -> torch.return_types.topk:
     return scores.topk(min(TOP_TOKENS, scores.shape[1]))
 
 
-def _deviation(a: Tensor, b: Tensor) -> float:
-    """The largest change of a gap between two of a position's best tokens from one way of computing to another."""
+def _changes(a: Tensor, b: Tensor) -> Tensor:
+    """[positions, k]: how the logits of a position's best tokens change relative to their mean, from a to b."""
     best = _best(a).indices
     change = b.gather(1, best).double() - a.gather(1, best).double()
-    return float((change.amax(dim=1) - change.amin(dim=1)).max())
+    return change - change.mean(dim=1, keepdim=True)
+
+
+def _deviation(a: Tensor, b: Tensor) -> float:
+    """The largest change of a gap between two of a position's best tokens from one way of computing to another."""
+    changes = _changes(a, b)
+    return float((changes.amax(dim=1) - changes.amin(dim=1)).max())
+
+
+def _rounding(stepwise: Tensor, whole: Tensor) -> Rounding:
+    """What there is to measure between two ways that differ by nothing but their rounding."""
+    changes = _changes(stepwise, whole)
+    positions, k = changes.shape
+    # of the difference of two changes, k of which share a mean
+    spread = math.sqrt(2 * float(changes.square().sum()) / (positions * max(k - 1, 1)))
+    largest = float(_best(stepwise).values.abs().max())
+    return Rounding(_deviation(stepwise, whole), spread, _spacing(largest, stepwise.dtype), positions)
 
 
 def _spacing(value: float, dtype: torch.dtype) -> float:

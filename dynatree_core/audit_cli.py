@@ -230,10 +230,11 @@ def _lines(audits: Sequence[Audit]) -> Iterator[tuple[str, str]]:
         yield "bugs", str(found["num_bugs"])
         if found["num_differing"]:
             yield "gaps there", f"{found['smallest_gap']:.4g} to {found['largest_gap']:.4g} at the first difference"
+    yield "bound", f"{rounding.bound:.4g}, from rounding in {report.dtype} at {rounding.num_positions} positions:"
     yield (
-        "bound",
-        f"{rounding.bound:.4g}: twice the larger of {rounding.deviation:.4g}, measured at {rounding.num_positions} "
-        f"positions, and {rounding.spacing:.4g}, the spacing of {report.dtype}",
+        "",
+        f"changes of a gap up to {rounding.deviation:.4g}, standard deviation {rounding.spread:.4g}, spacing "
+        f"{rounding.spacing:.4g}",
     )
     yield "within the bound", f"{found['num_close']} of {found['num_positions']} positions"
     for way, deviation in found["largest_deviation"].items():

@@ -251,10 +251,20 @@ def test_spacing_is_the_distance_to_the_next_number(value, dtype):
 
 
 def test_what_several_outputs_say_together():
-    together = Rounding.of_all([Rounding(0.1, 0.5, 3), Rounding(0.75, 0.25, 4)])
-    assert together == Rounding(0.75, 0.5, 7)
+    together = Rounding.of_all([Rounding(0.1, 0.01, 0.5, 3), Rounding(0.75, 0.05, 0.25, 9)])
+    assert together == Rounding(0.75, pytest.approx(math.sqrt((3 * 0.01**2 + 9 * 0.05**2) / 12)), 0.5, 12)
     assert together.bound == 1.5
-    assert Rounding(0.1, 0.5, 3).bound == 1.0
+    assert Rounding(0.1, 0.01, 0.5, 3).bound == 1.0
+    assert Rounding(0.1, 0.2, 0.5, 3).bound == 2.0
+
+
+def test_the_spread_is_that_of_a_gap():
+    torch.manual_seed(0)
+    exact = torch.randn(400, 20, dtype=torch.float64) * 10
+    ways = {way: exact + 0.01 * torch.randn_like(exact) for way in (AUTOREGRESSIVE, STEPWISE, WHOLE)}
+    rounding = judge(exact.argmax(dim=1).tolist(), ways).rounding
+    # two tokens' errors in two ways: four independent ones; 1.5 % is what 2,800 numbers give, so 6 % is 4 of these
+    assert rounding.spread == pytest.approx(0.02, rel=0.06)
 
 
 def test_what_cannot_be_audited():

@@ -1022,7 +1022,8 @@ def test_audit_of_a_generation(audit: Dynatree, generate: Dynatree) -> None:
     document = audit("--json", "--exact", "fixed_width", "--dtype", "bfloat16", "abc").document
     assert document["verdict"] in ("identical", "tie")
     assert (document["num_outputs"], document["num_rows"], document["dtype"]) == (1, 16, "bfloat16")
-    assert document["bound"] == 2 * max(document["rounding"]["deviation"], document["rounding"]["spacing"])
+    rounding = document["rounding"]
+    assert document["bound"] == 2 * max(rounding["deviation"], 5 * rounding["spread"], rounding["spacing"])
     assert len(document["audits"][0]["token_ids"]) == document["num_positions"] == 20
     whole = generate("--json", "--exact", "fixed_width", "--dtype", "bfloat16", "--max-new-tokens", 20, "abc").document
     assert whole["exact"] == "fixed_width"
