@@ -1,4 +1,4 @@
-"""Does exact="fixed_width" make half precision reproducible, and what does it cost?
+"""Does exact="fixed_width" make half precision equal to autoregressive decoding, and what does it cost?
 
 Question: how many outputs of tree decoding equal those of autoregressive decoding, with passes as they come and with
 passes of one fixed number of rows, and what is the decoding time of the four relative to plain autoregressive decoding?
@@ -7,7 +7,7 @@ Method: every prompt is decoded in all four ways one after another, in rotating 
 a time is the ratio of two runs of the same prompt, and its median and range are shown. A tree is compared with
 autoregressive decoding of the same width.
 
-Output: a row for each way. Exit code 1 if an output with fixed width differs from its reference.
+Output: a row for each way.
 
 Command: python -m dynatree_bench.fixed_width [--dtype T] [--prompts FILE.jsonl] [--per-kind N] [--max-new-tokens N]
 """
@@ -64,7 +64,7 @@ class Way:
 WAYS = tuple(Way(policy, exact) for exact in (None, "fixed_width") for policy in ("autoregressive", "phase3"))
 
 
-def main() -> int:
+def main() -> None:
     arguments = _parse_arguments()
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     kinds = load_prompts(arguments.prompts, arguments.per_kind)
@@ -72,8 +72,10 @@ def main() -> int:
     default = load_model(None, device="cpu", dtype=arguments.dtype)
     console.print(
         f"dynatree {version('dynatree')}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{platform.machine()}, {torch.get_num_threads()} threads, {arguments.dtype}, drafter {DRAFTER}, "
-        f"{len(prompts)} prompts, {arguments.max_new_tokens} new tokens at most"
+        f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    console.print(
+        f"{arguments.dtype}, drafter {DRAFTER}, {len(prompts)} prompts, {arguments.max_new_tokens} new tokens at most"
     )
     others_before = busy_percent(seconds=2.0)
     runs = measure(default, prompts, arguments.max_new_tokens)
@@ -84,7 +86,6 @@ def main() -> int:
     console.print(
         f"the machine was {state}: others used {others_before:.0f} % of a core before, {others_after:.0f} % after"
     )
-    return 0 if all(_is_same(runs, Way("phase3", "fixed_width"))) else 1
 
 
 def measure(default: LoadedModel, prompts: list[str], max_new_tokens: int) -> dict[Way, list[GenerationResult]]:
@@ -155,4 +156,4 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dynatree_core.audit import AuditReport, Difference, Rounding, audit_generation, audit_output
+from dynatree_core.audit import AUTOREGRESSIVE, AuditReport, Difference, Rounding, audit_generation, audit_output
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.errors import InputError
 from dynatree_core.records import GenerationResult
@@ -51,7 +51,7 @@ def read_prompts(path: Path, limit: int | None) -> list[str]:
         InputError: a line that is no object with a "prompt"; the message names it. A file without any.
     """
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:limit], start=1):
+    for number, line in enumerate(_text(path).splitlines()[:limit], start=1):
         try:
             prompts.append(str(json.loads(line)["prompt"]))
         except (ValueError, KeyError, TypeError) as error:
@@ -70,7 +70,7 @@ def read_output(path: Path) -> dict[str, Any]:
         InputError: it is not a JSON object with "token_ids" or "text".
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(_text(path))
     except ValueError as error:
         raise InputError(f"{path} must be JSON as `dynatree generate --json` prints it, got {error}") from error
     if not isinstance(found, dict) or not ("token_ids" in found or "text" in found):
@@ -79,6 +79,13 @@ def read_output(path: Path) -> dict[str, Any]:
             "`dynatree generate --json` prints one"
         )
     return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} must be a file of UTF-8 text, got {error}; check the path") from error
 
 
 def audit_cases(
@@ -254,4 +261,4 @@ def _verdict(report: AuditReport, difference: Difference) -> str:
 
 def _gap(difference: Difference) -> float:
     """By how much autoregressive decoding prefers its token."""
-    return next(pair.gap for pair in difference.pairs if pair.way == "autoregressive")
+    return next(pair.gap for pair in difference.pairs if pair.way == AUTOREGRESSIVE)

@@ -197,14 +197,14 @@ _OF_A_GENERATION = {
 @click.option(
     "--prompts",
     "prompts_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     help='A file of JSON objects with a "prompt", one a line, instead of PROMPT.',
 )
 @click.option("--limit", type=click.IntRange(min=1), help="With --prompts: the first so many.")
 @click.option(
     "--output",
     "output_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     help="Audit what `dynatree generate --json` has printed into this file, instead of generating.",
 )
 @click.option(

@@ -253,9 +253,9 @@ def test_spacing_is_the_distance_to_the_next_number(value, dtype):
 def test_what_several_outputs_say_together():
     together = Rounding.of_all([Rounding(0.1, 0.01, 0.5, 3), Rounding(0.75, 0.05, 0.25, 9)])
     assert together == Rounding(0.75, pytest.approx(math.sqrt((3 * 0.01**2 + 9 * 0.05**2) / 12)), 0.5, 12)
-    assert together.bound == 1.5
-    assert Rounding(0.1, 0.01, 0.5, 3).bound == 1.0
+    assert together.bound == 1.0
     assert Rounding(0.1, 0.2, 0.5, 3).bound == 2.0
+    assert Rounding(3.0, 0.2, 0.5, 3).bound == 3.0
 
 
 def test_the_spread_is_that_of_a_gap():

@@ -51,7 +51,13 @@ def test_the_fixed_width_benchmark_on_a_few_tokens(monkeypatch, capsys, tmp_path
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"category": "mine", "prompt": "a b c a b c a b c"}))
     monkeypatch.setattr(sys, "argv", ["fixed_width", "--prompts", str(path), "--max-new-tokens", "6"])
-    assert fixed_width.main() == 0
+    fixed_width.main()
     printed = capsys.readouterr().out
-    for expected in ("1 prompts, 6 new tokens", *map(str, fixed_width.WAYS), *fixed_width.COLUMNS, "1/1"):
+    for expected in (
+        "1 prompts, 6 new tokens",
+        *map(str, fixed_width.WAYS),
+        *fixed_width.COLUMNS,
+        "1/1",
+        "the machine was",
+    ):
         assert expected in printed

@@ -1023,7 +1023,7 @@ def test_audit_of_a_generation(audit: Dynatree, generate: Dynatree) -> None:
     assert document["verdict"] in ("identical", "tie")
     assert (document["num_outputs"], document["num_rows"], document["dtype"]) == (1, 16, "bfloat16")
     rounding = document["rounding"]
-    assert document["bound"] == 2 * max(rounding["deviation"], 5 * rounding["spread"], rounding["spacing"])
+    assert document["bound"] == max(rounding["deviation"], 10 * rounding["spread"], 2 * rounding["spacing"])
     assert len(document["audits"][0]["token_ids"]) == document["num_positions"] == 20
     whole = generate("--json", "--exact", "fixed_width", "--dtype", "bfloat16", "--max-new-tokens", 20, "abc").document
     assert whole["exact"] == "fixed_width"
@@ -1047,6 +1047,11 @@ def test_audit_of_prompts(audit: Dynatree, tmp_path: Path) -> None:
     assert is_one_error_line(ran, "line 2", 'must be a JSON object with a "prompt"')
     path.write_text("")
     assert is_one_error_line(audit("--prompts", path), "at least one line", "got none")
+    path.write_bytes(b"\xff\xfe")
+    for wrong in (path, tmp_path, tmp_path / "nowhere"):
+        ran = audit("--prompts", wrong)
+        assert ran.code == 2
+        assert is_one_error_line(ran, "must be a file of UTF-8 text")
 
 
 def test_audit_of_an_output(audit: Dynatree, generate: Dynatree, tmp_path: Path) -> None:
