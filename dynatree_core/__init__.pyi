@@ -1,3 +1,4 @@
+from .audit import AuditReport, Rounding, audit_generation, audit_output
 from .cache import TreeCache
 from .composition import PluginSpec, format_stack, parse_stack
 from .decode import decode_step, prefill
@@ -23,6 +24,7 @@ from .stack import PolicyStack
 from .tree import TokenTree
 
 __all__ = [
+    "AuditReport",
     "DraftPlan",
     "DraftState",
     "Drafter",
@@ -36,12 +38,15 @@ __all__ = [
     "PluginSpec",
     "PolicyStack",
     "Proposals",
+    "Rounding",
     "Session",
     "StepReport",
     "StepStats",
     "TokenTree",
     "TreeCache",
     "Verdict",
+    "audit_generation",
+    "audit_output",
     "build_drafter",
     "build_stack",
     "choice",

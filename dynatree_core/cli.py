@@ -38,6 +38,7 @@ from dynatree_core.errors import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from dynatree_core.audit_cli import Case
     from dynatree_core.drafters.base import Drafter
     from dynatree_core.models import LoadedModel
     from dynatree_core.records import GenerationResult
@@ -154,6 +155,11 @@ def _dynatree(context: click.Context) -> None:
     "--max-branch", type=click.IntRange(min=1), default=16, show_default=True, help="Children of a node at most."
 )
 @click.option(
+    "--exact",
+    type=click.Choice(["fixed_width"]),
+    help="fixed_width: for half precision, the same number of rows in every pass.",
+)
+@click.option(
     "--on-error",
     type=click.Choice(["raise", "fallback"]),
     default="raise",
@@ -194,6 +200,120 @@ def generate(
             job.conclude("error")
         raise
     return job.conclude()
+
+
+# options that `dynatree audit` has in common with `dynatree generate`
+_OF_A_GENERATION = {
+    "target", "drafter", "policy", "max_new_tokens", "device", "dtype", "as_json", "is_chat", "ignore_eos", "max_nodes",
+    "exact",
+}  # fmt: skip
+
+
+@_dynatree.command(params=[option for option in generate.params if option.name in _OF_A_GENERATION])
+@click.argument("prompt", metavar="[PROMPT|-]", required=False)
+@click.option(
+    "--prompts",
+    "prompts_file",
+    type=click.Path(path_type=Path),
+    help='A file of JSON objects with a "prompt", one a line, instead of PROMPT.',
+)
+@click.option("--limit", type=click.IntRange(min=1), help="With --prompts: the first so many.")
+@click.option(
+    "--output",
+    "output_file",
+    type=click.Path(path_type=Path),
+    help="Audit what `dynatree generate --json` has printed into this file, instead of generating.",
+)
+@click.option(
+    "--reference-dtype",
+    type=click.Choice(["float64", "float32"]),
+    help="Show the logits in this precision too; loads the target twice.",
+)
+def audit(prompt: str | None, prompts_file: Path | None, output_file: Path | None, **request: Any) -> int:
+    """Tell whether an output is what autoregressive decoding gives, and where not, whether rounding explains it.
+
+    Generates an answer to PROMPT, or to standard input if it is `-`, and computes every token again. A difference is
+    a tie if rounding, as measured on this very model, can turn it, and else a bug. Exits with 1 if there is a bug.
+
+    \b
+    Examples:
+      dynatree audit --dtype bfloat16 "Why is the sky blue?"
+      dynatree audit --dtype bfloat16 --exact fixed_width "Why is the sky blue?"
+      dynatree audit --dtype float16 --prompts prompts.jsonl --limit 100
+      dynatree generate --json "Why is the sky blue?" > answer.json
+      dynatree audit --output answer.json
+    """
+    # an output without its prompt's tokens may come with PROMPT; else there is one source
+    sources = [prompt or output_file, prompts_file]
+    if sources.count(None) != 1:
+        raise click.UsageError("give either PROMPT, --prompts or --output", click.get_current_context())
+    with console.warnings_in_one_line():
+        return _audit(prompt, prompts_file, output_file, **request)
+
+
+def _audit(
+    prompt: str | None,
+    prompts_file: Path | None,
+    output_file: Path | None,
+    *,
+    target: str | None,
+    drafter: str,
+    device: str | None,
+    dtype: str,
+    as_json: bool,
+    is_chat: bool | None,
+    ignore_eos: bool,
+    limit: int | None,
+    reference_dtype: str | None,
+    **options: Any,
+) -> int:
+    from dynatree_core.audit_cli import Case, audit_cases, document, read_output, read_prompts, show
+
+    given = read_output(output_file) if output_file is not None else None
+    prompts = read_prompts(prompts_file, limit) if prompts_file is not None else []
+    prompts += [_read(prompt)] if prompt is not None else []
+    if given is not None and dtype == "auto":
+        dtype = given.get("dtype") or dtype  # another one would round in another way
+    source: Any = _registered_drafter(drafter) if given is None else None
+    loaded = _load(target, device, dtype)
+    tokenizer = _tokenizer(loaded)
+    if given is not None:
+        cases = [_given_case(given, prompts, tokenizer, is_chat)]
+        options["exact"] = options["exact"] or given.get("exact")
+    else:
+        cases = [Case(_encode(text, tokenizer, is_chat)) for text in prompts]
+        source = _load_drafter(drafter, loaded).model if source is None else source
+    precise = _load(target, device, reference_dtype).model if reference_dtype is not None else None
+    options["eos_token_id"] = [] if ignore_eos else None
+    audits = audit_cases(loaded.model, source, cases, options, precise)
+    found = {**document(audits), "target": target or "default", **_where(loaded)}
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        show(audits, tokenizer)
+    if len(audits) < len(cases):
+        return INTERRUPTED
+    return FAILED if found["verdict"] == "bug" else 0
+
+
+def _given_case(
+    given: dict[str, Any], prompts: list[str], tokenizer: PreTrainedTokenizerBase, is_chat: bool | None
+) -> Case:
+    """An output that was made elsewhere; text is cut into tokens again only where their ids are missing."""
+    from dynatree_core.audit_cli import Case
+
+    prompt_ids, token_ids = given.get("prompt_ids"), given.get("token_ids")
+    if prompt_ids is None:
+        text = prompts[0] if prompts else given.get("prompt")
+        if text is None:
+            raise InputError(
+                'an output without "prompt_ids" or "prompt" needs its PROMPT on the command line, got none'
+            )
+        prompt_ids = _encode(str(text), tokenizer, is_chat)
+    if token_ids is None:
+        console.complain("warning", "the output has no token_ids: its text is cut into tokens again, perhaps otherwise")
+        token_ids = list(tokenizer(str(given["text"]), add_special_tokens=False).input_ids)
+    return Case(prompt_ids, token_ids)
 
 
 @_dynatree.command()
@@ -374,29 +494,26 @@ class _Job:
         if self.session is not None:
             baseline = self.baseline.result(stop_reason) if self.baseline is not None else None
             compared = console.Comparison(self.session.result(stop_reason), baseline)
+        is_different = compared is not None and compared.is_identical is False
+        if is_different and self.target is not None and self.target.model.dtype.itemsize == 2:
+            console.complain(
+                "note", "half precision rounds; `dynatree audit` tells whether that explains the difference"
+            )
         if self.is_json:
             click.echo(json.dumps(self._document(compared, stop_reason)))
         elif self.screen is not None and compared is not None and not compared.is_empty:
             console.show_report(compared, has_legend=self.screen.is_coloured)
-        return FAILED if compared is not None and compared.is_identical is False else 0
+        return FAILED if is_different else 0
 
     def _document(self, compared: console.Comparison | None, stop_reason: str) -> dict[str, Any]:
         """What --json prints; None stands for what it never came to."""
-        import torch
-        import transformers
-
-        model = self.target.model if self.target is not None else None
         document = {
             **self._outcome(compared.result if compared is not None else None, stop_reason),
+            "prompt_ids": self.session.prompt_ids if self.session is not None else None,
             "target": self.target_name or "default",
             "expanded_policy": self.expanded_policy,
-            "device": str(model.device) if model is not None else None,
-            "dtype": str(model.dtype).removeprefix("torch.") if model is not None else None,
-            "versions": {
-                "dynatree": version("dynatree"),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "exact": self.options.get("exact"),
+            **_where(self.target),
         }
         if self.is_compared:
             baseline = compared.baseline if compared is not None else None
@@ -421,6 +538,22 @@ class _Job:
             "stop_reason": result.stop_reason,
             **{name: getattr(result.report, name) for name in names},
         }
+
+
+def _where(target: LoadedModel | None) -> dict[str, Any]:
+    """Device, dtype and versions, for a document; None where no model was loaded."""
+    import torch
+    import transformers
+
+    return {
+        "device": str(target.model.device) if target is not None else None,
+        "dtype": str(target.model.dtype).removeprefix("torch.") if target is not None else None,
+        "versions": {
+            "dynatree": version("dynatree"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
 
 
 def _read(prompt: str) -> str:

@@ -1,4 +1,4 @@
-"""The smoke benchmark: its prompts, and that it measures and prints what it says, on a few tokens."""
+"""The benchmarks: their prompts, and that each measures and prints what it says, on a few tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dynatree_bench import smoke
+from dynatree_bench import fixed_width, smoke
 from dynatree_bench.prompts import BUILT_IN, load_prompts
 from dynatree_core import embedded
 
@@ -42,4 +42,22 @@ def test_the_smoke_benchmark_on_a_few_tokens(monkeypatch, capsys, tmp_path):
     assert smoke.main() == 0
     printed = capsys.readouterr().out
     for expected in ("mine: 1 prompts", *smoke.METHODS, *smoke.COLUMNS, "overhead of phase3", "differ"):
+        assert expected in printed
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(not embedded.is_installed(), reason="the default model is missing: dynatree models install")
+def test_the_fixed_width_benchmark_on_a_few_tokens(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"category": "mine", "prompt": "a b c a b c a b c"}))
+    monkeypatch.setattr(sys, "argv", ["fixed_width", "--prompts", str(path), "--max-new-tokens", "6"])
+    fixed_width.main()
+    printed = capsys.readouterr().out
+    for expected in (
+        "1 prompts, 6 new tokens",
+        *map(str, fixed_width.WAYS),
+        *fixed_width.COLUMNS,
+        "1/1",
+        "the machine was",
+    ):
         assert expected in printed

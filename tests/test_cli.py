@@ -1019,3 +1019,150 @@ def test_models_install(
     assert (ran.code, ran.err) == (0, "")
     assert done == steps
     assert str(tmp_path) in ran.out
+
+
+# ---- the audit -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def audit(dynatree: Dynatree, folders: SimpleNamespace) -> Dynatree:
+    """Runs `dynatree audit` on the plain model, past the end-of-text token."""
+
+    def run(*args: object) -> Ran:
+        return dynatree("audit", *ON_CPU, "--target", folders.plain, "--ignore-eos", "--max-new-tokens", 20, *args)
+
+    return run
+
+
+def test_audit_of_a_generation(audit: Dynatree, generate: Dynatree) -> None:
+    ran = audit("abc")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.startswith("identical to autoregressive decoding (20 tokens)\n")
+    for label in ("bound", "float32", "within the bound", "as verified", "tokens / iteration"):
+        assert label in ran.out
+    document = audit("--json", "--exact", "fixed_width", "--dtype", "bfloat16", "abc").document
+    assert document["verdict"] in ("identical", "tie")
+    assert (document["num_outputs"], document["num_rows"], document["dtype"]) == (1, 16, "bfloat16")
+    rounding = document["rounding"]
+    assert document["bound"] == max(rounding["deviation"], 10 * rounding["spread"], 2 * rounding["spacing"])
+    assert len(document["audits"][0]["token_ids"]) == document["num_positions"] == 20
+    whole = generate("--json", "--exact", "fixed_width", "--dtype", "bfloat16", "--max-new-tokens", 20, "abc").document
+    assert whole["exact"] == "fixed_width"
+    assert document["audits"][0]["token_ids"] == whole["token_ids"]
+    assert document["audits"][0]["prompt_ids"] == whole["prompt_ids"]
+
+
+def test_audit_of_prompts(audit: Dynatree, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("abc", "def", "ghi")))
+    document = audit("--json", "--prompts", path, "--limit", 2).document
+    assert (document["num_outputs"], document["num_identical"], document["num_differing"]) == (2, 2, 0)
+    assert document["rounding"]["num_positions"] == document["num_positions"] == 40
+    assert document["smallest_gap"] is None
+    ran = audit("--prompts", path)
+    assert ran.code == 0
+    assert ran.out.splitlines()[0].split() == ["outputs", "3"]
+    path.write_text('{"prompt": "abc"}\n{"text": "abc"}\n')
+    ran = audit("--prompts", path)
+    assert ran.code == 2
+    assert is_one_error_line(ran, "line 2", 'must be a JSON object with a "prompt"')
+    path.write_text("")
+    assert is_one_error_line(audit("--prompts", path), "at least one line", "got none")
+    path.write_bytes(b"\xff\xfe")
+    for wrong in (path, tmp_path, tmp_path / "nowhere"):
+        ran = audit("--prompts", wrong)
+        assert ran.code == 2
+        assert is_one_error_line(ran, "must be a file of UTF-8 text")
+
+
+def test_audit_of_an_output(audit: Dynatree, generate: Dynatree, tmp_path: Path) -> None:
+    path = tmp_path / "answer.json"
+    document = generate("--json", "--dtype", "float64", "--max-new-tokens", 12, "abc").document
+    path.write_text(json.dumps(document))
+    ran = audit("--output", path, "--json")
+    assert ran.code == 0
+    assert ran.document["verdict"] == "identical"
+    assert ran.document["dtype"] == "float64", "the output's own, where none is asked for"
+    assert ran.document["num_positions"] == 12
+    assert ran.document["tokens_per_iteration"] is None
+    wrong = [*document["token_ids"][:7], (document["token_ids"][7] + 1) % 200, *document["token_ids"][8:]]
+    path.write_text(json.dumps(document | {"token_ids": wrong}))
+    ran = audit("--output", path)
+    assert ran.code == 1
+    assert ran.out.startswith("first difference at token 7 of 12: bug\n")
+    assert f"expected {document['token_ids'][7]} " in ran.out
+    assert "beyond the bound" in ran.out
+    ran = audit("--output", path, "--json", "--dtype", "float32", "--reference-dtype", "float64")
+    assert ran.code == 1
+    first = ran.document["audits"][0]["differences"][0]
+    assert (first["position"], first["token_id"], first["verdict"]) == (7, wrong[7], "bug")
+    assert "transformers, all rows, float64" in first["logits"]
+
+
+def test_audit_of_a_text(audit: Dynatree, generate: Dynatree, folders: SimpleNamespace, tmp_path: Path) -> None:
+    """Of an output by another program, without token ids."""
+    path = tmp_path / "answer.json"
+    token_ids = folders.tokenizer("some words").input_ids
+    path.write_text(json.dumps({"text": "some words"}))
+    ran = audit("--output", path, "--json", "abc")
+    assert "its text is cut into tokens again" in ran.err
+    assert ran.document["audits"][0]["token_ids"] == token_ids
+    assert ran.document["audits"][0]["prompt_ids"] == folders.tokenizer("abc").input_ids
+    assert ran.code == 1, "a random model does not say this"
+    assert is_one_error_line(audit("--output", path), "needs its PROMPT on the command line")
+    for wrong in ("{", "[1, 2]", '{"tokens": []}'):
+        path.write_text(wrong)
+        ran = audit("--output", path)
+        assert ran.code == 2
+        assert is_one_error_line(ran, "`dynatree generate --json`")
+
+
+def test_audit_wants_one_source(audit: Dynatree, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "abc"}\n')
+    for args in ([], ["--prompts", path, "abc"], ["--prompts", path, "--output", path]):
+        ran = audit(*args)
+        assert ran.code == 2
+        assert is_one_error_line(ran, "give either PROMPT, --prompts or --output")
+
+
+def test_an_interrupted_audit_tells_what_it_has(
+    audit: Dynatree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dynatree_core import audit_cli as audit_cli_module
+
+    real, done = audit_cli_module.audit_generation, []
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(real(*args, **options))
+        return done[-1]
+
+    monkeypatch.setattr(audit_cli_module, "audit_generation", interrupted)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "abc"}\n' * 4)
+    ran = audit("--json", "--prompts", path)
+    assert ran.code == 130
+    assert ran.document["num_outputs"] == 2
+    ran = audit("--json", "abc")
+    assert (ran.code, ran.out) == (130, "")
+
+
+def test_comparing_in_half_precision_points_to_the_audit(generate: Dynatree, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ("--compare", "--json", "--max-new-tokens", 4, "abc")
+    assert generate("--dtype", "bfloat16", *args).document["identical"] is True
+    original = session_module.Session.result
+
+    def another(session: Session, *args: Any) -> Any:
+        result = original(session, *args)
+        return attrs.evolve(result, token_ids=[*result.token_ids, 0]) if session.drafter_name else result
+
+    monkeypatch.setattr(session_module.Session, "result", another)
+    ran = generate("--dtype", "bfloat16", *args)
+    assert ran.code == 1
+    assert (
+        ran.err
+        == "dynatree: note: half precision rounds; `dynatree audit` tells whether that explains the difference\n"
+    )
+    assert generate("--dtype", "float32", *args).err == ""

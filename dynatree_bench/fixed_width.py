@@ -1,0 +1,159 @@
+"""Does exact="fixed_width" make half precision equal to autoregressive decoding, and what does it cost?
+
+Question: how many outputs of tree decoding equal those of autoregressive decoding, with passes as they come and with
+passes of one fixed number of rows, and what is the decoding time of the four relative to plain autoregressive decoding?
+
+Method: every prompt is decoded in all four ways one after another, in rotating order, in one process after a warm-up;
+a time is the ratio of two runs of the same prompt, and its median and range are shown. A tree is compared with
+autoregressive decoding of the same width.
+
+Output: a row for each way.
+
+Command: python -m dynatree_bench.fixed_width [--dtype T] [--prompts FILE.jsonl] [--per-kind N] [--max-new-tokens N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+
+import attrs
+import torch
+import transformers
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from dynatree_bench.prompts import load_prompts
+from dynatree_bench.smoke import BUSY_PERCENT, busy_percent
+from dynatree_core import GenerationResult, LoadedModel, generate, load_model
+
+DRAFTER = "prompt_lookup"
+# column -> what it stands for
+COLUMNS = {
+    "tok/it": "committed tokens per iteration",
+    "ms/it": "decoding time of an iteration",
+    "time": "median of the prompts' ratios of decoding time to autoregressive decoding with passes as they come",
+    "range": "lowest and highest of them",
+    "same": "outputs equal to autoregressive ones of the same width",
+}
+
+
+@attrs.frozen
+class Way:
+    """A way to decode."""
+
+    policy: str
+    exact: str | None
+
+    def __str__(self) -> str:
+        return f"{self.policy}, {self.exact or 'as it comes'}"
+
+    @property
+    def reference(self) -> Way:
+        """Autoregressive decoding of the same width."""
+        return attrs.evolve(self, policy="autoregressive")
+
+
+WAYS = tuple(Way(policy, exact) for exact in (None, "fixed_width") for policy in ("autoregressive", "phase3"))
+
+
+def main() -> None:
+    arguments = _parse_arguments()
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    kinds = load_prompts(arguments.prompts, arguments.per_kind)
+    prompts = [prompt for group in kinds.values() for prompt in group]
+    default = load_model(None, device="cpu", dtype=arguments.dtype)
+    console.print(
+        f"dynatree {version('dynatree')}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    console.print(
+        f"{arguments.dtype}, drafter {DRAFTER}, {len(prompts)} prompts, {arguments.max_new_tokens} new tokens at most"
+    )
+    others_before = busy_percent(seconds=2.0)
+    runs = measure(default, prompts, arguments.max_new_tokens)
+    others_after = busy_percent(seconds=2.0)
+    console.print(_table(runs))
+    console.print("; ".join(f"{heading}: {meaning}" for heading, meaning in COLUMNS.items()) + "\n")
+    state = "busy, so the times are not to be believed" if max(others_before, others_after) > BUSY_PERCENT else "idle"
+    console.print(
+        f"the machine was {state}: others used {others_before:.0f} % of a core before, {others_after:.0f} % after"
+    )
+
+
+def measure(default: LoadedModel, prompts: list[str], max_new_tokens: int) -> dict[Way, list[GenerationResult]]:
+    """Every prompt in every way, interleaved: way -> results, in the order of the prompts."""
+    runs: defaultdict[Way, list[GenerationResult]] = defaultdict(list)
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("decoding", total=len(prompts) * len(WAYS))
+        for way in WAYS:  # warm-up: the first passes allocate and choose kernels
+            decode(default, prompts[0], way, 8)
+        for i, prompt in enumerate(prompts):
+            start = i % len(WAYS)
+            for way in WAYS[start:] + WAYS[:start]:
+                runs[way].append(decode(default, prompt, way, max_new_tokens))
+                progress.advance(task)
+    return dict(runs)
+
+
+def decode(default: LoadedModel, prompt: str, way: Way, max_new_tokens: int) -> GenerationResult:
+    """One prompt through the chat template and in one way."""
+    assert default.tokenizer is not None, "the default model has a tokenizer"
+    ids = default.tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+    )
+    drafter = None if way.policy == "autoregressive" else DRAFTER
+    return generate(default.model, drafter, ids, policy=way.policy, exact=way.exact, max_new_tokens=max_new_tokens)
+
+
+def _is_same(runs: dict[Way, list[GenerationResult]], way: Way) -> list[bool]:
+    pairs = zip(runs[way], runs[way.reference], strict=True)
+    return [result.token_ids == reference.token_ids for result, reference in pairs]
+
+
+def _table(runs: dict[Way, list[GenerationResult]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("way", no_wrap=True)
+    for heading in COLUMNS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    plain = [result.report.decode_seconds for result in runs[WAYS[0]]]
+    for way in WAYS:
+        reports = [result.report for result in runs[way]]
+        iterations = sum(report.num_iterations for report in reports)
+        ratios = [report.decode_seconds / seconds for report, seconds in zip(reports, plain, strict=True)]
+        same = _is_same(runs, way)
+        table.add_row(
+            str(way),
+            f"{sum(report.num_new_tokens for report in reports) / iterations:.2f}",
+            f"{1000 * sum(report.decode_seconds for report in reports) / iterations:.1f}",
+            f"{statistics.median(ratios):.2f}",
+            f"{min(ratios):.2f}–{max(ratios):.2f}",
+            f"{sum(same)}/{len(same)}",
+        )
+    return table
+
+
+def _parse_arguments() -> argparse.Namespace:
+    description = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.fixed_width", description=description)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--prompts", type=Path, help='JSON lines with "prompt" and "category" (default: built-in prompts)'
+    )
+    parser.add_argument("--per-kind", type=int, default=5, help="prompts of each kind (default: 5)")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="default: 32")
+    arguments = parser.parse_args()
+    if min(arguments.per_kind, arguments.max_new_tokens) < 1:
+        parser.error("--per-kind and --max-new-tokens must be at least 1")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,426 @@
+"""The audit: is an output what autoregressive decoding gives, and where it is not, a rounding tie or a bug?
+
+The output is fed to the target token by token, as autoregressive decoding would (teacher forcing). At every position
+its token should be the choice of these logits, so going over the output once judges each of its tokens. What rounding
+alone can do is measured with passes of the model in which none of this package's trees, masks and caches take part, so
+that a bug there cannot widen the bound that it is judged by. docs/audit.md says how to read the result.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from dynatree_core.architectures import check_causal_lm, max_positions, vocab_size
+from dynatree_core.arguments import checked_max_new_tokens, checked_prompt, end_token_ids, fixed_width
+from dynatree_core.cache import TreeCache
+from dynatree_core.clock import StageClock
+from dynatree_core.drafters.base import Drafter
+from dynatree_core.errors import NonFiniteLogitsError, PromptError
+from dynatree_core.flatten import flatten
+from dynatree_core.generation import run
+from dynatree_core.records import GenerationResult
+from dynatree_core.runner import PREFILL_CHUNK, EagerRunner
+from dynatree_core.session import Session
+from dynatree_core.tree import TokenTree
+
+__all__ = ["AuditReport", "Difference", "LogitPair", "Rounding", "audit_generation", "audit_output", "judge"]
+
+# ways of computing the same logits
+AUTOREGRESSIVE = "autoregressive"  # the reference: this package's runner, one token a pass
+VERIFIED = "as verified"  # by the run that is audited
+STEPWISE = "transformers, one row"
+WHOLE = "transformers, all rows"
+PRECISE = "transformers, all rows, {dtype}"
+
+# deviations are measured among a position's best tokens: eight give 28 gaps, a steadier maximum than one gap gives
+TOP_TOKENS = 8
+# rounding errors are sums of many small ones; the farthest of 3,121 positions was 6 to 8 standard deviations out
+SPREADS = 10
+# a gap computed in two ways holds four logits, each rounded by up to half a spacing
+SPACINGS = 2
+
+
+@attrs.frozen
+class Rounding:
+    """What rounding alone does to a model's logits, measured with transformers' own forward passes."""
+
+    deviation: float  # largest change of a gap between two of a position's best tokens, from one row to the whole text
+    spread: float  # standard deviation of these changes
+    spacing: float  # of neighbouring numbers of the dtype at the largest of these logits
+    num_positions: int
+
+    @property
+    def bound(self) -> float:
+        """Gaps up to here can be turned by rounding."""
+        return max(self.deviation, SPREADS * self.spread, SPACINGS * self.spacing)
+
+    @classmethod
+    def of_all(cls, measured: Iterable[Rounding]) -> Rounding:
+        """What several outputs of the same model say together; the more positions, the surer the maximum."""
+        every = list(measured)
+        num_positions = sum(one.num_positions for one in every)
+        return cls(
+            deviation=max(one.deviation for one in every),
+            spread=math.sqrt(sum(one.spread**2 * one.num_positions for one in every) / num_positions),
+            spacing=max(one.spacing for one in every),
+            num_positions=num_positions,
+        )
+
+
+@attrs.frozen
+class LogitPair:
+    """The logits of two tokens, computed in one way."""
+
+    way: str
+    expected: float  # of the token that autoregressive decoding chooses
+    got: float  # of the output's token
+
+    @property
+    def gap(self) -> float:
+        """How much the expected token is ahead."""
+        return self.expected - self.got
+
+
+@attrs.frozen
+class Difference:
+    """A position at which autoregressive decoding, given the output up to there, chooses another token."""
+
+    position: int  # among the new tokens, from 0
+    expected_id: int  # what autoregressive decoding chooses
+    token_id: int  # what the output has
+    pairs: tuple[LogitPair, ...]  # one a way of computing
+
+    @property
+    def deviation(self) -> float:
+        """How far two ways of computing the gap are apart: rounding has to explain all of it.
+
+        Where the run's own logits are not known, only the gap that had to be overcome is.
+        """
+        gaps = {pair.way: pair.gap for pair in self.pairs}
+        return gaps[AUTOREGRESSIVE] - min(gaps.get(VERIFIED, 0.0), 0.0)
+
+
+@attrs.frozen
+class AuditReport:
+    """What an audit found."""
+
+    num_tokens: int
+    dtype: str
+    num_rows: int  # of a pass of the reference: 1, or more with exact="fixed_width"
+    differences: tuple[Difference, ...]  # by position; up to the first, output and autoregressive decoding are equal
+    top_gaps: tuple[float, ...] = attrs.field(repr=False)  # top-1 less top-2 logit of each position, autoregressively
+    rounding: Rounding
+    deviations: dict[str, float]  # way -> the largest change of a gap from transformers' one-row passes
+    misread: tuple[int, ...] = ()  # positions whose token is not the choice of the run's own logits
+    ending: str | None = None  # what is wrong with where the output ends
+
+    @property
+    def verdict(self) -> str:
+        """ "identical", "tie" (every difference is one), or "bug"."""
+        if self.faults:
+            return "bug"
+        return "tie" if self.differences else "identical"
+
+    @property
+    def first_difference(self) -> Difference | None:
+        return self.differences[0] if self.differences else None
+
+    @property
+    def num_close(self) -> int:
+        """Positions at which rounding could have turned the choice."""
+        return sum(gap <= self.rounding.bound for gap in self.top_gaps)
+
+    def is_tie(self, difference: Difference) -> bool:
+        """Whether rounding explains a difference."""
+        return difference.deviation <= self.rounding.bound
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What rounding does not explain, a sentence each."""
+        bound = self.rounding.bound
+        found = [
+            f"token {one.position} is {one.token_id} where autoregressive decoding chooses {one.expected_id}, and "
+            f"rounding would have to move their gap by {one.deviation:.4g}, beyond the bound of {bound:.4g}"
+            for one in self.differences
+            if not self.is_tie(one)
+        ]
+        found += [
+            f"the logits computed '{way}' are up to {deviation:.4g} away from those of transformers' own passes, "
+            f"beyond the bound of {bound:.4g}"
+            for way, deviation in self.deviations.items()
+            if not deviation <= bound
+        ]
+        if self.misread:
+            found.append(f"the run chose other tokens than its own logits say, first at token {self.misread[0]}")
+        return (*found, *([self.ending] if self.ending else []))
+
+
+def audit_output(
+    target: nn.Module,
+    prompt_ids: Tensor | Sequence[int],
+    token_ids: Tensor | Sequence[int],
+    *,
+    exact: str | None = None,
+    max_nodes: int | None = None,
+    max_new_tokens: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    precise: nn.Module | None = None,
+) -> AuditReport:
+    """Compare an output with the target's autoregressive decoding, position by position.
+
+    Costs two passes a token, of one row each, and one over the whole text. Keeps the logits of all positions.
+
+    Args:
+        target: a transformers causal language model in eval mode, in the dtype that is audited.
+        prompt_ids: the prompt, [tokens] or [1, tokens] integers.
+        token_ids: the output without the prompt, at least one token; from whatever program.
+        exact: None, or "fixed_width" with `max_nodes`, as the output was generated; see `dynatree_core.generate`.
+        max_new_tokens: what the output was limited to; where given, an output that ends early is found.
+        eos_token_id: as for `dynatree_core.generate`. An output that goes on after such a token is found.
+        precise: the same model in a higher precision, to show its logits too where there is a difference.
+
+    Raises:
+        InputError: an argument that cannot be used.
+        NonFiniteLogitsError: the target's logits have NaN among them.
+    """
+    num_rows, _ = fixed_width(exact, max_nodes)
+    return _audit(
+        target, prompt_ids, token_ids, max_new_tokens, eos_token_id, num_rows=num_rows, verified=None, precise=precise
+    )
+
+
+def audit_generation(
+    target: nn.Module,
+    drafter: nn.Module | Drafter | str | None,
+    prompt_ids: Tensor | Sequence[int],
+    *,
+    max_new_tokens: int = 128,
+    eos_token_id: int | Sequence[int] | None = None,
+    precise: nn.Module | None = None,
+    **options: Any,
+) -> tuple[GenerationResult, AuditReport]:
+    """Generate, and audit the output together with the logits that it was verified by.
+
+    Args:
+        options: those of `dynatree_core.generate`.
+
+    Returns:
+        What was generated, and the audit of it.
+    """
+    session = Session(target, drafter, prompt_ids, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, **options)
+    session.target.model = recording = _Recording(target)
+    rows: list[Tensor] = []
+    for report in run(session):
+        # the token after a node was chosen by that node's logits
+        chosen_at = [0, *report.verdict.path][: len(report.token_ids)]
+        rows.append(recording.logits[0, chosen_at])
+    result = session.result()
+    verified = torch.cat(rows) if rows else None
+    return result, _audit(
+        target,
+        session.prompt_ids,
+        result.token_ids,
+        max_new_tokens,
+        eos_token_id,
+        num_rows=session.pass_rows,
+        verified=verified,
+        precise=precise,
+    )
+
+
+def judge(
+    token_ids: Sequence[int], ways: Mapping[str, Tensor], *, num_rows: int = 1, ending: str | None = None
+) -> AuditReport:
+    """Judge an output by the logits of its positions.
+
+    Args:
+        token_ids: the output.
+        ways: way of computing -> logits [positions, vocab]: "autoregressive", "transformers, one row" and
+            "transformers, all rows"; "as verified" if known; others are only shown.
+        num_rows: rows of a pass of the reference.
+        ending: what is wrong with where the output ends.
+    """
+    dtype = ways[AUTOREGRESSIVE].dtype
+    scores = {way: _scores(logits) for way, logits in ways.items()}
+    reference, stepwise = scores[AUTOREGRESSIVE], scores[STEPWISE]
+    output = torch.tensor(token_ids, device=reference.device)
+    expected = _choice(reference)
+    differences = []
+    for position in (expected != output).nonzero().flatten().tolist():
+        expected_id, token_id = int(expected[position]), token_ids[position]
+        pairs = tuple(
+            LogitPair(way, float(score[position, expected_id]), float(score[position, token_id]))
+            for way, score in scores.items()
+        )
+        differences.append(Difference(position, expected_id, token_id, pairs))
+    top = reference.double().topk(2).values
+    is_misread = _choice(scores[VERIFIED]) != output if VERIFIED in scores else torch.zeros_like(output)
+    return AuditReport(
+        num_tokens=len(token_ids),
+        dtype=str(dtype).removeprefix("torch."),
+        num_rows=num_rows,
+        differences=tuple(differences),
+        top_gaps=tuple((top[:, 0] - top[:, 1]).tolist()),
+        rounding=_rounding(stepwise, scores[WHOLE]),
+        deviations={way: _deviation(stepwise, scores[way]) for way in (AUTOREGRESSIVE, VERIFIED) if way in scores},
+        misread=tuple(is_misread.nonzero().flatten().tolist()),
+        ending=ending,
+    )
+
+
+def _audit(
+    target: nn.Module,
+    prompt_ids: Tensor | Sequence[int],
+    token_ids: Tensor | Sequence[int],
+    max_new_tokens: int | None,
+    eos_token_id: int | Sequence[int] | None,
+    *,
+    num_rows: int,
+    verified: Tensor | None,
+    precise: nn.Module | None,
+) -> AuditReport:
+    check_causal_lm(target, "target")
+    vocab = vocab_size(target)
+    prompt = checked_prompt(prompt_ids, vocab)
+    if len(token_ids) == 0:
+        raise PromptError("an output to audit must have at least one token, got none; generate some first")
+    output = checked_prompt(token_ids, vocab)
+    checked_max_new_tokens(len(output), len(prompt), max_positions(target))
+    ways = {AUTOREGRESSIVE: _autoregressive_logits(target, prompt, output, num_rows)}
+    if verified is not None:
+        ways[VERIFIED] = verified
+    ways[STEPWISE] = _stepwise_logits(target, prompt, output)
+    ways[WHOLE] = _whole_text_logits(target, prompt, output)
+    if precise is not None:
+        dtype = str(precise.dtype).removeprefix("torch.")
+        ways[PRECISE.format(dtype=dtype)] = _whole_text_logits(precise, prompt, output).to(ways[WHOLE].device)
+    for way, logits in ways.items():
+        if logits.isnan().any():
+            raise NonFiniteLogitsError(
+                f"the target's logits must be numbers to be compared, got NaN in those computed '{way}'; its weights "
+                "may be damaged, or half precision overflows: try float32 or bfloat16"
+            )
+    ending = _fault_of_ending(output, end_token_ids(target, eos_token_id), max_new_tokens)
+    return judge(output, ways, num_rows=max(num_rows, 1), ending=ending)
+
+
+@torch.inference_mode()
+def _autoregressive_logits(target: nn.Module, prompt: list[int], output: list[int], num_rows: int) -> Tensor:
+    """[positions, vocab], by passes over one token each, as a session without a drafter makes them."""
+    ids = _text(target, [*prompt, *output])[0]
+    cache = TreeCache(ids.numel() + num_rows)
+    runner = EagerRunner(target, StageClock(ids.device))
+    runner.prefill(ids[: len(prompt) - 1], cache)
+    rows = []
+    for root in torch.split(ids[len(prompt) - 1 : -1], 1):
+        flat = flatten([TokenTree.root(root)], [cache.length], min_rows=num_rows)
+        rows.append(runner.forward(flat, cache, stage="verify")[0, 0])
+        cache.commit([[0]])
+    return torch.stack(rows)
+
+
+@torch.inference_mode()
+def _stepwise_logits(target: nn.Module, prompt: list[int], output: list[int]) -> Tensor:
+    """[positions, vocab], by the same passes with the model's own cache and masks."""
+    ids = _text(target, [*prompt, *output])
+    start = len(prompt) - 1
+    before = torch.split(ids[:, :start], PREFILL_CHUNK, dim=1) if start else ()
+    cache, rows = None, []
+    for chunk in (*before, *torch.split(ids[:, start:-1], 1, dim=1)):
+        step = target(input_ids=chunk, past_key_values=cache, use_cache=True, **_only_last(target, 1))
+        cache = step.past_key_values
+        rows.append(step.logits[0, -1])
+    return torch.stack(rows[-len(output) :])
+
+
+@torch.inference_mode()
+def _whole_text_logits(target: nn.Module, prompt: list[int], output: list[int]) -> Tensor:
+    """[positions, vocab], by one pass of the model without any cache."""
+    ids = _text(target, [*prompt, *output[:-1]])
+    logits: Tensor = target(input_ids=ids, use_cache=False, **_only_last(target, len(output))).logits
+    return logits[0, -len(output) :]
+
+
+def _text(target: nn.Module, token_ids: list[int]) -> Tensor:
+    """[1, tokens] on the target's device."""
+    return torch.tensor([token_ids], device=target.device)  # type: ignore[arg-type]
+
+
+def _only_last(target: nn.Module, rows: int) -> dict[str, int]:
+    """The argument by which a model's head computes the last rows only, if it has one."""
+    return {"logits_to_keep": rows} if "logits_to_keep" in inspect.signature(target.forward).parameters else {}
+
+
+def _scores(logits: Tensor) -> Tensor:
+    """What tokens are chosen by: the logits, float64 ones as float32, as verify() and generate() have it."""
+    return logits.float() if logits.dtype == torch.float64 else logits
+
+
+def _choice(scores: Tensor) -> Tensor:
+    """[positions]: the best token of each, the first of equals."""
+    return scores.max(dim=-1).indices
+
+
+def _best(scores: Tensor) -> torch.return_types.topk:
+    """The best tokens of each position, of which deviations are measured."""
+    return scores.topk(min(TOP_TOKENS, scores.shape[1]))
+
+
+def _changes(a: Tensor, b: Tensor) -> Tensor:
+    """[positions, k]: how the logits of a position's best tokens change relative to their mean, from a to b."""
+    best = _best(a).indices
+    change = b.gather(1, best).double() - a.gather(1, best).double()
+    return change - change.mean(dim=1, keepdim=True)
+
+
+def _deviation(a: Tensor, b: Tensor) -> float:
+    """The largest change of a gap between two of a position's best tokens from one way of computing to another."""
+    changes = _changes(a, b)
+    return float((changes.amax(dim=1) - changes.amin(dim=1)).max())
+
+
+def _rounding(stepwise: Tensor, whole: Tensor) -> Rounding:
+    """What there is to measure between two ways that differ by nothing but their rounding."""
+    changes = _changes(stepwise, whole)
+    positions, k = changes.shape
+    # of the difference of two changes, k of which share a mean
+    spread = math.sqrt(2 * float(changes.square().sum()) / (positions * max(k - 1, 1)))
+    largest = float(_best(stepwise).values.abs().max())
+    return Rounding(_deviation(stepwise, whole), spread, _spacing(largest, stepwise.dtype), positions)
+
+
+def _spacing(value: float, dtype: torch.dtype) -> float:
+    """The distance between neighbouring numbers of a dtype at a positive value."""
+    return math.ldexp(torch.finfo(dtype).eps, math.frexp(value)[1] - 1)
+
+
+def _fault_of_ending(output: list[int], eos_ids: frozenset[int], max_new_tokens: int | None) -> str | None:
+    ends = [position for position, token_id in enumerate(output) if token_id in eos_ids]
+    if ends and ends[0] < len(output) - 1:
+        return f"the output goes on after token {ends[0]}, the end token {output[ends[0]]}"
+    if max_new_tokens is not None and not ends and len(output) < max_new_tokens:
+        return f"the output stops after {len(output)} of {max_new_tokens} tokens without an end token"
+    if max_new_tokens is not None and len(output) > max_new_tokens:
+        return f"the output has {len(output)} tokens where {max_new_tokens} were allowed"
+    return None
+
+
+class _Recording(nn.Module):
+    """A model that keeps the logits of its last pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.logits: Tensor
+
+    def forward(self, **arguments: Any) -> Any:
+        output = self.model(**arguments)
+        self.logits = output.logits
+        return output
