@@ -16,17 +16,16 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
-from dynatree_core.architectures import check_causal_lm, max_positions, vocab_size
-from dynatree_core.arguments import checked_max_new_tokens, checked_prompt, end_token_ids, fixed_width
-from dynatree_core.cache import TreeCache
-from dynatree_core.clock import StageClock
+from dynatree_core.architectures import max_positions
+from dynatree_core.arguments import checked_prompt, new_token_limit
 from dynatree_core.drafters.base import Drafter
-from dynatree_core.errors import NonFiniteLogitsError, PromptError
+from dynatree_core.errors import NonFiniteLogitsError, ParameterError, PromptError
 from dynatree_core.flatten import flatten
 from dynatree_core.generation import run
 from dynatree_core.records import GenerationResult
-from dynatree_core.runner import PREFILL_CHUNK, EagerRunner
+from dynatree_core.runner import PREFILL_CHUNK
 from dynatree_core.session import Session
 from dynatree_core.tree import TokenTree
 
@@ -190,10 +189,15 @@ def audit_output(
         InputError: an argument that cannot be used.
         NonFiniteLogitsError: the target's logits have NaN among them.
     """
-    num_rows, _ = fixed_width(exact, max_nodes)
-    return _audit(
-        target, prompt_ids, token_ids, max_new_tokens, eos_token_id, num_rows=num_rows, verified=None, precise=precise
+    reference = _reference(
+        target,
+        prompt_ids,
+        max_new_tokens=len(token_ids) if max_new_tokens is None else max_new_tokens,
+        exact=exact,
+        max_nodes=max_nodes,
+        eos_token_id=eos_token_id,
     )
+    return _audit(reference, token_ids, max_new_tokens, verified=None, precise=precise)
 
 
 def audit_generation(
@@ -214,7 +218,15 @@ def audit_generation(
     Returns:
         What was generated, and the audit of it.
     """
-    session = Session(target, drafter, prompt_ids, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, **options)
+    sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}
+    reference = _reference(target, prompt_ids, exact=options.get("exact"), max_nodes=options.get("max_nodes"), **sizes)
+    options = {"generation_config": _plain(target), **options}
+    session = Session(target, drafter, prompt_ids, **sizes, **options)
+    if session.logits_processors or session.sampler is not None:
+        raise ParameterError(
+            "an audit compares the target's own logits, got settings that change them or draw from them; leave them "
+            "out, or compare two generations with one seed"
+        )
     session.target.model = recording = _Recording(target)
     rows: list[Tensor] = []
     for report in run(session):
@@ -223,16 +235,8 @@ def audit_generation(
         rows.append(recording.logits[0, chosen_at])
     result = session.result()
     verified = torch.cat(rows) if rows else None
-    return result, _audit(
-        target,
-        session.prompt_ids,
-        result.token_ids,
-        max_new_tokens,
-        eos_token_id,
-        num_rows=session.pass_rows,
-        verified=verified,
-        precise=precise,
-    )
+    limit = None if session.stopping_criteria else max_new_tokens
+    return result, _audit(reference, result.token_ids, limit, verified=verified, precise=precise)
 
 
 def judge(
@@ -275,25 +279,32 @@ def judge(
     )
 
 
+def _reference(target: nn.Module, prompt_ids: Tensor | Sequence[int], **options: Any) -> Session:
+    """A session for plain autoregressive decoding, which lends the reference its caches and the shape of its passes."""
+    return Session(target, None, prompt_ids, policy="autoregressive", generation_config=_plain(target), **options)
+
+
+def _plain(target: Any) -> GenerationConfig:
+    """The target's end tokens, and nothing that would change its logits."""
+    config = getattr(target, "generation_config", None)
+    return GenerationConfig(eos_token_id=config and config.eos_token_id)  # type: ignore[no-untyped-call]
+
+
 def _audit(
-    target: nn.Module,
-    prompt_ids: Tensor | Sequence[int],
+    reference: Session,
     token_ids: Tensor | Sequence[int],
     max_new_tokens: int | None,
-    eos_token_id: int | Sequence[int] | None,
     *,
-    num_rows: int,
     verified: Tensor | None,
     precise: nn.Module | None,
 ) -> AuditReport:
-    check_causal_lm(target, "target")
-    vocab = vocab_size(target)
-    prompt = checked_prompt(prompt_ids, vocab)
+    target = reference.target.model
+    prompt = reference.prompt_ids
     if len(token_ids) == 0:
         raise PromptError("an output to audit must have at least one token, got none; generate some first")
-    output = checked_prompt(token_ids, vocab)
-    checked_max_new_tokens(len(output), len(prompt), max_positions(target))
-    ways = {AUTOREGRESSIVE: _autoregressive_logits(target, prompt, output, num_rows)}
+    output = checked_prompt(token_ids, reference.vocab_size)
+    new_token_limit(len(output), None, len(prompt), len(prompt), max_positions(target))
+    ways = {AUTOREGRESSIVE: _autoregressive_logits(reference, output)}
     if verified is not None:
         ways[VERIFIED] = verified
     ways[STEPWISE] = _stepwise_logits(target, prompt, output)
@@ -307,22 +318,21 @@ def _audit(
                 f"the target's logits must be numbers to be compared, got NaN in those computed '{way}'; its weights "
                 "may be damaged, or half precision overflows: try float32 or bfloat16"
             )
-    ending = _fault_of_ending(output, end_token_ids(target, eos_token_id), max_new_tokens)
-    return judge(output, ways, num_rows=max(num_rows, 1), ending=ending)
+    ending = _fault_of_ending(output, reference.eos_token_ids, max_new_tokens)
+    return judge(output, ways, num_rows=reference.pass_shape.get("min_rows", 1), ending=ending)
 
 
 @torch.inference_mode()
-def _autoregressive_logits(target: nn.Module, prompt: list[int], output: list[int], num_rows: int) -> Tensor:
-    """[positions, vocab], by passes over one token each, as a session without a drafter makes them."""
-    ids = _text(target, [*prompt, *output])[0]
-    cache = TreeCache(ids.numel() + num_rows)
-    runner = EagerRunner(target, StageClock(ids.device))
-    runner.prefill(ids[: len(prompt) - 1], cache)
+def _autoregressive_logits(session: Session, output: list[int]) -> Tensor:
+    """[positions, vocab], by passes over one token each, as the session would make them."""
+    ids = _text(session.target.model, [*session.prompt_ids, *output])[0]
+    start = len(session.prompt_ids) - 1
+    session.target.prefill(ids[:start], session.cache)
     rows = []
-    for root in torch.split(ids[len(prompt) - 1 : -1], 1):
-        flat = flatten([TokenTree.root(root)], [cache.length], min_rows=num_rows)
-        rows.append(runner.forward(flat, cache, stage="verify")[0, 0])
-        cache.commit([[0]])
+    for root in torch.split(ids[start:-1], 1):
+        flat = flatten([TokenTree.root(root)], [session.cache.length], **session.pass_shape)
+        rows.append(session.target.forward(flat, session.cache, stage="verify")[0, 0])
+        session.cache.commit([[0]])
     return torch.stack(rows)
 
 

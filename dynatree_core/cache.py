@@ -28,11 +28,14 @@ class TreeCache(Cache):
     Args:
         capacity: rows per batch row, committed and undecided ones together.
         batch: number of batch rows; a session has one.
+        is_zeroed: whether slots that were never written may be shown to a pass, see `min_slots`.
     """
 
-    def __init__(self, capacity: int, *, batch: int = 1) -> None:
+    def __init__(self, capacity: int, *, batch: int = 1, is_zeroed: bool = False) -> None:
         super().__init__(layers=[])
         self.capacity = capacity
+        self.min_slots = 0  # slots of the next pass's view at least; the mask has to span them
+        self._is_zeroed = is_zeroed or batch > 1
         self.lengths = [0] * batch  # committed rows of each batch row
         self.keys: list[Tensor] = []  # per layer, [batch, heads, capacity, head_dim]
         self.values: list[Tensor] = []
@@ -74,7 +77,7 @@ class TreeCache(Cache):
             keys[row, :, start : start + rows] = key_states[row]
             values[row, :, start : start + rows] = value_states[row]
         self._block_lens[layer_idx] = block_len + rows
-        slots = self.length + block_len + rows
+        slots = max(self.length + block_len + rows, self.min_slots)
         return keys[:, :, :slots], values[:, :, :slots]
 
     @torch.inference_mode()  # the buffers were made in it, if the forward pass was
@@ -126,10 +129,11 @@ class TreeCache(Cache):
 
     def _allocate(self, states: Tensor) -> Tensor:
         buffer = states.new_empty(len(self.lengths), states.shape[1], self.capacity, states.shape[3])
-        if len(self.lengths) > 1:
-            # a batch row that is shorter than the longest shows slots that were never written. They are hidden,
-            # with weight 0 in attention, but 0 × NaN would be NaN. One row shows no such slot, and leaving its
-            # buffer untouched keeps the pages of trees that are never drafted out of memory.
+        if self._is_zeroed:
+            # a batch row that is shorter than the longest, and a view that is longer than its rows, show slots that
+            # were never written. They are hidden, with weight 0 in attention, but 0 × NaN would be NaN. Otherwise no
+            # such slot is shown, and leaving the buffer untouched keeps the pages of trees that are never drafted out
+            # of memory.
             buffer.zero_()
         return buffer
 

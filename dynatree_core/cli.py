@@ -143,11 +143,6 @@ def _dynatree(context: click.Context) -> None:
     help="As in transformers; above 1 repeats less.",
 )
 @click.option("--no-repeat-ngram-size", type=click.IntRange(min=1), help="No n tokens in a row come twice.")
-@click.option(
-    "--exact",
-    type=click.Choice(["fixed_width"]),
-    help="Pad every pass to one width, so that half precision rounds alike with and without trees.",
-)
 @click.option("--tau", type=click.FloatRange(0, 1), help="Cut drafted nodes of a lower path probability.")
 @click.option("--max-nodes", type=click.IntRange(min=0), help="Drafted nodes of a tree at most.")
 @click.option("--max-depth", type=click.IntRange(min=0), help="Depth of a tree at most.")
@@ -157,7 +152,7 @@ def _dynatree(context: click.Context) -> None:
 @click.option(
     "--exact",
     type=click.Choice(["fixed_width"]),
-    help="fixed_width: for half precision, the same number of rows in every pass.",
+    help="fixed_width: passes of one shape, so that half precision rounds alike with and without trees.",
 )
 @click.option(
     "--on-error",

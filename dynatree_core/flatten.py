@@ -17,13 +17,16 @@ from dynatree_core.tree import TokenTree
 __all__ = ["flatten", "flatten_chain", "flatten_level"]
 
 
-def flatten(trees: Sequence[TokenTree], prefix_lens: Sequence[int], *, min_rows: int = 0) -> FlatTrees:
+def flatten(
+    trees: Sequence[TokenTree], prefix_lens: Sequence[int], *, min_rows: int = 0, min_slots: int = 0
+) -> FlatTrees:
     """Lay out whole trees, the root as row 0, for the target.
 
     Args:
         trees: one tree a batch row.
         prefix_lens: committed rows in the cache of each batch row; the root is not among them.
         min_rows: rows of the pass at least.
+        min_slots: cache slots that the mask spans at least; those behind the rows are seen by nobody.
 
     Returns:
         Rows and slots are padded to the longest. A padding row sees only itself (a row that sees nothing
@@ -31,7 +34,7 @@ def flatten(trees: Sequence[TokenTree], prefix_lens: Sequence[int], *, min_rows:
     """
     batch, device = len(trees), trees[0].device
     rows = max(min_rows, *(tree.num_nodes for tree in trees))
-    slots = max(prefix_lens) + rows
+    slots = max(min_slots, max(prefix_lens) + rows)
     token_ids = torch.zeros(batch, rows, dtype=torch.int64, device=device)
     position_ids = torch.zeros(batch, rows, dtype=torch.int64, device=device)
     visible = torch.zeros(batch, rows, slots, dtype=torch.bool, device=device)

@@ -59,8 +59,9 @@ def generate(
         max_depth: depth of a tree at most. For these three the strictest of this argument and of what policies
             with a parameter of that name ask for holds; where nobody asks: 0.05, 128 and 64.
         max_branch: children of a node at most, 16 by default.
-        exact: None (default), or "fixed_width" for half precision: every verification pass has max_nodes + 1 rows (16,
-            unless max_nodes is given), autoregressive decoding's too, so that both round alike; see docs/audit.md.
+        exact: None (default), or "fixed_width" for half precision: every verification pass has one shape, with
+            max_nodes + 1 rows (16, unless max_nodes is given), and a tree is cut to its first chain. Autoregressive
+            decoding (policy="autoregressive") with the same option then rounds alike; see docs/audit.md.
         on_error: "raise" (default), or "fallback" to go on autoregressively, with a warning, after a policy or a
             drafter failed.
 

@@ -13,8 +13,13 @@ __all__ = ["prune"]
 
 
 def prune(session: Session, tree: TokenTree) -> TokenTree:
-    """The tree without the nodes to which a policy objects; the same tree when none has an opinion."""
+    """The tree without the nodes to which a policy objects; the same tree when none has an opinion.
+
+    With exact="fixed_width" it is the first chain of what is left, whose node at depth d stands in row d.
+    """
     if tree.num_drafted == 0:
         return tree
     keep = session.stack.keep_nodes(tree)
-    return tree if keep is None else tree.subtree(tree.close_under_ancestors(keep))
+    if keep is not None:
+        tree = tree.subtree(tree.close_under_ancestors(keep))
+    return tree.first_chain() if session.is_fixed_width else tree

@@ -70,6 +70,7 @@ class EagerRunner:
             "use_cache": True,
             **self._fixed_arguments,
         }
+        cache.min_slots = flat.visible.shape[-1]
         if last_row_only and self._can_skip_logits:
             arguments["logits_to_keep"] = 1
         with _named_failure(flat), self.clock.measure(stage, on_device=True):

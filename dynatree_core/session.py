@@ -128,14 +128,16 @@ class Session:
         self.sampler = Sampler(self.device, checked_seed(seed)) if config.do_sample else None  # None: greedy
         self.stopping_criteria = criteria_of(config, stopping_criteria, tokenizer)
         self.stack: PolicyStack = build_stack(policy)
-        # rows of a verification pass at least
-        self.pass_rows, max_nodes = fixed_width(exact, max_nodes)
+        pass_rows, max_nodes = fixed_width(exact, max_nodes)
         self.limits = resolved_limits(self.stack, max_depth, max_nodes, tau, max_branch, self.vocab_size)
         self.clock = StageClock(self.device)
 
         num_tokens = len(self.prompt_ids) + self.max_new_tokens
         self.target = EagerRunner(target, self.clock, positions and positions[self._num_padding :])
-        self.cache = TreeCache(num_tokens + max(self.limits.max_nodes, self.pass_rows))
+        self.is_fixed_width = exact is not None
+        self.cache = TreeCache(num_tokens + max(self.limits.max_nodes, pass_rows), is_zeroed=self.is_fixed_width)
+        # of every verification pass at least, so that all passes round alike
+        self.pass_shape = {"min_rows": pass_rows, "min_slots": self.cache.capacity} if self.is_fixed_width else {}
         source = _as_drafter(drafter)
         self.drafter_name = None if source is None else str(source)
         self.draft_state: DraftState | None = None

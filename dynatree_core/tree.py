@@ -129,6 +129,12 @@ class TokenTree:
             level_sizes=tuple(size for size in level_sizes if size),
         )
 
+    def first_chain(self) -> TokenTree:
+        """The root, its most probable child, that one's most probable child, and so on."""
+        is_first = torch.ones_like(self.parent, dtype=torch.bool)
+        is_first[1:] = self.parent[1:] != self.parent[:-1]  # children of one parent are adjacent
+        return self.subtree(self.close_under_ancestors(is_first))
+
     def close_under_ancestors(self, keep: Tensor) -> Tensor:
         """[nodes] bool: the kept nodes all of whose ancestors are kept too. The root always is."""
         keep = keep.clone()

@@ -151,8 +151,8 @@ def test_a_verifier_that_chooses_badly_is_a_bug(dtype, monkeypatch):
     """Also where the token is nearly the best: the run's own logits speak against it."""
     verify = decode_module.verify
 
-    def second_best(tree, logits):
-        verdict = verify(tree, logits)
+    def second_best(session, tree, logits):
+        verdict = verify(session, tree, logits)
         last = ([0, *verdict.path])[-1]
         return attrs.evolve(verdict, token_ids=(*verdict.token_ids[:-1], int(logits[last].topk(2).indices[1])))
 

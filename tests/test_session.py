@@ -141,23 +141,48 @@ def test_limits_the_strictest_wins():
 
 @pytest.mark.parametrize("max_nodes", [None, 0, 5])
 def test_fixed_width(max_nodes, monkeypatch):
-    """Every verification pass has one and the same number of rows, and the output is what it always is."""
+    """Every verification pass has one and the same shape, and the output is what it always is."""
     session = Session(
         TARGET, DRAFTER, PROMPT, policy="fixed(tau=0.0)", max_new_tokens=20, exact="fixed_width", max_nodes=max_nodes
     )
-    rows = set()
+    shapes = set()
     forward = session.target.forward
 
-    def count(flat, cache, *, stage, **options):
+    def note(flat, cache, *, stage, **options):
         if stage == "verify":
-            rows.add(flat.num_rows)
+            shapes.add(tuple(flat.visible.shape))
         return forward(flat, cache, stage=stage, **options)
 
-    monkeypatch.setattr(session.target, "forward", count)
+    monkeypatch.setattr(session.target, "forward", note)
     for _ in run(session):
         pass
-    assert rows == {16 if max_nodes is None else max_nodes + 1}
+    rows = 16 if max_nodes is None else max_nodes + 1
+    assert shapes == {(1, rows, session.cache.capacity)}
     assert session.new_token_ids == greedy(TARGET, PROMPT, 20)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fixed_width_rounds_as_its_reference_does(family, dtype):
+    """Tokens and cached rows are equal bit by bit, with trees and without; with passes as they come they are not."""
+    target = copy.deepcopy(tiny_model(family)).to(dtype)
+
+    def decoded(drafter, exact):
+        session = Session(target, drafter, list(range(9)), policy="fixed(tau=0.0)", max_new_tokens=60, exact=exact)
+        for _ in run(session):
+            pass
+        return session
+
+    def are_equal(one, other):
+        end = min(one.cache.length, other.cache.length)
+        buffers = zip((*one.cache.keys, *one.cache.values), (*other.cache.keys, *other.cache.values), strict=True)
+        return all(torch.equal(a[:, :, :end], b[:, :, :end]) for a, b in buffers)
+
+    alone, trees = decoded(None, "fixed_width"), decoded(target, "fixed_width")
+    assert trees.num_iterations < 40
+    assert trees.new_token_ids == alone.new_token_ids
+    assert are_equal(trees, alone)
+    assert not are_equal(decoded(target, None), decoded(None, None))
 
 
 def test_nan_logits_end_the_generation_with_what_was_committed():

@@ -178,3 +178,16 @@ def test_the_budget_keeps_the_most_probable_of_a_level():
         whole = draft(session)
     best = whole.cum_logprob[4:13].topk(2).values
     torch.testing.assert_close(tree.cum_logprob[4:].sort(descending=True).values, best)
+
+
+@given(ours.trees())
+def test_first_chain(tree):
+    """Node by node: the first child of the last one, until there is none."""
+    parents = tree.parent.tolist()
+    nodes = [0]
+    while nodes[-1] in parents:
+        nodes.append(parents.index(nodes[-1]))
+    chain = tree.first_chain()
+    assert chain.draft_index.tolist() == tree.draft_index[nodes].tolist()
+    assert chain.token_ids.tolist() == tree.token_ids[nodes].tolist()
+    assert chain.depth.tolist() == list(range(len(nodes)))
