@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint mutants bench-smoke wheel clean
+.PHONY: demo test lint fuzz mutants bench-smoke wheel clean
 
 demo: $(VENV)/installed  ## real text by tree speculative decoding, checked against plain decoding
 	$(BIN)/dynatree models install
@@ -22,6 +22,9 @@ lint: $(VENV)/installed
 
 mutants: $(VENV)/installed  ## deliberate bugs, each of which the tests have to notice
 	$(BIN)/python tests/mutants.py
+
+fuzz: $(VENV)/installed  ## thousands of random generations against generate(), about five minutes
+	$(BIN)/python tests/fuzz.py
 
 bench-smoke: $(VENV)/installed  ## what trees are worth on the default model, and where the time goes
 	$(BIN)/dynatree models install

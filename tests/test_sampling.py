@@ -14,38 +14,14 @@ from dynatree_core.errors import ParameterError
 from dynatree_core.plugins import DRAFTERS, POLICIES, PRESETS, plugin_table
 from dynatree_core.sampling import Sampler
 from dynatree_core.testing import strategies as ours
-from dynatree_core.testing.models import perturbed, tiny_model
+from dynatree_core.testing.models import perturbed, reference, tiny_model
 
 TARGET, DRAFTER, PROMPT = tiny_model("llama"), perturbed("llama"), [1, 2, 3]
-
-warpers = st.fixed_dictionaries(
-    {},
-    optional={
-        "temperature": st.sampled_from([0.2, 0.7, 1.5]),
-        "top_k": st.integers(0, 40),
-        "top_p": st.sampled_from([0.3, 0.8, 1.0]),
-        "min_p": st.sampled_from([0.05, 0.3]),
-        "typical_p": st.sampled_from([0.4, 0.9]),
-        "epsilon_cutoff": st.sampled_from([0.001, 0.1]),
-        "eta_cutoff": st.sampled_from([0.001, 0.1]),
-        "top_h": st.sampled_from([0.3, 0.8]),
-        "repetition_penalty": st.sampled_from([0.8, 1.3]),
-        "no_repeat_ngram_size": st.integers(1, 3),
-    },
-)
 
 
 def sampled_by_generate(model, prompt, length, seed, eos, **asked):
     """What transformers' own sampling says when torch's generator has this seed."""
-    ids = torch.tensor([prompt])
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=length, eos_token_id=eos or None,
-        pad_token_id=0, **asked,
-    )  # fmt: skip
-    torch.set_rng_state(state)
-    return output[0, len(prompt) :].tolist()
+    return reference(model, prompt, length, eos, do_sample=True, seed=seed, **asked)
 
 
 @given(data=st.data())
@@ -54,7 +30,7 @@ def test_a_seed_gives_the_text_of_generate(data):
     family, model_seed = data.draw(ours.families), data.draw(ours.model_seeds)
     target, prompt = tiny_model(family, model_seed), data.draw(ours.prompts)
     length, seed = data.draw(st.integers(1, 24)), data.draw(st.integers(0, 2**32))
-    eos, asked = data.draw(st.lists(ours.token_ids, max_size=2)), data.draw(warpers)
+    eos, asked = data.draw(st.lists(ours.token_ids, max_size=2)), data.draw(ours.warper_settings)
     expected = sampled_by_generate(target, prompt, length, seed, eos, **asked)
     drafter, stack = data.draw(ours.drafters(family, model_seed)), data.draw(ours.stacks())
     result = generate(

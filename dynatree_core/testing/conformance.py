@@ -30,27 +30,31 @@ from dynatree_core.records import Frontier, Proposals, StepReport
 from dynatree_core.session import Session
 from dynatree_core.stack import PolicyStack
 from dynatree_core.testing import strategies as ours
-from dynatree_core.testing.models import VOCAB, greedy, tiny_model
+from dynatree_core.testing.models import VOCAB, reference, tiny_model
 from dynatree_core.testing.text import format_tree
 from dynatree_core.tree import TokenTree
 
 __all__ = [
     "DRAFTER_PROPERTIES",
     "POLICY_PROPERTIES",
+    "Case",
     "PolicyMachine",
     "assert_drafter_contract",
     "assert_hook_contract",
     "assert_lossless",
+    "cases",
+    "check_case",
+    "without_database",
 ]
 
 Policy = str | object | Sequence[str | object]
 
 
 def assert_lossless(policy: Policy, *, drafter: Any = None, max_examples: int = 50) -> None:
-    """Generations with this stack, alone and beside random others, equal the target's own greedy output.
+    """Generations with this stack, alone and beside random others, equal the target's own output.
 
-    Tiny random float64 models of several architectures, random prompts, lengths, end tokens and limits, other
-    registered policies before and behind the stack, and drafters from perfect to hostile.
+    Tiny random float64 models of several architectures, random prompts, lengths, end tokens, limits, logits processors
+    and sampling by seed, other registered policies before and behind the stack, drafters from perfect to hostile.
 
     Args:
         policy: a stack's string, a policy object, a list of both, or a hypothesis strategy for any of them.
@@ -61,7 +65,7 @@ def assert_lossless(policy: Policy, *, drafter: Any = None, max_examples: int = 
         AssertionError: the output differs; with the first difference and the tree of the step where it went wrong.
         DynaTreeError: a policy or drafter broke its contract in a generation; the message names it.
     """
-    _check_lossless(_cases(_composed(policy), drafter=drafter), max_examples)
+    _check_lossless(cases(_composed(policy), drafter=drafter), max_examples)
 
 
 def assert_hook_contract(policy: Policy, *, max_examples: int = 100) -> None:
@@ -116,10 +120,11 @@ def assert_drafter_contract(
 def _search(check: Callable[[], None], max_examples: int) -> None:
     """Run a check on many examples, and show one fault only: the smallest example of it."""
     with _steady():
-        _settings(max_examples)(check)()
+        without_database(max_examples)(check)()
 
 
-def _settings(max_examples: int) -> hypothesis_settings:
+def without_database(max_examples: int) -> hypothesis_settings:
+    """Settings of one search: nothing remembered between runs, no deadline, one fault at a time."""
     return hypothesis_settings(
         max_examples=max_examples,
         deadline=None,
@@ -179,42 +184,52 @@ def _name(model_or_drafter: Any) -> str:
 
 
 @st.composite
-def _cases(
+def cases(
     draw: st.DrawFn,
     policies: st.SearchStrategy[Any],
     *,
     drafter: Any = None,
     limits: st.SearchStrategy[dict[str, Any]] = ours.limits,
+    families: st.SearchStrategy[str] = ours.families,
 ) -> Case:
     """A generation: everything that is drawn here is drawn for every check of losslessness."""
-    family, seed = draw(ours.families), draw(ours.model_seeds)
+    family, seed = draw(families), draw(ours.model_seeds)
     target, prompt = tiny_model(family, seed), draw(ours.prompts)
     chosen_drafter = draw(ours.drafters(family, seed)) if drafter is None else drafter
     max_new_tokens = draw(st.integers(0, 24))
     settings = draw(ours.settings)
-    expected = greedy(target, prompt, max_new_tokens, **settings)
+    expected = reference(target, prompt, max_new_tokens, **settings)
     # end tokens that never come, and ones that stand in the output
     eos = draw(st.lists(st.sampled_from(expected) | ours.token_ids if expected else ours.token_ids, max_size=2))
     if eos:
-        expected = greedy(target, prompt, max_new_tokens, eos, **settings)
+        expected = reference(target, prompt, max_new_tokens, eos, **settings)
     options = {
         "policy": draw(policies), "max_new_tokens": max_new_tokens, "eos_token_id": eos, **draw(limits), **settings
     }  # fmt: skip
     return Case(target, chosen_drafter, prompt, options, expected)
 
 
+def check_case(case: Case) -> None:
+    """Run a generation and compare it.
+
+    Raises:
+        AssertionError: another token, or another reason to stop.
+    """
+    session = Session(case.target, case.drafter, case.prompt, on_error="raise", **case.options)
+    for _ in run(session):
+        if session.new_token_ids != case.expected[: len(session.new_token_ids)]:
+            break
+    if session.new_token_ids != case.expected:
+        raise AssertionError(_difference(case, session))
+    reason = "eos" if case.expected and case.expected[-1] in case.options["eos_token_id"] else "length"
+    if session.stop_reason != reason:
+        raise AssertionError(f"the generation must stop for the reason '{reason}', got '{session.stop_reason}'")
+
+
 def _check_lossless(cases: st.SearchStrategy[Case], max_examples: int) -> None:
     @given(case=cases)
     def lossless(case: Case) -> None:
-        session = Session(case.target, case.drafter, case.prompt, on_error="raise", **case.options)
-        for _ in run(session):
-            if session.new_token_ids != case.expected[: len(session.new_token_ids)]:
-                break
-        if session.new_token_ids != case.expected:
-            raise AssertionError(_difference(case, session))
-        reason = "eos" if case.expected and case.expected[-1] in case.options["eos_token_id"] else "length"
-        if session.stop_reason != reason:
-            raise AssertionError(f"the generation must stop for the reason '{reason}', got '{session.stop_reason}'")
+        check_case(case)
 
     _search(lossless, max_examples)
 
@@ -226,7 +241,7 @@ def _difference(case: Case, session: Session) -> str:
     place = next(i for i, (ours_, theirs) in enumerate(pairs) if ours_ != theirs)
     wanted, came = ("the end" if place >= len(ids) else ids[place] for ids in (expected, got))
     lines = [
-        f"the output must be the target's own greedy text: at token {place} expected {wanted}, got {came}",
+        f"the output must be the target's own text: at token {place} expected {wanted}, got {came}",
         f"stack:    {session.stack}",
         f"drafter:  {session.drafter_name}",
         f"prompt:   {case.prompt}",
@@ -423,7 +438,7 @@ def _check_any_order(policy: Policy, max_examples: int) -> None:
         machine: Any = partial(PolicyMachine, policy)  # hypothesis calls it like a class
         run_state_machine_as_test(
             machine,
-            settings=hypothesis_settings(_settings(max_examples), stateful_step_count=20),
+            settings=hypothesis_settings(without_database(max_examples), stateful_step_count=20),
         )
 
 
@@ -595,10 +610,10 @@ POLICY_PROPERTIES: dict[str, Callable[[str, int], None]] = {
     "any_order": _check_any_order,
     "independent_sessions": _check_independent_sessions,
     "prints_back": _check_prints_back,
-    "lossless_alone": lambda stack, n: _check_lossless(_cases(_drawn(stack)), n),
-    "lossless_composed": lambda stack, n: _check_lossless(_cases(_composed(stack)), n),
-    "lossless_with_other_parameters": lambda stack, n: _check_lossless(_cases(ours.other_parameters(stack)), n),
-    "lossless_at_tight_limits": lambda stack, n: _check_lossless(_cases(_drawn(stack), limits=ours.tight_limits), n),
+    "lossless_alone": lambda stack, n: _check_lossless(cases(_drawn(stack)), n),
+    "lossless_composed": lambda stack, n: _check_lossless(cases(_composed(stack)), n),
+    "lossless_with_other_parameters": lambda stack, n: _check_lossless(cases(ours.other_parameters(stack)), n),
+    "lossless_at_tight_limits": lambda stack, n: _check_lossless(cases(_drawn(stack), limits=ours.tight_limits), n),
 }
 
 DRAFTER_PROPERTIES: dict[str, Callable[[str, int], None]] = {

@@ -257,12 +257,28 @@ def greedy(
     model: Any, prompt: list[int], max_new_tokens: int, eos: list[int] | None = None, **settings: Any
 ) -> list[int]:
     """What transformers' own greedy decoding says; `settings` are those of its `generate`."""
+    return reference(model, prompt, max_new_tokens, eos, **settings)
+
+
+def reference(
+    model: Any,
+    prompt: list[int],
+    max_new_tokens: int,
+    eos: list[int] | None = None,
+    *,
+    do_sample: bool = False,
+    seed: int = 0,
+    **settings: Any,
+) -> list[int]:
+    """What transformers' own `generate` says, greedily or, with this seed of torch's generator, by sampling."""
     if max_new_tokens == 0:
         return []
     input_ids = torch.tensor([prompt], device=model.device)
     settings = {
         "attention_mask": torch.ones_like(input_ids), "eos_token_id": eos or None, "pad_token_id": 0, **settings
     }  # fmt: skip
-    output = model.generate(input_ids, do_sample=False, max_new_tokens=max_new_tokens, **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        output = model.generate(input_ids, do_sample=do_sample, max_new_tokens=max_new_tokens, **settings)
     new_token_ids: list[int] = output[0, len(prompt) :].tolist()
     return new_token_ids

@@ -72,6 +72,7 @@ __all__ = [
     "tight_limits",
     "token_ids",
     "trees",
+    "warper_settings",
 ]
 
 FAMILIES = ("gpt_neox", "llama", "gpt2")
@@ -138,8 +139,27 @@ processor_settings: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "remove_invalid_values": st.just(True),
     },
 ).filter(_can_force)
-# most generations have none
-settings: st.SearchStrategy[dict[str, Any]] = st.just({}) | processor_settings
+# its settings that change the law of what is sampled
+warper_settings: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.sampled_from([0.2, 0.7, 1.5]),
+        "top_k": st.integers(0, 40),
+        "top_p": st.sampled_from([0.3, 0.8, 1.0]),
+        "min_p": st.sampled_from([0.05, 0.3]),
+        "typical_p": st.sampled_from([0.4, 0.9]),
+        "epsilon_cutoff": st.sampled_from([0.001, 0.1]),
+        "eta_cutoff": st.sampled_from([0.001, 0.1]),
+        "top_h": st.sampled_from([0.3, 0.8]),
+        "repetition_penalty": st.sampled_from([0.8, 1.3]),
+        "no_repeat_ngram_size": st.integers(1, 3),
+    },
+)
+_sampling = st.builds(
+    lambda seed, warpers: {"do_sample": True, "seed": seed, **warpers}, st.integers(0, 99), warper_settings
+)
+# plain greedy decoding, with processors, or sampling
+settings: st.SearchStrategy[dict[str, Any]] = st.just({}) | processor_settings | _sampling
 
 
 # policies

@@ -1,0 +1,201 @@
+"""Tree decoding through transformers' own door: `model.generate(..., custom_generate=dynatree_core.hf.generate)`.
+
+generate() reads its arguments, makes logits processors and stopping criteria of them, and then calls the function here
+in place of its own decoding loop. What it keeps to itself (streamer, tokenizer, stop strings) goes through
+`generate_with`, which has its signature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from dynatree_core.drafters.base import Drafter
+from dynatree_core.errors import ParameterError
+from dynatree_core.generation import run
+from dynatree_core.session import Session
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["generate", "generate_with"]
+
+# ways of decoding that are not tree decoding -> the value that asks for none of it
+_REFUSED = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "guidance_scale": 1,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+# what generate() prepares for its own loop and a session makes for itself
+_NOT_NEEDED = {"use_cache", "past_key_values", "logits_to_keep", "cache_position", "position_ids", "attention_mask"}
+
+
+class _Recorder(LogitsProcessor):
+    """Changes nothing, and keeps the scores that it sees: one [1, vocab] for each emitted token."""
+
+    def __init__(self) -> None:
+        self.scores: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.scores.append(scores.clone())
+        return scores
+
+
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    generation_config: GenerationConfig | None = None,
+    drafter: nn.Module | Drafter | str | None = "prompt_lookup",
+    policy: str | object | Sequence[str | object] = "phase3",
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """For `model.generate(**inputs, custom_generate=generate, drafter=..., policy=...)`; not to be called otherwise.
+
+    Args:
+        model: the target.
+        input_ids: the prompt, [1, tokens].
+        logits_processor: made by generate(), warpers of sampling included.
+        stopping_criteria: made by generate().
+        generation_config: made by generate().
+        drafter: as in `dynatree_core.generate`.
+        policy: as in `dynatree_core.generate`.
+        streamer: one of transformers', which gets the tokens of each decode step when they are committed.
+        model_kwargs: attention mask, positions, and what generate() prepares for its own loop.
+
+    Returns:
+        Prompt and new tokens, [1, tokens]; a `GenerateDecoderOnlyOutput` with `return_dict_in_generate`, with one
+        [1, vocab] a new token in `scores` and `logits` where they are asked for.
+
+    Raises:
+        ParameterError: several sequences, or a way of decoding that is not tree decoding.
+        DynaTreeError: what failed while running.
+    """
+    config = generation_config or GenerationConfig()  # type: ignore[no-untyped-call]
+    _check(input_ids, config, model_kwargs)
+    criteria = [c for c in stopping_criteria or [] if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
+    raw, processed = _Recorder(), _Recorder()
+    processors = [
+        *([raw] if config.output_logits else []),
+        *(logits_processor or []),
+        *([processed] if config.output_scores else []),
+    ]
+    session = Session(
+        model,
+        drafter,
+        input_ids,
+        policy=policy,
+        max_length=config.max_length,
+        eos_token_id=[] if config.eos_token_id is None else config.eos_token_id,
+        attention_mask=model_kwargs.get("attention_mask"),
+        position_ids=_positions(model_kwargs),
+        logits_processor=processors,
+        stopping_criteria=criteria,
+        generation_config=GenerationConfig(do_sample=config.do_sample, top_k=0),  # type: ignore[no-untyped-call]
+    )
+    for report in run(session):
+        if streamer is not None:
+            for token_id in report.token_ids:
+                streamer.put(torch.tensor([token_id]))
+    if streamer is not None:
+        streamer.end()
+    sequences = torch.cat([input_ids, input_ids.new_tensor([session.new_token_ids])], dim=1)
+    if not config.return_dict_in_generate:
+        return sequences
+    fields: dict[str, Any] = {"sequences": sequences}
+    if config.output_scores:
+        fields["scores"] = tuple(processed.scores)
+    if config.output_logits:
+        fields["logits"] = tuple(raw.scores)
+    return GenerateDecoderOnlyOutput(**fields)
+
+
+def generate_with(
+    model: Any,
+    inputs: Tensor | None = None,
+    *,
+    drafter: nn.Module | Drafter | str | None = "prompt_lookup",
+    policy: str | object | Sequence[str | object] = "phase3",
+    streamer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    stop_strings: str | list[str] | None = None,
+    stopping_criteria: Sequence[StoppingCriteria] = (),
+    **settings: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """`model.generate` with trees: its arguments and its result, with `streamer`, `tokenizer` and `stop_strings` too.
+
+    Args:
+        model: the target.
+        inputs: the prompt, [1, tokens], unless it is among the settings as `input_ids`.
+        drafter: as in `dynatree_core.generate`.
+        policy: as in `dynatree_core.generate`.
+        streamer: one of transformers', which gets the prompt, then the tokens of each step when they are committed.
+        tokenizer: the target's, needed with stop strings.
+        stop_strings: texts behind which the output ends.
+        stopping_criteria: more of them.
+        settings: whatever else generate() takes.
+
+    Raises:
+        ParameterError: stop strings without a tokenizer, or what `generate` refuses.
+    """
+    criteria = StoppingCriteriaList(stopping_criteria)
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise ParameterError("stop_strings need the target's tokenizer, got none; give it as tokenizer=...")
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    prompt = inputs if inputs is not None else settings.get("input_ids")
+    if streamer is not None and prompt is not None:
+        streamer.put(prompt.cpu())
+    decode = partial(generate, drafter=drafter, policy=policy, streamer=streamer)
+    return model.generate(inputs, custom_generate=decode, stopping_criteria=criteria, **settings)  # type: ignore[no-any-return]
+
+
+def _check(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    for name, neutral in _REFUSED.items():
+        value = getattr(config, name, None)
+        if value not in (None, neutral):
+            raise ParameterError(
+                f"tree decoding has no {name}, got {value!r}; leave it out, or decode without custom_generate"
+            )
+    if input_ids.shape[0] != 1:
+        raise ParameterError(
+            f"tree decoding takes one sequence at a time, got {input_ids.shape[0]}; give one prompt a call"
+        )
+    unknown = [name for name, value in model_kwargs.items() if name not in _NOT_NEEDED and value is not None]
+    if unknown:
+        raise ParameterError(f"tree decoding cannot hand {', '.join(unknown)} on to the model; leave it out")
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ParameterError(
+            "tree decoding begins with a cache of its own, got one with rows; leave past_key_values out"
+        )
+
+
+def _positions(model_kwargs: dict[str, Any]) -> Tensor | None:
+    """The prompt's positions where a caller gave any; those that generate() derives from the mask say nothing new."""
+    positions: Tensor | None = model_kwargs.get("position_ids")
+    mask: Tensor | None = model_kwargs.get("attention_mask")
+    if positions is None or (mask is not None and torch.equal(positions, (mask.long().cumsum(-1) - 1).clamp(min=0))):
+        return None
+    return positions

@@ -1,0 +1,194 @@
+"""generate() with trees: each argument that is honoured gives what generate() gives, each other one is refused."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    TextIteratorStreamer,
+    TextStreamer,
+    pipeline,
+)
+
+from dynatree_core import hf
+from dynatree_core.errors import ParameterError
+from dynatree_core.testing import strategies as ours
+from dynatree_core.testing.models import VOCAB, perturbed, tiny_model
+
+TARGET, DRAFTER = tiny_model("llama"), perturbed("llama")
+PROMPT = torch.tensor([[1, 2, 3]])
+PLAIN = {"attention_mask": torch.ones_like(PROMPT), "max_new_tokens": 20, "pad_token_id": 0}
+TREES = {"custom_generate": hf.generate, "drafter": DRAFTER, "policy": "fixed(tau=0.0)"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [*"abcdefghijklmnopqrstuvwxyz .,!?'", "ab", "the", " a", "re", "in"]
+    assert len(texts) == VOCAB
+    inner = Tokenizer(models.BPE({text: i for i, text in enumerate(texts)}, merges=[]))
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="a", eos_token="?")
+
+
+class No(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        scores[:, input_ids[0, -1]] = -torch.inf
+        return scores
+
+
+class Ten(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((1,), input_ids.shape[1] >= 10)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": None, "max_length": 9},
+        {"max_new_tokens": None, "generation_config": GenerationConfig(max_new_tokens=7, repetition_penalty=1.3)},
+        {"eos_token_id": [4, 11, 30]},
+        {"min_new_tokens": 6, "eos_token_id": list(range(18))},
+        {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[4], [7, 8]], "suppress_tokens": [3]},
+        {"forced_eos_token_id": 5, "sequence_bias": {(9,): 3.0}},
+        {"logits_processor": [No()]},
+        {"stopping_criteria": [Ten()]},
+        {"max_time": 0.0},
+        {"prefix_allowed_tokens_fn": lambda batch, ids: [1, 2, 3, 4 + len(ids) % 5]},
+        {"do_sample": True, "temperature": 0.6, "top_k": 12, "top_p": 0.9},
+        {"do_sample": True, "min_p": 0.1, "repetition_penalty": 1.2},
+        {"attention_mask": torch.tensor([[0, 1, 1]])},
+        {"position_ids": torch.tensor([[3, 5, 9]])},
+        {"use_cache": False},
+    ],
+    ids=lambda asked: "+".join(asked) or "nothing",
+)
+def test_what_is_honoured(asked):
+    arguments = {**PLAIN, **asked}
+    torch.manual_seed(3)
+    expected = TARGET.generate(PROMPT, **arguments)
+    torch.manual_seed(3)
+    assert TARGET.generate(PROMPT, **arguments, **TREES).tolist() == expected.tolist()
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_any_settings(data):
+    family, seed = data.draw(ours.families), data.draw(ours.model_seeds)
+    target, prompt = tiny_model(family, seed), torch.tensor([data.draw(ours.prompts)])
+    asked = data.draw(ours.settings)
+    torch_seed = asked.pop("seed", 0)
+    arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": data.draw(st.integers(1, 20)), **asked}
+    arguments |= {"eos_token_id": data.draw(st.lists(ours.token_ids, max_size=2)) or None, "pad_token_id": 0}
+    trees = {"drafter": data.draw(ours.drafters(family, seed)), "policy": data.draw(ours.stacks())}
+    torch.manual_seed(torch_seed)
+    expected = target.generate(prompt, **arguments)
+    torch.manual_seed(torch_seed)
+    assert target.generate(prompt, **arguments, custom_generate=hf.generate, **trees).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_scores_and_logits(do_sample):
+    asked = {**PLAIN, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    asked |= {"repetition_penalty": 1.3, "do_sample": do_sample}
+    torch.manual_seed(3)
+    expected = TARGET.generate(PROMPT, **asked)
+    torch.manual_seed(3)
+    result = TARGET.generate(PROMPT, **asked, **TREES)
+    assert result.sequences.tolist() == expected.sequences.tolist()
+    for name in ("scores", "logits"):
+        assert len(result[name]) == 20
+        for ours_, theirs in zip(result[name], expected[name], strict=True):
+            torch.testing.assert_close(ours_, theirs)
+
+
+def test_a_dict_without_scores():
+    result = TARGET.generate(PROMPT, **PLAIN, return_dict_in_generate=True, **TREES)
+    assert result.scores is None
+    assert result.sequences.tolist() == TARGET.generate(PROMPT, **PLAIN).tolist()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"num_beams": 3}, "tree decoding has no num_beams, got 3"),
+        ({"num_return_sequences": 2, "do_sample": True}, "has no num_return_sequences, got 2"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "has no output_hidden_states"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "has no output_attentions"),
+        ({"guidance_scale": 1.5}, "has no guidance_scale"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_refused(asked, message):
+    with pytest.raises(ParameterError, match=message):
+        TARGET.generate(PROMPT, **PLAIN, **asked, **TREES)
+
+
+def test_several_prompts_are_refused():
+    with pytest.raises(ParameterError, match="one sequence at a time, got 2"):
+        TARGET.generate(torch.tensor([[1, 2], [3, 4]]), max_new_tokens=4, pad_token_id=0, **TREES)
+
+
+def test_a_cache_with_rows_is_refused():
+    with torch.inference_mode():
+        cache = TARGET(PROMPT[:, :2], use_cache=True).past_key_values
+    with pytest.raises(ParameterError, match="got one with rows"):
+        TARGET.generate(PROMPT, **PLAIN, past_key_values=cache, **TREES)
+
+
+class Collecting(TextStreamer):
+    def __init__(self, tokenizer, **options):
+        super().__init__(tokenizer, **options)
+        self.text = ""
+
+    def on_finalized_text(self, text, stream_end=False):
+        self.text += text
+
+
+@pytest.mark.parametrize("skip_prompt", [False, True])
+def test_a_streamer_gets_what_it_gets_from_generate(tokenizer, skip_prompt):
+    theirs, mine = (Collecting(tokenizer, skip_prompt=skip_prompt) for _ in range(2))
+    expected = TARGET.generate(PROMPT, **PLAIN, streamer=theirs)
+    result = hf.generate_with(TARGET, PROMPT, drafter=DRAFTER, policy="fixed", streamer=mine, **PLAIN)
+    assert result.tolist() == expected.tolist()
+    assert mine.text == theirs.text != ""
+
+
+def test_an_iterating_streamer_in_a_thread(tokenizer):
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    arguments = {"drafter": DRAFTER, "streamer": streamer, "input_ids": PROMPT, **PLAIN}
+    thread = threading.Thread(target=hf.generate_with, args=(TARGET,), kwargs=arguments)
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert text == tokenizer.decode(TARGET.generate(PROMPT, **PLAIN)[0, 3:])
+
+
+def test_stop_strings(tokenizer):
+    text = tokenizer.decode(TARGET.generate(PROMPT, **PLAIN)[0, 3:])
+    asked = {**PLAIN, "stop_strings": [text[4:6]], "tokenizer": tokenizer}
+    expected = TARGET.generate(PROMPT, **asked)
+    assert hf.generate_with(TARGET, PROMPT, drafter=DRAFTER, **asked).tolist() == expected.tolist()
+    assert expected.shape[1] < 23
+    with pytest.raises(ParameterError, match="stop_strings need the target's tokenizer"):
+        hf.generate_with(TARGET, PROMPT, drafter=DRAFTER, stop_strings=["a"], **PLAIN)
+
+
+def test_pipeline(tokenizer):
+    pipe = pipeline("text-generation", model=TARGET, tokenizer=tokenizer)
+    asked = {"max_new_tokens": 12, "return_full_text": False, "do_sample": False}
+    [expected] = pipe("the cat", **asked)
+    [result] = pipe("the cat", **asked, custom_generate=hf.generate, drafter=DRAFTER, policy="phase3")
+    assert result == expected
+    assert result["generated_text"]
