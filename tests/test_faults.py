@@ -362,7 +362,10 @@ def at_line(called: Callable[[str, str, int], None]) -> Iterator[None]:
 
     def line(frame, event, argument):
         if event == "line":
-            called(frame.f_code.co_filename, frame.f_code.co_name, frame.f_lineno)
+            name = frame.f_code.co_name
+            if name.startswith("<"):  # a comprehension, which is a function of its own before Python 3.12
+                name = frame.f_back.f_code.co_name
+            called(frame.f_code.co_filename, name, frame.f_lineno)
         return line
 
     before = sys.gettrace()
