@@ -20,11 +20,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-mutants: $(VENV)/installed  ## deliberate bugs, each of which the tests have to notice
-	$(BIN)/python tests/mutants.py
-
 fuzz: $(VENV)/installed  ## thousands of random generations against generate(), about five minutes
 	$(BIN)/python tests/fuzz.py
+
+mutants: $(VENV)/installed  ## deliberate bugs, each of which the tests have to notice
+	$(BIN)/python tests/mutants.py
 
 bench-smoke: $(VENV)/installed  ## what trees are worth on the default model, and where the time goes
 	$(BIN)/dynatree models install

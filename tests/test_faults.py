@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from unittest import mock
 
 import pytest
@@ -348,13 +350,22 @@ def test_a_callers_own_processor_or_criterion(who, call, drafter, error):
 
 
 OURS = tuple(str(Path(package.__file__).parent) for package in (dynatree_core, dynatree_policies))
-# where a caller's own processors and criteria are called: one with a memory would remember an interrupted call
-OF_THE_CALLER = {"_choose", "_judge", "__call__"}
+# within these a caller's own processors and criteria are called: one with a memory would remember an interrupted call
+CALLS_THE_CALLERS_OWN = {"_choose", "_judge"}
+
+
+def is_within(frame: FrameType | None, functions: set[str]) -> bool:
+    """Whether one of these functions is being executed."""
+    while frame is not None:
+        if frame.f_code.co_name in functions and frame.f_code.co_filename.startswith(OURS):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager
-def at_line(called: Callable[[str, str, int], None]) -> Iterator[None]:
-    """Called with file, function and line before every line of ours that is executed within `run`."""
+def at_line(called: Callable[[str, str, int, FrameType], None]) -> Iterator[None]:
+    """Called with file, function, line and frame before every line of ours that is executed within `run`."""
 
     def enter(frame, event, argument):
         code = frame.f_code
@@ -362,10 +373,7 @@ def at_line(called: Callable[[str, str, int], None]) -> Iterator[None]:
 
     def line(frame, event, argument):
         if event == "line":
-            name = frame.f_code.co_name
-            if name.startswith("<"):  # a comprehension, which is a function of its own before Python 3.12
-                name = frame.f_back.f_code.co_name
-            called(frame.f_code.co_filename, name, frame.f_lineno)
+            called(frame.f_code.co_filename, frame.f_code.co_name, frame.f_lineno, frame)
         return line
 
     before = sys.gettrace()
@@ -388,14 +396,17 @@ def asked(kind: str) -> dict[str, object]:
 @functools.cache
 def lines(drafter: object, kind: str) -> dict[tuple[str, str, int], list[int]]:
     """Every line that a run executes -> when: the how manieth lines of all they are."""
-    executed: list[tuple[str, str, int]] = []
-    session = new_session(drafter, policy="phase3", **asked(kind))
-    with at_line(lambda *line: executed.append(line)):
-        finish(session)
     found = defaultdict(list)
-    for i, line in enumerate(executed):
-        if not (kind == "memory" and line[1] in OF_THE_CALLER):
-            found[line].append(i + 1)
+    num_executed = itertools.count(1)
+
+    def note(file: str, function: str, line: int, frame: FrameType) -> None:
+        number = next(num_executed)
+        if not (kind == "memory" and is_within(frame, CALLS_THE_CALLERS_OWN)):
+            found[file, function, line].append(number)
+
+    session = new_session(drafter, policy="phase3", **asked(kind))
+    with at_line(note):
+        finish(session)
     return found
 
 
