@@ -160,6 +160,7 @@ def test_an_allocation_that_fails_adds_no_layer(call, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", failing(torch.Tensor.new_empty, call))
     with pytest.raises(torch.OutOfMemoryError):
         append(cache, rows(3))
+    assert len(cache.keys) == len(cache.values) == (call - 1) // 2  # whole layers
     cache.rollback()
     for layer in (0, 1):
         for seen in cache.update(rows(2, layer), rows(2, layer), layer):
