@@ -1,7 +1,7 @@
 """Does exact="fixed_width" make half precision equal to autoregressive decoding, and what does it cost?
 
 Question: how many outputs of tree decoding equal those of autoregressive decoding, with passes as they come and with
-passes of one fixed number of rows, and what is the decoding time of the four relative to plain autoregressive decoding?
+passes of one fixed shape, and what is the decoding time of the four relative to plain autoregressive decoding?
 
 Method: every prompt is decoded in all four ways one after another, in rotating order, in one process after a warm-up;
 a time is the ratio of two runs of the same prompt, and its median and range are shown. A tree is compared with
@@ -32,7 +32,7 @@ from rich.table import Table
 
 from dynatree_bench.prompts import load_prompts
 from dynatree_bench.smoke import BUSY_PERCENT, busy_percent
-from dynatree_core import GenerationResult, LoadedModel, generate, load_model
+from dynatree_core import GenerationResult, LoadedModel, Session, load_model, run
 
 DRAFTER = "prompt_lookup"
 # column -> what it stands for
@@ -42,7 +42,17 @@ COLUMNS = {
     "time": "median of the prompts' ratios of decoding time to autoregressive decoding with passes as they come",
     "range": "lowest and highest of them",
     "same": "outputs equal to autoregressive ones of the same width",
+    "bits": "those with cached keys and values equal bit by bit as well",
 }
+
+
+@attrs.frozen(eq=False)
+class Run:
+    """One generation, compared with autoregressive decoding of the same width."""
+
+    result: GenerationResult
+    is_same: bool  # tokens
+    is_bitwise: bool  # cached keys and values of the tokens that both have
 
 
 @attrs.frozen
@@ -88,54 +98,65 @@ def main() -> None:
     )
 
 
-def measure(default: LoadedModel, prompts: list[str], max_new_tokens: int) -> dict[Way, list[GenerationResult]]:
-    """Every prompt in every way, interleaved: way -> results, in the order of the prompts."""
-    runs: defaultdict[Way, list[GenerationResult]] = defaultdict(list)
+def measure(default: LoadedModel, prompts: list[str], max_new_tokens: int) -> dict[Way, list[Run]]:
+    """Every prompt in every way, interleaved: way -> runs, in the order of the prompts."""
+    runs: defaultdict[Way, list[Run]] = defaultdict(list)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("decoding", total=len(prompts) * len(WAYS))
         for way in WAYS:  # warm-up: the first passes allocate and choose kernels
             decode(default, prompts[0], way, 8)
         for i, prompt in enumerate(prompts):
             start = i % len(WAYS)
+            sessions = {}
             for way in WAYS[start:] + WAYS[:start]:
-                runs[way].append(decode(default, prompt, way, max_new_tokens))
+                sessions[way] = decode(default, prompt, way, max_new_tokens)
                 progress.advance(task)
+            for way, session in sessions.items():
+                runs[way].append(compare(session, sessions[way.reference]))
     return dict(runs)
 
 
-def decode(default: LoadedModel, prompt: str, way: Way, max_new_tokens: int) -> GenerationResult:
-    """One prompt through the chat template and in one way."""
+def decode(default: LoadedModel, prompt: str, way: Way, max_new_tokens: int) -> Session:
+    """One prompt through the chat template and in one way, to its end."""
     assert default.tokenizer is not None, "the default model has a tokenizer"
     ids = default.tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
     )
     drafter = None if way.policy == "autoregressive" else DRAFTER
-    return generate(default.model, drafter, ids, policy=way.policy, exact=way.exact, max_new_tokens=max_new_tokens)
+    session = Session(default.model, drafter, ids, policy=way.policy, exact=way.exact, max_new_tokens=max_new_tokens)
+    for _ in run(session):
+        pass
+    return session
 
 
-def _is_same(runs: dict[Way, list[GenerationResult]], way: Way) -> list[bool]:
-    pairs = zip(runs[way], runs[way.reference], strict=True)
-    return [result.token_ids == reference.token_ids for result, reference in pairs]
+def compare(session: Session, reference: Session) -> Run:
+    """A generation beside the reference of its width."""
+    rows = min(session.cache.length, reference.cache.length)
+    buffers = zip(
+        (*session.cache.keys, *session.cache.values), (*reference.cache.keys, *reference.cache.values), strict=True
+    )
+    is_bitwise = all(torch.equal(one[:, :, :rows], other[:, :, :rows]) for one, other in buffers)
+    return Run(session.result(), session.new_token_ids == reference.new_token_ids, is_bitwise)
 
 
-def _table(runs: dict[Way, list[GenerationResult]]) -> Table:
+def _table(runs: dict[Way, list[Run]]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("way", no_wrap=True)
     for heading in COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
-    plain = [result.report.decode_seconds for result in runs[WAYS[0]]]
+    plain = [one.result.report.decode_seconds for one in runs[WAYS[0]]]
     for way in WAYS:
-        reports = [result.report for result in runs[way]]
+        reports = [one.result.report for one in runs[way]]
         iterations = sum(report.num_iterations for report in reports)
         ratios = [report.decode_seconds / seconds for report, seconds in zip(reports, plain, strict=True)]
-        same = _is_same(runs, way)
         table.add_row(
             str(way),
             f"{sum(report.num_new_tokens for report in reports) / iterations:.2f}",
             f"{1000 * sum(report.decode_seconds for report in reports) / iterations:.1f}",
             f"{statistics.median(ratios):.2f}",
             f"{min(ratios):.2f}–{max(ratios):.2f}",
-            f"{sum(same)}/{len(same)}",
+            f"{sum(one.is_same for one in runs[way])}/{len(reports)}",
+            f"{sum(one.is_same and one.is_bitwise for one in runs[way])}/{len(reports)}",
         )
     return table
 

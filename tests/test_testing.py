@@ -174,7 +174,7 @@ def test_state_outside_the_session_is_found(policy):
 
 
 def test_the_lossless_check_finds_a_tree_that_was_written_to():
-    with pytest.raises(AssertionError, match="the output must be the target's own greedy text: at token") as caught:
+    with pytest.raises(AssertionError, match="the output must be the target's own text: at token") as caught:
         assert_lossless(["fixed(branch=3,tau=0.0)", Writes()])
     said = str(caught.value)
     expected, got = (
