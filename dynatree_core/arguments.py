@@ -6,6 +6,7 @@ import copy
 import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from dynatree_core.records import Limits
 from dynatree_core.stack import PolicyStack
 
 __all__ = [
+    "checked_list",
     "checked_positions",
     "checked_prompt",
     "checked_seed",
@@ -26,6 +28,8 @@ __all__ = [
     "resolved_limits",
     "settings_of",
 ]
+
+Element = TypeVar("Element")
 
 DEFAULT_MAX_NEW_TOKENS = 128
 DEFAULT_TAU = 0.05
@@ -66,7 +70,14 @@ SAMPLING_SETTINGS = (
     "typical_p",
 )
 # settings by which generate() would choose other tokens, not applied here -> the value that changes nothing
-_OTHER_SETTINGS: dict[str, object] = {"guidance_scale": 1, "num_beams": 1, "penalty_alpha": None, "dola_layers": None}
+_OTHER_SETTINGS: dict[str, object] = {
+    "dola_layers": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "guidance_scale": 1,
+    "num_beams": 1,
+    "penalty_alpha": None,
+}
 
 
 def checked_prompt(input_ids: Tensor | Sequence[int], vocab: int) -> list[int]:
@@ -108,8 +119,8 @@ def num_padding(attention_mask: Tensor | Sequence[int] | None, num_prompt: int) 
     """
     if attention_mask is None:
         return 0
-    mask = torch.as_tensor(attention_mask)
-    if mask.numel() != num_prompt or mask.dim() > 2:
+    mask = _tensor("attention_mask", attention_mask)
+    if mask.numel() != num_prompt or mask.dim() > 2 or (mask.dim() == 2 and mask.shape[0] != 1):
         raise PromptError(
             f"an attention mask must have a value for each of the prompt's {num_prompt} tokens, got shape "
             f"{list(mask.shape)}"
@@ -132,7 +143,21 @@ def checked_seed(seed: int | None) -> int | None:
     """
     if seed is not None:
         _check_count("seed", seed, 0)
+        if seed >= 2**63:
+            raise ParameterError(f"seed must be below 2**63, got {seed}")
     return seed
+
+
+def checked_list(name: str, given: Iterable[Element] | None, kind: type[Element]) -> list[Element]:
+    """A caller's own processors or criteria.
+
+    Raises:
+        ParameterError: not a list of them.
+    """
+    found = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
+    if isinstance(given, kind) or not all(callable(element) for element in found):
+        raise ParameterError(f"{name} must be a list of {kind.__name__}, got {given!r:.60}")
+    return found
 
 
 def checked_positions(position_ids: Tensor | Sequence[int] | None, num_prompt: int) -> list[int] | None:
@@ -143,8 +168,14 @@ def checked_positions(position_ids: Tensor | Sequence[int] | None, num_prompt: i
     """
     if position_ids is None:
         return None
-    ids = torch.as_tensor(position_ids)
-    if ids.numel() != num_prompt or ids.dim() > 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+    ids = _tensor("position_ids", position_ids)
+    if (
+        ids.numel() != num_prompt
+        or ids.dim() > 2
+        or (ids.dim() == 2 and ids.shape[0] != 1)
+        or ids.is_floating_point()
+        or ids.dtype == torch.bool
+    ):
         raise PromptError(
             f"position_ids must be an integer for each of the prompt's {num_prompt} tokens, got {ids.dtype} of shape "
             f"{list(ids.shape)}"
@@ -204,41 +235,47 @@ def end_token_ids(config: GenerationConfig, eos_token_id: int | Sequence[int] | 
 
 
 def settings_of(
-    target: nn.Module,
+    target: nn.Module | None,
     generation_config: GenerationConfig | None,
     settings: Mapping[str, object],
     options: Iterable[str],
 ) -> GenerationConfig:
-    """generate()'s settings: the given configuration or else the target's own, changed by what the caller names.
+    """generate()'s settings: what the caller names, else what the given configuration says, else the target's own.
 
-    Warns of what a configuration asks for and is not applied here.
+    Sampling has to be asked for in the call or in the given configuration: many models' own configurations do, and
+    would make the output random unasked. Warns of what is asked for and not applied here.
 
     Args:
-        target: its own configuration holds where none is given.
+        target: whose own configuration fills what is open; None: nobody's does.
         generation_config: the given one.
         settings: what the caller names.
         options: the other options there are, for the hint in an error message.
 
     Raises:
-        ParameterError: a setting that does not exist, or is not applied here.
+        ParameterError: a setting that does not exist, or is not applied here, or has a value that it cannot have.
     """
-    config = generation_config or getattr(target, "generation_config", None) or GenerationConfig()  # type: ignore[no-untyped-call]
-    if not isinstance(config, GenerationConfig):
-        raise ParameterError(f"generation_config must be transformers' GenerationConfig, got {config!r:.60}")
-    config = copy.deepcopy(config)
+    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+        raise ParameterError(f"generation_config must be transformers' GenerationConfig, got {generation_config!r:.60}")
     known = (*HONOURED_SETTINGS, *SAMPLING_SETTINGS)
+    config = copy.deepcopy(generation_config) or GenerationConfig()  # type: ignore[no-untyped-call]
     for name in settings:
         if name not in known:
+            fault = "is not applied here" if hasattr(config, name) else "does not exist"
             raise ParameterError(
-                f"there is no option '{name}'{nearest_match(name, [*options, *known])}; generate()'s "
-                f"settings that are applied: {', '.join(known)}"
+                f"the option '{name}' {fault}{nearest_match(name, [*options, *known])}; generate()'s settings that "
+                f"are applied: {', '.join(known)}"
             )
-    if generation_config is None:
-        config.do_sample = False  # many chat models ask for sampling; here it has to be asked for in the call
+    do_sample = settings.get("do_sample", generation_config.do_sample if generation_config is not None else False)
+    if do_sample not in (None, True, False):
+        raise ParameterError(f"do_sample must be True or False, got {do_sample!r}")
+    for name, value in vars(getattr(target, "generation_config", None) or config).items():
+        if getattr(config, name, None) is None:
+            setattr(config, name, copy.deepcopy(value))
     try:
         config.update(**settings)  # type: ignore[no-untyped-call]
     except (TypeError, ValueError) as error:
         raise ParameterError(f"the settings of this generation cannot be used: {error}") from error
+    config.do_sample = bool(do_sample)
     not_applied = {
         name: value
         for name, neutral in _OTHER_SETTINGS.items()
@@ -247,8 +284,8 @@ def settings_of(
     if not_applied:
         listed = ", ".join(f"{name}={value!r}" for name, value in not_applied.items())
         warnings.warn(
-            f"the output is greedy text: the generation config asks for {listed}, which generate() would apply and "
-            "this does not; set them to None to make both alike",
+            f"the generation config asks for {listed}, which generate() would apply and this does not; set them to "
+            "None to make both alike",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -313,3 +350,10 @@ def _asked(stack: PolicyStack, name: str, given: float | None) -> list[float]:
 def _check_count(name: str, value: object, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ParameterError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+
+
+def _tensor(name: str, value: object) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PromptError(f"{name} must be numbers, [tokens] or [1, tokens], got {value!r:.60}") from error

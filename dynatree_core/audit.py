@@ -220,7 +220,7 @@ def audit_generation(
     """
     sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}
     reference = _reference(target, prompt_ids, exact=options.get("exact"), max_nodes=options.get("max_nodes"), **sizes)
-    options = {"generation_config": _plain(target), **options}
+    options = {"generation_config": _plain(target), "inherit_settings": False, **options}
     session = Session(target, drafter, prompt_ids, **sizes, **options)
     if session.logits_processors or session.sampler is not None:
         raise ParameterError(
@@ -281,7 +281,15 @@ def judge(
 
 def _reference(target: nn.Module, prompt_ids: Tensor | Sequence[int], **options: Any) -> Session:
     """A session for plain autoregressive decoding, which lends the reference its caches and the shape of its passes."""
-    return Session(target, None, prompt_ids, policy="autoregressive", generation_config=_plain(target), **options)
+    return Session(
+        target,
+        None,
+        prompt_ids,
+        policy="autoregressive",
+        generation_config=_plain(target),
+        inherit_settings=False,
+        **options,
+    )
 
 
 def _plain(target: Any) -> GenerationConfig:

@@ -87,7 +87,7 @@ def _exit_code(args: Sequence[str] | None) -> int:
 @click.version_option(package_name="dynatree", message="%(prog)s %(version)s")
 @click.pass_context
 def _dynatree(context: click.Context) -> None:
-    """Lossless tree speculative decoding: a model's own greedy output in fewer passes.
+    """Lossless tree speculative decoding: a model's own output in fewer passes.
 
     \b
     Examples:

@@ -44,7 +44,8 @@ def generate(
             the target's generation config. An empty list: none.
         attention_mask: [tokens] or [1, tokens], 0 for padding at the prompt's left.
         position_ids: [tokens] or [1, tokens], the prompt's positions where they are not 0, 1, 2, …
-        generation_config: settings of `transformers.GenerationConfig`, instead of the target's own.
+        generation_config: settings of `transformers.GenerationConfig`, for what is not named in the call.
+        inherit_settings: whether the target's own generation config fills what is still open, as in `generate`.
         logits_processor: a list of `transformers.LogitsProcessor`.
         stopping_criteria: a list of `transformers.StoppingCriteria`.
         tokenizer: the target's, needed with stop_strings.
@@ -53,7 +54,7 @@ def generate(
         seed: of a random generator for this generation. None: torch's global one is used, as by `generate`; with
             the same seed either way the text is that of `generate(do_sample=True)`.
         repetition_penalty, no_repeat_ngram_size, bad_words_ids, stop_strings, max_time and others: settings of
-            `generate` that act on greedy decoding; docs/generation.md has the list.
+            `generate`; docs/generation.md has the list.
         tau: drafted nodes whose path probability is below it are cut.
         max_nodes: drafted nodes of a tree at most.
         max_depth: depth of a tree at most. For these three the strictest of this argument and of what policies

@@ -7,18 +7,16 @@ in place of its own decoding loop. What it keeps to itself (streamer, tokenizer,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -69,6 +67,7 @@ def generate(
     drafter: nn.Module | Drafter | str | None = "prompt_lookup",
     policy: str | object | Sequence[str | object] = "phase3",
     streamer: Any = None,
+    options: Mapping[str, Any] | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """For `model.generate(**inputs, custom_generate=generate, drafter=..., policy=...)`; not to be called otherwise.
@@ -82,6 +81,7 @@ def generate(
         drafter: as in `dynatree_core.generate`.
         policy: as in `dynatree_core.generate`.
         streamer: one of transformers', which gets the tokens of each decode step when they are committed.
+        options: of `dynatree_core.generate`, such as {"tau": 0.1, "max_nodes": 64, "on_error": "fallback"}.
         model_kwargs: attention mask, positions, and what generate() prepares for its own loop.
 
     Returns:
@@ -94,7 +94,6 @@ def generate(
     """
     config = generation_config or GenerationConfig()  # type: ignore[no-untyped-call]
     _check(input_ids, config, model_kwargs)
-    criteria = [c for c in stopping_criteria or [] if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
     raw, processed = _Recorder(), _Recorder()
     processors = [
         *([raw] if config.output_logits else []),
@@ -107,13 +106,17 @@ def generate(
         input_ids,
         policy=policy,
         max_length=config.max_length,
-        eos_token_id=[] if config.eos_token_id is None else config.eos_token_id,
+        eos_token_id=[],  # it is among the criteria
         attention_mask=model_kwargs.get("attention_mask"),
         position_ids=_positions(model_kwargs),
         logits_processor=processors,
-        stopping_criteria=criteria,
-        generation_config=GenerationConfig(do_sample=config.do_sample, top_k=0),  # type: ignore[no-untyped-call]
+        stopping_criteria=stopping_criteria,
+        generation_config=_only_sampling(config.do_sample),
+        inherit_settings=False,  # generate() has made processors and criteria of them
+        **(options or {}),
     )
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
     for report in run(session):
         if streamer is not None:
             for token_id in report.token_ids:
@@ -125,9 +128,9 @@ def generate(
         return sequences
     fields: dict[str, Any] = {"sequences": sequences}
     if config.output_scores:
-        fields["scores"] = tuple(processed.scores)
+        fields["scores"] = tuple(scores.clone() for scores in processed.scores)  # recorded in inference mode
     if config.output_logits:
-        fields["logits"] = tuple(raw.scores)
+        fields["logits"] = tuple(scores.clone() for scores in raw.scores)
     return GenerateDecoderOnlyOutput(**fields)
 
 
@@ -138,6 +141,7 @@ def generate_with(
     drafter: nn.Module | Drafter | str | None = "prompt_lookup",
     policy: str | object | Sequence[str | object] = "phase3",
     streamer: Any = None,
+    options: Mapping[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     stop_strings: str | list[str] | None = None,
     stopping_criteria: Sequence[StoppingCriteria] = (),
@@ -151,6 +155,7 @@ def generate_with(
         drafter: as in `dynatree_core.generate`.
         policy: as in `dynatree_core.generate`.
         streamer: one of transformers', which gets the prompt, then the tokens of each step when they are committed.
+        options: as in `generate`.
         tokenizer: the target's, needed with stop strings.
         stop_strings: texts behind which the output ends.
         stopping_criteria: more of them.
@@ -164,11 +169,14 @@ def generate_with(
         if tokenizer is None:
             raise ParameterError("stop_strings need the target's tokenizer, got none; give it as tokenizer=...")
         criteria.append(StopStringCriteria(tokenizer, stop_strings))
-    prompt = inputs if inputs is not None else settings.get("input_ids")
-    if streamer is not None and prompt is not None:
-        streamer.put(prompt.cpu())
-    decode = partial(generate, drafter=drafter, policy=policy, streamer=streamer)
+    decode = partial(generate, drafter=drafter, policy=policy, streamer=streamer, options=options)
     return model.generate(inputs, custom_generate=decode, stopping_criteria=criteria, **settings)  # type: ignore[no-any-return]
+
+
+def _only_sampling(do_sample: bool | None) -> GenerationConfig:
+    """Settings that say how to choose, and nothing about logits: top_k=0 is none, where None would be the default."""
+    settings: dict[str, Any] = {"do_sample": True, "top_k": 0} if do_sample else {}
+    return GenerationConfig(**settings)  # type: ignore[no-untyped-call]
 
 
 def _check(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:

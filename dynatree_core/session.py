@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from dynatree_core.architectures import check_causal_lm, max_positions, vocab_size
 from dynatree_core.arguments import (
+    checked_list,
     checked_positions,
     checked_prompt,
     checked_seed,
@@ -61,6 +62,10 @@ class Pending:
     draws: list[Tensor] = attrs.field(factory=list)  # the random generator's state before each of them
     reasons: list[str | None] = attrs.field(factory=list)  # why the generation ends with each of them, or None
 
+    def behind(self, num_committed: int) -> Pending:
+        """What is left when so many tokens are committed: more than nothing if the tree was deeper before the break."""
+        return Pending(self.choices[num_committed:], self.draws[num_committed:], self.reasons[num_committed:])
+
 
 class Session:
     """One generation: models, caches, policies, and the tokens committed so far.
@@ -81,8 +86,9 @@ class Session:
         attention_mask: Tensor | Sequence[int] | None = None,
         position_ids: Tensor | Sequence[int] | None = None,
         generation_config: GenerationConfig | None = None,
-        logits_processor: Sequence[LogitsProcessor] = (),
-        stopping_criteria: Sequence[StoppingCriteria] = (),
+        inherit_settings: bool = True,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
+        stopping_criteria: Sequence[StoppingCriteria] | None = None,
         seed: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         tau: float | None = None,
@@ -101,12 +107,17 @@ class Session:
         self.vocab_size = vocab_size(target)
         if isinstance(input_ids, Mapping):  # what a tokenizer returns
             attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
-            input_ids = input_ids["input_ids"]
+            input_ids = input_ids.get("input_ids", ())
         given_ids = checked_prompt(input_ids, self.vocab_size)
         self._num_padding = num_padding(attention_mask, len(given_ids))
         self.prompt_ids = given_ids[self._num_padding :]
         positions = checked_positions(position_ids, len(given_ids))
-        config = settings_of(target, generation_config, settings, inspect.signature(Session).parameters)
+        config = settings_of(
+            target if inherit_settings else None, generation_config, settings, inspect.signature(Session).parameters
+        )
+        if max_new_tokens is None and max_length is None and generation_config is not None:
+            max_new_tokens = generation_config.max_new_tokens
+            max_length = generation_config.max_length if max_new_tokens is None else None
         self.eos_token_ids = end_token_ids(config, eos_token_id)
         self.max_new_tokens = new_token_limit(
             max_new_tokens,
@@ -117,7 +128,7 @@ class Session:
         )
         self.logits_processors = logits_processors(
             config,
-            list(logits_processor),
+            checked_list("logits_processor", logits_processor, LogitsProcessor),
             eos_token_ids=self.eos_token_ids,
             num_prompt=len(given_ids),
             num_padding=self._num_padding,
@@ -126,7 +137,8 @@ class Session:
             device=self.device,
         )
         self.sampler = Sampler(self.device, checked_seed(seed)) if config.do_sample else None  # None: greedy
-        self.stopping_criteria = criteria_of(config, stopping_criteria, tokenizer)
+        own_criteria = checked_list("stopping_criteria", stopping_criteria, StoppingCriteria)
+        self.stopping_criteria = criteria_of(config, own_criteria, tokenizer)
         self.stack: PolicyStack = build_stack(policy)
         pass_rows, max_nodes = fixed_width(exact, max_nodes)
         self.limits = resolved_limits(self.stack, max_depth, max_nodes, tau, max_branch, self.vocab_size)
@@ -245,7 +257,8 @@ class Session:
             num_accepted=report.num_accepted,
             num_committed=len(report.token_ids),
         )
-        tokens, steps, pending = [*self.new_token_ids, *report.token_ids], [*self.steps, step], Pending()
+        tokens, steps = [*self.new_token_ids, *report.token_ids], [*self.steps, step]
+        pending = self.pending.behind(len(report.token_ids))
         # nothing but assignments, between which no signal arrives: a step is recorded whole or not at all
         self.new_token_ids, self.steps, self.last_report, self.pending = tokens, steps, report, pending
 

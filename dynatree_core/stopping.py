@@ -39,12 +39,18 @@ def stopping_criteria(
         ParameterError: stop strings without a tokenizer, or a setting with a value that its criterion refuses.
     """
     criteria = []
+    if config.stop_strings is not None:
+        if tokenizer is None:
+            raise ParameterError("stop_strings need the target's tokenizer, got none; give it as tokenizer=...")
+        try:
+            criteria.append(Criterion("stop_string", StopStringCriteria(tokenizer, config.stop_strings)))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ParameterError(
+                f"stop_strings must be a text or several, none empty, got {config.stop_strings!r} with "
+                f"{type(tokenizer).__name__} ({error})"
+            ) from error
     if config.max_time is not None:
         if isinstance(config.max_time, bool) or not isinstance(config.max_time, int | float) or config.max_time < 0:
             raise ParameterError(f"max_time must be a number of seconds of at least 0, got {config.max_time!r}")
         criteria.append(Criterion("time", MaxTimeCriteria(config.max_time)))
-    if config.stop_strings is not None:
-        if tokenizer is None:
-            raise ParameterError("stop_strings need the target's tokenizer, got none; give it as tokenizer=...")
-        criteria.append(Criterion("stop_string", StopStringCriteria(tokenizer, config.stop_strings)))
     return [*criteria, *(Criterion("criterion", criterion) for criterion in own)]

@@ -61,9 +61,12 @@ def _choose(session: Session, before: list[int], logits: Tensor) -> int:
     text = session.text_with(before)  # [1, tokens]
     scores = session.logits_processors(text, own_logits)  # type: ignore[arg-type]  # transformers says LongTensor
     top_score, token = scores.max(dim=-1)
-    _check_number(bool(top_score.isnan()))
+    # where nothing is possible, or something infinitely likely, there is no law to draw from
+    is_broken = top_score.isnan() if session.sampler is None else ~top_score.isfinite()
+    is_nan, best = torch.cat([is_broken.long(), token]).tolist()
+    _check_number(bool(is_nan))
     if session.sampler is None:
-        return int(token)
+        return int(best)
     session.pending.draws[len(before) :] = [session.sampler.state()]
     return int(session.sampler.draw(scores))
 
@@ -124,6 +127,6 @@ def longest_match(tree: TokenTree, logits: Tensor) -> Verdict:
 def _check_number(is_nan: bool) -> None:
     if is_nan:
         raise NonFiniteLogitsError(
-            "the target's logits must be numbers, got NaN; its weights may be damaged, or half precision "
-            "overflows: try float32 or bfloat16"
+            "the target's logits must be numbers, got NaN or, when sampling, nothing finite at the top; its weights "
+            "may be damaged, a processor may leave no token, or half precision overflows: try float32 or bfloat16"
         )

@@ -231,6 +231,13 @@ MUTANTS = (
         ("tests/test_faults.py::test_a_callers_own_processor_or_criterion[criterion]",),
     ),
     Mutant(
+        "what a broken step chose beyond the next one's tree is lost",
+        "dynatree_core/session.py",
+        "pending = self.pending.behind(len(report.token_ids))",
+        "pending = Pending()",
+        ("tests/test_sampling.py::test_a_session_that_goes_on_with_shallower_trees_draws_the_same",),
+    ),
+    Mutant(
         "padding is penalised",
         "dynatree_core/processors.py",
         "RepetitionPenaltyLogitsProcessor(config.repetition_penalty, num_padding or None)",

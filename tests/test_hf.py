@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
+    MaxLengthCriteria,
     PreTrainedTokenizerFast,
     StoppingCriteria,
     TextIteratorStreamer,
@@ -65,6 +67,8 @@ class Ten(StoppingCriteria):
         {"logits_processor": [No()]},
         {"stopping_criteria": [Ten()]},
         {"max_time": 0.0},
+        {"stopping_criteria": [MaxLengthCriteria(11)]},
+        {"stopping_criteria": [EosTokenCriteria([4, 11, 30])]},
         {"prefix_allowed_tokens_fn": lambda batch, ids: [1, 2, 3, 4 + len(ids) % 5]},
         {"do_sample": True, "temperature": 0.6, "top_k": 12, "top_p": 0.9},
         {"do_sample": True, "min_p": 0.1, "repetition_penalty": 1.2},
@@ -111,6 +115,29 @@ def test_scores_and_logits(do_sample):
         assert len(result[name]) == 20
         for ours_, theirs in zip(result[name], expected[name], strict=True):
             torch.testing.assert_close(ours_, theirs)
+
+
+def test_recorded_scores_can_be_changed_in_place():
+    result = TARGET.generate(PROMPT, **PLAIN, return_dict_in_generate=True, output_scores=True, **TREES)
+    result.scores[0].add_(1)
+
+
+def test_a_targets_own_settings_are_applied_once():
+    TARGET.generation_config.repetition_penalty = 1.6
+    try:
+        expected = TARGET.generate(PROMPT, **PLAIN)
+        assert TARGET.generate(PROMPT, **PLAIN, **TREES).tolist() == expected.tolist()
+    finally:
+        TARGET.generation_config.repetition_penalty = None
+
+
+def test_options_of_a_session():
+    narrow = hf.generate_with(
+        TARGET, PROMPT, drafter=DRAFTER, options={"max_nodes": 0, "on_error": "fallback"}, **PLAIN
+    )
+    assert narrow.tolist() == TARGET.generate(PROMPT, **PLAIN).tolist()
+    with pytest.raises(ParameterError, match="max_nodes must be an integer"):
+        TARGET.generate(PROMPT, **PLAIN, **TREES, options={"max_nodes": -1})
 
 
 def test_a_dict_without_scores():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
+import attrs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -140,9 +142,29 @@ def test_what_was_drawn_in_a_step_that_failed_is_drawn_again(step, monkeypatch):
     assert session.new_token_ids == expected
 
 
-def test_on_every_device(device):
-    import copy
+def test_a_session_that_goes_on_with_shallower_trees_draws_the_same():
+    """What was drawn for a deep tree that was never committed is neither drawn again nor lost."""
+    options = {"max_new_tokens": 24, "do_sample": True, "temperature": 0.7, "seed": 3}
+    expected = generate(TARGET, None, PROMPT, policy="autoregressive", **options).token_ids
+    for step in range(6):
+        session = Session(TARGET, TARGET, PROMPT, policy="fixed(depth=6,tau=0.0)", **options)
+        record = session.record
 
+        def interrupted(report, session=session, record=record, step=step):
+            if session.num_iterations == step:
+                raise KeyboardInterrupt
+            record(report)
+
+        session.record = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            list(run(session))
+        session.record = record
+        session.limits = attrs.evolve(session.limits, max_depth=1)
+        list(run(session))
+        assert session.new_token_ids == expected
+
+
+def test_on_every_device(device):
     target = copy.deepcopy(TARGET).to(device)
     options = {"max_new_tokens": 24, "do_sample": True, "temperature": 0.7, "seed": 3}
     alone = generate(target, None, PROMPT, policy="autoregressive", **options).token_ids
@@ -166,6 +188,7 @@ def test_greedy_is_the_default_whatever_the_model_asks_for(seed):
     ("option", "message"),
     [
         ({"seed": -1}, "seed must be an integer of at least 0"),
+        ({"seed": 2**70}, "seed must be below"),
         ({"seed": 1.5}, "seed must be an integer of at least 0"),
         ({"temperature": -1.0}, "cannot be used"),
         ({"top_p": -1.0}, "cannot be used"),

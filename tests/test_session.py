@@ -99,7 +99,7 @@ def test_bad_options(option, message):
 
 
 def test_an_unknown_option_is_an_error():
-    with pytest.raises(ParameterError, match=r"no option 'max_tokens' \(did you mean 'max_new_tokens'\?\)"):
+    with pytest.raises(ParameterError, match=r"'max_tokens' does not exist \(did you mean 'max_new_tokens'\?\)"):
         generate(TARGET, DRAFTER, PROMPT, max_tokens=4)
 
 

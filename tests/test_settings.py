@@ -223,7 +223,10 @@ def test_nan_under_a_processor():
         ({"repetition_penalty": -1.0}, "a setting of the generation cannot be used: .*strictly positive"),
         ({"no_repeat_ngram_size": -2}, "a setting of the generation cannot be used"),
         ({"exponential_decay_length_penalty": (3, 1.1)}, "needs an end token"),
-        ({"num_beams": 4}, "there is no option 'num_beams'"),
+        ({"num_beams": 4}, "the option 'num_beams' is not applied here"),
+        ({"do_sample": "no"}, "do_sample must be True or False"),
+        ({"logits_processor": 3}, "logits_processor must be a list of LogitsProcessor"),
+        ({"stopping_criteria": [3]}, "stopping_criteria must be a list of StoppingCriteria"),
         ({"repitition_penalty": 1.2}, "did you mean 'repetition_penalty'"),
         ({"generation_config": {"min_length": 3}}, "must be transformers' GenerationConfig"),
     ],
@@ -231,6 +234,44 @@ def test_nan_under_a_processor():
 def test_bad_settings(option, message):
     with pytest.raises(ParameterError, match=message):
         generate(TARGET, DRAFTER, PROMPT, **option)
+
+
+def test_a_given_configuration_is_filled_up_from_the_targets():
+    expected = greedy(TARGET, PROMPT, 20, [9], repetition_penalty=1.7, no_repeat_ngram_size=2)
+    own = TARGET.generation_config
+    own.repetition_penalty, own.eos_token_id = 1.7, 9
+    try:
+        given = GenerationConfig(no_repeat_ngram_size=2)
+        theirs = TARGET.generate(torch.tensor([PROMPT]), generation_config=given, max_new_tokens=20, pad_token_id=0)
+        result = generate(TARGET, DRAFTER, PROMPT, generation_config=given, max_new_tokens=20)
+        plain = generate(TARGET, DRAFTER, PROMPT, generation_config=given, max_new_tokens=20, inherit_settings=False)
+    finally:
+        own.repetition_penalty, own.eos_token_id = None, None
+    assert result.token_ids == theirs[0, 3:].tolist() == expected
+    assert plain.token_ids == greedy(TARGET, PROMPT, 20, no_repeat_ngram_size=2) != expected
+
+
+def test_lengths_of_a_given_configuration():
+    for config, length in ((GenerationConfig(max_new_tokens=5), 5), (GenerationConfig(max_length=9), 6)):
+        assert len(generate(TARGET, DRAFTER, PROMPT, generation_config=config).token_ids) == length
+        assert len(generate(TARGET, DRAFTER, PROMPT, generation_config=config, max_new_tokens=2).token_ids) == 2
+
+
+def test_a_configuration_may_ask_for_sampling():
+    given = GenerationConfig(do_sample=True, temperature=0.7)
+    expected = generate(TARGET, None, PROMPT, max_new_tokens=20, do_sample=True, temperature=0.7, seed=4).token_ids
+    assert generate(TARGET, DRAFTER, PROMPT, max_new_tokens=20, generation_config=given, seed=4).token_ids == expected
+
+
+@pytest.mark.parametrize("scores", [torch.inf, -torch.inf])
+def test_nothing_to_draw_from(scores):
+    class Nothing(LogitsProcessor):
+        def __call__(self, input_ids, given):
+            return given if input_ids.shape[1] < 8 else torch.full_like(given, scores)
+
+    with pytest.raises(NonFiniteLogitsError, match="nothing finite at the top") as caught:
+        generate(TARGET, DRAFTER, PROMPT, max_new_tokens=20, do_sample=True, logits_processor=[Nothing()])
+    assert len(caught.value.partial.token_ids) <= 5
 
 
 def test_exponential_decay():
@@ -309,6 +350,9 @@ def test_position_ids(family, positions):
         ({"attention_mask": [1, 1, 0]}, PromptError, "padded at its left only.*padding_side"),
         ({"attention_mask": [1, 0, 1]}, PromptError, "padded at its left only"),
         ({"attention_mask": [0, 0, 0]}, PromptError, "needs one token that is none"),
+        ({"attention_mask": "abc"}, PromptError, "attention_mask must be numbers"),
+        ({"attention_mask": [[1], [1], [1]]}, PromptError, "a value for each"),
+        ({"position_ids": "abc"}, PromptError, "position_ids must be numbers"),
         ({"position_ids": [0, 1]}, PromptError, "an integer for each of the prompt's 3 tokens"),
         ({"position_ids": [0.0, 1.0, 2.0]}, PromptError, "an integer for each"),
         ({"position_ids": [-1, 0, 1]}, PromptError, "at least 0, got -1"),

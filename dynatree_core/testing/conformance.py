@@ -162,7 +162,7 @@ def _composed(policy: Policy) -> st.SearchStrategy[Any]:
 
 @attrs.frozen(eq=False)
 class Case:
-    """One generation to compare with greedy decoding."""
+    """One generation to compare with transformers' own."""
 
     target: Any
     drafter: Any

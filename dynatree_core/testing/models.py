@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -277,7 +278,10 @@ def reference(
     settings = {
         "attention_mask": torch.ones_like(input_ids), "eos_token_id": eos or None, "pad_token_id": 0, **settings
     }  # fmt: skip
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Unfeasible length constraints"
+        )  # a minimum above the maximum is meant
         torch.manual_seed(seed)
         output = model.generate(input_ids, do_sample=do_sample, max_new_tokens=max_new_tokens, **settings)
     new_token_ids: list[int] = output[0, len(prompt) :].tolist()
