@@ -13,14 +13,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
 warnings.filterwarnings("ignore", message=".*generation flags are not valid.*")
 
+# the same examples each time, so that a run can be repeated; `thorough` and `make fuzz` try others
 settings.register_profile(
-    "default", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    "default",
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
 )
-settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=1000)
-# the same examples each time, and no search for a simpler one: it is enough that one fails (tests/mutants.py)
-settings.register_profile(
-    "mutants", parent=settings.get_profile("default"), derandomize=True, phases=[Phase.explicit, Phase.generate]
-)
+settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=1000, derandomize=False)
+# no search for a simpler example: it is enough that one fails (tests/mutants.py)
+settings.register_profile("mutants", parent=settings.get_profile("default"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("DYNATREE_HYPOTHESIS_PROFILE", "default"))
 
 
