@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from dynatree_bench.prompts import load_prompts
+from dynatree_bench.prompts import chat_ids, load_prompts
 from dynatree_bench.smoke import BUSY_PERCENT, busy_percent
 from dynatree_core import GenerationResult, LoadedModel, Session, load_model, run
 
@@ -118,10 +118,7 @@ def measure(default: LoadedModel, prompts: list[str], max_new_tokens: int) -> di
 
 def decode(default: LoadedModel, prompt: str, way: Way, max_new_tokens: int) -> Session:
     """One prompt through the chat template and in one way, to its end."""
-    assert default.tokenizer is not None, "the default model has a tokenizer"
-    ids = default.tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-    )
+    ids = chat_ids(default, prompt)
     drafter = None if way.policy == "autoregressive" else DRAFTER
     session = Session(default.model, drafter, ids, policy=way.policy, exact=way.exact, max_new_tokens=max_new_tokens)
     for _ in run(session):

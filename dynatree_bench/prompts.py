@@ -9,7 +9,9 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-__all__ = ["BUILT_IN", "load_prompts"]
+from dynatree_core import LoadedModel
+
+__all__ = ["BUILT_IN", "chat_ids", "load_prompts"]
 
 BUILT_IN: dict[str, list[str]] = {
     "prose": [
@@ -66,3 +68,11 @@ def load_prompts(path: Path | None, per_kind: int) -> dict[str, list[str]]:
         if len(kinds[kind]) < per_kind:
             kinds[kind].append(prompt)
     return dict(kinds)
+
+
+def chat_ids(default: LoadedModel, prompt: str) -> list[int]:
+    """A prompt as the default model's chat template has it."""
+    assert default.tokenizer is not None, "the default model has a tokenizer"
+    messages = [{"role": "user", "content": prompt}]
+    ids: list[int] = default.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return ids

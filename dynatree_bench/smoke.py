@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from dynatree_bench.prompts import BUILT_IN, load_prompts
+from dynatree_bench.prompts import BUILT_IN, chat_ids, load_prompts
 from dynatree_core import GenerationResult, LoadedModel, generate, load_model
 
 BASELINE = "autoregressive"
@@ -135,10 +135,7 @@ def measure(
 
 def decode(default: LoadedModel, prompt: str, method: str, max_new_tokens: int) -> GenerationResult:
     """One prompt through the chat template and one method."""
-    assert default.tokenizer is not None, "the default model has a tokenizer"
-    ids = default.tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-    )
+    ids = chat_ids(default, prompt)
     drafter = None if method == BASELINE else DRAFTER
     return generate(default.model, drafter, ids, policy=method, max_new_tokens=max_new_tokens)
 

@@ -120,7 +120,7 @@ def num_padding(attention_mask: Tensor | Sequence[int] | None, num_prompt: int) 
     if attention_mask is None:
         return 0
     mask = _tensor("attention_mask", attention_mask)
-    if mask.numel() != num_prompt or mask.dim() > 2 or (mask.dim() == 2 and mask.shape[0] != 1):
+    if not _is_per_token(mask, num_prompt):
         raise PromptError(
             f"an attention mask must have a value for each of the prompt's {num_prompt} tokens, got shape "
             f"{list(mask.shape)}"
@@ -169,13 +169,7 @@ def checked_positions(position_ids: Tensor | Sequence[int] | None, num_prompt: i
     if position_ids is None:
         return None
     ids = _tensor("position_ids", position_ids)
-    if (
-        ids.numel() != num_prompt
-        or ids.dim() > 2
-        or (ids.dim() == 2 and ids.shape[0] != 1)
-        or ids.is_floating_point()
-        or ids.dtype == torch.bool
-    ):
+    if not _is_per_token(ids, num_prompt) or ids.is_floating_point() or ids.dtype == torch.bool:
         raise PromptError(
             f"position_ids must be an integer for each of the prompt's {num_prompt} tokens, got {ids.dtype} of shape "
             f"{list(ids.shape)}"
@@ -357,3 +351,7 @@ def _tensor(name: str, value: object) -> Tensor:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise PromptError(f"{name} must be numbers, [tokens] or [1, tokens], got {value!r:.60}") from error
+
+
+def _is_per_token(values: Tensor, num_prompt: int) -> bool:
+    return values.numel() == num_prompt and (values.dim() < 2 or values.shape == (1, num_prompt))

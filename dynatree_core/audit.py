@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from dynatree_core.architectures import max_positions
-from dynatree_core.arguments import checked_prompt, new_token_limit
+from dynatree_core.arguments import checked_prompt
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.errors import NonFiniteLogitsError, ParameterError, PromptError
 from dynatree_core.flatten import flatten
@@ -192,7 +191,7 @@ def audit_output(
     reference = _reference(
         target,
         prompt_ids,
-        max_new_tokens=len(token_ids) if max_new_tokens is None else max_new_tokens,
+        max_new_tokens=max(len(token_ids), max_new_tokens or 0),
         exact=exact,
         max_nodes=max_nodes,
         eos_token_id=eos_token_id,
@@ -311,7 +310,6 @@ def _audit(
     if len(token_ids) == 0:
         raise PromptError("an output to audit must have at least one token, got none; generate some first")
     output = checked_prompt(token_ids, reference.vocab_size)
-    new_token_limit(len(output), None, len(prompt), len(prompt), max_positions(target))
     ways = {AUTOREGRESSIVE: _autoregressive_logits(reference, output)}
     if verified is not None:
         ways[VERIFIED] = verified

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from dynatree_core.decode import decode_step, prefill
 from dynatree_core.drafters.base import Drafter
-from dynatree_core.errors import DrafterError, DynaTreeError, OutOfMemoryError, PolicyError
+from dynatree_core.errors import DrafterError, DynaTreeError, PolicyError
 from dynatree_core.records import GenerationResult, StepReport
-from dynatree_core.runner import is_out_of_memory
+from dynatree_core.runner import is_out_of_memory, out_of_memory
 from dynatree_core.session import Session
 
 __all__ = ["generate", "run", "stream"]
@@ -112,10 +112,7 @@ def run(session: Session) -> Iterator[StepReport]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        named = OutOfMemoryError(
-            "the generation needs more memory than the device has left; shorten the prompt, lower max_new_tokens or "
-            f"max_nodes ({error})"
-        )
+        named = out_of_memory("the generation", error)
         named.partial = session.result("error")
         raise named from error
 

@@ -16,7 +16,7 @@ from dynatree_core.errors import DynaTreeError, ForwardPassError, OutOfMemoryErr
 from dynatree_core.flatten import flatten_chain
 from dynatree_core.records import FlatTrees
 
-__all__ = ["EagerRunner", "is_out_of_memory"]
+__all__ = ["EagerRunner", "is_out_of_memory", "out_of_memory"]
 
 # rows of one prefill pass: its mask and activations stay small beside the weights, matrix products stay efficient
 PREFILL_CHUNK = 256
@@ -99,6 +99,14 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
+def out_of_memory(what: str, error: Exception) -> OutOfMemoryError:
+    """The error for something that has no memory left, with what to do."""
+    return OutOfMemoryError(
+        f"{what} needs more memory than the device has left; shorten the prompt, lower max_new_tokens or max_nodes "
+        f"({error})"
+    )
+
+
 @contextmanager
 def _named_failure(flat: FlatTrees) -> Iterator[None]:
     """Turn whatever a model raises into an error of ours, so that a generation ends with what it has committed."""
@@ -109,8 +117,5 @@ def _named_failure(flat: FlatTrees) -> Iterator[None]:
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            raise OutOfMemoryError(
-                f"{size} needs more memory than the device has left; shorten the prompt, lower max_new_tokens or "
-                f"max_nodes ({error})"
-            ) from error
+            raise out_of_memory(size, error) from error
         raise ForwardPassError(f"{size} failed in the model: {type(error).__name__}: {error}") from error

@@ -163,6 +163,14 @@ def test_a_verifier_that_chooses_badly_is_a_bug(dtype, monkeypatch):
     assert any("its own logits say" in fault for fault in report.faults)
 
 
+@pytest.mark.parametrize("exact", [None, "fixed_width"])
+def test_an_output_far_longer_than_allowed_is_a_bug(exact):
+    target = tiny("llama", torch.float32)
+    output = greedy(target, PROMPT, 140)
+    report = audit_output(target, PROMPT, output, max_new_tokens=3, exact=exact)
+    assert "the output has 140 tokens where 3 were allowed" in report.faults
+
+
 def test_a_reference_that_is_broken_too_does_not_hide_it(monkeypatch):
     """A fault that runner, run and reference share shows against transformers' own passes."""
     from dynatree_core import audit as audit_module
