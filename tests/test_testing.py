@@ -368,7 +368,15 @@ def test_format_tree():
 
 
 def in_python(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=cwd)
+    """Like at a terminal of 80 columns: pytest does not shorten its lines where it finds itself in a CI."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "BUILD_NUMBER")}
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment | {"COLUMNS": "80"},
+    )
 
 
 def test_pytest_without_our_options_loads_no_torch(tmp_path):
