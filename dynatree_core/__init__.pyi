@@ -9,6 +9,7 @@ from .hookspecs import hookimpl
 from .models import LoadedModel, load_model
 from .params import choice, count, fraction
 from .plugins import build_drafter, build_stack
+from .prefix_cache import PrefixCache
 from .records import (
     Frontier,
     GenerationReport,
@@ -37,6 +38,7 @@ __all__ = [
     "LoadedModel",
     "PluginSpec",
     "PolicyStack",
+    "PrefixCache",
     "Proposals",
     "Rounding",
     "Session",

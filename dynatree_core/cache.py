@@ -114,6 +114,30 @@ class TreeCache(Cache):
         self.lengths = [min(length, old) for old in self.lengths]
         self.rollback()
 
+    @property
+    def row_bytes(self) -> int:
+        """What one row of one batch row takes up, over all layers."""
+        return sum(buffer.shape[1] * buffer.shape[3] * buffer.element_size() for buffer in (*self.keys, *self.values))
+
+    def copied(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Copies of the committed keys and values, a layer each [batch, heads, rows, head_dim]."""
+        return self._copied(self.keys), self._copied(self.values)
+
+    @torch.inference_mode()
+    def load(self, keys: Sequence[Tensor], values: Sequence[Tensor], length: int) -> None:
+        """Forget everything, and begin with copies of the first `length` of these rows as committed ones.
+
+        Args:
+            keys: as `copied` gives them.
+            values: likewise.
+            length: at most the capacity.
+        """
+        assert length <= self.capacity, f"{length} rows do not fit a cache of {self.capacity}"
+        own_keys, own_values = self._loaded(keys, length), self._loaded(values, length)
+        # nothing but assignments, between which no signal arrives
+        self.keys, self.values, self._block_lens = own_keys, own_values, [0] * len(own_keys)
+        self.lengths = [length] * len(self.lengths)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Rows that the next pass finds before its own; asked by models that are given no positions."""
         return self.length + (self._block_lens[layer_idx] if layer_idx < len(self._block_lens) else 0)
@@ -126,6 +150,16 @@ class TreeCache(Cache):
         keys, values = [*self.keys, self._allocate(key_states)], [*self.values, self._allocate(value_states)]
         # all or nothing: a layer without its values, where memory ended, would shift the layers behind it
         self.keys, self.values, self._block_lens = keys, values, [*self._block_lens, 0]
+
+    def _copied(self, buffers: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        rows = (buffer[:, :, : self.length] for buffer in buffers)
+        return tuple(states.clone(memory_format=torch.contiguous_format) for states in rows)
+
+    def _loaded(self, rows: Sequence[Tensor], length: int) -> list[Tensor]:
+        buffers = [self._allocate(states) for states in rows]
+        for buffer, states in zip(buffers, rows, strict=True):
+            buffer[:, :, :length] = states[:, :, :length]
+        return buffers
 
     def _allocate(self, states: Tensor) -> Tensor:
         buffer = states.new_empty(len(self.lengths), states.shape[1], self.capacity, states.shape[3])

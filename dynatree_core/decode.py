@@ -21,8 +21,10 @@ __all__ = ["decode_step", "prefill"]
 def prefill(session: Session) -> None:
     """Fill both caches with the prompt but its last token, which is the first tree's root.
 
-    Rows that are there already stay: in a session that goes on after a break there is nothing left to fill.
+    What the prefix cache knows is copied. Rows that are there already stay: in a session that goes on after a break
+    there is nothing left to fill.
     """
+    session.reuse_prefix()
     session.target.prefill(session.committed_ids[session.cache.length : -1], session.cache)
     if session.draft_state is not None:
         with session.blame_drafter():

@@ -181,6 +181,7 @@ class GenerationReport:
     policy: str  # the stack in its canonical spelling
     drafter: str | None
     num_prompt_tokens: int
+    num_reused_tokens: int  # of the prompt, copied from the prefix cache instead of prefilled
     num_new_tokens: int
     num_iterations: int  # target forward passes after the prefill
     num_drafted_nodes: int

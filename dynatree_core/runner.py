@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,11 +31,19 @@ class EagerRunner:
         model: the model.
         clock: where the time of its passes goes.
         positions: the position of each token of the prompt, where they are not 0, 1, 2, …
+        on_prefill: called after each chunk of a prefill, with the rows that the cache has and those it will have.
     """
 
-    def __init__(self, model: nn.Module, clock: StageClock, positions: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        clock: StageClock,
+        positions: Sequence[int] | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> None:
         self.model = model
         self.clock = clock
+        self.on_prefill = on_prefill
         # [tokens] the prompt's own positions, where a caller gives any; later tokens count on from the last of them
         self.positions = None if positions is None else torch.tensor(positions, device=model.device)  # type: ignore[arg-type]
         self.layout = attention_layout(model)
@@ -88,9 +96,12 @@ class EagerRunner:
         """Fill the cache with committed tokens [tokens], in chunks; their logits are not wanted."""
         if token_ids.numel() == 0:  # a prompt of one token: it is the root, and nothing comes before it
             return
+        num_rows = cache.length + token_ids.numel()
         for chunk in torch.split(token_ids, PREFILL_CHUNK):
             self.forward(flatten_chain(chunk, cache.length), cache, stage="prefill_forward", last_row_only=True)
             cache.commit([range(chunk.numel())])
+            if self.on_prefill is not None:
+                self.on_prefill(cache.length, num_rows)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -34,9 +34,10 @@ from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import DrafterError, DynaTreeError, InputError, ParameterError
 from dynatree_core.metrics import summarise
 from dynatree_core.plugins import build_drafter, build_stack
+from dynatree_core.prefix_cache import PrefixCache, PrefixReuse
 from dynatree_core.processors import logits_processors
 from dynatree_core.records import GenerationResult, Proposals, StepReport, StepStats
-from dynatree_core.runner import EagerRunner
+from dynatree_core.runner import EagerRunner, is_out_of_memory
 from dynatree_core.sampling import Sampler
 from dynatree_core.stack import PolicyStack
 from dynatree_core.stopping import stopping_criteria as criteria_of
@@ -96,12 +97,16 @@ class Session:
         max_depth: int | None = None,
         max_branch: int = 16,
         exact: str | None = None,
+        prefix_cache: PrefixCache | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
         on_error: str = "raise",
         **settings: object,
     ) -> None:
         check_causal_lm(target, "target")
         if on_error not in ("raise", "fallback"):
             raise ParameterError(f"on_error must be 'raise' or 'fallback', got {on_error!r}")
+        if not isinstance(prefix_cache, PrefixCache | None):
+            raise ParameterError(f"prefix_cache must be a PrefixCache, got {prefix_cache!r:.60}")
         self.on_error = on_error
         self.device: torch.device = target.device  # type: ignore[assignment]
         self.vocab_size = vocab_size(target)
@@ -145,16 +150,30 @@ class Session:
         self.clock = StageClock(self.device)
 
         num_tokens = len(self.prompt_ids) + self.max_new_tokens
-        self.target = EagerRunner(target, self.clock, positions and positions[self._num_padding :])
+        self.target = EagerRunner(target, self.clock, positions and positions[self._num_padding :], on_prefill)
         self.is_fixed_width = exact is not None
         self.cache = TreeCache(num_tokens + max(self.limits.max_nodes, pass_rows), is_zeroed=self.is_fixed_width)
         # of every verification pass at least, so that all passes round alike
         self.pass_shape = {"min_rows": pass_rows, "min_slots": self.cache.capacity} if self.is_fixed_width else {}
+        # rows at other positions are others, and those of passes of another shape may be rounded otherwise
+        is_reusable = positions is None and exact is None
+        self.prefix = PrefixReuse(prefix_cache) if prefix_cache is not None and is_reusable else None
+        if self.prefix is not None:
+            self.prefix.add(target, self.cache)
+        self.num_reused_tokens = 0  # of the prompt, whose rows came from the prefix cache
         source = _as_drafter(drafter)
         self.drafter_name = None if source is None else str(source)
         self.draft_state: DraftState | None = None
         if source is not None:
-            plan = DraftPlan(self.vocab_size, num_tokens, self.limits.max_nodes, self.device, self.clock)
+            plan = DraftPlan(
+                self.vocab_size,
+                num_tokens,
+                self.limits.max_nodes,
+                self.device,
+                self.clock,
+                prefix=self.prefix,
+                on_prefill=on_prefill,
+            )
             try:
                 with self.blame_drafter(InputError):
                     self.draft_state = source.start(plan)
@@ -261,6 +280,24 @@ class Session:
         pending = self.pending.behind(len(report.token_ids))
         # nothing but assignments, between which no signal arrives: a step is recorded whole or not at all
         self.new_token_ids, self.steps, self.last_report, self.pending = tokens, steps, report, pending
+
+    def reuse_prefix(self) -> None:
+        """Copy what the prefix cache knows of the prompt into the target's cache, which is filled from the start."""
+        if self.prefix is not None:
+            self.num_reused_tokens += self.prefix.fill(self.cache, self.committed_ids[:-1])
+
+    def keep_prefix(self) -> None:
+        """Leave the rows of all committed tokens in the prefix cache, where there is memory for it.
+
+        To be called at any time; `run` calls it whenever it ends. Committed rows are right however a step ended.
+        """
+        if self.prefix is None:
+            return
+        try:
+            self.prefix.keep(self.committed_ids)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
 
     def rollback(self) -> None:
         """Forget an iteration that failed; the committed tokens and their cache rows stay."""

@@ -60,6 +60,8 @@ LOSSLESS = "tests/test_lossless.py::test_every_length_and_every_stop"
 STOPPING = "tests/test_settings.py::test_stopping_anywhere_in_a_path"
 PROCESSORS = "tests/test_settings.py::test_processors_see_each_node_with_its_own_path"
 PADDING = "tests/test_settings.py::test_padded_prompts"
+CHAT = "tests/test_prefix_cache.py::test_turns_of_a_conversation"
+ANOTHER_WAY = "tests/test_prefix_cache.py::test_a_prompt_that_goes_another_way"
 DRAFTS = "tests/test_drafters.py::test_model_proposals_are_those_of_a_plain_pass_over_the_path"
 
 MUTANTS = (
@@ -186,6 +188,71 @@ MUTANTS = (
         "self.keys.append(self._allocate(key_states))\n"
         "        keys, values = self.keys, [*self.values, self._allocate(value_states)]",
         ("tests/test_cache.py::test_an_allocation_that_fails_adds_no_layer",),
+    ),
+    # prefix cache
+    Mutant(
+        "rows beyond the common prefix are taken",
+        "dynatree_core/prefix_cache.py",
+        "cache.load(best.keys, best.values, num_common)",
+        "num_common = min(text.numel(), best.token_ids.numel())\n"
+        "        cache.load(best.keys, best.values, num_common)",
+        (ANOTHER_WAY,),
+    ),
+    Mutant(
+        "common tokens behind a difference count",
+        "dynatree_core/prefix_cache.py",
+        "(self.token_ids[:num] == token_ids[:num]).cumprod(0).sum()",
+        "(self.token_ids[:num] == token_ids[:num]).sum()",
+        (CHAT,),
+    ),
+    Mutant(
+        "the text is kept by the session's own buffer",
+        "dynatree_core/prefix_cache.py",
+        'token_ids[: cache.length].to("cpu", copy=True)',
+        "token_ids[: cache.length].cpu()",
+        ("tests/test_prefix_cache.py::test_a_text_is_kept_once", CHAT),
+    ),
+    Mutant(
+        "rows are kept where they are",
+        "dynatree_core/cache.py",
+        "return tuple(states.clone(memory_format=torch.contiguous_format) for states in rows)",
+        "return tuple(rows)",
+        ("tests/test_prefix_cache.py::test_no_two_sessions_share_buffers",),
+    ),
+    Mutant(
+        "any model's rows will do",
+        "dynatree_core/prefix_cache.py",
+        "if entry.model() is model and entry.made_as == way",
+        "if entry.made_as == way",
+        ("tests/test_prefix_cache.py::test_models_are_told_apart",),
+    ),
+    Mutant(
+        "rows of another precision will do",
+        "dynatree_core/prefix_cache.py",
+        "if entry.model() is model and entry.made_as == way",
+        "if entry.model() is model",
+        ("tests/test_prefix_cache.py::test_a_model_that_was_changed_in_place",),
+    ),
+    Mutant(
+        "rows at other positions will do",
+        "dynatree_core/session.py",
+        "is_reusable = positions is None and exact is None",
+        "is_reusable = exact is None",
+        ("tests/test_prefix_cache.py::test_rows_that_a_plain_prefill_would_not_make",),
+    ),
+    Mutant(
+        "the bound is exceeded by what comes last",
+        "dynatree_core/prefix_cache.py",
+        "sum(entry.num_bytes for entry in entries) + num_bytes > self.max_bytes",
+        "sum(entry.num_bytes for entry in entries) > self.max_bytes",
+        (CHAT, "tests/test_prefix_cache.py::test_the_least_recently_used_text_goes"),
+    ),
+    Mutant(
+        "use does not count as use",
+        "dynatree_core/prefix_cache.py",
+        "self._entries = [*(entry for entry in self._entries if entry is not best), best]",
+        "pass",
+        ("tests/test_prefix_cache.py::test_the_least_recently_used_text_goes",),
     ),
     # verification
     Mutant(

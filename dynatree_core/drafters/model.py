@@ -65,13 +65,19 @@ class ModelDraftState(DraftState):
     """One generation of a model drafter: its cache and nothing else."""
 
     def __init__(self, model: nn.Module, usable_vocab: int, plan: DraftPlan) -> None:
-        self.runner = EagerRunner(model, plan.clock)
+        self.runner = EagerRunner(model, plan.clock, on_prefill=plan.on_prefill)
         self.cache = TreeCache(plan.num_tokens + plan.max_nodes)
+        self.prefix = plan.prefix
+        if self.prefix is not None:
+            self.prefix.add(model, self.cache)
         self.usable_vocab = usable_vocab  # ids that both target and drafter know
         self.last_id = vocab_size(model) - 1
         self.num_settled = 0  # cache rows of earlier iterations: where a rollback goes back to
 
     def prefill(self, committed_ids: Tensor) -> None:
+        if self.prefix is not None:
+            # by the target's ids: of any two texts with the same, this model has the same rows
+            self.prefix.fill(self.cache, committed_ids)
         self.runner.prefill(self._own(committed_ids[self.cache.length :]), self.cache)
         self.num_settled = self.cache.length
 
