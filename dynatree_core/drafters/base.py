@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dynatree_core.clock import StageClock
 from dynatree_core.records import Proposals
+from dynatree_core.sink_cache import SinkWindow
 from dynatree_core.tree import TokenTree
 
 __all__ = ["DraftPlan", "DraftState", "Drafter", "padded_proposals"]
@@ -28,6 +29,7 @@ class DraftPlan:
     max_nodes: int  # drafted nodes of one tree, at most
     device: torch.device  # where trees and proposals live
     clock: StageClock  # measures forward passes, under the name "draft_forward"
+    kept: SinkWindow | None = None  # all that the target's cache keeps of the text, if that is bounded
 
 
 class Drafter(abc.ABC):
