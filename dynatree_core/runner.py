@@ -47,7 +47,9 @@ class EagerRunner:
         # a mixture of experts may be configured to compute its training loss, which does not take a 4-D mask
         self._fixed_arguments = {"output_router_logits": False} if "output_router_logits" in parameters else {}
 
-    def forward(self, flat: FlatTrees, cache: TreeCache | SinkCache, *, stage: str, last_row_only: bool = False) -> Tensor:
+    def forward(
+        self, flat: FlatTrees, cache: TreeCache | SinkCache, *, stage: str, last_row_only: bool = False
+    ) -> Tensor:
         """One pass; the rows' keys and values are appended to the cache's undecided block.
 
         Args:

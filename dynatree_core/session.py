@@ -38,7 +38,7 @@ from dynatree_core.processors import logits_processors
 from dynatree_core.records import GenerationResult, Proposals, StepReport, StepStats
 from dynatree_core.runner import EagerRunner
 from dynatree_core.sampling import Sampler
-from dynatree_core.sink_cache import SinkCache, SinkWindow
+from dynatree_core.sink_cache import SinkCache, SinkWindow, refuse_beside
 from dynatree_core.stack import PolicyStack
 from dynatree_core.stopping import stopping_criteria as criteria_of
 from dynatree_core.tree import TokenTree
@@ -115,11 +115,9 @@ class Session:
         self.prompt_ids = given_ids[self._num_padding :]
         positions = checked_positions(position_ids, len(given_ids))
         kept = SinkWindow.parse(cache)
-        if kept is not None and (positions is not None or exact is not None):
-            raise ParameterError(
-                f"cache={cache!r} gives tokens places of its own and changes the shapes of passes, got "
-                f"{'position_ids' if positions is not None else f'exact={exact!r}'} with it; leave out one of them"
-            )
+        if kept is not None:
+            refuse_beside(kept, exact, positions and positions[self._num_padding :])
+            positions = None
         config = settings_of(
             target if inherit_settings else None, generation_config, settings, inspect.signature(Session).parameters
         )

@@ -1,9 +1,9 @@
 """The cache of StreamingLLM (Xiao et al. 2023): the first tokens, the last ones, and nothing between.
 
-A token sees the first `sinks` tokens of the text and the last `window` tokens, itself among them. Its place, and theirs,
-are those inside the cache: sinks stand at 0, 1, …, behind them the window without a gap, and the token itself never
-further back than at `sinks + window - 1`. So memory and time of a pass do not grow with the text, and the text may
-be longer than the model has positions.
+A token sees the first `sinks` tokens of the text and the last `window` tokens, itself among them. Its place, and
+theirs, are those inside the cache: sinks stand at 0, 1, …, behind them the window without a gap, and the token itself
+never further back than at `sinks + window - 1`. So memory and time of a pass do not grow with the text, and the text
+may be longer than the model has positions.
 
 Rotary attention knows only how far two tokens stand apart. Within the window that is the distance in the text,
 which moving on does not change; only the sinks come closer. So cached rows stay as they are, and each pass gets
@@ -29,7 +29,7 @@ from dynatree_core.cache import TreeCache
 from dynatree_core.errors import CacheError, ParameterError, UnsupportedModelError
 from dynatree_core.records import FlatTrees
 
-__all__ = ["SinkCache", "SinkWindow"]
+__all__ = ["SinkCache", "SinkWindow", "refuse_beside"]
 
 # families whose keys are rotated as the last thing before they are cached, halves against halves, by the cosines
 # and sines of base_model.rotary_emb; each was compared with a plain computation (tests/test_sink_cache.py)
@@ -91,6 +91,24 @@ class SinkWindow:
         return self.sinks + self.window
 
 
+def refuse_beside(option: SinkWindow, exact: str | None, positions: Sequence[int] | None) -> None:
+    """Refuse what does not go with a cache that moves.
+
+    Args:
+        exact: as in `dynatree_core.generate`.
+        positions: the prompt's, if given; 0, 1, 2, … are no others than its own.
+
+    Raises:
+        ParameterError: passes of one shape, or other positions.
+    """
+    if exact is not None or (positions is not None and list(positions) != list(range(len(positions)))):
+        came = "position_ids" if exact is None else f"exact={exact!r}"
+        raise ParameterError(
+            f"with cache='{option}' tokens have places of their own, and passes the shapes that these need, got "
+            f"{came} beside it; leave out one of them"
+        )
+
+
 class SinkCache(Cache):
     """Sinks and window of one text, with the stages' view of a `TreeCache`.
 
@@ -119,7 +137,8 @@ class SinkCache(Cache):
         self._num_turned_back = 0  # positions by which the window's keys were turned back so far
         self._sinks: list[tuple[Tensor, Tensor]] = []  # per layer, keys and values [1, heads, sinks, head_dim]
         self._view_start = self._front  # the first slot that the next pass sees
-        self._angles: tuple[Tensor, Tensor] | None = None  # of the copies, [places, 1, rotary_dim] each; None: no copies
+        # cosines and sines that turn the sinks' keys into copies, [places, 1, rotary_dim]; None: no copies
+        self._angles: tuple[Tensor, Tensor] | None = None
 
     @property
     def next_place(self) -> int:
@@ -284,6 +303,6 @@ def _check_model(model: Any) -> None:
         reason = "it has a sliding window of its own"
     if reason is not None:
         raise UnsupportedModelError(
-            f"the target ({type(model).__name__}, model type '{model_type}') cannot be decoded with sinks and a window: "
-            f"{reason}; leave out cache=..."
+            f"the target ({type(model).__name__}, model type '{model_type}') cannot be decoded with sinks and a "
+            f"window: {reason}; leave out cache=..."
         )

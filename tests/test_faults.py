@@ -385,7 +385,7 @@ def at_line(called: Callable[[str, str, int, FrameType], None]) -> Iterator[None
 
 
 def asked(kind: str) -> dict[str, object]:
-    """Options of a generation: none, a caller's own processor and criterion with a memory, sampling, or a moving window."""
+    """Options of a generation: none, a caller's processor and criterion with a memory, sampling, a moving window."""
     return {
         "greedy": {},
         "memory": {"logits_processor": [Grudge()], "stopping_criteria": [Countdown(11)]},

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Cache
 
-from dynatree_core import Session, generate, hf, hookimpl, run, runner, sink_cache
+from dynatree_core import Session, generate, hf, run, runner
 from dynatree_core.audit import audit_generation
 from dynatree_core.errors import CacheError, ContextLimitError, ParameterError, UnsupportedModelError
 from dynatree_core.flatten import flatten_chain
 from dynatree_core.sink_cache import ROTARY_FAMILIES, SinkCache, SinkWindow
 from dynatree_core.testing import strategies as ours
-from dynatree_core.testing.models import CONTEXT, ROPES, VOCAB, perturbed, tiny_model
+from dynatree_core.testing.models import CONTEXT, ROPES, perturbed, tiny_model
 from dynatree_core.testing.strategies import HostileDrafter, HostilePolicy
 
 PROMPT = [5, 6, 7, 5, 6, 8, 1]
@@ -153,3 +153,185 @@ def test_trees_equal_autoregressive_decoding(family, drafter, policy, generation
 @given(st.sampled_from(["llama", "gpt_neox"]), st.integers(0, 99), generations())
 def test_hostile_policies_and_drafters(family, seed, generation):
     check(tiny_model(family), HostileDrafter(seed), HostilePolicy(seed), **generation, tau=0.0, max_depth=20)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_every_rotary_scaling(rope):
+    """Yarn and longrope scale what they rotate, which a second turn must not do again."""
+    model = tiny_model.__wrapped__("llama", rope_parameters={"rope_type": rope, **ROPES[rope]})
+    option = SinkWindow(3, 9)
+    expected, expected_logits = naive(model, PROMPT, 2 * CONTEXT, option)
+    found, logits = autoregressive(model, PROMPT, 2 * CONTEXT, option)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-4)
+    assert found == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("option", [SinkWindow(4, 32), SinkWindow(0, 20), SinkWindow(2, 90)], ids=str)
+def test_a_text_beyond_the_models_context(family, option):
+    """Five windows long and more, and longer than the model has positions; the drafter's model has no more of them."""
+    model, prompt = tiny_model(family), (PROMPT * 40)[: CONTEXT + 3]
+    length = 5 * option.num_tokens
+    with pytest.raises(ContextLimitError, match=f"context of {CONTEXT} tokens"):
+        generate(model, None, prompt, max_new_tokens=length)
+    expected, _ = naive(model, prompt, length, option)
+    for drafter in (perturbed(family, noise=0.02), tiny_model("gpt2"), "prompt_lookup", None):
+        session = Session(
+            model, drafter, prompt, policy="fixed(tau=0.0)", max_new_tokens=length, cache=str(option), max_nodes=20
+        )
+        for _ in run(session):
+            pass
+        assert session.new_token_ids == expected
+        if drafter == perturbed(family, noise=0.02):
+            assert session.num_iterations < 0.7 * length  # it follows well enough to be of use
+
+
+def test_a_text_that_the_cache_holds_is_that_of_generate():
+    model = tiny_model("llama")
+    plain = generate(model, None, PROMPT, max_new_tokens=40)
+    assert generate(model, model, PROMPT, max_new_tokens=40, cache="sinks=4,window=43").token_ids == plain.token_ids
+    assert generate(model, model, PROMPT, max_new_tokens=40, cache="sinks=4,window=9").token_ids != plain.token_ids
+
+
+@pytest.mark.parametrize("drafter", ["llama", "prompt_lookup"])
+def test_memory_and_passes_do_not_grow_with_the_text(drafter, monkeypatch):
+    """Buffers keep their size, and no pass sees more slots than sinks for each place, window and tree."""
+    model, option, max_nodes = tiny_model("llama"), SinkWindow(4, 20), 12
+    session = Session(
+        model,
+        perturbed("llama") if drafter == "llama" else drafter,
+        PROMPT * 50,
+        policy="fixed(depth=4,tau=0.0)",
+        max_new_tokens=300,
+        max_nodes=max_nodes,
+        cache=str(option),
+    )
+    slots = []
+    update = SinkCache.update
+
+    def note(self, *arguments, **options):
+        keys, values = update(self, *arguments, **options)
+        slots.append((keys.shape[2], keys.untyped_storage().nbytes() + values.untyped_storage().nbytes()))
+        return keys, values
+
+    monkeypatch.setattr(SinkCache, "update", note)
+    for report in run(session):
+        assert session.cache.length == len(session.prompt_ids) + len(session.new_token_ids) - 1
+        assert report.tree.max_depth <= 4
+    assert len({bytes_ for _, bytes_ in slots}) == 1
+    prefill_slots = 20 * option.sinks + option.window - 1 + 20  # up to a step's rows in one pass
+    assert max(found for found, _ in slots) == prefill_slots
+    tree_slots = 5 * option.sinks + option.window - 1 + 1 + max_nodes
+    assert max(found for found, _ in slots[-100:]) <= tree_slots
+    assert session.cache.capacity == 20 * option.sinks + option.num_tokens + 20 + max_nodes
+    if drafter == "llama":
+        assert session.draft_state.cache.capacity == option.num_tokens + 2 * max_nodes
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 99), generations(), ours.stacks())
+def test_sampling_is_that_of_autoregressive_sampling(seed, generation, policy):
+    model, length = tiny_model("llama"), generation["length"]
+    options = {"do_sample": True, "temperature": 0.7, "seed": seed, "cache": str(generation["option"])}
+    expected = generate(model, None, generation["prompt"], max_new_tokens=length, **options)
+    drafter = perturbed("llama", noise=0.02)
+    found = generate(
+        model, drafter, generation["prompt"], policy=policy, max_new_tokens=length, max_nodes=40, **options
+    )
+    assert found.token_ids == expected.token_ids
+
+
+def test_half_precision():
+    """Keys are turned in float32: the text is that of the same weights in float64 for longer than a window."""
+    model, option = copy.deepcopy(tiny_model("llama")).to(torch.bfloat16), SinkWindow(4, 16)
+    cache = SinkCache(model, option, 8)
+    seen = run_chain(model, cache, PROMPT * 9)
+    wide, precise = copy.deepcopy(model).double(), SinkCache(tiny_model("llama"), option, 8)
+    expected = run_chain(wide, precise, PROMPT * 9)
+    assert seen.dtype == torch.bfloat16
+    assert (seen.double() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def run_chain(model: Any, cache: SinkCache, text: list[int]) -> torch.Tensor:
+    """The logits of the last token of a text, through the cache."""
+    target = runner.EagerRunner(model, runner.StageClock(torch.device("cpu")))
+    with torch.inference_mode():
+        target.prefill(torch.tensor(text[:-1]), cache)
+        return target.forward(flatten_chain(torch.tensor(text[-1:]), cache.next_place), cache, stage="verify")[0, 0]
+
+
+def test_through_model_generate():
+    model = tiny_model("llama")
+    expected, _ = naive(model, PROMPT, 60, SinkWindow(2, 10))
+    asked = {"max_new_tokens": 60, "options": {"cache": "sinks=2,window=10"}, "do_sample": False}
+    inputs = torch.tensor([PROMPT])
+    found = model.generate(inputs, custom_generate=hf.generate, drafter=model, policy="fixed", **asked)
+    assert found[0, len(PROMPT) :].tolist() == expected
+    assert hf.generate_with(model, inputs, drafter=model, **asked)[0, len(PROMPT) :].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("cache", "words"),
+    [
+        ("sinks=4", "is written 'sinks=4,window=1024', two numbers, got 'sinks=4'"),
+        ("", "got ''"),
+        (7, "got 7"),
+        ("sinks=4,window=-1", "got 'sinks=4,window=-1'"),
+        ("sinks=4,window=1,window=2", "two numbers"),
+        ("sinks=4,windows=1", "two numbers"),
+        ("sinks=4,window=0", "the window must be at least 1"),
+        ("sinks=4,window=150", f"must leave 64 of the target's {CONTEXT} positions free, .* got 4 \\+ 150"),
+    ],
+)
+def test_a_cache_that_cannot_be(cache, words):
+    with pytest.raises(ParameterError, match=words):
+        Session(tiny_model("llama"), None, PROMPT, cache=cache)
+
+
+def test_order_and_spaces_do_not_matter():
+    assert SinkWindow.parse(" window = 9, sinks = 0 ") == SinkWindow(0, 9)
+    assert SinkWindow.parse(str(SinkWindow(4, 1024))) == SinkWindow(4, 1024)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gpt2", "its positions are not known to move with the cache"),
+        ("gptj", "its positions are not known to move with the cache"),
+        ("smollm3", "its positions are not known to move with the cache"),
+        ("mistral", "it has a sliding window of its own"),
+    ],
+)
+def test_models_that_are_refused(family, reason):
+    with pytest.raises(UnsupportedModelError, match=f"cannot be decoded with sinks and a window: {reason}"):
+        Session(tiny_model(family), None, PROMPT, cache="sinks=2,window=8")
+
+
+def test_what_does_not_go_with_it():
+    model, cache = tiny_model("llama"), "sinks=2,window=8"
+    for options, words in (({"exact": "fixed_width"}, "exact='fixed_width'"), ({"position_ids": range(1, 8)}, "posit")):
+        with pytest.raises(ParameterError, match=f"tokens have places of their own, .* got {words}"):
+            Session(model, None, PROMPT, cache=cache, **options)
+    Session(model, None, PROMPT, cache=cache, position_ids=range(7))  # no others than its own
+    with pytest.raises(ParameterError, match="an audit compares with the model's own cache"):
+        audit_generation(model, None, PROMPT, cache=cache)
+    with pytest.raises(ContextLimitError, match="162 tokens of the target's cache and a tree"):
+        Session(model, tiny_model("gpt2"), PROMPT, cache="sinks=2,window=32", max_nodes=128, max_new_tokens=400)
+
+
+def test_a_pass_that_crosses_a_turning_point_is_refused():
+    cache = SinkCache(tiny_model("llama"), SinkWindow(2, 8), 8)
+    assert cache.max_places == 10
+    with pytest.raises(CacheError, match="may stand at 10 places here, got 11"):
+        cache.prepare(flatten_chain(torch.arange(11), 0))
+
+
+def test_models_may_use_it_without_positions_and_masks():
+    """Until the window moves it is a cache like any other."""
+    model, cache = tiny_model("llama"), SinkCache(tiny_model("llama"), SinkWindow(2, 8), 8)
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=cache)
+        cache.commit([[0, 1, 2]])
+        logits = model(input_ids=torch.tensor([[4, 5]]), past_key_values=cache).logits[0, -1]
+        expected = model(input_ids=torch.tensor([[1, 2, 3, 4, 5]])).logits[0, -1]
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)

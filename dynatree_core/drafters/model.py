@@ -55,7 +55,7 @@ class ModelDrafter(Drafter):
             )
         num_followed, what, advice = plan.num_tokens, "prompt and output", "shorten the prompt, lower max_new_tokens"
         if plan.kept is not None:
-            num_followed = plan.kept.num_tokens + plan.max_nodes
+            num_followed = min(plan.num_tokens, plan.kept.num_tokens + plan.max_nodes)
             what, advice = "the target's cache and a tree", "make the window smaller, lower max_nodes"
         limit = max_positions(self.model)
         if limit is not None and num_followed > limit:
