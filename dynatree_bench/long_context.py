@@ -12,7 +12,7 @@ because a busy one says nothing about speed.
 
 Output: three tables, FOLDER/long-context.json with all that was measured, and FOLDER/long-context.svg drawn from it.
 
-Command: python -m dynatree_bench.long_context [--quick] [--out FOLDER] [--from FILE.json]
+Command: python -m dynatree_bench.long_context [--quick] [--contexts N,N,…] [--rounds N] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -114,10 +114,12 @@ def main() -> None:
 def _measured(arguments: argparse.Namespace, console: Console) -> Results:
     default = load_model(None, device="cpu", dtype="float32")
     limit: int = default.model.config.max_position_embeddings
+    contexts = arguments.contexts or (512, 1024, 2048, 4096, 6144, limit)
+    # the last tokens of the context are generated
+    contexts = tuple(min(context, limit - arguments.max_new_tokens) for context in contexts)
+    plan = Plan(contexts, arguments.rounds, arguments.max_new_tokens)
     if arguments.quick:
         plan = Plan((64, 256), rounds=1, max_new_tokens=4)
-    else:
-        plan = Plan((512, 1024, 2048, 4096, 6144, limit - 16), rounds=3, max_new_tokens=16)
     busy = {"before": busy_percent(seconds=2.0)}
     results = measure(default, text_ids(default, max(plan.contexts)), plan)
     busy["after"] = busy_percent(seconds=2.0)
@@ -383,12 +385,30 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dynatree_bench.long_context", description=description)
     parser.add_argument("--quick", action="store_true", help="two short contexts, once: to see that it runs")
     parser.add_argument(
+        "--contexts",
+        type=_ascending,
+        metavar="N,N,…",
+        help="tokens of context, ascending (default: 512, 1024, 2048, 4096, 6144 and the model's limit)",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="times that everything is measured (default: 3)")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="default: 16")
+    parser.add_argument(
         "--out", type=Path, default=Path(), metavar="FOLDER", help="where the results go (default: here)"
     )
     parser.add_argument(
         "--from", dest="source", type=Path, metavar="FILE.json", help="show and draw these results, measure nothing"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if min(arguments.rounds, arguments.max_new_tokens) < 1:
+        parser.error("--rounds and --max-new-tokens must be at least 1")
+    return arguments
+
+
+def _ascending(text: str) -> tuple[int, ...]:
+    contexts = tuple(map(int, text.split(",")))
+    if contexts != tuple(sorted(set(contexts))) or contexts[0] < 2:
+        raise ValueError(text)
+    return contexts
 
 
 if __name__ == "__main__":

@@ -11,9 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Cache
 
-from dynatree_core import Session, generate, hf, run, runner
+from dynatree_core import Session, generate, hf, run, runner, sink_cache
 from dynatree_core.audit import audit_generation
-from dynatree_core.errors import CacheError, ContextLimitError, ParameterError, UnsupportedModelError
+from dynatree_core.errors import (
+    CacheError,
+    ContextLimitError,
+    OutOfMemoryError,
+    ParameterError,
+    UnsupportedModelError,
+)
 from dynatree_core.flatten import flatten_chain
 from dynatree_core.sink_cache import ROTARY_FAMILIES, SinkCache, SinkWindow
 from dynatree_core.testing import strategies as ours
@@ -335,3 +341,25 @@ def test_models_may_use_it_without_positions_and_masks():
         logits = model(input_ids=torch.tensor([[4, 5]]), past_key_values=cache).logits[0, -1]
         expected = model(input_ids=torch.tensor([[1, 2, 3, 4, 5]])).logits[0, -1]
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_turn_that_is_broken_off_is_done_again(monkeypatch):
+    """Memory ends while the window's keys are turned back: rows are computed anew, and the text is what it was."""
+    model, option = tiny_model("llama"), SinkWindow(2, 10)
+    expected, _ = naive(model, PROMPT, 60, option)
+    session = Session(model, model, PROMPT, policy="fixed", max_new_tokens=60, cache=str(option))
+    turned, calls = sink_cache._turned, []
+
+    def fail_once(keys, cos, sin):
+        is_back = keys.dim() == 4
+        calls.extend([keys] * is_back)
+        if is_back and len(calls) == 4:  # the second layer of the second time
+            raise MemoryError("no memory")
+        return turned(keys, cos, sin)
+
+    monkeypatch.setattr(sink_cache, "_turned", fail_once)
+    with pytest.raises(OutOfMemoryError):
+        list(run(session))
+    assert session.cache.length == 0
+    list(run(session))
+    assert session.new_token_ids == expected
