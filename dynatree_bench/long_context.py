@@ -1,14 +1,14 @@
 """Does decoding slow down over the context more than attention itself does, and what do sinks and a window save?
 
-Question: time of a pass, time per token and resident memory from a short context up to the default model's limit:
+Question: time of a pass, time per token and memory of the cache from a short context up to the default model's limit:
 passes of DynaTree beside the same model's bare forward pass over the same slots, autoregressive decoding beside trees
 with `prompt_lookup`, a cache of all tokens beside `sinks=4,window=1024`.
 
 Method: one long text, the source of Python's own argparse. Two caches are filled with it from context to context, and
 everything is measured at each: passes of 1 and of 8 rows, then a few tokens by every way of decoding. All of it takes
 turns, in rotating order, several times over in one process after a warm-up; medians are shown, with the lowest and
-highest. Memory is the growth of the resident size while a cache is filled. The machine is watched before and after,
-because a busy one says nothing about speed.
+highest. Memory is that of the rows that were written: what is allocated and never touched takes none. The machine is
+watched before and after, because a busy one says nothing about speed.
 
 Output: three tables, FOLDER/long-context.json with all that was measured, and FOLDER/long-context.svg drawn from it.
 
@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import psutil
 import torch
 import transformers
 from rich.box import SIMPLE_HEAD
@@ -95,7 +94,7 @@ class Results:
     tokens: Series = attrs.field(factory=_series)  # ms per token
     accepted: Series = attrs.field(factory=_series)  # tokens per iteration
     overhead: Series = attrs.field(factory=_series)  # ms of an iteration outside the model's passes
-    memory: Series = attrs.field(factory=_series)  # MiB that the process has grown by
+    memory: Series = attrs.field(factory=_series)  # MiB of keys and values
 
 
 def main() -> None:
@@ -158,11 +157,10 @@ def measure(default: LoadedModel, text: list[int], plan: Plan) -> Results:
         _fill(_session(default, text, "autoregressive", option, plan), text[: plan.contexts[0]])
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("measuring", total=len(plan.contexts) * (1 + plan.rounds))
-        grown = dict.fromkeys(KEPT, 0.0)
         for context in plan.contexts:
             for kept, source in sources.items():
-                grown[kept] += _fill(source, text[: context - 1])
-                results.memory[kept][context] = [grown[kept]]
+                _fill(source, text[: context - 1])
+                results.memory[kept][context] = [_held(source)]
             progress.advance(task)
             jobs = _jobs(default, text[:context], sources, plan, results)
             for i in range(plan.rounds):
@@ -188,17 +186,16 @@ def _session(default: LoadedModel, text: list[int], policy: str, option: str | N
 
 
 @torch.inference_mode()
-def _fill(source: Session, ids: list[int]) -> float:
-    """Fill a session's cache up to there. The MiB that the process has grown by."""
-    before = _own_memory()
+def _fill(source: Session, ids: list[int]) -> None:
+    """Fill a session's cache up to there."""
     source.target.prefill(torch.tensor(ids[source.cache.length :]), source.cache)
-    return (_own_memory() - before) / 2**20
 
 
-def _own_memory() -> int:
-    """Resident bytes of this process that are no part of a file: those of the weights come and go."""
-    info = psutil.Process().memory_info()
-    return int(info.rss - getattr(info, "shared", 0))
+def _held(source: Session) -> float:
+    """MiB of the rows that a cache has written so far; a cache that moves writes each of its rows at most."""
+    config = source.target.model.config
+    per_row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * source.target.dtype.itemsize
+    return float(min(source.cache.length, source.cache.capacity) * per_row) / 2**20
 
 
 def _jobs(
@@ -294,7 +291,7 @@ def _show(results: Results, console: Console) -> None:
         f"ms per token, drafter {DRAFTER}": (results.tokens, 0),
         "tokens per iteration": (results.accepted, 2),
         "ms of an iteration outside the model": (results.overhead, 1),
-        "MiB that the process has grown by": (results.memory, 0),
+        "MiB of keys and values": (results.memory, 0),
     }
     for title, (found, digits) in tables.items():
         console.print(_table(title, found, digits))
@@ -351,7 +348,7 @@ def draw(results: Results, path: Path) -> None:
     panels = (
         (results.passes, "One verification pass", "time (ms)"),
         (results.tokens, f"Decoding, drafter {DRAFTER}", "time per token (ms)"),
-        (results.memory, "Filling the cache", "growth of resident memory (MiB)"),
+        (results.memory, "Cache", "keys and values (MiB)"),
     )
     for axis, (found, title, unit) in zip(axes, panels, strict=True):
         for series, by_context in found.items():

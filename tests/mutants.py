@@ -230,7 +230,7 @@ MUTANTS = (
         "dynatree_core/session.py",
         "min(self.limits.max_depth, self.num_tokens_left - 1, self.cache.max_places - 1)",
         "min(self.limits.max_depth, self.num_tokens_left - 1)",
-        (f"{SINK_TREES}[sinks=0,window=20-llama]",),
+        (f"{SINK_TREES}[llama-option1]",),
     ),
     Mutant(
         "a cache that was being turned back is taken as it is",
@@ -244,7 +244,7 @@ MUTANTS = (
         "dynatree_core/drafters/model.py",
         "            self.cache.truncate(0)\n            self.num_skipped",
         "            self.num_skipped",
-        (f"{SINK_TREES}[sinks=4,window=32-llama]",),
+        (f"{SINK_TREES}[gpt_neox-option0]",),
     ),
     # verification
     Mutant(
