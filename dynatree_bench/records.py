@@ -35,6 +35,7 @@ __all__ = [
     "read_info",
     "read_records",
     "read_results",
+    "record_key",
     "write_info",
 ]
 
@@ -115,6 +116,7 @@ class RunInfo:
     ignore_eos: bool
     methods: tuple[MethodInfo, ...]
     axes: dict[str, Any]  # what is varied -> its values
+    settings: dict[str, Any] = attrs.field(factory=dict)  # of prompts and measurement; a run goes on with the same only
     continued: tuple[str, ...] = ()  # ISO dates of later starts
     notes: tuple[str, ...] = ()
     schema: int = SCHEMA
@@ -226,7 +228,12 @@ class OutputRecord:
     @property
     def key(self) -> tuple[str, str, str, int]:
         """What no two records of a run share: method, prompt, axes and repeat."""
-        return self.method, self.prompt_id, json.dumps(self.axes, sort_keys=True), self.repeat
+        return record_key(self.method, self.prompt_id, self.axes, self.repeat)
+
+
+def record_key(method: str, prompt_id: str, axes: Mapping[str, Any], repeat: int) -> tuple[str, str, str, int]:
+    """The key of the record that an output will have."""
+    return method, prompt_id, json.dumps(dict(axes), sort_keys=True), repeat
 
 
 @attrs.frozen
