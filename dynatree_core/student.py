@@ -153,7 +153,7 @@ def _assembled(
     config = copy.deepcopy(config)
     # tables as small as can be: they are replaced at once
     config.vocab_size, config.tie_word_embeddings = 1, False
-    config.pad_token_id = None
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None  # ids beyond such a table are complained of
     student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     student.to(target.device)  # type: ignore[arg-type]  # a decorator of transformers hides its signature
     student.set_input_embeddings(SharedEmbedding(target.get_input_embeddings(), dtype))

@@ -185,7 +185,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(trained, plan.max_gradient)
         optimizer.step()
         losses.append(loss.item())
-        progress(step + 1, num_steps, losses[-1])
+        last_loss = losses[-1]
         is_last = step + 1 == num_steps
         if (step + 1) % 20 == 0 or is_last:
             course.append({"step": step + 1, "loss": sum(losses) / len(losses), "learning_rate": rate})
@@ -194,6 +194,7 @@ def train(
             _save({"student": student.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
                    "course": course}, checkpoint)  # fmt: skip
             saved = time.monotonic()
+        progress(step + 1, num_steps, last_loss)
     student.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
     return course
 
