@@ -362,6 +362,7 @@ def draw(results: Results, path: Path) -> None:
                 markersize=5, linewidth=1.6, capsize=2, elinewidth=0.9,
             )  # fmt: skip
         axis.set(title=title, xlabel="context (tokens)", ylabel=unit, ylim=(0, None))
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, fontsize=9)
