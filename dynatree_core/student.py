@@ -11,7 +11,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -34,13 +34,14 @@ class SharedEmbedding(nn.Module):
 
     def __init__(self, table: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self._table = (table,)  # in a tuple, so that it is no part of the student: neither moved, stored nor trained
+        # in a tuple, so that it is no part of the student: neither moved, stored nor trained
+        self._table: tuple[Any] = (table,)
         self.dtype = dtype
 
     @property
     def num_embeddings(self) -> int:
         """Token ids that it knows."""
-        return int(self._table[0].weight.shape[0])  # type: ignore[operator]
+        return int(self._table[0].weight.shape[0])
 
     def forward(self, token_ids: Tensor) -> Tensor:
         embedded: Tensor = self._table[0](token_ids)
@@ -50,18 +51,22 @@ class SharedEmbedding(nn.Module):
 class RestrictedHead(nn.Module):
     """The rows of the target's head for some of its tokens: logits [..., outputs] instead of [..., vocab]."""
 
-    def __init__(self, head: nn.Module, token_ids: Tensor, dtype: torch.dtype) -> None:
+    token_ids: Tensor  # [outputs] int64, ascending
+    weight: Tensor  # [outputs, hidden]
+    bias: Tensor | None  # [outputs]
+
+    def __init__(self, head: Any, token_ids: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         rows = token_ids.long()
-        weight: Tensor = head.weight.detach()  # type: ignore[operator, assignment]
+        weight: Tensor = head.weight.detach()
         bias: Tensor | None = getattr(head, "bias", None)
         # not persistent: made from the target again whenever the student is loaded
-        self.register_buffer("token_ids", rows.to(weight.device), persistent=False)  # [outputs] int64
-        self.register_buffer("weight", weight[rows].to(dtype), persistent=False)  # [outputs, hidden]
+        self.register_buffer("token_ids", rows.to(weight.device), persistent=False)
+        self.register_buffer("weight", weight[rows].to(dtype), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach()[rows].to(dtype), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, self.weight, self.bias)  # type: ignore[arg-type]
+        return nn.functional.linear(hidden, self.weight, self.bias)
 
 
 def new_student(
@@ -102,12 +107,12 @@ def new_student(
 def save_student(student: PreTrainedModel, folder: Path, dtype: torch.dtype, card: Mapping[str, Any]) -> None:
     """Store what is the student's own: configuration, layers, the tokens of its head, and a card with what it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    head: Any = student.get_output_embeddings()
+    parts: Any = student  # transformers leaves some of its functions unannotated
+    head = parts.get_output_embeddings()
     own = {name: weight.to(dtype).contiguous() for name, weight in student.state_dict().items()}
     student.config.to_json_file(folder / "config.json")
     save_file({**own, HEAD_IDS: head.token_ids.int().contiguous()}, folder / WEIGHTS)
-    embeddings: Any = student.get_input_embeddings()
-    sizes = {"vocab_size": embeddings.num_embeddings, "hidden_size": int(head.weight.shape[1])}
+    sizes = {"vocab_size": parts.get_input_embeddings().num_embeddings, "hidden_size": int(head.weight.shape[1])}
     (folder / CARD).write_text(json.dumps({"format": FORMAT, **sizes, **card}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -154,8 +159,9 @@ def _assembled(
     # tables as small as can be: they are replaced at once
     config.vocab_size, config.tie_word_embeddings = 1, False
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None  # ids beyond such a table are complained of
-    student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    student.to(target.device)  # type: ignore[arg-type]  # a decorator of transformers hides its signature
-    student.set_input_embeddings(SharedEmbedding(target.get_input_embeddings(), dtype))
-    student.set_output_embeddings(RestrictedHead(target.get_output_embeddings(), head_ids.to(target.device), dtype))
-    return student
+    auto: Any = AutoModelForCausalLM  # transformers leaves some of its functions unannotated
+    source: Any = target
+    student = auto.from_config(config, dtype=dtype).to(target.device)
+    student.set_input_embeddings(SharedEmbedding(source.get_input_embeddings(), dtype))
+    student.set_output_embeddings(RestrictedHead(source.get_output_embeddings(), head_ids.to(target.device), dtype))
+    return cast(PreTrainedModel, student)

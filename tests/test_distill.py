@@ -173,6 +173,14 @@ def test_an_interrupted_training_ends_with_the_same_weights(stopped_after, tmp_p
         assert torch.equal(weight, resumed.state_dict()[name]), name
 
 
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+    target = tiny_model("llama")
+    shards = [said_by(target)]
+    train(new_student(target, [0], HEAD_IDS), shards, VOCAB, TrainingPlan(1), tmp_path / "one.pt", lambda *_: None)
+    with pytest.raises(InputError, match=r"num_epochs=1.*now .*num_epochs=2"):
+        train(new_student(target, [0], HEAD_IDS), shards, VOCAB, TrainingPlan(2), tmp_path / "one.pt", lambda *_: None)
+
+
 def test_what_the_target_writes_is_its_own_output(target_folder):
     """Greedy texts equal generate()'s, and every stored distribution is that of a plain pass over the text."""
     target = load_model(str(target_folder), dtype="float64").model

@@ -37,7 +37,7 @@ OPENINGS = (
 @click.option(
     "--text",
     "texts",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     multiple=True,
     help="A plain text file, read by the target and asked about; may be repeated.",
 )

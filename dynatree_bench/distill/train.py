@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dynatree_bench.distill.teacher import Shard
+from dynatree_core.errors import InputError
 
 __all__ = ["Batch", "TrainingPlan", "batches_of", "divergence", "frequent_tokens", "train"]
 
@@ -149,6 +150,9 @@ def train(
 
     Returns:
         The course of the training: step, loss (mean since the last entry), learning rate.
+
+    Raises:
+        InputError: the checkpoint is of another training.
     """
     device = student.device
     head: Any = student.get_output_embeddings()
@@ -158,10 +162,15 @@ def train(
     num_steps = plan.num_epochs * len(groups)
     trained = [weight for weight in student.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=plan.learning_rate, weight_decay=plan.weight_decay, betas=(0.9, 0.95))
+    request = f"{plan}, {num_steps} steps, {head.token_ids.numel()} outputs"
     course: list[dict[str, float]] = []
     start = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
+        if state["plan"] != request:
+            raise InputError(
+                f"{checkpoint} is of another training: {state['plan']}, now {request}; repeat that one, or delete it"
+            )
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
         start, course = state["step"], state["course"]
@@ -191,8 +200,8 @@ def train(
             course.append({"step": step + 1, "loss": sum(losses) / len(losses), "learning_rate": rate})
             losses = []
         if is_last or (not losses and time.monotonic() - saved > plan.checkpoint_seconds):
-            _save({"student": student.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
-                   "course": course}, checkpoint)  # fmt: skip
+            state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "course": course}
+            _save({**state, "step": step + 1, "plan": request}, checkpoint)
             saved = time.monotonic()
         progress(step + 1, num_steps, last_loss)
     student.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
