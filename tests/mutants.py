@@ -328,8 +328,8 @@ MUTANTS = (
     Mutant(
         "trees deeper than what is left",
         "dynatree_core/session.py",
-        "min(self.limits.max_depth, self.num_tokens_left - 1)",
-        "self.limits.max_depth",
+        "min(self.limits.max_depth, self.num_tokens_left - 1, self.cache.max_places - 1)",
+        "min(self.limits.max_depth, self.cache.max_places - 1)",
         ("tests/test_lossless.py::test_the_end_of_the_context",),
     ),
     Mutant(
