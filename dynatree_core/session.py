@@ -39,6 +39,7 @@ from dynatree_core.processors import logits_processors
 from dynatree_core.records import GenerationResult, Proposals, StepReport, StepStats
 from dynatree_core.runner import EagerRunner, is_out_of_memory
 from dynatree_core.sampling import Sampler
+from dynatree_core.sink_cache import SinkCache, SinkWindow, refuse_beside
 from dynatree_core.stack import PolicyStack
 from dynatree_core.stopping import stopping_criteria as criteria_of
 from dynatree_core.tree import TokenTree
@@ -96,6 +97,7 @@ class Session:
         max_nodes: int | None = None,
         max_depth: int | None = None,
         max_branch: int = 16,
+        cache: str | None = None,
         exact: str | None = None,
         prefix_cache: PrefixCache | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
@@ -117,6 +119,10 @@ class Session:
         self._num_padding = num_padding(attention_mask, len(given_ids))
         self.prompt_ids = given_ids[self._num_padding :]
         positions = checked_positions(position_ids, len(given_ids))
+        kept = SinkWindow.parse(cache)
+        if kept is not None:
+            refuse_beside(kept, exact, positions and positions[self._num_padding :])
+            positions = None
         config = settings_of(
             target if inherit_settings else None, generation_config, settings, inspect.signature(Session).parameters
         )
@@ -129,7 +135,7 @@ class Session:
             max_length,
             len(given_ids),
             len(self.prompt_ids) if positions is None else max(positions) + 1,
-            max_positions(target),
+            max_positions(target) if kept is None else None,
         )
         self.logits_processors = logits_processors(
             config,
@@ -152,13 +158,18 @@ class Session:
         num_tokens = len(self.prompt_ids) + self.max_new_tokens
         self.target = EagerRunner(target, self.clock, positions and positions[self._num_padding :], on_prefill)
         self.is_fixed_width = exact is not None
-        self.cache = TreeCache(num_tokens + max(self.limits.max_nodes, pass_rows), is_zeroed=self.is_fixed_width)
+        self.cache: TreeCache | SinkCache = (
+            TreeCache(num_tokens + max(self.limits.max_nodes, pass_rows), is_zeroed=self.is_fixed_width)
+            if kept is None
+            else SinkCache(target, kept, self.limits.max_nodes)
+        )
         # of every verification pass at least, so that all passes round alike
         self.pass_shape = {"min_rows": pass_rows, "min_slots": self.cache.capacity} if self.is_fixed_width else {}
-        # rows at other positions are others, and those of passes of another shape may be rounded otherwise
+        # rows at other positions or in a cache that moves are others, and passes of another shape may round otherwise
         is_reusable = positions is None and exact is None
-        self.prefix = PrefixReuse(prefix_cache) if prefix_cache is not None and is_reusable else None
-        if self.prefix is not None:
+        self.prefix: PrefixReuse | None = None
+        if prefix_cache is not None and is_reusable and isinstance(self.cache, TreeCache):
+            self.prefix = PrefixReuse(prefix_cache)
             self.prefix.add(target, self.cache)
         self.num_reused_tokens = 0  # of the prompt, whose rows came from the prefix cache
         source = _as_drafter(drafter)
@@ -171,6 +182,8 @@ class Session:
                 self.limits.max_nodes,
                 self.device,
                 self.clock,
+                target,
+                kept,
                 prefix=self.prefix,
                 on_prefill=on_prefill,
             )
@@ -205,8 +218,14 @@ class Session:
 
     @property
     def depth_limit(self) -> int:
-        """How deep the next tree may be; a step commits one token more than its depth, so the end clips it."""
-        return min(self.limits.max_depth, self.num_tokens_left - 1) if self.draft_state is not None else 0
+        """How deep the next tree may be.
+
+        A step commits one token more than the depth, so the end clips it, and so does a point that no pass may cross
+        in a cache that moves.
+        """
+        if self.draft_state is None:
+            return 0
+        return min(self.limits.max_depth, self.num_tokens_left - 1, self.cache.max_places - 1)
 
     @property
     def stop_reason(self) -> str | None:
@@ -284,6 +303,7 @@ class Session:
     def reuse_prefix(self) -> None:
         """Copy what the prefix cache knows of the prompt into the target's cache, which is filled from the start."""
         if self.prefix is not None:
+            assert isinstance(self.cache, TreeCache), "a cache that moves has no part in it"
             self.num_reused_tokens += self.prefix.fill(self.cache, self.committed_ids[:-1])
 
     def keep_prefix(self) -> None:

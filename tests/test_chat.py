@@ -422,7 +422,7 @@ def test_ctrl_c_at_the_prompt_leaves_at_the_second_time(folders: SimpleNamespace
 
 
 @pytest.fixture
-def in_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     for stream in (sys.stdout, sys.stderr):
         monkeypatch.setattr(stream, "isatty", lambda: True)

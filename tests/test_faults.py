@@ -386,12 +386,13 @@ def at_line(called: Callable[[str, str, int, FrameType], None]) -> Iterator[None
 
 
 def asked(kind: str) -> dict[str, object]:
-    """Options of a generation: none, a caller's own processor and criterion that remember every call, sampling, or a
-    prefix cache that knows the beginning and another text."""
+    """Options of a generation: none, a caller's processor and criterion with a memory, sampling, a moving window, or
+    a prefix cache that knows the beginning and another text."""
     return {
         "greedy": {},
         "memory": {"logits_processor": [Grudge()], "stopping_criteria": [Countdown(11)]},
         "sampling": {"do_sample": True, "temperature": 0.6, "seed": 3},
+        "sinks": {"cache": "sinks=2,window=3"},
         "prefix": {"prefix_cache": knowing(PROMPT[:3], [9, 9]) if kind == "prefix" else None},
     }[kind]
 
@@ -425,7 +426,7 @@ def lines(drafter: object, kind: str) -> dict[tuple[str, str, int], list[int]]:
 @given(
     st.data(),
     drafters,
-    st.sampled_from(["greedy", "memory", "sampling", "prefix"]),
+    st.sampled_from(["greedy", "memory", "sampling", "sinks", "prefix"]),
     st.sampled_from([KeyboardInterrupt(), *NO_MEMORY]),
     st.sampled_from(["raise", "fallback"]),
 )
