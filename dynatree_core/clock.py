@@ -23,6 +23,7 @@ class StageClock:
         self._device = device
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._begun: dict[str, float] = {}  # when the last block of a name began
 
     @contextmanager
     def measure(self, name: str, *, on_device: bool = False) -> Iterator[None]:
@@ -37,11 +38,15 @@ class StageClock:
                 end.record(stream)
                 self._events.append((name, start, end))
         else:
-            begin = time.perf_counter()
+            begin = self._begun[name] = time.perf_counter()
             try:
                 yield
             finally:
                 self._seconds[name] += time.perf_counter() - begin
+
+    def since(self, name: str) -> float:
+        """Seconds since the last block of that name began, as long as it is measured on the host; 0.0 without one."""
+        return time.perf_counter() - self._begun[name] if name in self._begun else 0.0
 
     def seconds(self, name: str) -> float:
         """Total of all blocks of that name so far; 0.0 for a name never measured."""

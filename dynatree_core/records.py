@@ -147,6 +147,7 @@ class StepReport:
     iteration: int
     tree: TokenTree  # as it was verified
     verdict: Verdict
+    seconds: float = 0.0  # wall-clock time of the step, up to where the policies hear of it
 
     @property
     def token_ids(self) -> tuple[int, ...]:
