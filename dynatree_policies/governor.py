@@ -36,7 +36,7 @@ class Governor:
 
     max_loss: float = fraction(0.015)
     stake: int = count(1, minimum=0)
-    probe_depth: int = count(1)
+    probe_depth: int = count(2)
     refresh: int = count(32, minimum=2)
 
     account: float = attrs.field(default=0.0, init=False, repr=False)  # seconds

@@ -77,8 +77,8 @@ def fail():
 @pytest.mark.parametrize("num_tokens", [32, 64, 128, 1000])
 @pytest.mark.parametrize("loss", [0.01, 0.1, 0.3, 0.7, 0.99, 1.3, 2.5, 10.0])
 def test_a_useless_drafter_loses_no_more_than_the_bound(loss, num_tokens):
-    """Every iteration that drafts loses `loss` steps a level. The probe that is under way may exceed the stake."""
-    played = play(lambda at, depth: Outcome(0, 1 + loss * depth), num_tokens)
+    """Every probe, of two levels, loses `loss` steps. The first one, of which nothing is known, may exceed the stake."""
+    played = play(lambda at, depth: Outcome(0, 1 + loss * depth / 2), num_tokens)
     assert played.seconds - num_tokens <= max(STAKE, loss) + MAX_LOSS * num_tokens + 1e-9
     assert any(played.drafted)
     if num_tokens >= 128 and loss <= 2.5:
@@ -91,13 +91,14 @@ def test_the_bound_is_the_parameter(max_loss):
     played = play(lambda at, depth: Outcome(0, 1.5), 5000, policy=f"governor(max_loss={max_loss})")
     num_plain = played.drafted.count(0)
     assert played.seconds - 5000 == pytest.approx(STAKE + max_loss * num_plain, abs=0.6)
-    assert play(lambda at, depth: Outcome(0, 1.5), 50, policy="governor(stake=0,max_loss=0.0)").drafted.count(1) == 1
+    once = play(lambda at, depth: Outcome(0, 1.5), 50, policy="governor(stake=0,max_loss=0.0)")
+    assert sum(map(bool, once.drafted)) == 1
 
 
 def test_a_good_drafter_stays_on():
     """All but the first two steps and one in `refresh` draft, and the depth is soon the stack's own."""
     played = play(lambda at, depth: Outcome(depth, 1 + 0.2 * depth), 2000)
-    assert played.drafted[:8] == [0, 0, 1, 2, 4, 8, 8, 8]
+    assert played.drafted[:7] == [0, 0, 2, 4, 8, 8, 8]
     num_plain = played.drafted.count(0)
     assert num_plain == pytest.approx(2 + len(played.drafted) / 33, abs=1.5)
     assert played.throughput > 0.93 * 9 / 2.6  # what drafting in every iteration would give
@@ -117,10 +118,10 @@ def test_it_adapts_when_the_text_changes(loss):
         ends.append(at)
     good = [depth for depth, end in zip(played.drafted, ends, strict=True) if 1000 < end <= 2000]
     first = next(i for i, depth in enumerate(good) if depth)
-    assert first <= loss / 4 / MAX_LOSS + 2  # as many steps as it takes to earn a probe
+    assert first <= loss / 2 / MAX_LOSS + 2  # as many steps as it takes to earn a probe
     assert sum(map(bool, good[first:])) >= 0.95 * len(good[first:])
     bad = [depth for depth, end in zip(played.drafted, ends, strict=True) if end > 2000]
-    last_deep = max((i for i, depth in enumerate(bad) if depth > 1), default=0)
+    last_deep = max((i for i, depth in enumerate(bad) if depth > 2), default=0)
     assert last_deep <= 8 / (2 * loss) + 2  # what it has won is spent before it is off: 8 steps at most
     assert played.throughput > 1.2
 
