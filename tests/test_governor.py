@@ -8,7 +8,7 @@ import attrs
 import pytest
 import torch
 
-from dynatree_core import Frontier, StepReport, TokenTree, Verdict, build_stack, generate, hookimpl
+from dynatree_core import Frontier, Session, StepReport, TokenTree, Verdict, build_stack, generate, hookimpl, run
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
 
 MAX_LOSS, STAKE = 0.015, 1  # the defaults
@@ -77,7 +77,7 @@ def fail():
 @pytest.mark.parametrize("num_tokens", [32, 64, 128, 1000])
 @pytest.mark.parametrize("loss", [0.01, 0.1, 0.3, 0.7, 0.99, 1.3, 2.5, 10.0])
 def test_a_useless_drafter_loses_no_more_than_the_bound(loss, num_tokens):
-    """Every probe, of two levels, loses `loss` steps. The first one, of which nothing is known, may exceed the stake."""
+    """Every probe, of two levels, loses `loss` steps. The first, of which nothing is known, may exceed the stake."""
     played = play(lambda at, depth: Outcome(0, 1 + loss * depth / 2), num_tokens)
     assert played.seconds - num_tokens <= max(STAKE, loss) + MAX_LOSS * num_tokens + 1e-9
     assert any(played.drafted)
@@ -166,6 +166,19 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     yield price
     for handle in handles:
         handle.remove()
+
+
+def test_a_report_has_the_time_of_its_step(passes):
+    target, drafter = tiny_model("llama"), perturbed("llama")
+    passes(target, 1.0, 0.05)
+    passes(drafter, 0.25, 0.0)
+    session = Session(target, drafter, [1, 2, 3], policy="linear(depth=4)", max_new_tokens=20)
+    reports = list(run(session))
+    assert [report.seconds for report in reports] == pytest.approx(
+        [1.0 + 0.05 * report.tree.num_drafted + 0.25 * report.tree.max_depth for report in reports]
+    )
+    assert sum(report.seconds for report in reports) == pytest.approx(session.result().report.decode_seconds)
+    assert session.last_report is reports[-1]
 
 
 @pytest.mark.parametrize("policy", ["phase3", "fixed(depth=5,tau=0.0)", "best_first", "sequoia"])
