@@ -1,3 +1,4 @@
+from .acceptance import AcceptanceEstimator
 from .audit import AuditReport, Rounding, audit_generation, audit_output
 from .cache import TreeCache
 from .composition import PluginSpec, format_stack, parse_stack
@@ -10,11 +11,13 @@ from .models import LoadedModel, load_model
 from .params import choice, count, fraction
 from .plugins import build_drafter, build_stack
 from .records import (
+    CostModel,
     Frontier,
     GenerationReport,
     GenerationResult,
     Limits,
     Proposals,
+    StepFunction,
     StepReport,
     StepStats,
     Verdict,
@@ -24,7 +27,9 @@ from .stack import PolicyStack
 from .tree import TokenTree
 
 __all__ = [
+    "AcceptanceEstimator",
     "AuditReport",
+    "CostModel",
     "DraftPlan",
     "DraftState",
     "Drafter",
@@ -40,6 +45,7 @@ __all__ = [
     "Proposals",
     "Rounding",
     "Session",
+    "StepFunction",
     "StepReport",
     "StepStats",
     "TokenTree",

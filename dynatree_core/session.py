@@ -29,13 +29,14 @@ from dynatree_core.arguments import (
 )
 from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
+from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import DrafterError, DynaTreeError, InputError, ParameterError
 from dynatree_core.metrics import summarise
 from dynatree_core.plugins import build_drafter, build_stack
 from dynatree_core.processors import logits_processors
-from dynatree_core.records import GenerationResult, Proposals, StepReport, StepStats
+from dynatree_core.records import CostModel, GenerationResult, Proposals, StepReport, StepStats
 from dynatree_core.runner import EagerRunner
 from dynatree_core.sampling import Sampler
 from dynatree_core.stack import PolicyStack
@@ -152,6 +153,7 @@ class Session:
         self.pass_shape = {"min_rows": pass_rows, "min_slots": self.cache.capacity} if self.is_fixed_width else {}
         source = _as_drafter(drafter)
         self.drafter_name = None if source is None else str(source)
+        self._source = source
         self.draft_state: DraftState | None = None
         if source is not None:
             plan = DraftPlan(self.vocab_size, num_tokens, self.limits.max_nodes, self.device, self.clock)
@@ -225,6 +227,12 @@ class Session:
         if len(token_ids) >= self.num_tokens_left:
             return "length"
         return fulfilled[0] if fulfilled else None
+
+    @functools.cached_property
+    def costs(self) -> CostModel:
+        """What iterations take here, measured now if nobody has before on this machine; that time counts nowhere."""
+        with self.clock.leave_out(), self.blame_drafter(DynaTreeError):
+            return measured_costs(self.target.model, self._source)
 
     def propose(self, tree: TokenTree) -> Proposals:
         """The drafter's proposals for the tree's last level, in the shape that the contract asks for.

@@ -19,14 +19,21 @@ import torch
 from torch import Tensor
 
 from dynatree_core import hookspecs
-from dynatree_core.errors import DrafterError, NonFiniteLogitsError, PolicyError, nearest_match
+from dynatree_core.errors import (
+    DrafterError,
+    ForwardPassError,
+    NonFiniteLogitsError,
+    OutOfMemoryError,
+    PolicyError,
+    nearest_match,
+)
 from dynatree_core.records import Frontier, StepReport
 from dynatree_core.tree import TokenTree
 
 __all__ = ["BranchFactor", "PolicyStack", "hook_names", "implemented_hooks"]
 
 # what the drafter or the target did wrong while a policy looked at the frontier is not the policy's fault
-_NOT_THE_POLICY = (DrafterError, NonFiniteLogitsError)
+_NOT_THE_POLICY = (DrafterError, ForwardPassError, NonFiniteLogitsError, OutOfMemoryError)
 
 
 @attrs.frozen(eq=False)

@@ -143,10 +143,8 @@ class Plan:
 
         A node is found by its path of ranks, so a tree that lacks nodes of the plan keeps to the rest of it.
         """
-        index = torch.arange(tree.num_nodes, device=tree.device)
-        is_first = tree.parent != tree.parent.roll(1)  # of the children of one parent, which are adjacent
-        rank = index - torch.where(is_first, index, 0).cummax(0).values
-        place = torch.zeros_like(index)
+        rank = tree.rank
+        place = torch.zeros_like(rank)
         start = 1
         for size in tree.level_sizes[1:]:
             level = slice(start, start + size)
