@@ -35,7 +35,7 @@ class AcceptanceEstimator:
     A policy keeps one in a field of its own: `attrs.field(factory=AcceptanceEstimator, init=False)`.
     """
 
-    weight: float = 8.0  # of each prior, in observations
+    weight: float = 4.0  # of each prior, in observations
     counts: list[Tensor] = attrs.field(factory=_no_counts, init=False, repr=False)  # of each step: accepted, judged
 
     def predict(self, logprob: Tensor, rank: Tensor, depth: Tensor | int) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -309,6 +310,38 @@ def _given_case(
         console.complain("warning", "the output has no token_ids: its text is cut into tokens again, perhaps otherwise")
         token_ids = list(tokenizer(str(given["text"]), add_special_tokens=False).input_ids)
     return Case(prompt_ids, token_ids)
+
+
+_OF_MODELS = {"target", "drafter", "device", "dtype", "as_json"}
+
+
+@_dynatree.command(params=[option for option in generate.params if option.name in _OF_MODELS])
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Measurements of each point.")
+def calibrate(target: str | None, drafter: str, device: str | None, dtype: str, as_json: bool, rounds: int) -> None:
+    """Measure what passes take on this machine, for the policies that weigh costs, and keep it.
+
+    Such a policy does this itself where it is first used, in a few seconds and with fewer rounds. Use an idle machine.
+
+    \b
+    Examples:
+      dynatree calibrate
+      dynatree calibrate --target ./big --drafter ./small --rounds 15
+    """
+    from dynatree_core.costs import folder, measured_costs
+    from dynatree_core.drafters.model import ModelDrafter
+
+    source = _registered_drafter(drafter)
+    loaded = _load(target, device, dtype)
+    if source is None:
+        source = ModelDrafter(_load_drafter(drafter, loaded).model)
+    with console.spinner(f"measuring {rounds} rounds"):
+        costs = measured_costs(loaded.model, source, rounds=rounds, patience=math.inf, is_anew=True)
+    if as_json:
+        document = {"target": target or "default", "drafter": drafter, **_where(loaded), "costs": attrs.asdict(costs)}
+        click.echo(json.dumps(document))
+    else:
+        Console(highlight=False).print(console.cost_table(costs))
+        click.echo(f"kept in {folder()}")
 
 
 @_dynatree.command()

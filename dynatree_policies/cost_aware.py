@@ -21,9 +21,10 @@ from torch import Tensor
 from dynatree_core import AcceptanceEstimator, CostModel, Frontier, StepReport, TokenTree, count, fraction, hookimpl
 
 HORIZON = 6  # levels beyond the one that is decided on: one row more is dear, a chain behind it may pay for that
-MEMORY = 0.97  # share of what is known that an iteration keeps: it takes some 30 of them to forget
+MEMORY = 0.97  # share of what is known that another iteration leaves: it takes some 30 of them to forget
 PRIOR_HIT, PRIOR_LOOK = 0.6, 0.5  # before anything is known: chance that a chain goes on, and tokens that a look wins
 PRIOR_WEIGHT = 4.0
+IDLE_SHARE = 0.005  # of the way back to the prior, for each iteration without a look: how soon one is tried again
 
 
 @attrs.define
@@ -133,7 +134,7 @@ class CostAware:
 
     def _learn_look(self, tokens: float | None) -> None:
         """What a look has won, given that its level is accepted; an iteration without one leads back to the prior."""
-        share = 1 - MEMORY if tokens is None else 0.1
+        share = IDLE_SHARE if tokens is None else 0.1
         self.look_value += share * ((PRIOR_LOOK if tokens is None else tokens) - self.look_value)
 
     def _count(self, report: StepReport) -> None:
@@ -141,6 +142,7 @@ class CostAware:
         num_accepted, tree = report.num_accepted, report.tree
         last = report.verdict.path[-1] if report.verdict.path else 0
         goes_on = tree.num_drafted > 0 and bool((tree.parent == last).any())
-        is_cut = report.verdict.stop_reason is not None
-        self.hits = MEMORY * self.hits + num_accepted
-        self.trials = MEMORY * self.trials + num_accepted + (goes_on and not is_cut)
+        num_trials = num_accepted + (goes_on and report.verdict.stop_reason is None)
+        if num_trials:
+            self.hits = MEMORY * self.hits + num_accepted
+            self.trials = MEMORY * self.trials + num_trials

@@ -15,13 +15,13 @@ where p rises somewhere: a child that is worth little may be needed to reach the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 import torch
 from torch import Tensor
 
-from dynatree_core import Frontier, StepReport, TokenTree, count, fraction, hookimpl
+from dynatree_core import CostModel, Frontier, StepReport, TokenTree, choice, count, fraction, hookimpl
 
 # Before anything is known the child of rank k has 0.6 / k², near what is published for pairs of models of one family,
 # and that counts as much as 4 observations.
@@ -32,6 +32,9 @@ PRIOR_FIRST, PRIOR_WEIGHT = 0.6, 4.0
 class Sequoia:
     """The best static tree of up to `nodes` drafted nodes, `depth` levels and `branch` children.
 
+    With `size='costs'` it is the tree that yields most tokens a second by the measured costs, with `size='full'` the
+    one that yields most tokens.
+
     `acceptance` gives the rank acceptances, such as '0.6,0.15,0.07'. Empty: they are counted while decoding, and the
     tree is planned anew after 1, 2, 4, 8, … iterations.
     """
@@ -39,6 +42,7 @@ class Sequoia:
     nodes: int = count(32)
     depth: int = count(6)
     branch: int = count(8)
+    size: str = choice("costs", ("costs", "full"))
     acceptance: str = attrs.field(default="")
     tau: float = fraction(0.0)
     num_iterations: int = attrs.field(default=0, init=False, repr=False)
@@ -94,7 +98,8 @@ class Sequoia:
 
     def _planned(self, frontier: Frontier) -> Plan:
         planner = Planner(self.rates(min(self.branch, frontier.max_branch)), self.nodes + 1, self.depth + 1)
-        return Plan.of_shape(planner.shape(*planner.largest()), frontier.tree.device)
+        size = planner.fastest(frontier.costs) if self.size == "costs" else planner.largest()
+        return Plan.of_shape(planner.shape(*size), frontier.tree.device)
 
     def _count(self, report: StepReport) -> None:
         """Each node of the accepted path says which of its children was accepted, if any."""
@@ -196,8 +201,25 @@ class Planner:
 
     def largest(self) -> tuple[int, int]:
         """Size and levels of the tree that yields most, the smallest of equals; it has one drafted node at least."""
+        return self._best_by(lambda size, levels: 1.0)
+
+    def fastest(self, costs: CostModel) -> tuple[int, int]:
+        """Size and levels of the tree that yields most for the time it takes; it has one drafted node at least.
+
+        Its levels are taken to be of one width, the root's apart.
+        """
+
+        def seconds(size: int, levels: int) -> float:
+            width = math.ceil((size - 1) / (levels - 1))
+            return costs.tree_seconds(size - 1, [1] + [width] * (levels - 2))
+
+        return self._best_by(seconds)
+
+    def _best_by(self, seconds: Callable[[int, int], float]) -> tuple[int, int]:
         sizes, depths = range(2, len(self._left) + 1), range(2, len(self.best) + 1)
-        _, size, levels = max((self.value(size, levels), -size, -levels) for levels in depths for size in sizes)
+        options = [(self.value(size, levels), size, levels) for levels in depths for size in sizes]
+        feasible = [(value / seconds(size, levels), -size, -levels) for value, size, levels in options if value > 0]
+        _, size, levels = max(feasible)
         return -size, -levels
 
     def shape(self, size: int, levels: int) -> list[list[int]]:

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from dynatree_core import (
+    CostModel,
     Drafter,
     DraftPlan,
     DraftState,
     Proposals,
     Session,
+    StepFunction,
     StepReport,
     TokenTree,
     Verdict,
@@ -263,6 +265,26 @@ def test_sequoia_equals_best_first_where_acceptance_falls():
     assert Planner(p, 20, 6).value(20, 6) == pytest.approx(greedy_value(p, 20, 6), abs=1e-12)
 
 
+@pytest.mark.parametrize("a_row", [0.0, 0.01, 0.05, 0.2])
+@pytest.mark.parametrize("a_level", [0.0, 0.05, 0.3])
+def test_sequoia_sizes_its_tree_by_costs(a_row, a_level):
+    """No other size or number of levels yields more tokens a second."""
+    p, counts = [0.6, 0.2, 0.1, 0.05], tuple(range(1, 40))
+    costs = CostModel(
+        StepFunction(counts, tuple(1 + a_row * (rows - 1) for rows in counts)), StepFunction((99,), (a_level,)), 0.1
+    )
+    planner = Planner(p, 25, 7)
+    size, levels = planner.fastest(costs)
+    rates = {
+        (n, depth): planner.value(n, depth) / (1.1 + a_row * (n - 1) + a_level * (depth - 1))
+        for n in range(2, 26)
+        for depth in range(2, 8)
+    }
+    assert rates[size, levels] == pytest.approx(max(rates.values()))
+    assert (size == 25) == (a_row == 0.0)
+    assert first_tree(Landscape(1), "sequoia(nodes=24)").num_drafted >= 1
+
+
 def shape_of(tree: TokenTree) -> list[list[int]]:
     parents = tree.parent.tolist()
     nodes = iter(range(tree.num_nodes))
@@ -272,7 +294,7 @@ def shape_of(tree: TokenTree) -> list[list[int]]:
 @pytest.mark.parametrize("acceptance", ["0.6,0.2,0.1", "0.1,0.6,0.05", "0.05,0.05,0.8"])
 def test_sequoia_grows_its_plan(acceptance):
     p = [float(number) for number in acceptance.split(",")]
-    tree = first_tree(Landscape(2), f"sequoia(nodes=14,depth=4,acceptance='{acceptance}')")
+    tree = first_tree(Landscape(2), f"sequoia(nodes=14,depth=4,size='full',acceptance='{acceptance}')")
     planner = Planner(p, 15, 5)
     assert shape_of(tree) == planner.shape(*planner.largest())
     assert tree.num_drafted == 14
@@ -334,7 +356,9 @@ def test_sequoia_learns_which_rank_is_accepted():
             probs[:, :3] = torch.tensor([0.5, 0.3, 0.1])
             return Proposals(ids, probs.log())
 
-    session = Session(target, ThirdIsRight(0), [1, 2], policy="sequoia(nodes=9,depth=3)", max_new_tokens=100)
+    session = Session(
+        target, ThirdIsRight(0), [1, 2], policy="sequoia(nodes=9,depth=3,size='full')", max_new_tokens=100
+    )
     trees = [report.tree for report in run(session)]
     policy = session.stack.find("sequoia")
     assert policy.hits[:2] == [0, 0]
