@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from dynatree_bench.machine import BUSY_PERCENT, busy_percent
 from dynatree_bench.prompts import chat_ids, load_prompts
-from dynatree_bench.smoke import BUSY_PERCENT, busy_percent
 from dynatree_core import GenerationResult, LoadedModel, Session, load_model, run
 
 DRAFTER = "prompt_lookup"

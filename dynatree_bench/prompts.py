@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from dynatree_core import LoadedModel
+from dynatree_core import InputError, LoadedModel
 
-__all__ = ["BUILT_IN", "chat_ids", "load_prompts"]
+__all__ = ["BUILT_IN", "chat_ids", "load_prompts", "read_objects"]
 
 BUILT_IN: dict[str, list[str]] = {
     "prose": [
@@ -52,22 +54,41 @@ def load_prompts(path: Path | None, per_kind: int) -> dict[str, list[str]]:
         per_kind: how many of each kind.
 
     Raises:
-        ValueError: a line that is not such an object; the message names it.
+        InputError: a line that is not such an object; the message names it.
     """
     if path is None:
         return {kind: prompts[:per_kind] for kind, prompts in BUILT_IN.items()}
     kinds: defaultdict[str, list[str]] = defaultdict(list)
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for record in read_objects(path, "prompt", "category"):
+        if len(kinds[record["category"]]) < per_kind:
+            kinds[record["category"]].append(record["prompt"])
+    return dict(kinds)
+
+
+def read_objects(path: Path, *names: str) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file, each with a text under these names; empty lines are passed over.
+
+    Raises:
+        InputError: a file that cannot be read, or a line that is not such an object; the message names it.
+    """
+    wanted = " and ".join(f'"{name}"' for name in names)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"prompts must be a UTF-8 file of JSON lines with {wanted}, cannot read {path}: {error}"
+        ) from error
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(), which knows other ends too
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
-            kind, prompt = record["category"], record["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path}, line {number}: must be a JSON object with "prompt" and "category", got {line[:60]!r}'
-            ) from error
-        if len(kinds[kind]) < per_kind:
-            kinds[kind].append(prompt)
-    return dict(kinds)
+            is_sound = isinstance(record, dict) and all(isinstance(record[name], str) for name in names)
+        except (ValueError, KeyError):
+            is_sound = False
+        if not is_sound:
+            raise InputError(f"{path}, line {number}: must be a JSON object with {wanted}, got {line[:60]!r}")
+        yield record
 
 
 def chat_ids(default: LoadedModel, prompt: str) -> list[int]:

@@ -28,7 +28,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import attrs
-import psutil
 import torch
 import transformers
 from rich.box import SIMPLE_HEAD
@@ -36,6 +35,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from dynatree_bench.machine import BUSY_PERCENT, busy_percent
 from dynatree_bench.prompts import BUILT_IN, chat_ids, load_prompts
 from dynatree_core import GenerationResult, LoadedModel, generate, load_model
 
@@ -63,7 +63,6 @@ MEMORY_SETTINGS: dict[str, dict[str, str]] = {
     "as it comes": {},
     "without the matrix library's buffers": {"MKL_DISABLE_FAST_MM": "1", "OMP_NUM_THREADS": "1"},
 }
-BUSY_PERCENT = 10  # of one core, used by others: above it, speeds are not to be believed
 
 
 @attrs.frozen
@@ -138,11 +137,6 @@ def decode(default: LoadedModel, prompt: str, method: str, max_new_tokens: int) 
     ids = chat_ids(default, prompt)
     drafter = None if method == BASELINE else DRAFTER
     return generate(default.model, drafter, ids, policy=method, max_new_tokens=max_new_tokens)
-
-
-def busy_percent(*, seconds: float) -> float:
-    """CPU time that other processes use, in percent of one core, while this one waits."""
-    return psutil.cpu_percent(interval=seconds) * (psutil.cpu_count() or 1)
 
 
 def peak_memory(method: str, max_new_tokens: int) -> int:

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,6 +30,7 @@ from dynatree_core.errors import (
     DynaTreeError,
     InputError,
     ModelLoadError,
+    PluginLoadError,
     PromptError,
     UnknownPluginError,
     VocabularyMismatchError,
@@ -50,6 +51,8 @@ __all__ = ["main"]
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
 WARM_UP_TOKENS = 8
+
+COMMANDS = "dynatree.commands"  # entry-point group: name -> click command, in a module that imports quickly
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -84,7 +87,44 @@ def _exit_code(args: Sequence[str] | None) -> int:
         return FAILED
 
 
-@click.group("dynatree", invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """The runtime's own commands, and those that installed packages add (entry-point group `dynatree.commands`)."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted({*super().list_commands(context), *entry_points(group=COMMANDS).names})
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        own = super().get_command(context, name)
+        found = entry_points(group=COMMANDS, name=name)
+        if own is not None or not found:
+            return own
+        [entry_point, *others] = found
+        if others:
+            values = " and ".join(entry.value for entry in found)
+            return _broken(name, f"it must come from one package, but comes from {values}; uninstall one")
+        try:
+            command = entry_point.load()
+        except (ImportError, AttributeError) as error:
+            return _broken(name, f"{error}; repair or uninstall its package, {entry_point.value}")
+        assert isinstance(command, click.Command), f"entry point '{name}' must be a click command, got {command!r}"
+        return command
+
+
+def _broken(name: str, reason: str) -> click.Command:
+    """Stands in the list for a command that cannot be loaded, and says why when it is called."""
+
+    def complain() -> NoReturn:
+        raise PluginLoadError(f"the command '{name}' cannot be used: {reason}")
+
+    return click.Command(name, callback=complain, help=f"(broken: {reason})")
+
+
+@click.group(
+    "dynatree",
+    cls=_Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="dynatree", message="%(prog)s %(version)s")
 @click.pass_context
 def _dynatree(context: click.Context) -> None:

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import attrs
+import click
 import pytest
 import torch
 from hypothesis import example, given
@@ -34,6 +35,7 @@ from dynatree_core import (
     Session,
     StepReport,
     TokenTree,
+    cli,
     count,
     hookimpl,
 )
@@ -982,6 +984,33 @@ def test_a_broken_plugin_hides_no_other(dynatree: Dynatree) -> None:
         ran = dynatree(command)
         assert (ran.code, ran.err) == (0, "")
         assert "cannot be used" in ran.out
+
+
+def test_commands_of_other_packages(dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = EntryPoints(
+        [
+            EntryPoint("plant", f"{__name__}:plant", cli.COMMANDS),
+            EntryPoint("felled", "no_such_module:felled", cli.COMMANDS),
+            EntryPoint("twice", "one:command", cli.COMMANDS),
+            EntryPoint("twice", "two:command", cli.COMMANDS),
+        ]
+    )
+    monkeypatch.setattr(cli, "entry_points", lambda **wanted: found.select(**wanted))
+    ran = dynatree("plant", "--help")
+    assert (ran.code, ran.err) == (0, "")
+    assert "Plant a tree." in ran.out
+    ran = dynatree("felled")
+    assert is_one_error_line(ran, "felled", "no_such_module")
+    assert is_one_error_line(dynatree("twice"), "one package")
+    ran = dynatree("--help")
+    assert ran.code == 0
+    assert "Plant a tree." in ran.out
+    assert "broken: No module named 'no_such_module'" in ran.out
+
+
+@click.command()
+def plant() -> None:
+    """Plant a tree."""
 
 
 # ---- the embedded model --------------------------------------------------------------------------------------

@@ -1,0 +1,246 @@
+"""`dynatree bench`: the experiments as commands.
+
+What needs torch is imported when an experiment runs, so that help and `list` come at once.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Experiment, Form
+from dynatree_core import console
+
+if TYPE_CHECKING:
+    from dynatree_bench.measure import Options
+    from dynatree_bench.pairs import Pair
+    from dynatree_bench.records import Results
+
+__all__ = ["bench"]
+
+DEFAULT_OUT = Path("bench-results")
+
+
+class _Counts(click.ParamType):
+    """Numbers of at least 1, separated by commas."""
+
+    name = "counts"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        numbers = [part.strip() for part in str(value).split(",")]
+        if not all(number.isdecimal() and int(number) >= 1 for number in numbers):
+            self.fail(f"must be numbers of at least 1 separated by commas, got {value!r}", param, ctx)
+        return tuple(map(int, numbers))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def bench() -> None:
+    """Measure speed and acceptance: the published experiments, each one command.
+
+    \b
+    Examples:
+      dynatree bench list
+      dynatree bench main --quick
+      dynatree bench main --target ./big --drafter ./small --workload prompts.jsonl --max-new-tokens 200
+      dynatree bench ablation --out results/ablation
+      dynatree bench report results/ablation
+    """
+
+
+_OPTIONS = [
+    click.option("--target", metavar="ID|PATH", help="Model that is measured.  [default: the embedded one]"),
+    click.option(
+        "--drafter",
+        metavar="NAME|ID|PATH",
+        default="prompt_lookup",
+        show_default=True,
+        help="A registered drafter (see `dynatree drafters`) or a model with the target's tokens.",
+    ),
+    click.option("--device", help="cpu, cuda or cuda:N.  [default: CUDA where there is any]"),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float64", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="auto: float32 on the CPU, the checkpoint's own on CUDA.",
+    ),
+    click.option(
+        "--policy",
+        "policies",
+        metavar="STACK",
+        multiple=True,
+        help="Measured in place of the experiment's own; may be repeated. Axes in braces: fixed(depth={base_depth}).",
+    ),
+    click.option("--only", metavar="METHOD", multiple=True, help="Keep to this method; may be repeated."),
+    click.option("--rivals", "with_rivals", is_flag=True, help="Run flashspec, economize and dejavuu too (`main`)."),
+    click.option(
+        "--compile", "with_compile", is_flag=True, help="Run transformers' compiled static cache too (`main`)."
+    ),
+    click.option(
+        "--workload",
+        "workloads",
+        metavar="NAME|FILE|ID",
+        multiple=True,
+        help="built-in, a .jsonl or text file, wikitext-2, pg19, spec-bench, humaneval, gsm8k, NAME=FILE, or a data "
+        "set on the hub; may be repeated.",
+    ),
+    click.option("--num-prompts", type=click.IntRange(min=1), help="Prompts of each workload."),
+    click.option("--max-new-tokens", type=_Counts(), metavar="N[,N…]", help="Tokens to generate at most."),
+    click.option("--prompt-tokens", type=_Counts(), metavar="N[,N…]", help="Cut prompts to so many tokens."),
+    click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True, help="Of each prompt."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of torch's random generator."),
+    click.option(
+        "--chat/--raw",
+        "is_chat",
+        default=None,
+        help="Wrap prompts in the chat template, or not.  [default: requests, where there is one]",
+    ),
+    click.option("--ignore-eos", is_flag=True, help="Do not stop where the model would."),
+    click.option("--replay", "with_replay", is_flag=True, help="Ask the drafter about each token of the outputs too."),
+    click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS", help="Then begin no further prompt."),
+    click.option("--quick", is_flag=True, help="Small sizes: about a minute on the default model."),
+    click.option(
+        "--out",
+        type=click.Path(file_okay=False, path_type=Path),
+        help=f"Folder of the results; a run that was cut off goes on there.  [default: {DEFAULT_OUT}/NAME]",
+    ),
+]
+
+
+def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def _add_experiment(experiment: Experiment) -> None:
+    @bench.command(experiment.name, help=f"{experiment.question}\n\nFull form: {_sizes(experiment.full)}.")
+    @_with_options
+    def command(**given: Any) -> int:
+        return _run([experiment.name], **given)
+
+
+@bench.command("all")
+@_with_options
+def run_all(**given: Any) -> int:
+    """Run every experiment, one after another; --out is the folder of their folders."""
+    return _run(list(EXPERIMENTS), **given)
+
+
+@bench.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of a table.")
+def list_experiments(as_json: bool) -> None:
+    """List the experiments with their sizes."""
+    if as_json:
+        click.echo(json.dumps([_described(experiment) for experiment in EXPERIMENTS.values()], indent=2))
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("name", no_wrap=True)
+    table.add_column("what it asks, and of what", overflow="fold")
+    for experiment in EXPERIMENTS.values():
+        methods = ", ".join(method.policy or method.name for method in experiment.methods)
+        lines = [experiment.question, methods, f"full: {_sizes(experiment.full)}", f"quick: {_sizes(experiment.quick)}"]
+        table.add_row(experiment.name, "\n".join(lines), end_section=True)
+    Console(highlight=False, markup=False).print(table)
+
+
+def _described(experiment: Experiment) -> dict[str, Any]:
+    return {
+        "name": experiment.name,
+        "question": experiment.question,
+        "methods": [
+            {"name": method.name, "kind": method.kind, "policy": method.policy} for method in experiment.methods
+        ],
+        "full": _sizes(experiment.full),
+        "quick": _sizes(experiment.quick),
+    }
+
+
+def _sizes(form: Form) -> str:
+    parts = [f"{form.num_prompts} prompts of {' and '.join(form.workloads)}"]
+    if form.prompt_tokens != (None,):
+        parts.append(f"cut to {_listed(form.prompt_tokens)} tokens")
+    if form.points != ({},):
+        parts.append(f"{len(form.points)} points of {', '.join(form.points[0])}")
+    parts.append(f"{_listed(form.max_new_tokens)} new tokens")
+    return ", ".join(parts)
+
+
+def _listed(values: tuple[Any, ...]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _run(
+    names: list[str],
+    *,
+    out: Path | None,
+    target: str | None,
+    drafter: str,
+    device: str | None,
+    dtype: str,
+    **given: Any,
+) -> int:
+    from dynatree_bench.measure import Options, run_experiment
+
+    given = {name: value or None if isinstance(value, tuple) else value for name, value in given.items()}
+    options = Options(**{name: value for name, value in given.items() if value is not None})
+    command = shlex.join(["dynatree", *sys.argv[1:]])
+    is_bad = False
+    with console.warnings_in_one_line():
+        pair = _load(target, drafter, device, dtype)
+        for name in names:
+            folder = _folder(out, name, names, options)
+            try:
+                results = run_experiment(
+                    name, pair, folder, options, command=command, say=lambda message: console.complain("note", message)
+                )
+            except KeyboardInterrupt:
+                console.complain("note", f"what is done is in {folder}; the same command goes on from there")
+                raise
+            is_bad |= _summarise(results)
+    return 1 if is_bad else 0
+
+
+def _folder(out: Path | None, name: str, names: list[str], options: Options) -> Path:
+    if out is not None:
+        return out / name if len(names) > 1 else out
+    return DEFAULT_OUT / (f"{name}-quick" if options.quick else name)
+
+
+def _load(target: str | None, drafter: str, device: str | None, dtype: str) -> Pair:
+    from dynatree_bench.pairs import load_pair
+
+    with console.spinner("loading the models") as progress:
+        return load_pair(target, drafter, device=device, dtype=dtype, progress=progress)
+
+
+def _summarise(results: Results) -> bool:
+    """Say what there is now, on stdout; whether an output of ours is wrong or missing."""
+    own = {method.name for method in results.info.methods if method.kind == "dynatree"}
+    is_bad = False
+    for method in results.info.methods:
+        records = [record for record in results.records if record.method == method.name]
+        different = sum(record.is_identical is False for record in records)
+        failed = [record.error for record in records if record.error is not None]
+        if different:
+            click.echo(f"{method.name}: {different} of {len(records)} outputs differ from {REFERENCE.name} decoding")
+        if failed:
+            click.echo(f"{method.name}: {len(failed)} of {len(records)} outputs failed: {failed[0]}")
+        is_bad |= method.name in own and bool(different or failed)
+    click.echo(f"{results.info.experiment}: {len(results.records)} outputs in {results.folder}")
+    return is_bad
+
+
+for _experiment in EXPERIMENTS.values():
+    _add_experiment(_experiment)

@@ -1,0 +1,249 @@
+"""What each experiment measures: its methods, its axes, and its sizes in the quick and in the full form.
+
+Tables and nothing else; `measure.py` runs them. The full sizes are the published ones where there are any.
+"""
+
+from __future__ import annotations
+
+import itertools
+import string
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import attrs
+
+from dynatree_core.errors import InputError, nearest_match
+
+__all__ = ["EXPERIMENTS", "REFERENCE", "RIVALS", "Cell", "Experiment", "Form", "Method", "cells", "chosen_methods"]
+
+
+@attrs.frozen
+class Method:
+    """A way to generate.
+
+    A policy may be a template such as "fixed(depth={base_depth})": it is then measured at every point of the
+    experiment's that has these axes, and any other method once.
+    """
+
+    name: str
+    kind: str = "dynatree"  # or "hf", "rival"
+    policy: str | None = None
+    options: Mapping[str, Any] = attrs.field(factory=dict)  # of `generate`, for the kind "hf"
+
+    @property
+    def axes(self) -> set[str]:
+        """The axes that the policy's template names."""
+        return {field for _, field, _, _ in string.Formatter().parse(self.policy or "") if field is not None}
+
+
+@attrs.frozen
+class Cell:
+    """One output to be made of a prompt: a method at a point of the axes."""
+
+    method: Method
+    axes: Mapping[str, Any]
+
+    @property
+    def policy(self) -> str:
+        """The stack's string at this point."""
+        return (self.method.policy or "").format(**self.axes)
+
+    @property
+    def max_new_tokens(self) -> int:
+        return int(self.axes["max_new_tokens"])
+
+
+@attrs.frozen
+class Form:
+    """The sizes of an experiment."""
+
+    workloads: tuple[str, ...]
+    num_prompts: int  # of each workload
+    max_new_tokens: tuple[int, ...]
+    points: tuple[Mapping[str, Any], ...] = ({},)
+    prompt_tokens: tuple[int | None, ...] = (None,)  # lengths to which prompts are cut; None: as they are
+
+
+@attrs.frozen
+class Experiment:
+    """A question, and how it is measured."""
+
+    name: str
+    question: str
+    methods: tuple[Method, ...]
+    quick: Form
+    full: Form
+
+
+REFERENCE = Method("autoregressive", policy="autoregressive")
+LINEAR = Method("linear", policy="linear(depth=6)")
+FIXED = Method("fixed", policy="fixed")
+PHASES = tuple(Method(name, policy=name) for name in ("phase1", "phase2", "phase3"))
+
+COMPILED = "hf static compiled"  # only where it is asked for: compiling takes minutes on a CPU
+# of transformers; the names of the options are those of its generation config
+HF = (
+    Method("hf generate", "hf"),
+    Method("hf static", "hf", options={"cache_implementation": "static", "disable_compile": True}),
+    Method(COMPILED, "hf", options={"cache_implementation": "static"}),
+    *(
+        Method(f"hf assisted {name}", "hf", options={"assistant": settings})
+        for name, settings in {
+            "heuristic": {
+                "num_assistant_tokens": 5,
+                "num_assistant_tokens_schedule": "heuristic",
+                "assistant_confidence_threshold": 0.0,
+            },
+            "constant": {
+                "num_assistant_tokens": 5,
+                "num_assistant_tokens_schedule": "constant",
+                "assistant_confidence_threshold": 0.0,
+            },
+            "dynamic": {},  # its defaults: up to 20 tokens, fewer where the drafter is unsure
+        }.items()
+    ),
+    Method("hf prompt lookup", "hf", options={"prompt_lookup_num_tokens": 10}),
+)
+RIVALS = tuple(Method(name, "rival") for name in ("flashspec", "economize", "dejavuu"))
+
+_THRESHOLDS = tuple(
+    {"high": high, "low": low, "min_branch": 1, "max_branch": 3} for high, low in ((0.7, 0.2), (0.8, 0.3))
+)
+_BRANCHES = tuple(
+    {"high": 0.9, "low": 0.4, "min_branch": low, "max_branch": high} for low, high in ((1, 2), (1, 3), (1, 4), (2, 4))
+)
+_CONFIDENCE = "confidence(high={high},low={low},min_branch={min_branch},max_branch={max_branch})"
+
+
+def _grid(**axes: Iterable[Any]) -> tuple[Mapping[str, Any], ...]:
+    return tuple(dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        Experiment(
+            "main",
+            "How fast is each method, against autoregressive decoding and against transformers?",
+            (REFERENCE, *HF, LINEAR, FIXED, *PHASES, *RIVALS),
+            quick=Form(("built-in",), 3, (24,)),
+            full=Form(("wikitext-2",), 20, (1000,)),
+        ),
+        Experiment(
+            "ablation",
+            "What does each phase add, at base depths 4, 5 and 6?",
+            (
+                REFERENCE,
+                Method("fixed", policy="fixed(depth={base_depth})"),
+                Method("phase1", policy="fixed(depth={base_depth})+confidence"),
+                Method("phase2", policy="confidence+dynamic_depth(base_depth={base_depth})"),
+                Method("phase3", policy="confidence+dynamic_depth(base_depth={base_depth})+history"),
+            ),
+            quick=Form(("built-in",), 3, (16,), _grid(base_depth=(4, 5, 6))),
+            full=Form(("wikitext-2",), 20, (500,), _grid(base_depth=(4, 5, 6))),
+        ),
+        Experiment(
+            "sensitivity",
+            "How much do the confidence thresholds and the range of branches matter?",
+            (REFERENCE, Method("phase3", policy=f"{_CONFIDENCE}+dynamic_depth+history")),
+            quick=Form(("built-in",), 3, (24,), (*_THRESHOLDS, *_BRANCHES)),
+            full=Form(("wikitext-2",), 20, (500,), (*_THRESHOLDS, *_BRANCHES)),
+        ),
+        Experiment(
+            "scalability",
+            "How do speed and acceptance change with the length of the output?",
+            (REFERENCE, FIXED, PHASES[-1]),
+            quick=Form(("built-in",), 3, (8, 16, 32)),
+            full=Form(("wikitext-2",), 20, (100, 200, 300, 500, 750, 1000)),
+        ),
+        Experiment(
+            "tree-search",
+            "Which depth, branch factor and threshold suit the fixed tree?",
+            (REFERENCE, Method("fixed", policy="fixed(depth={depth},branch={branch},tau={tau})")),
+            quick=Form(("built-in",), 2, (16,), _grid(depth=(2, 4, 6), branch=(1, 2, 3), tau=(0.02, 0.1))),
+            full=Form(
+                ("wikitext-2",),
+                10,
+                (500,),
+                _grid(depth=(3, 4, 5, 6, 7, 8), branch=(1, 2, 3, 4), tau=(0.01, 0.03, 0.05, 0.1)),
+            ),
+        ),
+        Experiment(
+            "prompt-length",
+            "How does the length of the prompt change speed and acceptance?",
+            (REFERENCE, FIXED, PHASES[-1]),
+            quick=Form(("built-in:text",), 3, (16,), prompt_tokens=(32, 128, 512)),
+            full=Form(("wikitext-2",), 20, (500,), prompt_tokens=(50, 100, 200, 400)),
+        ),
+        Experiment(
+            "datasets",
+            "Do the findings hold on another kind of text?",
+            (REFERENCE, LINEAR, FIXED, *PHASES),
+            quick=Form(("built-in:prose", "built-in:copying"), 2, (24,)),
+            full=Form(("wikitext-2", "pg19"), 20, (500,)),
+        ),
+    )
+}
+
+
+def chosen_methods(
+    experiment: Experiment,
+    *,
+    policies: Iterable[str] = (),
+    only: Iterable[str] = (),
+    with_compile: bool = False,
+    with_rivals: bool = False,
+) -> tuple[Method, ...]:
+    """The methods of an experiment that are to run.
+
+    Args:
+        experiment: the experiment.
+        policies: stacks to measure in place of the experiment's own; may be templates over its axes.
+        only: names of methods to which to keep; autoregressive decoding always runs.
+        with_compile: whether to run the compiled static cache.
+        with_rivals: whether to run the rivals.
+
+    Raises:
+        InputError: a name in `only` that the experiment does not have.
+    """
+    methods = list(experiment.methods)
+    if own := [Method(policy, policy=policy) for policy in dict.fromkeys(policies) if policy != REFERENCE.name]:
+        methods = [REFERENCE, *(m for m in methods if m.kind != "dynatree"), *own]
+    chosen = list(only)
+    names = [method.name for method in methods]
+    for name in chosen:
+        if name not in names:
+            raise InputError(
+                f"'{name}' is not among the methods of {experiment.name}{nearest_match(name, names)}; they are: "
+                f"{', '.join(names)}"
+            )
+    if chosen:
+        return tuple(m for m in methods if m == REFERENCE or m.name in chosen)
+    return tuple(m for m in methods if (m.name != COMPILED or with_compile) and (m.kind != "rival" or with_rivals))
+
+
+def cells(methods: Iterable[Method], form: Form, base: Mapping[str, Any]) -> Iterator[Cell]:
+    """What is to be made of one prompt: every method at every point that it depends on.
+
+    Args:
+        methods: the methods.
+        form: the sizes, of which lengths and points are used.
+        base: axes that all cells have, such as the data set.
+
+    Raises:
+        InputError: a policy's template names an axis that the experiment does not have.
+    """
+    methods = tuple(methods)
+    for max_new_tokens in form.max_new_tokens:
+        for method in methods:
+            seen = set()
+            for point in form.points:
+                if missing := method.axes - set(point):
+                    raise InputError(
+                        f"policy '{method.policy}' must have axes of the experiment in its braces "
+                        f"({', '.join(point) or 'this one has none'}), got {', '.join(sorted(missing))}"
+                    )
+                axes = {**base, **(point if method.axes else {}), "max_new_tokens": max_new_tokens}
+                if tuple(axes.items()) not in seen:  # a method that depends on no point comes once
+                    seen.add(tuple(axes.items()))
+                    yield Cell(method, axes)

@@ -1,0 +1,538 @@
+"""Measuring: every prompt by every method, one after another in one process, each output written as it comes.
+
+The methods are interleaved prompt by prompt in rotating order after a warm-up, so that a drift of the machine hits all
+alike. A run that was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Cell, Experiment, Form, Method, cells, chosen_methods
+from dynatree_bench.machine import (
+    BUSY_PERCENT,
+    LoadMeter,
+    busy_percent,
+    device_name,
+    library_versions,
+    source_commit,
+)
+from dynatree_bench.methods import Output, decode, replay
+from dynatree_bench.pairs import MethodError, Pair, model_info
+from dynatree_bench.records import (
+    INFO_FILE,
+    MethodInfo,
+    OutputRecord,
+    Replay,
+    Results,
+    RunInfo,
+    append_record,
+    drop_torn_line,
+    read_info,
+    read_records,
+    read_results,
+    record_key,
+    write_info,
+)
+from dynatree_bench.workloads import EncodedPrompt, digest, encode, load_workload, random_prompts
+from dynatree_core import DynaTreeError, InputError, build_stack
+from dynatree_core.architectures import vocab_size
+from dynatree_core.errors import nearest_match
+
+__all__ = ["Options", "run_experiment"]
+
+WARM_UP_TOKENS = 8
+QUICK_SECONDS = 90.0  # after which the quick form begins no further prompt
+IDLE_CHECK_SECONDS = 2.0
+# the axes that an output without drafting depends on
+REFERENCE_AXES = ("dataset", "prompt_tokens", "max_new_tokens")
+# what must be the same for a run to go on
+FIXED_FIELDS = (
+    "experiment", "target", "drafter", "device", "device_name", "threads", "libraries", "seed", "is_synthetic",
+    "ignore_eos", "methods", "axes", "settings",
+)  # fmt: skip
+
+
+@attrs.frozen
+class Options:
+    """What of an experiment is changed, and how it is measured; None: as the form has it."""
+
+    quick: bool = False
+    workloads: Sequence[str] | None = None  # see dynatree_bench.workloads
+    num_prompts: int | None = None  # of each workload
+    max_new_tokens: Sequence[int] | None = None
+    prompt_tokens: Sequence[int] | None = None  # lengths to which prompts are cut
+    policies: Sequence[str] = ()  # in place of the experiment's own
+    only: Sequence[str] = ()  # names of methods to which to keep
+    with_compile: bool = False
+    with_rivals: bool = False
+    repeats: int = 1
+    seed: int = 0  # of torch's generator; nothing here draws from it, but a policy or drafter may
+    is_chat: bool | None = None  # None: as the workload is meant, where there is a template
+    ignore_eos: bool = False
+    with_replay: bool = False  # ask the drafter about each token of each output, after it was timed
+    time_limit: float | None = None  # seconds after which no further prompt is begun
+
+    def __attrs_post_init__(self) -> None:
+        counts = {
+            "num_prompts": self.num_prompts,
+            "repeats": self.repeats,
+            **{f"max_new_tokens[{i}]": value for i, value in enumerate(self.max_new_tokens or ())},
+            **{f"prompt_tokens[{i}]": value for i, value in enumerate(self.prompt_tokens or ())},
+        }
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+
+
+@attrs.frozen
+class Task:
+    """A prompt and all that is to be made of it, in this order."""
+
+    prompt: EncodedPrompt
+    cells: tuple[Cell, ...]
+    repeat: int
+
+    def key(self, cell: Cell) -> tuple[str, str, str, int]:
+        """That of the output's record."""
+        return record_key(cell.method.name, self.prompt.prompt_id, cell.axes, self.repeat)
+
+
+def run_experiment(
+    name: str,
+    pair: Pair,
+    out: Path,
+    options: Options | None = None,
+    *,
+    command: str | None = None,
+    idle_check_seconds: float = IDLE_CHECK_SECONDS,
+    say: Callable[[str], None] | None = None,
+) -> Results:
+    """Run one of EXPERIMENTS, or go on with a run that was cut off.
+
+    Args:
+        name: the experiment.
+        pair: the models, from `load_pair`.
+        out: the results' folder: `run.json` and `records.jsonl` (see `dynatree_bench.records`). If it holds a run of
+            the same settings, what is there is kept and only the rest is done.
+        options: what differs from the experiment's own settings.
+        command: how this was started, for the provenance; None: this call.
+        idle_check_seconds: how long to look whether the machine is idle before it begins; 0: do not look.
+        say: called with a sentence for what somebody should know; None: silent.
+
+    Returns:
+        All outputs that the folder holds now.
+
+    Raises:
+        InputError: an unknown experiment, settings that cannot be used, or a folder with a run of other settings.
+        DynaTreeError: a policy or drafter that cannot even warm up. What fails later, and whatever fails in others'
+            code, is a record with an error.
+    """
+    options, say = options or Options(), say or (lambda message: None)
+    if name not in EXPERIMENTS:
+        raise InputError(
+            f"'{name}' is not an experiment{nearest_match(name, EXPERIMENTS)}; they are: {', '.join(EXPERIMENTS)}"
+        )
+    experiment = EXPERIMENTS[name]
+    form = _form(experiment, pair, options)
+    methods = chosen_methods(
+        experiment, policies=options.policies, only=options.only, with_compile=options.with_compile,
+        with_rivals=options.with_rivals,
+    )  # fmt: skip
+    tasks = _tasks(experiment, pair, form, methods, options)
+    infos = tuple(_method_info(method, pair, tasks[0].cells) for method in methods)
+    info = _started(
+        _run_info(name, pair, form, infos, tasks, options, command or f"run_experiment({name!r}, ...)"), out
+    )
+    records = read_records(out)
+    run = _Run(name, pair, options, out, {record.key for record in records}, _references(records))
+    if run.missing(tasks):
+        if idle_check_seconds:
+            info = _with_note(out, info, _idle_note(idle_check_seconds), say)
+        torch.manual_seed(options.seed)
+        run.warm_up(tasks)
+        run.measure(tasks)
+        info = _with_note(out, info, run.closing_note(tasks), say)
+    return read_results(out)
+
+
+def _form(experiment: Experiment, pair: Pair, options: Options) -> Form:
+    form = experiment.quick if options.quick else experiment.full
+    has_language = pair.target.tokenizer is not None
+    workloads = form.workloads if has_language else [f"random:{seed}" for seed in range(len(form.workloads))]
+    return attrs.evolve(
+        form,
+        workloads=tuple(options.workloads or workloads),
+        num_prompts=options.num_prompts or form.num_prompts,
+        max_new_tokens=tuple(options.max_new_tokens or form.max_new_tokens),
+        prompt_tokens=tuple(options.prompt_tokens or form.prompt_tokens),
+    )
+
+
+def _tasks(
+    experiment: Experiment, pair: Pair, form: Form, methods: Sequence[Method], options: Options
+) -> tuple[Task, ...]:
+    """Every prompt in every length, as often as it is repeated; those of all workloads and lengths in turn.
+
+    Each begins with another method than the one before.
+    """
+    groups: list[list[Task]] = []
+    has_datasets = experiment.name == "datasets" or len(form.workloads) > 1
+    for workload, num_tokens in itertools.product(form.workloads, form.prompt_tokens):
+        prompts = _prompts(pair, workload, num_tokens, form.num_prompts, options)
+        base: dict[str, Any] = {"dataset": prompts[0].workload} if has_datasets else {}
+        base |= {"prompt_tokens": num_tokens} if num_tokens is not None else {}
+        own_cells = tuple(cells(methods, form, base))
+        groups.append([Task(prompt, own_cells, 0) for prompt in prompts])
+    tasks = [task for turn in itertools.zip_longest(*groups) for task in turn if task is not None]
+    names = Counter((task.prompt.prompt_id, str(task.cells[0].axes.get("prompt_tokens"))) for task in tasks)
+    if twice := [prompt_id for (prompt_id, _), count in names.items() if count > 1]:
+        raise InputError(f"prompts of different workloads must have different ids, got {twice[0]!r} in two of them")
+    return tuple(
+        attrs.evolve(task, cells=_rotated(task.cells, repeat * len(tasks) + i), repeat=repeat)
+        for repeat in range(options.repeats)
+        for i, task in enumerate(tasks)
+    )
+
+
+def _rotated(own_cells: tuple[Cell, ...], count: int) -> tuple[Cell, ...]:
+    start = count % len(own_cells)
+    return own_cells[start:] + own_cells[:start]
+
+
+def _prompts(
+    pair: Pair, workload: str, num_tokens: int | None, num_prompts: int, options: Options
+) -> list[EncodedPrompt]:
+    if workload.partition(":")[0] == "random":
+        return random_prompts(workload, num_prompts, num_tokens, vocab_size(pair.target.model))
+    loaded = load_workload(workload, num_prompts)
+    return encode(loaded, pair.target, is_chat=options.is_chat, num_tokens=num_tokens)
+
+
+def _method_info(method: Method, pair: Pair, own_cells: Iterable[Cell]) -> MethodInfo:
+    """A method as the provenance has it. Its stacks are built, so that a wrong one is refused before anything runs."""
+    policy = method.policy
+    if method.kind == "dynatree":
+        stacks = [str(build_stack(cell.policy)) for cell in own_cells if cell.method == method]
+        policy = method.policy if method.axes else stacks[0]
+    is_drafting = method != REFERENCE and (method.kind == "dynatree" or "assistant" in method.options)
+    return MethodInfo(
+        method.name, method.kind, policy, str(pair.drafter) if is_drafting else None, dict(method.options)
+    )
+
+
+def _run_info(
+    name: str,
+    pair: Pair,
+    form: Form,
+    methods: tuple[MethodInfo, ...],
+    tasks: Sequence[Task],
+    options: Options,
+    command: str,
+) -> RunInfo:
+    axes: dict[str, list[Any]] = {}
+    for task in tasks:
+        for cell in task.cells:
+            for axis, value in cell.axes.items():
+                values = axes.setdefault(axis, [])
+                if value not in values:
+                    values.append(value)
+    model, small = pair.target.model, pair.drafter_model
+    return RunInfo(
+        experiment=name,
+        command=command,
+        version=version("dynatree"),
+        commit=source_commit(),
+        started=_date(),
+        target=model_info(model, pair.target.name),
+        drafter=model_info(small) if small is not None else None,
+        device=str(model.device),
+        device_name=device_name(model.device),
+        threads=torch.get_num_threads(),
+        libraries=library_versions(),
+        seed=options.seed,
+        is_synthetic=pair.is_synthetic,
+        ignore_eos=options.ignore_eos,
+        methods=methods,
+        axes=axes,
+        settings={
+            "quick": options.quick,
+            "workloads": sorted({task.prompt.workload for task in tasks}),
+            "prompts": len({task.prompt.prompt_id for task in tasks}),
+            "prompts_sha256": digest(task.prompt for task in tasks if task.repeat == 0),
+            "repeats": options.repeats,
+            "chat": options.is_chat,
+            "replay": options.with_replay,
+        },
+    )
+
+
+def _started(info: RunInfo, out: Path) -> RunInfo:
+    """The run's `run.json`: written now, or that of the run that is there and goes on.
+
+    Raises:
+        InputError: the folder holds a run with other settings, or something else that is in the way.
+    """
+    if not (out / INFO_FILE).exists():
+        try:
+            write_info(out, info)
+        except OSError as error:
+            raise InputError(
+                f"the results' folder must be one that can be written, cannot use {out}: {error}"
+            ) from error
+        return info
+    before = read_info(out)
+    different = [
+        f"{label}: {_shown(old)} there, {_shown(new)} now"
+        for field in FIXED_FIELDS
+        for label, old, new in _differences(field, getattr(before, field), getattr(info, field))
+    ]
+    if different:
+        raise InputError(
+            f"{out} holds a run with other settings ({'; '.join(different)}); give the same settings to go on with it, "
+            "or another --out"
+        )
+    notes = before.notes
+    if info.commit != before.commit:
+        notes = (*notes, f"continued at commit {info.commit}, begun at {before.commit}")
+    continued = attrs.evolve(before, continued=(*before.continued, info.started), notes=notes)
+    drop_torn_line(out)
+    write_info(out, continued)
+    return continued
+
+
+def _differences(label: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    """Where two values differ: (name, old, new), looking into mappings and records."""
+    if attrs.has(type(old)) and attrs.has(type(new)):
+        old, new = attrs.asdict(old), attrs.asdict(new)
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = dict.fromkeys([*old, *new])
+        return [d for name in names for d in _differences(f"{label} {name}", old.get(name), new.get(name))]
+    return [] if old == new else [(label, old, new)]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple) and value and isinstance(value[0], MethodInfo):
+        return ", ".join(method.name if method.policy is None else method.policy for method in value)
+    return str(value)[:80]
+
+
+def _with_note(out: Path, info: RunInfo, note: str | None, say: Callable[[str], None]) -> RunInfo:
+    if note is None:
+        return info
+    say(note)
+    info = attrs.evolve(info, notes=(*info.notes, note))
+    write_info(out, info)
+    return info
+
+
+def _idle_note(seconds: float) -> str | None:
+    percent = busy_percent(seconds=seconds)
+    if percent <= BUSY_PERCENT:
+        return None
+    return (
+        f"the machine was busy before the run: others used {percent:.0f} % of a core, so times are not to be believed"
+    )
+
+
+def _references(records: Iterable[OutputRecord]) -> dict[tuple[Any, ...], tuple[int, ...]]:
+    """The tokens of greedy decoding, by what they depend on."""
+    return {
+        _reference_key(record.prompt_id, record.axes): record.token_ids
+        for record in records
+        if record.method == REFERENCE.name and record.error is None
+    }
+
+
+def _reference_key(prompt_id: str, axes: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (prompt_id, *(axes.get(name) for name in REFERENCE_AXES))
+
+
+@attrs.define(eq=False)
+class _Run:
+    """What has been done, and what does the rest."""
+
+    experiment: str
+    pair: Pair
+    options: Options
+    out: Path
+    done: set[tuple[str, str, str, int]]  # keys of the records that there are
+    references: dict[tuple[Any, ...], tuple[int, ...]]
+    busy: list[bool] = attrs.field(factory=list, init=False)  # of the outputs made now whose load is known
+    replays: dict[tuple[str, tuple[int, ...]], Replay] = attrs.field(factory=dict, init=False)  # of the present prompt
+
+    @property
+    def eos(self) -> list[int]:
+        return [] if self.options.ignore_eos else self.pair.end_token_ids
+
+    def missing(self, tasks: Iterable[Task]) -> list[Task]:
+        """Those of which something is to be made yet."""
+        return [task for task in tasks if any(task.key(cell) not in self.done for cell in task.cells)]
+
+    def warm_up(self, tasks: Sequence[Task]) -> None:
+        """A few tokens by each method, of the longest prompt: first passes allocate, and choose or compile kernels."""
+        task = max(tasks, key=lambda task: len(task.prompt.token_ids))
+        for cell in {cell.method.name: cell for cell in task.cells}.values():
+            is_compiled = not cell.method.options.get(
+                "disable_compile", "cache_implementation" not in cell.method.options
+            )
+            limit = cell.max_new_tokens if is_compiled else min(WARM_UP_TOKENS, cell.max_new_tokens)
+            short = attrs.evolve(cell, axes={**cell.axes, "max_new_tokens": limit})
+            if cell.method.kind == "dynatree":
+                decode(self.pair, short, task.prompt.token_ids, self.eos)
+            else:
+                _attempt(self.pair, short, task.prompt, self.eos)  # what fails will fail again, and be recorded
+
+    def measure(self, tasks: Sequence[Task]) -> None:
+        """All that is missing."""
+        limit = self.options.time_limit
+        if limit is None and self.options.quick:
+            limit = QUICK_SECONDS
+        begin = time.perf_counter()
+        todo = self.missing(tasks)
+        with _progress() as progress:
+            bar = progress.add_task(self.experiment, total=sum(len(task.cells) for task in todo))
+            for task in todo:
+                if limit is not None and time.perf_counter() - begin > limit:
+                    break
+                self._measure_prompt(task, lambda: progress.advance(bar))
+
+    def _measure_prompt(self, task: Task, advance: Callable[[], None]) -> None:
+        """One prompt by all methods. An output is written as soon as the greedy one to compare it with is there."""
+        held: list[OutputRecord] = []
+        self.replays.clear()
+        for order, cell in enumerate(task.cells):
+            if task.key(cell) not in self.done:
+                held.append(self._measure_cell(cell, task, order))
+                held = [record for record in held if not self._write(record, is_last=False)]
+            advance()
+        for record in held:
+            self._write(record, is_last=True)
+
+    def _measure_cell(self, cell: Cell, task: Task, order: int) -> OutputRecord:
+        device = self.pair.target.model.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        meter = LoadMeter()
+        output, error = _attempt(self.pair, cell, task.prompt, self.eos)
+        load = meter.share()
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" and error is None else None
+        if load is not None:
+            self.busy.append(100 * load * (os.cpu_count() or 1) > BUSY_PERCENT)
+        record = self._record(cell, task, order, output, error, load, peak)
+        if cell.method == REFERENCE and error is None:
+            self.references[_reference_key(record.prompt_id, record.axes)] = record.token_ids
+        if self.options.with_replay and cell.method.kind == "dynatree" and cell.method != REFERENCE and error is None:
+            known = (task.prompt.prompt_id, record.token_ids)
+            if known not in self.replays:
+                self.replays[known] = replay(self.pair, task.prompt.token_ids, record.token_ids)
+            record = attrs.evolve(record, replay=self.replays[known])
+        return record
+
+    def _write(self, record: OutputRecord, *, is_last: bool) -> bool:
+        """Append a record if its reference is there, or there will be none; whether it was."""
+        reference = self.references.get(_reference_key(record.prompt_id, record.axes))
+        if reference is None and not is_last:
+            return False
+        if reference is not None and record.error is None:
+            record = attrs.evolve(record, is_identical=record.token_ids == reference)
+        append_record(self.out, record)
+        self.done.add(record.key)
+        return True
+
+    def _record(
+        self, cell: Cell, task: Task, order: int, output: Output | None, error: str | None,
+        load: float | None, peak: int | None,
+    ) -> OutputRecord:  # fmt: skip
+        report = output.report if output is not None else None
+
+        def of_report(name: str) -> float | None:  # not below 0, where two clocks round
+            return max(float(getattr(report, name)), 0.0) if report is not None else None
+
+        return OutputRecord(
+            experiment=self.experiment,
+            method=cell.method.name,
+            prompt_id=task.prompt.prompt_id,
+            category=task.prompt.category,
+            axes=dict(cell.axes),
+            repeat=task.repeat,
+            order=order,
+            num_prompt_tokens=len(task.prompt.token_ids),
+            token_ids=output.token_ids if output is not None else (),
+            stop_reason=output.stop_reason if output is not None else "error",
+            prefill_seconds=output.prefill_seconds if output is not None else 0.0,
+            decode_seconds=output.decode_seconds if output is not None else 0.0,
+            total_seconds=output.total_seconds if output is not None else 0.0,
+            draft_seconds=of_report("draft_seconds"),
+            verify_seconds=of_report("verify_seconds"),
+            rest_seconds=of_report("rest_seconds"),
+            overhead_seconds=of_report("overhead_seconds"),
+            peak_memory_bytes=peak,
+            is_identical=None,
+            error=error,
+            load=load,
+            steps=output.steps if output is not None else None,
+            trials=output.trials if output is not None else None,
+            replay=None,
+        )
+
+    def closing_note(self, tasks: Sequence[Task]) -> str | None:
+        """What there is to say at the end."""
+        notes = []
+        if num_busy := sum(self.busy):
+            notes.append(
+                f"the machine was busy during {num_busy} of {len(self.busy)} outputs: others used more than "
+                f"{BUSY_PERCENT} % of a core, so times are not to be believed"
+            )
+        if left := self.missing(tasks):
+            notes.append(f"the time was up with {len(left)} of {len(tasks)} prompts left; the same command goes on")
+        return "; ".join(notes) or None
+
+
+def _attempt(pair: Pair, cell: Cell, prompt: EncodedPrompt, eos: Sequence[int]) -> tuple[Output | None, str | None]:
+    """An output, or why there is none in one line. Others' code may raise anything; of ours, what is foreseen."""
+    try:
+        return decode(pair, cell, prompt.token_ids, eos), None
+    except DynaTreeError as error:
+        return None, _one_line(error)
+    except Exception as error:
+        if cell.method.kind == "dynatree":
+            raise
+        return None, _one_line(error)
+
+
+def _one_line(error: Exception) -> str:
+    message = " ".join(str(error).split())[:300]
+    return message if isinstance(error, DynaTreeError | MethodError) else f"{type(error).__name__}: {message}"
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def _date() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")

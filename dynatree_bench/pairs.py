@@ -1,0 +1,95 @@
+"""A target and its drafter, loaded by name as on the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import attrs
+from transformers import PreTrainedModel
+
+from dynatree_bench.machine import weights_sha256
+from dynatree_bench.records import ModelInfo
+from dynatree_core import Drafter, LoadedModel, build_drafter, load_model
+from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.errors import UnknownPluginError, VocabularyMismatchError, nearest_match
+from dynatree_core.models import vocabularies_match
+from dynatree_core.plugins import DRAFTERS, plugin_table
+
+__all__ = ["MethodError", "Pair", "load_pair", "model_info"]
+
+
+class MethodError(Exception):
+    """Why a method cannot run on a pair, in one line."""
+
+
+@attrs.frozen(eq=False)
+class Pair:
+    """What a benchmark runs on."""
+
+    target: LoadedModel
+    drafter: Drafter
+    is_synthetic: bool = False  # the models' text is that of a random source, see dynatree_bench.synthetic
+
+    @property
+    def drafter_model(self) -> PreTrainedModel | None:
+        """The drafter's model, where it has one that transformers itself could draft with."""
+        model = self.drafter.model if isinstance(self.drafter, ModelDrafter) else None
+        return model if isinstance(model, PreTrainedModel) else None
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """The tokens with which the target's own generation config ends a text."""
+        config = self.target.model.generation_config
+        ids = config.eos_token_id if config is not None else None
+        return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def load_pair(
+    target: str | None = None,
+    drafter: str = "prompt_lookup",
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    progress: Callable[[str], None] | None = None,
+) -> Pair:
+    """Load a target and a drafter.
+
+    Args:
+        target: a folder or a hub id; None: the embedded default model.
+        drafter: a registered drafter such as "prompt_lookup", or a model's folder or hub id.
+        device, dtype, progress: as in `dynatree_core.load_model`.
+
+    Raises:
+        DynaTreeError: whatever cannot be loaded, or two models that do not share their tokens.
+    """
+    known = plugin_table(DRAFTERS)
+    name = re.split("[:(]", drafter, maxsplit=1)[0].strip()
+    if name not in known and nearest_match(name, known) and "/" not in drafter and not Path(drafter).exists():
+        raise UnknownPluginError(
+            f"'{drafter}' is not an installed drafter{nearest_match(name, known)}; known are: {', '.join(known)}; "
+            "a model on the hub is written owner/name, a folder ./name"
+        )
+    loaded = load_model(target, device=device, dtype=dtype, progress=progress)
+    if name in known:
+        return Pair(loaded, build_drafter(drafter))
+    precision = str(loaded.model.dtype).removeprefix("torch.")
+    small = load_model(drafter, device=str(loaded.model.device), dtype=precision, progress=progress)
+    if vocabularies_match(loaded.tokenizer, small.tokenizer) is False:
+        raise VocabularyMismatchError(
+            f"target and drafter must give every token the same id, but the tokenizers of '{loaded.name}' and "
+            f"'{small.name}' do not; choose a drafter of the target's family, or prompt_lookup"
+        )
+    return Pair(loaded, ModelDrafter(small.model))
+
+
+def model_info(model: PreTrainedModel, name: str | None = None) -> ModelInfo:
+    """A model as a run's provenance has it."""
+    path = str(model.config.name_or_path)
+    return ModelInfo(
+        name=name or path or type(model).__name__,
+        sha256=weights_sha256(path) if path else None,
+        dtype=str(model.dtype).removeprefix("torch."),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
