@@ -72,8 +72,8 @@ def measured_costs(
     of_target = _recalled(_identity(target), lambda: _measure_target(target, *effort), _one_row(target), is_anew)
     levels: dict[str, Any] = {"at": [1], "seconds": [0.0]}
     if drafter is not None:
-        identity = _identity(drafter.model) if isinstance(drafter, ModelDrafter) else _place(target)
-        identity |= {"drafter": "model" if isinstance(drafter, ModelDrafter) else str(drafter)}
+        model = drafter.model if isinstance(drafter, ModelDrafter) else target  # others may use the target's weights
+        identity = _identity(model) | {"drafter": "model" if isinstance(drafter, ModelDrafter) else str(drafter)}
         levels = _recalled(identity, lambda: _measure_drafter(drafter, target, *effort), None, is_anew)["draft"]
     return CostModel(
         verify=StepFunction(tuple(of_target["verify"]["at"]), tuple(of_target["verify"]["seconds"])),
@@ -242,7 +242,7 @@ class _DrafterBench:
         self.device: torch.device = target.device  # type: ignore[assignment]
         models = [target, drafter.model] if isinstance(drafter, ModelDrafter) else [target]
         num_prefix = min(map(_prefix_len, models))
-        plan = DraftPlan(vocab_size(target), num_prefix + 2, max(WIDTHS), self.device, StageClock(self.device))
+        plan = DraftPlan(vocab_size(target), num_prefix + 2, max(WIDTHS), self.device, StageClock(self.device), target)
         self.committed_ids = torch.zeros(num_prefix, dtype=torch.int64, device=self.device)
         self.state = drafter.start(plan)
         self.state.prefill(self.committed_ids[:-1])
