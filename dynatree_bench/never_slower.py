@@ -54,7 +54,7 @@ from dynatree_core import (
 )
 from dynatree_core.plugins import DRAFTERS, plugin_table
 
-POLICIES = ("phase3", "phase3+governor")
+POLICIES = ("phase3", "phase3+governor", "cost_aware", "cost_aware+governor")
 STEPPING_ASIDE = {"governor", "cost_aware"}  # policies that notice when drafting does not pay
 LEAST = 0.97
 # column -> what it stands for
