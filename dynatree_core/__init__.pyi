@@ -23,6 +23,7 @@ from .records import (
     Verdict,
 )
 from .session import Session
+from .sink_cache import SinkCache, SinkWindow
 from .stack import PolicyStack
 from .tree import TokenTree
 
@@ -45,6 +46,8 @@ __all__ = [
     "Proposals",
     "Rounding",
     "Session",
+    "SinkCache",
+    "SinkWindow",
     "StepFunction",
     "StepReport",
     "StepStats",
