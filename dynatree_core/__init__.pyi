@@ -1,3 +1,4 @@
+from .acceptance import AcceptanceEstimator
 from .audit import AuditReport, Rounding, audit_generation, audit_output
 from .cache import TreeCache
 from .composition import PluginSpec, format_stack, parse_stack
@@ -11,11 +12,13 @@ from .params import choice, count, fraction
 from .plugins import build_drafter, build_stack
 from .prefix_cache import PrefixCache
 from .records import (
+    CostModel,
     Frontier,
     GenerationReport,
     GenerationResult,
     Limits,
     Proposals,
+    StepFunction,
     StepReport,
     StepStats,
     Verdict,
@@ -26,7 +29,9 @@ from .stack import PolicyStack
 from .tree import TokenTree
 
 __all__ = [
+    "AcceptanceEstimator",
     "AuditReport",
+    "CostModel",
     "DraftPlan",
     "DraftState",
     "Drafter",
@@ -45,6 +50,7 @@ __all__ = [
     "Session",
     "SinkCache",
     "SinkWindow",
+    "StepFunction",
     "StepReport",
     "StepStats",
     "TokenTree",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ import click
 from rich.console import Console
 
 from dynatree_core import console
-from dynatree_core.cli_models import chat_ids, load, load_drafter, registered_drafter, tokenizer_of
+from dynatree_core.cli_models import chat_ids, load, load_drafter, registered_drafter, tokenizer_of, usual_drafter
 from dynatree_core.composition import format_stack, parse_stack
 from dynatree_core.errors import (
     DynaTreeError,
@@ -140,9 +141,9 @@ def _dynatree(context: click.Context) -> None:
 @click.option(
     "--drafter",
     metavar="NAME|ID|PATH",
-    default="prompt_lookup",
-    show_default=True,
-    help="A registered drafter (see `dynatree drafters`) or a model with the target's tokens.",
+    callback=lambda context, _, given: given or usual_drafter(context.params["target"]),
+    show_default="distilled for the embedded model, else prompt_lookup",
+    help="Registered drafters joined by '+' (see `dynatree drafters`) or a model with the target's tokens.",
 )
 @click.option(
     "--policy",
@@ -445,6 +446,38 @@ def _given_case(
         console.complain("warning", "the output has no token_ids: its text is cut into tokens again, perhaps otherwise")
         token_ids = list(tokenizer(str(given["text"]), add_special_tokens=False).input_ids)
     return Case(prompt_ids, token_ids)
+
+
+_OF_MODELS = {"target", "drafter", "device", "dtype", "as_json"}
+
+
+@_dynatree.command(params=[option for option in generate.params if option.name in _OF_MODELS])
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Measurements of each point.")
+def calibrate(target: str | None, drafter: str, device: str | None, dtype: str, as_json: bool, rounds: int) -> None:
+    """Measure what passes take on this machine, for the policies that weigh costs, and keep it.
+
+    Such a policy does this itself where it is first used, in a few seconds and with fewer rounds. Use an idle machine.
+
+    \b
+    Examples:
+      dynatree calibrate
+      dynatree calibrate --target ./big --drafter ./small --rounds 15
+    """
+    from dynatree_core.costs import folder, measured_costs
+    from dynatree_core.drafters.model import ModelDrafter
+
+    source = registered_drafter(drafter)
+    loaded = load(target, device, dtype)
+    if source is None:
+        source = ModelDrafter(load_drafter(drafter, loaded).model)
+    with console.spinner(f"measuring {rounds} rounds"):
+        costs = measured_costs(loaded.model, source, rounds=rounds, patience=math.inf, is_anew=True)
+    if as_json:
+        document = {"target": target or "default", "drafter": drafter, **_where(loaded), "costs": attrs.asdict(costs)}
+        click.echo(json.dumps(document))
+    else:
+        Console(highlight=False).print(console.cost_table(costs))
+        click.echo(f"kept in {folder()}")
 
 
 @_dynatree.command()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dynatree_core.drafters.base import Drafter
     from dynatree_core.models import LoadedModel
 
-__all__ = ["chat_ids", "load", "load_drafter", "registered_drafter", "tokenizer_of"]
+__all__ = ["chat_ids", "load", "load_drafter", "registered_drafter", "tokenizer_of", "usual_drafter"]
 
 
 def tokenizer_of(target: LoadedModel) -> PreTrainedTokenizerBase:
@@ -76,17 +76,26 @@ def _quiet_libraries() -> None:
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # those of the hub as well
 
 
+def usual_drafter(target: str | None) -> str:
+    """The drafter where none is asked for: the embedded model has a student of its own."""
+    return "distilled" if target in (None, "default") else "prompt_lookup"
+
+
 def registered_drafter(text: str) -> Drafter | None:
-    """The registered drafter that is meant, or None where the text is a model's id or folder.
+    """The registered drafter or the student's folder that is meant, or None where the text is a model's id or folder.
 
     A word that is nearly a drafter's name is refused: asking the model hub for it can take half a minute.
     """
+    from dynatree_core.drafters.distilled import DistilledDrafter
     from dynatree_core.plugins import DRAFTERS, build_drafter, plugin_table
+    from dynatree_core.student import is_student
 
     known = plugin_table(DRAFTERS)
-    name = re.split("[:(]", text, maxsplit=1)[0].strip()
+    name = re.split("[:(+]", text, maxsplit=1)[0].strip()
     if name in known:
         return build_drafter(text)
+    if is_student(Path(text).expanduser()):
+        return DistilledDrafter(text)
     hint = nearest_match(name, known)
     if hint and "/" not in text and not Path(text).exists():
         raise UnknownPluginError(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dynatree_core.embedded import EmbeddedModel
-    from dynatree_core.records import GenerationReport, GenerationResult
+    from dynatree_core.records import CostModel, GenerationReport, GenerationResult
 
 __all__ = [
     "Answer",
@@ -36,6 +36,7 @@ __all__ = [
     "PrefillBar",
     "clean_terminal",
     "complain",
+    "cost_table",
     "decode_text",
     "interrupts_wait",
     "model_sheet",
@@ -307,6 +308,22 @@ def plugin_listing(rows: Sequence[PluginRow]) -> Table:
     for row in rows:
         name = Text.assemble((row.name, "bold"), "\n", (f"{row.package} {row.version}", "dim"))
         table.add_row(name, Text("\n").join(_plugin_lines(row)), end_section=True)
+    return table
+
+
+def cost_table(costs: CostModel) -> Table:
+    """What an iteration takes, in milliseconds, with each count beside the time of one row."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("what", no_wrap=True)
+    for heading in ("count", "ms", "of a pass"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for what, seconds in (("target's pass, by rows", costs.verify), ("drafter's level, by nodes", costs.draft)):
+        for count, at_count in zip(seconds.at, seconds.seconds, strict=True):
+            cells = (str(count), f"{1000 * at_count:.2f}", f"{at_count / costs.verify(1):.2f}")
+            table.add_row(what, *cells, end_section=count == seconds.at[-1])
+            what = ""
+    rest = costs.rest_seconds
+    table.add_row("rest of an iteration", "", f"{1000 * rest:.2f}", f"{rest / costs.verify(1):.2f}")
     return table
 
 

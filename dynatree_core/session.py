@@ -29,6 +29,7 @@ from dynatree_core.arguments import (
 )
 from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
+from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import DrafterError, DynaTreeError, InputError, ParameterError
@@ -36,7 +37,7 @@ from dynatree_core.metrics import summarise
 from dynatree_core.plugins import build_drafter, build_stack
 from dynatree_core.prefix_cache import PrefixCache, PrefixReuse
 from dynatree_core.processors import logits_processors
-from dynatree_core.records import GenerationResult, Proposals, StepReport, StepStats
+from dynatree_core.records import CostModel, GenerationResult, Proposals, StepReport, StepStats
 from dynatree_core.runner import EagerRunner, is_out_of_memory
 from dynatree_core.sampling import Sampler
 from dynatree_core.sink_cache import SinkCache, SinkWindow, refuse_beside
@@ -174,6 +175,7 @@ class Session:
         self.num_reused_tokens = 0  # of the prompt, whose rows came from the prefix cache
         source = _as_drafter(drafter)
         self.drafter_name = None if source is None else str(source)
+        self._source = source
         self.draft_state: DraftState | None = None
         if source is not None:
             plan = DraftPlan(
@@ -263,6 +265,12 @@ class Session:
         if len(token_ids) >= self.num_tokens_left:
             return "length"
         return fulfilled[0] if fulfilled else None
+
+    @functools.cached_property
+    def costs(self) -> CostModel:
+        """What iterations take here, measured now if nobody has before on this machine; that time counts nowhere."""
+        with self.clock.leave_out(), self.blame_drafter(DynaTreeError):
+            return measured_costs(self.target.model, self._source)
 
     def propose(self, tree: TokenTree) -> Proposals:
         """The drafter's proposals for the tree's last level, in the shape that the contract asks for.

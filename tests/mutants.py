@@ -406,6 +406,63 @@ MUTANTS = (
         "        if self.stopping_criteria and len(token_ids) == 1:\n",
         (STOPPING,),
     ),
+    # trees that pay
+    Mutant(
+        "the governor goes on losing",
+        "dynatree_policies/governor.py",
+        "return is_known and self.account >= self._expected_loss()",
+        "return is_known",
+        ("tests/test_governor.py::test_a_useless_drafter_loses_no_more_than_the_bound",),
+    ),
+    Mutant(
+        "the governor is asked last",
+        "dynatree_policies/governor.py",
+        "@hookimpl(tryfirst=True)",
+        "@hookimpl",
+        ("tests/test_governor.py::test_it_is_asked_before_a_policy_that_looks_at_the_drafter",),
+    ),
+    Mutant(
+        "best first expands too little",
+        "dynatree_policies/best_first.py",
+        "rivals.topk(min(self.nodes, rivals.numel()))",
+        "rivals.topk(min(self.nodes // 2 + 1, rivals.numel()))",
+        ("tests/test_tree_policies.py::test_best_first_verifies_the_best_of_all_paths",),
+    ),
+    Mutant(
+        "every rank is planned as the first",
+        "dynatree_policies/sequoia.py",
+        "for p in reversed(self.acceptance):",
+        "for p in [self.acceptance[0]] * len(self.acceptance):",
+        ("tests/test_tree_policies.py::test_sequoia_reproduces_published_trees",),
+    ),
+    Mutant(
+        "rejected nodes judge their children",
+        "dynatree_core/acceptance.py",
+        "judged = is_accepted[tree.parent[1:]]",
+        "judged = torch.ones_like(is_accepted[1:])",
+        ("tests/test_acceptance.py::test_only_children_of_accepted_nodes_are_judged",),
+    ),
+    Mutant(
+        "seconds are worth nothing",
+        "dynatree_policies/cost_aware.py",
+        "wins = gained * per_node - rate * torch.tensor",
+        "wins = gained * per_node - 0 * torch.tensor",
+        ("tests/test_cost_aware.py::test_a_child_is_worth_its_row",),
+    ),
+    Mutant(
+        "old costs are believed",
+        "dynatree_core/costs.py",
+        "return not 1 / STALE_FACTOR <= ratio <= STALE_FACTOR",
+        "return False",
+        ("tests/test_costs.py::test_measurements_are_kept",),
+    ),
+    Mutant(
+        "measuring costs is part of an iteration",
+        "dynatree_core/clock.py",
+        "self._left_out += time.perf_counter() - begin",
+        "pass",
+        ("tests/test_costs.py::test_the_time_of_a_measurement_counts_nowhere",),
+    ),
 )
 
 

@@ -592,8 +592,22 @@ def test_no_command_is_help_and_a_wrong_one_is_a_mistake(dynatree: Dynatree) -> 
     assert dynatree("generate").code == 2
 
 
+def test_calibrate(dynatree: Dynatree, folders: SimpleNamespace) -> None:
+    models_ = ("--target", folders.plain, "--drafter", folders.plain, "--rounds", "1")
+    document = dynatree("calibrate", "--json", *ON_CPU, *models_).document
+    assert document["device"] == "cpu"
+    verify, draft = document["costs"]["verify"], document["costs"]["draft"]
+    assert verify["seconds"] == sorted(verify["seconds"])
+    assert (verify["at"][0], draft["at"][0]) == (1, 1)
+    ran = dynatree("calibrate", *ON_CPU, "--target", folders.plain, "--rounds", "1")
+    assert ran.code == 0
+    for expected in ("target's pass, by rows", "drafter's level, by nodes", "rest of an iteration", "kept in "):
+        assert expected in ran.out
+
+
 @pytest.mark.parametrize(
-    "command", [[], ["generate"], ["policies"], ["drafters"], ["new-policy"], ["models"], ["models", "install"]]
+    "command",
+    [[], ["generate"], ["policies"], ["drafters"], ["new-policy"], ["models"], ["models", "install"], ["calibrate"]],
 )
 def test_help(dynatree: Dynatree, command: list[str]) -> None:
     ran = dynatree(*command, "--help")

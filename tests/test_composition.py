@@ -65,7 +65,7 @@ def test_malformed_strings(text):
     [
         ("confidense", "did you mean 'confidence'"),
         ("phase4", "did you mean 'phase3'|did you mean 'phase"),
-        ("nonsense", "known are: autoregressive, confidence"),
+        ("nonsense", "known are: autoregressive, best_first, confidence"),
         ("fixed:plan", "'fixed' has no variant 'plan'"),
         ("confidence:plane", "did you mean 'plan'"),
         ("phase3:plane", "did you mean 'plan'"),
