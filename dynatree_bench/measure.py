@@ -48,7 +48,7 @@ from dynatree_bench.records import (
     record_key,
     write_info,
 )
-from dynatree_bench.workloads import EncodedPrompt, digest, encode, load_workload, random_prompts
+from dynatree_bench.workloads import EncodedPrompt, digest, encode, load_workload, markov_prompts, random_prompts
 from dynatree_core import DynaTreeError, InputError, build_stack
 from dynatree_core.architectures import vocab_size
 from dynatree_core.errors import nearest_match
@@ -56,7 +56,7 @@ from dynatree_core.errors import nearest_match
 __all__ = ["Options", "run_experiment"]
 
 WARM_UP_TOKENS = 8
-QUICK_SECONDS = 90.0  # after which the quick form begins no further prompt
+QUICK_SECONDS = 90.0  # the time limit of the quick form: with loading it ends within two minutes
 IDLE_CHECK_SECONDS = 2.0
 # the axes that an output without drafting depends on
 REFERENCE_AXES = ("dataset", "prompt_tokens", "max_new_tokens")
@@ -85,7 +85,7 @@ class Options:
     is_chat: bool | None = None  # None: as the workload is meant, where there is a template
     ignore_eos: bool = False
     with_replay: bool = False  # ask the drafter about each token of each output, after it was timed
-    time_limit: float | None = None  # seconds after which no further prompt is begun
+    time_limit: float | None = None  # seconds; a prompt is not begun if it would probably end later
 
     def __attrs_post_init__(self) -> None:
         counts = {
@@ -172,8 +172,10 @@ def run_experiment(
 
 def _form(experiment: Experiment, pair: Pair, options: Options) -> Form:
     form = experiment.quick if options.quick else experiment.full
-    has_language = pair.target.tokenizer is not None
-    workloads = form.workloads if has_language else [f"random:{seed}" for seed in range(len(form.workloads))]
+    workloads: Sequence[str] = form.workloads
+    if pair.target.tokenizer is None:  # nothing to read a text with
+        is_one = pair.source is not None and len(workloads) == 1
+        workloads = ["markov"] if is_one else [f"random:{seed}" for seed in range(len(workloads))]
     return attrs.evolve(
         form,
         workloads=tuple(options.workloads or workloads),
@@ -217,6 +219,8 @@ def _rotated(own_cells: tuple[Cell, ...], count: int) -> tuple[Cell, ...]:
 def _prompts(
     pair: Pair, workload: str, num_tokens: int | None, num_prompts: int, options: Options
 ) -> list[EncodedPrompt]:
+    if workload == "markov" and pair.source is not None:
+        return markov_prompts(pair.source, num_prompts, num_tokens)
     if workload.partition(":")[0] == "random":
         return random_prompts(workload, num_prompts, num_tokens, vocab_size(pair.target.model))
     loaded = load_workload(workload, num_prompts)
@@ -265,7 +269,7 @@ def _run_info(
         threads=torch.get_num_threads(),
         libraries=library_versions(),
         seed=options.seed,
-        is_synthetic=pair.is_synthetic,
+        is_synthetic=pair.source is not None,
         ignore_eos=options.ignore_eos,
         methods=methods,
         axes=axes,
@@ -406,10 +410,13 @@ class _Run:
         todo = self.missing(tasks)
         with _progress() as progress:
             bar = progress.add_task(self.experiment, total=sum(len(task.cells) for task in todo))
+            slowest = 0.0
             for task in todo:
-                if limit is not None and time.perf_counter() - begin > limit:
+                start = time.perf_counter()
+                if limit is not None and start - begin + slowest > limit:
                     break
                 self._measure_prompt(task, lambda: progress.advance(bar))
+                slowest = max(slowest, time.perf_counter() - start)
 
     def _measure_prompt(self, task: Task, advance: Callable[[], None]) -> None:
         """One prompt by all methods. An output is written as soon as the greedy one to compare it with is there."""
