@@ -46,8 +46,9 @@ class _Counts(click.ParamType):
         return tuple(map(int, numbers))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def bench() -> None:
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.pass_context
+def bench(context: click.Context) -> None:
     """Measure speed and acceptance: the published experiments, each one command.
 
     \b
@@ -58,6 +59,8 @@ def bench() -> None:
       dynatree bench ablation --out results/ablation
       dynatree bench report results/ablation
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 _OPTIONS = [
