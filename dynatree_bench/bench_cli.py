@@ -93,10 +93,8 @@ _OPTIONS = [
         help="Measured in place of the experiment's own; may be repeated. Axes in braces: fixed(depth={base_depth}).",
     ),
     click.option("--only", metavar="METHOD", multiple=True, help="Keep to this method; may be repeated."),
-    click.option("--rivals", "with_rivals", is_flag=True, help="Run flashspec, economize and dejavuu too (`main`)."),
-    click.option(
-        "--compile", "with_compile", is_flag=True, help="Run transformers' compiled static cache too (`main`)."
-    ),
+    click.option("--rivals", "with_rivals", is_flag=True, help="Run flashspec, economize and dejavuu too."),
+    click.option("--compile", "with_compile", is_flag=True, help="Run transformers' compiled static cache too."),
     click.option(
         "--workload",
         "workloads",

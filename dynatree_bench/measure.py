@@ -7,7 +7,6 @@ alike. A run that was cut off goes on where it stopped.
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 import time
 from collections import Counter
@@ -28,6 +27,7 @@ from dynatree_bench.machine import (
     LoadMeter,
     busy_percent,
     device_name,
+    is_busy,
     library_versions,
     source_commit,
 )
@@ -155,12 +155,12 @@ def run_experiment(
     )  # fmt: skip
     tasks = _tasks(experiment, pair, form, methods, options)
     infos = tuple(_method_info(method, pair, tasks[0].cells) for method in methods)
-    info = _started(
-        _run_info(name, pair, form, infos, tasks, options, command or f"run_experiment({name!r}, ...)"), out
-    )
+    info = _run_info(name, pair, infos, tasks, options, command or f"run_experiment({name!r}, ...)")
+    before = _run_before(info, out)
     records = read_records(out)
     run = _Run(name, pair, options, out, {record.key for record in records}, _references(records))
     if run.missing(tasks):
+        info = _begun(info, before, out)
         if idle_check_seconds:
             info = _with_note(out, info, _idle_note(idle_check_seconds), say)
         torch.manual_seed(options.seed)
@@ -242,7 +242,6 @@ def _method_info(method: Method, pair: Pair, own_cells: Iterable[Cell]) -> Metho
 def _run_info(
     name: str,
     pair: Pair,
-    form: Form,
     methods: tuple[MethodInfo, ...],
     tasks: Sequence[Task],
     options: Options,
@@ -285,20 +284,14 @@ def _run_info(
     )
 
 
-def _started(info: RunInfo, out: Path) -> RunInfo:
-    """The run's `run.json`: written now, or that of the run that is there and goes on.
+def _run_before(info: RunInfo, out: Path) -> RunInfo | None:
+    """The run that is in the folder and may go on, if there is one.
 
     Raises:
-        InputError: the folder holds a run with other settings, or something else that is in the way.
+        InputError: it is a run with other settings.
     """
     if not (out / INFO_FILE).exists():
-        try:
-            write_info(out, info)
-        except OSError as error:
-            raise InputError(
-                f"the results' folder must be one that can be written, cannot use {out}: {error}"
-            ) from error
-        return info
+        return None
     before = read_info(out)
     different = [
         f"{label}: {_shown(old)} there, {_shown(new)} now"
@@ -310,13 +303,25 @@ def _started(info: RunInfo, out: Path) -> RunInfo:
             f"{out} holds a run with other settings ({'; '.join(different)}); give the same settings to go on with it, "
             "or another --out"
         )
-    notes = before.notes
-    if info.commit != before.commit:
-        notes = (*notes, f"continued at commit {info.commit}, begun at {before.commit}")
-    continued = attrs.evolve(before, continued=(*before.continued, info.started), notes=notes)
-    drop_torn_line(out)
-    write_info(out, continued)
-    return continued
+    return before
+
+
+def _begun(info: RunInfo, before: RunInfo | None, out: Path) -> RunInfo:
+    """Write `run.json`: this run's, or that of the run that goes on, with one more date.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    if before is not None:
+        changed = [f"went on at commit {info.commit}"] if info.commit != before.commit else []
+        dates, notes = (*before.continued, info.started), (*before.notes, *changed)
+        info = attrs.evolve(before, continued=dates, notes=notes)
+    try:
+        write_info(out, info)
+        drop_torn_line(out)
+    except OSError as error:
+        raise InputError(f"the results' folder must be one that can be written, cannot use {out}: {error}") from error
+    return info
 
 
 def _differences(label: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
@@ -439,7 +444,7 @@ class _Run:
         load = meter.share()
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" and error is None else None
         if load is not None:
-            self.busy.append(100 * load * (os.cpu_count() or 1) > BUSY_PERCENT)
+            self.busy.append(is_busy(load))
         record = self._record(cell, task, order, output, error, load, peak)
         if cell.method == REFERENCE and error is None:
             self.references[_reference_key(record.prompt_id, record.axes)] = record.token_ids

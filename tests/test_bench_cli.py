@@ -13,7 +13,7 @@ import pytest
 from test_cli import byte_level_tokenizer, for_transformers, save_model
 
 from dynatree_bench import measure, methods
-from dynatree_bench.experiments import EXPERIMENTS
+from dynatree_bench.experiments import EXPERIMENTS, HF, RIVALS
 from dynatree_bench.records import OutputRecord, read_results
 from dynatree_bench.workloads import KNOWN
 from dynatree_core.cli import main
@@ -184,9 +184,9 @@ def test_a_synthetic_pair_that_cannot_be(bench, tmp_path, spec):
 def test_the_page_names_every_experiment_method_workload_and_field():
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     words = {word for row in re.findall(r"^\|.*$", page, re.M) for word in re.findall("`([^`]+)`", row)}
-    methods_of_main = {method.name for method in EXPERIMENTS["main"].methods}
+    names = {method.name for method in (*EXPERIMENTS["main"].methods, *HF, *RIVALS)}
     fields = {field.name for field in attrs.fields(OutputRecord)}
-    assert {*EXPERIMENTS, *methods_of_main, *KNOWN, *fields} <= words
+    assert {*EXPERIMENTS, *names, *KNOWN, *fields} <= words
 
 
 def test_missing_libraries_are_named_with_the_line_to_run(bench, monkeypatch):

@@ -387,6 +387,8 @@ def test_methods_are_chosen_by_name_and_policies_replace_ours():
     own = chosen_methods(main, policies=["fixed(depth=2)", "autoregressive", "fixed(depth=2)"])
     assert [m.name for m in own if m.kind == "dynatree"] == ["autoregressive", "fixed(depth=2)"]
     assert [m.name for m in chosen_methods(main, only=["linear"])] == ["autoregressive", "linear"]
+    short = chosen_methods(EXPERIMENTS["scalability"], only=["hf generate", "fixed"])
+    assert [m.name for m in short] == ["autoregressive", "fixed", "hf generate"]
     with pytest.raises(InputError, match=r"'fxed' is not among the methods of main \(did you mean 'fixed'\?\)"):
         chosen_methods(main, only=["fxed"])
 
