@@ -262,7 +262,10 @@ def _summarise(results: Results) -> bool:
         if failed:
             click.echo(f"{method.name}: {len(failed)} of {len(records)} outputs failed: {failed[0]}")
         is_bad |= method.name in own and bool(different or failed)
-    click.echo(f"{results.info.experiment}: {len(results.records)} outputs in {results.folder}")
+    click.echo(
+        f"{results.info.experiment}: {len(results.records)} outputs in {results.folder}; tables and figures of them:"
+    )
+    click.echo(f"  {shlex.join(['dynatree', 'bench', 'report', str(results.folder)])}")
     return is_bad
 
 

@@ -14,7 +14,19 @@ import attrs
 
 from dynatree_core.errors import InputError, nearest_match
 
-__all__ = ["EXPERIMENTS", "REFERENCE", "RIVALS", "Cell", "Experiment", "Form", "Method", "cells", "chosen_methods"]
+__all__ = [
+    "COMPILED",
+    "EXPERIMENTS",
+    "HF",
+    "REFERENCE",
+    "RIVALS",
+    "Cell",
+    "Experiment",
+    "Form",
+    "Method",
+    "cells",
+    "chosen_methods",
+]
 
 
 @attrs.frozen

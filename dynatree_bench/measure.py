@@ -21,7 +21,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Cell, Experiment, Form, Method, cells, chosen_methods
+from dynatree_bench.experiments import (
+    COMPILED,
+    EXPERIMENTS,
+    REFERENCE,
+    Cell,
+    Experiment,
+    Form,
+    Method,
+    cells,
+    chosen_methods,
+)
 from dynatree_bench.machine import (
     BUSY_PERCENT,
     LoadMeter,
@@ -396,10 +406,8 @@ class _Run:
         """A few tokens by each method, of the longest prompt: first passes allocate, and choose or compile kernels."""
         task = max(tasks, key=lambda task: len(task.prompt.token_ids))
         for cell in {cell.method.name: cell for cell in task.cells}.values():
-            is_compiled = not cell.method.options.get(
-                "disable_compile", "cache_implementation" not in cell.method.options
-            )
-            limit = cell.max_new_tokens if is_compiled else min(WARM_UP_TOKENS, cell.max_new_tokens)
+            # a static cache is compiled for its size, which is that of prompt and output
+            limit = cell.max_new_tokens if cell.method.name == COMPILED else min(WARM_UP_TOKENS, cell.max_new_tokens)
             short = attrs.evolve(cell, axes={**cell.axes, "max_new_tokens": limit})
             if cell.method.kind == "dynatree":
                 decode(self.pair, short, task.prompt.token_ids, self.eos)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import attrs
-import torch
 from transformers import PreTrainedModel
 
 from dynatree_bench.machine import weights_sha256
@@ -16,7 +16,7 @@ from dynatree_bench.synthetic import MarkovSource, synthetic_pair
 from dynatree_core import Drafter, LoadedModel, build_drafter, load_model
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import InputError, UnknownPluginError, VocabularyMismatchError, nearest_match
-from dynatree_core.models import vocabularies_match
+from dynatree_core.models import resolve_device, vocabularies_match
 from dynatree_core.plugins import DRAFTERS, plugin_table
 
 __all__ = ["MethodError", "Pair", "load_pair", "load_synthetic", "model_info"]
@@ -100,14 +100,14 @@ def load_synthetic(spec: str, *, device: str | None = None, dtype: str = "auto",
     """
     shape, *numbers = spec.split(":")
     try:
-        given = dict(zip(("acceptance", "decay"), map(float, numbers), strict=False))
+        given: dict[str, Any] = dict(zip(("acceptance", "decay"), map(float, numbers), strict=False))
     except ValueError as error:
         raise InputError(f"a synthetic pair is SHAPE[:ACCEPTANCE[:DECAY]] with numbers, got '{spec}'") from error
-    is_auto = device is None or device == "auto"
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if is_auto else device)
+    where = resolve_device(device)
     precision = ("bfloat16" if where.type == "cuda" else "float32") if dtype == "auto" else dtype
     made = synthetic_pair(shape, **given, device=where, dtype=precision, seed=seed)
-    return Pair(LoadedModel(made.target, None, made.name), ModelDrafter(made.drafter), made.source)
+    target = LoadedModel(cast(PreTrainedModel, made.target), None, made.name)
+    return Pair(target, ModelDrafter(made.drafter), made.source)
 
 
 def model_info(model: PreTrainedModel, name: str | None = None) -> ModelInfo:
