@@ -2,8 +2,8 @@
 
 A policy grows trees whose nodes have the drafter's first choices as children, in order. Whoever knew the text would
 expand the right child only, and give each node on the way just as many children as it takes to have the right one among
-them: a token of rank r costs r + 1 nodes. From where the policy's tree starts, and with as many nodes as it has, such an
-*oracle tree* reaches the longest piece of the text whose costs sum to no more than that. It ends before a token that is
+them: a token of rank r costs r + 1 nodes. From where the policy's tree starts, and with as many nodes, such an *oracle
+tree* reaches the longest piece of the text whose costs sum to no more than that. It ends before a token that is
 not among the drafter's proposals, and with the text: as the policy's tree, it can have no more accepted than there were
 tokens left, one fewer where the length ended the generation, since a bonus token always follows.
 
@@ -24,7 +24,15 @@ import numpy as np
 
 from dynatree_bench.records import OutputRecord, Steps
 
-__all__ = ["CostTable", "OracleScore", "cost_table", "oracle_accepted", "oracle_accepted_at_cost", "score"]
+__all__ = [
+    "CostTable",
+    "OracleScore",
+    "cost_table",
+    "oracle_accepted",
+    "oracle_accepted_at_cost",
+    "oracle_tokens_per_iteration",
+    "score",
+]
 
 
 @attrs.frozen
@@ -109,6 +117,21 @@ def score(records: Iterable[OutputRecord], costs: CostTable | None = None) -> Or
             else:
                 possible += oracle_accepted_at_cost(ranks, costs.seconds(depth, drafted), costs)
     return OracleScore(num_iterations, num_nodes, accepted, possible) if num_iterations else None
+
+
+def oracle_tokens_per_iteration(records: Iterable[OutputRecord], num_nodes: int) -> float | None:
+    """Tokens of an iteration if the outputs with a replay had been decoded by oracle trees of so many nodes alone."""
+    num_tokens = num_iterations = 0
+    for record in records:
+        if record.replay is None:
+            continue
+        start, end = 0, len(record.token_ids)
+        while start < end:
+            last = end - (record.stop_reason == "length")
+            start += oracle_accepted(record.replay.rank[start:last], num_nodes) + 1
+            num_iterations += 1
+        num_tokens += end
+    return num_tokens / num_iterations if num_iterations else None
 
 
 def _iterations(record: OutputRecord) -> Iterator[tuple[int, int, int, tuple[int, ...]]]:

@@ -154,7 +154,7 @@ class Session:
         self.drafter_name = None if source is None else str(source)
         self.draft_state: DraftState | None = None
         if source is not None:
-            plan = DraftPlan(self.vocab_size, num_tokens, self.limits.max_nodes, self.device, self.clock)
+            plan = DraftPlan(self.vocab_size, num_tokens, self.limits.max_nodes, self.device, self.clock, target)
             try:
                 with self.blame_drafter(InputError):
                     self.draft_state = source.start(plan)

@@ -9,7 +9,14 @@ import pytest
 from test_bench_formulas import all_trees
 from test_bench_records import RECORD
 
-from dynatree_bench.oracle import CostTable, cost_table, oracle_accepted, oracle_accepted_at_cost, score
+from dynatree_bench.oracle import (
+    CostTable,
+    cost_table,
+    oracle_accepted,
+    oracle_accepted_at_cost,
+    oracle_tokens_per_iteration,
+    score,
+)
 from dynatree_bench.records import Replay, Steps
 
 COSTS = CostTable(0.5, (1, 2, 4), (1.0, 1.5, 1.5))
@@ -123,3 +130,12 @@ def test_costs_are_estimated_from_what_was_timed():
     slower = attrs.evolve(plain, verify_seconds=8.0)
     assert cost_table([slower, drafted]) == CostTable(0.5, (1.0, 3.0), (2.0, 2.0))
     assert cost_table([attrs.evolve(RECORD, steps=None)]) is None
+
+
+def test_decoding_by_oracle_trees_alone_by_hand():
+    record = output([0, 1, 0, -1, 0, 0, 0], None)
+    assert oracle_tokens_per_iteration([record], 0) == 1
+    assert oracle_tokens_per_iteration([record], 1) == 7 / 4  # ends after tokens 2, 4, 6 and 7
+    assert oracle_tokens_per_iteration([record], 3) == 7 / 3  # after 3, 4 and 7
+    assert oracle_tokens_per_iteration([record], 4) == 7 / 2  # after 4 and 7
+    assert oracle_tokens_per_iteration([attrs.evolve(record, replay=None)], 1) is None

@@ -10,7 +10,7 @@ import abc
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynatree_core.clock import StageClock
 from dynatree_core.records import Proposals
@@ -28,6 +28,7 @@ class DraftPlan:
     max_nodes: int  # drafted nodes of one tree, at most
     device: torch.device  # where trees and proposals live
     clock: StageClock  # measures forward passes, under the name "draft_forward"
+    target: nn.Module  # the model that verifies: a drafter may share its weights, and must not change it
 
 
 class Drafter(abc.ABC):

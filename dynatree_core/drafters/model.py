@@ -18,6 +18,7 @@ from dynatree_core.flatten import flatten_chain, flatten_level
 from dynatree_core.models import load_model
 from dynatree_core.records import Proposals
 from dynatree_core.runner import EagerRunner
+from dynatree_core.student import RestrictedHead, SharedEmbedding
 from dynatree_core.tree import TokenTree
 
 __all__ = ["ModelDrafter"]
@@ -46,8 +47,8 @@ class ModelDrafter(Drafter):
         return f"model(model={name!r})" if name else f"model({type(self.model).__name__})"
 
     def start(self, plan: DraftPlan) -> ModelDraftState:
-        head_size = vocab_size(self.model)
-        check_vocabularies(plan.vocab_size, head_size)
+        if restricted_ids(self.model) is None:
+            check_vocabularies(plan.vocab_size, vocab_size(self.model))
         if self.model.device != plan.device:
             raise ParameterError(
                 f"the drafter must be on the target's device, {plan.device}, got {self.model.device}; move it"
@@ -58,17 +59,19 @@ class ModelDrafter(Drafter):
                 f"the drafter must have a position for each of the {plan.num_tokens} tokens of prompt and output, but "
                 f"has {limit}; shorten the prompt, lower max_new_tokens, or choose another drafter"
             )
-        return ModelDraftState(self.model, min(plan.vocab_size, head_size), plan)
+        return ModelDraftState(self.model, plan)
 
 
 class ModelDraftState(DraftState):
     """One generation of a model drafter: its cache and nothing else."""
 
-    def __init__(self, model: nn.Module, usable_vocab: int, plan: DraftPlan) -> None:
+    def __init__(self, model: nn.Module, plan: DraftPlan) -> None:
         self.runner = EagerRunner(model, plan.clock)
         self.cache = TreeCache(plan.num_tokens + plan.max_nodes)
-        self.usable_vocab = usable_vocab  # ids that both target and drafter know
-        self.last_id = vocab_size(model) - 1
+        self.token_of = restricted_ids(model)  # [outputs] the token that each output says; None: they are the ids
+        # outputs that say a token which the target knows
+        self.num_outputs = vocab_size(model) if self.token_of is not None else min(plan.vocab_size, vocab_size(model))
+        self.last_id = num_embeddings(model) - 1
         self.num_settled = 0  # cache rows of earlier iterations: where a rollback goes back to
 
     def prefill(self, committed_ids: Tensor) -> None:
@@ -85,7 +88,10 @@ class ModelDraftState(DraftState):
         logits = self.runner.forward(flat, self.cache, stage="draft_forward", last_row_only=tree.max_depth == 0)[0]
         if tree.max_depth == 0:
             self.cache.commit([range(flat.num_rows)])
-        return top_proposals(logits[:, : self.usable_vocab], k)
+        proposals = top_proposals(logits[:, : self.num_outputs], k)
+        if self.token_of is None:
+            return proposals
+        return attrs.evolve(proposals, token_ids=self.token_of[proposals.token_ids])
 
     def commit(self, draft_path: tuple[int, ...]) -> None:
         # node i stands in block row i − 1, the root being committed; the deepest nodes may not have been forwarded
@@ -98,6 +104,18 @@ class ModelDraftState(DraftState):
     def _own(self, token_ids: Tensor) -> Tensor:
         """Ids that this drafter can embed: padding ids of the target beyond its table become its last id."""
         return token_ids.clamp(max=self.last_id)
+
+
+def restricted_ids(model: nn.Module) -> Tensor | None:
+    """[outputs] the tokens of a head that says some tokens only, None for a head that says all."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return head.token_ids if isinstance(head, RestrictedHead) else None
+
+
+def num_embeddings(model: nn.Module) -> int:
+    """Token ids that a model can read."""
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    return int(table.num_embeddings if isinstance(table, SharedEmbedding) else table.weight.shape[0])
 
 
 def check_vocabularies(target_size: int, drafter_size: int) -> None:

@@ -1,0 +1,595 @@
+"""The figures of a report, each made from the records of one run alone.
+
+A method keeps its colour (the palette of Okabe and Ito, which the colour-blind can tell apart) and its marker in all
+figures. A dagger behind its name says that some of its outputs differ from greedy decoding. Every figure has its
+provenance at its foot.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dynatree_bench.formulas import best_tree, tree_tokens
+from dynatree_bench.oracle import oracle_tokens_per_iteration
+from dynatree_bench.published import compared
+from dynatree_bench.records import OutputRecord, Results
+from dynatree_bench.statistics import (
+    BASELINE,
+    Estimate,
+    Summary,
+    accepted_depths,
+    calibration,
+    groups,
+    over_length,
+    rank_shares,
+    ratios,
+    summaries,
+)
+
+__all__ = ["DAGGER", "FIGURES", "Plot", "draw", "provenance"]
+
+DAGGER = " †"
+GREY = "#777777"
+ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
+    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+COLOURS = {
+    BASELINE: "#000000", "linear": SKY, "fixed": BLUE, "phase1": ORANGE, "phase2": GREEN, "phase3": VERMILION,
+}  # fmt: skip
+OTHER_COLOURS = (PURPLE, YELLOW, GREY)  # of methods beside the experiments' own, in turn
+MARKERS = {BASELINE: "x", "linear": "v", "fixed": "s", "phase1": "^", "phase2": "D", "phase3": "o"}
+OTHER_MARKERS = ("P", "*", "<", ">", "h")
+STAGES = {"draft": SKY, "verify": BLUE, "rest": ORANGE}
+STYLE: dict[str, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.markersize": 5,
+    "savefig.dpi": 200,
+}
+WIDTH = 7.0  # inches, the width of a printed page's text
+MAX_CURVE_NODES = 128
+
+
+@attrs.frozen
+class Plot:
+    """A figure and the sentence below it in the report."""
+
+    name: str  # of the file
+    caption: str
+    draw: Callable[[Results], Figure | None]  # None: the run has nothing to show in it
+
+
+def draw(plot: Plot, results: Results, path: Path) -> bool:
+    """Write a figure as PNG with its provenance; False where the run has nothing to show in it."""
+    with mpl.rc_context(STYLE):  # type: ignore[arg-type]  # its names are literals there
+        figure = plot.draw(results)
+        if figure is None:
+            return False
+        foot = textwrap.wrap(provenance(results), int(figure.get_figwidth() * 21))
+        height = 0.13 * len(foot) / figure.get_figheight()
+        figure.set_layout_engine("constrained", rect=(0, height, 1, 1 - height))
+        figure.text(0.01, 0.01, "\n".join(foot), fontsize=6, color=GREY, va="bottom")
+        figure.savefig(path, metadata={"Software": None})  # the same bytes for the same records
+    return True
+
+
+def provenance(results: Results) -> str:
+    """Where a run's numbers come from, in one line."""
+    info = results.info
+    commit = f" ({info.commit[:10]}{'-dirty' if info.commit.endswith('-dirty') else ''})" if info.commit else ""
+    drafters = list(dict.fromkeys(method.drafter for method in info.methods if method.drafter))
+    libraries = ", ".join(f"{name} {version}" for name, version in info.libraries.items())
+    parts = [
+        "synthetic text, random weights" if info.is_synthetic else "",
+        f"target {info.target.name}, {info.target.num_parameters / 1e6:,.0f} M parameters, {info.target.dtype}",
+        f"drafter {', '.join(drafters)}" if drafters else "",
+        f"{info.device_name} ({info.device}), {info.threads} thread{'s' if info.threads > 1 else ''}",
+        f"dynatree {info.version}{commit}, {libraries}",
+        f"seed {info.seed}",
+        "end tokens ignored" if info.ignore_eos else "",
+        info.started[:10] + (f", continued {info.continued[-1][:10]}" if info.continued else ""),
+        info.command,
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+# what figures share
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _names(records: Iterable[OutputRecord]) -> list[str]:
+    return list(dict.fromkeys(record.method for record in records))
+
+
+def _style(name: str, names: Sequence[str]) -> dict[str, str]:
+    """Colour and marker of a method among all those of the run."""
+    others = [other for other in names if other not in COLOURS]
+    place = others.index(name) if name in others else 0
+    colour = COLOURS.get(name, OTHER_COLOURS[place % len(OTHER_COLOURS)])
+    return {"color": colour, "marker": MARKERS.get(name, OTHER_MARKERS[place % len(OTHER_MARKERS)])}
+
+
+def _labels(records: Iterable[OutputRecord]) -> dict[str, str]:
+    """Method -> how it is called, with a dagger where outputs differ."""
+    records = list(records)
+    different = {record.method for record in records if record.is_identical is False}
+    return {name: name + (DAGGER if name in different else "") for name in _names(records)}
+
+
+def _error_bars(estimates: Sequence[Estimate]) -> np.ndarray[Any, Any]:
+    """[2, points]: how far each interval reaches below and above the median."""
+    return np.array([[e.median - e.low for e in estimates], [e.high - e.median for e in estimates]])
+
+
+def _note_daggers(axes: Axes, labels: Mapping[str, str]) -> None:
+    if any(label.endswith(DAGGER) for label in labels.values()):
+        axes.annotate(
+            "† some outputs differ from greedy decoding", (1, 1), xycoords="axes fraction", ha="right", va="bottom",
+            fontsize=7, color=GREY,
+        )  # fmt: skip
+
+
+def _lines_over(
+    results: Results, axis: str, panels: Sequence[tuple[str, Callable[[Summary], Estimate | float | None]]], label: str
+) -> Figure | None:
+    """A panel for each quantity, over a numeric axis, a line for each method."""
+    points = [one for one in summaries(results.records) if isinstance(one.axes.get(axis), int | float)]
+    if len({one.axes[axis] for one in points}) < 2:
+        return None
+    names, labels = _names(results.records), _labels(results.records)
+    figure, grid = _figure(WIDTH, 3.0, columns=len(panels))
+    for axes, (title, quantity) in zip(grid[0], panels, strict=True):
+        for name in names:
+            own = sorted((one for one in points if one.method == name), key=lambda one: one.axes[axis])
+            found = [(one.axes[axis], value) for one in own if (value := quantity(one)) is not None]
+            if not found:
+                continue
+            xs = [x for x, _ in found]
+            style = {**_style(name, names), "label": labels[name], "linewidth": 1.4}
+            if isinstance(found[0][1], Estimate):
+                estimates = [value for _, value in found if isinstance(value, Estimate)]
+                axes.errorbar(xs, [e.median for e in estimates], _error_bars(estimates), capsize=2.5, **style)
+            else:
+                axes.plot(xs, [value for _, value in found], **style)
+        axes.set(title=title, xlabel=label)
+        axes.set_xticks(sorted({one.axes[axis] for one in points}))
+        axes.set_ylim(bottom=0)
+    _note_daggers(grid[0][-1], labels)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    return figure
+
+
+def _bars(axes: Axes, summary_by_label: Mapping[str, Summary], names: Sequence[str]) -> None:
+    """Speedups as horizontal bars with intervals."""
+    for place, one in enumerate(summary_by_label.values()):
+        if one.speedup is None:
+            axes.text(0.02, place, one.error or "not measured", va="center", fontsize=6.5, color=GREY)
+            continue
+        axes.barh(
+            place, one.speedup.median, height=0.62, color=_style(one.method, names)["color"], alpha=0.85,
+            hatch="///" if one.is_different else None, edgecolor="white",
+        )  # fmt: skip
+        axes.errorbar(
+            one.speedup.median, place, xerr=_error_bars([one.speedup]), color="black", capsize=2.5, linewidth=1
+        )
+        axes.annotate(
+            f"{one.speedup.median:.2f}×", (max(one.speedup.high, one.speedup.median), place), xytext=(5, 0),
+            textcoords="offset points", va="center", fontsize=8,
+        )  # fmt: skip
+    axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.set_yticks(range(len(summary_by_label)), list(summary_by_label))
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.margins(x=0.12)
+
+
+# experiments
+
+
+def phases(results: Results) -> Figure | None:
+    """The main comparison: a bar for each method, a point for each prompt."""
+    found = summaries(results.records)
+    if len(found) < 2 or any(one.axes != found[0].axes for one in found):
+        return None
+    names, labels = _names(results.records), _labels(results.records)
+    figure, grid = _figure(WIDTH, 1.3 + 0.32 * len(found))
+    axes = grid[0][0]
+    _bars(axes, {labels[one.method]: one for one in found}, names)
+    baseline = [record for record in results.records if record.method == BASELINE]
+    for place, group in enumerate(groups(results.records)):
+        values = list(ratios(group, baseline).values())
+        axes.plot(values, [place + 0.4] * len(values), "|", color="black", markersize=4, alpha=0.6)
+    axes.set(title="Speedup of each method", xlabel="tokens per second relative to autoregressive decoding (×)")
+    _note_daggers(axes, labels)
+    return figure
+
+
+def ablation(results: Results) -> Figure | None:
+    return _lines_over(
+        results,
+        "base_depth",
+        [
+            ("Speedup (×)", lambda one: one.speedup),
+            ("Tokens per iteration", lambda one: one.tokens_per_iteration),
+        ],
+        "base depth (levels)",
+    )
+
+
+def scalability(results: Results) -> Figure | None:
+    return _lines_over(
+        results,
+        "max_new_tokens",
+        [
+            ("Throughput (tokens/s)", lambda one: one.tokens_per_second),
+            ("Speedup (×)", lambda one: one.speedup),
+        ],
+        "length of the output (new tokens)",
+    )
+
+
+def prompt_length(results: Results) -> Figure | None:
+    return _lines_over(
+        results,
+        "prompt_tokens",
+        [
+            ("Speedup (×)", lambda one: one.speedup),
+            ("Tokens per iteration", lambda one: one.tokens_per_iteration),
+        ],
+        "length of the prompt (tokens)",
+    )
+
+
+def sensitivity(results: Results) -> Figure | None:
+    """Thresholds and the range of branches, each beside the other at its default."""
+    found = [one for one in summaries(results.records) if {"high", "low", "min_branch", "max_branch"} <= set(one.axes)]
+    panels = {title: _part(found, title) for title in ("thresholds", "branches")}
+    if not all(panels.values()):
+        return None
+    names, labels = _names(results.records), _labels(results.records)
+    figure, grid = _figure(WIDTH, 4.2, 2, 2, sharex="col", sharey="row")
+    for column, (part, series) in enumerate(panels.items()):
+        for name, points in series.items():
+            ticks = [tick for tick, _ in points]
+            style = {**_style(name, names), "label": labels[name], "linestyle": ":"}
+            estimates = [one.speedup for _, one in points if one.speedup is not None]
+            if len(estimates) == len(points):
+                medians = [one.median for one in estimates]
+                grid[0][column].errorbar(ticks, medians, _error_bars(estimates), capsize=2.5, **style)
+            grid[1][column].plot(ticks, [one.tokens_per_iteration or np.nan for _, one in points], **style)
+        grid[1][column].set_xlabel(
+            "confidence thresholds (high/low)" if part == "thresholds" else "branches [min, max]"
+        )
+        grid[0][column].set_title("Thresholds" if part == "thresholds" else "Range of branches")
+        grid[1][column].margins(x=0.15)
+    grid[0][0].set_ylabel("speedup (×)")
+    grid[1][0].set_ylabel("tokens per iteration")
+    _note_daggers(grid[0][1], labels)
+    if len(panels["branches"]) > 1:
+        figure.legend(*grid[1][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    return figure
+
+
+def _part(found: Iterable[Summary], part: str) -> dict[str, list[tuple[str, Summary]]]:
+    """Method -> (tick, summary): those at the default range of branches, or at the default thresholds."""
+    series: dict[str, list[tuple[str, Summary]]] = {}
+    for one in found:
+        point = one.axes
+        if part == "thresholds" and (point["min_branch"], point["max_branch"]) == (1, 3):
+            series.setdefault(one.method, []).append((f"{point['high']}/{point['low']}", one))
+        if part == "branches" and (point["high"], point["low"]) == (0.9, 0.4):
+            series.setdefault(one.method, []).append((f"[{point['min_branch']}, {point['max_branch']}]", one))
+    return {name: sorted(points, key=lambda item: item[0]) for name, points in series.items()}
+
+
+def tree_search(results: Results) -> Figure | None:
+    """A heat map of depth and branch factor for each threshold."""
+    found = [one for one in summaries(results.records) if {"depth", "branch", "tau"} <= set(one.axes) and one.speedup]
+    if len(found) < 2:
+        return None
+    taus, depths, branches = (sorted({one.axes[axis] for one in found}) for axis in ("tau", "depth", "branch"))
+    values = np.full((len(taus), len(depths), len(branches)), np.nan)
+    for one in found:
+        assert one.speedup is not None
+        place = tuple(
+            axis.index(one.axes[name]) for axis, name in ((taus, "tau"), (depths, "depth"), (branches, "branch"))
+        )
+        values[place] = one.speedup.median
+    best = tuple(map(int, np.unravel_index(np.nanargmax(values), values.shape)))
+    # a second column would leave little room for the numbers
+    columns = min(len(taus), 2)
+    rows = -(-len(taus) // columns)
+    figure, grid = _figure(WIDTH, 0.9 + rows * (0.9 + 0.32 * len(depths)), rows, columns)
+    image = None
+    for axes in grid.flat[len(taus) :]:
+        axes.set_visible(False)
+    for panel, axes in enumerate(grid.flat[: len(taus)]):
+        axes.grid(visible=False)
+        image = axes.imshow(
+            values[panel], cmap="cividis", vmin=np.nanmin(values), vmax=np.nanmax(values), aspect="auto", origin="lower"
+        )
+        middle = (np.nanmin(values) + np.nanmax(values)) / 2
+        for i, j in np.ndindex(len(depths), len(branches)):
+            if np.isfinite(value := values[panel, i, j]):
+                is_best = (panel, i, j) == best
+                axes.text(
+                    j, i, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                    color="white" if value < middle else "black", weight="bold" if is_best else "normal",
+                    bbox={"fill": False, "edgecolor": VERMILION, "linewidth": 1.6} if is_best else None,
+                )  # fmt: skip
+        axes.set_xticks(range(len(branches)), branches)
+        axes.set_yticks(range(len(depths)), depths)
+        axes.set(title=f"τ = {taus[panel]}", xlabel="branch factor", ylabel="depth (levels)")
+    assert image is not None
+    figure.colorbar(image, ax=grid, label="speedup (×)", shrink=0.8)
+    return figure
+
+
+def datasets(results: Results) -> Figure | None:
+    """A panel for each data set, the methods' speedups side by side."""
+    found = [one for one in summaries(results.records) if "dataset" in one.axes and one.speedup]
+    names = list(dict.fromkeys(one.axes["dataset"] for one in found))
+    if len(names) < 2:
+        return None
+    methods, labels = _names(results.records), _labels(results.records)
+    figure, grid = _figure(WIDTH, 1.3 + 0.34 * len(methods), 1, len(names), sharex=True, sharey=True)
+    for axes, name in zip(grid[0], names, strict=True):
+        by_method = {one.method: one for one in found if one.axes["dataset"] == name}
+        _bars(axes, {labels[method]: by_method[method] for method in methods if method in by_method}, methods)
+        axes.set(title=str(name), xlabel="speedup (×)")
+    grid[0][0].set_ylim(len(methods) - 0.5, -0.5)  # shared axes would be turned round once for each panel
+    _note_daggers(grid[0][-1], labels)
+    return figure
+
+
+def shapes(results: Results) -> Figure | None:
+    """Ours and the published numbers in panels of their own."""
+    pair = compared(results)
+    if pair is None:
+        return None
+    figure, grid = _figure(WIDTH, 3.1, 1, 2, sharey=True)
+    names = _names(results.records)
+    is_line = pair.label != "method"
+    for axes, title, series in ((grid[0][0], "This run", pair.ours), (grid[0][1], "Published", pair.theirs)):
+        for name, points in series.items():
+            places = [pair.ticks.index(tick) for tick in points]
+            style = {**_style(name, names), "linestyle": "-" if is_line else "none"}
+            axes.plot(places, list(points.values()), label=name, **style)
+        axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+        axes.set_xticks(range(len(pair.ticks)), pair.ticks, rotation=30)
+        axes.set(title=title, xlabel=pair.label)
+        axes.margins(x=0.12)
+    grid[0][0].set_ylabel(f"tokens/s relative to {pair.reference}")
+    if is_line:
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    return figure
+
+
+# what any run shows; the points of a method are taken together
+
+
+def acceptance_over_length(results: Results) -> Figure | None:
+    names, labels = _names(results.records), _labels(results.records)
+    figure, grid = _figure(WIDTH, 3.0, 1, 2)
+    num_lines = 0
+    for name in names:
+        if name == BASELINE:
+            continue
+        bins = over_length(record for record in results.records if record.method == name)
+        if len(bins) < 2:
+            continue
+        num_lines += 1
+        middles = [(one.start + one.end) / 2 for one in bins]
+        style = {**_style(name, names), "linewidth": 1.4}
+        grid[0][0].plot(middles, [one.tokens_per_iteration for one in bins], label=labels[name], **style)
+        shares = [one.repetition if one.repetition is not None else np.nan for one in bins]
+        grid[0][1].plot(middles, [100 * share for share in shares], **style)
+    if not num_lines:
+        return None
+    grid[0][0].set(title="Tokens per iteration", xlabel="place in the output (new tokens)")
+    grid[0][0].set_ylim(bottom=0)
+    grid[0][1].set(title="Repetition (% of 4-grams)", xlabel="place in the output (new tokens)", ylim=(-3, 103))
+    _note_daggers(grid[0][1], labels)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    return figure
+
+
+def iteration_time(results: Results) -> Figure | None:
+    """Draft, verify and rest of an iteration, one bar a method."""
+    labels = _labels(results.records)
+    pooled = [attrs.evolve(record, axes={}) for record in results.records]
+    found = [one for one in summaries(pooled) if one.iteration_ms]
+    if not found:
+        return None
+    figure, grid = _figure(WIDTH, 1.3 + 0.34 * len(found))
+    axes = grid[0][0]
+    left = np.zeros(len(found))
+    for stage, colour in STAGES.items():
+        parts = np.array([getattr(one, f"{stage}_ms") or 0.0 for one in found])
+        axes.barh(range(len(found)), parts, left=left, height=0.62, color=colour, label=stage)
+        left += parts
+    for place, one in enumerate(found):
+        per_token = f"{left[place] / one.tokens_per_iteration:.2f}" if one.tokens_per_iteration else "–"
+        axes.annotate(
+            f"{per_token} ms a token", (left[place], place), xytext=(5, 0), textcoords="offset points", va="center",
+            fontsize=8,
+        )  # fmt: skip
+    axes.set_yticks(range(len(found)), [labels[one.method] for one in found])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.margins(x=0.2)
+    axes.set(title="Time of an iteration", xlabel="mean time (ms)")
+    axes.set_xlim(left=0)
+    axes.legend(loc="lower right", ncols=3)
+    return figure
+
+
+def confidence_calibration(results: Results) -> Figure | None:
+    """How often drafted nodes were accepted, by the drafter's probability, and how many nodes that is."""
+    names, labels = _names(results.records), _labels(results.records)
+    figure, grid = _figure(WIDTH * 0.72, 4.6, 2, 1, sharex=True, height_ratios=[3, 1])
+    upper, lower = grid[0][0], grid[1][0]
+    upper.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--", label="calibrated")
+    num_lines = 0
+    for name in names:
+        bins = calibration(record for record in results.records if record.method == name)
+        if not bins:
+            continue
+        num_lines += 1
+        xs, ys = [one.probability for one in bins], [one.share.value or 0.0 for one in bins]
+        limits = [one.share.interval or (0.0, 1.0) for one in bins]
+        bars = [[y - low for y, (low, _) in zip(ys, limits, strict=True)]]
+        bars.append([high - y for y, (_, high) in zip(ys, limits, strict=True)])
+        style = {**_style(name, names), "linewidth": 1.2}
+        upper.errorbar(xs, ys, np.maximum(bars, 0), capsize=2, label=labels[name], **style)
+        lower.plot(xs, [one.share.trials for one in bins], **style)
+    if not num_lines:
+        return None
+    upper.set(title="Calibration of the drafter", ylabel="share accepted", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    lower.set(xlabel="probability that the drafter gives to a node", ylabel="nodes", yscale="log")
+    upper.legend(loc="upper left")
+    return figure
+
+
+def nodes_and_tokens(results: Results) -> Figure | None:
+    """Tokens an iteration against drafted nodes, with what the best static tree and the oracle tree would reach."""
+    found = [one for one in summaries(results.records) if one.nodes_per_iteration]
+    if not found:
+        return None
+    names, labels = _names(results.records), _labels(results.records)
+    figure, grid = _figure(WIDTH * 0.8, 3.8)
+    axes = grid[0][0]
+    for name in names:
+        own = [one for one in found if one.method == name]
+        if own:
+            xs, ys = [one.nodes_per_iteration for one in own], [one.tokens_per_iteration for one in own]
+            axes.plot(xs, ys, linestyle="none", label=labels[name], **_style(name, names))
+    largest = max(one.nodes_per_iteration or 0 for one in found)
+    sizes = sorted({int(n) for n in np.geomspace(1, min(max(2 * largest, 8), MAX_CURVE_NODES), 24)})
+    replayed = _one_output_a_text(results.records)
+    if replayed:
+        acceptance = sorted((share.value or 0.0 for share in rank_shares(replayed)), reverse=True)
+        static = [tree_tokens(best_tree(acceptance, n), acceptance) for n in sizes]
+        axes.plot(sizes, static, color="black", linestyle="--", linewidth=1.2, label="best static tree (formula)")
+        oracle = [oracle_tokens_per_iteration(replayed, n) or np.nan for n in sizes]
+        axes.plot(sizes, oracle, color="black", linewidth=1.2, label="oracle tree")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(title="What nodes buy", xlabel="drafted nodes per iteration", ylabel="tokens per iteration")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="upper left")
+    return figure
+
+
+def _one_output_a_text(records: Iterable[OutputRecord]) -> list[OutputRecord]:
+    """The outputs with a replay, each text once: methods that agree have the same."""
+    return list({(r.prompt_id, r.token_ids): r for r in records if r.replay is not None}.values())
+
+
+def accepted_histogram(results: Results) -> Figure | None:
+    """How many drafted tokens an iteration had accepted."""
+    names, labels = _names(results.records), _labels(results.records)
+    counts = {name: accepted_depths(r for r in results.records if r.method == name) for name in names}
+    counts = {name: found for name, found in counts.items() if found}
+    if not counts:
+        return None
+    figure, grid = _figure(WIDTH * 0.8, 3.2)
+    axes = grid[0][0]
+    for name, found in counts.items():
+        shares = [100 * count / sum(found) for count in found]
+        axes.plot(range(len(shares)), shares, label=labels[name], linewidth=1.2, **_style(name, names))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(title="How far the target followed", xlabel="accepted drafted tokens", ylabel="share of iterations (%)")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
+FIGURES = (
+    Plot(
+        "phases",
+        "Speedup over autoregressive decoding on the same runtime: median over prompts with its bootstrap 95 % "
+        "interval; a tick below a bar is one prompt. Hatched: some outputs differ from greedy decoding.",
+        phases,
+    ),
+    Plot(
+        "ablation",
+        "Each phase by base depth: speedup (median, 95 % interval) and tokens per iteration.",
+        ablation,
+    ),
+    Plot(
+        "sensitivity",
+        "Confidence thresholds at branches [1, 3], and branches at thresholds 0.9/0.4: speedup (median, 95 % interval) "
+        "and tokens per iteration.",
+        sensitivity,
+    ),
+    Plot(
+        "scalability",
+        "Throughput and speedup by the length of the output (medians, 95 % intervals).",
+        scalability,
+    ),
+    Plot(
+        "tree-search",
+        "Median speedup of fixed trees by depth, branch factor and threshold; the best one is framed.",
+        tree_search,
+    ),
+    Plot(
+        "prompt-length",
+        "Speedup (median, 95 % interval) and tokens per iteration by the length of the prompt.",
+        prompt_length,
+    ),
+    Plot("datasets", "Speedup on each data set (median, 95 % interval).", datasets),
+    Plot(
+        "shapes",
+        "The shape of this run beside that of the published numbers, which come from other models on another machine: "
+        "each side is relative to a value of its own, and no number of one belongs beside one of the other.",
+        shapes,
+    ),
+    Plot(
+        "acceptance-over-length",
+        "Tokens per iteration along the output, beside the share of 4-grams that occurred earlier in it: a text that "
+        "repeats itself is easy to draft.",
+        acceptance_over_length,
+    ),
+    Plot(
+        "iteration-time",
+        "Where the time of an iteration goes: drafter, target's forward pass, and all else.",
+        iteration_time,
+    ),
+    Plot(
+        "calibration",
+        "Share of drafted nodes under accepted parents that were accepted, by the drafter's probability, with Wilson's "
+        "95 % intervals, and how many nodes there were.",
+        confidence_calibration,
+    ),
+    Plot(
+        "nodes",
+        "Tokens per iteration against drafted nodes: each method; the best static tree of so many nodes by the "
+        "formula, from the drafter's acceptance by rank on this text; and the oracle tree, which knows the text.",
+        nodes_and_tokens,
+    ),
+    Plot("accepted", "How many drafted tokens an iteration had accepted.", accepted_histogram),
+)

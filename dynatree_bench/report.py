@@ -1,0 +1,479 @@
+"""Tables (Markdown and CSV) and figures from the results of a run alone.
+
+    from dynatree_bench.report import report
+    report(Path("bench-results/main"))
+
+docs/benchmarks.md says how to read them.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from dynatree_bench.formulas import best_chain, best_tree_speedup, chain_tokens
+from dynatree_bench.oracle import CostTable, cost_table, score
+from dynatree_bench.published import compared, published
+from dynatree_bench.records import INFO_FILE, OutputRecord, Results, ResultsError, read_results
+from dynatree_bench.statistics import (
+    BASELINE,
+    HF_BASELINE,
+    Estimate,
+    Share,
+    Summary,
+    acceptance_by_depth,
+    acceptance_by_rank,
+    calibration,
+    groups,
+    over_length,
+    rank_shares,
+    summaries,
+)
+from dynatree_core import InputError, parse_stack
+from dynatree_policies.fixed import Fixed
+from dynatree_policies.linear import Linear
+
+__all__ = ["report"]
+
+PAGE = "report.md"
+DAGGER = "†"
+MAX_RANKS = 6  # that a table shows
+BUSY_SHARE = 0.1  # of the CPU, used by others: above it times are not to be believed
+
+
+@attrs.frozen
+class Table:
+    """A table of the report: what a person reads, and the same as numbers."""
+
+    name: str
+    title: str
+    note: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    data_header: tuple[str, ...]
+    data: tuple[tuple[Any, ...], ...]
+
+
+@attrs.frozen
+class _Column:
+    """A quantity of a summary: its heading, and how it is shown and stored."""
+
+    heading: str
+    show: Callable[[Summary], str]
+    data: tuple[tuple[str, Callable[[Summary], Any]], ...]
+
+
+def report(folder: Path, out: Path | None = None) -> Path:
+    """Write the tables and figures of a run, or of each run in a folder of runs.
+
+    Args:
+        folder: results of `dynatree bench`.
+        out: where the report goes; None: a folder `report` beside the results.
+
+    Returns:
+        The page `report.md`; figures and CSV files are in folders beside it.
+
+    Raises:
+        ResultsError: there are no results, or they are not as the schema has them; the message names file and line.
+        InputError: matplotlib is not installed.
+    """
+    out = out or folder / "report"
+    if (folder / INFO_FILE).exists() or not folder.is_dir():
+        return _report_run(read_results(folder), out)
+    runs = sorted(path.parent for path in folder.glob(f"*/{INFO_FILE}"))
+    if not runs:
+        raise ResultsError(f"there must be results in {folder} or in its folders, and there are none")
+    pages = {run.name: _report_run(read_results(run), out / run.name) for run in runs}
+    links = [f"- [{name}]({page.relative_to(out).as_posix()})" for name, page in pages.items()]
+    return _write(out / PAGE, ["# Benchmark results", "", *links])
+
+
+def _report_run(results: Results, out: Path) -> Path:
+    try:
+        from dynatree_bench.figures import FIGURES, draw, provenance
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise InputError("a report needs matplotlib, which is not installed: pip install 'dynatree[bench]'") from error
+    if not results.records:
+        raise ResultsError(f"a report needs outputs, and {results.folder} has none yet")
+    for name in ("figures", "tables"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    lines = [f"# {_title(results)}", "", *_warnings(results), provenance(results), ""]
+    for table in _tables(results):
+        _write_csv(out / "tables" / f"{table.name}.csv", table)
+        lines += [f"## {table.title}", "", *_markdown(table.header, table.rows), "", table.note, ""]
+    lines += ["## Figures", ""]
+    for plot in FIGURES:
+        path = out / "figures" / f"{plot.name}.png"
+        path.unlink(missing_ok=True)  # of an earlier report
+        if draw(plot, results, path):
+            lines += [f"![{plot.name}](figures/{path.name})", "", plot.caption, ""]
+    return _write(out / PAGE, lines)
+
+
+def _title(results: Results) -> str:
+    return f"Benchmark results: {results.info.experiment}" + (", synthetic pair" if results.info.is_synthetic else "")
+
+
+def _warnings(results: Results) -> list[str]:
+    """What somebody should know before believing the numbers, a list item each."""
+    info, found = results.info, summaries(results.records)
+    items = []
+    if info.is_synthetic:
+        items.append(
+            "**Synthetic**: models of random weights, whose text and acceptance are those of a random source. Times "
+            "are those of models of this shape; acceptance is what was asked for."
+        )
+    if info.ignore_eos:
+        items.append("End tokens were ignored (`--ignore-eos`), so texts go on past their end.")
+    different = _count_by_method(found, lambda one: one.num_different)
+    if different:
+        items.append(f"{DAGGER} Outputs that differ from greedy decoding: {different}.")
+    if failed := _count_by_method(found, lambda one: one.num_failed):
+        first = next(f"{one.method}: {one.error}" for one in found if one.error is not None)
+        items.append(f"Outputs that failed: {failed}. The first: {first}")
+    loads = [record.load for record in results.records if record.load is not None]
+    if busy := sum(load > BUSY_SHARE for load in loads):
+        items.append(
+            f"During {busy} of {len(loads)} outputs other processes used more than {100 * BUSY_SHARE:.0f} % of the "
+            "CPU: times are not to be believed."
+        )
+    if not any(one.method == BASELINE for one in found):
+        items.append(f"There are no outputs of `{BASELINE}`, so there are no speedups.")
+    items += [note[:1].upper() + note[1:] + "." for note in info.notes]
+    return [*(f"- {item}" for item in items), ""] if items else []
+
+
+def _count_by_method(found: Iterable[Summary], count: Callable[[Summary], int]) -> str:
+    totals: dict[str, list[int]] = {}
+    for one in found:
+        total = totals.setdefault(one.method, [0, 0])
+        total[0] += count(one)
+        total[1] += one.num_outputs + one.num_failed
+    return ", ".join(f"{name} {number} of {of}" for name, (number, of) in totals.items() if number)
+
+
+# tables
+
+
+def _tables(results: Results) -> list[Table]:
+    made = [
+        _main_table(results),
+        _formula_table(results),
+        _worth_table(results),
+        _oracle_table(results),
+        _acceptance_table(results, "rank", acceptance_by_rank, first=0),
+        _acceptance_table(results, "depth", acceptance_by_depth, first=1),
+        _shape_table(results),
+        _calibration_table(results),
+        _length_table(results),
+    ]
+    return [table for table in made if table is not None]
+
+
+def _main_table(results: Results) -> Table:
+    found = summaries(results.records)
+    varied = [axis for axis in _axes(found) if len({str(one.axes.get(axis)) for one in found}) > 1]
+    columns = [
+        _Column("method", lambda one: one.method, (("method", lambda one: one.method),)),
+        *(_axis_column(axis) for axis in varied),
+        _Column(
+            "greedy",
+            lambda one: f"{one.num_compared - one.num_different}/{one.num_compared}" + DAGGER * one.is_different,
+            (
+                ("outputs", lambda one: one.num_outputs),
+                ("failed", lambda one: one.num_failed),
+                ("compared", lambda one: one.num_compared),
+                ("different", lambda one: one.num_different),
+            ),
+        ),
+        _estimate_column("tokens/s", "tokens_per_second", lambda e: f"{_mean(e, '.1f')}"),
+        _estimate_column("speedup", "speedup", lambda e: f"{e.median:.2f} [{e.low:.2f}, {e.high:.2f}]"),
+        _Column("mean ± sd", lambda one: _mean(one.speedup, ".2f") if one.speedup else "–", ()),
+        _estimate_column("÷ HF", "hf_speedup", lambda e: f"{e.median:.2f}"),
+        _number_column("tok/it", "tokens_per_iteration", ".2f"),
+        _number_column("path", "path_acceptance", ".1%"),
+        _number_column("node", "node_acceptance", ".1%"),
+        _number_column("nodes/it", "nodes_per_iteration", ".1f"),
+        _number_column("depth", "depth", ".1f"),
+        _number_column("repetition", "repetition", ".1%"),
+        _number_column("draft ms", "draft_ms", ".2f"),
+        _number_column("verify ms", "verify_ms", ".2f"),
+        _number_column("rest ms", "rest_ms", ".2f"),
+        _number_column("overhead ms", "overhead_ms", ".2f"),
+        _estimate_column("memory", "memory", lambda e: f"{e.median - 1:+.1%}"),
+        _number_column("load", "load", ".0%"),
+    ]
+    # whatever no method of the run knows is not shown
+    shown = [column for column in columns if any(column.show(one) != "–" for one in found)]
+    note = (
+        f"greedy: outputs equal to greedy decoding, of those that were compared ({DAGGER}: some differ). tokens/s: "
+        f"mean ± standard deviation over prompts, the prefill apart. speedup: over `{BASELINE}` on the same runtime, prompt "
+        f"by prompt: median and its bootstrap 95 % interval. ÷ HF: the median over `{HF_BASELINE}`. tok/it: committed "
+        "tokens per target pass. path, node: accepted drafted tokens ÷ depth of the tree, ÷ drafted nodes. repetition: "
+        "4-grams seen earlier in the output. Times are those of an iteration; overhead is what is outside both models' "
+        "passes. memory: peak over that of autoregressive decoding. load: the CPU's share that others used."
+    )
+    data = [(name, get) for column in columns for name, get in column.data]
+    return Table(
+        "summary",
+        "Methods",
+        note,
+        tuple(column.heading for column in shown),
+        tuple(tuple(column.show(one) for column in shown) for one in found),
+        tuple(name for name, _ in data),
+        tuple(tuple(get(one) for _, get in data) for one in found),
+    )
+
+
+def _axes(found: Iterable[Summary]) -> list[str]:
+    return list(dict.fromkeys(axis for one in found for axis in one.axes))
+
+
+def _axis_column(axis: str) -> _Column:
+    return _Column(axis, lambda one: str(one.axes.get(axis, "–")), ((axis, lambda one: one.axes.get(axis)),))
+
+
+def _number_column(heading: str, name: str, style: str) -> _Column:
+    def show(one: Summary) -> str:
+        value = getattr(one, name)
+        return "–" if value is None else format(value, style).replace("%", " %")
+
+    return _Column(heading, show, ((name, lambda one: getattr(one, name)),))
+
+
+def _estimate_column(heading: str, name: str, style: Callable[[Estimate], str]) -> _Column:
+    def show(one: Summary) -> str:
+        value = getattr(one, name)
+        return "–" if value is None else style(value).replace("%", " %")
+
+    def part(field: str) -> Callable[[Summary], Any]:
+        return lambda one: getattr(getattr(one, name), field, None)
+
+    return _Column(heading, show, tuple((f"{name}_{field.name}", part(field.name)) for field in attrs.fields(Estimate)))
+
+
+def _mean(value: Estimate, style: str) -> str:
+    return format(value.mean, style) + (f" ± {value.sd:{style}}" if value.sd is not None else "")
+
+
+def _formula_table(results: Results) -> Table | None:
+    """Chains and fixed trees: what their own acceptances let expect, beside what was measured."""
+    policies = {method.name: method.policy for method in results.info.methods if method.policy}
+    rows = []
+    for group in groups(results.records):
+        one = summaries(group)[0]
+        shape = _full_tree(policies.get(one.method, ""), one.axes)
+        levels = acceptance_by_depth(group)
+        if shape is None or not levels or one.tokens_per_iteration is None:
+            continue
+        depth, branch = shape
+        pooled = Share(sum(level.accepted for level in levels), sum(level.trials for level in levels)).value or 0.0
+        rows.append((_point(one), depth, branch, pooled, chain_tokens(pooled, depth), one.tokens_per_iteration))
+    note = (
+        "expected: (1 − p^(D+1)) ÷ (1 − p) with p the share of levels passed, at any depth (Leviathan et al. 2023, "
+        "equation 1, where a level of a tree stands for a token of a chain). The formula does not know that hard "
+        "tokens come together, nor trees that the threshold or the end of an output cut short."
+    )
+    header = ("method", "depth", "branch", "levels passed", "expected tok/it", "measured tok/it")
+    return _simple("formulas", "Measured and expected tokens per iteration", note, header, rows)
+
+
+def _full_tree(policy: str, axes: dict[str, Any]) -> tuple[int, int] | None:
+    """Depth and branch factor of a stack that is a chain or a fixed tree; None for any other."""
+    try:
+        stack = parse_stack(policy.format(**axes))
+    except (InputError, KeyError):  # another version's spelling, or a template that this point does not fill
+        return None
+    if len(stack) != 1:
+        return None
+    parameters: dict[str, Any] = dict(stack[0].parameters)
+    if stack[0].name == "linear":
+        return Linear(**parameters).depth, 1
+    if stack[0].name == "fixed":
+        fixed = Fixed(**parameters)
+        return fixed.depth, fixed.branch
+    return None
+
+
+def _worth_table(results: Results) -> Table | None:
+    """The best chain and tree for the costs and acceptances of this run."""
+    costs = cost_table(results.records)
+    baseline = [record for record in results.records if record.method == BASELINE]
+    step = summaries(baseline)[0].iteration_ms if baseline else None
+    acceptance = sorted((share.value or 0.0 for share in rank_shares(_texts(results.records))), reverse=True)
+    if costs is None or step is None or len(costs.rows) < 2 or not acceptance:
+        return None
+    level_cost = 1000 * costs.level_seconds / step
+    rows_added = costs.rows[-1] - costs.rows[0]
+    node_cost = 1000 * (costs.verify_seconds[-1] - costs.verify_seconds[0]) / rows_added / step
+    rows = []
+    for name, worth in (
+        ("chain", best_chain(acceptance[0], level_cost=level_cost, node_cost=node_cost)),
+        ("tree", best_tree_speedup(acceptance, level_cost=level_cost, node_cost=node_cost)),
+    ):
+        rows.append((name, worth.tree.num_nodes, worth.tree.depth, worth.speedup))
+    shares = ", ".join(f"{share:.2f}" for share in acceptance[:MAX_RANKS])
+    note = (
+        f"For ranks that are accepted independently, with the shares {shares} that they have of all tokens; a level "
+        f"drafted in {level_cost:.3f} and a row verified in {node_cost:.3f} autoregressive steps (mean costs of this "
+        "run's methods, a straight line between the fewest and the most rows)."
+    )
+    return _simple("worth", "What the formulas say is best", note, ("shape", "nodes", "depth", "speedup"), rows)
+
+
+def _texts(records: Iterable[OutputRecord]) -> list[OutputRecord]:
+    """The outputs with a replay, each text once."""
+    return list({(r.prompt_id, r.token_ids): r for r in records if r.replay is not None}.values())
+
+
+def _oracle_table(results: Results) -> Table | None:
+    costs = cost_table(results.records)
+    rows = []
+    for group in groups(results.records):
+        same_nodes = score(group)
+        if same_nodes is None:
+            continue
+        same_cost = score(group, costs) if isinstance(costs, CostTable) else None
+        rows.append(
+            (
+                _point(summaries(group)[0]),
+                same_nodes.num_nodes / same_nodes.num_iterations,
+                1 + same_nodes.accepted / same_nodes.num_iterations,
+                same_nodes.oracle_tokens,
+                _percent(same_nodes.share),
+                same_cost.oracle_tokens if same_cost else None,
+                _percent(same_cost.share) if same_cost else None,
+            )
+        )
+    note = (
+        "Of the iterations that drafted anything. The oracle tree knows what the target will say: its nodes have the "
+        "drafter's first choices as children, and it expands the right one only. share: accepted tokens of the "
+        "policy's trees ÷ those of oracle trees from the same places, with as many nodes, or taking as long. Nobody "
+        "reaches 100 %: it is the distance to what the drafter's proposals allow."
+    )
+    header = ("method", "nodes/it", "tok/it", "oracle tok/it", "share %", "same cost tok/it", "same cost share %")
+    return _simple("oracle", "Distance to the oracle tree", note, header, rows)
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _acceptance_table(
+    results: Results, what: str, count: Callable[[Iterable[OutputRecord]], list[Share]], *, first: int
+) -> Table | None:
+    found = {name: count(r for r in results.records if r.method == name) for name in _methods(results)}
+    found = {name: shares for name, shares in found.items() if shares}
+    if not found:
+        return None
+    number = max(map(len, found.values()))
+    shown = min(number, MAX_RANKS if what == "rank" else 2 * MAX_RANKS)
+    header = ("method", *(f"{what} {first + i}" for i in range(shown)))
+    rows = tuple(
+        (name, *(_share(shares[i]) if i < len(shares) else "–" for i in range(shown))) for name, shares in found.items()
+    )
+    data = tuple(
+        (name, first + i, share.accepted, share.trials, share.value, *(share.interval or (None, None)))
+        for name, shares in found.items()
+        for i, share in enumerate(shares)
+    )
+    note = {
+        "rank": "Of the drafted nodes under an accepted parent that were the drafter's choice of this rank (0: its "
+        "first), the share that was accepted. What policies do not draft does not count.",
+        "depth": "Of the accepted nodes one level above that got children, the share with an accepted child.",
+    }[what]
+    data_header = ("method", what, "accepted", "trials", "share", "low", "high")
+    return Table(f"acceptance-by-{what}", f"Acceptance by {what}", note, header, rows, data_header, data)
+
+
+def _share(share: Share) -> str:
+    return "–" if share.value is None else f"{100 * share.value:.1f} % of {share.trials}"
+
+
+def _shape_table(results: Results) -> Table | None:
+    pair = compared(results)
+    if pair is None:
+        return None
+    rows = [
+        (method, tick, pair.ours[method].get(tick), pair.theirs[method].get(tick))
+        for method in pair.theirs
+        for tick in pair.ticks
+        if tick in pair.ours[method] or tick in pair.theirs[method]
+    ]
+    note = (
+        f"Tokens per second relative to {pair.reference}, each side to its own. Published: {published()['source']}. "
+        "Another machine and other models: only the order and the ratios can be compared."
+    )
+    header = ("method", pair.label if pair.label != "method" else "at", "this run", "published")
+    return _simple("shapes", "Shapes beside the published ones", note, header, rows)
+
+
+def _calibration_table(results: Results) -> Table | None:
+    rows = [
+        (name, one.probability, one.share.value, *(one.share.interval or (None, None)), one.share.trials)
+        for name in _methods(results)
+        for one in calibration(r for r in results.records if r.method == name)
+    ]
+    note = "Drafted nodes under accepted parents in tenths of the drafter's probability, with Wilson's 95 % intervals."
+    header = ("method", "probability", "accepted", "low", "high", "nodes")
+    return _simple("calibration", "Calibration", note, header, rows)
+
+
+def _length_table(results: Results) -> Table | None:
+    rows = [
+        (name, one.start, one.end, one.num_iterations, one.tokens_per_iteration, one.path_acceptance, one.repetition)
+        for name in _methods(results)
+        if name != BASELINE
+        for one in over_length((r for r in results.records if r.method == name), num_bins=5)
+    ]
+    note = "Iterations by the place in the output at which they begin."
+    header = ("method", "from token", "to", "iterations", "tok/it", "path acceptance", "repetition")
+    return _simple("over-length", "Along the output", note, header, rows)
+
+
+def _methods(results: Results) -> list[str]:
+    return list(dict.fromkeys(record.method for record in results.records))
+
+
+def _point(one: Summary) -> str:
+    """A method with its axes, but for the length of outputs."""
+    axes = [f"{axis}={value}" for axis, value in one.axes.items() if axis != "max_new_tokens"]
+    lengths = [f"{one.axes['max_new_tokens']} tokens"] if "max_new_tokens" in one.axes else []
+    return f"{one.method} ({', '.join([*axes, *lengths])})" if axes or lengths else one.method
+
+
+def _simple(name: str, title: str, note: str, header: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> Table | None:
+    """A table whose numbers are shown with two digits and stored as they are; None where it has no row."""
+    if not rows:
+        return None
+    shown = tuple(tuple(_shown(value) for value in row) for row in rows)
+    return Table(name, title, note, tuple(header), shown, tuple(header), tuple(rows))
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+# files
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
+
+
+def _write_csv(path: Path, table: Table) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([table.data_header, *table.data])
+
+
+def _write(path: Path, lines: Iterable[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    return path
