@@ -7,17 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import attrs
+import torch
 from transformers import PreTrainedModel
 
 from dynatree_bench.machine import weights_sha256
 from dynatree_bench.records import ModelInfo
+from dynatree_bench.synthetic import MarkovSource, synthetic_pair
 from dynatree_core import Drafter, LoadedModel, build_drafter, load_model
 from dynatree_core.drafters.model import ModelDrafter
-from dynatree_core.errors import UnknownPluginError, VocabularyMismatchError, nearest_match
+from dynatree_core.errors import InputError, UnknownPluginError, VocabularyMismatchError, nearest_match
 from dynatree_core.models import vocabularies_match
 from dynatree_core.plugins import DRAFTERS, plugin_table
 
-__all__ = ["MethodError", "Pair", "load_pair", "model_info"]
+__all__ = ["MethodError", "Pair", "load_pair", "load_synthetic", "model_info"]
 
 
 class MethodError(Exception):
@@ -30,7 +32,7 @@ class Pair:
 
     target: LoadedModel
     drafter: Drafter
-    is_synthetic: bool = False  # the models' text is that of a random source, see dynatree_bench.synthetic
+    source: MarkovSource | None = None  # of the text of a synthetic pair, see dynatree_bench.synthetic
 
     @property
     def drafter_model(self) -> PreTrainedModel | None:
@@ -82,6 +84,30 @@ def load_pair(
             f"'{small.name}' do not; choose a drafter of the target's family, or prompt_lookup"
         )
     return Pair(loaded, ModelDrafter(small.model))
+
+
+def load_synthetic(spec: str, *, device: str | None = None, dtype: str = "auto", seed: int = 0) -> Pair:
+    """A pair of random models of a shape, with the text of a random source.
+
+    Args:
+        spec: "SHAPE", "SHAPE:ACCEPTANCE" or "SHAPE:ACCEPTANCE:DECAY", such as "llama-7b+68m:0.7".
+        device: as in `load_pair`.
+        dtype: "auto" is float32 on the CPU and bfloat16 on CUDA.
+        seed: of weights and text.
+
+    Raises:
+        InputError: an unknown shape, or numbers that make no source.
+    """
+    shape, *numbers = spec.split(":")
+    try:
+        given = dict(zip(("acceptance", "decay"), map(float, numbers), strict=False))
+    except ValueError as error:
+        raise InputError(f"a synthetic pair is SHAPE[:ACCEPTANCE[:DECAY]] with numbers, got '{spec}'") from error
+    is_auto = device is None or device == "auto"
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if is_auto else device)
+    precision = ("bfloat16" if where.type == "cuda" else "float32") if dtype == "auto" else dtype
+    made = synthetic_pair(shape, **given, device=where, dtype=precision, seed=seed)
+    return Pair(LoadedModel(made.target, None, made.name), ModelDrafter(made.drafter), made.source)
 
 
 def model_info(model: PreTrainedModel, name: str | None = None) -> ModelInfo:
