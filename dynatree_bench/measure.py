@@ -42,7 +42,7 @@ from dynatree_bench.machine import (
     source_commit,
 )
 from dynatree_bench.methods import Output, decode, replay
-from dynatree_bench.pairs import MethodError, Pair, model_info
+from dynatree_bench.pairs import MethodError, Pair, drafter_info, model_info
 from dynatree_bench.records import (
     INFO_FILE,
     MethodInfo,
@@ -264,7 +264,7 @@ def _run_info(
                 values = axes.setdefault(axis, [])
                 if value not in values:
                     values.append(value)
-    model, small = pair.target.model, pair.drafter_model
+    model = pair.target.model
     return RunInfo(
         experiment=name,
         command=command,
@@ -272,7 +272,7 @@ def _run_info(
         commit=source_commit(),
         started=_date(),
         target=model_info(model, pair.target.name),
-        drafter=model_info(small) if small is not None else None,
+        drafter=drafter_info(pair),
         device=str(model.device),
         device_name=device_name(model.device),
         threads=torch.get_num_threads(),

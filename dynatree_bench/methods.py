@@ -109,7 +109,8 @@ def replay(pair: Pair, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> R
     """What the drafter thinks of each token of an output, given the text before it."""
     ids = torch.tensor([*prompt_ids, *token_ids], device=pair.target.model.device)
     vocab = vocab_size(pair.target.model)
-    state = pair.drafter.start(DraftPlan(vocab, ids.numel(), MAX_BRANCH, ids.device, StageClock(ids.device)))
+    plan = DraftPlan(vocab, ids.numel(), MAX_BRANCH, ids.device, StageClock(ids.device), pair.target.model)
+    state = pair.drafter.start(plan)
     ranks, probabilities = [], []
     with torch.inference_mode():
         state.prefill(ids[: len(prompt_ids) - 1])
