@@ -20,6 +20,7 @@ from .records import (
     Verdict,
 )
 from .session import Session
+from .sink_cache import SinkCache, SinkWindow
 from .stack import PolicyStack
 from .tree import TokenTree
 
@@ -40,6 +41,8 @@ __all__ = [
     "Proposals",
     "Rounding",
     "Session",
+    "SinkCache",
+    "SinkWindow",
     "StepReport",
     "StepStats",
     "TokenTree",

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 from dynatree_core.errors import CacheError
+from dynatree_core.records import FlatTrees
 
 __all__ = ["TreeCache"]
 
@@ -34,7 +35,7 @@ class TreeCache(Cache):
     def __init__(self, capacity: int, *, batch: int = 1, is_zeroed: bool = False) -> None:
         super().__init__(layers=[])
         self.capacity = capacity
-        self.min_slots = 0  # slots of the next pass's view at least; the mask has to span them
+        self.min_slots = 0  # slots of the next pass's view at least
         self._is_zeroed = is_zeroed or batch > 1
         self.lengths = [0] * batch  # committed rows of each batch row
         self.keys: list[Tensor] = []  # per layer, [batch, heads, capacity, head_dim]
@@ -50,6 +51,25 @@ class TreeCache(Cache):
     def block_len(self) -> int:
         """Undecided rows behind the committed ones."""
         return self._block_lens[0] if self._block_lens else 0
+
+    @property
+    def next_place(self) -> int:
+        """Where the next token stands inside the cache; positions count on from there."""
+        return self.length
+
+    @property
+    def max_places(self) -> int:
+        """Places that the rows of the next pass may have."""
+        return self.capacity - self.length
+
+    def prepare(self, flat: FlatTrees) -> FlatTrees:
+        """Get ready for a pass over these rows.
+
+        Returns:
+            The rows with the slots that they see in `update`: here all of them, as they are.
+        """
+        self.min_slots = flat.visible.shape[-1]  # the mask has to span the view
+        return flat
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

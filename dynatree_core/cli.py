@@ -190,6 +190,11 @@ def _dynatree(context: click.Context) -> None:
     "--max-branch", type=click.IntRange(min=1), default=16, show_default=True, help="Children of a node at most."
 )
 @click.option(
+    "--cache",
+    metavar="sinks=N,window=N",
+    help="Keep the first and the last tokens only (StreamingLLM), e.g. sinks=4,window=1024: for texts without end.",
+)
+@click.option(
     "--exact",
     type=click.Choice(["fixed_width"]),
     help="fixed_width: passes of one shape, so that half precision rounds alike with and without trees.",
@@ -548,6 +553,7 @@ class _Job:
             "target": self.target_name or "default",
             "expanded_policy": self.expanded_policy,
             "exact": self.options.get("exact"),
+            "cache": self.options.get("cache"),
             **_where(self.target),
         }
         if self.is_compared:

@@ -35,7 +35,7 @@ def decode_step(session: Session) -> StepReport:
     """Commit 1 to depth + 1 tokens, exactly those that the target itself would have chosen."""
     tree = draft(session)  # rooted at the last committed token
     tree = prune(session, tree)  # what the policies think worth verifying
-    flat = flatten([tree], [session.cache.length], **session.pass_shape)  # ids, positions, who sees whom
+    flat = flatten([tree], [session.cache.next_place], **session.pass_shape)  # ids, positions, who sees whom
     logits = session.target.forward(flat, session.cache, stage="verify")[0, : tree.num_nodes]  # [nodes, vocab]
     verdict = verify(session, tree, logits)  # accepted path and bonus token, up to a stop
     report = commit(session, tree, verdict)  # keep the path's cache rows, append the tokens

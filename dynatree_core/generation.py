@@ -60,6 +60,9 @@ def generate(
         max_depth: depth of a tree at most. For these three the strictest of this argument and of what policies
             with a parameter of that name ask for holds; where nobody asks: 0.05, 128 and 64.
         max_branch: children of a node at most, 16 by default.
+        cache: None (default) keeps all tokens. "sinks=4,window=1024": a token sees the first 4 tokens and the last
+            1024, at their places inside the cache (StreamingLLM), so prompt and output may be of any length.
+            Autoregressive decoding with the same option gives the same output; see docs/generation.md.
         exact: None (default), or "fixed_width" for half precision: every verification pass has one shape, with
             max_nodes + 1 rows (16, unless max_nodes is given), and a tree is cut to its first chain. Autoregressive
             decoding (policy="autoregressive") with the same option then rounds alike; see docs/audit.md.

@@ -124,6 +124,7 @@ class FlatTrees:
     position_ids: Tensor  # [batch, rows] int64
     visible: Tensor  # [batch, rows, slots] bool: which cache slots a row attends to
     slot_positions: Tensor  # [batch, slots] int64: the position of the token that a slot holds
+    num_places: int  # different positions that the rows have, from that of the first row on
 
     @property
     def num_rows(self) -> int:

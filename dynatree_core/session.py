@@ -38,6 +38,7 @@ from dynatree_core.processors import logits_processors
 from dynatree_core.records import GenerationResult, Proposals, StepReport, StepStats
 from dynatree_core.runner import EagerRunner
 from dynatree_core.sampling import Sampler
+from dynatree_core.sink_cache import SinkCache, SinkWindow, refuse_beside
 from dynatree_core.stack import PolicyStack
 from dynatree_core.stopping import stopping_criteria as criteria_of
 from dynatree_core.tree import TokenTree
@@ -95,6 +96,7 @@ class Session:
         max_nodes: int | None = None,
         max_depth: int | None = None,
         max_branch: int = 16,
+        cache: str | None = None,
         exact: str | None = None,
         on_error: str = "raise",
         **settings: object,
@@ -112,6 +114,10 @@ class Session:
         self._num_padding = num_padding(attention_mask, len(given_ids))
         self.prompt_ids = given_ids[self._num_padding :]
         positions = checked_positions(position_ids, len(given_ids))
+        kept = SinkWindow.parse(cache)
+        if kept is not None:
+            refuse_beside(kept, exact, positions and positions[self._num_padding :])
+            positions = None
         config = settings_of(
             target if inherit_settings else None, generation_config, settings, inspect.signature(Session).parameters
         )
@@ -124,7 +130,7 @@ class Session:
             max_length,
             len(given_ids),
             len(self.prompt_ids) if positions is None else max(positions) + 1,
-            max_positions(target),
+            max_positions(target) if kept is None else None,
         )
         self.logits_processors = logits_processors(
             config,
@@ -147,14 +153,18 @@ class Session:
         num_tokens = len(self.prompt_ids) + self.max_new_tokens
         self.target = EagerRunner(target, self.clock, positions and positions[self._num_padding :])
         self.is_fixed_width = exact is not None
-        self.cache = TreeCache(num_tokens + max(self.limits.max_nodes, pass_rows), is_zeroed=self.is_fixed_width)
+        self.cache: TreeCache | SinkCache = (
+            TreeCache(num_tokens + max(self.limits.max_nodes, pass_rows), is_zeroed=self.is_fixed_width)
+            if kept is None
+            else SinkCache(target, kept, self.limits.max_nodes)
+        )
         # of every verification pass at least, so that all passes round alike
         self.pass_shape = {"min_rows": pass_rows, "min_slots": self.cache.capacity} if self.is_fixed_width else {}
         source = _as_drafter(drafter)
         self.drafter_name = None if source is None else str(source)
         self.draft_state: DraftState | None = None
         if source is not None:
-            plan = DraftPlan(self.vocab_size, num_tokens, self.limits.max_nodes, self.device, self.clock, target)
+            plan = DraftPlan(self.vocab_size, num_tokens, self.limits.max_nodes, self.device, self.clock, target, kept)
             try:
                 with self.blame_drafter(InputError):
                     self.draft_state = source.start(plan)
@@ -186,8 +196,14 @@ class Session:
 
     @property
     def depth_limit(self) -> int:
-        """How deep the next tree may be; a step commits one token more than its depth, so the end clips it."""
-        return min(self.limits.max_depth, self.num_tokens_left - 1) if self.draft_state is not None else 0
+        """How deep the next tree may be.
+
+        A step commits one token more than the depth, so the end clips it, and so does a point that no pass may cross
+        in a cache that moves.
+        """
+        if self.draft_state is None:
+            return 0
+        return min(self.limits.max_depth, self.num_tokens_left - 1, self.cache.max_places - 1)
 
     @property
     def stop_reason(self) -> str | None:

@@ -60,6 +60,8 @@ LOSSLESS = "tests/test_lossless.py::test_every_length_and_every_stop"
 STOPPING = "tests/test_settings.py::test_stopping_anywhere_in_a_path"
 PROCESSORS = "tests/test_settings.py::test_processors_see_each_node_with_its_own_path"
 PADDING = "tests/test_settings.py::test_padded_prompts"
+SINKS = "tests/test_sink_cache.py::test_every_family_follows_the_definition[llama]"
+SINK_TREES = "tests/test_sink_cache.py::test_a_text_beyond_the_models_context"
 DRAFTS = "tests/test_drafters.py::test_model_proposals_are_those_of_a_plain_pass_over_the_path"
 
 MUTANTS = (
@@ -187,6 +189,63 @@ MUTANTS = (
         "        keys, values = self.keys, [*self.values, self._allocate(value_states)]",
         ("tests/test_cache.py::test_an_allocation_that_fails_adds_no_layer",),
     ),
+    # sinks and window
+    Mutant(
+        "sinks stand one place too near",
+        "dynatree_core/sink_cache.py",
+        "turns = places + (self.next_place - self.option.num_tokens + 1)",
+        "turns = places + (self.next_place - self.option.num_tokens + 2)",
+        (SINKS,),
+    ),
+    Mutant(
+        "a row sees the sinks of the rows above it too",
+        "dynatree_core/sink_cache.py",
+        "(flat.position_ids - self.next_place)[:, :, None] == owners",
+        "(flat.position_ids - self.next_place)[:, :, None] >= owners",
+        (SINKS,),
+    ),
+    Mutant(
+        "a window of one token more",
+        "dynatree_core/sink_cache.py",
+        "window = (flat.visible & (distance < self.option.window))[:, :, first:]",
+        "window = (flat.visible & (distance <= self.option.window))[:, :, first:]",
+        (SINKS,),
+    ),
+    Mutant(
+        "the window moves without its keys being turned",
+        "dynatree_core/sink_cache.py",
+        "keys[:, :, target] = _turned(keys[:, :, source], cos[0], -sin[0])",
+        "keys[:, :, target] = keys[:, :, source].clone()",
+        (SINKS,),
+    ),
+    Mutant(
+        "a turn scales the keys once more",
+        "dynatree_core/sink_cache.py",
+        "return cos[0, :, None] / scaling, sin[0, :, None] / scaling",
+        "return cos[0, :, None], sin[0, :, None]",
+        ("tests/test_sink_cache.py::test_every_rotary_scaling[yarn]",),
+    ),
+    Mutant(
+        "a tree crosses the point where the window is turned back",
+        "dynatree_core/session.py",
+        "min(self.limits.max_depth, self.num_tokens_left - 1, self.cache.max_places - 1)",
+        "min(self.limits.max_depth, self.num_tokens_left - 1)",
+        (f"{SINK_TREES}[llama-option1]",),
+    ),
+    Mutant(
+        "a cache that was being turned back is taken as it is",
+        "dynatree_core/sink_cache.py",
+        "self._sinks, self._num_turned_back, self._rows.lengths = [], 0, [self._front]\n        end",
+        "self._sinks, self._num_turned_back, self._rows.lengths = then\n        end",
+        ("tests/test_sink_cache.py::test_a_turn_that_is_broken_off_is_done_again",),
+    ),
+    Mutant(
+        "a drafter of a bounded cache follows tokens that it has skipped",
+        "dynatree_core/drafters/model.py",
+        "            self.cache.truncate(0)\n            self.num_skipped",
+        "            self.num_skipped",
+        (f"{SINK_TREES}[gpt_neox-option0]",),
+    ),
     # verification
     Mutant(
         "the bonus token is the root's",
@@ -269,8 +328,8 @@ MUTANTS = (
     Mutant(
         "trees deeper than what is left",
         "dynatree_core/session.py",
-        "min(self.limits.max_depth, self.num_tokens_left - 1)",
-        "self.limits.max_depth",
+        "min(self.limits.max_depth, self.num_tokens_left - 1, self.cache.max_places - 1)",
+        "min(self.limits.max_depth, self.cache.max_places - 1)",
         ("tests/test_lossless.py::test_the_end_of_the_context",),
     ),
     Mutant(

@@ -385,11 +385,12 @@ def at_line(called: Callable[[str, str, int, FrameType], None]) -> Iterator[None
 
 
 def asked(kind: str) -> dict[str, object]:
-    """Options of a generation: none, a caller's own processor and criterion that remember every call, or sampling."""
+    """Options of a generation: none, a caller's processor and criterion with a memory, sampling, a moving window."""
     return {
         "greedy": {},
         "memory": {"logits_processor": [Grudge()], "stopping_criteria": [Countdown(11)]},
         "sampling": {"do_sample": True, "temperature": 0.6, "seed": 3},
+        "sinks": {"cache": "sinks=2,window=3"},
     }[kind]
 
 
@@ -414,7 +415,7 @@ def lines(drafter: object, kind: str) -> dict[tuple[str, str, int], list[int]]:
 @given(
     st.data(),
     drafters,
-    st.sampled_from(["greedy", "memory", "sampling"]),
+    st.sampled_from(["greedy", "memory", "sampling", "sinks"]),
     st.sampled_from([KeyboardInterrupt(), *NO_MEMORY]),
     st.sampled_from(["raise", "fallback"]),
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dynatree_core.clock import StageClock
 from dynatree_core.records import Proposals
+from dynatree_core.sink_cache import SinkWindow
 from dynatree_core.tree import TokenTree
 
 __all__ = ["DraftPlan", "DraftState", "Drafter", "padded_proposals"]
@@ -29,6 +30,7 @@ class DraftPlan:
     device: torch.device  # where trees and proposals live
     clock: StageClock  # measures forward passes, under the name "draft_forward"
     target: nn.Module  # the model that verifies: a drafter may share its weights, and must not change it
+    kept: SinkWindow | None = None  # all that the target's cache keeps of the text, if that is bounded
 
 
 class Drafter(abc.ABC):
