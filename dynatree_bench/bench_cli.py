@@ -6,6 +6,7 @@ What needs torch is imported when an experiment runs, so that help and `list` co
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Experiment, Form
 from dynatree_core import console
+from dynatree_core.errors import InputError, PluginLoadError
 
 if TYPE_CHECKING:
     from dynatree_bench.measure import Options
@@ -44,8 +46,9 @@ class _Counts(click.ParamType):
         return tuple(map(int, numbers))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def bench() -> None:
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.pass_context
+def bench(context: click.Context) -> None:
     """Measure speed and acceptance: the published experiments, each one command.
 
     \b
@@ -56,6 +59,8 @@ def bench() -> None:
       dynatree bench ablation --out results/ablation
       dynatree bench report results/ablation
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 _OPTIONS = [
@@ -66,6 +71,11 @@ _OPTIONS = [
         default="prompt_lookup",
         show_default=True,
         help="A registered drafter (see `dynatree drafters`) or a model with the target's tokens.",
+    ),
+    click.option(
+        "--synthetic",
+        metavar="SHAPE[:A[:B]]",
+        help="Instead, random models of this shape with a random text: a share A of first drafts is right.",
     ),
     click.option("--device", help="cpu, cuda or cuda:N.  [default: CUDA where there is any]"),
     click.option(
@@ -83,10 +93,8 @@ _OPTIONS = [
         help="Measured in place of the experiment's own; may be repeated. Axes in braces: fixed(depth={base_depth}).",
     ),
     click.option("--only", metavar="METHOD", multiple=True, help="Keep to this method; may be repeated."),
-    click.option("--rivals", "with_rivals", is_flag=True, help="Run flashspec, economize and dejavuu too (`main`)."),
-    click.option(
-        "--compile", "with_compile", is_flag=True, help="Run transformers' compiled static cache too (`main`)."
-    ),
+    click.option("--rivals", "with_rivals", is_flag=True, help="Run flashspec, economize and dejavuu too."),
+    click.option("--compile", "with_compile", is_flag=True, help="Run transformers' compiled static cache too."),
     click.option(
         "--workload",
         "workloads",
@@ -108,7 +116,12 @@ _OPTIONS = [
     ),
     click.option("--ignore-eos", is_flag=True, help="Do not stop where the model would."),
     click.option("--replay", "with_replay", is_flag=True, help="Ask the drafter about each token of the outputs too."),
-    click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS", help="Then begin no further prompt."),
+    click.option(
+        "--time-limit",
+        type=click.FloatRange(min=0),
+        metavar="SECONDS",
+        help="Begin no prompt that would probably end later.  [default: 90 with --quick]",
+    ),
     click.option("--quick", is_flag=True, help="Small sizes: about a minute on the default model."),
     click.option(
         "--out",
@@ -189,16 +202,22 @@ def _run(
     drafter: str,
     device: str | None,
     dtype: str,
+    synthetic: str | None,
     **given: Any,
 ) -> int:
-    from dynatree_bench.measure import Options, run_experiment
+    try:
+        from dynatree_bench.measure import Options, run_experiment
+    except ModuleNotFoundError as error:
+        raise PluginLoadError(
+            f"`dynatree bench` needs {error.name}, which is not installed: pip install 'dynatree[bench]'"
+        ) from error
 
     given = {name: value or None if isinstance(value, tuple) else value for name, value in given.items()}
     options = Options(**{name: value for name, value in given.items() if value is not None})
     command = shlex.join(["dynatree", *sys.argv[1:]])
     is_bad = False
     with console.warnings_in_one_line():
-        pair = _load(target, drafter, device, dtype)
+        pair = _load(target, drafter, synthetic, device, dtype, options.seed)
         for name in names:
             folder = _folder(out, name, names, options)
             try:
@@ -208,6 +227,12 @@ def _run(
             except KeyboardInterrupt:
                 console.complain("note", f"what is done is in {folder}; the same command goes on from there")
                 raise
+            except InputError as error:
+                if len(names) == 1:
+                    raise
+                console.complain("error", f"{name}: {error}")  # such as a data set that is not here
+                is_bad = True
+                continue
             is_bad |= _summarise(results)
     return 1 if is_bad else 0
 
@@ -218,10 +243,15 @@ def _folder(out: Path | None, name: str, names: list[str], options: Options) -> 
     return DEFAULT_OUT / (f"{name}-quick" if options.quick else name)
 
 
-def _load(target: str | None, drafter: str, device: str | None, dtype: str) -> Pair:
-    from dynatree_bench.pairs import load_pair
+def _load(target: str | None, drafter: str, synthetic: str | None, device: str | None, dtype: str, seed: int) -> Pair:
+    from dynatree_bench.pairs import load_pair, load_synthetic
 
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # its notices would stand between ours
+    if synthetic is not None and target is not None:
+        raise click.UsageError("give either --target or --synthetic", click.get_current_context())
     with console.spinner("loading the models") as progress:
+        if synthetic is not None:
+            return load_synthetic(synthetic, device=device, dtype=dtype, seed=seed)
         return load_pair(target, drafter, device=device, dtype=dtype, progress=progress)
 
 
@@ -238,7 +268,10 @@ def _summarise(results: Results) -> bool:
         if failed:
             click.echo(f"{method.name}: {len(failed)} of {len(records)} outputs failed: {failed[0]}")
         is_bad |= method.name in own and bool(different or failed)
-    click.echo(f"{results.info.experiment}: {len(results.records)} outputs in {results.folder}")
+    click.echo(
+        f"{results.info.experiment}: {len(results.records)} outputs in {results.folder}; tables and figures of them:"
+    )
+    click.echo(f"  {shlex.join(['dynatree', 'bench', 'report', str(results.folder)])}")
     return is_bad
 
 

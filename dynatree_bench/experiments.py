@@ -14,7 +14,19 @@ import attrs
 
 from dynatree_core.errors import InputError, nearest_match
 
-__all__ = ["EXPERIMENTS", "REFERENCE", "RIVALS", "Cell", "Experiment", "Form", "Method", "cells", "chosen_methods"]
+__all__ = [
+    "COMPILED",
+    "EXPERIMENTS",
+    "HF",
+    "REFERENCE",
+    "RIVALS",
+    "Cell",
+    "Experiment",
+    "Form",
+    "Method",
+    "cells",
+    "chosen_methods",
+]
 
 
 @attrs.frozen
@@ -81,7 +93,7 @@ FIXED = Method("fixed", policy="fixed")
 PHASES = tuple(Method(name, policy=name) for name in ("phase1", "phase2", "phase3"))
 
 COMPILED = "hf static compiled"  # only where it is asked for: compiling takes minutes on a CPU
-# of transformers; the names of the options are those of its generation config
+# transformers' own; the names of the options are those of its generation config
 HF = (
     Method("hf generate", "hf"),
     Method("hf static", "hf", options={"cache_implementation": "static", "disable_compile": True}),
@@ -125,7 +137,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(
             "main",
             "How fast is each method, against autoregressive decoding and against transformers?",
-            (REFERENCE, *HF, LINEAR, FIXED, *PHASES, *RIVALS),
+            (REFERENCE, *(method for method in HF if method.name != COMPILED), LINEAR, FIXED, *PHASES),
             quick=Form(("built-in",), 3, (24,)),
             full=Form(("wikitext-2",), 20, (1000,)),
         ),
@@ -172,7 +184,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "prompt-length",
             "How does the length of the prompt change speed and acceptance?",
             (REFERENCE, FIXED, PHASES[-1]),
-            quick=Form(("built-in:text",), 3, (16,), prompt_tokens=(32, 128, 512)),
+            quick=Form(("built-in:text",), 3, (16,), prompt_tokens=(32, 128, 384)),
             full=Form(("wikitext-2",), 20, (500,), prompt_tokens=(50, 100, 200, 400)),
         ),
         Experiment(
@@ -199,27 +211,29 @@ def chosen_methods(
     Args:
         experiment: the experiment.
         policies: stacks to measure in place of the experiment's own; may be templates over its axes.
-        only: names of methods to which to keep; autoregressive decoding always runs.
-        with_compile: whether to run the compiled static cache.
-        with_rivals: whether to run the rivals.
+        only: names of methods to which to keep, foreign ones among them that the experiment does not have;
+            autoregressive decoding always runs.
+        with_compile: whether to run the compiled static cache too.
+        with_rivals: whether to run the rivals too.
 
     Raises:
-        InputError: a name in `only` that the experiment does not have.
+        InputError: a name in `only` that there is not.
     """
     methods = list(experiment.methods)
     if own := [Method(policy, policy=policy) for policy in dict.fromkeys(policies) if policy != REFERENCE.name]:
-        methods = [REFERENCE, *(m for m in methods if m.kind != "dynatree"), *own]
-    chosen = list(only)
-    names = [method.name for method in methods]
-    for name in chosen:
-        if name not in names:
-            raise InputError(
-                f"'{name}' is not among the methods of {experiment.name}{nearest_match(name, names)}; they are: "
-                f"{', '.join(names)}"
-            )
-    if chosen:
-        return tuple(m for m in methods if m == REFERENCE or m.name in chosen)
-    return tuple(m for m in methods if (m.name != COMPILED or with_compile) and (m.kind != "rival" or with_rivals))
+        methods = [REFERENCE, *(method for method in methods if method.kind != "dynatree"), *own]
+    if chosen := list(only):
+        methods = list({method.name: method for method in (*methods, *HF, *RIVALS)}.values())
+        names = [method.name for method in methods]
+        for name in chosen:
+            if name not in names:
+                raise InputError(
+                    f"'{name}' is not among the methods of {experiment.name}{nearest_match(name, names)}; they are: "
+                    f"{', '.join(names)}"
+                )
+        return tuple(method for method in methods if method == REFERENCE or method.name in chosen)
+    compiled = [method for method in HF if method.name == COMPILED]
+    return (*methods, *(compiled if with_compile else ()), *(RIVALS if with_rivals else ()))
 
 
 def cells(methods: Iterable[Method], form: Form, base: Mapping[str, Any]) -> Iterator[Cell]:

@@ -17,7 +17,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from dynatree_bench.formulas import best_tree, tree_tokens
 from dynatree_bench.oracle import oracle_tokens_per_iteration
@@ -46,7 +46,8 @@ ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
 COLOURS = {
     BASELINE: "#000000", "linear": SKY, "fixed": BLUE, "phase1": ORANGE, "phase2": GREEN, "phase3": VERMILION,
 }  # fmt: skip
-OTHER_COLOURS = (PURPLE, YELLOW, GREY)  # of methods beside the experiments' own, in turn
+KIND_COLOURS = {"hf": GREY, "rival": PURPLE}
+OTHER_COLOURS = (PURPLE, YELLOW, GREY)  # of policies beside the experiments' own, in turn
 MARKERS = {BASELINE: "x", "linear": "v", "fixed": "s", "phase1": "^", "phase2": "D", "phase3": "o"}
 OTHER_MARKERS = ("P", "*", "<", ">", "h")
 STAGES = {"draft": SKY, "verify": BLUE, "rest": ORANGE}
@@ -84,12 +85,25 @@ def draw(plot: Plot, results: Results, path: Path) -> bool:
         figure = plot.draw(results)
         if figure is None:
             return False
-        foot = textwrap.wrap(provenance(results), int(figure.get_figwidth() * 21))
-        height = 0.13 * len(foot) / figure.get_figheight()
-        figure.set_layout_engine("constrained", rect=(0, height, 1, 1 - height))
-        figure.text(0.01, 0.01, "\n".join(foot), fontsize=6, color=GREY, va="bottom")
+        _add_foot(figure, results)
         figure.savefig(path, metadata={"Software": None})  # the same bytes for the same records
     return True
+
+
+def _add_foot(figure: Figure, results: Results) -> None:
+    """The provenance in small print, and above it what somebody must not overlook."""
+    notes = ["This run is synthetic: random weights, and a text whose acceptance was set."]
+    notes = notes if results.info.is_synthetic else []
+    if any(record.is_identical is False for record in results.records):
+        notes.append(f"{DAGGER.strip()} some outputs differ from greedy decoding.")
+    warning = textwrap.wrap(" ".join(notes), int(figure.get_figwidth() * 18))
+    lines = textwrap.wrap(provenance(results), int(figure.get_figwidth() * 21))
+    line = 0.125 / figure.get_figheight()
+    height = line * (len(lines) + len(warning) + 0.6)
+    figure.set_layout_engine("constrained", rect=(0, height, 1, 1 - height))
+    figure.text(0.01, 0.01, "\n".join(lines), fontsize=6, color=GREY, va="bottom")
+    place = 0.01 + line * (len(lines) + 0.2)
+    figure.text(0.01, place, "\n".join(warning), fontsize=7, color=VERMILION, va="bottom")
 
 
 def provenance(results: Results) -> str:
@@ -99,7 +113,6 @@ def provenance(results: Results) -> str:
     drafters = list(dict.fromkeys(method.drafter for method in info.methods if method.drafter))
     libraries = ", ".join(f"{name} {version}" for name, version in info.libraries.items())
     parts = [
-        "synthetic text, random weights" if info.is_synthetic else "",
         f"target {info.target.name}, {info.target.num_parameters / 1e6:,.0f} M parameters, {info.target.dtype}",
         f"drafter {', '.join(drafters)}" if drafters else "",
         f"{info.device_name} ({info.device}), {info.threads} thread{'s' if info.threads > 1 else ''}",
@@ -124,12 +137,20 @@ def _names(records: Iterable[OutputRecord]) -> list[str]:
     return list(dict.fromkeys(record.method for record in records))
 
 
-def _style(name: str, names: Sequence[str]) -> dict[str, str]:
-    """Colour and marker of a method among all those of the run."""
-    others = [other for other in names if other not in COLOURS]
-    place = others.index(name) if name in others else 0
-    colour = COLOURS.get(name, OTHER_COLOURS[place % len(OTHER_COLOURS)])
-    return {"color": colour, "marker": MARKERS.get(name, OTHER_MARKERS[place % len(OTHER_MARKERS)])}
+def _styles(results: Results) -> dict[str, dict[str, str]]:
+    """Method -> colour and marker."""
+    kinds = {method.name: method.kind for method in results.info.methods}
+    styles = {}
+    num_others = 0
+    for name in _names(results.records):
+        kind = kinds.get(name, "dynatree")
+        if name in COLOURS:
+            styles[name] = {"color": COLOURS[name], "marker": MARKERS[name]}
+        else:
+            colour = KIND_COLOURS.get(kind, OTHER_COLOURS[num_others % len(OTHER_COLOURS)])
+            styles[name] = {"color": colour, "marker": OTHER_MARKERS[num_others % len(OTHER_MARKERS)]}
+            num_others += 1
+    return styles
 
 
 def _labels(records: Iterable[OutputRecord]) -> dict[str, str]:
@@ -144,14 +165,6 @@ def _error_bars(estimates: Sequence[Estimate]) -> np.ndarray[Any, Any]:
     return np.array([[e.median - e.low for e in estimates], [e.high - e.median for e in estimates]])
 
 
-def _note_daggers(axes: Axes, labels: Mapping[str, str]) -> None:
-    if any(label.endswith(DAGGER) for label in labels.values()):
-        axes.annotate(
-            "† some outputs differ from greedy decoding", (1, 1), xycoords="axes fraction", ha="right", va="bottom",
-            fontsize=7, color=GREY,
-        )  # fmt: skip
-
-
 def _lines_over(
     results: Results, axis: str, panels: Sequence[tuple[str, Callable[[Summary], Estimate | float | None]]], label: str
 ) -> Figure | None:
@@ -159,37 +172,43 @@ def _lines_over(
     points = [one for one in summaries(results.records) if isinstance(one.axes.get(axis), int | float)]
     if len({one.axes[axis] for one in points}) < 2:
         return None
-    names, labels = _names(results.records), _labels(results.records)
+    styles, labels = _styles(results), _labels(results.records)
+    ticks = sorted({one.axes[axis] for one in points})
+    # side by side, so that intervals do not hide each other
+    offsets = np.linspace(-1, 1, len(styles)) * 0.012 * (ticks[-1] - ticks[0]) if len(styles) > 1 else [0.0]
+    dodges = dict(zip(styles, offsets, strict=True))
     figure, grid = _figure(WIDTH, 3.0, columns=len(panels))
     for axes, (title, quantity) in zip(grid[0], panels, strict=True):
-        for name in names:
+        for name in styles:
             own = sorted((one for one in points if one.method == name), key=lambda one: one.axes[axis])
             found = [(one.axes[axis], value) for one in own if (value := quantity(one)) is not None]
             if not found:
                 continue
-            xs = [x for x, _ in found]
-            style = {**_style(name, names), "label": labels[name], "linewidth": 1.4}
+            xs = [x + dodges[name] for x, _ in found]
+            style = {**styles[name], "label": labels[name], "linewidth": 1.4}
             if isinstance(found[0][1], Estimate):
                 estimates = [value for _, value in found if isinstance(value, Estimate)]
                 axes.errorbar(xs, [e.median for e in estimates], _error_bars(estimates), capsize=2.5, **style)
             else:
                 axes.plot(xs, [value for _, value in found], **style)
         axes.set(title=title, xlabel=label)
-        axes.set_xticks(sorted({one.axes[axis] for one in points}))
-        axes.set_ylim(bottom=0)
-    _note_daggers(grid[0][-1], labels)
+        axes.set_xticks(ticks)
+        axes.margins(x=0.07)
+        axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
+        if "Speedup" in title:
+            axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
 
 
-def _bars(axes: Axes, summary_by_label: Mapping[str, Summary], names: Sequence[str]) -> None:
+def _bars(axes: Axes, summary_by_label: Mapping[str, Summary], styles: Mapping[str, Mapping[str, str]]) -> None:
     """Speedups as horizontal bars with intervals."""
     for place, one in enumerate(summary_by_label.values()):
         if one.speedup is None:
             axes.text(0.02, place, one.error or "not measured", va="center", fontsize=6.5, color=GREY)
             continue
         axes.barh(
-            place, one.speedup.median, height=0.62, color=_style(one.method, names)["color"], alpha=0.85,
+            place, one.speedup.median, height=0.62, color=styles[one.method]["color"], alpha=0.85,
             hatch="///" if one.is_different else None, edgecolor="white",
         )  # fmt: skip
         axes.errorbar(
@@ -198,12 +217,13 @@ def _bars(axes: Axes, summary_by_label: Mapping[str, Summary], names: Sequence[s
         axes.annotate(
             f"{one.speedup.median:.2f}×", (max(one.speedup.high, one.speedup.median), place), xytext=(5, 0),
             textcoords="offset points", va="center", fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
         )  # fmt: skip
     axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(summary_by_label)), list(summary_by_label))
-    axes.invert_yaxis()
+    axes.set_ylim(len(summary_by_label) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
-    axes.margins(x=0.12)
+    axes.margins(x=0.14)
 
 
 # experiments
@@ -214,16 +234,15 @@ def phases(results: Results) -> Figure | None:
     found = summaries(results.records)
     if len(found) < 2 or any(one.axes != found[0].axes for one in found):
         return None
-    names, labels = _names(results.records), _labels(results.records)
+    styles, labels = _styles(results), _labels(results.records)
     figure, grid = _figure(WIDTH, 1.3 + 0.32 * len(found))
     axes = grid[0][0]
-    _bars(axes, {labels[one.method]: one for one in found}, names)
+    _bars(axes, {labels[one.method]: one for one in found}, styles)
     baseline = [record for record in results.records if record.method == BASELINE]
     for place, group in enumerate(groups(results.records)):
         values = list(ratios(group, baseline).values())
         axes.plot(values, [place + 0.4] * len(values), "|", color="black", markersize=4, alpha=0.6)
     axes.set(title="Speedup of each method", xlabel="tokens per second relative to autoregressive decoding (×)")
-    _note_daggers(axes, labels)
     return figure
 
 
@@ -269,25 +288,27 @@ def sensitivity(results: Results) -> Figure | None:
     panels = {title: _part(found, title) for title in ("thresholds", "branches")}
     if not all(panels.values()):
         return None
-    names, labels = _names(results.records), _labels(results.records)
+    styles, labels = _styles(results), _labels(results.records)
     figure, grid = _figure(WIDTH, 4.2, 2, 2, sharex="col", sharey="row")
     for column, (part, series) in enumerate(panels.items()):
+        ticks = list(dict.fromkeys(tick for points in series.values() for tick, _ in points))
         for name, points in series.items():
-            ticks = [tick for tick, _ in points]
-            style = {**_style(name, names), "label": labels[name], "linestyle": ":"}
+            style = {**styles[name], "label": labels[name], "linestyle": ":"}
             estimates = [one.speedup for _, one in points if one.speedup is not None]
             if len(estimates) == len(points):
                 medians = [one.median for one in estimates]
-                grid[0][column].errorbar(ticks, medians, _error_bars(estimates), capsize=2.5, **style)
-            grid[1][column].plot(ticks, [one.tokens_per_iteration or np.nan for _, one in points], **style)
+                grid[0][column].errorbar(
+                    [tick for tick, _ in points], medians, _error_bars(estimates), capsize=2.5, **style
+                )
+            tokens = [one.tokens_per_iteration or np.nan for _, one in points]
+            grid[1][column].plot([tick for tick, _ in points], tokens, **style)
         grid[1][column].set_xlabel(
             "confidence thresholds (high/low)" if part == "thresholds" else "branches [min, max]"
         )
         grid[0][column].set_title("Thresholds" if part == "thresholds" else "Range of branches")
-        grid[1][column].margins(x=0.15)
+        grid[1][column].set_xlim(-0.5, len(ticks) - 0.5)
     grid[0][0].set_ylabel("speedup (×)")
     grid[1][0].set_ylabel("tokens per iteration")
-    _note_daggers(grid[0][1], labels)
     if len(panels["branches"]) > 1:
         figure.legend(*grid[1][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
@@ -354,14 +375,12 @@ def datasets(results: Results) -> Figure | None:
     names = list(dict.fromkeys(one.axes["dataset"] for one in found))
     if len(names) < 2:
         return None
-    methods, labels = _names(results.records), _labels(results.records)
-    figure, grid = _figure(WIDTH, 1.3 + 0.34 * len(methods), 1, len(names), sharex=True, sharey=True)
+    styles, labels = _styles(results), _labels(results.records)
+    figure, grid = _figure(WIDTH, 1.3 + 0.34 * len(styles), 1, len(names), sharex=True, sharey=True)
     for axes, name in zip(grid[0], names, strict=True):
         by_method = {one.method: one for one in found if one.axes["dataset"] == name}
-        _bars(axes, {labels[method]: by_method[method] for method in methods if method in by_method}, methods)
+        _bars(axes, {labels[method]: by_method[method] for method in styles if method in by_method}, styles)
         axes.set(title=str(name), xlabel="speedup (×)")
-    grid[0][0].set_ylim(len(methods) - 0.5, -0.5)  # shared axes would be turned round once for each panel
-    _note_daggers(grid[0][-1], labels)
     return figure
 
 
@@ -371,18 +390,20 @@ def shapes(results: Results) -> Figure | None:
     if pair is None:
         return None
     figure, grid = _figure(WIDTH, 3.1, 1, 2, sharey=True)
-    names = _names(results.records)
-    is_line = pair.label != "method"
-    for axes, title, series in ((grid[0][0], "This run", pair.ours), (grid[0][1], "Published", pair.theirs)):
+    styles = _styles(results)
+    is_line = results.info.experiment in ("ablation", "scalability")
+    for axes, title, series in ((grid[0][0], "This run", pair.ours), (grid[0][1], "Published, A100", pair.theirs)):
         for name, points in series.items():
             places = [pair.ticks.index(tick) for tick in points]
-            style = {**_style(name, names), "linestyle": "-" if is_line else "none"}
-            axes.plot(places, list(points.values()), label=name, **style)
+            style = {**styles[name], "linestyle": "-" if is_line else "none", "label": name}
+            axes.plot(places, list(points.values()), **style)
         axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
-        axes.set_xticks(range(len(pair.ticks)), pair.ticks, rotation=30)
-        axes.set(title=title, xlabel=pair.label)
-        axes.margins(x=0.12)
-    grid[0][0].set_ylabel(f"tokens/s relative to {pair.reference}")
+        turned = {} if is_line else {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(len(pair.ticks)), pair.ticks, **turned)
+        axes.set(title=f"{title} (1: {pair.reference})", xlabel=pair.label if pair.label != "method" else None)
+        axes.margins(x=0.12, y=0.12)
+    grid[0][0].set_ylim(bottom=0)
+    grid[0][0].set_ylabel("tokens/s, relative")
     if is_line:
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
@@ -392,10 +413,10 @@ def shapes(results: Results) -> Figure | None:
 
 
 def acceptance_over_length(results: Results) -> Figure | None:
-    names, labels = _names(results.records), _labels(results.records)
+    styles, labels = _styles(results), _labels(results.records)
     figure, grid = _figure(WIDTH, 3.0, 1, 2)
     num_lines = 0
-    for name in names:
+    for name in styles:
         if name == BASELINE:
             continue
         bins = over_length(record for record in results.records if record.method == name)
@@ -403,7 +424,7 @@ def acceptance_over_length(results: Results) -> Figure | None:
             continue
         num_lines += 1
         middles = [(one.start + one.end) / 2 for one in bins]
-        style = {**_style(name, names), "linewidth": 1.4}
+        style = {**styles[name], "linewidth": 1.4}
         grid[0][0].plot(middles, [one.tokens_per_iteration for one in bins], label=labels[name], **style)
         shares = [one.repetition if one.repetition is not None else np.nan for one in bins]
         grid[0][1].plot(middles, [100 * share for share in shares], **style)
@@ -412,7 +433,6 @@ def acceptance_over_length(results: Results) -> Figure | None:
     grid[0][0].set(title="Tokens per iteration", xlabel="place in the output (new tokens)")
     grid[0][0].set_ylim(bottom=0)
     grid[0][1].set(title="Repetition (% of 4-grams)", xlabel="place in the output (new tokens)", ylim=(-3, 103))
-    _note_daggers(grid[0][1], labels)
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
 
@@ -443,18 +463,18 @@ def iteration_time(results: Results) -> Figure | None:
     axes.margins(x=0.2)
     axes.set(title="Time of an iteration", xlabel="mean time (ms)")
     axes.set_xlim(left=0)
-    axes.legend(loc="lower right", ncols=3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
 
 def confidence_calibration(results: Results) -> Figure | None:
     """How often drafted nodes were accepted, by the drafter's probability, and how many nodes that is."""
-    names, labels = _names(results.records), _labels(results.records)
+    styles, labels = _styles(results), _labels(results.records)
     figure, grid = _figure(WIDTH * 0.72, 4.6, 2, 1, sharex=True, height_ratios=[3, 1])
     upper, lower = grid[0][0], grid[1][0]
     upper.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--", label="calibrated")
     num_lines = 0
-    for name in names:
+    for name in styles:
         bins = calibration(record for record in results.records if record.method == name)
         if not bins:
             continue
@@ -463,13 +483,16 @@ def confidence_calibration(results: Results) -> Figure | None:
         limits = [one.share.interval or (0.0, 1.0) for one in bins]
         bars = [[y - low for y, (low, _) in zip(ys, limits, strict=True)]]
         bars.append([high - y for y, (_, high) in zip(ys, limits, strict=True)])
-        style = {**_style(name, names), "linewidth": 1.2}
+        style = {**styles[name], "linewidth": 1.2}
         upper.errorbar(xs, ys, np.maximum(bars, 0), capsize=2, label=labels[name], **style)
         lower.plot(xs, [one.share.trials for one in bins], **style)
     if not num_lines:
         return None
     upper.set(title="Calibration of the drafter", ylabel="share accepted", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     lower.set(xlabel="probability that the drafter gives to a node", ylabel="nodes", yscale="log")
+    lower.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    lower.yaxis.set_major_formatter("{x:,.0f}")
+    lower.yaxis.set_minor_formatter(NullFormatter())
     upper.legend(loc="upper left")
     return figure
 
@@ -479,14 +502,14 @@ def nodes_and_tokens(results: Results) -> Figure | None:
     found = [one for one in summaries(results.records) if one.nodes_per_iteration]
     if not found:
         return None
-    names, labels = _names(results.records), _labels(results.records)
+    styles, labels = _styles(results), _labels(results.records)
     figure, grid = _figure(WIDTH * 0.8, 3.8)
     axes = grid[0][0]
-    for name in names:
+    for name in styles:
         own = [one for one in found if one.method == name]
         if own:
             xs, ys = [one.nodes_per_iteration for one in own], [one.tokens_per_iteration for one in own]
-            axes.plot(xs, ys, linestyle="none", label=labels[name], **_style(name, names))
+            axes.plot(xs, ys, linestyle="none", label=labels[name], **styles[name])
     largest = max(one.nodes_per_iteration or 0 for one in found)
     sizes = sorted({int(n) for n in np.geomspace(1, min(max(2 * largest, 8), MAX_CURVE_NODES), 24)})
     replayed = _one_output_a_text(results.records)
@@ -497,9 +520,10 @@ def nodes_and_tokens(results: Results) -> Figure | None:
         oracle = [oracle_tokens_per_iteration(replayed, n) or np.nan for n in sizes]
         axes.plot(sizes, oracle, color="black", linewidth=1.2, label="oracle tree")
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yscale("log", base=2)
+    for own_axis in (axes.xaxis, axes.yaxis):
+        own_axis.set_major_formatter("{x:g}")
     axes.set(title="What nodes buy", xlabel="drafted nodes per iteration", ylabel="tokens per iteration")
-    axes.set_ylim(bottom=0)
     axes.legend(loc="upper left")
     return figure
 
@@ -511,8 +535,8 @@ def _one_output_a_text(records: Iterable[OutputRecord]) -> list[OutputRecord]:
 
 def accepted_histogram(results: Results) -> Figure | None:
     """How many drafted tokens an iteration had accepted."""
-    names, labels = _names(results.records), _labels(results.records)
-    counts = {name: accepted_depths(r for r in results.records if r.method == name) for name in names}
+    styles, labels = _styles(results), _labels(results.records)
+    counts = {name: accepted_depths(r for r in results.records if r.method == name) for name in styles}
     counts = {name: found for name, found in counts.items() if found}
     if not counts:
         return None
@@ -520,7 +544,7 @@ def accepted_histogram(results: Results) -> Figure | None:
     axes = grid[0][0]
     for name, found in counts.items():
         shares = [100 * count / sum(found) for count in found]
-        axes.plot(range(len(shares)), shares, label=labels[name], linewidth=1.2, **_style(name, names))
+        axes.plot(range(len(shares)), shares, label=labels[name], linewidth=1.2, clip_on=False, **styles[name])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title="How far the target followed", xlabel="accepted drafted tokens", ylabel="share of iterations (%)")
     axes.set_ylim(bottom=0)

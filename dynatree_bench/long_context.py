@@ -41,7 +41,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from dynatree_bench.smoke import BUSY_PERCENT, busy_percent
+from dynatree_bench.machine import BUSY_PERCENT, busy_percent
 from dynatree_core import LoadedModel, Session, TokenTree, embedded, load_model, run
 from dynatree_core.flatten import flatten
 

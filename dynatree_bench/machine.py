@@ -20,6 +20,7 @@ __all__ = [
     "LoadMeter",
     "busy_percent",
     "device_name",
+    "is_busy",
     "library_versions",
     "source_commit",
     "weights_sha256",
@@ -32,7 +33,12 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "datasets", "flashs
 
 def busy_percent(*, seconds: float) -> float:
     """CPU time that other processes use, in percent of one core, while this one waits."""
-    return psutil.cpu_percent(interval=seconds) * (psutil.cpu_count() or 1)
+    return float(psutil.cpu_percent(interval=seconds)) * (psutil.cpu_count() or 1)
+
+
+def is_busy(share: float) -> bool:
+    """Whether others use so much of all cores' time (see LoadMeter) that speeds are not to be believed."""
+    return 100 * share * (psutil.cpu_count() or 1) > BUSY_PERCENT
 
 
 class LoadMeter:
@@ -48,7 +54,7 @@ class LoadMeter:
         if seconds < MIN_SECONDS:
             return None
         others = (now.used - self._begin.used) - (now.own - self._begin.own)
-        return min(max(others / (seconds * (psutil.cpu_count() or 1)), 0.0), 1.0)
+        return float(min(max(others / (seconds * (psutil.cpu_count() or 1)), 0.0), 1.0))
 
 
 class _Reading:

@@ -7,7 +7,6 @@ alike. A run that was cut off goes on where it stopped.
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 import time
 from collections import Counter
@@ -22,17 +21,28 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Cell, Experiment, Form, Method, cells, chosen_methods
+from dynatree_bench.experiments import (
+    COMPILED,
+    EXPERIMENTS,
+    REFERENCE,
+    Cell,
+    Experiment,
+    Form,
+    Method,
+    cells,
+    chosen_methods,
+)
 from dynatree_bench.machine import (
     BUSY_PERCENT,
     LoadMeter,
     busy_percent,
     device_name,
+    is_busy,
     library_versions,
     source_commit,
 )
 from dynatree_bench.methods import Output, decode, replay
-from dynatree_bench.pairs import MethodError, Pair, model_info
+from dynatree_bench.pairs import MethodError, Pair, drafter_info, model_info
 from dynatree_bench.records import (
     INFO_FILE,
     MethodInfo,
@@ -48,7 +58,7 @@ from dynatree_bench.records import (
     record_key,
     write_info,
 )
-from dynatree_bench.workloads import EncodedPrompt, digest, encode, load_workload, random_prompts
+from dynatree_bench.workloads import EncodedPrompt, digest, encode, load_workload, markov_prompts, random_prompts
 from dynatree_core import DynaTreeError, InputError, build_stack
 from dynatree_core.architectures import vocab_size
 from dynatree_core.errors import nearest_match
@@ -56,7 +66,7 @@ from dynatree_core.errors import nearest_match
 __all__ = ["Options", "run_experiment"]
 
 WARM_UP_TOKENS = 8
-QUICK_SECONDS = 90.0  # after which the quick form begins no further prompt
+QUICK_SECONDS = 90.0  # the time limit of the quick form: with loading it ends within two minutes
 IDLE_CHECK_SECONDS = 2.0
 # the axes that an output without drafting depends on
 REFERENCE_AXES = ("dataset", "prompt_tokens", "max_new_tokens")
@@ -85,7 +95,7 @@ class Options:
     is_chat: bool | None = None  # None: as the workload is meant, where there is a template
     ignore_eos: bool = False
     with_replay: bool = False  # ask the drafter about each token of each output, after it was timed
-    time_limit: float | None = None  # seconds after which no further prompt is begun
+    time_limit: float | None = None  # seconds; a prompt is not begun if it would probably end later
 
     def __attrs_post_init__(self) -> None:
         counts = {
@@ -155,12 +165,12 @@ def run_experiment(
     )  # fmt: skip
     tasks = _tasks(experiment, pair, form, methods, options)
     infos = tuple(_method_info(method, pair, tasks[0].cells) for method in methods)
-    info = _started(
-        _run_info(name, pair, form, infos, tasks, options, command or f"run_experiment({name!r}, ...)"), out
-    )
+    info = _run_info(name, pair, infos, tasks, options, command or f"run_experiment({name!r}, ...)")
+    before = _run_before(info, out)
     records = read_records(out)
     run = _Run(name, pair, options, out, {record.key for record in records}, _references(records))
     if run.missing(tasks):
+        info = _begun(info, before, out)
         if idle_check_seconds:
             info = _with_note(out, info, _idle_note(idle_check_seconds), say)
         torch.manual_seed(options.seed)
@@ -172,8 +182,10 @@ def run_experiment(
 
 def _form(experiment: Experiment, pair: Pair, options: Options) -> Form:
     form = experiment.quick if options.quick else experiment.full
-    has_language = pair.target.tokenizer is not None
-    workloads = form.workloads if has_language else [f"random:{seed}" for seed in range(len(form.workloads))]
+    workloads: Sequence[str] = form.workloads
+    if pair.target.tokenizer is None:  # nothing to read a text with
+        is_one = pair.source is not None and len(workloads) == 1
+        workloads = ["markov"] if is_one else [f"random:{seed}" for seed in range(len(workloads))]
     return attrs.evolve(
         form,
         workloads=tuple(options.workloads or workloads),
@@ -217,6 +229,8 @@ def _rotated(own_cells: tuple[Cell, ...], count: int) -> tuple[Cell, ...]:
 def _prompts(
     pair: Pair, workload: str, num_tokens: int | None, num_prompts: int, options: Options
 ) -> list[EncodedPrompt]:
+    if workload == "markov" and pair.source is not None:
+        return markov_prompts(pair.source, num_prompts, num_tokens)
     if workload.partition(":")[0] == "random":
         return random_prompts(workload, num_prompts, num_tokens, vocab_size(pair.target.model))
     loaded = load_workload(workload, num_prompts)
@@ -238,7 +252,6 @@ def _method_info(method: Method, pair: Pair, own_cells: Iterable[Cell]) -> Metho
 def _run_info(
     name: str,
     pair: Pair,
-    form: Form,
     methods: tuple[MethodInfo, ...],
     tasks: Sequence[Task],
     options: Options,
@@ -251,7 +264,7 @@ def _run_info(
                 values = axes.setdefault(axis, [])
                 if value not in values:
                     values.append(value)
-    model, small = pair.target.model, pair.drafter_model
+    model = pair.target.model
     return RunInfo(
         experiment=name,
         command=command,
@@ -259,13 +272,13 @@ def _run_info(
         commit=source_commit(),
         started=_date(),
         target=model_info(model, pair.target.name),
-        drafter=model_info(small) if small is not None else None,
+        drafter=drafter_info(pair),
         device=str(model.device),
         device_name=device_name(model.device),
         threads=torch.get_num_threads(),
         libraries=library_versions(),
         seed=options.seed,
-        is_synthetic=pair.is_synthetic,
+        is_synthetic=pair.source is not None,
         ignore_eos=options.ignore_eos,
         methods=methods,
         axes=axes,
@@ -281,20 +294,14 @@ def _run_info(
     )
 
 
-def _started(info: RunInfo, out: Path) -> RunInfo:
-    """The run's `run.json`: written now, or that of the run that is there and goes on.
+def _run_before(info: RunInfo, out: Path) -> RunInfo | None:
+    """The run that is in the folder and may go on, if there is one.
 
     Raises:
-        InputError: the folder holds a run with other settings, or something else that is in the way.
+        InputError: it is a run with other settings.
     """
     if not (out / INFO_FILE).exists():
-        try:
-            write_info(out, info)
-        except OSError as error:
-            raise InputError(
-                f"the results' folder must be one that can be written, cannot use {out}: {error}"
-            ) from error
-        return info
+        return None
     before = read_info(out)
     different = [
         f"{label}: {_shown(old)} there, {_shown(new)} now"
@@ -306,13 +313,25 @@ def _started(info: RunInfo, out: Path) -> RunInfo:
             f"{out} holds a run with other settings ({'; '.join(different)}); give the same settings to go on with it, "
             "or another --out"
         )
-    notes = before.notes
-    if info.commit != before.commit:
-        notes = (*notes, f"continued at commit {info.commit}, begun at {before.commit}")
-    continued = attrs.evolve(before, continued=(*before.continued, info.started), notes=notes)
-    drop_torn_line(out)
-    write_info(out, continued)
-    return continued
+    return before
+
+
+def _begun(info: RunInfo, before: RunInfo | None, out: Path) -> RunInfo:
+    """Write `run.json`: this run's, or that of the run that goes on, with one more date.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    if before is not None:
+        changed = [f"went on at commit {info.commit}"] if info.commit != before.commit else []
+        dates, notes = (*before.continued, info.started), (*before.notes, *changed)
+        info = attrs.evolve(before, continued=dates, notes=notes)
+    try:
+        write_info(out, info)
+        drop_torn_line(out)
+    except OSError as error:
+        raise InputError(f"the results' folder must be one that can be written, cannot use {out}: {error}") from error
+    return info
 
 
 def _differences(label: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
@@ -387,10 +406,8 @@ class _Run:
         """A few tokens by each method, of the longest prompt: first passes allocate, and choose or compile kernels."""
         task = max(tasks, key=lambda task: len(task.prompt.token_ids))
         for cell in {cell.method.name: cell for cell in task.cells}.values():
-            is_compiled = not cell.method.options.get(
-                "disable_compile", "cache_implementation" not in cell.method.options
-            )
-            limit = cell.max_new_tokens if is_compiled else min(WARM_UP_TOKENS, cell.max_new_tokens)
+            # a static cache is compiled for its size, which is that of prompt and output
+            limit = cell.max_new_tokens if cell.method.name == COMPILED else min(WARM_UP_TOKENS, cell.max_new_tokens)
             short = attrs.evolve(cell, axes={**cell.axes, "max_new_tokens": limit})
             if cell.method.kind == "dynatree":
                 decode(self.pair, short, task.prompt.token_ids, self.eos)
@@ -406,10 +423,13 @@ class _Run:
         todo = self.missing(tasks)
         with _progress() as progress:
             bar = progress.add_task(self.experiment, total=sum(len(task.cells) for task in todo))
+            slowest = 0.0
             for task in todo:
-                if limit is not None and time.perf_counter() - begin > limit:
+                start = time.perf_counter()
+                if limit is not None and start - begin + slowest > limit:
                     break
                 self._measure_prompt(task, lambda: progress.advance(bar))
+                slowest = max(slowest, time.perf_counter() - start)
 
     def _measure_prompt(self, task: Task, advance: Callable[[], None]) -> None:
         """One prompt by all methods. An output is written as soon as the greedy one to compare it with is there."""
@@ -432,7 +452,7 @@ class _Run:
         load = meter.share()
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" and error is None else None
         if load is not None:
-            self.busy.append(100 * load * (os.cpu_count() or 1) > BUSY_PERCENT)
+            self.busy.append(is_busy(load))
         record = self._record(cell, task, order, output, error, load, peak)
         if cell.method == REFERENCE and error is None:
             self.references[_reference_key(record.prompt_id, record.axes)] = record.token_ids

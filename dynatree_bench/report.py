@@ -213,11 +213,12 @@ def _main_table(results: Results) -> Table:
     shown = [column for column in columns if any(column.show(one) != "–" for one in found)]
     note = (
         f"greedy: outputs equal to greedy decoding, of those that were compared ({DAGGER}: some differ). tokens/s: "
-        f"mean ± standard deviation over prompts, the prefill apart. speedup: over `{BASELINE}` on the same runtime, prompt "
-        f"by prompt: median and its bootstrap 95 % interval. ÷ HF: the median over `{HF_BASELINE}`. tok/it: committed "
-        "tokens per target pass. path, node: accepted drafted tokens ÷ depth of the tree, ÷ drafted nodes. repetition: "
-        "4-grams seen earlier in the output. Times are those of an iteration; overhead is what is outside both models' "
-        "passes. memory: peak over that of autoregressive decoding. load: the CPU's share that others used."
+        f"mean ± standard deviation over prompts, the prefill apart. speedup: over `{BASELINE}` on the same runtime, "
+        f"prompt by prompt: median and its bootstrap 95 % interval. ÷ HF: the median over `{HF_BASELINE}`. tok/it: "
+        "committed tokens per target pass. path, node: accepted drafted tokens ÷ depth of the tree, ÷ drafted nodes. "
+        "repetition: 4-grams seen earlier in the output. Times are those of an iteration; overhead is what is outside "
+        "both models' passes. memory: peak over that of autoregressive decoding. load: the CPU's share that others "
+        "used."
     )
     data = [(name, get) for column in columns for name, get in column.data]
     return Table(

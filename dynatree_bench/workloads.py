@@ -9,6 +9,7 @@ A workload is named by a string:
     FILE.jsonl                   JSON lines with "prompt", and "category" and "id" if there are any
     FILE                         any other file or folder of text files: plain text, cut into passages
     random, random:SEED          random tokens, for models without a tokenizer
+    markov                       the text of a synthetic pair
     OWNER/NAME[:CONFIG[:SPLIT[:COLUMN]]]
                                  a data set on the hub; a column "text" is running text, any other has a prompt a row
 """
@@ -28,6 +29,7 @@ from typing import Any
 import attrs
 
 from dynatree_bench.prompts import BUILT_IN, read_objects
+from dynatree_bench.synthetic import MarkovSource
 from dynatree_core import InputError, LoadedModel
 from dynatree_core.errors import nearest_match
 
@@ -40,11 +42,12 @@ __all__ = [
     "encode",
     "load_workload",
     "local_variable",
+    "markov_prompts",
     "random_prompts",
 ]
 
 PASSAGE_CHARS = 2000
-RANDOM_TOKENS = 64  # of a random prompt
+RANDOM_TOKENS = 64  # of a prompt without a language
 MAX_ROWS = 5000  # that are read of a data set on the hub, which may have millions
 
 
@@ -317,6 +320,12 @@ def random_prompts(spec: str, num_prompts: int, num_tokens: int | None, vocab_si
         EncodedPrompt(f"{spec}-{i:04d}", "random", tuple(source.choices(range(vocab_size), k=num_tokens)), spec)
         for i in range(num_prompts)
     ]
+
+
+def markov_prompts(source: MarkovSource, num_prompts: int, num_tokens: int | None) -> list[EncodedPrompt]:
+    """Pieces of the text of a synthetic pair."""
+    pieces = source.prompts(num_prompts, RANDOM_TOKENS if num_tokens is None else num_tokens)
+    return [EncodedPrompt(f"markov-{i:04d}", "markov", tuple(piece), "markov") for i, piece in enumerate(pieces)]
 
 
 def digest(prompts: Iterable[EncodedPrompt]) -> str:

@@ -96,21 +96,20 @@ def decode_on_paper(start: int, length: int, widths: Widths) -> tuple[Steps, Tri
     done = 0
     while done < length:
         token = int(SOURCE.order[(start + done - 1) % 8192])
-        drafted, deepest, accepted = 0, 0, 0
+        on_path, drafted, deepest, accepted, off_path = True, 0, 0, 0, 0
         for depth in range(length - done - 1):
-            confidence, rank = float(SOURCE.confidence[token]), int(SOURCE.rank[token])
-            width = widths(confidence, depth)
-            if not width:
+            grown = min(off_path, 6) * widths(0.65, depth)  # some of the wrong nodes are expanded too
+            if on_path:
+                confidence, rank = float(SOURCE.confidence[token]), int(SOURCE.rank[token])
+                width = widths(confidence, depth)
+                probs = [confidence, *((1 - confidence) * 0.4 * 0.6**r for r in range(width))]
+                trials += [(depth + 1, r, probs[r], r == rank) for r in range(width)]
+                on_path = rank < width
+                accepted, token = accepted + on_path, int(SOURCE.next_ids[token])
+                grown += width
+            if not grown:
                 break
-            side = sum(1 for level in range(depth + 1, 5) if widths(0.65, level))  # what the wrong children grow
-            drafted += width + (width - 1) * side
-            deepest = max(deepest, depth + 1 + (side if width > 1 else 0))
-            probs = [confidence, *((1 - confidence) * 0.4 * 0.6**r for r in range(width))]
-            trials += [(depth + 1, r, probs[r], r == rank) for r in range(width)]
-            if rank >= width:
-                break
-            accepted, token = accepted + 1, int(SOURCE.next_ids[token])
-        deepest = min(deepest, max(length - done - 1, 0))
+            drafted, deepest, off_path = drafted + grown, depth + 1, grown - on_path
         steps.append((drafted, deepest, accepted, accepted + 1))
         done += accepted + 1
     return Steps(*zip(*steps, strict=True)), Trials(*zip(*trials, strict=True)) if trials else Trials((), (), (), ())

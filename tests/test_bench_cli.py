@@ -1,0 +1,222 @@
+"""`dynatree bench`: what it prints, its exit codes, and that it goes on where it was cut off."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import attrs
+import pytest
+from test_cli import byte_level_tokenizer, for_transformers, save_model
+from transformers import AutoTokenizer
+
+from dynatree_bench import bench_cli, measure, methods
+from dynatree_bench.experiments import EXPERIMENTS, HF, RIVALS
+from dynatree_bench.records import OutputRecord, read_results
+from dynatree_bench.workloads import KNOWN, encode, load_workload
+from dynatree_core import LoadedModel, embedded
+from dynatree_core.cli import main
+from dynatree_core.testing.models import tiny_model
+
+ROOT = Path(__file__).parents[1]
+
+
+@attrs.frozen
+class Ran:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def bench(capsys, monkeypatch):
+    """Runs `dynatree bench` in this process, on the CPU and without looking for seconds whether the machine is idle."""
+    monkeypatch.setattr(measure, "busy_percent", lambda seconds: 0.0)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(["bench", *map(str, args)])
+        captured = capsys.readouterr()
+        return Ran(ended.value.code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two models with one tokenizer, and prompts."""
+    root = tmp_path_factory.mktemp("bench")
+    tokenizer = for_transformers(byte_level_tokenizer(), eos_token="<end>")
+    for seed, name in enumerate(("target", "drafter")):
+        save_model(root / name, tokenizer, seed=seed)
+    prompts = [{"category": kind, "prompt": f"{kind}: one two three one two three"} for kind in ("a", "b")]
+    (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    return root
+
+
+@pytest.fixture
+def of_folders(folders):
+    """Options for these models."""
+    models = ("--target", folders / "target", "--drafter", folders / "drafter", "--device", "cpu")
+    return (*models, "--dtype", "float64", "--workload", folders / "prompts.jsonl", "--max-new-tokens", 5)
+
+
+def test_help_and_list_need_no_torch():
+    program = (
+        "import sys; from dynatree_bench.bench_cli import bench; sys.exit('torch' in sys.modules or "
+        "bench.main(['list'], standalone_mode=False) or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    for experiment in EXPERIMENTS.values():
+        assert experiment.name in done.stdout
+        assert f"{experiment.full.num_prompts} prompts" in done.stdout
+
+
+def test_list_as_json_and_help_of_each(bench):
+    found = json.loads(bench("list", "--json").out)
+    assert [entry["name"] for entry in found] == list(EXPERIMENTS)
+    for name, experiment in EXPERIMENTS.items():
+        ran = bench(name, "--help")
+        assert ran.code == 0
+        assert experiment.question in " ".join(ran.out.split())
+        assert "--quick" in ran.out
+
+
+def test_a_run_is_written_summarised_and_complete_when_it_is_called_again(bench, of_folders, tmp_path):
+    out = tmp_path / "run"
+    ran = bench("main", *of_folders, "--replay", "--out", out)
+    assert ran.code == 0, ran.err
+    assert ran.out == f"main: 24 outputs in {out}; tables and figures of them:\n  dynatree bench report {out}\n"
+    results = read_results(out)
+    assert results.info.target.name.endswith("target")
+    assert results.info.target.sha256 != results.info.drafter.sha256
+    assert results.info.settings["replay"]
+    assert {record.category for record in results.records} == {"a", "b"}
+    assert all(record.is_identical for record in results.records)
+    again = bench("main", *of_folders, "--replay", "--out", out)
+    assert (again.code, again.out) == (0, ran.out)
+    assert read_results(out).records == results.records
+    other = bench("main", *of_folders, "--out", out)
+    assert other.code == 2
+    assert "settings replay: True there, False now" in other.err
+
+
+@pytest.mark.parametrize(("method", "code"), [("hf generate", 0), ("fixed", 1)])
+def test_differences_are_said_and_ours_fail(bench, of_folders, tmp_path, monkeypatch, method, code):
+    def decode(pair, cell, prompt_ids, eos):
+        output = methods.decode(pair, cell, prompt_ids, eos)
+        is_wrong = cell.method.name == method
+        return attrs.evolve(output, token_ids=(*output.token_ids[:-1], 0)) if is_wrong else output
+
+    monkeypatch.setattr(measure, "decode", decode)
+    ran = bench("main", *of_folders, "--only", method, "--out", tmp_path / "run")
+    assert ran.code == code
+    assert f"{method}: 2 of 2 outputs differ from autoregressive decoding" in ran.out
+
+
+def test_a_foreign_method_that_cannot_run_is_said(bench, of_folders, tmp_path):
+    ran = bench("main", *of_folders, "--drafter", "prompt_lookup", "--only", "hf assisted dynamic", "--out", tmp_path)
+    assert ran.code == 0
+    assert "hf assisted dynamic: 2 of 2 outputs failed: needs a drafter that is a plain transformers model" in ran.out
+
+
+def test_all_experiments_of_a_synthetic_pair(bench, tmp_path):
+    ran = bench(
+        "all", "--quick", "--synthetic", "tiny:0.8:0.5", "--device", "cpu", "--num-prompts", 1, "--max-new-tokens", 4,
+        "--out", tmp_path,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    for name in EXPERIMENTS:
+        results = read_results(tmp_path / name)
+        assert results.info.is_synthetic
+        assert results.info.target.name == "synthetic tiny"
+        assert all(record.is_identical for record in results.records)
+    assert read_results(tmp_path / "main").info.settings["workloads"] == ["markov"]
+
+
+def test_one_experiment_that_cannot_run_does_not_keep_all_from_it(bench, of_folders, tmp_path, monkeypatch):
+    names = ["prompt-length", "scalability"]
+    monkeypatch.setattr(bench_cli, "EXPERIMENTS", {name: EXPERIMENTS[name] for name in names})
+    ran = bench("all", *of_folders, "--out", tmp_path)  # its prompts are too short to be cut to the full lengths
+    assert ran.code == 1
+    assert "dynatree: error: prompt-length: prompts cut to 50 tokens must have so many" in ran.err
+    assert f"scalability: 6 outputs in {tmp_path / 'scalability'}" in ran.out
+
+
+def test_an_interrupt_says_how_to_go_on(bench, of_folders, tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(measure, "decode", interrupt)
+        ran = bench("scalability", *of_folders, "--out", out)
+    assert ran.code == 130
+    assert f"what is done is in {out}; the same command goes on from there" in ran.err
+    assert bench("scalability", *of_folders, "--out", out).code == 0
+    assert len(read_results(out).info.continued) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--workload", "wikitext2"), "did you mean 'wikitext-2'"),
+        (("--only", "fxed"), "did you mean 'fixed'"),
+        (("--policy", "confidense"), "did you mean 'confidence'"),
+        (("--max-new-tokens", "4,0"), "must be numbers of at least 1 separated by commas, got '4,0'"),
+        (("--max-new-tokens", "many"), "must be numbers of at least 1"),
+        (("--synthetic", "tiny"), "give either --target or --synthetic"),
+        (("--drafter", "prompt_lokup"), "did you mean 'prompt_lookup'"),
+        (("--drafter", "./not-there"), "cannot load './not-there'"),
+        (("--prompt-tokens", "500"), "the longest of 'prompts' has"),
+    ],
+)
+def test_misuse_is_told_in_one_line_and_nothing_is_written(bench, of_folders, tmp_path, args, said):
+    ran = bench("main", *of_folders, *args, "--out", tmp_path / "run")
+    assert ran.code in (1, 2)
+    assert said in ran.err
+    assert ran.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("spec", ["tny", "tiny:x", "tiny:0.1"])
+def test_a_synthetic_pair_that_cannot_be(bench, tmp_path, spec):
+    ran = bench("main", "--synthetic", spec, "--device", "cpu", "--out", tmp_path / "run")
+    assert ran.code == 2
+    assert ran.err.startswith("dynatree: error: ")
+    assert ran.err.count("\n") == 1
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(not embedded.is_installed(), reason="the default model is missing: dynatree models install")
+def test_quick_forms_have_prompts_that_are_long_enough_for_the_default_model():
+    tokenizer = AutoTokenizer.from_pretrained(embedded.path())
+    loaded = LoadedModel(tiny_model("llama"), tokenizer, "default")
+    for experiment in EXPERIMENTS.values():
+        form = experiment.quick
+        for workload, num_tokens in itertools.product(form.workloads, form.prompt_tokens):
+            prompts = encode(load_workload(workload, form.num_prompts), loaded, num_tokens=num_tokens)
+            assert len(prompts) == form.num_prompts
+
+
+def test_the_page_names_every_experiment_method_workload_and_field():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    words = {word for row in re.findall(r"^\|.*$", page, re.M) for word in re.findall("`([^`]+)`", row)}
+    names = {method.name for method in (*EXPERIMENTS["main"].methods, *HF, *RIVALS)}
+    fields = {field.name for field in attrs.fields(OutputRecord)}
+    assert {*EXPERIMENTS, *names, *KNOWN, *fields} <= words
+
+
+def test_missing_libraries_are_named_with_the_line_to_run(bench, monkeypatch):
+    monkeypatch.delitem(sys.modules, "dynatree_bench.measure")
+    monkeypatch.setitem(sys.modules, "dynatree_bench.machine", None)
+    ran = bench("main", "--quick")
+    assert ran.code == 1
+    assert "pip install 'dynatree[bench]'" in ran.err

@@ -1,0 +1,503 @@
+"""Measuring: every experiment on tiny models, what a record says, and that a run that was killed goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+from students import tiny_student
+
+from dynatree_bench import measure, methods, rivals
+from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Form, Method, cells, chosen_methods
+from dynatree_bench.machine import LoadMeter, source_commit, weights_sha256
+from dynatree_bench.measure import Options, run_experiment
+from dynatree_bench.pairs import MethodError, Pair
+from dynatree_bench.records import RECORDS_FILE, read_records, read_results
+from dynatree_core import InputError, LoadedModel, build_drafter, hookimpl
+from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.errors import PolicyError
+from dynatree_core.records import StepReport, Verdict
+from dynatree_core.student import save_student
+from dynatree_core.testing.models import greedy, perturbed, tiny_model
+from dynatree_core.tree import TokenTree
+
+ROOT = Path(__file__).parents[1]
+SMALL = Options(quick=True, num_prompts=3, max_new_tokens=[6])
+OURS = {"autoregressive", "linear", "fixed", "phase1", "phase2", "phase3"}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return Pair(LoadedModel(tiny_model("llama"), None, "tiny"), ModelDrafter(perturbed("llama")))
+
+
+def run(name, pair, out, options=SMALL, **settings):
+    return run_experiment(name, pair, out, options, idle_check_seconds=0, **settings)
+
+
+def by_method(results):
+    return {method.name: [r for r in results.records if r.method == method.name] for method in results.info.methods}
+
+
+# every experiment, end to end
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_makes_each_output_once_and_exactly(name, pair, tmp_path):
+    options = attrs.evolve(SMALL, num_prompts=2)
+    if name == "prompt-length":
+        options = attrs.evolve(options, prompt_tokens=[5, 9])
+    if name == "scalability":
+        options = attrs.evolve(options, max_new_tokens=[3, 6])
+    results = run(name, pair, tmp_path / "run", options)  # reading it checks the schema
+    info, records = results.info, results.records
+    assert (info.experiment, info.target.name, info.is_synthetic) == (name, "tiny", False)
+    form = attrs.evolve(EXPERIMENTS[name].quick, max_new_tokens=tuple(options.max_new_tokens))
+    num_lengths = 2 if name in ("prompt-length", "datasets") else 1  # or workloads: as many groups of prompts
+    num_cells = len(list(cells(chosen_methods(EXPERIMENTS[name]), form, {})))
+    assert len(records) == 2 * num_lengths * num_cells
+    assert {axis: set(map(str, values)) for axis, values in info.axes.items()} == {
+        axis: {str(record.axes[axis]) for record in records if axis in record.axes} for axis in info.axes
+    }
+    for record in records:
+        assert record.error is None, record
+        assert record.is_identical, record
+        assert len(record.token_ids) == record.axes["max_new_tokens"]
+        assert record.total_seconds >= record.decode_seconds > 0
+        if record.method in OURS:
+            parts = record.draft_seconds + record.verify_seconds + record.rest_seconds
+            assert parts == pytest.approx(record.decode_seconds)
+        else:
+            assert record.draft_seconds is record.verify_seconds is record.overhead_seconds is None
+            assert record.trials is None
+        assert record.steps is not None
+        assert (record.trials is not None) == (record.method in OURS - {"autoregressive"})
+
+
+def test_records_hold_what_a_generation_says(pair, tmp_path):
+    results = run("main", pair, tmp_path / "run", attrs.evolve(SMALL, max_new_tokens=[12], with_replay=True))
+    prompts = {p.prompt_id: list(p.token_ids) for p in measure.random_prompts("random:0", 3, None, 37)}
+    for record in results.records:
+        prompt = prompts[record.prompt_id]
+        assert list(record.token_ids) == greedy(pair.target.model, prompt, 12)
+        assert record.num_prompt_tokens == len(prompt)
+        assert record.stop_reason == "length"
+        if record.trials is not None:
+            trials, steps = record.trials, record.steps
+            assert sum(trials.is_accepted) == sum(steps.num_accepted)
+            at_root = [rank for rank, depth in zip(trials.rank, trials.depth, strict=True) if depth == 1]
+            assert at_root.count(0) == sum(depth > 0 for depth in steps.depth)
+            assert len(trials.rank) <= sum(steps.num_drafted)
+            assert attrs.asdict(record.replay) == expected_replay(pair, prompt, record.token_ids)
+        else:
+            assert record.replay is None
+    chains = by_method(results)
+    for name in ("linear", "hf assisted constant", "hf assisted heuristic"):
+        assert any(max(record.steps.num_committed) > 1 for record in chains[name])
+        assert all(record.steps.depth == record.steps.num_drafted for record in chains[name])
+    assert all(set(record.steps.num_drafted) == {0} for record in chains["hf generate"] + chains["autoregressive"])
+    # with the same chain length transformers and our own chain accept the same tokens
+    first = Counter(record.steps.num_committed[0] for record in chains["hf assisted constant"])
+    assert first == Counter(min(record.steps.num_committed[0], 6) for record in chains["linear"])
+
+
+def expected_replay(pair, prompt, token_ids):
+    """From one forward pass of the drafter over everything."""
+    with torch.no_grad():
+        logits = pair.drafter.model(torch.tensor([[*prompt, *token_ids]])).logits[0, len(prompt) - 1 : -1]
+    order = logits.argsort(dim=-1, descending=True).tolist()
+    ranks = [row.index(token) for row, token in zip(order, token_ids, strict=True)]
+    probs = logits.softmax(-1).gather(1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
+    seen = [rank < methods.MAX_BRANCH for rank in ranks]
+    return {
+        "rank": tuple(rank if is_seen else -1 for rank, is_seen in zip(ranks, seen, strict=True)),
+        "probability": tuple(
+            pytest.approx(p, abs=1e-5) if is_seen else 0.0 for p, is_seen in zip(probs, seen, strict=True)
+        ),
+    }
+
+
+def test_trials_of_a_tree_made_by_hand():
+    """Root 0; children 1 and 2; 1 has 3 and 4, 2 has 5. The target accepts 2, then 5."""
+    tree = TokenTree.root(torch.tensor([7]))
+    tree = tree.grow(torch.tensor([0, 0]), torch.tensor([1, 2]), torch.tensor([0.5, 0.25]).log())
+    tree = tree.grow(torch.tensor([1, 1, 2]), torch.tensor([3, 4, 5]), torch.tensor([0.5, 0.5, 1.0]).log())
+    whole = StepReport(0, tree, Verdict((2, 5), (2, 5), (2, 5, 9)))
+    expected = methods.Trials((1, 1, 2), (0, 1, 0), (0.5, 0.25, 1.0), (False, True, True))
+    assert methods._trials([whole]) == expected
+    # stopped with node 2: nobody asked what follows it
+    cut = StepReport(0, tree, Verdict((2,), (2,), (2,), "eos"))
+    assert methods._trials([cut]) == methods.Trials((1, 1), (0, 1), (0.5, 0.25), (False, True))
+    assert methods._trials([]) == methods.Trials((), (), (), ())
+
+
+def test_seconds_of_decoding_are_those_of_all_tokens():
+    # 1 s for a prompt and its first token, 4 s for 4 more: a token takes 1 s, and 5 take 5
+    assert methods._split(5.0, 1.0, 1, 5) == (0.0, 5.0)
+    assert methods._split(7.0, 3.0, 1, 5) == (2.0, 5.0)
+    assert methods._split(3.0, 3.0, 2, 2) == (0.0, 3.0)
+
+
+# interleaving
+
+
+def test_methods_are_interleaved_and_each_prompt_begins_with_another(pair, tmp_path):
+    options = attrs.evolve(SMALL, repeats=2)
+    results = run("scalability", pair, tmp_path / "run", options)
+    groups = [list(results.records[i : i + 3]) for i in range(0, len(results.records), 3)]
+    assert len(groups) == 6
+    for group in groups:
+        assert len({(record.prompt_id, record.repeat) for record in group}) == 1
+        assert sorted(record.order for record in group) == [0, 1, 2]
+    firsts = [next(record.method for record in group if record.order == 0) for group in groups]
+    assert firsts == ["autoregressive", "fixed", "phase3"] * 2
+
+
+def test_prompts_of_two_data_sets_come_in_turn(pair, tmp_path):
+    results = run("datasets", pair, tmp_path / "run")
+    names = list(dict.fromkeys((record.axes["dataset"], record.prompt_id) for record in results.records))
+    assert [name for name, _ in names] == ["random:0", "random:1"] * 3
+
+
+# going on
+
+
+KILLED_RUN = """
+import sys
+from pathlib import Path
+from dynatree_bench.measure import Options, run_experiment
+from dynatree_bench.pairs import Pair
+from dynatree_core import LoadedModel
+from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.testing.models import perturbed, tiny_model
+import torch
+
+torch.set_num_threads(1)
+pair = Pair(LoadedModel(tiny_model("llama"), None, "tiny"), ModelDrafter(perturbed("llama")))
+run_experiment(
+    "ablation", pair, Path(sys.argv[1]), Options(quick=True, num_prompts=12, max_new_tokens=[12]), idle_check_seconds=0
+)
+"""
+
+
+def test_a_killed_run_goes_on_and_redoes_nothing(pair, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", KILLED_RUN, str(out)], cwd=ROOT)
+    wait_for_records(out / RECORDS_FILE, 10, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    with (out / RECORDS_FILE).open("ab") as file:  # and the machine with it, in the middle of a line
+        file.write(b'{"experiment":"abla')
+    before = read_records(out)
+    assert len(before) >= 10
+
+    made = []
+    monkeypatch.setattr(measure, "decode", counting(made))
+    options = Options(quick=True, num_prompts=12, max_new_tokens=[12])
+    monkeypatch.setattr(measure, "QUICK_SECONDS", 600.0)
+    results = run("ablation", pair, out, options)
+    assert results.records[: len(before)] == before
+    assert len(results.records) == 12 * 13  # reading refuses a key that is there twice
+    num_warm_ups = 5
+    assert len(made) - num_warm_ups == len(results.records) - len(before)
+    assert len(results.info.continued) == 1
+    assert all(record.is_identical for record in results.records)
+
+    made.clear()
+    assert run("ablation", pair, out, options).records == results.records
+    assert made == []  # no warm-up either
+
+
+def wait_for_records(path, count, process):
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def counting(made):
+    def decode(pair, cell, prompt_ids, eos):
+        made.append(cell)
+        return methods.decode(pair, cell, prompt_ids, eos)
+
+    return decode
+
+
+def test_an_interrupted_prompt_is_finished(pair, tmp_path, monkeypatch):
+    out, made = tmp_path / "run", []
+
+    def decode(pair, cell, prompt_ids, eos):
+        made.append(cell)
+        if len(made) == 3 + 5:  # after the warm-up of three methods: the second output of the second prompt
+            raise KeyboardInterrupt
+        return methods.decode(pair, cell, prompt_ids, eos)
+
+    monkeypatch.setattr(measure, "decode", decode)
+    with pytest.raises(KeyboardInterrupt):
+        run("scalability", pair, out)
+    # the output before it waited for the greedy one, which had not come
+    assert [record.method for record in read_records(out)] == ["autoregressive", "fixed", "phase3"]
+    results = run("scalability", pair, out)
+    assert len(results.records) == 9
+    assert all(record.is_identical for record in results.records)
+
+
+def test_other_settings_in_the_same_folder_are_refused(pair, tmp_path):
+    out = tmp_path / "run"
+    run("scalability", pair, out)
+    kept = (out / "run.json").read_bytes()
+    for changed, said in (
+        ({"max_new_tokens": [7]}, "axes max_new_tokens: [6] there, [7] now"),
+        ({"ignore_eos": True}, "ignore_eos: False there, True now"),
+        ({"num_prompts": 4}, "settings prompts: 3 there, 4 now"),
+        ({"policies": ["linear"]}, "methods: autoregressive, fixed, phase3 there, autoregressive, linear now"),
+    ):
+        with pytest.raises(InputError, match="give the same settings") as caught:
+            run("scalability", pair, out, attrs.evolve(SMALL, **changed))
+        assert said in str(caught.value)
+    other = Pair(pair.target, build_drafter("prompt_lookup"))
+    with pytest.raises(InputError, match="holds a run with other settings"):
+        run("scalability", other, out)
+    with pytest.raises(InputError, match="experiment: scalability there, ablation now"):
+        run("ablation", pair, out)
+    assert (out / "run.json").read_bytes() == kept
+
+
+def test_a_folder_that_is_a_file_is_refused(pair, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="can be written"):
+        run("scalability", pair, tmp_path / "file")
+
+
+def test_the_time_limit_leaves_whole_prompts_for_later(pair, tmp_path):
+    said = []
+    results = run("scalability", pair, tmp_path / "run", attrs.evolve(SMALL, time_limit=1e-6), say=said.append)
+    assert len(results.records) in (0, 3)
+    assert results.info.notes[-1] == said[-1]
+    assert "prompts left; the same command goes on" in said[-1]
+
+
+# what is wrong is said, not dropped
+
+
+def test_a_method_that_differs_is_marked(pair, tmp_path, monkeypatch):
+    def decode(pair, cell, prompt_ids, eos):
+        output = methods.decode(pair, cell, prompt_ids, eos)
+        if cell.method.name == "hf generate":
+            output = attrs.evolve(output, token_ids=(*output.token_ids[:-1], (output.token_ids[-1] + 1) % 37))
+        return output
+
+    monkeypatch.setattr(measure, "decode", decode)
+    results = run("main", pair, tmp_path / "run", attrs.evolve(SMALL, only=["hf generate", "fixed"]))
+    found = {name: [record.is_identical for record in records] for name, records in by_method(results).items()}
+    assert found == {"autoregressive": [True] * 3, "hf generate": [False] * 3, "fixed": [True] * 3}
+
+
+def test_a_foreign_method_that_fails_is_recorded_and_the_rest_goes_on(pair, tmp_path, monkeypatch):
+    def crash(name, pair):
+        raise RuntimeError("boom\nand more")
+
+    monkeypatch.setattr(rivals, "engine", crash)
+    options = attrs.evolve(SMALL, only=["flashspec", "hf assisted dynamic", "fixed"])
+    lookup = Pair(pair.target, build_drafter("prompt_lookup"))
+    found = by_method(run("main", lookup, tmp_path / "run", options))
+    assert {record.error for record in found["flashspec"]} == {"RuntimeError: boom and more"}
+    [error] = {record.error for record in found["hf assisted dynamic"]}
+    assert error == "needs a drafter that is a plain transformers model, got prompt_lookup"
+    for record in (*found["flashspec"], *found["hf assisted dynamic"]):
+        assert (record.token_ids, record.stop_reason, record.is_identical) == ((), "error", None)
+    assert all(record.is_identical for record in found["fixed"])
+
+
+def test_an_error_of_a_policy_ends_the_run_before_it_begins_and_later_is_recorded(pair, tmp_path, monkeypatch):
+    class Grumpy:
+        num_calls = 0
+
+        @hookimpl
+        def branch_factor(self, frontier):
+            Grumpy.num_calls += 1
+            if Grumpy.num_calls > Grumpy.patience:
+                raise RuntimeError("enough")
+            return 1
+
+        @hookimpl
+        def should_expand(self, frontier):
+            return frontier.depth < 1
+
+    real = methods.Session
+    monkeypatch.setattr(
+        methods,
+        "Session",
+        lambda *args, policy, **options: real(*args, policy=Grumpy() if policy == "fixed" else policy, **options),
+    )
+    options = attrs.evolve(SMALL, only=["fixed"])
+    Grumpy.patience = 0
+    with pytest.raises(PolicyError, match="enough"):
+        run("scalability", pair, tmp_path / "run", options)
+    Grumpy.num_calls, Grumpy.patience = 0, 11  # at most five in the warm-up, and five in each output
+    found = by_method(run("scalability", pair, tmp_path / "run", options))["fixed"]
+    assert found[-1].error == "policy 'grumpy', hook branch_factor: raised RuntimeError: enough"
+    assert found[0].error is None
+
+
+def test_rivals_that_are_not_there_say_how_to_get_them(pair, tmp_path, monkeypatch):
+    for name in ("flashspec", "economize", "dejavuu"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+        with pytest.raises(MethodError, match=rf"{name} cannot be imported|pip install 'dynatree\[rivals\]'"):
+            rivals.engine.__wrapped__(name, pair)
+
+
+# end tokens
+
+
+def test_end_tokens_are_honoured_unless_told_otherwise(tmp_path):
+    model = tiny_model.__wrapped__("llama")
+    free = run("main", Pair(LoadedModel(model, None, "t"), ModelDrafter(model)), tmp_path / "free")
+    ends = {record.prompt_id: record.token_ids[3] for record in free.records if record.method == "autoregressive"}
+    model.generation_config.eos_token_id = sorted(set(ends.values()))
+    pair = Pair(LoadedModel(model, None, "t"), ModelDrafter(perturbed("llama")))
+    stopped = run("main", pair, tmp_path / "stopped")
+    assert {record.stop_reason for record in stopped.records} == {"eos"}
+    assert all(record.is_identical and len(record.token_ids) <= 4 for record in stopped.records)
+    assert not stopped.info.ignore_eos
+    ignored = run("main", pair, tmp_path / "ignored", attrs.evolve(SMALL, ignore_eos=True))
+    assert {(r.stop_reason, len(r.token_ids)) for r in ignored.records} == {("length", 6)}
+    assert ignored.info.ignore_eos
+    assert model.generation_config.eos_token_id == sorted(set(ends.values()))
+
+
+# tables and settings
+
+
+def test_methods_are_chosen_by_name_and_policies_replace_ours():
+    main = EXPERIMENTS["main"]
+    names = [method.name for method in chosen_methods(main)]
+    assert "hf static compiled" not in names
+    assert "flashspec" not in names
+    assert "flashspec" in [m.name for m in chosen_methods(main, with_rivals=True)]
+    assert "hf static compiled" in [m.name for m in chosen_methods(main, with_compile=True)]
+    own = chosen_methods(main, policies=["fixed(depth=2)", "autoregressive", "fixed(depth=2)"])
+    assert [m.name for m in own if m.kind == "dynatree"] == ["autoregressive", "fixed(depth=2)"]
+    assert [m.name for m in chosen_methods(main, only=["linear"])] == ["autoregressive", "linear"]
+    short = chosen_methods(EXPERIMENTS["scalability"], only=["hf generate", "fixed"])
+    assert [m.name for m in short] == ["autoregressive", "fixed", "hf generate"]
+    with pytest.raises(InputError, match=r"'fxed' is not among the methods of main \(did you mean 'fixed'\?\)"):
+        chosen_methods(main, only=["fxed"])
+
+
+def test_a_method_without_axes_comes_once_and_one_with_them_at_every_point():
+    form = Form(("w",), 1, (5, 6), points=({"depth": 1}, {"depth": 2}))
+    wide = Method("wide", policy="fixed(depth={depth})")
+    made = list(cells((REFERENCE, wide), form, {"dataset": "d"}))
+    assert [(cell.method.name, cell.policy, dict(cell.axes)) for cell in made[:3]] == [
+        ("autoregressive", "autoregressive", {"dataset": "d", "max_new_tokens": 5}),
+        ("wide", "fixed(depth=1)", {"dataset": "d", "depth": 1, "max_new_tokens": 5}),
+        ("wide", "fixed(depth=2)", {"dataset": "d", "depth": 2, "max_new_tokens": 5}),
+    ]
+    assert len(made) == 6
+    with pytest.raises(InputError, match="got branch"):
+        list(cells((Method("x", policy="fixed(branch={branch})"),), form, {}))
+
+
+def test_full_forms_have_the_published_settings():
+    published = {
+        "main": (1000,),
+        "ablation": (500,),
+        "sensitivity": (500,),
+        "scalability": (100, 200, 300, 500, 750, 1000),
+    }
+    assert {name: EXPERIMENTS[name].full.max_new_tokens for name in published} == published
+    assert [point["base_depth"] for point in EXPERIMENTS["ablation"].full.points] == [4, 5, 6]
+    points = EXPERIMENTS["sensitivity"].full.points
+    ranges = [(p["min_branch"], p["max_branch"]) for p in points if p["high"] == 0.9]
+    assert ranges == [(1, 2), (1, 3), (1, 4), (2, 4)]
+    tuned = [(p["high"], p["low"]) for p in points if (p["min_branch"], p["max_branch"]) == (1, 3)]
+    assert tuned == [(0.7, 0.2), (0.8, 0.3), (0.9, 0.4)]
+    assert EXPERIMENTS["datasets"].full.workloads == ("wikitext-2", "pg19")
+
+
+def test_settings_that_cannot_be_used_are_refused_before_anything_runs(pair, tmp_path):
+    with pytest.raises(InputError, match=r"'mian' is not an experiment \(did you mean 'main'\?\)"):
+        run("mian", pair, tmp_path / "run")
+    with pytest.raises(InputError, match="did you mean 'confidence'"):
+        run("main", pair, tmp_path / "run", attrs.evolve(SMALL, policies=["confidense"]))
+    for name in ("repeats", "num_prompts"):
+        with pytest.raises(InputError, match=f"{name} must be at least 1, got 0"):
+            attrs.evolve(SMALL, **{name: 0})
+    with pytest.raises(InputError, match=r"max_new_tokens\[1\] must be at least 1, got 0"):
+        attrs.evolve(SMALL, max_new_tokens=[4, 0])
+    assert not (tmp_path / "run").exists()
+
+
+# the machine
+
+
+def test_load_is_the_share_that_others_use():
+    assert LoadMeter().share() is None  # no time has passed
+    spinning = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        meter = LoadMeter()
+        time.sleep(0.6)
+        busy = meter.share()
+    finally:
+        spinning.kill()
+        spinning.wait()
+    assert 0.3 / (os.cpu_count() or 1) < busy <= 1.0
+    meter, end = LoadMeter(), time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        pass
+    assert 0.0 <= meter.share() <= 1.0
+
+
+def test_the_source_and_the_weights_are_named(tmp_path):
+    commit = source_commit()
+    assert commit is None or len(commit.removesuffix("-dirty")) == 40
+    assert weights_sha256(str(tmp_path)) is None
+    assert weights_sha256("no model, but a name") is None
+    tiny_model("llama").save_pretrained(tmp_path / "a")
+    tiny_model("llama", 1).save_pretrained(tmp_path / "b")
+    hashes = [weights_sha256(str(tmp_path / name)) for name in "aba"]
+    assert hashes[0] == hashes[2] != hashes[1]
+    assert all(len(sha256) == 64 for sha256 in hashes)
+
+
+def test_a_student_drafts_and_is_named_in_the_provenance(pair, tmp_path):
+    model = pair.target.model
+    student = tiny_student(model)
+    save_student(student, tmp_path / "student", torch.float32, {"target": "tiny"})
+    text = f"distilled(path='{tmp_path / 'student'}',dtype='float64')"
+    taught = Pair(pair.target, build_drafter(f"{text}+prompt_lookup"))
+    options = attrs.evolve(SMALL, only=["fixed", "hf assisted dynamic"], with_replay=True)
+    results = run("main", taught, tmp_path / "run", options)
+    found = by_method(results)
+    assert all(record.is_identical and record.replay is not None for record in found["fixed"])
+    assert all("needs a drafter that is a plain transformers model" in r.error for r in found["hf assisted dynamic"])
+    info = results.info.drafter
+    assert (info.name, info.dtype) == (text, "float64")
+    assert info.sha256 == weights_sha256(str(tmp_path / "student"))
+    assert info.num_parameters == sum(weight.numel() for weight in student.state_dict().values())
+    assert Pair(pair.target, ModelDrafter(student)).drafter_model is None
+
+
+def test_provenance_is_complete(pair, tmp_path):
+    info = read_results(run("scalability", pair, tmp_path / "run", command="dynatree bench x").folder).info
+    assert info.command == "dynatree bench x"
+    assert {"python", "torch", "transformers"} <= set(info.libraries)
+    assert info.threads == torch.get_num_threads()
+    assert info.drafter is not None
+    assert info.target.num_parameters == sum(p.numel() for p in pair.target.model.parameters())
+    assert [method.policy for method in info.methods] == ["autoregressive", "fixed", "phase3"]
+    assert info.methods[0].drafter is None
+    assert info.methods[1].drafter == str(pair.drafter)
+    assert info.settings["workloads"] == ["random:0"]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["schema"] == 1
