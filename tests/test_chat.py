@@ -421,8 +421,8 @@ def test_ctrl_c_at_the_prompt_leaves_at_the_second_time(folders: SimpleNamespace
 # the progress of a long prompt
 
 
-@pytest.fixture
-def in_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def pretend_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To be called by the test itself: while fixtures are made, other streams are captured."""
     monkeypatch.setenv("TERM", "xterm")
     for stream in (sys.stdout, sys.stderr):
         monkeypatch.setattr(stream, "isatty", lambda: True)
@@ -430,7 +430,6 @@ def in_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("seconds", "is_shown"), [(0.0, True), (60.0, False)])
-@pytest.mark.usefixtures("in_terminal")
 def test_a_long_prefill_has_a_bar(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -438,6 +437,7 @@ def test_a_long_prefill_has_a_bar(
     seconds: float,
     is_shown: bool,
 ) -> None:
+    pretend_terminal(monkeypatch)
     monkeypatch.setattr(console, "LONG_PREFILL", seconds)
     with pytest.raises(SystemExit) as ended:
         main(["generate", *ON_CPU, "--target", str(folders.plain), "--max-new-tokens", "4", "a" * 50])
@@ -453,10 +453,10 @@ def test_no_bar_where_there_is_no_terminal(say: Callable[..., Ran], monkeypatch:
     assert "reading" not in say("a" * 50).err
 
 
-@pytest.mark.usefixtures("in_terminal")
 def test_an_interrupt_while_there_is_a_bar(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folders: SimpleNamespace
 ) -> None:
+    pretend_terminal(monkeypatch)
     monkeypatch.setattr(console, "LONG_PREFILL", 0.0)
     call = PrefillBar.__call__
 
