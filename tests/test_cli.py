@@ -291,8 +291,9 @@ def test_a_student_or_a_union_as_drafter(generate: Dynatree, folders: SimpleName
     target = LlamaForCausalLM.from_pretrained(folders.plain)
     student = new_student(target, [0], torch.arange(0, target.config.vocab_size, 2)).eval()
     save_student(student, tmp_path, torch.float32, {"target": "plain"})
+    asked = ("--policy", "fixed", "--tau", 0, "--max-new-tokens", 8, "abcabc")
     for drafter in (tmp_path, f"distilled(path={str(tmp_path)!r})+prompt_lookup"):
-        document = generate("--json", "--compare", "--drafter", drafter, "--max-new-tokens", 8, "abcabc").document
+        document = generate("--json", "--compare", "--drafter", drafter, *asked).document
         assert document["identical"] is True
         assert document["num_drafted_nodes"] > 0
 
