@@ -42,7 +42,6 @@ __all__ = ["report"]
 PAGE = "report.md"
 DAGGER = "†"
 MAX_RANKS = 6  # that a table shows
-BUSY_SHARE = 0.1  # of the CPU, used by others: above it times are not to be believed
 
 
 @attrs.frozen
@@ -137,12 +136,6 @@ def _warnings(results: Results) -> list[str]:
     if failed := _count_by_method(found, lambda one: one.num_failed):
         first = next(f"{one.method}: {one.error}" for one in found if one.error is not None)
         items.append(f"Outputs that failed: {failed}. The first: {first}")
-    loads = [record.load for record in results.records if record.load is not None]
-    if busy := sum(load > BUSY_SHARE for load in loads):
-        items.append(
-            f"During {busy} of {len(loads)} outputs other processes used more than {100 * BUSY_SHARE:.0f} % of the "
-            "CPU: times are not to be believed."
-        )
     if not any(one.method == BASELINE for one in found):
         items.append(f"There are no outputs of `{BASELINE}`, so there are no speedups.")
     items += [note[:1].upper() + note[1:] + "." for note in info.notes]

@@ -11,6 +11,7 @@ share of trials is Wilson's (1927), which takes the trials as independent.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import defaultdict
@@ -147,6 +148,11 @@ def estimate(values: Sequence[float], *, seed: int = 0) -> Estimate | None:
     """Median, mean, standard deviation (n − 1) and bootstrap interval of one value per prompt; None of nothing."""
     if not values:
         return None
+    return _estimate(tuple(values), seed)
+
+
+@functools.lru_cache(maxsize=4096)  # a report asks for the same ones in many tables and figures
+def _estimate(values: tuple[float, ...], seed: int) -> Estimate:
     array = np.asarray(values, dtype=float)
     picks = np.random.default_rng(seed).integers(0, array.size, (NUM_RESAMPLES, array.size))
     low, high = np.percentile(np.median(array[picks], axis=1), [2.5, 97.5])
