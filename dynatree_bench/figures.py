@@ -46,8 +46,8 @@ ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
 COLOURS = {
     BASELINE: "#000000", "linear": SKY, "fixed": BLUE, "phase1": ORANGE, "phase2": GREEN, "phase3": VERMILION,
 }  # fmt: skip
-KIND_COLOURS = {"hf": GREY, "rival": PURPLE}
-OTHER_COLOURS = (PURPLE, YELLOW, GREY)  # of policies beside the experiments' own, in turn
+HF_COLOURS = ("#444444", "#777777", "#AAAAAA")  # shades for transformers' own methods, in turn
+OTHER_COLOURS = (PURPLE, YELLOW, SKY)  # of other packages, and of policies beside the experiments' own
 MARKERS = {BASELINE: "x", "linear": "v", "fixed": "s", "phase1": "^", "phase2": "D", "phase3": "o"}
 OTHER_MARKERS = ("P", "*", "<", ">", "h")
 STAGES = {"draft": SKY, "verify": BLUE, "rest": ORANGE}
@@ -139,16 +139,16 @@ def _names(records: Iterable[OutputRecord]) -> list[str]:
 
 def _styles(results: Results) -> dict[str, dict[str, str]]:
     """Method -> colour and marker."""
-    kinds = {method.name: method.kind for method in results.info.methods}
+    hf = {method.name for method in results.info.methods if method.kind == "hf"}
     styles = {}
     num_others = 0
     for name in _names(results.records):
-        kind = kinds.get(name, "dynatree")
         if name in COLOURS:
             styles[name] = {"color": COLOURS[name], "marker": MARKERS[name]}
         else:
-            colour = KIND_COLOURS.get(kind, OTHER_COLOURS[num_others % len(OTHER_COLOURS)])
-            styles[name] = {"color": colour, "marker": OTHER_MARKERS[num_others % len(OTHER_MARKERS)]}
+            colours = HF_COLOURS if name in hf else OTHER_COLOURS
+            colour, marker = colours[num_others % len(colours)], OTHER_MARKERS[num_others % len(OTHER_MARKERS)]
+            styles[name] = {"color": colour, "marker": marker}
             num_others += 1
     return styles
 
@@ -431,7 +431,7 @@ def acceptance_over_length(results: Results) -> Figure | None:
     if not num_lines:
         return None
     grid[0][0].set(title="Tokens per iteration", xlabel="place in the output (new tokens)")
-    grid[0][0].set_ylim(bottom=0)
+    grid[0][0].set_ylim(0, 1.06 * grid[0][0].get_ylim()[1])
     grid[0][1].set(title="Repetition (% of 4-grams)", xlabel="place in the output (new tokens)", ylim=(-3, 103))
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
