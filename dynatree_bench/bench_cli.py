@@ -20,7 +20,7 @@ from rich.table import Table
 
 from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Experiment, Form
 from dynatree_core import console
-from dynatree_core.errors import PluginLoadError
+from dynatree_core.errors import InputError, PluginLoadError
 
 if TYPE_CHECKING:
     from dynatree_bench.measure import Options
@@ -242,6 +242,12 @@ def _run(
             except KeyboardInterrupt:
                 console.complain("note", f"what is done is in {folder}; the same command goes on from there")
                 raise
+            except InputError as error:
+                if len(names) == 1:
+                    raise
+                console.complain("error", f"{name}: {error}")  # such as a data set that is not here
+                is_bad = True
+                continue
             is_bad |= _summarise(results)
     return 1 if is_bad else 0
 
@@ -277,7 +283,10 @@ def _summarise(results: Results) -> bool:
         if failed:
             click.echo(f"{method.name}: {len(failed)} of {len(records)} outputs failed: {failed[0]}")
         is_bad |= method.name in own and bool(different or failed)
-    click.echo(f"{results.info.experiment}: {len(results.records)} outputs in {results.folder}")
+    click.echo(
+        f"{results.info.experiment}: {len(results.records)} outputs in {results.folder}; tables and figures of them:"
+    )
+    click.echo(f"  {shlex.join(['dynatree', 'bench', 'report', str(results.folder)])}")
     return is_bad
 
 

@@ -14,7 +14,19 @@ import attrs
 
 from dynatree_core.errors import InputError, nearest_match
 
-__all__ = ["EXPERIMENTS", "REFERENCE", "RIVALS", "Cell", "Experiment", "Form", "Method", "cells", "chosen_methods"]
+__all__ = [
+    "COMPILED",
+    "EXPERIMENTS",
+    "HF",
+    "REFERENCE",
+    "RIVALS",
+    "Cell",
+    "Experiment",
+    "Form",
+    "Method",
+    "cells",
+    "chosen_methods",
+]
 
 
 @attrs.frozen
@@ -172,7 +184,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "prompt-length",
             "How does the length of the prompt change speed and acceptance?",
             (REFERENCE, FIXED, PHASES[-1]),
-            quick=Form(("built-in:text",), 3, (16,), prompt_tokens=(32, 128, 512)),
+            quick=Form(("built-in:text",), 3, (16,), prompt_tokens=(32, 128, 384)),
             full=Form(("wikitext-2",), 20, (500,), prompt_tokens=(50, 100, 200, 400)),
         ),
         Experiment(

@@ -33,7 +33,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "datasets", "flashs
 
 def busy_percent(*, seconds: float) -> float:
     """CPU time that other processes use, in percent of one core, while this one waits."""
-    return psutil.cpu_percent(interval=seconds) * (psutil.cpu_count() or 1)
+    return float(psutil.cpu_percent(interval=seconds)) * (psutil.cpu_count() or 1)
 
 
 def is_busy(share: float) -> bool:
@@ -54,7 +54,7 @@ class LoadMeter:
         if seconds < MIN_SECONDS:
             return None
         others = (now.used - self._begin.used) - (now.own - self._begin.own)
-        return min(max(others / (seconds * (psutil.cpu_count() or 1)), 0.0), 1.0)
+        return float(min(max(others / (seconds * (psutil.cpu_count() or 1)), 0.0), 1.0))
 
 
 class _Reading:

@@ -21,7 +21,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Cell, Experiment, Form, Method, cells, chosen_methods
+from dynatree_bench.experiments import (
+    COMPILED,
+    EXPERIMENTS,
+    REFERENCE,
+    Cell,
+    Experiment,
+    Form,
+    Method,
+    cells,
+    chosen_methods,
+)
 from dynatree_bench.machine import (
     BUSY_PERCENT,
     LoadMeter,
@@ -32,7 +42,7 @@ from dynatree_bench.machine import (
     source_commit,
 )
 from dynatree_bench.methods import Output, decode, replay
-from dynatree_bench.pairs import MethodError, Pair, model_info
+from dynatree_bench.pairs import MethodError, Pair, drafter_info, model_info
 from dynatree_bench.records import (
     INFO_FILE,
     MethodInfo,
@@ -254,7 +264,7 @@ def _run_info(
                 values = axes.setdefault(axis, [])
                 if value not in values:
                     values.append(value)
-    model, small = pair.target.model, pair.drafter_model
+    model = pair.target.model
     return RunInfo(
         experiment=name,
         command=command,
@@ -262,7 +272,7 @@ def _run_info(
         commit=source_commit(),
         started=_date(),
         target=model_info(model, pair.target.name),
-        drafter=model_info(small) if small is not None else None,
+        drafter=drafter_info(pair),
         device=str(model.device),
         device_name=device_name(model.device),
         threads=torch.get_num_threads(),
@@ -396,10 +406,8 @@ class _Run:
         """A few tokens by each method, of the longest prompt: first passes allocate, and choose or compile kernels."""
         task = max(tasks, key=lambda task: len(task.prompt.token_ids))
         for cell in {cell.method.name: cell for cell in task.cells}.values():
-            is_compiled = not cell.method.options.get(
-                "disable_compile", "cache_implementation" not in cell.method.options
-            )
-            limit = cell.max_new_tokens if is_compiled else min(WARM_UP_TOKENS, cell.max_new_tokens)
+            # a static cache is compiled for its size, which is that of prompt and output
+            limit = cell.max_new_tokens if cell.method.name == COMPILED else min(WARM_UP_TOKENS, cell.max_new_tokens)
             short = attrs.evolve(cell, axes={**cell.axes, "max_new_tokens": limit})
             if cell.method.kind == "dynatree":
                 decode(self.pair, short, task.prompt.token_ids, self.eos)

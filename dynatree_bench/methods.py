@@ -17,7 +17,7 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from dynatree_bench import rivals
-from dynatree_bench.experiments import REFERENCE, Cell
+from dynatree_bench.experiments import COMPILED, REFERENCE, Cell
 from dynatree_bench.pairs import MethodError, Pair
 from dynatree_bench.records import Replay, Steps, Trials
 from dynatree_core import DraftPlan, GenerationReport, Session, StepReport, TokenTree, run
@@ -109,7 +109,8 @@ def replay(pair: Pair, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> R
     """What the drafter thinks of each token of an output, given the text before it."""
     ids = torch.tensor([*prompt_ids, *token_ids], device=pair.target.model.device)
     vocab = vocab_size(pair.target.model)
-    state = pair.drafter.start(DraftPlan(vocab, ids.numel(), MAX_BRANCH, ids.device, StageClock(ids.device)))
+    plan = DraftPlan(vocab, ids.numel(), MAX_BRANCH, ids.device, StageClock(ids.device), pair.target.model)
+    state = pair.drafter.start(plan)
     ranks, probabilities = [], []
     with torch.inference_mode():
         state.prefill(ids[: len(prompt_ids) - 1])
@@ -130,7 +131,7 @@ def _by_transformers(pair: Pair, cell: Cell, prompt_ids: Sequence[int], eos: Seq
     if settings is not None and assistant is None:
         raise MethodError(f"needs a drafter that is a plain transformers model, got {pair.drafter}")
     config = _config(max_new_tokens=cell.max_new_tokens, eos_token_id=list(eos) or None, **options)
-    if "cache_implementation" in options and not config.disable_compile:
+    if cell.method.name == COMPILED:
         config.compile_config = CompileConfig()
         config.compile_config._compile_all_devices = True  # else on a GPU only
     input_ids = torch.tensor([list(prompt_ids)], device=model.device)

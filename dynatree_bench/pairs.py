@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import attrs
-import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from dynatree_bench.machine import weights_sha256
 from dynatree_bench.records import ModelInfo
 from dynatree_bench.synthetic import MarkovSource, synthetic_pair
 from dynatree_core import Drafter, LoadedModel, build_drafter, load_model
-from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.drafters.distilled import DistilledDrafter, fast_dtype
+from dynatree_core.drafters.model import ModelDrafter, restricted_ids
 from dynatree_core.errors import InputError, UnknownPluginError, VocabularyMismatchError, nearest_match
-from dynatree_core.models import vocabularies_match
+from dynatree_core.models import resolve_device, vocabularies_match
 from dynatree_core.plugins import DRAFTERS, plugin_table
+from dynatree_core.student import HEAD_IDS
 
-__all__ = ["MethodError", "Pair", "load_pair", "load_synthetic", "model_info"]
+__all__ = ["MethodError", "Pair", "drafter_info", "load_pair", "load_synthetic", "model_info"]
 
 
 class MethodError(Exception):
@@ -38,7 +42,8 @@ class Pair:
     def drafter_model(self) -> PreTrainedModel | None:
         """The drafter's model, where it has one that transformers itself could draft with."""
         model = self.drafter.model if isinstance(self.drafter, ModelDrafter) else None
-        return model if isinstance(model, PreTrainedModel) else None
+        is_plain = isinstance(model, PreTrainedModel) and restricted_ids(model) is None
+        return model if is_plain else None
 
     @property
     def end_token_ids(self) -> list[int]:
@@ -60,14 +65,15 @@ def load_pair(
 
     Args:
         target: a folder or a hub id; None: the embedded default model.
-        drafter: a registered drafter such as "prompt_lookup", or a model's folder or hub id.
+        drafter: a registered drafter such as "prompt_lookup" or "distilled+prompt_lookup", or a model's folder or
+            hub id.
         device, dtype, progress: as in `dynatree_core.load_model`.
 
     Raises:
         DynaTreeError: whatever cannot be loaded, or two models that do not share their tokens.
     """
     known = plugin_table(DRAFTERS)
-    name = re.split("[:(]", drafter, maxsplit=1)[0].strip()
+    name = re.split("[:(+]", drafter, maxsplit=1)[0].strip()
     if name not in known and nearest_match(name, known) and "/" not in drafter and not Path(drafter).exists():
         raise UnknownPluginError(
             f"'{drafter}' is not an installed drafter{nearest_match(name, known)}; known are: {', '.join(known)}; "
@@ -100,14 +106,34 @@ def load_synthetic(spec: str, *, device: str | None = None, dtype: str = "auto",
     """
     shape, *numbers = spec.split(":")
     try:
-        given = dict(zip(("acceptance", "decay"), map(float, numbers), strict=False))
+        given: dict[str, Any] = dict(zip(("acceptance", "decay"), map(float, numbers), strict=False))
     except ValueError as error:
         raise InputError(f"a synthetic pair is SHAPE[:ACCEPTANCE[:DECAY]] with numbers, got '{spec}'") from error
-    is_auto = device is None or device == "auto"
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if is_auto else device)
+    where = resolve_device(device)
     precision = ("bfloat16" if where.type == "cuda" else "float32") if dtype == "auto" else dtype
     made = synthetic_pair(shape, **given, device=where, dtype=precision, seed=seed)
-    return Pair(LoadedModel(made.target, None, made.name), ModelDrafter(made.drafter), made.source)
+    target = LoadedModel(cast(PreTrainedModel, made.target), None, made.name)
+    return Pair(target, ModelDrafter(made.drafter), made.source)
+
+
+def drafter_info(pair: Pair) -> ModelInfo | None:
+    """The model that drafts, as a run's provenance has it; None where none does."""
+    if pair.drafter_model is not None:
+        return model_info(pair.drafter_model)
+    for drafter in getattr(pair.drafter, "drafters", (pair.drafter,)):  # those of a union
+        if isinstance(drafter, DistilledDrafter):
+            [file] = drafter.folder.glob("*.safetensors")
+            with safe_open(file, "pt") as weights:
+                names = set(weights.keys()) - {HEAD_IDS}
+                shapes = [weights.get_slice(name).get_shape() for name in names]
+            dtype = fast_dtype(pair.target.model.device) if drafter.dtype == "auto" else drafter.dtype
+            return ModelInfo(
+                name=str(drafter),
+                sha256=weights_sha256(str(drafter.folder)),
+                dtype=str(dtype).removeprefix("torch."),
+                num_parameters=sum(map(math.prod, shapes)),
+            )
+    return None
 
 
 def model_info(model: PreTrainedModel, name: str | None = None) -> ModelInfo:

@@ -1,3 +1,4 @@
+from .acceptance import AcceptanceEstimator
 from .audit import AuditReport, Rounding, audit_generation, audit_output
 from .cache import TreeCache
 from .composition import PluginSpec, format_stack, parse_stack
@@ -9,22 +10,28 @@ from .hookspecs import hookimpl
 from .models import LoadedModel, load_model
 from .params import choice, count, fraction
 from .plugins import build_drafter, build_stack
+from .prefix_cache import PrefixCache
 from .records import (
+    CostModel,
     Frontier,
     GenerationReport,
     GenerationResult,
     Limits,
     Proposals,
+    StepFunction,
     StepReport,
     StepStats,
     Verdict,
 )
 from .session import Session
+from .sink_cache import SinkCache, SinkWindow
 from .stack import PolicyStack
 from .tree import TokenTree
 
 __all__ = [
+    "AcceptanceEstimator",
     "AuditReport",
+    "CostModel",
     "DraftPlan",
     "DraftState",
     "Drafter",
@@ -37,9 +44,13 @@ __all__ = [
     "LoadedModel",
     "PluginSpec",
     "PolicyStack",
+    "PrefixCache",
     "Proposals",
     "Rounding",
     "Session",
+    "SinkCache",
+    "SinkWindow",
+    "StepFunction",
     "StepReport",
     "StepStats",
     "TokenTree",

@@ -217,6 +217,11 @@ def audit_generation(
     Returns:
         What was generated, and the audit of it.
     """
+    if options.get("cache") is not None:
+        raise ParameterError(
+            f"an audit compares with the model's own cache, which keeps all tokens, got cache={options['cache']!r}; "
+            "compare with policy='autoregressive' and the same cache instead"
+        )
     sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}
     reference = _reference(target, prompt_ids, exact=options.get("exact"), max_nodes=options.get("max_nodes"), **sizes)
     options = {"generation_config": _plain(target), "inherit_settings": False, **options}

@@ -67,7 +67,7 @@ def read_output(path: Path) -> dict[str, Any]:
     """A document such as `dynatree generate --json` prints.
 
     Raises:
-        InputError: it is not a JSON object with "token_ids" or "text".
+        InputError: it is not a JSON object with "token_ids" or "text", or was made with a cache that forgets.
     """
     try:
         found = json.loads(_text(path))
@@ -77,6 +77,11 @@ def read_output(path: Path) -> dict[str, Any]:
         raise InputError(
             f'{path} must be a JSON object with "token_ids", or at least "text", got {str(found)[:60]!r}; '
             "`dynatree generate --json` prints one"
+        )
+    if found.get("cache") is not None:
+        raise InputError(
+            f"{path} must be an output of a cache that keeps all tokens, got one with --cache {found['cache']}; "
+            "`dynatree generate --compare` takes that option"
         )
     return found
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 from dynatree_core.errors import CacheError
+from dynatree_core.records import FlatTrees
 
 __all__ = ["TreeCache"]
 
@@ -34,7 +35,7 @@ class TreeCache(Cache):
     def __init__(self, capacity: int, *, batch: int = 1, is_zeroed: bool = False) -> None:
         super().__init__(layers=[])
         self.capacity = capacity
-        self.min_slots = 0  # slots of the next pass's view at least; the mask has to span them
+        self.min_slots = 0  # slots of the next pass's view at least
         self._is_zeroed = is_zeroed or batch > 1
         self.lengths = [0] * batch  # committed rows of each batch row
         self.keys: list[Tensor] = []  # per layer, [batch, heads, capacity, head_dim]
@@ -50,6 +51,25 @@ class TreeCache(Cache):
     def block_len(self) -> int:
         """Undecided rows behind the committed ones."""
         return self._block_lens[0] if self._block_lens else 0
+
+    @property
+    def next_place(self) -> int:
+        """Where the next token stands inside the cache; positions count on from there."""
+        return self.length
+
+    @property
+    def max_places(self) -> int:
+        """Places that the rows of the next pass may have."""
+        return self.capacity - self.length
+
+    def prepare(self, flat: FlatTrees) -> FlatTrees:
+        """Get ready for a pass over these rows.
+
+        Returns:
+            The rows with the slots that they see in `update`: here all of them, as they are.
+        """
+        self.min_slots = flat.visible.shape[-1]  # the mask has to span the view
+        return flat
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -114,6 +134,30 @@ class TreeCache(Cache):
         self.lengths = [min(length, old) for old in self.lengths]
         self.rollback()
 
+    @property
+    def row_bytes(self) -> int:
+        """What one row of one batch row takes up, over all layers."""
+        return sum(buffer.shape[1] * buffer.shape[3] * buffer.element_size() for buffer in (*self.keys, *self.values))
+
+    def copied(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Copies of the committed keys and values, a layer each [batch, heads, rows, head_dim]."""
+        return self._copied(self.keys), self._copied(self.values)
+
+    @torch.inference_mode()
+    def load(self, keys: Sequence[Tensor], values: Sequence[Tensor], length: int) -> None:
+        """Forget everything, and begin with copies of the first `length` of these rows as committed ones.
+
+        Args:
+            keys: as `copied` gives them.
+            values: likewise.
+            length: at most the capacity.
+        """
+        assert length <= self.capacity, f"{length} rows do not fit a cache of {self.capacity}"
+        own_keys, own_values = self._loaded(keys, length), self._loaded(values, length)
+        # nothing but assignments, between which no signal arrives
+        self.keys, self.values, self._block_lens = own_keys, own_values, [0] * len(own_keys)
+        self.lengths = [length] * len(self.lengths)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Rows that the next pass finds before its own; asked by models that are given no positions."""
         return self.length + (self._block_lens[layer_idx] if layer_idx < len(self._block_lens) else 0)
@@ -126,6 +170,16 @@ class TreeCache(Cache):
         keys, values = [*self.keys, self._allocate(key_states)], [*self.values, self._allocate(value_states)]
         # all or nothing: a layer without its values, where memory ended, would shift the layers behind it
         self.keys, self.values, self._block_lens = keys, values, [*self._block_lens, 0]
+
+    def _copied(self, buffers: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        rows = (buffer[:, :, : self.length] for buffer in buffers)
+        return tuple(states.clone(memory_format=torch.contiguous_format) for states in rows)
+
+    def _loaded(self, rows: Sequence[Tensor], length: int) -> list[Tensor]:
+        buffers = [self._allocate(states) for states in rows]
+        for buffer, states in zip(buffers, rows, strict=True):
+            buffer[:, :, :length] = states[:, :, :length]
+        return buffers
 
     def _allocate(self, states: Tensor) -> Tensor:
         buffer = states.new_empty(len(self.lengths), states.shape[1], self.capacity, states.shape[3])

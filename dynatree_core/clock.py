@@ -23,6 +23,8 @@ class StageClock:
         self._device = device
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._begun: dict[str, float] = {}  # when the last block of a name began
+        self._left_out = 0.0  # seconds that count for nothing, so far
 
     @contextmanager
     def measure(self, name: str, *, on_device: bool = False) -> Iterator[None]:
@@ -37,11 +39,27 @@ class StageClock:
                 end.record(stream)
                 self._events.append((name, start, end))
         else:
-            begin = time.perf_counter()
+            begin = self._begun[name] = self._now()
             try:
                 yield
             finally:
-                self._seconds[name] += time.perf_counter() - begin
+                self._seconds[name] += self._now() - begin
+
+    def since(self, name: str) -> float:
+        """Seconds since the last block of that name began, as long as it is measured on the host; 0.0 without one."""
+        return self._now() - self._begun[name] if name in self._begun else 0.0
+
+    @contextmanager
+    def leave_out(self) -> Iterator[None]:
+        """The time of the block belongs to no stage, whatever is being measured around it."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._left_out += time.perf_counter() - begin
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._left_out
 
     def seconds(self, name: str) -> float:
         """Total of all blocks of that name so far; 0.0 for a name never measured."""

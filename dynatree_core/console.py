@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import click
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -24,21 +26,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dynatree_core.embedded import EmbeddedModel
-    from dynatree_core.records import GenerationReport, GenerationResult
+    from dynatree_core.records import CostModel, GenerationReport, GenerationResult
 
 __all__ = [
     "Answer",
     "Comparison",
     "IncrementalText",
     "PluginRow",
+    "PrefillBar",
     "clean_terminal",
     "complain",
+    "cost_table",
     "decode_text",
+    "interrupts_wait",
     "model_sheet",
     "plugin_listing",
     "plugin_rows",
     "report_table",
     "show_report",
+    "show_title",
     "spinner",
     "warnings_in_one_line",
 ]
@@ -47,6 +53,7 @@ _CUT_SHORT = {"interrupted", "error"}  # stop reasons
 _KIND = {"dynatree.policies": "policy", "dynatree.presets": "preset", "dynatree.drafters": "drafter"}
 
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet
+LONG_PREFILL = 1.0  # seconds after which its progress is shown
 CONTEXT_TOKENS = 16  # how many earlier tokens are decoded along with new ones, at least
 
 # an answer must not steer the terminal: control characters but newline and tab are shown by their pictures
@@ -105,14 +112,14 @@ class Answer:
 
     def show(self, token_ids: Sequence[int], *, num_accepted: int) -> None:
         """Write tokens, of which the first `num_accepted` had been drafted."""
-        with _interrupts_wait():
+        with interrupts_wait():
             pieces = [(self._text.push(token), i < num_accepted) for i, token in enumerate(token_ids)]
             self._num_shown += len(token_ids)
             self._write(pieces)
 
     def finish(self, token_ids: Sequence[int]) -> None:
         """Write what was held back, and what has not been shown of all the answer's tokens, and end the line."""
-        with _interrupts_wait():
+        with interrupts_wait():
             self.show(token_ids[self._num_shown :], num_accepted=0)
             self._write([(self._text.finish(), False)])
             if self._is_line_open:
@@ -304,6 +311,22 @@ def plugin_listing(rows: Sequence[PluginRow]) -> Table:
     return table
 
 
+def cost_table(costs: CostModel) -> Table:
+    """What an iteration takes, in milliseconds, with each count beside the time of one row."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("what", no_wrap=True)
+    for heading in ("count", "ms", "of a pass"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for what, seconds in (("target's pass, by rows", costs.verify), ("drafter's level, by nodes", costs.draft)):
+        for count, at_count in zip(seconds.at, seconds.seconds, strict=True):
+            cells = (str(count), f"{1000 * at_count:.2f}", f"{at_count / costs.verify(1):.2f}")
+            table.add_row(what, *cells, end_section=count == seconds.at[-1])
+            what = ""
+    rest = costs.rest_seconds
+    table.add_row("rest of an iteration", "", f"{1000 * rest:.2f}", f"{rest / costs.verify(1):.2f}")
+    return table
+
+
 def _plugin_lines(row: PluginRow) -> Iterator[Text]:
     if row.description:
         yield Text(row.description)
@@ -363,6 +386,48 @@ def spinner(message: str, *, is_animated: bool = True) -> Iterator[Callable[[str
             yield lambda message: status.update(Text(message))
 
 
+class PrefillBar:
+    """A bar on stderr while a long prompt goes through a model; nothing where stderr is no terminal.
+
+    It is called as `on_prefill`, within a `with` block around the generation, and appears when the prefill has taken
+    so long that one wonders.
+    """
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> PrefillBar:
+        self._begin = time.monotonic()
+        return self
+
+    def __call__(self, num_done: int, num_tokens: int) -> None:
+        """Show that so many of the tokens are done."""
+        if num_done >= num_tokens:
+            self.close()
+        elif self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=num_done, total=num_tokens)
+        elif sys.stderr.isatty() and time.monotonic() - self._begin > LONG_PREFILL:
+            columns = TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._progress.add_task("", completed=num_done, total=num_tokens)
+            self._progress.start()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def show_title(text: str) -> None:
+    """Show a text in the title of the terminal's window, where it disturbs no other output."""
+    if sys.stderr.isatty():
+        Console(stderr=True).set_window_title(text)
+
+
 @contextmanager
 def warnings_in_one_line() -> Iterator[None]:
     """Print the warnings of the block when it has ended, so that none stands in the middle of an answer."""
@@ -395,7 +460,7 @@ def _has_colours(console: Console) -> bool:
 
 
 @contextmanager
-def _interrupts_wait() -> Iterator[None]:
+def interrupts_wait() -> Iterator[None]:
     """Let a Ctrl-C within the block count after it; a second one does not wait."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield

@@ -21,8 +21,10 @@ __all__ = ["decode_step", "prefill"]
 def prefill(session: Session) -> None:
     """Fill both caches with the prompt but its last token, which is the first tree's root.
 
-    Rows that are there already stay: in a session that goes on after a break there is nothing left to fill.
+    What the prefix cache knows is copied. Rows that are there already stay: in a session that goes on after a break
+    there is nothing left to fill.
     """
+    session.reuse_prefix()
     session.target.prefill(session.committed_ids[session.cache.length : -1], session.cache)
     if session.draft_state is not None:
         with session.blame_drafter():
@@ -35,7 +37,7 @@ def decode_step(session: Session) -> StepReport:
     """Commit 1 to depth + 1 tokens, exactly those that the target itself would have chosen."""
     tree = draft(session)  # rooted at the last committed token
     tree = prune(session, tree)  # what the policies think worth verifying
-    flat = flatten([tree], [session.cache.length], **session.pass_shape)  # ids, positions, who sees whom
+    flat = flatten([tree], [session.cache.next_place], **session.pass_shape)  # ids, positions, who sees whom
     logits = session.target.forward(flat, session.cache, stage="verify")[0, : tree.num_nodes]  # [nodes, vocab]
     verdict = verify(session, tree, logits)  # accepted path and bonus token, up to a stop
     report = commit(session, tree, verdict)  # keep the path's cache rows, append the tokens

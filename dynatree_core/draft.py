@@ -36,7 +36,14 @@ def _grow_level(session: Session, tree: TokenTree) -> TokenTree | None:
     """The tree with one more level, or None when the policies or the drafter end it here."""
     limits = session.limits
     nodes_left = limits.max_nodes - tree.num_drafted
-    frontier = Frontier(tree, session.num_iterations, nodes_left, limits.max_branch, lambda: session.propose(tree))
+    frontier = Frontier(
+        tree,
+        session.num_iterations,
+        nodes_left,
+        limits.max_branch,
+        propose=lambda: session.propose(tree),
+        measure=lambda: session.costs,
+    )
     expand = session.stack.should_expand(frontier)
     if expand is False:
         return None

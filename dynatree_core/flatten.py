@@ -48,7 +48,8 @@ def flatten(
         if nodes < rows:
             visible[row, nodes:, prefix_len + nodes : prefix_len + rows].diagonal().fill_(True)
         slot_positions[row, prefix_len : prefix_len + nodes] = position_ids[row, :nodes]
-    return FlatTrees(token_ids, position_ids, visible, slot_positions)
+    num_places = 1 + max(tree.max_depth for tree in trees)
+    return FlatTrees(token_ids, position_ids, visible, slot_positions, num_places)
 
 
 def flatten_chain(token_ids: Tensor, prefix_len: int) -> FlatTrees:
@@ -57,7 +58,7 @@ def flatten_chain(token_ids: Tensor, prefix_len: int) -> FlatTrees:
     slot_positions = torch.arange(prefix_len + rows, device=device)
     position_ids = slot_positions[prefix_len:]
     visible = slot_positions <= position_ids[:, None]
-    return FlatTrees(token_ids[None], position_ids[None], visible[None], slot_positions[None])
+    return FlatTrees(token_ids[None], position_ids[None], visible[None], slot_positions[None], num_places=rows)
 
 
 def flatten_level(tree: TokenTree, prefix_len: int) -> FlatTrees:
@@ -76,4 +77,5 @@ def flatten_level(tree: TokenTree, prefix_len: int) -> FlatTrees:
         position_ids=node_positions[level.start - 1 :][None],
         visible=visible[None],
         slot_positions=torch.cat([prefix_positions, node_positions])[None],
+        num_places=1,
     )

@@ -60,9 +60,16 @@ def generate(
         max_depth: depth of a tree at most. For these three the strictest of this argument and of what policies
             with a parameter of that name ask for holds; where nobody asks: 0.05, 128 and 64.
         max_branch: children of a node at most, 16 by default.
+        cache: None (default) keeps all tokens. "sinks=4,window=1024": a token sees the first 4 tokens and the last
+            1024, at their places inside the cache (StreamingLLM), so prompt and output may be of any length.
+            Autoregressive decoding with the same option gives the same output; see docs/generation.md.
         exact: None (default), or "fixed_width" for half precision: every verification pass has one shape, with
             max_nodes + 1 rows (16, unless max_nodes is given), and a tree is cut to its first chain. Autoregressive
             decoding (policy="autoregressive") with the same option then rounds alike; see docs/audit.md.
+        prefix_cache: a `PrefixCache` that several generations share: what this prompt has in common with the beginning
+            of an earlier one and its output is not computed again.
+        on_prefill: called after each chunk of the prompt, by the target and then by a model that drafts, with the
+            tokens done and all of them.
         on_error: "raise" (default), or "fallback" to go on autoregressively, with a warning, after a policy or a
             drafter failed.
 
@@ -102,10 +109,7 @@ def run(session: Session) -> Iterator[StepReport]:
         DynaTreeError: its `partial` holds what was committed.
     """
     try:
-        if session.stop_reason is None:
-            _prefill(session)
-        while session.stop_reason is None:
-            yield _step(session)
+        yield from _steps(session)
     except DynaTreeError as error:
         error.partial = session.result("error")
         raise
@@ -115,6 +119,16 @@ def run(session: Session) -> Iterator[StepReport]:
         named = out_of_memory("the generation", error)
         named.partial = session.result("error")
         raise named from error
+
+
+def _steps(session: Session) -> Iterator[StepReport]:
+    try:
+        if session.stop_reason is None:
+            _prefill(session)
+        while session.stop_reason is None:
+            yield _step(session)
+    finally:
+        session.keep_prefix()
 
 
 def _prefill(session: Session) -> None:

@@ -25,6 +25,7 @@ def summarise(session: Session) -> GenerationReport:
         policy=str(session.stack),
         drafter=session.drafter_name,
         num_prompt_tokens=len(session.prompt_ids),
+        num_reused_tokens=session.num_reused_tokens,
         num_new_tokens=num_new,
         num_iterations=len(steps),
         num_drafted_nodes=num_drafted,

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from dynatree_core import embedded
 from dynatree_core.errors import ModelLoadError, ParameterError
 
-__all__ = ["DEFAULT_MODEL", "LoadedModel", "load_model", "vocabularies_match"]
+__all__ = ["DEFAULT_MODEL", "LoadedModel", "load_model", "resolve_device", "vocabularies_match"]
 
 DEFAULT_MODEL = "default"
 
@@ -74,7 +74,7 @@ def load_model(
         ModelLoadError: in one line what was expected, what came and what to do.
         DefaultModelError: the embedded model is not installed or cannot be converted.
     """
-    where = _resolve_device(device)
+    where = resolve_device(device)
     weights_dtype = _resolve_dtype(dtype, where)
     name = DEFAULT_MODEL if name is None else name
     is_folder = name == DEFAULT_MODEL or _is_path(name)
@@ -99,7 +99,12 @@ def vocabularies_match(target: PreTrainedTokenizerBase | None, drafter: PreTrain
     return bool(target.get_vocab() == drafter.get_vocab())
 
 
-def _resolve_device(device: str | None) -> torch.device:
+def resolve_device(device: str | None) -> torch.device:
+    """The device of a name; None or "auto": CUDA where there is any, else the CPU.
+
+    Raises:
+        ParameterError: one that is not here.
+    """
     num_cuda = torch.cuda.device_count()
     if device is None or device == "auto":
         return torch.device("cuda" if num_cuda else "cpu")

@@ -13,12 +13,13 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, cast
 
 import attrs
 
 from dynatree_core.composition import ParameterValue, PluginSpec, format_stack, parse_stack
 from dynatree_core.drafters.base import Drafter
+from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.errors import (
     DynaTreeError,
     ParameterError,
@@ -35,6 +36,7 @@ __all__ = [
     "POLICIES",
     "PRESETS",
     "build_drafter",
+    "build_drafters",
     "build_stack",
     "expand_preset",
     "load_plugin",
@@ -166,15 +168,21 @@ def expand_preset(spec: PluginSpec) -> list[PluginSpec]:
 def build_drafter(text: str) -> Drafter:
     """A drafter from its name, with parameters if any, such as `prompt_lookup(max_matches=8)`.
 
+    Names joined by `+` are drafters whose proposals go into one tree.
+
     Raises:
         StackSyntaxError, UnknownPluginError, ParameterError.
     """
-    specs = parse_stack(text)
-    if len(specs) != 1:
-        raise StackSyntaxError(f"a drafter is one name, with parameters in parentheses if any, got '{text}'")
-    drafter = _build(DRAFTERS, specs[0])
-    assert isinstance(drafter, Drafter), f"entry point '{text}' made a {type(drafter)}, not a Drafter"
-    return drafter
+    drafters = build_drafters(text)
+    return drafters[0] if len(drafters) == 1 else UnionDrafter(drafters)
+
+
+def build_drafters(text: str) -> list[Drafter]:
+    """The drafters whose names are joined by `+`."""
+    drafters = [_build(DRAFTERS, spec) for spec in parse_stack(text)]
+    for drafter in drafters:
+        assert isinstance(drafter, Drafter), f"an entry point in '{text}' made a {type(drafter)}, not a Drafter"
+    return cast(list[Drafter], drafters)
 
 
 def _build(group: str, spec: PluginSpec) -> object:

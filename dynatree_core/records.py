@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import bisect
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import attrs
@@ -12,12 +13,15 @@ from torch import Tensor
 from dynatree_core.tree import TokenTree
 
 __all__ = [
+    "NOMINAL_COSTS",
+    "CostModel",
     "FlatTrees",
     "Frontier",
     "GenerationReport",
     "GenerationResult",
     "Limits",
     "Proposals",
+    "StepFunction",
     "StepReport",
     "StepStats",
     "Verdict",
@@ -32,6 +36,48 @@ class Limits:
     max_nodes: int  # drafted nodes, the root not counted (N_max in SpecInfer's terms)
     tau: float  # a node whose cumulative draft probability is below it is cut, with its descendants
     max_branch: int  # children that a node can have at most
+
+
+@attrs.frozen
+class StepFunction:
+    """Seconds by a count, measured at some counts and as high up to each as there; beyond the last a straight line."""
+
+    at: tuple[int, ...]  # ascending
+    seconds: tuple[float, ...]  # non-decreasing
+
+    def __call__(self, count: int) -> float:
+        """The seconds of `count` rows or nodes; 0.0 for none."""
+        if count <= 0:
+            return 0.0
+        place = bisect.bisect_left(self.at, count)
+        if place < len(self.at):
+            return self.seconds[place]
+        return self.seconds[-1] * count / self.at[-1]
+
+
+@attrs.frozen
+class CostModel:
+    """What an iteration takes on this machine, in seconds."""
+
+    verify: StepFunction  # a target's pass, by rows: drafted nodes and the root
+    draft: StepFunction  # a drafter's level, by the nodes whose children it proposes
+    rest_seconds: float  # making, laying out and committing a small tree
+
+    def plain_seconds(self) -> float:
+        """A step without drafting."""
+        return self.verify(1) + self.rest_seconds
+
+    def tree_seconds(self, num_drafted: int, widths: Sequence[int]) -> float:
+        """An iteration that verifies so many drafted nodes after the drafter has looked at levels of these widths."""
+        return self.verify(1 + num_drafted) + sum(map(self.draft, widths)) + self.rest_seconds
+
+
+# for frontiers that no session has made: a row adds a hundredth of a pass, and a level takes a tenth
+NOMINAL_COSTS = CostModel(
+    StepFunction(tuple(range(1, 129)), tuple(0.99 + 0.01 * rows for rows in range(1, 129))),
+    StepFunction((128,), (0.1,)),
+    0.0,
+)
 
 
 @attrs.frozen(eq=False)
@@ -59,6 +105,12 @@ class Frontier:
     nodes_left: int  # drafted nodes that the budget still allows
     max_branch: int  # the largest branch factor that can be served
     _propose: Callable[[], Proposals] = attrs.field(repr=False)
+    _measure: Callable[[], CostModel] = attrs.field(default=lambda: NOMINAL_COSTS, repr=False)
+
+    @cached_property
+    def costs(self) -> CostModel:
+        """What passes take on this machine; the first look on a machine measures it, which takes seconds."""
+        return self._measure()
 
     @property
     def width(self) -> int:
@@ -124,6 +176,7 @@ class FlatTrees:
     position_ids: Tensor  # [batch, rows] int64
     visible: Tensor  # [batch, rows, slots] bool: which cache slots a row attends to
     slot_positions: Tensor  # [batch, slots] int64: the position of the token that a slot holds
+    num_places: int  # different positions that the rows have, from that of the first row on
 
     @property
     def num_rows(self) -> int:
@@ -147,6 +200,7 @@ class StepReport:
     iteration: int
     tree: TokenTree  # as it was verified
     verdict: Verdict
+    seconds: float = 0.0  # wall-clock time of the step, up to where the policies hear of it
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -181,6 +235,7 @@ class GenerationReport:
     policy: str  # the stack in its canonical spelling
     drafter: str | None
     num_prompt_tokens: int
+    num_reused_tokens: int  # of the prompt, copied from the prefix cache instead of prefilled
     num_new_tokens: int
     num_iterations: int  # target forward passes after the prefill
     num_drafted_nodes: int

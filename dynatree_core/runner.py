@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,7 @@ from dynatree_core.clock import StageClock
 from dynatree_core.errors import DynaTreeError, ForwardPassError, OutOfMemoryError
 from dynatree_core.flatten import flatten_chain
 from dynatree_core.records import FlatTrees
+from dynatree_core.sink_cache import SinkCache
 
 __all__ = ["EagerRunner", "is_out_of_memory", "out_of_memory"]
 
@@ -31,11 +32,19 @@ class EagerRunner:
         model: the model.
         clock: where the time of its passes goes.
         positions: the position of each token of the prompt, where they are not 0, 1, 2, …
+        on_prefill: called after each chunk of a prefill, with the rows that the cache has and those it will have.
     """
 
-    def __init__(self, model: nn.Module, clock: StageClock, positions: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        clock: StageClock,
+        positions: Sequence[int] | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> None:
         self.model = model
         self.clock = clock
+        self.on_prefill = on_prefill
         # [tokens] the prompt's own positions, where a caller gives any; later tokens count on from the last of them
         self.positions = None if positions is None else torch.tensor(positions, device=model.device)  # type: ignore[arg-type]
         self.layout = attention_layout(model)
@@ -46,7 +55,9 @@ class EagerRunner:
         # a mixture of experts may be configured to compute its training loss, which does not take a 4-D mask
         self._fixed_arguments = {"output_router_logits": False} if "output_router_logits" in parameters else {}
 
-    def forward(self, flat: FlatTrees, cache: TreeCache, *, stage: str, last_row_only: bool = False) -> Tensor:
+    def forward(
+        self, flat: FlatTrees, cache: TreeCache | SinkCache, *, stage: str, last_row_only: bool = False
+    ) -> Tensor:
         """One pass; the rows' keys and values are appended to the cache's undecided block.
 
         Args:
@@ -62,6 +73,7 @@ class EagerRunner:
             OutOfMemoryError: the device has no memory for the pass.
             ForwardPassError: the model raised anything else.
         """
+        flat = cache.prepare(flat)
         arguments: dict[str, object] = {
             "input_ids": flat.token_ids,
             "attention_mask": self.layout.masks(flat, self.dtype),
@@ -70,7 +82,6 @@ class EagerRunner:
             "use_cache": True,
             **self._fixed_arguments,
         }
-        cache.min_slots = flat.visible.shape[-1]
         if last_row_only and self._can_skip_logits:
             arguments["logits_to_keep"] = 1
         with _named_failure(flat), self.clock.measure(stage, on_device=True):
@@ -84,13 +95,16 @@ class EagerRunner:
         last = self.positions.numel() - 1
         return self.positions[places.clamp(max=last)] + (places - last).clamp(min=0)
 
-    def prefill(self, token_ids: Tensor, cache: TreeCache) -> None:
+    def prefill(self, token_ids: Tensor, cache: TreeCache | SinkCache) -> None:
         """Fill the cache with committed tokens [tokens], in chunks; their logits are not wanted."""
-        if token_ids.numel() == 0:  # a prompt of one token: it is the root, and nothing comes before it
-            return
-        for chunk in torch.split(token_ids, PREFILL_CHUNK):
-            self.forward(flatten_chain(chunk, cache.length), cache, stage="prefill_forward", last_row_only=True)
+        num_rows = cache.length + token_ids.numel()
+        while token_ids.numel() > 0:
+            chunk_len = min(PREFILL_CHUNK, cache.max_places)
+            chunk, token_ids = token_ids[:chunk_len], token_ids[chunk_len:]
+            self.forward(flatten_chain(chunk, cache.next_place), cache, stage="prefill_forward", last_row_only=True)
             cache.commit([range(chunk.numel())])
+            if self.on_prefill is not None:
+                self.on_prefill(cache.length, num_rows)
 
 
 def is_out_of_memory(error: Exception) -> bool:

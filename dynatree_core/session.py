@@ -29,15 +29,18 @@ from dynatree_core.arguments import (
 )
 from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
+from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import DrafterError, DynaTreeError, InputError, ParameterError
 from dynatree_core.metrics import summarise
 from dynatree_core.plugins import build_drafter, build_stack
+from dynatree_core.prefix_cache import PrefixCache, PrefixReuse
 from dynatree_core.processors import logits_processors
-from dynatree_core.records import GenerationResult, Proposals, StepReport, StepStats
-from dynatree_core.runner import EagerRunner
+from dynatree_core.records import CostModel, GenerationResult, Proposals, StepReport, StepStats
+from dynatree_core.runner import EagerRunner, is_out_of_memory
 from dynatree_core.sampling import Sampler
+from dynatree_core.sink_cache import SinkCache, SinkWindow, refuse_beside
 from dynatree_core.stack import PolicyStack
 from dynatree_core.stopping import stopping_criteria as criteria_of
 from dynatree_core.tree import TokenTree
@@ -95,13 +98,18 @@ class Session:
         max_nodes: int | None = None,
         max_depth: int | None = None,
         max_branch: int = 16,
+        cache: str | None = None,
         exact: str | None = None,
+        prefix_cache: PrefixCache | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
         on_error: str = "raise",
         **settings: object,
     ) -> None:
         check_causal_lm(target, "target")
         if on_error not in ("raise", "fallback"):
             raise ParameterError(f"on_error must be 'raise' or 'fallback', got {on_error!r}")
+        if not isinstance(prefix_cache, PrefixCache | None):
+            raise ParameterError(f"prefix_cache must be a PrefixCache, got {prefix_cache!r:.60}")
         self.on_error = on_error
         self.device: torch.device = target.device  # type: ignore[assignment]
         self.vocab_size = vocab_size(target)
@@ -112,6 +120,10 @@ class Session:
         self._num_padding = num_padding(attention_mask, len(given_ids))
         self.prompt_ids = given_ids[self._num_padding :]
         positions = checked_positions(position_ids, len(given_ids))
+        kept = SinkWindow.parse(cache)
+        if kept is not None:
+            refuse_beside(kept, exact, positions and positions[self._num_padding :])
+            positions = None
         config = settings_of(
             target if inherit_settings else None, generation_config, settings, inspect.signature(Session).parameters
         )
@@ -124,7 +136,7 @@ class Session:
             max_length,
             len(given_ids),
             len(self.prompt_ids) if positions is None else max(positions) + 1,
-            max_positions(target),
+            max_positions(target) if kept is None else None,
         )
         self.logits_processors = logits_processors(
             config,
@@ -145,16 +157,38 @@ class Session:
         self.clock = StageClock(self.device)
 
         num_tokens = len(self.prompt_ids) + self.max_new_tokens
-        self.target = EagerRunner(target, self.clock, positions and positions[self._num_padding :])
+        self.target = EagerRunner(target, self.clock, positions and positions[self._num_padding :], on_prefill)
         self.is_fixed_width = exact is not None
-        self.cache = TreeCache(num_tokens + max(self.limits.max_nodes, pass_rows), is_zeroed=self.is_fixed_width)
+        self.cache: TreeCache | SinkCache = (
+            TreeCache(num_tokens + max(self.limits.max_nodes, pass_rows), is_zeroed=self.is_fixed_width)
+            if kept is None
+            else SinkCache(target, kept, self.limits.max_nodes)
+        )
         # of every verification pass at least, so that all passes round alike
         self.pass_shape = {"min_rows": pass_rows, "min_slots": self.cache.capacity} if self.is_fixed_width else {}
+        # rows at other positions or in a cache that moves are others, and passes of another shape may round otherwise
+        is_reusable = positions is None and exact is None
+        self.prefix: PrefixReuse | None = None
+        if prefix_cache is not None and is_reusable and isinstance(self.cache, TreeCache):
+            self.prefix = PrefixReuse(prefix_cache)
+            self.prefix.add(target, self.cache)
+        self.num_reused_tokens = 0  # of the prompt, whose rows came from the prefix cache
         source = _as_drafter(drafter)
         self.drafter_name = None if source is None else str(source)
+        self._source = source
         self.draft_state: DraftState | None = None
         if source is not None:
-            plan = DraftPlan(self.vocab_size, num_tokens, self.limits.max_nodes, self.device, self.clock)
+            plan = DraftPlan(
+                self.vocab_size,
+                num_tokens,
+                self.limits.max_nodes,
+                self.device,
+                self.clock,
+                target,
+                kept,
+                prefix=self.prefix,
+                on_prefill=on_prefill,
+            )
             try:
                 with self.blame_drafter(InputError):
                     self.draft_state = source.start(plan)
@@ -186,8 +220,14 @@ class Session:
 
     @property
     def depth_limit(self) -> int:
-        """How deep the next tree may be; a step commits one token more than its depth, so the end clips it."""
-        return min(self.limits.max_depth, self.num_tokens_left - 1) if self.draft_state is not None else 0
+        """How deep the next tree may be.
+
+        A step commits one token more than the depth, so the end clips it, and so does a point that no pass may cross
+        in a cache that moves.
+        """
+        if self.draft_state is None:
+            return 0
+        return min(self.limits.max_depth, self.num_tokens_left - 1, self.cache.max_places - 1)
 
     @property
     def stop_reason(self) -> str | None:
@@ -226,6 +266,12 @@ class Session:
             return "length"
         return fulfilled[0] if fulfilled else None
 
+    @functools.cached_property
+    def costs(self) -> CostModel:
+        """What iterations take here, measured now if nobody has before on this machine; that time counts nowhere."""
+        with self.clock.leave_out(), self.blame_drafter(DynaTreeError):
+            return measured_costs(self.target.model, self._source)
+
     def propose(self, tree: TokenTree) -> Proposals:
         """The drafter's proposals for the tree's last level, in the shape that the contract asks for.
 
@@ -261,6 +307,25 @@ class Session:
         pending = self.pending.behind(len(report.token_ids))
         # nothing but assignments, between which no signal arrives: a step is recorded whole or not at all
         self.new_token_ids, self.steps, self.last_report, self.pending = tokens, steps, report, pending
+
+    def reuse_prefix(self) -> None:
+        """Copy what the prefix cache knows of the prompt into the target's cache, which is filled from the start."""
+        if self.prefix is not None:
+            assert isinstance(self.cache, TreeCache), "a cache that moves has no part in it"
+            self.num_reused_tokens += self.prefix.fill(self.cache, self.committed_ids[:-1])
+
+    def keep_prefix(self) -> None:
+        """Leave the rows of all committed tokens in the prefix cache, where there is memory for it.
+
+        To be called at any time; `run` calls it whenever it ends. Committed rows are right however a step ended.
+        """
+        if self.prefix is None:
+            return
+        try:
+            self.prefix.keep(self.committed_ids)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
 
     def rollback(self) -> None:
         """Forget an iteration that failed; the committed tokens and their cache rows stay."""

@@ -19,14 +19,21 @@ import torch
 from torch import Tensor
 
 from dynatree_core import hookspecs
-from dynatree_core.errors import DrafterError, NonFiniteLogitsError, PolicyError, nearest_match
+from dynatree_core.errors import (
+    DrafterError,
+    ForwardPassError,
+    NonFiniteLogitsError,
+    OutOfMemoryError,
+    PolicyError,
+    nearest_match,
+)
 from dynatree_core.records import Frontier, StepReport
 from dynatree_core.tree import TokenTree
 
 __all__ = ["BranchFactor", "PolicyStack", "hook_names", "implemented_hooks"]
 
 # what the drafter or the target did wrong while a policy looked at the frontier is not the policy's fault
-_NOT_THE_POLICY = (DrafterError, NonFiniteLogitsError)
+_NOT_THE_POLICY = (DrafterError, ForwardPassError, NonFiniteLogitsError, OutOfMemoryError)
 
 
 @attrs.frozen(eq=False)
@@ -66,11 +73,15 @@ class PolicyStack:
     def __init__(self, policies: Mapping[str, object], text: str) -> None:
         self.policies = dict(policies)
         self.text = text
-        # hook -> [(policy, its caller)], in the order of the stack
-        self.callers: defaultdict[str, list[tuple[str, Callable[..., Any]]]] = defaultdict(list)
+        # hook -> [(policy, its caller)], in the order in which they are asked
+        self.callers: defaultdict[str, list[tuple[str, pluggy.HookCaller]]] = defaultdict(list)
         for name, policy in self.policies.items():
             for caller in _register(name, policy):
                 self.callers[caller.name].append((name, caller))
+        for hook, callers in self.callers.items():
+            if hook == "branch_factor":  # the rightmost decides
+                callers.reverse()
+            callers.sort(key=lambda named: _place(named[1]))
 
     def __str__(self) -> str:
         return self.text
@@ -80,7 +91,7 @@ class PolicyStack:
         return self.policies.get(name)
 
     def should_expand(self, frontier: Frontier) -> Tensor | bool:
-        """AND of all answers: one bool for all nodes, or bool [width]."""
+        """AND of all answers: one bool for all nodes, or bool [width]. After a plain False nobody else is asked."""
         verdict: Tensor | bool = True
         for name, call in self.callers["should_expand"]:
             with _blame(name, "should_expand"):
@@ -100,7 +111,7 @@ class PolicyStack:
         The values of a tensor are not looked at here, which would cost a wait for the device: the caller
         checks them together with what else it transfers, and calls `refuse_branch_factor`.
         """
-        for name, call in reversed(self.callers["branch_factor"]):
+        for name, call in self.callers["branch_factor"]:
             with _blame(name, "branch_factor"):
                 answer = call(frontier=frontier)
             if answer is None:
@@ -174,6 +185,12 @@ def _register(name: str, policy: object) -> list[pluggy.HookCaller]:
                     "never passes an argument that has one; remove the default"
                 )
     return callers
+
+
+def _place(caller: pluggy.HookCaller) -> int:
+    """-1 for a hook that is marked tryfirst, 1 for trylast, 0 for any other."""
+    (impl,) = caller.get_hookimpls()
+    return int(impl.trylast) - int(impl.tryfirst)
 
 
 def _explain(error: Exception) -> str:

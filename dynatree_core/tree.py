@@ -63,6 +63,13 @@ class TokenTree:
         return self.token_ids.device
 
     @property
+    def rank(self) -> Tensor:
+        """[nodes] int64: each node's place among its siblings, from 0 on; 0 for the root."""
+        index = torch.arange(self.num_nodes, device=self.device)
+        is_first = self.parent != self.parent.roll(1)  # children of one parent are adjacent
+        return index - torch.where(is_first, index, 0).cummax(0).values
+
+    @property
     def last_level(self) -> slice:
         """Where the deepest nodes stand: the frontier of a growing tree."""
         return slice(self.num_nodes - self.level_sizes[-1], self.num_nodes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,6 +27,15 @@ settings.register_profile("thorough", parent=settings.get_profile("default"), ma
 # no search for a simpler example: it is enough that one fails (tests/mutants.py)
 settings.register_profile("mutants", parent=settings.get_profile("default"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("DYNATREE_HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def costs_of_these_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Costs of the tests' models are kept for one run, and not among the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("costs")
+        patch.setattr("dynatree_core.costs.folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(

@@ -60,6 +60,10 @@ LOSSLESS = "tests/test_lossless.py::test_every_length_and_every_stop"
 STOPPING = "tests/test_settings.py::test_stopping_anywhere_in_a_path"
 PROCESSORS = "tests/test_settings.py::test_processors_see_each_node_with_its_own_path"
 PADDING = "tests/test_settings.py::test_padded_prompts"
+CHAT = "tests/test_prefix_cache.py::test_turns_of_a_conversation"
+ANOTHER_WAY = "tests/test_prefix_cache.py::test_a_prompt_that_goes_another_way"
+SINKS = "tests/test_sink_cache.py::test_every_family_follows_the_definition[llama]"
+SINK_TREES = "tests/test_sink_cache.py::test_a_text_beyond_the_models_context"
 DRAFTS = "tests/test_drafters.py::test_model_proposals_are_those_of_a_plain_pass_over_the_path"
 
 MUTANTS = (
@@ -187,6 +191,128 @@ MUTANTS = (
         "        keys, values = self.keys, [*self.values, self._allocate(value_states)]",
         ("tests/test_cache.py::test_an_allocation_that_fails_adds_no_layer",),
     ),
+    # prefix cache
+    Mutant(
+        "rows beyond the common prefix are taken",
+        "dynatree_core/prefix_cache.py",
+        "cache.load(best.keys, best.values, num_common)",
+        "num_common = min(text.numel(), best.token_ids.numel())\n"
+        "        cache.load(best.keys, best.values, num_common)",
+        (ANOTHER_WAY,),
+    ),
+    Mutant(
+        "common tokens behind a difference count",
+        "dynatree_core/prefix_cache.py",
+        "(self.token_ids[:num] == token_ids[:num]).cumprod(0).sum()",
+        "(self.token_ids[:num] == token_ids[:num]).sum()",
+        (CHAT,),
+    ),
+    Mutant(
+        "the text is kept by the session's own buffer",
+        "dynatree_core/prefix_cache.py",
+        'token_ids[: cache.length].to("cpu", copy=True)',
+        "token_ids[: cache.length].cpu()",
+        ("tests/test_prefix_cache.py::test_a_text_is_kept_once", CHAT),
+    ),
+    Mutant(
+        "rows are kept where they are",
+        "dynatree_core/cache.py",
+        "return tuple(states.clone(memory_format=torch.contiguous_format) for states in rows)",
+        "return tuple(rows)",
+        ("tests/test_prefix_cache.py::test_no_two_sessions_share_buffers",),
+    ),
+    Mutant(
+        "any model's rows will do",
+        "dynatree_core/prefix_cache.py",
+        "if entry.model() is model and entry.made_as == way",
+        "if entry.made_as == way",
+        ("tests/test_prefix_cache.py::test_models_are_told_apart",),
+    ),
+    Mutant(
+        "rows of another precision will do",
+        "dynatree_core/prefix_cache.py",
+        "if entry.model() is model and entry.made_as == way",
+        "if entry.model() is model",
+        ("tests/test_prefix_cache.py::test_a_model_that_was_changed_in_place",),
+    ),
+    Mutant(
+        "rows at other positions will do",
+        "dynatree_core/session.py",
+        "is_reusable = positions is None and exact is None",
+        "is_reusable = exact is None",
+        ("tests/test_prefix_cache.py::test_rows_that_a_plain_prefill_would_not_make",),
+    ),
+    Mutant(
+        "the bound is exceeded by what comes last",
+        "dynatree_core/prefix_cache.py",
+        "sum(entry.num_bytes for entry in entries) + num_bytes > self.max_bytes",
+        "sum(entry.num_bytes for entry in entries) > self.max_bytes",
+        (CHAT, "tests/test_prefix_cache.py::test_the_least_recently_used_text_goes"),
+    ),
+    Mutant(
+        "use does not count as use",
+        "dynatree_core/prefix_cache.py",
+        "self._entries = [*(entry for entry in self._entries if entry is not best), best]",
+        "pass",
+        ("tests/test_prefix_cache.py::test_the_least_recently_used_text_goes",),
+    ),
+    # sinks and window
+    Mutant(
+        "sinks stand one place too near",
+        "dynatree_core/sink_cache.py",
+        "turns = places + (self.next_place - self.option.num_tokens + 1)",
+        "turns = places + (self.next_place - self.option.num_tokens + 2)",
+        (SINKS,),
+    ),
+    Mutant(
+        "a row sees the sinks of the rows above it too",
+        "dynatree_core/sink_cache.py",
+        "(flat.position_ids - self.next_place)[:, :, None] == owners",
+        "(flat.position_ids - self.next_place)[:, :, None] >= owners",
+        (SINKS,),
+    ),
+    Mutant(
+        "a window of one token more",
+        "dynatree_core/sink_cache.py",
+        "window = (flat.visible & (distance < self.option.window))[:, :, first:]",
+        "window = (flat.visible & (distance <= self.option.window))[:, :, first:]",
+        (SINKS,),
+    ),
+    Mutant(
+        "the window moves without its keys being turned",
+        "dynatree_core/sink_cache.py",
+        "keys[:, :, target] = _turned(keys[:, :, source], cos[0], -sin[0])",
+        "keys[:, :, target] = keys[:, :, source].clone()",
+        (SINKS,),
+    ),
+    Mutant(
+        "a turn scales the keys once more",
+        "dynatree_core/sink_cache.py",
+        "return cos[0, :, None] / scaling, sin[0, :, None] / scaling",
+        "return cos[0, :, None], sin[0, :, None]",
+        ("tests/test_sink_cache.py::test_every_rotary_scaling[yarn]",),
+    ),
+    Mutant(
+        "a tree crosses the point where the window is turned back",
+        "dynatree_core/session.py",
+        "min(self.limits.max_depth, self.num_tokens_left - 1, self.cache.max_places - 1)",
+        "min(self.limits.max_depth, self.num_tokens_left - 1)",
+        (f"{SINK_TREES}[llama-option1]",),
+    ),
+    Mutant(
+        "a cache that was being turned back is taken as it is",
+        "dynatree_core/sink_cache.py",
+        "self._sinks, self._num_turned_back, self._rows.lengths = [], 0, [self._front]\n        end",
+        "self._sinks, self._num_turned_back, self._rows.lengths = then\n        end",
+        ("tests/test_sink_cache.py::test_a_turn_that_is_broken_off_is_done_again",),
+    ),
+    Mutant(
+        "a drafter of a bounded cache follows tokens that it has skipped",
+        "dynatree_core/drafters/model.py",
+        "            self.cache.truncate(0)\n            self.num_skipped",
+        "            self.num_skipped",
+        (f"{SINK_TREES}[gpt_neox-option0]",),
+    ),
     # verification
     Mutant(
         "the bonus token is the root's",
@@ -269,8 +395,8 @@ MUTANTS = (
     Mutant(
         "trees deeper than what is left",
         "dynatree_core/session.py",
-        "min(self.limits.max_depth, self.num_tokens_left - 1)",
-        "self.limits.max_depth",
+        "min(self.limits.max_depth, self.num_tokens_left - 1, self.cache.max_places - 1)",
+        "min(self.limits.max_depth, self.cache.max_places - 1)",
         ("tests/test_lossless.py::test_the_end_of_the_context",),
     ),
     Mutant(
@@ -279,6 +405,63 @@ MUTANTS = (
         "        if self.stopping_criteria:\n",
         "        if self.stopping_criteria and len(token_ids) == 1:\n",
         (STOPPING,),
+    ),
+    # trees that pay
+    Mutant(
+        "the governor goes on losing",
+        "dynatree_policies/governor.py",
+        "return is_known and self.account >= self._expected_loss()",
+        "return is_known",
+        ("tests/test_governor.py::test_a_useless_drafter_loses_no_more_than_the_bound",),
+    ),
+    Mutant(
+        "the governor is asked last",
+        "dynatree_policies/governor.py",
+        "@hookimpl(tryfirst=True)",
+        "@hookimpl",
+        ("tests/test_governor.py::test_it_is_asked_before_a_policy_that_looks_at_the_drafter",),
+    ),
+    Mutant(
+        "best first expands too little",
+        "dynatree_policies/best_first.py",
+        "rivals.topk(min(self.nodes, rivals.numel()))",
+        "rivals.topk(min(self.nodes // 2 + 1, rivals.numel()))",
+        ("tests/test_tree_policies.py::test_best_first_verifies_the_best_of_all_paths",),
+    ),
+    Mutant(
+        "every rank is planned as the first",
+        "dynatree_policies/sequoia.py",
+        "for p in reversed(self.acceptance):",
+        "for p in [self.acceptance[0]] * len(self.acceptance):",
+        ("tests/test_tree_policies.py::test_sequoia_reproduces_published_trees",),
+    ),
+    Mutant(
+        "rejected nodes judge their children",
+        "dynatree_core/acceptance.py",
+        "judged = is_accepted[tree.parent[1:]]",
+        "judged = torch.ones_like(is_accepted[1:])",
+        ("tests/test_acceptance.py::test_only_children_of_accepted_nodes_are_judged",),
+    ),
+    Mutant(
+        "seconds are worth nothing",
+        "dynatree_policies/cost_aware.py",
+        "wins = gained * per_node - rate * torch.tensor",
+        "wins = gained * per_node - 0 * torch.tensor",
+        ("tests/test_cost_aware.py::test_a_child_is_worth_its_row",),
+    ),
+    Mutant(
+        "old costs are believed",
+        "dynatree_core/costs.py",
+        "return not 1 / STALE_FACTOR <= ratio <= STALE_FACTOR",
+        "return False",
+        ("tests/test_costs.py::test_measurements_are_kept",),
+    ),
+    Mutant(
+        "measuring costs is part of an iteration",
+        "dynatree_core/clock.py",
+        "self._left_out += time.perf_counter() - begin",
+        "pass",
+        ("tests/test_costs.py::test_the_time_of_a_measurement_counts_nowhere",),
     ),
 )
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from dynatree_bench import fixed_width, smoke
+from dynatree_bench import fixed_width, long_context, never_slower, smoke
 from dynatree_bench.prompts import BUILT_IN, load_prompts
 from dynatree_core import embedded
 
@@ -61,3 +62,77 @@ def test_the_fixed_width_benchmark_on_a_few_tokens(monkeypatch, capsys, tmp_path
         "the machine was",
     ):
         assert expected in printed
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(not embedded.is_installed(), reason="the default model is missing: dynatree models install")
+def test_the_never_slower_benchmark_on_a_few_tokens(monkeypatch, capsys, tmp_path):
+    path, output = tmp_path / "prompts.jsonl", tmp_path / "result.json"
+    path.write_text(json.dumps({"category": "mine", "prompt": "a b c a b c a b c"}))
+    arguments = ["--quick", "--prompts", str(path), "--max-new-tokens", "6", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["never_slower", *arguments])
+    assert never_slower.main() in (0, 2)  # six tokens are too few for a speed
+    printed = capsys.readouterr().out
+    for expected in (
+        "mine: 1 prompts",
+        *never_slower.POLICIES,
+        *never_slower.COLUMNS,
+        "random",
+        "noise",
+        "decoding: 0 of",
+    ):
+        assert expected in printed
+    runs = json.loads(output.read_text())["runs"]
+    assert {(run["drafter"], run["num_identical"]) for run in runs} == {
+        ("prompt_lookup", 1),
+        ("random", 1),
+        ("noise", 1),
+    }
+
+
+def test_ratios_are_of_all_prompts_together():
+    def pair(plain, seconds):
+        def result(s):
+            return SimpleNamespace(report=SimpleNamespace(decode_seconds=s), token_ids=[1])
+
+        return never_slower.Pair(result(plain), result(seconds))
+
+    pairs = [pair(1.0, 2.0), pair(9.0, 3.0)]
+    assert never_slower.ratio(pairs) == 2.0
+    assert never_slower.interval(pairs) == (0.5, 3.0)
+    assert never_slower.interval(pairs[:1]) == (0.5, 0.5)
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(not embedded.is_installed(), reason="the default model is missing: dynatree models install")
+def test_the_long_context_benchmark_on_two_short_contexts(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["long_context", "--quick", "--out", str(tmp_path)])
+    long_context.main()
+    printed = capsys.readouterr().out
+    for expected in (
+        *long_context.PASSES,
+        *long_context.GENERATIONS,
+        *long_context.KEPT,
+        "64",
+        "256",
+        "the machine was",
+    ):
+        assert expected in printed
+    results = json.loads((tmp_path / "long-context.json").read_text())
+    assert set(results["passes"]) == set(long_context.PASSES)
+    assert all(len(rounds) == 1 for by_context in results["tokens"].values() for rounds in by_context.values())
+    drawn = (tmp_path / "long-context.svg").read_bytes()
+    # the same figure from the file alone
+    again = tmp_path / "again"
+    again.mkdir()
+    source = str(tmp_path / "long-context.json")
+    monkeypatch.setattr(sys, "argv", ["long_context", "--from", source, "--out", str(again)])
+    long_context.main()
+    assert (again / "long-context.svg").read_bytes() == drawn
+    assert capsys.readouterr().out == printed
+
+
+def test_a_table_shows_median_and_range():
+    table = long_context._table("times", {"way": {64: [3.0, 1.0, 2.0], 256: [4.0]}}, 1)
+    assert [column.header for column in table.columns] == ["tokens of context", "64", "256"]
+    assert [list(column.cells) for column in table.columns] == [["way"], ["2.0 (1.0–3.0)"], ["4.0"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -11,12 +12,15 @@ from pathlib import Path
 import attrs
 import pytest
 from test_cli import byte_level_tokenizer, for_transformers, save_model
+from transformers import AutoTokenizer
 
-from dynatree_bench import measure, methods
+from dynatree_bench import bench_cli, measure, methods
 from dynatree_bench.experiments import EXPERIMENTS, HF, RIVALS
 from dynatree_bench.records import OutputRecord, read_results
-from dynatree_bench.workloads import KNOWN
+from dynatree_bench.workloads import KNOWN, encode, load_workload
+from dynatree_core import LoadedModel, embedded
 from dynatree_core.cli import main
+from dynatree_core.testing.models import tiny_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,7 +93,7 @@ def test_a_run_is_written_summarised_and_complete_when_it_is_called_again(bench,
     out = tmp_path / "run"
     ran = bench("main", *of_folders, "--replay", "--out", out)
     assert ran.code == 0, ran.err
-    assert ran.out.splitlines()[-1] == f"main: 24 outputs in {out}"
+    assert ran.out == f"main: 24 outputs in {out}; tables and figures of them:\n  dynatree bench report {out}\n"
     results = read_results(out)
     assert results.info.target.name.endswith("target")
     assert results.info.target.sha256 != results.info.drafter.sha256
@@ -137,6 +141,15 @@ def test_all_experiments_of_a_synthetic_pair(bench, tmp_path):
     assert read_results(tmp_path / "main").info.settings["workloads"] == ["markov"]
 
 
+def test_one_experiment_that_cannot_run_does_not_keep_all_from_it(bench, of_folders, tmp_path, monkeypatch):
+    names = ["prompt-length", "scalability"]
+    monkeypatch.setattr(bench_cli, "EXPERIMENTS", {name: EXPERIMENTS[name] for name in names})
+    ran = bench("all", *of_folders, "--out", tmp_path)  # its prompts are too short to be cut to the full lengths
+    assert ran.code == 1
+    assert "dynatree: error: prompt-length: prompts cut to 50 tokens must have so many" in ran.err
+    assert f"scalability: 6 outputs in {tmp_path / 'scalability'}" in ran.out
+
+
 def test_an_interrupt_says_how_to_go_on(bench, of_folders, tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
@@ -179,6 +192,18 @@ def test_a_synthetic_pair_that_cannot_be(bench, tmp_path, spec):
     assert ran.code == 2
     assert ran.err.startswith("dynatree: error: ")
     assert ran.err.count("\n") == 1
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(not embedded.is_installed(), reason="the default model is missing: dynatree models install")
+def test_quick_forms_have_prompts_that_are_long_enough_for_the_default_model():
+    tokenizer = AutoTokenizer.from_pretrained(embedded.path())
+    loaded = LoadedModel(tiny_model("llama"), tokenizer, "default")
+    for experiment in EXPERIMENTS.values():
+        form = experiment.quick
+        for workload, num_tokens in itertools.product(form.workloads, form.prompt_tokens):
+            prompts = encode(load_workload(workload, form.num_prompts), loaded, num_tokens=num_tokens)
+            assert len(prompts) == form.num_prompts
 
 
 def test_the_page_names_every_experiment_method_workload_and_field():

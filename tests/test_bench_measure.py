@@ -14,6 +14,7 @@ from pathlib import Path
 import attrs
 import pytest
 import torch
+from students import tiny_student
 
 from dynatree_bench import measure, methods, rivals
 from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Form, Method, cells, chosen_methods
@@ -25,6 +26,7 @@ from dynatree_core import InputError, LoadedModel, build_drafter, hookimpl
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import PolicyError
 from dynatree_core.records import StepReport, Verdict
+from dynatree_core.student import save_student
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
 from dynatree_core.tree import TokenTree
 
@@ -467,6 +469,24 @@ def test_the_source_and_the_weights_are_named(tmp_path):
     hashes = [weights_sha256(str(tmp_path / name)) for name in "aba"]
     assert hashes[0] == hashes[2] != hashes[1]
     assert all(len(sha256) == 64 for sha256 in hashes)
+
+
+def test_a_student_drafts_and_is_named_in_the_provenance(pair, tmp_path):
+    model = pair.target.model
+    student = tiny_student(model)
+    save_student(student, tmp_path / "student", torch.float32, {"target": "tiny"})
+    text = f"distilled(path='{tmp_path / 'student'}',dtype='float64')"
+    taught = Pair(pair.target, build_drafter(f"{text}+prompt_lookup"))
+    options = attrs.evolve(SMALL, only=["fixed", "hf assisted dynamic"], with_replay=True)
+    results = run("main", taught, tmp_path / "run", options)
+    found = by_method(results)
+    assert all(record.is_identical and record.replay is not None for record in found["fixed"])
+    assert all("needs a drafter that is a plain transformers model" in r.error for r in found["hf assisted dynamic"])
+    info = results.info.drafter
+    assert (info.name, info.dtype) == (text, "float64")
+    assert info.sha256 == weights_sha256(str(tmp_path / "student"))
+    assert info.num_parameters == sum(weight.numel() for weight in student.state_dict().values())
+    assert Pair(pair.target, ModelDrafter(student)).drafter_model is None
 
 
 def test_provenance_is_complete(pair, tmp_path):

@@ -386,6 +386,18 @@ def test_settings_of_generate_reach_the_session(generate: Dynatree) -> None:
     assert "--compare needs outputs of one length" in refused.err
 
 
+def test_a_cache_of_sinks_and_a_window(generate: Dynatree, audit: Dynatree, tmp_path: Path) -> None:
+    args = ("--json", "--dtype", "float64", "--max-new-tokens", 40, "--ignore-eos")
+    ran = generate(*args, "--compare", "--cache", "sinks=2,window=6", "abc")
+    assert (ran.code, ran.document["identical"], ran.document["cache"]) == (0, True, "sinks=2,window=6")
+    assert generate(*args, "--cache", "sinks=0,window=1", "abc").document["token_ids"] != ran.document["token_ids"]
+    path = tmp_path / "answer.json"
+    path.write_text(json.dumps(ran.document))
+    refused = audit("--output", path)
+    assert refused.code == 2
+    assert is_one_error_line(refused, "a cache that keeps all tokens", "--cache sinks=2,window=6")
+
+
 def test_json_holds_every_metric_and_where_it_comes_from(generate: Dynatree, folders: SimpleNamespace) -> None:
     ran = generate("--json", "--dtype", "float64", "--policy", "phase3:plan", "--max-new-tokens", 12, "abc")
     assert (ran.code, ran.err) == (0, "")
@@ -542,6 +554,8 @@ def test_vocabularies_that_disagree(generate: Dynatree, folders: SimpleNamespace
         (["--tau", "nan"], ["tau", "nan"]),
         (["--dtype", "int8"], ["--dtype", "float32"]),
         (["--on-error", "ignore"], ["--on-error"]),
+        (["--cache", "sinks=4"], ["'sinks=4,window=1024'"]),
+        (["--cache", "sinks=4,window=8", "--exact", "fixed_width"], ["exact='fixed_width'", "leave out"]),
         (["--chat"], ["--chat", "--raw"]),
         (["--no-such-option"], ["--no-such-option"]),
         (["another prompt"], ["extra argument"]),
@@ -578,8 +592,22 @@ def test_no_command_is_help_and_a_wrong_one_is_a_mistake(dynatree: Dynatree) -> 
     assert dynatree("generate").code == 2
 
 
+def test_calibrate(dynatree: Dynatree, folders: SimpleNamespace) -> None:
+    models_ = ("--target", folders.plain, "--drafter", folders.plain, "--rounds", "1")
+    document = dynatree("calibrate", "--json", *ON_CPU, *models_).document
+    assert document["device"] == "cpu"
+    verify, draft = document["costs"]["verify"], document["costs"]["draft"]
+    assert verify["seconds"] == sorted(verify["seconds"])
+    assert (verify["at"][0], draft["at"][0]) == (1, 1)
+    ran = dynatree("calibrate", *ON_CPU, "--target", folders.plain, "--rounds", "1")
+    assert ran.code == 0
+    for expected in ("target's pass, by rows", "drafter's level, by nodes", "rest of an iteration", "kept in "):
+        assert expected in ran.out
+
+
 @pytest.mark.parametrize(
-    "command", [[], ["generate"], ["policies"], ["drafters"], ["new-policy"], ["models"], ["models", "install"]]
+    "command",
+    [[], ["generate"], ["policies"], ["drafters"], ["new-policy"], ["models"], ["models", "install"], ["calibrate"]],
 )
 def test_help(dynatree: Dynatree, command: list[str]) -> None:
     ran = dynatree(*command, "--help")

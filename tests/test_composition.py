@@ -65,7 +65,7 @@ def test_malformed_strings(text):
     [
         ("confidense", "did you mean 'confidence'"),
         ("phase4", "did you mean 'phase3'|did you mean 'phase"),
-        ("nonsense", "known are: autoregressive, confidence"),
+        ("nonsense", "known are: autoregressive, best_first, confidence"),
         ("fixed:plan", "'fixed' has no variant 'plan'"),
         ("confidence:plane", "did you mean 'plan'"),
         ("phase3:plane", "did you mean 'plan'"),
@@ -103,8 +103,9 @@ def test_drafters_by_name():
         build_drafter("prompt_lokup")
     with pytest.raises(ParameterError, match="at least 1, got 0"):
         build_drafter("prompt_lookup(max_matches=0)")
-    with pytest.raises(StackSyntaxError, match="a drafter is one name"):
-        build_drafter("prompt_lookup+prompt_lookup")
+    assert str(build_drafter("prompt_lookup(max_ngram=2)+prompt_lookup")) == "prompt_lookup(max_ngram=2)+prompt_lookup"
+    with pytest.raises(ParameterError, match="at least two drafters"):
+        build_drafter("union(of='prompt_lookup')")
     with pytest.raises(ParameterError, match=r"'model' needs a value for model, as in 'model\(model=\.\.\.\)'"):
         build_drafter("model")
 

@@ -31,6 +31,7 @@ from dynatree_core.architectures import EXACT_FAMILIES
 from dynatree_core.cli import _dynatree
 from dynatree_core.plugins import DRAFTERS, POLICIES, PRESETS, load_plugin, plugin_table, plugin_variants
 from dynatree_core.scaffold import policy_files
+from dynatree_core.sink_cache import ROTARY_FAMILIES
 from dynatree_core.stack import hook_names
 from dynatree_core.testing.models import REFUSED, ROPES, VARIANTS, tiny_model
 
@@ -429,6 +430,11 @@ def test_families_are_those_of_the_code():
         assert row["settings tested besides"] == ", ".join(name.removeprefix(f"{family}, ") for name in variants)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert re.sub(r"\s+", " ", ", ".join(f"`{family}`" for family in EXACT_FAMILIES)) in re.sub(r"\s+", " ", readme)
+
+
+def test_families_of_the_sink_cache_are_those_of_the_code():
+    listed = re.search(r"\*\*Models\*\*: (.*?), without", (DOCS / "generation.md").read_text(encoding="utf-8"), re.S)
+    assert re.findall(r"`(\w+)`", listed[1]) == list(ROTARY_FAMILIES)
 
 
 def test_rotary_scalings_are_those_that_are_tested():

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def plan(num_tokens: int = 120, max_nodes: int = 64) -> DraftPlan:
-    return DraftPlan(VOCAB, num_tokens, max_nodes, CPU, StageClock(CPU))
+    return DraftPlan(VOCAB, num_tokens, max_nodes, CPU, StageClock(CPU), tiny_model("llama"))
 
 
 @pytest.mark.parametrize("family", ours.FAMILIES)

@@ -22,11 +22,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_prefix_cache import check_rows
 from test_settings import Countdown, Grudge
 
 import dynatree_core
 import dynatree_policies
-from dynatree_core import Session, hookimpl, run, runner
+from dynatree_core import PrefixCache, Session, hookimpl, run, runner
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import PromptLookupDrafter
 from dynatree_core.errors import DrafterError, DynaTreeError, ForwardPassError, OutOfMemoryError, PolicyError
@@ -385,12 +386,23 @@ def at_line(called: Callable[[str, str, int, FrameType], None]) -> Iterator[None
 
 
 def asked(kind: str) -> dict[str, object]:
-    """Options of a generation: none, a caller's own processor and criterion that remember every call, or sampling."""
+    """Options of a generation: none, a caller's processor and criterion with a memory, sampling, a moving window, or
+    a prefix cache that knows the beginning and another text."""
     return {
         "greedy": {},
         "memory": {"logits_processor": [Grudge()], "stopping_criteria": [Countdown(11)]},
         "sampling": {"do_sample": True, "temperature": 0.6, "seed": 3},
+        "sinks": {"cache": "sinks=2,window=3"},
+        "prefix": {"prefix_cache": knowing(PROMPT[:3], [9, 9]) if kind == "prefix" else None},
     }[kind]
+
+
+def knowing(*texts: list[int]) -> PrefixCache:
+    """A prefix cache with these texts."""
+    found = PrefixCache()
+    for text in texts:
+        finish(Session(TARGET, DRAFTER, text, max_new_tokens=1, prefix_cache=found))
+    return found
 
 
 @functools.cache
@@ -410,11 +422,11 @@ def lines(drafter: object, kind: str) -> dict[tuple[str, str, int], list[int]]:
     return found
 
 
-@settings(max_examples=100)
+@settings(max_examples=120)
 @given(
     st.data(),
     drafters,
-    st.sampled_from(["greedy", "memory", "sampling"]),
+    st.sampled_from(["greedy", "memory", "sampling", "sinks", "prefix"]),
     st.sampled_from([KeyboardInterrupt(), *NO_MEMORY]),
     st.sampled_from(["raise", "fallback"]),
 )
@@ -426,7 +438,8 @@ def test_every_line(data, drafter, kind, error, on_error):
     undisturbed = new_session(None, **asked(kind))
     finish(undisturbed)
     expected = undisturbed.new_token_ids
-    session = new_session(drafter, policy="phase3", on_error=on_error, **asked(kind))
+    options = asked(kind)
+    session = new_session(drafter, policy="phase3", on_error=on_error, **options)
     named = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else DynaTreeError
     caught = None
     try:
@@ -438,6 +451,10 @@ def test_every_line(data, drafter, kind, error, on_error):
     assert fault.has_struck
     assert on_error == "raise" or not isinstance(caught, DrafterError | PolicyError)
     check_committed(session, expected)
+    if kind == "prefix":
+        check_rows(options["prefix_cache"])
     finish(session)
     assert session.new_token_ids == expected
     check_committed(session, expected)
+    if kind == "prefix":
+        check_rows(options["prefix_cache"])

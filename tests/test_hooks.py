@@ -55,6 +55,29 @@ def test_hook_branch_factor_rightmost_wins():
     assert trees_of([silent], max_depth=3)[0].level_sizes == (1, 1, 1, 1)  # nobody answers: one child
 
 
+def test_marked_hooks_are_asked_first_or_last():
+    asked = []
+
+    def noting(name, **mark):
+        def expand(self, frontier):
+            asked.append(name)
+            return True
+
+        def branch(self, frontier):
+            asked.append(name)
+
+        members = {"should_expand": hookimpl(expand, **mark), "branch_factor": hookimpl(branch, **mark), "name": name}
+        return type(name, (), members)()
+
+    stack = build_stack([noting("late", trylast=True), noting("a"), noting("b"), noting("early", tryfirst=True)])
+    level = Frontier(TokenTree.root(torch.tensor([0])), 0, 9, 4, lambda: None)
+    stack.should_expand(level)
+    assert asked == ["early", "a", "b", "late"]
+    asked.clear()
+    stack.branch_factor(level)
+    assert asked == ["early", "b", "a", "late"]
+
+
 def test_hook_should_expand():
     """AND of all answers; True and None do not object."""
 

@@ -191,3 +191,11 @@ def test_first_chain(tree):
     assert chain.draft_index.tolist() == tree.draft_index[nodes].tolist()
     assert chain.token_ids.tolist() == tree.token_ids[nodes].tolist()
     assert chain.depth.tolist() == list(range(len(nodes)))
+
+
+def test_rank_is_the_place_among_siblings():
+    tree = TokenTree.root(torch.tensor([0]))
+    assert tree.rank.tolist() == [0]
+    tree = tree.grow(torch.tensor([0, 0, 0]), torch.arange(3), torch.zeros(3))
+    tree = tree.grow(torch.tensor([1, 3, 3]), torch.arange(3), torch.zeros(3))
+    assert tree.rank.tolist() == [0, 0, 1, 2, 0, 0, 1]

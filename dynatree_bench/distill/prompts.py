@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dynatree_core.errors import InputError
 
-__all__ = ["Prompt", "ask_prompts", "chat_prefix", "continue_prompts", "mixed", "read_passages"]
+__all__ = ["Prompt", "ask_prompts", "chat_prefix", "continue_prompts", "mixed", "read_passages", "read_text"]
 
 PLACE = "{text}"  # where a question holds its passage
 _USER_WORDS = "\u2603"  # stands for the user's words while the template is cut around it
@@ -39,12 +39,8 @@ def read_passages(files: Sequence[Path], num_chars: int) -> list[str]:
     """
     passages: list[str] = []
     for file in files:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--text needs readable UTF-8 text files, got {file} ({error})") from error
         passage = ""
-        for line in lines:
+        for line in read_text(file).splitlines(keepends=True):
             passage += line
             if len(passage) >= num_chars:
                 passages.append(passage.strip())
@@ -52,6 +48,18 @@ def read_passages(files: Sequence[Path], num_chars: int) -> list[str]:
     if not passages:
         raise InputError(f"--text needs at least {num_chars} characters of text, got less in {len(files)} files")
     return passages
+
+
+def read_text(file: Path) -> str:
+    """A file of plain text.
+
+    Raises:
+        InputError: it cannot be read as such.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--text needs readable UTF-8 text files, got {file} ({error})") from error
 
 
 def continue_prompts(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[list[int]]:

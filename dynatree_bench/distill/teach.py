@@ -64,7 +64,12 @@ class Lesson:
 
 
 def teach(
-    target: LoadedModel, plan: TeachingPlan, folder: Path, progress: Callable[[int, int, int], None]
+    target: LoadedModel,
+    plan: TeachingPlan,
+    folder: Path,
+    progress: Callable[[int, int, int], None],
+    *,
+    num_batches: int | None = None,
 ) -> list[Path]:
     """Make the shards that the folder does not have yet.
 
@@ -73,6 +78,10 @@ def teach(
         plan: what to ask.
         folder: where the shards go; made if need be.
         progress: called after each batch with (batches done, batches in all, tokens judged in this run).
+        num_batches: do the first so many only; a later call may do more.
+
+    Returns:
+        The shards' files, in the order of the lessons.
 
     Raises:
         InputError: the folder belongs to another request, or the request has too little text.
@@ -83,7 +92,7 @@ def teach(
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, plan.fingerprint(target.name))
     own = _own_questions(target, tokenizer, plan, folder)
-    lessons = list(_lessons(tokenizer, plan, own))
+    lessons = list(_lessons(tokenizer, plan, own))[:num_batches]
     num_judged = 0
     for done, lesson in enumerate(lessons):
         progress(done, len(lessons), num_judged)

@@ -66,11 +66,26 @@ def score(model: PreTrainedModel, token_ids: Tensor) -> Shard:
 
 @torch.inference_mode()
 def write(
-    model: PreTrainedModel, prompts: Sequence[Prompt], *, num_new: int, end_ids: Sequence[int], pad_id: int, seed: int
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    *,
+    num_new: int,
+    end_ids: Sequence[int],
+    pad_id: int,
+    seed: int,
+    min_alive: float = MIN_ALIVE,
 ) -> Shard:
     """Let the target go on from each prompt, all in one batch, up to its end or `num_new` tokens.
 
-    The batch ends early when most of its texts have ended; a text that is cut so is as good to learn from.
+    Args:
+        model: the target.
+        prompts: what it goes on from, greedily or drawing tokens.
+        num_new: tokens of a continuation at most.
+        end_ids: tokens that end it.
+        pad_id: any token, for the room before shorter prompts.
+        seed: of the draws.
+        min_alive: the batch ends early when a smaller share of its texts still goes on; a text that is cut so is as
+            good to learn from.
     """
     device = model.device
     batch, width = len(prompts), max(len(prompt.token_ids) for prompt in prompts)
@@ -85,7 +100,7 @@ def write(
     mask = (torch.arange(width + num_new, device=device)[None] >= padding[:, None]).long()
     is_alive = torch.ones(batch, dtype=torch.bool, device=device)
     num_seen, said, tops, alive = 0, [], [], []
-    while len(said) < num_new and is_alive.float().mean() >= MIN_ALIVE:
+    while len(said) < num_new and is_alive.any() and is_alive.float().mean() >= min_alive:
         slots = torch.arange(num_seen, num_seen + next_ids.shape[1], device=device)
         logits = model(
             next_ids,

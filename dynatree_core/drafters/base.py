@@ -7,13 +7,16 @@ in the `DraftState` that it starts for each session.
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynatree_core.clock import StageClock
+from dynatree_core.prefix_cache import PrefixReuse
 from dynatree_core.records import Proposals
+from dynatree_core.sink_cache import SinkWindow
 from dynatree_core.tree import TokenTree
 
 __all__ = ["DraftPlan", "DraftState", "Drafter", "padded_proposals"]
@@ -28,6 +31,10 @@ class DraftPlan:
     max_nodes: int  # drafted nodes of one tree, at most
     device: torch.device  # where trees and proposals live
     clock: StageClock  # measures forward passes, under the name "draft_forward"
+    target: nn.Module  # the model that verifies: a drafter may share its weights, and must not change it
+    kept: SinkWindow | None = None  # all that the target's cache keeps of the text, if that is bounded
+    prefix: PrefixReuse | None = None  # rows of earlier generations, for a drafter that has a cache like the target's
+    on_prefill: Callable[[int, int], None] | None = None  # who wants to know how far a long prefill is: rows done, all
 
 
 class Drafter(abc.ABC):

@@ -2,12 +2,13 @@
 Chen et al. 2023), expanding a whole tree level in one forward pass.
 
 It keeps its cache across iterations: rows of accepted nodes stay, and the one or two committed tokens that it
-has not seen are its next root block. No token goes through it twice.
+has not seen are its next root block. No token goes through it twice, unless the target's cache is bounded.
 """
 
 from __future__ import annotations
 
 import attrs
+import torch
 from torch import Tensor, nn
 
 from dynatree_core.architectures import check_causal_lm, max_positions, vocab_size
@@ -18,6 +19,7 @@ from dynatree_core.flatten import flatten_chain, flatten_level
 from dynatree_core.models import load_model
 from dynatree_core.records import Proposals
 from dynatree_core.runner import EagerRunner
+from dynatree_core.student import RestrictedHead, SharedEmbedding
 from dynatree_core.tree import TokenTree
 
 __all__ = ["ModelDrafter"]
@@ -46,46 +48,72 @@ class ModelDrafter(Drafter):
         return f"model(model={name!r})" if name else f"model({type(self.model).__name__})"
 
     def start(self, plan: DraftPlan) -> ModelDraftState:
-        head_size = vocab_size(self.model)
-        check_vocabularies(plan.vocab_size, head_size)
+        if restricted_ids(self.model) is None:
+            check_vocabularies(plan.vocab_size, vocab_size(self.model))
         if self.model.device != plan.device:
             raise ParameterError(
                 f"the drafter must be on the target's device, {plan.device}, got {self.model.device}; move it"
             )
+        num_followed, what, advice = plan.num_tokens, "prompt and output", "shorten the prompt, lower max_new_tokens"
+        if plan.kept is not None:
+            num_followed = min(plan.num_tokens, plan.kept.num_tokens + plan.max_nodes)
+            what, advice = "the target's cache and a tree", "make the window smaller, lower max_nodes"
         limit = max_positions(self.model)
-        if limit is not None and plan.num_tokens > limit:
+        if limit is not None and num_followed > limit:
             raise ContextLimitError(
-                f"the drafter must have a position for each of the {plan.num_tokens} tokens of prompt and output, but "
-                f"has {limit}; shorten the prompt, lower max_new_tokens, or choose another drafter"
+                f"the drafter must have a position for each of the {num_followed} tokens of {what}, but "
+                f"has {limit}; {advice}, or choose another drafter"
             )
-        return ModelDraftState(self.model, min(plan.vocab_size, head_size), plan)
+        return ModelDraftState(self.model, num_followed, plan)
 
 
 class ModelDraftState(DraftState):
-    """One generation of a model drafter: its cache and nothing else."""
+    """One generation of a model drafter: its cache, and which part of the text is in it.
 
-    def __init__(self, model: nn.Module, usable_vocab: int, plan: DraftPlan) -> None:
-        self.runner = EagerRunner(model, plan.clock)
-        self.cache = TreeCache(plan.num_tokens + plan.max_nodes)
-        self.usable_vocab = usable_vocab  # ids that both target and drafter know
-        self.last_id = vocab_size(model) - 1
+    Where the target's cache is bounded, so is this one: it follows the same first tokens and the last ones, which it
+    puts at consecutive positions. When they outgrow the bound it begins anew with half a window. That suits any model,
+    and what it costs is a second look at each token; only a target's output has to be exact.
+    """
+
+    def __init__(self, model: nn.Module, num_followed: int, plan: DraftPlan) -> None:
+        self.runner = EagerRunner(model, plan.clock, on_prefill=plan.on_prefill)
+        self.cache = TreeCache(num_followed + plan.max_nodes)
+        self.prefix = plan.prefix
+        if self.prefix is not None:
+            self.prefix.add(model, self.cache)
+        self.kept = plan.kept
+        self.num_skipped = 0  # tokens behind the first ones that are not followed any more
+        self.token_of = restricted_ids(model)  # [outputs] the token that each output says; None: they are the ids
+        # outputs that say a token which the target knows
+        self.num_outputs = vocab_size(model) if self.token_of is not None else min(plan.vocab_size, vocab_size(model))
+        self.last_id = num_embeddings(model) - 1
         self.num_settled = 0  # cache rows of earlier iterations: where a rollback goes back to
 
     def prefill(self, committed_ids: Tensor) -> None:
-        self.runner.prefill(self._own(committed_ids[self.cache.length :]), self.cache)
+        if self.prefix is not None:
+            # by the target's ids: of any two texts with the same, this model has the same rows
+            self.prefix.fill(self.cache, committed_ids)
+        followed = self._followed(committed_ids)
+        self.runner.prefill(self._own(followed[self.cache.length :]), self.cache)
         self.num_settled = self.cache.length
 
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
         if tree.max_depth == 0:
+            followed = self._followed(committed_ids)
+            if self.cache.length == 0:  # it begins anew
+                self.runner.prefill(self._own(followed[:-1]), self.cache)
             self.num_settled = self.cache.length
-            flat = flatten_chain(committed_ids[self.num_settled :], self.num_settled)
+            flat = flatten_chain(followed[self.num_settled :], self.num_settled)
         else:
             flat = flatten_level(tree, self.cache.length)
         flat = attrs.evolve(flat, token_ids=self._own(flat.token_ids))
         logits = self.runner.forward(flat, self.cache, stage="draft_forward", last_row_only=tree.max_depth == 0)[0]
         if tree.max_depth == 0:
             self.cache.commit([range(flat.num_rows)])
-        return top_proposals(logits[:, : self.usable_vocab], k)
+        proposals = top_proposals(logits[:, : self.num_outputs], k)
+        if self.token_of is None:
+            return proposals
+        return attrs.evolve(proposals, token_ids=self.token_of[proposals.token_ids])
 
     def commit(self, draft_path: tuple[int, ...]) -> None:
         # node i stands in block row i − 1, the root being committed; the deepest nodes may not have been forwarded
@@ -95,9 +123,31 @@ class ModelDraftState(DraftState):
     def rollback(self) -> None:
         self.cache.truncate(self.num_settled)
 
+    def _followed(self, committed_ids: Tensor) -> Tensor:
+        """The tokens that are looked at; empties the cache where too many have to go."""
+        if self.kept is None:
+            return committed_ids
+        sinks, window = self.kept.sinks, self.kept.window
+        if committed_ids.numel() - self.num_skipped > self.kept.num_tokens:
+            self.cache.truncate(0)
+            self.num_skipped = committed_ids.numel() - sinks - (window + 1) // 2
+        return torch.cat([committed_ids[:sinks], committed_ids[sinks + self.num_skipped :]])
+
     def _own(self, token_ids: Tensor) -> Tensor:
         """Ids that this drafter can embed: padding ids of the target beyond its table become its last id."""
         return token_ids.clamp(max=self.last_id)
+
+
+def restricted_ids(model: nn.Module) -> Tensor | None:
+    """[outputs] the tokens of a head that says some tokens only, None for a head that says all."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return head.token_ids if isinstance(head, RestrictedHead) else None
+
+
+def num_embeddings(model: nn.Module) -> int:
+    """Token ids that a model can read."""
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    return int(table.num_embeddings if isinstance(table, SharedEmbedding) else table.weight.shape[0])
 
 
 def check_vocabularies(target_size: int, drafter_size: int) -> None:

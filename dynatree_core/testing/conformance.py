@@ -87,6 +87,7 @@ def assert_drafter_contract(
     *,
     deterministic: bool = True,
     vocab_size: int = VOCAB,
+    target: nn.Module | None = None,
     max_examples: int = 50,
 ) -> None:
     """A drafter's proposals have the right form whatever tree it is asked about, and it forgets what was not accepted.
@@ -98,12 +99,15 @@ def assert_drafter_contract(
         drafter: a registered name with parameters if any, a Drafter, or a model.
         deterministic: whether to compare with a fresh state; False for a drafter that draws random numbers.
         vocab_size: token ids that the target knows.
+        target: the model that the drafter is told of; None: a tiny one.
         max_examples: generations to try.
 
     Raises:
         AssertionError: what must hold of the proposals, and what came.
     """
     source = _as_drafter(drafter)
+    cpu = torch.device("cpu")
+    plan = DraftPlan(vocab_size, 64, 32, cpu, StageClock(cpu), tiny_model("llama") if target is None else target)
 
     @given(
         prompt=st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=14),
@@ -112,7 +116,7 @@ def assert_drafter_contract(
     )
     def drafter_contract(prompt: list[int], k: int, rounds: list[_Round]) -> None:
         with torch.inference_mode():
-            _Drafting(source, vocab_size, prompt, k, deterministic).play(rounds)
+            _Drafting(source, plan, prompt, k, deterministic).play(rounds)
 
     _search(drafter_contract, max_examples)
 
@@ -498,10 +502,8 @@ def _rounds(vocab_size: int) -> st.SearchStrategy[_Round]:
 class _Drafting:
     """A drafter's state in one generation, beside fresh ones that only ever saw committed tokens."""
 
-    def __init__(self, source: Drafter, vocab_size: int, prompt: list[int], k: int, is_compared: bool) -> None:
-        self.source, self.vocab_size, self.k, self.is_compared = source, vocab_size, k, is_compared
-        cpu = torch.device("cpu")
-        self.plan = DraftPlan(vocab_size, 64, 32, cpu, StageClock(cpu))
+    def __init__(self, source: Drafter, plan: DraftPlan, prompt: list[int], k: int, is_compared: bool) -> None:
+        self.source, self.plan, self.k, self.is_compared = source, plan, k, is_compared
         self.committed_ids = torch.tensor(prompt)
         self.state = self._fresh()
 
@@ -561,8 +563,8 @@ class _Drafting:
         self._require(
             bool((logprobs <= 1e-3).all()), "propose log-probabilities that are numbers of at most 0", logprobs
         )
-        is_known = 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size
-        self._require(is_known, f"propose token ids from 0 to {self.vocab_size - 1}", ids)
+        is_known = 0 <= int(ids.min()) <= int(ids.max()) < self.plan.vocab_size
+        self._require(is_known, f"propose token ids from 0 to {self.plan.vocab_size - 1}", ids)
         is_descending = bool((logprobs[:, :-1] >= logprobs[:, 1:]).all())
         self._require(is_descending, "propose each node's best children first", logprobs)
         return proposals

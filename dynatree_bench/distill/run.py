@@ -1,0 +1,104 @@
+"""A whole distillation: teach, train, evaluate, and write the drafter's folder."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dynatree_bench.distill.card import Report, write_card
+from dynatree_bench.distill.evaluate import Agreement, agreement, level_costs
+from dynatree_bench.distill.request import Request
+from dynatree_bench.distill.teach import teach
+from dynatree_bench.distill.teacher import read_shard
+from dynatree_bench.distill.train import frequent_tokens, train
+from dynatree_core.architectures import vocab_size
+from dynatree_core.drafters.distilled import fast_dtype
+from dynatree_core.errors import InputError
+from dynatree_core.models import LoadedModel, load_model
+from dynatree_core.student import load_student, new_student, save_student
+
+__all__ = ["make_drafter"]
+
+HELD_OUT_EVERY = 16  # one batch of what was said in so many is kept apart, to measure on
+WIDTHS = (1, 2, 4, 8, 16)
+
+
+def make_drafter(request: Request, out: Path) -> Agreement:
+    """Make a drafter in `out`, going on from what is there.
+
+    Returns:
+        How the drafter agrees with its target on text that was kept apart.
+
+    Raises:
+        InputError: the folder belongs to another request, or there is too little to learn from.
+    """
+    console = Console(stderr=True, highlight=False)
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    work = out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    device = torch.device(load_device(request.device))
+    # the teacher reads and writes much faster where the device multiplies in bfloat16
+    teacher = load_model(request.target, device=request.device, dtype=str(fast_dtype(device)).removeprefix("torch."))
+    files = _taught(teacher, request, work, console)
+    shards = [read_shard(file) for file in files]
+    held_out, lessons = shards[::HELD_OUT_EVERY], [s for i, s in enumerate(shards) if i % HELD_OUT_EVERY]
+    if not lessons:
+        raise InputError("there is too little to learn from: the target said one batch; raise --self-prompts or --read")
+    size = vocab_size(teacher.model)
+    student = new_student(teacher.model, request.layers, frequent_tokens(lessons, size, request.num_outputs))
+    before = agreement(student, held_out, torch.bfloat16)
+    console.print(
+        f"{sum(s.num_scored for s in lessons):,} tokens to learn from, {before.num_positions:,} kept apart; "
+        f"before training the student agrees on {before.top1:.1%}"
+    )
+    with _bar("training", console) as show:
+        course = train(
+            student, lessons, size, request.training, work / "checkpoint.pt",
+            lambda done, total, loss: show(done, total, f"loss {loss:.3f}"),
+        )  # fmt: skip
+    after = agreement(student, held_out, torch.bfloat16)
+    console.print(f"after it on {after.top1:.1%}; the target's choice is among the first three on {after.top3:.1%}")
+    card = {"target": teacher.name, "layers": list(request.layers), "num_outputs": request.num_outputs}
+    save_student(student, out, torch.bfloat16, card)
+    target = load_model(request.target, device=request.device)
+    costs = level_costs(load_student(out, target.model, fast_dtype(device)), target.model, WIDTHS)
+    command = shlex.join(["dynatree", *sys.argv[1:]])
+    write_card(out, Report(command, teacher.name, request, lessons, before, after, course, costs))
+    console.print(f"the drafter is in {out}; use it with --drafter {out}")
+    return after
+
+
+def load_device(device: str | None) -> str:
+    """The device that models are going to be loaded on."""
+    if device is None or device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _taught(teacher: LoadedModel, request: Request, work: Path, console: Console) -> list[Path]:
+    with _bar("asking the target", console) as show:
+        return teach(
+            teacher, request.teaching, work / "teaching",
+            lambda done, total, tokens: show(done, total, f"{tokens:,} tokens"),
+            num_batches=request.num_batches,
+        )  # fmt: skip
+
+
+@contextmanager
+def _bar(title: str, console: Console) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar with the time that is left."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=None, note="")
+        yield lambda done, total, note: progress.update(task, completed=done, total=total, note=note)

@@ -1,0 +1,274 @@
+"""What is a drafter worth to each policy, on given prompts?
+
+Question: how often does a drafter's first choice agree with the target, and how many tokens an iteration commits, by
+category of prompts, drafter and policy.
+
+Method: the target answers every prompt once, greedily, in batches, and what it says is stored. Then each drafter and
+policy is run over these answers by the ordinary runtime, with a stand-in for the target that says at every position
+what the target said there. Since acceptance depends on nothing else, the numbers are those of a real run, which costs
+the drafter's time only. Speeds are not measured: `dynatree bench` does.
+
+Output: tables by category (Markdown), and all numbers as JSON in --out.
+
+Command: python -m dynatree_bench.drafter_value --prompts FILE.jsonl [--drafter NAME]... [--policy STACK]... --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import Progress
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from dynatree_bench.distill.evaluate import Agreement, agreement
+from dynatree_bench.distill.prompts import Prompt, chat_ids
+from dynatree_bench.distill.teacher import Shard, read_shard, write, write_shard
+from dynatree_bench.prompts import read_objects
+from dynatree_core import Session, load_model, run
+from dynatree_core.architectures import vocab_size
+from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
+from dynatree_core.drafters.distilled import DistilledDrafter
+from dynatree_core.drafters.union import UnionDrafter
+from dynatree_core.plugins import build_drafter
+from dynatree_core.student import load_student
+
+DRAFTERS = ("distilled", "prompt_lookup", "distilled+prompt_lookup")
+POLICIES = ("linear", "fixed", "phase1", "phase2", "phase3")
+BATCH = 12  # prompts of similar length that are answered at once
+RAW = ("wikitext", "wikitext2", "books", "pg19")  # categories of plain text: to be gone on with, not answered
+
+
+@attrs.frozen
+class Row:
+    """One policy with one drafter over the answers of one category."""
+
+    category: str
+    drafter: str
+    policy: str
+    num_tokens: int
+    num_iterations: int
+    num_drafted: int
+
+    @property
+    def tokens_per_iteration(self) -> float:
+        return self.num_tokens / self.num_iterations
+
+
+class Replay(LlamaForCausalLM):
+    """Stands in for a target whose output is known: at each position of the text it says the token that came next."""
+
+    def __init__(self, text: Sequence[int], vocab: int) -> None:
+        tiny = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
+        super().__init__(LlamaConfig(vocab_size=vocab, max_position_embeddings=len(text) + 64, **tiny))
+        self.next_ids = torch.tensor([*text[1:], *[0] * 64])
+        self.eval()
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, past_key_values: Any, logits_to_keep: int = 0, **_: Any
+    ) -> CausalLMOutputWithPast:
+        rows = input_ids.shape[1]
+        past_key_values.update(torch.zeros(1, 1, rows, 1), torch.zeros(1, 1, rows, 1), 0)
+        said = self.next_ids[position_ids[0, -logits_to_keep:]]
+        return CausalLMOutputWithPast(
+            logits=torch.zeros(1, said.numel(), self.config.vocab_size).scatter_(2, said[None, :, None], 1.0)
+        )
+
+
+@attrs.frozen
+class OfTarget(Drafter):
+    """A drafter that is told of the real target while a stand-in verifies."""
+
+    drafter: Drafter
+    target: PreTrainedModel
+
+    def start(self, plan: DraftPlan) -> DraftState:
+        return self.drafter.start(attrs.evolve(plan, target=self.target))
+
+
+def main() -> int:
+    arguments = _parse_arguments()
+    console = Console(stderr=True, highlight=False)
+    loaded = load_model(arguments.target, device="cpu")
+    assert loaded.tokenizer is not None, "the default model has a tokenizer"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    texts = _prompts(arguments, loaded.tokenizer)
+    with Progress(console=console) as progress:
+        answers = _answers(loaded.model, loaded.tokenizer, texts, arguments, progress)
+        agreements = _agreements(loaded.model, arguments.drafter, answers)
+        rows = _replayed(loaded.model, arguments, answers, progress)
+    numbers = {
+        "command": shlex.join(["python", "-m", "dynatree_bench.drafter_value", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "device": f"{platform.machine()} CPU",
+        "versions": {name: version(name) for name in ("dynatree", "torch", "transformers")},
+        "max_new_tokens": arguments.max_new_tokens,
+        "prompts": {category: len(found) for category, found in texts.items()},
+        "agreement": {
+            drafter: {category: attrs.asdict(found) for category, found in by_category.items()}
+            for drafter, by_category in agreements.items()
+        },
+        "rows": [attrs.asdict(row) for row in rows],
+    }
+    (arguments.out / "drafter_value.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    Console().print(Markdown(tables(agreements, rows)))
+    (arguments.out / "drafter_value.md").write_text(tables(agreements, rows), encoding="utf-8")
+    return 0
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target")
+    parser.add_argument("--prompts", type=Path, action="append", required=True, help='JSON lines: "prompt", "category"')
+    parser.add_argument("--per-category", type=int, default=40)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--drafter", action="append", help=f"default: {', '.join(DRAFTERS)}")
+    parser.add_argument("--policy", action="append", help=f"default: {', '.join(POLICIES)}")
+    parser.add_argument("--out", type=Path, required=True, help="answers are kept here, and the results")
+    arguments = parser.parse_args()
+    arguments.drafter = arguments.drafter or list(DRAFTERS)
+    arguments.policy = arguments.policy or list(POLICIES)
+    return arguments
+
+
+def _prompts(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, list[list[int]]]:
+    """Prompts by category, as token ids: plain text as it is (its first 96 tokens), all else in the chat template."""
+    texts: defaultdict[str, list[list[int]]] = defaultdict(list)
+    for file in arguments.prompts:
+        for record in read_objects(file, "prompt", "category"):
+            found = texts[record["category"]]
+            if len(found) < arguments.per_category:
+                is_raw = record["category"] in RAW
+                found.append(
+                    tokenizer(record["prompt"]).input_ids[:96] if is_raw else chat_ids(record["prompt"], tokenizer)
+                )
+    return dict(texts)
+
+
+def _answers(
+    model: PreTrainedModel, tokenizer: Any, texts: dict[str, list[list[int]]], arguments: Any, progress: Progress
+) -> dict[str, list[Shard]]:
+    """What the target says to each prompt, greedily; kept in files, so that another run need not ask again."""
+    folder = arguments.out / "answers"
+    folder.mkdir(exist_ok=True)
+    task = progress.add_task("the target answers", total=sum(map(len, texts.values())))
+    answers: dict[str, list[Shard]] = {}
+    for category, prompts in texts.items():
+        ordered = sorted(prompts, key=len)
+        answers[category] = []
+        for start in range(0, len(ordered), BATCH):
+            some = ordered[start : start + BATCH]
+            file = folder / f"{category}-{arguments.max_new_tokens}-{start:03d}-{len(some)}.safetensors"
+            if not file.exists():
+                asked = [Prompt(tuple(ids), 0.0) for ids in some]
+                shard = write(
+                    model, asked, num_new=arguments.max_new_tokens, end_ids=[tokenizer.eos_token_id],
+                    pad_id=tokenizer.pad_token_id or 0, seed=0, min_alive=0.0,
+                )  # fmt: skip
+                write_shard(shard, file)
+            answers[category].append(read_shard(file))
+            progress.advance(task, len(some))
+    return answers
+
+
+def _agreements(
+    model: PreTrainedModel, drafters: Sequence[str], answers: dict[str, list[Shard]]
+) -> dict[str, dict[str, Agreement]]:
+    """For drafters that are students, or have one: its agreement with the target, by category and over all."""
+    found = {}
+    for name in drafters:
+        student = build_drafter(name)
+        if isinstance(student, DistilledDrafter):
+            loaded = load_student(student.folder, model, torch.float32)
+            by_category = {category: agreement(loaded, shards, torch.bfloat16) for category, shards in answers.items()}
+            everything = [shard for shards in answers.values() for shard in shards]
+            found[name] = by_category | {"all": agreement(loaded, everything, torch.bfloat16)}
+    return found
+
+
+def _replayed(model: PreTrainedModel, arguments: Any, answers: dict[str, list[Shard]], progress: Progress) -> list[Row]:
+    """Every drafter and policy over every answer."""
+    num_texts = sum(shard.num_texts for shards in answers.values() for shard in shards)
+    task = progress.add_task("drafting", total=num_texts * len(arguments.drafter) * len(arguments.policy))
+    rows = []
+    for name in arguments.drafter:
+        drafter = _told_of(build_drafter(name), model)
+        for policy in arguments.policy:
+            for category, shards in answers.items():
+                num_tokens = num_iterations = num_drafted = 0
+                for shard in shards:
+                    for index in range(shard.num_texts):
+                        progress.advance(task)
+                        session = replayed(shard, index, drafter, policy, vocab_size(model))
+                        num_tokens += len(session.new_token_ids)
+                        num_iterations += session.num_iterations
+                        num_drafted += sum(step.num_drafted for step in session.steps)
+                rows.append(Row(category, name, policy, num_tokens, num_iterations, num_drafted))
+    return rows
+
+
+def replayed(shard: Shard, index: int, drafter: Drafter, policy: str, vocab: int) -> Session:
+    """A finished session over one stored answer.
+
+    Raises:
+        AssertionError: the session said anything else than the answer.
+    """
+    text = shard.token_ids[shard.text(index)].tolist()
+    prompt_len = int(shard.is_scored[shard.text(index)].nonzero()[0]) + 1
+    expected = text[prompt_len:]
+    session = Session(
+        Replay(text, vocab), drafter, text[:prompt_len], policy=policy, max_new_tokens=len(expected), eos_token_id=[]
+    )
+    for _ in run(session):
+        pass
+    assert session.new_token_ids == expected, "a replay must say what the target said"
+    return session
+
+
+def _told_of(drafter: Drafter, target: PreTrainedModel) -> Drafter:
+    if isinstance(drafter, UnionDrafter):
+        return UnionDrafter([_told_of(part, target) for part in drafter.drafters])
+    return OfTarget(drafter, target)
+
+
+def tables(agreements: dict[str, dict[str, Agreement]], rows: Sequence[Row]) -> str:
+    """Markdown: agreement by category, and tokens per iteration by category, drafter and policy."""
+    lines = []
+    for name, by_category in agreements.items():
+        lines += [f"Agreement of `{name}` with the target:", "", "| category | top-1 | top-3 | covered |"]
+        lines.append("| --- | --- | --- | --- |")
+        for category, found in by_category.items():
+            lines.append(f"| {category} | {found.top1:.3f} | {found.top3:.3f} | {found.covered:.3f} |")
+        lines.append("")
+    policies = list(dict.fromkeys(row.policy for row in rows))
+    categories = list(dict.fromkeys(row.category for row in rows))
+    for name in dict.fromkeys(row.drafter for row in rows):
+        lines += [f"Tokens per iteration with `{name}`:", "", f"| category | {' | '.join(policies)} |"]
+        lines.append("| --- |" + " --- |" * len(policies))
+        for category in [*categories, "all"]:
+            cells = []
+            for policy in policies:
+                mine = [r for r in rows if (r.drafter, r.policy) == (name, policy) and category in (r.category, "all")]
+                cells.append(f"{sum(r.num_tokens for r in mine) / sum(r.num_iterations for r in mine):.2f}")
+            lines.append(f"| {category} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

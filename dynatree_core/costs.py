@@ -1,0 +1,288 @@
+"""What an iteration costs on this machine: the target's passes by rows, the drafter's levels by width, and the rest.
+
+Measured once for each model, dtype, device, number of threads and runner, and kept in the user's cache folder. It is
+done where a policy first looks at `frontier.costs`, in a few seconds, or beforehand by `dynatree calibrate`. Weights
+do not matter for the time that a pass takes, so models are told apart by their configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynatree_core.architectures import max_positions, vocab_size
+from dynatree_core.cache import TreeCache
+from dynatree_core.clock import StageClock
+from dynatree_core.drafters.base import Drafter, DraftPlan
+from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.embedded import cache_root
+from dynatree_core.flatten import flatten
+from dynatree_core.records import CostModel, StepFunction
+from dynatree_core.runner import EagerRunner
+from dynatree_core.tree import TokenTree
+
+__all__ = ["folder", "isotonic", "measured_costs"]
+
+ROWS = (1, 2, 4, 8, 16, 32, 64)  # of the target's passes
+WIDTHS = (1, 2, 4, 8, 16, 32)  # of the drafter's levels
+PREFIX = 32  # committed tokens behind which passes are measured, fewer where the context is shorter
+ROUNDS = 3  # after one to warm up; `dynatree calibrate` makes more
+PATIENCE = 3.0  # seconds
+FORMAT_VERSION = 1
+# a kept measurement is made anew where a pass over one row takes so many times as long now, or so many times less
+STALE_FACTOR = 1.5
+
+# settings of a configuration on which the time of a pass does not depend
+_NO_MATTER = {"_name_or_path", "name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+
+_known: dict[str, dict[str, Any]] = {}  # what this process has measured or read, by key
+
+
+def measured_costs(
+    target: nn.Module,
+    drafter: Drafter | None,
+    *,
+    rounds: int = ROUNDS,
+    patience: float = PATIENCE,
+    is_anew: bool = False,
+) -> CostModel:
+    """The costs of iterations with this target and this drafter, measured now where they are not known yet.
+
+    Args:
+        target: the target.
+        drafter: the drafter; None: levels cost nothing, since there are none.
+        rounds: how often each point is measured, after a first time to warm up.
+        patience: seconds after which no further round is begun, be there fewer.
+        is_anew: measure whatever is known.
+    """
+    effort = (rounds, patience)
+    of_target = _recalled(_identity(target), lambda: _measure_target(target, *effort), _one_row(target), is_anew)
+    levels: dict[str, Any] = {"at": [1], "seconds": [0.0]}
+    if drafter is not None:
+        model = drafter.model if isinstance(drafter, ModelDrafter) else target  # others may use the target's weights
+        identity = _identity(model) | {"drafter": "model" if isinstance(drafter, ModelDrafter) else str(drafter)}
+        levels = _recalled(identity, lambda: _measure_drafter(drafter, target, *effort), None, is_anew)["draft"]
+    return CostModel(
+        verify=StepFunction(tuple(of_target["verify"]["at"]), tuple(of_target["verify"]["seconds"])),
+        draft=StepFunction(tuple(levels["at"]), tuple(levels["seconds"])),
+        rest_seconds=of_target["rest"],
+    )
+
+
+def folder() -> Path:
+    """Where measurements are kept."""
+    return cache_root() / "costs"
+
+
+def isotonic(values: Sequence[float]) -> list[float]:
+    """The non-decreasing numbers that are nearest to the given ones in squares (pool adjacent violators)."""
+    pools: list[list[float]] = []
+    for value in values:
+        pools.append([value])
+        while len(pools) > 1 and statistics.fmean(pools[-2]) > statistics.fmean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    return [statistics.fmean(pool) for pool in pools for _ in pool]
+
+
+# knowing
+
+
+def _recalled(
+    identity: dict[str, Any], measure: Callable[[], dict[str, Any]], probe: Callable[[], float] | None, is_anew: bool
+) -> dict[str, Any]:
+    """What is known of something, from this process, from the folder, or from measuring it."""
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    if key in _known and not is_anew:
+        return _known[key]
+    path = folder() / f"{key}.json"
+    found = None if is_anew else _read(path)
+    if found is None or (probe is not None and _is_stale(found, probe())):
+        found = {**measure(), "of": identity, "versions": _versions(), "format": FORMAT_VERSION}
+        _write(path, found)
+    _known[key] = found
+    return found
+
+
+def _is_stale(found: Mapping[str, Any], seconds: float) -> bool:
+    ratio = seconds / found["verify"]["seconds"][0]
+    return not 1 / STALE_FACTOR <= ratio <= STALE_FACTOR
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A kept measurement; None where there is none, or another version made it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_ours = isinstance(found, dict) and found.get("format") == FORMAT_VERSION and found.get("versions") == _versions()
+    return found if is_ours else None
+
+
+def _write(path: Path, found: Mapping[str, Any]) -> None:
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        warnings.warn(f"measured costs cannot be kept, and have to be measured again: {error}", RuntimeWarning, 2)
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("dynatree", "torch", "transformers")}
+
+
+def _identity(model: nn.Module) -> dict[str, Any]:
+    """What the time of a model's passes depends on."""
+    config: Any = model.config
+    settings = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER}
+    shape = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    attention = config._attn_implementation
+    return {"model": type(model).__name__, "shape": shape, "attention": attention, **_place(model)}
+
+
+def _place(model: nn.Module) -> dict[str, Any]:
+    device: torch.device = model.device  # type: ignore[assignment]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": f"{device.type} {name}",
+        "threads": torch.get_num_threads(),
+        "runner": "eager",
+    }
+
+
+# measuring
+
+
+@torch.inference_mode()
+def _measure_target(target: nn.Module, rounds: int, patience: float) -> dict[str, Any]:
+    """Passes over trees of one level behind a short prefix, and what comes before and after a pass."""
+    bench = _TargetBench(target)
+    seconds = _interleaved({rows: lambda rows=rows: bench.verify(rows) for rows in ROWS}, rounds, patience)  # type: ignore[misc]
+    rest = _interleaved({0: bench.rest}, rounds, patience)[0]
+    return {"verify": {"at": list(ROWS), "seconds": isotonic(list(seconds.values()))}, "rest": rest}
+
+
+@torch.inference_mode()
+def _measure_drafter(drafter: Drafter, target: nn.Module, rounds: int, patience: float) -> dict[str, Any]:
+    bench = _DrafterBench(drafter, target)
+    seconds = _interleaved({width: lambda width=width: bench.level(width) for width in WIDTHS}, rounds, patience)  # type: ignore[misc]
+    return {"draft": {"at": list(WIDTHS), "seconds": isotonic(list(seconds.values()))}}
+
+
+def _one_row(target: nn.Module) -> Callable[[], float]:
+    """A quick look at whether a kept measurement still holds."""
+
+    @torch.inference_mode()
+    def probe() -> float:
+        bench = _TargetBench(target)
+        return min(bench.verify(1) for _ in range(4))
+
+    return probe
+
+
+def _interleaved(points: Mapping[int, Callable[[], float]], rounds: int, patience: float) -> dict[int, float]:
+    """The median of each point, every round measuring each of them: what slows the machine down hits them alike."""
+    samples: list[dict[int, float]] = []
+    end = time.perf_counter() + patience
+    while len(samples) <= rounds and (not samples or time.perf_counter() < end):
+        samples.append({point: measure() for point, measure in points.items()})
+    counted = samples[1:] or samples  # the first round allocates and chooses kernels
+    return {point: statistics.median_low([found[point] for found in counted]) for point in points}
+
+
+class _TargetBench:
+    """A target with a few committed tokens in a cache of its own."""
+
+    def __init__(self, target: nn.Module) -> None:
+        self.device: torch.device = target.device  # type: ignore[assignment]
+        self.num_prefix = _prefix_len(target)
+        self.runner = EagerRunner(target, StageClock(self.device))
+        self.cache = TreeCache(self.num_prefix + max(ROWS))
+        self.runner.prefill(torch.zeros(self.num_prefix, dtype=torch.int64, device=self.device), self.cache)
+
+    def verify(self, rows: int) -> float:
+        """Seconds of a pass over a root and its children."""
+        flat = flatten([_star(rows - 1, self.device)], [self.num_prefix])
+        with _stopwatch(self.device) as seconds:
+            self.runner.forward(flat, self.cache, stage="calibrate")[0].argmax(dim=-1)
+        self.cache.rollback()
+        return seconds[0]
+
+    def rest(self) -> float:
+        """Seconds to make and lay out a small tree and to commit a path of it."""
+        rows = 8
+        with _stopwatch(self.device) as seconds:
+            flat = flatten([_star(rows - 1, self.device)], [self.num_prefix])
+        self.runner.forward(flat, self.cache, stage="calibrate")
+        with _stopwatch(self.device) as commit_seconds:
+            self.cache.commit([[0, rows - 1]])
+        self.cache.truncate(self.num_prefix)
+        return seconds[0] + commit_seconds[0]
+
+
+class _DrafterBench:
+    """A drafter in a generation of its own."""
+
+    def __init__(self, drafter: Drafter, target: nn.Module) -> None:
+        self.device: torch.device = target.device  # type: ignore[assignment]
+        models = [target, drafter.model] if isinstance(drafter, ModelDrafter) else [target]
+        num_prefix = min(map(_prefix_len, models))
+        plan = DraftPlan(vocab_size(target), num_prefix + 2, max(WIDTHS), self.device, StageClock(self.device), target)
+        self.committed_ids = torch.zeros(num_prefix, dtype=torch.int64, device=self.device)
+        self.state = drafter.start(plan)
+        self.state.prefill(self.committed_ids[:-1])
+
+    def level(self, width: int) -> float:
+        """Seconds to propose children for so many nodes below the root."""
+        self.state.propose(self.committed_ids, TokenTree.root(self.committed_ids[-1:].clone()), 4)
+        tree = _star(width, self.device)
+        with _stopwatch(self.device) as seconds:
+            self.state.propose(self.committed_ids, tree, 4).logprobs.sum()
+        self.state.rollback()
+        return seconds[0]
+
+
+def _star(num_children: int, device: torch.device) -> TokenTree:
+    """A root with so many children."""
+    root = TokenTree.root(torch.zeros(1, dtype=torch.int64, device=device))
+    if num_children == 0:
+        return root
+    parent = torch.zeros(num_children, dtype=torch.int64, device=device)
+    return root.grow(parent, torch.zeros_like(parent), torch.full((num_children,), -1.0, device=device))
+
+
+def _prefix_len(model: nn.Module) -> int:
+    """As many committed tokens as a short context has room for besides a tree of one level."""
+    limit = max_positions(model)
+    return PREFIX if limit is None else max(min(PREFIX, limit - 2), 1)
+
+
+@contextmanager
+def _stopwatch(device: torch.device) -> Iterator[list[float]]:
+    """Seconds of the block, the device's work included, in the list once it is done."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    seconds: list[float] = []
+    wait()
+    begin = time.perf_counter()
+    yield seconds
+    wait()
+    seconds.append(time.perf_counter() - begin)

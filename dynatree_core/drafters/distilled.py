@@ -1,0 +1,73 @@
+"""The `distilled` drafter: a student that was taught by its target (`dynatree distill`), and shares its embeddings.
+
+DynaTree carries one for the embedded default model; for any other target it is made by one command.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dynatree_core.composition import PluginSpec
+from dynatree_core.drafters.base import Drafter, DraftPlan
+from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
+from dynatree_core.errors import ModelLoadError, ParameterError
+from dynatree_core.student import is_student, load_student
+
+__all__ = ["EMBEDDED_STUDENT", "DistilledDrafter"]
+
+EMBEDDED_STUDENT = Path(__file__).parent / "smollm2_135m_instruct"  # made for the embedded default model
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+class DistilledDrafter(Drafter):
+    """Drafts with a student of the target.
+
+    Args:
+        path: the student's folder; None: that of the embedded default model.
+        dtype: in which it computes, whatever the target's; "auto": bfloat16 where the device has instructions for
+            it, else float32. It changes what is drafted a little, and never what is generated.
+    """
+
+    def __init__(self, path: str | None = None, dtype: str = "auto") -> None:
+        if dtype != "auto" and dtype not in _DTYPES:
+            raise ParameterError(f"dtype must be one of auto, {', '.join(_DTYPES)}, got {dtype!r}")
+        self.path = path
+        self.dtype = dtype
+        self.folder = EMBEDDED_STUDENT if path is None else Path(path).expanduser()
+        if not is_student(self.folder):
+            raise ModelLoadError(
+                f"a distilled drafter needs a folder made by `dynatree distill`, got '{self.folder}' without a student"
+            )
+        # a student belongs to the target whose embeddings it uses; it goes when that goes
+        self._students: weakref.WeakKeyDictionary[nn.Module, ModelDrafter] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def __str__(self) -> str:
+        given = {"path": self.path, "dtype": None if self.dtype == "auto" else self.dtype}
+        return str(PluginSpec("distilled", None, {name: value for name, value in given.items() if value is not None}))
+
+    def start(self, plan: DraftPlan) -> ModelDraftState:
+        with self._lock:
+            drafter = self._students.get(plan.target)
+            if drafter is None:
+                dtype = fast_dtype(plan.device) if self.dtype == "auto" else _DTYPES[self.dtype]
+                drafter = ModelDrafter(load_student(self.folder, cast(PreTrainedModel, plan.target), dtype))
+                self._students[plan.target] = drafter
+        return drafter.start(plan)
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU and on CPUs that multiply in it, float32 on others, which would convert every number."""
+    if device.type != "cpu":
+        return torch.bfloat16
+    ask = getattr(torch.cpu, "get_capabilities", None)  # torch 2.10 and later
+    known = ask() if ask is not None else {}
+    return torch.bfloat16 if known.get("avx512_bf16") or known.get("amx_bf16") else torch.float32

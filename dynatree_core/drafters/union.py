@@ -1,0 +1,83 @@
+"""The `union` drafter: several drafters' proposals in one tree, written `distilled+prompt_lookup`.
+
+A drafter that knows little says so: what it has seen before takes part of the probability, and the rest is left over.
+So the last drafter speaks first, and what it leaves over goes to the one before it, as backing off does in language
+modelling (Katz 1987): p = p_last + (1 − Σ p_last) · p_before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, padded_proposals
+from dynatree_core.errors import ParameterError
+from dynatree_core.records import Proposals
+from dynatree_core.tree import TokenTree
+
+__all__ = ["UnionDrafter"]
+
+
+class UnionDrafter(Drafter):
+    """Drafts with several drafters at once.
+
+    Args:
+        of: the drafters, or their names joined by `+`; the last one is heard first.
+    """
+
+    def __init__(self, of: str | Sequence[Drafter]) -> None:
+        if isinstance(of, str):
+            from dynatree_core.plugins import build_drafters  # it looks drafters up, this one among them
+
+            of = build_drafters(of)
+        if len(of) < 2:
+            raise ParameterError(f"a union needs at least two drafters, as in 'distilled+prompt_lookup', got {len(of)}")
+        self.drafters = tuple(of)
+
+    def __str__(self) -> str:
+        return "+".join(str(drafter) for drafter in self.drafters)
+
+    def start(self, plan: DraftPlan) -> UnionState:
+        return UnionState([drafter.start(plan) for drafter in self.drafters])
+
+
+class UnionState(DraftState):
+    """The drafters' states of one generation; each sees the whole tree."""
+
+    def __init__(self, states: Sequence[DraftState]) -> None:
+        self.states = states
+
+    def prefill(self, committed_ids: Tensor) -> None:
+        for state in self.states:
+            state.prefill(committed_ids)
+
+    def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
+        proposals = [state.propose(committed_ids, tree, k) for state in self.states]
+        union = proposals[0]
+        for more in proposals[1:]:
+            union = backed_off(more, union, k)
+        return union
+
+    def commit(self, draft_path: tuple[int, ...]) -> None:
+        for state in self.states:
+            state.commit(draft_path)
+
+    def rollback(self) -> None:
+        for state in self.states:
+            state.rollback()
+
+
+def backed_off(first: Proposals, second: Proposals, k: int) -> Proposals:
+    """The k best of two drafters' proposals [width, k] each: what `first` leaves over goes to `second`."""
+    probs = first.logprobs.exp()
+    left_over = (1 - probs.sum(dim=1, keepdim=True)).clamp(min=0)
+    probs = torch.cat([probs, second.logprobs.exp() * left_over], dim=1)  # [width, 2k]
+    token_ids = torch.cat([first.token_ids, second.token_ids], dim=1)
+    # a token that both propose: the first entry collects both shares, the other one goes
+    is_same = (token_ids[:, :, None] == token_ids[:, None, :]) & (probs[:, None, :] > 0)
+    total = (is_same * probs[:, None, :]).sum(dim=2)
+    is_first = ~is_same.tril(-1).any(dim=2) & (probs > 0)
+    top = torch.where(is_first, total, 0).topk(k, dim=1)
+    return padded_proposals(token_ids.gather(1, top.indices), top.values.clamp(max=1).log(), k)

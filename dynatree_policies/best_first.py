@@ -1,0 +1,75 @@
+"""`best_first`: the nodes with the highest path probability, wherever in the tree they stand.
+
+If the target accepts a node whose parent it has accepted with the probability c that the drafter gives it, it accepts
+the node v with probability V(v), the product of c along the path to v, and a tree T yields
+
+    E[tokens] = 1 + Σ V(v) over the drafted nodes v of T
+
+in expectation (the objective of OPT-Tree, Wang et al. 2025; the 1 is the bonus token). V only falls along a path, so
+the N nodes of highest V are a tree, and no tree of N nodes yields more. They are found as in EAGLE-2 (Li et al. 2024,
+arXiv 2406.16858): each level expands the nodes of highest V, and what was drafted is ranked once more before it is
+verified. With a beam as wide as N it is the tree that DySpec (Xiong et al. 2024, arXiv 2410.11744) builds node by node
+from a heap.
+"""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from torch import Tensor
+
+from dynatree_core import Frontier, TokenTree, count, fraction, hookimpl
+
+
+@attrs.define
+class BestFirst:
+    """Verify the `nodes` drafted nodes of highest path probability.
+
+    A level expands its `beam` most probable nodes, each with up to `branch` children, of which those are grown that
+    are among the best `nodes` so far: no other can be among them later. The tree ends at `depth`, or where the paths
+    that could go on have no more than `min_gain` of the probability between them, which bounds the tokens that
+    another level can yield.
+    """
+
+    nodes: int = count(32)
+    depth: int = count(8)
+    beam: int = count(10)
+    branch: int = count(16)
+    min_gain: float = fraction(0.0)
+    tau: float = fraction(0.0)
+
+    @property
+    def max_nodes(self) -> int:
+        """Drafted nodes at most, before they are ranked: a level has no more than can be verified."""
+        return self.nodes * self.depth
+
+    @hookimpl
+    def should_expand(self, frontier: Frontier) -> Tensor | bool:
+        if frontier.depth >= self.depth:
+            return False
+        is_in_beam = self._beam(frontier)
+        gain = torch.where(is_in_beam, frontier.cum_logprob.exp(), 0).sum()
+        return is_in_beam if gain > self.min_gain else False  # a wait for the device, which may save a drafter pass
+
+    @hookimpl
+    def branch_factor(self, frontier: Frontier) -> Tensor:
+        scores = frontier.cum_logprob[:, None] + frontier.top_logprobs[:, : self.branch]
+        scores = torch.where(self._beam(frontier)[:, None], scores, -torch.inf)
+        rivals = torch.cat([frontier.tree.cum_logprob[1:], scores.flatten()])
+        least = rivals.topk(min(self.nodes, rivals.numel())).values[-1]
+        return ((scores >= least) & (scores > -torch.inf)).sum(dim=1)
+
+    @hookimpl
+    def keep_nodes(self, tree: TokenTree) -> Tensor | None:
+        if tree.num_drafted <= self.nodes:
+            return None
+        # stable and breadth first: of equals the shallower stays, so a child of probability 1 brings its parent
+        order = tree.cum_logprob[1:].argsort(descending=True, stable=True)
+        keep = torch.zeros(tree.num_nodes, dtype=torch.bool, device=tree.device)
+        keep[order[: self.nodes] + 1] = True
+        return keep
+
+    def _beam(self, frontier: Frontier) -> Tensor:
+        """[width] bool: the most probable nodes of the level."""
+        best = frontier.cum_logprob.topk(min(self.beam, frontier.width)).indices
+        return torch.zeros_like(frontier.cum_logprob, dtype=torch.bool).index_fill(0, best, True)

@@ -1,0 +1,148 @@
+"""`cost_aware`: grow as long as it pays, by measured costs and calibrated acceptance.
+
+An iteration yields E tokens in T seconds. More tree is worth ΔE tokens and costs ΔT seconds, and raises the rate of
+the whole as long as ΔE/ΔT > E/T. With λ for the rate of the last iterations that is
+
+    ΔE − λ·ΔT > 0
+
+which is what is maximised here, at each level over depth and width, and over the size of what was drafted at the end.
+Maximising E − λ·T with λ the rate that is reached is how a ratio E/T is maximised (Dinkelbach 1967). For the expected
+tokens of a tree see `best_first`; the acceptance of a node is the drafter's probability, corrected by what was seen
+(AcceptanceEstimator). Sizing trees by the time that they take on the hardware at hand is an idea of Sequoia (Chen et
+al. 2024), which does so once and beforehand.
+"""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from torch import Tensor
+
+from dynatree_core import AcceptanceEstimator, CostModel, Frontier, StepReport, TokenTree, count, fraction, hookimpl
+
+HORIZON = 6  # levels beyond the one that is decided on: one row more is dear, a chain behind it may pay for that
+MEMORY = 0.97  # share of what is known that another iteration leaves: it takes some 30 of them to forget
+PRIOR_HIT, PRIOR_LOOK = 0.6, 0.5  # before anything is known: chance that a chain goes on, and tokens that a look wins
+PRIOR_WEIGHT = 4.0
+IDLE_SHARE = 0.005  # of the way back to the prior, for each iteration without a look: how soon one is tried again
+
+
+@attrs.define
+class CostAware:
+    """Depth, width and size of each tree by what they are expected to win and to cost.
+
+    A level is looked at where looks of late have won more than the drafter's pass costs. Then it gets the children,
+    none perhaps, that win most with up to `HORIZON` levels behind them, and at the end the nodes are verified that win
+    most.
+    """
+
+    max_nodes: int = count(64)
+    max_depth: int = count(16)
+    tau: float = fraction(0.0)
+
+    estimator: AcceptanceEstimator = attrs.field(factory=AcceptanceEstimator, init=False, repr=False)
+    tokens: float = attrs.field(default=0.0, init=False, repr=False)  # of late, and the seconds that they took
+    seconds: float = attrs.field(default=0.0, init=False, repr=False)
+    hits: float = attrs.field(default=0.0, init=False, repr=False)  # accepted nodes with children of which one was too
+    trials: float = attrs.field(default=0.0, init=False, repr=False)  # accepted nodes with children
+    look_value: float = attrs.field(default=PRIOR_LOOK, init=False, repr=False)  # tokens, by path acceptance of a level
+    widths: list[int] = attrs.field(factory=list, init=False, repr=False)  # of the levels looked at in this iteration
+    costs: CostModel | None = attrs.field(default=None, init=False, repr=False)
+
+    @hookimpl
+    def should_expand(self, frontier: Frontier) -> bool:
+        if frontier.depth == 0:
+            self.widths, self.costs = [], frontier.costs
+        if frontier.depth >= self.max_depth:
+            return False
+        mass = float(self._path_acceptance(frontier.tree)[frontier.tree.last_level].sum())
+        return mass * self.look_value > self._rate(frontier.costs) * frontier.costs.draft(frontier.width)
+
+    @hookimpl
+    def branch_factor(self, frontier: Frontier) -> Tensor:
+        tree, costs, device = frontier.tree, frontier.costs, frontier.tree.device
+        at_parent = self._path_acceptance(tree)[tree.last_level]
+        rank = torch.arange(frontier.max_branch, device=device)
+        given_parent = self.estimator.predict(frontier.top_logprobs, rank, frontier.depth + 1)
+        # a child comes with those of lower rank, so it is worth no more than the least of them
+        accepted = (at_parent[:, None] * given_parent).cummin(dim=1).values  # [width, k]
+        best = accepted.flatten().topk(min(frontier.nodes_left, accepted.numel())).values
+        wins = self._wins(best, tree.num_drafted, self._rate(costs), costs, self.max_depth - frontier.depth - 1)
+        num_children = int(wins.argmax())
+        self.widths.append(frontier.width)
+        self._learn_look(float(wins[num_children]) / max(float(at_parent.sum()), 1e-6))
+        if num_children == 0:
+            return torch.zeros(frontier.width, dtype=torch.int64, device=device)
+        return ((accepted >= best[num_children - 1]) & (accepted > 0)).sum(dim=1)
+
+    @hookimpl
+    def keep_nodes(self, tree: TokenTree) -> Tensor | None:
+        if self.costs is None:
+            return None
+        value = self._path_acceptance(tree)[1:]
+        best = value.sort(descending=True, stable=True)
+        wins = self._wins(best.values, 0, self._rate(self.costs), self.costs, 0)
+        num_kept = int(wins.argmax())
+        if num_kept == tree.num_drafted:
+            return None
+        keep = torch.zeros(tree.num_nodes, dtype=torch.bool, device=tree.device)
+        keep[best.indices[:num_kept] + 1] = True
+        return keep
+
+    @hookimpl
+    def on_iteration_end(self, report: StepReport) -> None:
+        self.estimator.observe(report)
+        if not self.widths:
+            self._learn_look(None)
+        if self.costs is not None:
+            seconds = self.costs.tree_seconds(report.tree.num_drafted, self.widths)
+            self.tokens = MEMORY * self.tokens + len(report.token_ids)
+            self.seconds = MEMORY * self.seconds + seconds
+        self._count(report)
+        self.widths, self.costs = [], None
+
+    def _path_acceptance(self, tree: TokenTree) -> Tensor:
+        """[nodes] float32: how likely each node is to be accepted."""
+        given_parent = self.estimator.predict(tree.logprob, tree.rank, tree.depth).clamp(min=1e-9)
+        given_parent[0] = 1.0
+        return (tree.ancestor_mask.float() @ given_parent.log()).exp()
+
+    def _rate(self, costs: CostModel) -> float:
+        """λ: tokens a second of late, as many at least as without drafting."""
+        lately = self.tokens / self.seconds if self.seconds > 0 else 0.0
+        return max(lately, 1 / costs.plain_seconds())
+
+    def _wins(self, accepted: Tensor, num_before: int, rate: float, costs: CostModel, levels_left: int) -> Tensor:
+        """[nodes + 1] float32: tokens that the first 0, 1, 2, … of some nodes win, less what the seconds are worth.
+
+        Args:
+            accepted: how likely each is to be accepted, descending.
+            num_before: drafted nodes beside them.
+            levels_left: levels that may follow; chains of as many as pay are counted in.
+        """
+        gained = torch.cat([torch.zeros(1), accepted.cpu().cumsum(0)])
+        sizes = range(len(gained))
+        hit = (PRIOR_WEIGHT * PRIOR_HIT + self.hits) / (PRIOR_WEIGHT + self.trials)
+        before, best = costs.verify(1 + num_before), None
+        for levels in range(min(HORIZON, max(levels_left, 0)) + 1):
+            per_node = sum(hit**i for i in range(levels + 1))
+            seconds = [costs.verify(1 + num_before + n + levels) - before + levels * costs.draft(n) for n in sizes]
+            wins = gained * per_node - rate * torch.tensor([0.0, *seconds[1:]])
+            best = wins if best is None else torch.maximum(best, wins)
+        assert best is not None, "no level at least is always tried"
+        return best
+
+    def _learn_look(self, tokens: float | None) -> None:
+        """What a look has won, given that its level is accepted; an iteration without one leads back to the prior."""
+        share = IDLE_SHARE if tokens is None else 0.1
+        self.look_value += share * ((PRIOR_LOOK if tokens is None else tokens) - self.look_value)
+
+    def _count(self, report: StepReport) -> None:
+        """How often an accepted node with children has an accepted child."""
+        num_accepted, tree = report.num_accepted, report.tree
+        last = report.verdict.path[-1] if report.verdict.path else 0
+        goes_on = tree.num_drafted > 0 and bool((tree.parent == last).any())
+        num_trials = num_accepted + (goes_on and report.verdict.stop_reason is None)
+        if num_trials:
+            self.hits = MEMORY * self.hits + num_accepted
+            self.trials = MEMORY * self.trials + num_trials

@@ -1,0 +1,149 @@
+"""`cost_aware`: it takes what pays by the costs that it is told, and leaves what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from dynatree_core import CostModel, Frontier, Proposals, StepFunction, TokenTree, build_stack, generate
+from dynatree_core.testing.models import greedy, perturbed, tiny_model
+from dynatree_policies.cost_aware import CostAware
+
+ROWS = tuple(range(1, 200))
+
+
+def linear_costs(a_pass: float, a_row: float, a_level: float, a_node: float = 0.0) -> CostModel:
+    return CostModel(
+        StepFunction(ROWS, tuple(a_pass + a_row * (rows - 1) for rows in ROWS)),
+        StepFunction(ROWS, tuple(a_level + a_node * (width - 1) for width in ROWS)),
+        0.0,
+    )
+
+
+def root_frontier(probs: list[float], costs: CostModel, max_branch: int = 16) -> Frontier:
+    logprobs = torch.full((1, max_branch), -torch.inf)
+    logprobs[0, : len(probs)] = torch.tensor(probs).log()
+    proposals = Proposals(torch.arange(max_branch)[None], logprobs)
+    return Frontier(TokenTree.root(torch.tensor([0])), 0, 64, max_branch, lambda: proposals, lambda: costs)
+
+
+def widths(probs: list[float], costs: CostModel) -> int:
+    stack = build_stack("cost_aware(max_depth=1)")
+    frontier = root_frontier(probs, costs)
+    if stack.should_expand(frontier) is False:
+        return 0
+    return stack.branch_factor(frontier).wanted.item()
+
+
+@pytest.mark.parametrize(
+    ("a_row", "expected"),
+    [(0.0, 4), (0.04, 4), (0.06, 3), (0.15, 2), (0.25, 1), (0.55, 0)],
+)
+def test_a_child_is_worth_its_row(a_row, expected):
+    """Without levels to come: a child of probability p pays where p tokens exceed the row's share of a step."""
+    assert widths([0.5, 0.2, 0.1, 0.05], linear_costs(1.0, a_row, 0.0)) == expected
+
+
+def test_a_level_is_not_looked_at_where_the_drafter_is_too_dear():
+    def fail() -> Proposals:
+        raise AssertionError("the drafter was asked")
+
+    frontier = Frontier(TokenTree.root(torch.tensor([0])), 0, 64, 16, fail, lambda: linear_costs(1.0, 0.0, 0.9))
+    assert build_stack("cost_aware").should_expand(frontier) is False
+
+
+def test_one_dear_row_pays_with_a_chain_behind_it():
+    """The second row costs 0.75 steps, more nothing: one likely child does not pay, with its descendants it does."""
+    dear = CostModel(StepFunction((1, 200), (1.0, 1.75)), StepFunction((1,), (0.0,)), 0.0)
+    assert widths([0.7], dear) == 0  # max_depth=1
+    deep = build_stack("cost_aware")
+    frontier = root_frontier([0.7], dear)
+    assert deep.should_expand(frontier) is True
+    assert deep.branch_factor(frontier).wanted.tolist() == [1]
+
+
+def test_what_does_not_pay_in_the_end_is_not_verified():
+    stack = build_stack("cost_aware")
+    stack.should_expand(root_frontier([0.9], linear_costs(1.0, 0.3, 0.0)))
+    tree = TokenTree.root(torch.tensor([0]))
+    tree = tree.grow(torch.tensor([0, 0, 0]), torch.arange(3), torch.tensor([0.6, 0.31, 0.05]).log())
+    tree = tree.grow(torch.tensor([1, 1]), torch.arange(2), torch.tensor([0.55, 0.4]).log())
+    assert stack.keep_nodes(tree).tolist()[1:] == [True, True, False, True, False]
+
+
+def test_the_rate_that_was_reached_is_what_more_tree_is_measured_by():
+    """A child of probability 0.4 pays at one token a second, and no more once iterations yield 3 a second."""
+    costs = linear_costs(1.0, 0.3, 0.0)
+    policy = CostAware(max_depth=1)
+    frontier = root_frontier([0.4], costs)
+    assert policy.branch_factor(frontier).tolist() == [1]
+    policy.tokens, policy.seconds = 30.0, 10.0
+    assert policy.branch_factor(frontier).tolist() == [0]
+
+
+# whole generations, on a clock that the models' forward passes move
+
+
+@pytest.fixture
+def price(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[CostModel, torch.nn.Module, torch.nn.Module], None]]:
+    """Make the passes of target and drafter take what a cost model says, and tell it to the sessions."""
+    now = [0.0]
+    monkeypatch.setattr("dynatree_core.clock.time.perf_counter", lambda: now[0])
+    handles = []
+
+    def charge(seconds: StepFunction) -> Callable[..., None]:
+        def add(module, args, kwargs):
+            now[0] += seconds(kwargs["input_ids"].shape[1])
+
+        return add
+
+    def set_up(costs: CostModel, target: torch.nn.Module, drafter: torch.nn.Module) -> None:
+        monkeypatch.setattr("dynatree_core.session.measured_costs", lambda *models: costs)
+        for model, seconds in ((target, costs.verify), (drafter, costs.draft)):
+            handles.append(model.register_forward_pre_hook(charge(seconds), with_kwargs=True))
+
+    yield set_up
+    for handle in handles:
+        handle.remove()
+
+
+MACHINES = {
+    "cheap rows": linear_costs(1.0, 0.01, 0.1),
+    "dear rows": CostModel(StepFunction((1, 4, 16, 64), (1.0, 1.8, 2.0, 4.0)), StepFunction((1, 64), (0.1, 0.2)), 0.0),
+    "dear levels": linear_costs(1.0, 0.02, 0.45),
+}
+
+
+def speeds(price, machine: str, drafter: torch.nn.Module, policies: list[str]) -> dict[str, float]:
+    """Tokens a second of each policy over two prompts."""
+    target = tiny_model("llama")
+    price(MACHINES[machine], target, drafter)
+    found = {}
+    for policy in policies:
+        reports = []
+        for prompt in ([1, 2, 3], [5, 30, 2, 7]):
+            result = generate(target, drafter, prompt, policy=policy, max_new_tokens=100, eos_token_id=[])
+            assert result.token_ids == greedy(target, prompt, 100)
+            reports.append(result.report)
+        found[policy] = 200 / sum(report.decode_seconds for report in reports)
+    return found
+
+
+FIXED = [f"fixed(depth={depth},branch={branch},tau=0.0)" for depth, branch in ((1, 2), (2, 1), (2, 2), (4, 1), (6, 1))]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("noise", [0.005, 0.02])
+def test_it_keeps_up_with_fixed_trees_that_were_chosen_afterwards(price, machine, noise):
+    found = speeds(price, machine, perturbed("llama", noise=noise), ["cost_aware", *FIXED])
+    assert found["cost_aware"] >= 0.8 * max(found.values())
+    assert found["cost_aware"] >= 0.97
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_useless_drafter_costs_little(price, machine):
+    found = speeds(price, machine, tiny_model("llama", 7), ["cost_aware", "cost_aware+governor"])
+    assert found["cost_aware+governor"] >= 0.97
+    assert found["cost_aware"] >= 0.92

@@ -1,0 +1,291 @@
+"""Distillation end to end on tiny models: what is asked, what is stored, what is learnt, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import attrs
+import click.testing
+import pytest
+import torch
+from students import HEAD_IDS
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dynatree_bench.distill import teach as teaching
+from dynatree_bench.distill.distill_cli import distill
+from dynatree_bench.distill.evaluate import agreement, level_costs
+from dynatree_bench.distill.prompts import Prompt, ask_prompts, chat_prefix, read_passages
+from dynatree_bench.distill.teach import TeachingPlan, teach
+from dynatree_bench.distill.teacher import Shard, read_shard, score, write, write_shard
+from dynatree_bench.distill.train import TrainingPlan, batches_of, collate, divergence, frequent_tokens, train
+from dynatree_core import generate, load_model
+from dynatree_core.errors import InputError
+from dynatree_core.student import new_student
+from dynatree_core.testing.models import VOCAB, greedy, tiny_model
+
+WORDS = [*"abcdefghijklmnopqrstuvwxyz", " ", ".", "\n", "<s>", "</s>", "<u>", "<a>", "?", "!", "{", "}"]
+TEMPLATE = "{% for m in messages %}<u>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of characters, with a tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("target")
+    vocabulary = {word: index for index, word in enumerate(WORDS)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="?",
+        eos_token="</s>",
+        pad_token="<s>",
+        additional_special_tokens=["<u>", "<a>"],
+    )
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=30, bos_token_id=29, pad_token_id=29,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for weight in model.parameters():
+        if weight.dim() == 2:  # fresh weights say all tokens alike: there would be nothing to learn
+            weight.data *= 6
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    file = tmp_path / "book.txt"
+    file.write_text("".join(f"the cat number {chr(97 + i % 26)} sat on a mat. it was happy\n" for i in range(120)))
+    return file
+
+
+def command(*arguments: object) -> click.testing.Result:
+    return click.testing.CliRunner().invoke(distill, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def options(folder: Path, text: Path, out: Path) -> list[object]:
+    return [
+        "--target", folder, "--text", text, "--out", out, "--read", 1600, "--continue", 30, "--ask", 30,
+        "--self-prompts", 20, "--new-tokens", 12, "--outputs", 30, "--epochs", 6, "--batch-tokens", 2048,
+        "--learning-rate", 3e-3, "--threads", 1, "--device", "cpu",
+    ]  # fmt: skip
+
+
+def test_a_drafter_is_made_and_drafts(target_folder, text_file, tmp_path):
+    """The command makes a drafter that agrees better than before; trees with it give the target's own output."""
+    out = tmp_path / "drafter"
+    ran = command(*options(target_folder, text_file, out))
+    assert ran.exit_code == 0, ran.output
+    report = json.loads((out / "report.json").read_text())
+    assert report["after"]["top1"] > report["before"]["top1"] + 0.1
+    assert report["course"][-1]["loss"] < report["course"][0]["loss"]
+    assert sum(report["after"]["counts"]) == report["after"]["num_positions"]
+    card = (out / "README.md").read_text()
+    assert f"{report['after']['top1']:.3f}" in card
+    for figure in ("calibration.png", "training.png"):
+        assert figure in card
+        assert (out / figure).stat().st_size > 5000
+    target = load_model(str(target_folder)).model
+    result = generate(target, f"distilled(path={str(out)!r})", [0, 1, 2], policy="fixed", max_new_tokens=40)
+    assert result.token_ids == greedy(target, [0, 1, 2], 40)[: len(result.token_ids)]
+    assert result.report.num_accepted_tokens > 0
+    again = command(*options(target_folder, text_file, out))
+    assert again.exit_code == 0
+    other = json.loads((out / "report.json").read_text())
+    assert other["after"] == report["after"], "a finished run that is given again changes nothing"
+
+
+def test_another_request_does_not_mix_with_what_is_there(target_folder, text_file, tmp_path):
+    command(*options(target_folder, text_file, tmp_path / "drafter"))
+    with pytest.raises(InputError, match="another request"):
+        command(*options(target_folder, text_file, tmp_path / "drafter"), "--seed", 7)
+
+
+def test_layers_that_are_no_numbers(tmp_path):
+    assert "numbers joined by commas, got '0;1'" in command("--out", tmp_path, "--layers", "0;1").output
+
+
+class Interrupted(Exception):
+    """In place of a signal."""
+
+
+def a_plan(**changes) -> TeachingPlan:
+    plan = TeachingPlan(
+        texts=(), num_text_tokens=0, num_continued=0, num_asked=0, num_self_prompts=40, questions=(),
+        openings=("", "a"), num_new=8, seed=0, batch=16,
+    )  # fmt: skip
+    return attrs.evolve(plan, **changes)
+
+
+def test_teaching_goes_on_where_it_was_interrupted(target_folder, tmp_path, monkeypatch):
+    """Batches that are there are not asked again, and those that come later are the same as in one go."""
+    target = load_model(str(target_folder))
+    whole = teach(target, a_plan(), tmp_path / "whole", lambda *_: None)
+
+    def interrupt(done, total, _):
+        if done == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        teach(target, a_plan(), tmp_path / "parts", interrupt)
+    asked = []
+    original = teaching._ask
+    monkeypatch.setattr(teaching, "_ask", lambda *arguments: asked.append(arguments[-1].name) or original(*arguments))
+    parts = teach(target, a_plan(), tmp_path / "parts", lambda *_: None)
+    assert len(asked) == len(whole) - 2
+    assert [file.name for file in parts] == [file.name for file in whole]
+    for one, other in zip(parts, whole, strict=True):
+        for field in attrs.fields(Shard):
+            assert torch.equal(getattr(read_shard(one), field.name), getattr(read_shard(other), field.name))
+
+
+def said_by(model, num_texts=24, length=20) -> Shard:
+    generator = torch.Generator().manual_seed(0)
+    return score(model, torch.randint(VOCAB, (num_texts, length), generator=generator))
+
+
+@pytest.mark.parametrize("stopped_after", [1, 20, 33])
+def test_an_interrupted_training_ends_with_the_same_weights(stopped_after, tmp_path):
+    target, plan = tiny_model("llama"), TrainingPlan(6, batch_tokens=64, checkpoint_seconds=0)
+    shards = [said_by(target)]
+    whole = new_student(target, [0], HEAD_IDS)
+    course = train(whole, shards, VOCAB, plan, tmp_path / "whole.pt", lambda *_: None)
+    assert len(course) >= 2
+
+    def interrupt(done, total, loss):
+        if done == stopped_after:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(new_student(target, [0], HEAD_IDS), shards, VOCAB, plan, tmp_path / "parts.pt", interrupt)
+    resumed = new_student(target, [0], HEAD_IDS)
+    steps = []
+    assert train(resumed, shards, VOCAB, plan, tmp_path / "parts.pt", lambda done, *_: steps.append(done)) == course
+    assert steps[0] == (stopped_after // 20) * 20 + 1, "from the last checkpoint on"
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+    target = tiny_model("llama")
+    shards = [said_by(target)]
+    train(new_student(target, [0], HEAD_IDS), shards, VOCAB, TrainingPlan(1), tmp_path / "one.pt", lambda *_: None)
+    with pytest.raises(InputError, match=r"num_epochs=1.*now .*num_epochs=2"):
+        train(new_student(target, [0], HEAD_IDS), shards, VOCAB, TrainingPlan(2), tmp_path / "one.pt", lambda *_: None)
+
+
+def test_what_the_target_writes_is_its_own_output(target_folder):
+    """Greedy texts equal generate()'s, and every stored distribution is that of a plain pass over the text."""
+    target = load_model(str(target_folder), dtype="float64").model
+    prompts = [Prompt((31, 0, 1, 2), 0.0), Prompt((5,), 0.0), Prompt((31, 7, 8, 9, 10, 11, 12), 0.9)]
+    shard = write(target, prompts, num_new=10, end_ids=[30], pad_id=29, seed=1)
+    for index, prompt in enumerate(prompts):
+        span = shard.text(index)
+        text = shard.token_ids[span].tolist()
+        assert text[: len(prompt.token_ids)] == list(prompt.token_ids)
+        new = text[len(prompt.token_ids) :]
+        if prompt.temperature == 0:
+            assert new == greedy(target, list(prompt.token_ids), 10, eos=[30])[: len(new)]
+        asked = shard.is_scored[span]
+        assert asked.nonzero().flatten().tolist() == list(range(len(prompt.token_ids) - 1, len(text) - 1))
+        with torch.inference_mode():
+            logprobs = target(torch.tensor([text])).logits[0].log_softmax(-1)
+        top = logprobs.topk(shard.top_ids.shape[1])
+        assert torch.equal(shard.top_ids[span][asked].long(), top.indices[asked])
+        torch.testing.assert_close(shard.top_logprobs[span][asked].double(), top.values[asked], atol=1e-2, rtol=1e-3)
+
+
+def test_a_shard_survives_its_file(tmp_path):
+    shard = said_by(tiny_model("llama"))
+    write_shard(shard, tmp_path / "one.safetensors")
+    found = read_shard(tmp_path / "one.safetensors")
+    for field in attrs.fields(Shard):
+        assert torch.equal(getattr(found, field.name), getattr(shard, field.name))
+    assert [file.name for file in tmp_path.iterdir()] == ["one.safetensors"]
+
+
+def test_batches_hold_every_text_once():
+    shards = [said_by(tiny_model("llama"), 5, 12), said_by(tiny_model("llama"), 7, 30)]
+    batches = batches_of(shards, 64)
+    assert sorted(text for batch in batches for text in batch) == [
+        (s, i) for s, n in ((0, 5), (1, 7)) for i in range(n)
+    ]
+    for texts in batches:
+        assert collate(shards, texts, torch.device("cpu")).token_ids.numel() <= 64
+
+
+def test_divergence_is_that_of_the_whole_distributions():
+    """With all tokens known and all of them named it is KL itself; with a restricted head the rest is one outcome."""
+    torch.manual_seed(0)
+    target, student = torch.randn(5, 8).log_softmax(-1), torch.randn(5, 8)
+    top = target.topk(8)
+    whole = divergence(student, torch.arange(8), top.indices, top.values)
+    q = student.log_softmax(-1)
+    expected = (target.exp() * (target - q)).sum(-1).mean()
+    torch.testing.assert_close(whole, expected, atol=2e-5, rtol=1e-4)
+    known = torch.tensor([0, 2, 3, 7])
+    output_of = torch.full((8,), -1)
+    output_of[known] = torch.arange(4)
+    part = divergence(student[:, known], output_of, top.indices, top.values)
+    q = student[:, known].log_softmax(-1)
+    p = target[:, known].exp()
+    tail_p = 1 - p.sum(-1)
+    expected = ((p * (p.log() - q)).sum(-1) + tail_p * (tail_p.log() - torch.tensor(1e-6).log())).mean()
+    torch.testing.assert_close(part, expected, atol=2e-4, rtol=1e-3)
+
+
+def test_frequent_tokens_are_those_that_the_target_expects():
+    shard = said_by(tiny_model("llama"))
+    weight = torch.zeros(VOCAB)
+    weight.index_add_(0, shard.top_ids.flatten().long(), shard.top_logprobs.float().exp().flatten())
+    assert set(frequent_tokens([shard], VOCAB, 5).tolist()) == set(weight.topk(5).indices.tolist())
+    assert frequent_tokens([shard], VOCAB, 10 * VOCAB).tolist() == list(range(VOCAB))
+
+
+def test_agreement_of_the_target_with_itself_and_of_a_worse_one():
+    target = tiny_model("llama")
+    shards = [said_by(target)]
+    itself = agreement(new_student(target, [0, 1], torch.arange(VOCAB)).eval(), shards, torch.float32)
+    assert itself.top1 == itself.covered == 1
+    assert itself.chain(6) == 7
+    worse = agreement(new_student(target, [1], HEAD_IDS).eval(), shards, torch.float32)
+    assert 0 < worse.top1 < worse.top3 < worse.covered < 1
+    assert sum(worse.rank_acceptance) <= worse.covered
+    assert sum(worse.counts) == worse.num_positions == shards[0].num_scored
+    assert 1 < worse.chain(6) < worse.tree(6, 2)
+
+
+def test_costs_of_levels():
+    target = tiny_model("llama")
+    student = new_student(target, [0], HEAD_IDS, dtype=torch.float64).eval()
+    costs = level_costs(student, target, (1, 4), context=16, repeats=3)
+    assert [cost.width for cost in costs] == [1, 4]
+    assert all(0 < cost.low <= cost.ratio <= cost.high for cost in costs)
+
+
+def test_prompts(target_folder, text_file, tmp_path):
+    tokenizer = load_model(str(target_folder)).tokenizer
+    before, behind = chat_prefix(tokenizer)
+    assert tokenizer.decode(before) == "<u>"
+    assert tokenizer.decode(behind).replace(" ", "") == "</s><a>"
+    [asked] = ask_prompts(["the cat sat on the mat"], ["what? {text}"], tokenizer, 12)
+    assert tokenizer.decode(asked).replace(" ", "") == "<u>what?thecatsat</s><a>"
+    with pytest.raises(InputError, match="where the passage goes"):
+        ask_prompts(["x"], ["what?"], tokenizer, 12)
+    assert all(len(passage) >= 90 for passage in read_passages([text_file], 100))
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(InputError, match="at least 100 characters"):
+        read_passages([tmp_path / "short.txt"], 100)
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="readable UTF-8"):
+        read_passages([tmp_path / "bytes.txt"], 100)
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match="chat template"):
+        chat_prefix(tokenizer)

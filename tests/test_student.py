@@ -1,0 +1,198 @@
+"""Students: what they share with their target, what is stored of them, and drafting with them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from students import HEAD_IDS, drafter_of_each_kind, tiny_student
+
+from dynatree_core import DraftPlan, Proposals, TokenTree, build_drafter, generate
+from dynatree_core.clock import StageClock
+from dynatree_core.drafters.distilled import DistilledDrafter, fast_dtype
+from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.drafters.union import UnionDrafter, backed_off
+from dynatree_core.errors import ModelLoadError, ParameterError, VocabularyMismatchError
+from dynatree_core.plugins import DRAFTERS, plugin_table
+from dynatree_core.student import is_student, load_student, new_student, save_student
+from dynatree_core.testing import assert_drafter_contract, assert_lossless
+from dynatree_core.testing import strategies as ours
+from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
+
+CPU = torch.device("cpu")
+FAMILIES = ["llama", "gpt_neox", "gpt2", "gemma2", "qwen3"]
+
+
+def plan_for(target):
+    return DraftPlan(VOCAB, 64, 32, CPU, StageClock(CPU), target)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_of_all_layers_and_tokens_is_its_target(family):
+    target = tiny_model(family)
+    student = new_student(target, [0, 1], torch.arange(VOCAB), dtype=torch.float64).eval()
+    token_ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]])
+    with torch.inference_mode():
+        torch.testing.assert_close(student(token_ids).logits, target(token_ids).logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_restricted_head_says_its_tokens_as_before_and_no_others(family):
+    """Against the whole head: the same logits for its tokens, normalised among themselves."""
+    target = tiny_model(family)
+    whole = new_student(target, [1], torch.arange(VOCAB), dtype=torch.float64).eval()
+    part = new_student(target, [1], HEAD_IDS, dtype=torch.float64).eval()
+    text = torch.tensor([3, 1, 4, 1, 5])
+    plan = plan_for(target)
+    with torch.inference_mode():
+        states = [ModelDrafter(student).start(plan) for student in (whole, part)]
+        proposals = []
+        for state in states:
+            state.prefill(text[:-1])
+            proposals.append(state.propose(text, TokenTree.root(text[-1:]), VOCAB))
+    dense = [torch.full((VOCAB,), -torch.inf).index_put((p.token_ids[0],), p.logprobs[0]) for p in proposals]
+    among_them = dense[0][HEAD_IDS] - dense[0][HEAD_IDS].logsumexp(0)
+    torch.testing.assert_close(proposals[1].logprobs[0].max(), among_them.max(), rtol=1e-5, atol=1e-6)
+    said = proposals[1].logprobs[0] > -torch.inf
+    assert set(proposals[1].token_ids[0][said].tolist()) == set(HEAD_IDS.tolist())
+    order = proposals[1].token_ids[0][said]
+    torch.testing.assert_close(
+        proposals[1].logprobs[0][said], dense[0][order] - dense[0][HEAD_IDS].logsumexp(0), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_student_copies_and_changes_nothing_of_its_target():
+    target = tiny_model("llama")
+    before = {name: weight.clone() for name, weight in target.state_dict().items()}
+    student = tiny_student(target)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+    student(torch.tensor([[1, 2, 3]])).logits.square().mean().backward()
+    optimizer.step()
+    assert all(torch.equal(before[name], weight) for name, weight in target.state_dict().items())
+    assert all(weight.grad is None for weight in target.parameters())
+    names = set(student.state_dict())
+    assert names
+    assert not any("embed" in name or "lm_head" in name for name in names)
+    student.to(torch.float32)
+    assert target.dtype == torch.float64
+
+
+def test_layers_that_are_not_there():
+    for layers in ([], [2], [-1]):
+        with pytest.raises(ValueError, match="from 0 to 1"):
+            new_student(tiny_model("llama"), layers, HEAD_IDS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_stored_is_what_is_loaded(family, tmp_path):
+    target = tiny_model(family)
+    student = tiny_student(target)
+    save_student(student, tmp_path, torch.float64, {"target": "tiny"})
+    loaded = load_student(tmp_path, target, torch.float64)
+    token_ids = torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.inference_mode():
+        assert torch.equal(student(token_ids).logits, loaded(token_ids).logits)
+    assert is_student(tmp_path)
+    own = sum(weight.numel() * 8 for weight in student.state_dict().values())
+    assert (tmp_path / "student.safetensors").stat().st_size < own + 8 * VOCAB + 4096, "the embeddings are not stored"
+
+
+def test_a_folder_that_holds_no_student(tmp_path):
+    target = tiny_model("llama")
+    with pytest.raises(ModelLoadError, match="dynatree distill"):
+        build_drafter(f"distilled(path={str(tmp_path)!r})")
+    save_student(tiny_student(target), tmp_path, torch.float32, {"target": "tiny"})
+    (tmp_path / "student.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ModelLoadError, match=r"dynatree distill.*Error"):
+        load_student(tmp_path, target, torch.float32)
+
+
+def test_another_target(tmp_path):
+    save_student(tiny_student(tiny_model("llama")), tmp_path, torch.float32, {"target": "tiny"})
+    card = json.loads((tmp_path / "student.json").read_text())
+    (tmp_path / "student.json").write_text(json.dumps({**card, "hidden_size": 64}))
+    with pytest.raises(VocabularyMismatchError, match=r"its target, tiny: 37 tokens of 64 numbers.* 37 of 32"):
+        generate(tiny_model("llama"), DistilledDrafter(str(tmp_path)), [1, 2], max_new_tokens=2)
+
+
+def test_the_distilled_drafter_by_name(tmp_path):
+    target = tiny_model("llama")
+    save_student(tiny_student(target), tmp_path, torch.float32, {"target": "tiny"})
+    text = f"distilled(path={str(tmp_path)!r},dtype='float64')"
+    drafter = build_drafter(text)
+    assert str(drafter) == text
+    assert str(build_drafter("distilled")) == "distilled"
+    result = generate(target, drafter, [1, 2, 3], policy="fixed", max_new_tokens=40)
+    assert result.token_ids == greedy(target, [1, 2, 3], 40)
+    assert result.report.num_accepted_tokens > 0
+    with pytest.raises(ParameterError, match="dtype must be one of auto"):
+        build_drafter("distilled(dtype='int8')")
+
+
+def test_a_student_is_loaded_once_a_target_and_goes_with_it(tmp_path):
+    first, second = tiny_model("llama"), perturbed("llama", noise=0.1)
+    save_student(tiny_student(first), tmp_path, torch.float32, {"target": "tiny"})
+    drafter = DistilledDrafter(str(tmp_path))
+    models = [drafter.start(plan_for(target)).runner.model for target in (first, second, first)]
+    assert models[0] is models[2] is not models[1]
+
+
+def test_bfloat16_where_the_device_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert fast_dtype(torch.device("cpu")) == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert fast_dtype(torch.device("cpu")) == torch.float32
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert fast_dtype(torch.device("cpu")) == torch.float32
+    assert fast_dtype(torch.device("cuda")) == torch.bfloat16
+
+
+def test_there_is_a_drafter_of_each_kind_here():
+    assert set(drafter_of_each_kind(tiny_model("llama"))) == set(plugin_table(DRAFTERS))
+
+
+@pytest.mark.parametrize("kind", ["distilled", "union"])
+def test_they_keep_to_the_contract(kind):
+    target = tiny_model("llama")
+    assert_drafter_contract(drafter_of_each_kind(target)[kind], target=target, max_examples=30)
+    assert_lossless(ours.stacks(), drafter=drafter_of_each_kind(target)[kind], max_examples=15)
+
+
+@given(data=st.data())
+def test_a_union_backs_off(data):
+    """Against dictionaries: p = p_last + (1 − Σ p_last) · p_before, the k best of it."""
+    k = data.draw(st.integers(1, 5))
+    rows = []
+    for _ in range(2):
+        ids = data.draw(st.lists(st.integers(0, 9), min_size=k, max_size=k, unique=True))
+        weights = data.draw(st.lists(st.integers(0, 8), min_size=k, max_size=k))
+        probs = sorted((weight / (sum(weights) + 1) for weight in weights), reverse=True)
+        rows.append((ids, probs))
+    (first_ids, first), (second_ids, second) = rows
+    expected = {token: p for token, p in zip(first_ids, first, strict=True) if p > 0}
+    for token, p in zip(second_ids, second, strict=True):
+        if p * (1 - sum(first)) > 0:
+            expected[token] = expected.get(token, 0) + p * (1 - sum(first))
+    union = backed_off(*(Proposals(torch.tensor([ids]), torch.tensor([probs]).log()) for ids, probs in rows), k)
+    found = {
+        token: logprob
+        for token, logprob in zip(union.token_ids[0].tolist(), union.logprobs[0].exp().tolist(), strict=True)
+        if logprob > 0
+    }
+    assert union.logprobs.shape == (1, k)
+    assert sorted(found.values(), reverse=True) == pytest.approx(sorted(expected.values(), reverse=True)[:k], abs=1e-6)
+    assert all(expected[token] == pytest.approx(p, abs=1e-6) for token, p in found.items())
+    assert union.logprobs[0].tolist() == sorted(union.logprobs[0].tolist(), reverse=True)
+
+
+def test_a_union_proposes_what_either_knows():
+    """The model knows nothing of a text without repetition's copy; the lookup nothing else."""
+    target = tiny_model("llama")
+    union = UnionDrafter([ModelDrafter(target), build_drafter("prompt_lookup")])
+    assert str(union) == f"{union.drafters[0]}+prompt_lookup"
+    result = generate(target, union, [1, 2, 3, 4], policy="linear", max_new_tokens=40)
+    assert result.token_ids == greedy(target, [1, 2, 3, 4], 40)
+    assert result.report.tokens_per_iteration > 3, "the model alone would be accepted wholly"
