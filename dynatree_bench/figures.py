@@ -33,6 +33,7 @@ from dynatree_bench.statistics import (
     over_length,
     rank_shares,
     ratios,
+    replayed_texts,
     summaries,
 )
 
@@ -512,7 +513,7 @@ def nodes_and_tokens(results: Results) -> Figure | None:
             axes.plot(xs, ys, linestyle="none", label=labels[name], **styles[name])
     largest = max(one.nodes_per_iteration or 0 for one in found)
     sizes = sorted({int(n) for n in np.geomspace(1, min(max(2 * largest, 8), MAX_CURVE_NODES), 24)})
-    replayed = _one_output_a_text(results.records)
+    replayed = replayed_texts(results.records)
     if replayed:
         acceptance = sorted((share.value or 0.0 for share in rank_shares(replayed)), reverse=True)
         static = [tree_tokens(best_tree(acceptance, n), acceptance) for n in sizes]
@@ -526,11 +527,6 @@ def nodes_and_tokens(results: Results) -> Figure | None:
     axes.set(title="What nodes buy", xlabel="drafted nodes per iteration", ylabel="tokens per iteration")
     axes.legend(loc="upper left")
     return figure
-
-
-def _one_output_a_text(records: Iterable[OutputRecord]) -> list[OutputRecord]:
-    """The outputs with a replay, each text once: methods that agree have the same."""
-    return list({(r.prompt_id, r.token_ids): r for r in records if r.replay is not None}.values())
 
 
 def accepted_histogram(results: Results) -> Figure | None:

@@ -31,6 +31,7 @@ from dynatree_bench.statistics import (
     groups,
     over_length,
     rank_shares,
+    replayed_texts,
     summaries,
 )
 from dynatree_core import InputError, parse_stack
@@ -300,7 +301,7 @@ def _worth_table(results: Results) -> Table | None:
     costs = cost_table(results.records)
     baseline = [record for record in results.records if record.method == BASELINE]
     step = summaries(baseline)[0].iteration_ms if baseline else None
-    acceptance = sorted((share.value or 0.0 for share in rank_shares(_texts(results.records))), reverse=True)
+    acceptance = sorted((share.value or 0.0 for share in rank_shares(replayed_texts(results.records))), reverse=True)
     if costs is None or step is None or len(costs.rows) < 2 or not acceptance:
         return None
     level_cost = 1000 * costs.level_seconds / step
@@ -319,11 +320,6 @@ def _worth_table(results: Results) -> Table | None:
         "run's methods, a straight line between the fewest and the most rows)."
     )
     return _simple("worth", "What the formulas say is best", note, ("shape", "nodes", "depth", "speedup"), rows)
-
-
-def _texts(records: Iterable[OutputRecord]) -> list[OutputRecord]:
-    """The outputs with a replay, each text once."""
-    return list({(r.prompt_id, r.token_ids): r for r in records if r.replay is not None}.values())
 
 
 def _oracle_table(results: Results) -> Table | None:

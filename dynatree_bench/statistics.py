@@ -41,6 +41,7 @@ __all__ = [
     "over_length",
     "rank_shares",
     "ratios",
+    "replayed_texts",
     "summaries",
     "tokens_per_second",
 ]
@@ -291,6 +292,11 @@ def rank_shares(records: Iterable[OutputRecord]) -> list[Share]:
     """For each rank, the share of all new tokens that the drafter has there, whatever was drafted; from replays."""
     ranks = [rank for record in records if record.replay is not None for rank in record.replay.rank]
     return [Share(ranks.count(rank), len(ranks)) for rank in range(max(ranks, default=-1) + 1)]
+
+
+def replayed_texts(records: Iterable[OutputRecord]) -> list[OutputRecord]:
+    """The outputs with a replay, each text once: methods that agree have the same."""
+    return list({(r.prompt_id, r.token_ids): r for r in records if r.replay is not None}.values())
 
 
 def acceptance_by_depth(records: Iterable[OutputRecord]) -> list[Share]:
