@@ -151,6 +151,21 @@ def run_all(**given: Any) -> int:
     return _run(list(EXPERIMENTS), **given)
 
 
+@bench.command("report")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Where it goes.  [default: FOLDER/report]"
+)
+def write_report(folder: Path, out: Path | None) -> int:
+    """Write tables and figures of a run, or of all runs in a folder."""
+    from dynatree_bench.report import report
+
+    with console.spinner("drawing"):
+        page = report(folder, out)
+    click.echo(page)
+    return 0
+
+
 @bench.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of a table.")
 def list_experiments(as_json: bool) -> None:

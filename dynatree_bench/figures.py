@@ -33,6 +33,7 @@ from dynatree_bench.statistics import (
     over_length,
     rank_shares,
     ratios,
+    replayed_texts,
     summaries,
 )
 
@@ -46,8 +47,8 @@ ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
 COLOURS = {
     BASELINE: "#000000", "linear": SKY, "fixed": BLUE, "phase1": ORANGE, "phase2": GREEN, "phase3": VERMILION,
 }  # fmt: skip
-KIND_COLOURS = {"hf": GREY, "rival": PURPLE}
-OTHER_COLOURS = (PURPLE, YELLOW, GREY)  # of policies beside the experiments' own, in turn
+HF_COLOURS = ("#444444", "#777777", "#AAAAAA")  # shades for transformers' own methods, in turn
+OTHER_COLOURS = (PURPLE, YELLOW, SKY)  # of other packages, and of policies beside the experiments' own
 MARKERS = {BASELINE: "x", "linear": "v", "fixed": "s", "phase1": "^", "phase2": "D", "phase3": "o"}
 OTHER_MARKERS = ("P", "*", "<", ">", "h")
 STAGES = {"draft": SKY, "verify": BLUE, "rest": ORANGE}
@@ -139,16 +140,16 @@ def _names(records: Iterable[OutputRecord]) -> list[str]:
 
 def _styles(results: Results) -> dict[str, dict[str, str]]:
     """Method -> colour and marker."""
-    kinds = {method.name: method.kind for method in results.info.methods}
+    hf = {method.name for method in results.info.methods if method.kind == "hf"}
     styles = {}
     num_others = 0
     for name in _names(results.records):
-        kind = kinds.get(name, "dynatree")
         if name in COLOURS:
             styles[name] = {"color": COLOURS[name], "marker": MARKERS[name]}
         else:
-            colour = KIND_COLOURS.get(kind, OTHER_COLOURS[num_others % len(OTHER_COLOURS)])
-            styles[name] = {"color": colour, "marker": OTHER_MARKERS[num_others % len(OTHER_MARKERS)]}
+            colours = HF_COLOURS if name in hf else OTHER_COLOURS
+            colour, marker = colours[num_others % len(colours)], OTHER_MARKERS[num_others % len(OTHER_MARKERS)]
+            styles[name] = {"color": colour, "marker": marker}
             num_others += 1
     return styles
 
@@ -431,7 +432,7 @@ def acceptance_over_length(results: Results) -> Figure | None:
     if not num_lines:
         return None
     grid[0][0].set(title="Tokens per iteration", xlabel="place in the output (new tokens)")
-    grid[0][0].set_ylim(bottom=0)
+    grid[0][0].set_ylim(0, 1.06 * grid[0][0].get_ylim()[1])
     grid[0][1].set(title="Repetition (% of 4-grams)", xlabel="place in the output (new tokens)", ylim=(-3, 103))
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
@@ -512,7 +513,7 @@ def nodes_and_tokens(results: Results) -> Figure | None:
             axes.plot(xs, ys, linestyle="none", label=labels[name], **styles[name])
     largest = max(one.nodes_per_iteration or 0 for one in found)
     sizes = sorted({int(n) for n in np.geomspace(1, min(max(2 * largest, 8), MAX_CURVE_NODES), 24)})
-    replayed = _one_output_a_text(results.records)
+    replayed = replayed_texts(results.records)
     if replayed:
         acceptance = sorted((share.value or 0.0 for share in rank_shares(replayed)), reverse=True)
         static = [tree_tokens(best_tree(acceptance, n), acceptance) for n in sizes]
@@ -526,11 +527,6 @@ def nodes_and_tokens(results: Results) -> Figure | None:
     axes.set(title="What nodes buy", xlabel="drafted nodes per iteration", ylabel="tokens per iteration")
     axes.legend(loc="upper left")
     return figure
-
-
-def _one_output_a_text(records: Iterable[OutputRecord]) -> list[OutputRecord]:
-    """The outputs with a replay, each text once: methods that agree have the same."""
-    return list({(r.prompt_id, r.token_ids): r for r in records if r.replay is not None}.values())
 
 
 def accepted_histogram(results: Results) -> Figure | None:

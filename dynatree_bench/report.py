@@ -31,6 +31,7 @@ from dynatree_bench.statistics import (
     groups,
     over_length,
     rank_shares,
+    replayed_texts,
     summaries,
 )
 from dynatree_core import InputError, parse_stack
@@ -42,7 +43,6 @@ __all__ = ["report"]
 PAGE = "report.md"
 DAGGER = "†"
 MAX_RANKS = 6  # that a table shows
-BUSY_SHARE = 0.1  # of the CPU, used by others: above it times are not to be believed
 
 
 @attrs.frozen
@@ -137,12 +137,6 @@ def _warnings(results: Results) -> list[str]:
     if failed := _count_by_method(found, lambda one: one.num_failed):
         first = next(f"{one.method}: {one.error}" for one in found if one.error is not None)
         items.append(f"Outputs that failed: {failed}. The first: {first}")
-    loads = [record.load for record in results.records if record.load is not None]
-    if busy := sum(load > BUSY_SHARE for load in loads):
-        items.append(
-            f"During {busy} of {len(loads)} outputs other processes used more than {100 * BUSY_SHARE:.0f} % of the "
-            "CPU: times are not to be believed."
-        )
     if not any(one.method == BASELINE for one in found):
         items.append(f"There are no outputs of `{BASELINE}`, so there are no speedups.")
     items += [note[:1].upper() + note[1:] + "." for note in info.notes]
@@ -307,7 +301,7 @@ def _worth_table(results: Results) -> Table | None:
     costs = cost_table(results.records)
     baseline = [record for record in results.records if record.method == BASELINE]
     step = summaries(baseline)[0].iteration_ms if baseline else None
-    acceptance = sorted((share.value or 0.0 for share in rank_shares(_texts(results.records))), reverse=True)
+    acceptance = sorted((share.value or 0.0 for share in rank_shares(replayed_texts(results.records))), reverse=True)
     if costs is None or step is None or len(costs.rows) < 2 or not acceptance:
         return None
     level_cost = 1000 * costs.level_seconds / step
@@ -326,11 +320,6 @@ def _worth_table(results: Results) -> Table | None:
         "run's methods, a straight line between the fewest and the most rows)."
     )
     return _simple("worth", "What the formulas say is best", note, ("shape", "nodes", "depth", "speedup"), rows)
-
-
-def _texts(records: Iterable[OutputRecord]) -> list[OutputRecord]:
-    """The outputs with a replay, each text once."""
-    return list({(r.prompt_id, r.token_ids): r for r in records if r.replay is not None}.values())
 
 
 def _oracle_table(results: Results) -> Table | None:

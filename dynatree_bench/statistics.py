@@ -11,6 +11,7 @@ share of trials is Wilson's (1927), which takes the trials as independent.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import defaultdict
@@ -40,6 +41,7 @@ __all__ = [
     "over_length",
     "rank_shares",
     "ratios",
+    "replayed_texts",
     "summaries",
     "tokens_per_second",
 ]
@@ -147,6 +149,11 @@ def estimate(values: Sequence[float], *, seed: int = 0) -> Estimate | None:
     """Median, mean, standard deviation (n − 1) and bootstrap interval of one value per prompt; None of nothing."""
     if not values:
         return None
+    return _estimate(tuple(values), seed)
+
+
+@functools.lru_cache(maxsize=4096)  # a report asks for the same ones in many tables and figures
+def _estimate(values: tuple[float, ...], seed: int) -> Estimate:
     array = np.asarray(values, dtype=float)
     picks = np.random.default_rng(seed).integers(0, array.size, (NUM_RESAMPLES, array.size))
     low, high = np.percentile(np.median(array[picks], axis=1), [2.5, 97.5])
@@ -285,6 +292,11 @@ def rank_shares(records: Iterable[OutputRecord]) -> list[Share]:
     """For each rank, the share of all new tokens that the drafter has there, whatever was drafted; from replays."""
     ranks = [rank for record in records if record.replay is not None for rank in record.replay.rank]
     return [Share(ranks.count(rank), len(ranks)) for rank in range(max(ranks, default=-1) + 1)]
+
+
+def replayed_texts(records: Iterable[OutputRecord]) -> list[OutputRecord]:
+    """The outputs with a replay, each text once: methods that agree have the same."""
+    return list({(r.prompt_id, r.token_ids): r for r in records if r.replay is not None}.values())
 
 
 def acceptance_by_depth(records: Iterable[OutputRecord]) -> list[Share]:
