@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points, version
@@ -24,23 +22,19 @@ import click
 from rich.console import Console
 
 from dynatree_core import console
+from dynatree_core.cli_models import chat_ids, load, load_drafter, registered_drafter, tokenizer_of
 from dynatree_core.composition import format_stack, parse_stack
 from dynatree_core.errors import (
     DynaTreeError,
     InputError,
-    ModelLoadError,
     PluginLoadError,
     PromptError,
-    UnknownPluginError,
-    VocabularyMismatchError,
-    nearest_match,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dynatree_core.audit_cli import Case
-    from dynatree_core.drafters.base import Drafter
     from dynatree_core.models import LoadedModel
     from dynatree_core.records import GenerationResult
     from dynatree_core.session import Session
@@ -237,6 +231,103 @@ def generate(
     return job.conclude()
 
 
+# options that `dynatree chat` has in common with `dynatree generate`
+_OF_A_CHAT = {
+    "target", "drafter", "policy", "device", "dtype", "stop_strings", "repetition_penalty", "no_repeat_ngram_size",
+    "tau", "max_nodes", "max_depth", "max_branch", "on_error",
+}  # fmt: skip
+
+
+@_dynatree.command(params=[option for option in generate.params if option.name in _OF_A_CHAT])
+@click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer.")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), help="Draw tokens, the more freely the higher; 0: take the best."
+)
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the best that sum to so much.")
+@click.option("--seed", type=click.IntRange(min=0), help="With --temperature or --top-p: repeat the same draws.")
+@click.option(
+    "--prefix-cache",
+    "cache_megabytes",
+    metavar="MB",
+    type=click.IntRange(min=0),
+    default=1024,
+    show_default=True,
+    help="Memory for what earlier turns have computed; 0: compute it again.",
+)
+def chat(**request: Any) -> int:
+    """Talk with a model, turn by turn.
+
+    Type `/help` for the commands, among them `/policy NAME`, `/stats` and `/reset`. Ctrl-C stops an answer, Ctrl-D
+    leaves. Lines from a pipe are taken one by one. Answers go to standard output.
+
+    \b
+    Examples:
+      dynatree chat
+      dynatree chat --system "Answer in one sentence." --temperature 0.7 --seed 1
+      printf 'Why is the sky blue?\\n/policy fixed\\nAnd at night?\\n' | dynatree chat
+    """
+    return _chat(**request)
+
+
+def _chat(
+    *,
+    target: str | None,
+    drafter: str,
+    policy: str,
+    device: str | None,
+    dtype: str,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int | None,
+    cache_megabytes: int,
+    stop_strings: Sequence[str],
+    **settings: Any,
+) -> int:
+    is_sampled = temperature != 0 and (temperature, top_p) != (None, None)
+    if seed is not None and not is_sampled:
+        raise click.UsageError("--seed repeats what is drawn, and needs --temperature or --top-p")
+    from dynatree_core.chat import Chat, converse
+    from dynatree_core.plugins import build_stack
+    from dynatree_core.prefix_cache import PrefixCache
+
+    build_stack(policy)
+    source: Any = registered_drafter(drafter)
+    loaded = load(target, device, dtype)
+    tokenizer = tokenizer_of(loaded)
+    if tokenizer.chat_template is None:
+        raise InputError(
+            f"a chat needs a target whose tokenizer has a chat template, got none with '{loaded.name}'; take a model "
+            "that was trained to chat, or `dynatree generate`"
+        )
+    source = load_drafter(drafter, loaded).model if source is None else source
+    options = {name: value for name, value in settings.items() if value is not None}
+    if is_sampled:
+        warpers = {"temperature": temperature, "top_p": top_p}
+        options |= {"do_sample": True, **{name: value for name, value in warpers.items() if value is not None}}
+    if stop_strings:
+        options |= {"stop_strings": list(stop_strings), "tokenizer": tokenizer}
+    prefix_cache = PrefixCache(max_bytes=cache_megabytes * 10**6)
+    conversation = Chat(
+        target=loaded,
+        tokenizer=tokenizer,
+        drafter=source,
+        drafter_name=drafter,
+        policy=policy,
+        max_new_tokens=max_new_tokens,
+        prefix_cache=prefix_cache,
+        system=system,
+        seed=seed,
+        options=options,
+    )
+    try:
+        return INTERRUPTED if converse(conversation) else 0
+    finally:
+        console.show_title("")
+
+
 # options that `dynatree audit` has in common with `dynatree generate`
 _OF_A_GENERATION = {
     "target", "drafter", "policy", "max_new_tokens", "device", "dtype", "as_json", "is_chat", "ignore_eos", "max_nodes",
@@ -309,16 +400,16 @@ def _audit(
     prompts += [_read(prompt)] if prompt is not None else []
     if given is not None and dtype == "auto":
         dtype = given.get("dtype") or dtype  # another one would round in another way
-    source: Any = _registered_drafter(drafter) if given is None else None
-    loaded = _load(target, device, dtype)
-    tokenizer = _tokenizer(loaded)
+    source: Any = registered_drafter(drafter) if given is None else None
+    loaded = load(target, device, dtype)
+    tokenizer = tokenizer_of(loaded)
     if given is not None:
         cases = [_given_case(given, prompts, tokenizer, is_chat)]
         options["exact"] = options["exact"] or given.get("exact")
     else:
         cases = [Case(_encode(text, tokenizer, is_chat)) for text in prompts]
-        source = _load_drafter(drafter, loaded).model if source is None else source
-    precise = _load(target, device, reference_dtype).model if reference_dtype is not None else None
+        source = load_drafter(drafter, loaded).model if source is None else source
+    precise = load(target, device, reference_dtype).model if reference_dtype is not None else None
     options["eos_token_id"] = [] if ignore_eos else None
     audits = audit_cases(loaded.model, source, cases, options, precise)
     found = {**document(audits), "target": target or "default", **_where(loaded)}
@@ -439,6 +530,7 @@ class _Job:
     session: Session | None = attrs.field(default=None, init=False)
     baseline: Session | None = attrs.field(default=None, init=False)  # the same prompt without drafting
     screen: console.Answer | None = attrs.field(default=None, init=False)
+    bar: console.PrefillBar = attrs.field(factory=console.PrefillBar, init=False)
 
     def start(
         self,
@@ -458,18 +550,20 @@ class _Job:
         build_stack(self.policy)
         specs = [spec for given in parse_stack(self.policy) for spec in expand_preset(given)]
         self.expanded_policy = format_stack(specs)
-        drafter: Any = _registered_drafter(self.drafter_name)
-        self.target = _load(self.target_name, device, dtype)
-        self.tokenizer = _tokenizer(self.target)
+        drafter: Any = registered_drafter(self.drafter_name)
+        self.target = load(self.target_name, device, dtype)
+        self.tokenizer = tokenizer_of(self.target)
         prompt_ids = _encode(text, self.tokenizer, is_chat)
         if drafter is None:
-            drafter = _load_drafter(self.drafter_name, self.target).model
+            drafter = load_drafter(self.drafter_name, self.target).model
         self.options = {name: value for name, value in settings.items() if value is not None}
         if stop_strings:
             self.options |= {"stop_strings": list(stop_strings), "tokenizer": self.tokenizer}
         if ignore_eos:
             self.options["eos_token_id"] = []
-        self.session = Session(self.target.model, drafter, prompt_ids, policy=self.policy, **self.options)
+        self.session = Session(
+            self.target.model, drafter, prompt_ids, policy=self.policy, on_prefill=self.bar, **self.options
+        )
 
     def warm_up(self) -> None:
         """Decode a few tokens that nobody sees.
@@ -488,12 +582,14 @@ class _Job:
         assert self.session is not None, "start() comes first"
         assert self.tokenizer is not None, "start() comes first"
         if self.is_json:
-            self._finish(self.session)
+            with self.bar:
+                self._finish(self.session)
             return
         self.screen = console.Answer(self.tokenizer)
         try:
-            for report in run(self.session):
-                self.screen.show(report.token_ids, num_accepted=report.num_accepted)
+            with self.bar:
+                for report in run(self.session):
+                    self.screen.show(report.token_ids, num_accepted=report.num_accepted)
         finally:  # an error or an interrupt may come between commit and report
             self.screen.finish(self.session.new_token_ids)
 
@@ -606,15 +702,6 @@ def _read(prompt: str) -> str:
     return prompt
 
 
-def _tokenizer(target: LoadedModel) -> PreTrainedTokenizerBase:
-    if target.tokenizer is None:
-        raise InputError(
-            f"the target must come with a tokenizer to read a text, got none with '{target.name}'; save one in its "
-            "folder, or pass token ids to dynatree_core.generate"
-        )
-    return target.tokenizer
-
-
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase, is_chat: bool | None) -> list[int]:
     """The prompt's tokens, through the chat template if there is one or if it is asked for."""
     has_template = tokenizer.chat_template is not None
@@ -622,70 +709,4 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase, is_chat: bool | None)
         raise InputError("--chat needs a target whose tokenizer has a chat template, got one without; use --raw")
     if is_chat is False or not has_template:
         return list(tokenizer(text).input_ids)
-    messages = [{"role": "user", "content": text}]
-    text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    return list(tokenizer(text, add_special_tokens=False).input_ids)  # the template has written them
-
-
-def _load(name: str | None, device: str | None, dtype: str) -> LoadedModel:
-    """Load a model, telling on a terminal what is being waited for."""
-    from dynatree_core.models import DEFAULT_MODEL, load_model
-
-    _quiet_libraries()
-    is_here = name is None or name == DEFAULT_MODEL or Path(name).expanduser().exists()
-    with console.spinner(f"loading {name or 'the default model'}", is_animated=is_here) as progress:
-        return load_model(name, device=device, dtype=dtype, progress=progress)
-
-
-def _quiet_libraries() -> None:
-    """No notices of several lines between ours: what matters comes as an error. Bars on a terminal only."""
-    from transformers.utils import logging as transformers_logging
-
-    for name in ("huggingface_hub", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # those of the hub as well
-
-
-def _registered_drafter(text: str) -> Drafter | None:
-    """The registered drafter that is meant, or None where the text is a model's id or folder.
-
-    A word that is nearly a drafter's name is refused: asking the model hub for it can take half a minute.
-    """
-    from dynatree_core.plugins import DRAFTERS, build_drafter, plugin_table
-
-    known = plugin_table(DRAFTERS)
-    name = re.split("[:(]", text, maxsplit=1)[0].strip()
-    if name in known:
-        return build_drafter(text)
-    hint = nearest_match(name, known)
-    if hint and "/" not in text and not Path(text).exists():
-        raise UnknownPluginError(
-            f"'{text}' is not an installed drafter{hint}; known are: {', '.join(known)}; "
-            "a model on the hub is written owner/name, a folder ./name"
-        )
-    return None
-
-
-def _load_drafter(name: str, target: LoadedModel) -> LoadedModel:
-    """A model as drafter, on the target's device and in its dtype.
-
-    Raises:
-        VocabularyMismatchError: its tokenizer gives tokens other ids than the target's.
-    """
-    from dynatree_core.models import vocabularies_match
-    from dynatree_core.plugins import DRAFTERS, plugin_table
-
-    try:
-        drafter = _load(name, str(target.model.device), str(target.model.dtype).removeprefix("torch."))
-    except ModelLoadError as error:
-        if "/" in name:
-            raise
-        known = ", ".join(plugin_table(DRAFTERS))
-        raise ModelLoadError(f"{error}; or name an installed drafter: {known}") from error
-    if vocabularies_match(target.tokenizer, drafter.tokenizer) is False:
-        raise VocabularyMismatchError(
-            f"target and drafter must give every token the same id, but the tokenizers of '{target.name}' and "
-            f"'{drafter.name}' do not; choose a drafter of the target's family, or prompt_lookup"
-        )
-    return drafter
+    return chat_ids([{"role": "user", "content": text}], tokenizer)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import click
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -31,14 +33,17 @@ __all__ = [
     "Comparison",
     "IncrementalText",
     "PluginRow",
+    "PrefillBar",
     "clean_terminal",
     "complain",
     "decode_text",
+    "interrupts_wait",
     "model_sheet",
     "plugin_listing",
     "plugin_rows",
     "report_table",
     "show_report",
+    "show_title",
     "spinner",
     "warnings_in_one_line",
 ]
@@ -47,6 +52,7 @@ _CUT_SHORT = {"interrupted", "error"}  # stop reasons
 _KIND = {"dynatree.policies": "policy", "dynatree.presets": "preset", "dynatree.drafters": "drafter"}
 
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet
+LONG_PREFILL = 1.0  # seconds after which its progress is shown
 CONTEXT_TOKENS = 16  # how many earlier tokens are decoded along with new ones, at least
 
 # an answer must not steer the terminal: control characters but newline and tab are shown by their pictures
@@ -105,14 +111,14 @@ class Answer:
 
     def show(self, token_ids: Sequence[int], *, num_accepted: int) -> None:
         """Write tokens, of which the first `num_accepted` had been drafted."""
-        with _interrupts_wait():
+        with interrupts_wait():
             pieces = [(self._text.push(token), i < num_accepted) for i, token in enumerate(token_ids)]
             self._num_shown += len(token_ids)
             self._write(pieces)
 
     def finish(self, token_ids: Sequence[int]) -> None:
         """Write what was held back, and what has not been shown of all the answer's tokens, and end the line."""
-        with _interrupts_wait():
+        with interrupts_wait():
             self.show(token_ids[self._num_shown :], num_accepted=0)
             self._write([(self._text.finish(), False)])
             if self._is_line_open:
@@ -363,6 +369,48 @@ def spinner(message: str, *, is_animated: bool = True) -> Iterator[Callable[[str
             yield lambda message: status.update(Text(message))
 
 
+class PrefillBar:
+    """A bar on stderr while a long prompt goes through a model; nothing where stderr is no terminal.
+
+    It is called as `on_prefill`, within a `with` block around the generation, and appears when the prefill has taken
+    so long that one wonders.
+    """
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> PrefillBar:
+        self._begin = time.monotonic()
+        return self
+
+    def __call__(self, num_done: int, num_tokens: int) -> None:
+        """Show that so many of the tokens are done."""
+        if num_done >= num_tokens:
+            self.close()
+        elif self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=num_done, total=num_tokens)
+        elif sys.stderr.isatty() and time.monotonic() - self._begin > LONG_PREFILL:
+            columns = TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._progress.add_task("", completed=num_done, total=num_tokens)
+            self._progress.start()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def show_title(text: str) -> None:
+    """Show a text in the title of the terminal's window, where it disturbs no other output."""
+    if sys.stderr.isatty():
+        Console(stderr=True).set_window_title(text)
+
+
 @contextmanager
 def warnings_in_one_line() -> Iterator[None]:
     """Print the warnings of the block when it has ended, so that none stands in the middle of an answer."""
@@ -395,7 +443,7 @@ def _has_colours(console: Console) -> bool:
 
 
 @contextmanager
-def _interrupts_wait() -> Iterator[None]:
+def interrupts_wait() -> Iterator[None]:
     """Let a Ctrl-C within the block count after it; a second one does not wait."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield

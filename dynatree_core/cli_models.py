@@ -1,0 +1,120 @@
+"""The models that a command line names: loading them, with a word about what is being waited for.
+
+torch and transformers, which take seconds to import, are imported when a model is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynatree_core import console
+from dynatree_core.errors import (
+    InputError,
+    ModelLoadError,
+    UnknownPluginError,
+    VocabularyMismatchError,
+    nearest_match,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dynatree_core.drafters.base import Drafter
+    from dynatree_core.models import LoadedModel
+
+__all__ = ["chat_ids", "load", "load_drafter", "registered_drafter", "tokenizer_of"]
+
+
+def tokenizer_of(target: LoadedModel) -> PreTrainedTokenizerBase:
+    if target.tokenizer is None:
+        raise InputError(
+            f"the target must come with a tokenizer to read a text, got none with '{target.name}'; save one in its "
+            "folder, or pass token ids to dynatree_core.generate"
+        )
+    return target.tokenizer
+
+
+def chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a conversation through the chat template, up to where the model's answer begins.
+
+    Raises:
+        InputError: the template does not take it, such as one without a place for a system's message.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise InputError(
+            f"the model's chat template must take a conversation of {roles}, but refuses it: {error}"
+        ) from error
+    return list(tokenizer(text, add_special_tokens=False).input_ids)  # the template has written them
+
+
+def load(name: str | None, device: str | None, dtype: str) -> LoadedModel:
+    """Load a model, telling on a terminal what is being waited for."""
+    from dynatree_core.models import DEFAULT_MODEL, load_model
+
+    _quiet_libraries()
+    is_here = name is None or name == DEFAULT_MODEL or Path(name).expanduser().exists()
+    with console.spinner(f"loading {name or 'the default model'}", is_animated=is_here) as progress:
+        return load_model(name, device=device, dtype=dtype, progress=progress)
+
+
+def _quiet_libraries() -> None:
+    """No notices of several lines between ours: what matters comes as an error. Bars on a terminal only."""
+    from transformers.utils import logging as transformers_logging
+
+    for name in ("huggingface_hub", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # those of the hub as well
+
+
+def registered_drafter(text: str) -> Drafter | None:
+    """The registered drafter that is meant, or None where the text is a model's id or folder.
+
+    A word that is nearly a drafter's name is refused: asking the model hub for it can take half a minute.
+    """
+    from dynatree_core.plugins import DRAFTERS, build_drafter, plugin_table
+
+    known = plugin_table(DRAFTERS)
+    name = re.split("[:(]", text, maxsplit=1)[0].strip()
+    if name in known:
+        return build_drafter(text)
+    hint = nearest_match(name, known)
+    if hint and "/" not in text and not Path(text).exists():
+        raise UnknownPluginError(
+            f"'{text}' is not an installed drafter{hint}; known are: {', '.join(known)}; "
+            "a model on the hub is written owner/name, a folder ./name"
+        )
+    return None
+
+
+def load_drafter(name: str, target: LoadedModel) -> LoadedModel:
+    """A model as drafter, on the target's device and in its dtype.
+
+    Raises:
+        VocabularyMismatchError: its tokenizer gives tokens other ids than the target's.
+    """
+    from dynatree_core.models import vocabularies_match
+    from dynatree_core.plugins import DRAFTERS, plugin_table
+
+    try:
+        drafter = load(name, str(target.model.device), str(target.model.dtype).removeprefix("torch."))
+    except ModelLoadError as error:
+        if "/" in name:
+            raise
+        known = ", ".join(plugin_table(DRAFTERS))
+        raise ModelLoadError(f"{error}; or name an installed drafter: {known}") from error
+    if vocabularies_match(target.tokenizer, drafter.tokenizer) is False:
+        raise VocabularyMismatchError(
+            f"target and drafter must give every token the same id, but the tokenizers of '{target.name}' and "
+            f"'{drafter.name}' do not; choose a drafter of the target's family, or prompt_lookup"
+        )
+    return drafter
