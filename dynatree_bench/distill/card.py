@@ -171,6 +171,6 @@ def _axes(rows: int, **ratios: Any) -> tuple[Any, Sequence[Any]]:
 
 def _save(figure: Any, file: Path, report: Report, what: str) -> None:
     found = report.provenance
-    caption = f"{report.target}, {what}; dynatree {found['versions']['dynatree']}, {found['device']}, {found['date']}"
+    caption = f"{report.target}, {what}\ndynatree {found['versions']['dynatree']}, {found['device']}, {found['date']}"
     figure.supxlabel(caption, fontsize=7, color=GREY)
     figure.savefig(file)

@@ -18,10 +18,11 @@ from dynatree_bench.distill.request import Request
 from dynatree_bench.distill.teach import teach
 from dynatree_bench.distill.teacher import read_shard
 from dynatree_bench.distill.train import frequent_tokens, train
+from dynatree_core import embedded
 from dynatree_core.architectures import vocab_size
 from dynatree_core.drafters.distilled import fast_dtype
 from dynatree_core.errors import InputError
-from dynatree_core.models import LoadedModel, load_model
+from dynatree_core.models import DEFAULT_MODEL, LoadedModel, load_model
 from dynatree_core.student import load_student, new_student, save_student
 
 __all__ = ["make_drafter"]
@@ -66,12 +67,13 @@ def make_drafter(request: Request, out: Path) -> Agreement:
         )  # fmt: skip
     after = agreement(student, held_out, torch.bfloat16)
     console.print(f"after it on {after.top1:.1%}; the target's choice is among the first three on {after.top3:.1%}")
-    card = {"target": teacher.name, "layers": list(request.layers), "num_outputs": request.num_outputs}
+    name = f"{embedded.NAME} (the embedded default model)" if teacher.name == DEFAULT_MODEL else teacher.name
+    card = {"target": name, "layers": list(request.layers), "num_outputs": request.num_outputs}
     save_student(student, out, torch.bfloat16, card)
     target = load_model(request.target, device=request.device)
     costs = level_costs(load_student(out, target.model, fast_dtype(device)), target.model, WIDTHS)
     command = shlex.join(["dynatree", *sys.argv[1:]])
-    write_card(out, Report(command, teacher.name, request, lessons, before, after, course, costs))
+    write_card(out, Report(command, name, request, lessons, before, after, course, costs))
     console.print(f"the drafter is in {out}; use it with --drafter {out}")
     return after
 
