@@ -16,6 +16,7 @@ Command: python -m dynatree_bench.drafter_value --prompts FILE.jsonl [--drafter 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import shlex
@@ -119,6 +120,7 @@ def main() -> int:
         "versions": {name: version(name) for name in ("dynatree", "torch", "transformers")},
         "max_new_tokens": arguments.max_new_tokens,
         "prompts": {category: len(found) for category, found in texts.items()},
+        "replays": arguments.replays,
         "agreement": {
             drafter: {category: attrs.asdict(found) for category, found in by_category.items()}
             for drafter, by_category in agreements.items()
@@ -136,6 +138,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--target")
     parser.add_argument("--prompts", type=Path, action="append", required=True, help='JSON lines: "prompt", "category"')
     parser.add_argument("--per-category", type=int, default=40)
+    parser.add_argument("--replays", type=int, default=20, help="answers of a category that are drafted again")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--drafter", action="append", help=f"default: {', '.join(DRAFTERS)}")
     parser.add_argument("--policy", action="append", help=f"default: {', '.join(POLICIES)}")
@@ -173,7 +176,8 @@ def _answers(
         answers[category] = []
         for start in range(0, len(ordered), BATCH):
             some = ordered[start : start + BATCH]
-            file = folder / f"{category}-{arguments.max_new_tokens}-{start:03d}-{len(some)}.safetensors"
+            digest = hashlib.sha256(repr((some, arguments.max_new_tokens, model.config.to_dict())).encode()).hexdigest()
+            file = folder / f"{category}-{digest[:16]}.safetensors"
             if not file.exists():
                 asked = [Prompt(tuple(ids), 0.0) for ids in some]
                 shard = write(
@@ -203,7 +207,7 @@ def _agreements(
 
 def _replayed(model: PreTrainedModel, arguments: Any, answers: dict[str, list[Shard]], progress: Progress) -> list[Row]:
     """Every drafter and policy over every answer."""
-    num_texts = sum(shard.num_texts for shards in answers.values() for shard in shards)
+    num_texts = sum(len(evenly(shards, arguments.replays)) for shards in answers.values())
     task = progress.add_task("drafting", total=num_texts * len(arguments.drafter) * len(arguments.policy))
     rows = []
     for name in arguments.drafter:
@@ -211,15 +215,21 @@ def _replayed(model: PreTrainedModel, arguments: Any, answers: dict[str, list[Sh
         for policy in arguments.policy:
             for category, shards in answers.items():
                 num_tokens = num_iterations = num_drafted = 0
-                for shard in shards:
-                    for index in range(shard.num_texts):
-                        progress.advance(task)
-                        session = replayed(shard, index, drafter, policy, vocab_size(model))
-                        num_tokens += len(session.new_token_ids)
-                        num_iterations += session.num_iterations
-                        num_drafted += sum(step.num_drafted for step in session.steps)
+                for shard, index in evenly(shards, arguments.replays):
+                    session = replayed(shard, index, drafter, policy, vocab_size(model))
+                    num_tokens += len(session.new_token_ids)
+                    num_iterations += session.num_iterations
+                    num_drafted += sum(step.num_drafted for step in session.steps)
+                    progress.advance(task)
                 rows.append(Row(category, name, policy, num_tokens, num_iterations, num_drafted))
     return rows
+
+
+def evenly(shards: Sequence[Shard], num_texts: int) -> list[tuple[Shard, int]]:
+    """So many of the texts, from the whole range of lengths; they are in the order of their prompts' lengths."""
+    texts = [(shard, index) for shard in shards for index in range(shard.num_texts)]
+    num_texts = min(num_texts, len(texts))
+    return [texts[place * len(texts) // num_texts] for place in range(num_texts)]
 
 
 def replayed(shard: Shard, index: int, drafter: Drafter, policy: str, vocab: int) -> Session:
