@@ -2,7 +2,7 @@
 
 Rows are copied, into the prefix cache when a generation ends and out of it when one begins. So no buffer ever has two
 owners: a session that goes on, fails or runs in another thread cannot disturb another one, and what is kept has no
-room in it for tokens to come. A copy costs little beside the prefill that it saves (docs/generation.md has numbers).
+room in it for tokens to come. A copy costs little beside the prefill that it saves (docs/chat.md).
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -361,6 +363,8 @@ class Terminal:
         self.process = spawn("chat", *ON_CPU, *args, stdin=slave, stdout=slave, stderr=slave)
         os.close(slave)
         self.pieces = read_terminal(self.master)
+        self.timer = threading.Timer(120, self.process.kill)  # then reading ends, and the test fails
+        self.timer.start()
         self.seen = b""
 
     def wait_for(self, text: bytes) -> None:
@@ -372,10 +376,17 @@ class Terminal:
     def type(self, text: bytes) -> None:
         os.write(self.master, text)
 
+    def interrupt_input(self) -> None:
+        """Ctrl-C at the prompt, once readline waits there: one that comes before counts with the next key only."""
+        self.wait_for(b"> ")
+        time.sleep(0.5)
+        self.process.send_signal(signal.SIGINT)
+
     def end(self) -> tuple[int, bytes]:
         """Exit code, and what was written last."""
         rest = self.seen + b"".join(self.pieces)
         os.close(self.master)
+        self.timer.cancel()
         return self.process.wait(timeout=120), rest
 
 
@@ -400,19 +411,14 @@ def test_a_conversation_in_a_terminal(folders: SimpleNamespace) -> None:
 
 def test_ctrl_c_at_the_prompt_leaves_at_the_second_time(folders: SimpleNamespace) -> None:
     terminal = Terminal("--target", folders.plain)
-    terminal.wait_for(b"> ")
-    terminal.type(b"ab")
-    terminal.wait_for(b"ab")
-    terminal.process.send_signal(signal.SIGINT)
+    terminal.interrupt_input()
     terminal.wait_for(b"Ctrl-C again")
     terminal.wait_for(b"> ")
     terminal.type(b"/policy\n")  # not in a row
     terminal.wait_for(b"policy phase3")
-    terminal.wait_for(b"> ")
-    terminal.process.send_signal(signal.SIGINT)
+    terminal.interrupt_input()
     terminal.wait_for(b"Ctrl-C again")
-    terminal.wait_for(b"> ")
-    terminal.process.send_signal(signal.SIGINT)
+    terminal.interrupt_input()
     code, rest = terminal.end()
     assert code == 130
     assert b"Traceback" not in rest
@@ -421,8 +427,8 @@ def test_ctrl_c_at_the_prompt_leaves_at_the_second_time(folders: SimpleNamespace
 # the progress of a long prompt
 
 
-@pytest.fixture
-def in_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def pretend_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To be called by the test itself: while fixtures are made, other streams are captured."""
     monkeypatch.setenv("TERM", "xterm")
     for stream in (sys.stdout, sys.stderr):
         monkeypatch.setattr(stream, "isatty", lambda: True)
@@ -430,7 +436,6 @@ def in_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("seconds", "is_shown"), [(0.0, True), (60.0, False)])
-@pytest.mark.usefixtures("in_terminal")
 def test_a_long_prefill_has_a_bar(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -438,6 +443,7 @@ def test_a_long_prefill_has_a_bar(
     seconds: float,
     is_shown: bool,
 ) -> None:
+    pretend_terminal(monkeypatch)
     monkeypatch.setattr(console, "LONG_PREFILL", seconds)
     with pytest.raises(SystemExit) as ended:
         main(["generate", *ON_CPU, "--target", str(folders.plain), "--max-new-tokens", "4", "a" * 50])
@@ -453,10 +459,10 @@ def test_no_bar_where_there_is_no_terminal(say: Callable[..., Ran], monkeypatch:
     assert "reading" not in say("a" * 50).err
 
 
-@pytest.mark.usefixtures("in_terminal")
 def test_an_interrupt_while_there_is_a_bar(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folders: SimpleNamespace
 ) -> None:
+    pretend_terminal(monkeypatch)
     monkeypatch.setattr(console, "LONG_PREFILL", 0.0)
     call = PrefillBar.__call__
 

@@ -44,6 +44,7 @@ from dynatree_core import session as session_module
 from dynatree_core.cli import main
 from dynatree_core.console import REPLACEMENT, Answer, Comparison, IncrementalText, report_table
 from dynatree_core.embedded import EmbeddedModel
+from dynatree_core.student import new_student, save_student
 
 SAMPLES = ["naïve café", "日本語の文字", "🌲🌳 trees 🎄", "größer", "плавать", "a b  c\n\td", "👩‍👩‍👧"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -276,9 +277,25 @@ def test_the_default_target_is_the_embedded_model(
         return load(str(folders.plain), **options)
 
     monkeypatch.setattr(models_module, "load_model", noting)
-    document = dynatree("generate", "--json", "--max-new-tokens", 2, "abc").document
+    document = dynatree("generate", "--json", "--drafter", "prompt_lookup", "--max-new-tokens", 2, "abc").document
     assert names == [None]
     assert document["target"] == "default"
+
+
+def test_the_usual_drafter_suits_the_target(generate: Dynatree) -> None:
+    assert cli.usual_drafter(None) == cli.usual_drafter("default") == "distilled"
+    assert generate("--json", "--max-new-tokens", 2, "abc").document["drafter"] == "prompt_lookup"
+
+
+def test_a_student_or_a_union_as_drafter(generate: Dynatree, folders: SimpleNamespace, tmp_path: Path) -> None:
+    target = LlamaForCausalLM.from_pretrained(folders.plain)
+    student = new_student(target, [0], torch.arange(0, target.config.vocab_size, 2)).eval()
+    save_student(student, tmp_path, torch.float32, {"target": "plain"})
+    asked = ("--policy", "fixed", "--tau", 0, "--max-new-tokens", 8, "abcabc")
+    for drafter in (tmp_path, f"distilled(path={str(tmp_path)!r})+prompt_lookup"):
+        document = generate("--json", "--compare", "--drafter", drafter, *asked).document
+        assert document["identical"] is True
+        assert document["num_drafted_nodes"] > 0
 
 
 def test_on_every_device(dynatree: Dynatree, folders: SimpleNamespace, device: torch.device) -> None:
@@ -514,7 +531,7 @@ def test_a_registered_drafter_with_parameters(generate: Dynatree) -> None:
 def test_a_misspelt_drafter_is_told_before_anything_is_loaded(dynatree: Dynatree) -> None:
     ran = dynatree("generate", "--target", "/nowhere", "--drafter", "promptlookup", "abc")
     assert ran.code == 2
-    assert is_one_error_line(ran, "did you mean 'prompt_lookup'", "known are: model, prompt_lookup")
+    assert is_one_error_line(ran, "did you mean 'prompt_lookup'", "known are: distilled, model, prompt_lookup, union")
 
 
 def test_a_drafter_that_is_neither_registered_nor_a_model(
@@ -524,7 +541,9 @@ def test_a_drafter_that_is_neither_registered_nor_a_model(
     (tmp_path / "xyz").mkdir()
     ran = generate("--drafter", "xyz", "abc")
     assert ran.code == 1
-    assert is_one_error_line(ran, "cannot load 'xyz'", "or name an installed drafter: model, prompt_lookup")
+    assert is_one_error_line(
+        ran, "cannot load 'xyz'", "or name an installed drafter: distilled, model, prompt_lookup, union"
+    )
 
 
 def test_vocabularies_that_disagree(generate: Dynatree, folders: SimpleNamespace) -> None:
