@@ -152,7 +152,7 @@ def run_all(**given: Any) -> int:
 
 
 @bench.command("report")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="Where it goes.  [default: FOLDER/report]"
 )
