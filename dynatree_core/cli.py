@@ -142,7 +142,7 @@ def _dynatree(context: click.Context) -> None:
     "--drafter",
     metavar="NAME|ID|PATH",
     callback=lambda context, _, given: given or usual_drafter(context.params["target"]),
-    show_default="distilled for the embedded model, else prompt_lookup",
+    show_default="distilled+prompt_lookup for the embedded model, else prompt_lookup",
     help="Registered drafters joined by '+' (see `dynatree drafters`) or a model with the target's tokens.",
 )
 @click.option(

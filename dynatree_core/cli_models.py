@@ -77,8 +77,8 @@ def _quiet_libraries() -> None:
 
 
 def usual_drafter(target: str | None) -> str:
-    """The drafter where none is asked for: the embedded model has a student of its own."""
-    return "distilled" if target in (None, "default") else "prompt_lookup"
+    """The drafter where none is asked for: the embedded model has a student of its own (docs/results/drafter.md)."""
+    return "distilled+prompt_lookup" if target in (None, "default") else "prompt_lookup"
 
 
 def registered_drafter(text: str) -> Drafter | None:

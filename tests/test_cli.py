@@ -283,7 +283,7 @@ def test_the_default_target_is_the_embedded_model(
 
 
 def test_the_usual_drafter_suits_the_target(generate: Dynatree) -> None:
-    assert cli.usual_drafter(None) == cli.usual_drafter("default") == "distilled"
+    assert cli.usual_drafter(None) == cli.usual_drafter("default") == "distilled+prompt_lookup"
     assert generate("--json", "--max-new-tokens", 2, "abc").document["drafter"] == "prompt_lookup"
 
 
@@ -291,7 +291,7 @@ def test_a_student_or_a_union_as_drafter(generate: Dynatree, folders: SimpleName
     target = LlamaForCausalLM.from_pretrained(folders.plain)
     student = new_student(target, [0], torch.arange(0, target.config.vocab_size, 2)).eval()
     save_student(student, tmp_path, torch.float32, {"target": "plain"})
-    asked = ("--policy", "fixed", "--tau", 0, "--max-new-tokens", 8, "abcabc")
+    asked = ("--policy", "fixed(tau=0.0)", "--max-new-tokens", 8, "abcabc")
     for drafter in (tmp_path, f"distilled(path={str(tmp_path)!r})+prompt_lookup"):
         document = generate("--json", "--compare", "--drafter", drafter, *asked).document
         assert document["identical"] is True
