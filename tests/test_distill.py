@@ -20,10 +20,12 @@ from dynatree_bench.distill.prompts import Prompt, ask_prompts, chat_prefix, rea
 from dynatree_bench.distill.teach import TeachingPlan, teach
 from dynatree_bench.distill.teacher import Shard, read_shard, score, write, write_shard
 from dynatree_bench.distill.train import TrainingPlan, batches_of, collate, divergence, frequent_tokens, train
-from dynatree_core import generate, load_model
+from dynatree_bench.drafter_value import replayed
+from dynatree_core import build_drafter, generate, load_model
+from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import InputError
 from dynatree_core.student import new_student
-from dynatree_core.testing.models import VOCAB, greedy, tiny_model
+from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
 
 WORDS = [*"abcdefghijklmnopqrstuvwxyz", " ", ".", "\n", "<s>", "</s>", "<u>", "<a>", "?", "!", "{", "}"]
 TEMPLATE = "{% for m in messages %}<u>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -200,6 +202,19 @@ def test_what_the_target_writes_is_its_own_output(target_folder):
         top = logprobs.topk(shard.top_ids.shape[1])
         assert torch.equal(shard.top_ids[span][asked].long(), top.indices[asked])
         torch.testing.assert_close(shard.top_logprobs[span][asked].double(), top.values[asked], atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["linear", "fixed(depth=3,branch=3,tau=0.0)", "phase3"])
+def test_a_replay_is_a_real_run_without_the_target(policy):
+    """The same tokens and the same trees, for a model that drafts and for prompt_lookup."""
+    target, drafter = tiny_model("llama"), ModelDrafter(perturbed("llama", noise=0.02))
+    shard = write(target, [Prompt((1, 2, 3), 0.0), Prompt((5, 6), 0.0)], num_new=30, end_ids=[], pad_id=0, seed=0)
+    for source in (drafter, build_drafter("prompt_lookup")):
+        for index, prompt in enumerate([[1, 2, 3], [5, 6]]):
+            real = generate(target, source, prompt, policy=policy, max_new_tokens=30).report
+            session = replayed(shard, index, source, policy, VOCAB)
+            assert session.steps == list(real.steps)
+            assert real.num_iterations < 30 or source is not drafter
 
 
 def test_a_shard_survives_its_file(tmp_path):
