@@ -175,7 +175,7 @@ class Session:
         self.num_reused_tokens = 0  # of the prompt, whose rows came from the prefix cache
         source = _as_drafter(drafter)
         self.drafter_name = None if source is None else str(source)
-        self._source = source
+        self._pair = target, source  # whose costs are measured, if a policy asks
         self.draft_state: DraftState | None = None
         if source is not None:
             plan = DraftPlan(
@@ -270,7 +270,7 @@ class Session:
     def costs(self) -> CostModel:
         """What iterations take here, measured now if nobody has before on this machine; that time counts nowhere."""
         with self.clock.leave_out(), self.blame_drafter(DynaTreeError):
-            return measured_costs(self.target.model, self._source)
+            return measured_costs(*self._pair)
 
     def propose(self, tree: TokenTree) -> Proposals:
         """The drafter's proposals for the tree's last level, in the shape that the contract asks for.
