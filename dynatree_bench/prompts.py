@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dynatree_core import InputError, LoadedModel
+from dynatree_core import InputError, LoadedModel, cli_models
 
 __all__ = ["BUILT_IN", "chat_ids", "load_prompts", "read_objects"]
 
@@ -94,6 +94,4 @@ def read_objects(path: Path, *names: str) -> Iterator[dict[str, Any]]:
 def chat_ids(default: LoadedModel, prompt: str) -> list[int]:
     """A prompt as the default model's chat template has it."""
     assert default.tokenizer is not None, "the default model has a tokenizer"
-    messages = [{"role": "user", "content": prompt}]
-    ids: list[int] = default.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    return ids
+    return cli_models.chat_ids([{"role": "user", "content": prompt}], default.tokenizer)

@@ -30,7 +30,7 @@ import attrs
 
 from dynatree_bench.prompts import BUILT_IN, read_objects
 from dynatree_bench.synthetic import MarkovSource
-from dynatree_core import InputError, LoadedModel
+from dynatree_core import InputError, LoadedModel, cli_models
 from dynatree_core.errors import nearest_match
 
 __all__ = [
@@ -285,11 +285,10 @@ def encode(
         is_chat = has_template and workload.is_chat and num_tokens is None
     encoded = []
     for prompt in workload.prompts:
-        text: Any = prompt.text
         if is_chat:
-            messages = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=not is_chat).input_ids
+            ids = cli_models.chat_ids([{"role": "user", "content": prompt.text}], tokenizer)
+        else:
+            ids = tokenizer(prompt.text).input_ids
         encoded.append(EncodedPrompt(prompt.prompt_id, prompt.category, tuple(ids), workload.name))
     if num_tokens is None:
         return encoded

@@ -18,11 +18,12 @@ from matplotlib.figure import Figure
 from dynatree_bench.distill.evaluate import Agreement, LevelCost
 from dynatree_bench.distill.request import Request
 from dynatree_bench.distill.teacher import Shard
+from dynatree_bench.figures import BLUE, GREY, VERMILION
+from dynatree_bench.machine import source_commit
 
 __all__ = ["Report", "write_card"]
 
 CHAIN, DEPTH, BRANCH = 6, 5, 2  # the chain and the tree whose tokens are foretold
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#7F7F7F"  # of Okabe and Ito's palette
 
 
 @attrs.frozen(eq=False)
@@ -44,6 +45,7 @@ class Report:
         cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         return {
             "command": self.command,
+            "commit": source_commit(),
             "date": date.today().isoformat(),
             "device": cuda or f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
             "versions": {name: version(name) for name in ("dynatree", "torch", "transformers")},
@@ -97,6 +99,7 @@ fast the target's output comes, and never what it is.
 | trained | {training.num_epochs} epochs, AdamW, learning rate {training.learning_rate:g} |
 | made on | {provenance["device"]}, {provenance["date"]} |
 | versions | {versions} |
+| commit | {provenance["commit"]} |
 
     {report.command}
 
@@ -132,7 +135,7 @@ def draw_calibration(report: Report, file: Path) -> None:
     figure, (top, bottom) = _axes(2, height_ratios=[3, 1])
     top.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="right as often as it says")
     for found, colour, marker, name in (
-        (report.before, ORANGE, "s", "before training"),
+        (report.before, VERMILION, "s", "before training"),
         (report.after, BLUE, "o", "after training"),
     ):
         seen = [index for index, count in enumerate(found.counts) if count >= 20]  # fewer say nothing

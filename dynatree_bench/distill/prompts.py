@@ -15,6 +15,7 @@ from pathlib import Path
 import attrs
 from transformers import PreTrainedTokenizerBase
 
+from dynatree_core import cli_models
 from dynatree_core.errors import InputError
 
 __all__ = ["Prompt", "ask_prompts", "chat_prefix", "continue_prompts", "mixed", "read_passages", "read_text"]
@@ -89,10 +90,7 @@ def chat_ids(words: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """A user's words in the chat template, up to where the answer begins; the words alone without a template."""
     if tokenizer.chat_template is None:
         return list(tokenizer(words).input_ids)
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": words}], tokenize=False, add_generation_prompt=True
-    )
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    return cli_models.chat_ids([{"role": "user", "content": words}], tokenizer)
 
 
 def chat_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -22,7 +22,7 @@ from dynatree_core import embedded
 from dynatree_core.architectures import vocab_size
 from dynatree_core.drafters.distilled import fast_dtype
 from dynatree_core.errors import InputError
-from dynatree_core.models import DEFAULT_MODEL, LoadedModel, load_model
+from dynatree_core.models import DEFAULT_MODEL, LoadedModel, load_model, resolve_device
 from dynatree_core.student import load_student, new_student, save_student
 
 __all__ = ["make_drafter"]
@@ -45,7 +45,7 @@ def make_drafter(request: Request, out: Path) -> Agreement:
         torch.set_num_threads(request.threads)
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    device = torch.device(load_device(request.device))
+    device = resolve_device(request.device)
     # the teacher reads and writes much faster where the device multiplies in bfloat16
     teacher = load_model(request.target, device=request.device, dtype=str(fast_dtype(device)).removeprefix("torch."))
     files = _taught(teacher, request, work, console)
@@ -76,13 +76,6 @@ def make_drafter(request: Request, out: Path) -> Agreement:
     write_card(out, Report(command, name, request, lessons, before, after, course, costs))
     console.print(f"the drafter is in {out}; use it with --drafter {out}")
     return after
-
-
-def load_device(device: str | None) -> str:
-    """The device that models are going to be loaded on."""
-    if device is None or device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
 
 
 def _taught(teacher: LoadedModel, request: Request, work: Path, console: Console) -> list[Path]:
