@@ -40,7 +40,12 @@ class Method:
     name: str
     kind: str = "dynatree"  # or "hf", "rival"
     policy: str | None = None
-    options: Mapping[str, Any] = attrs.field(factory=dict)  # of `generate`, for the kind "hf"
+    options: Mapping[str, Any] = attrs.field(factory=dict)  # of `generate`: ours, or for the kind "hf" transformers'
+
+    @property
+    def is_drafting(self) -> bool:
+        """Whether it is ours and drafts."""
+        return self.kind == "dynatree" and self.policy != "autoregressive"
 
     @property
     def axes(self) -> set[str]:
@@ -92,6 +97,11 @@ LINEAR = Method("linear", policy="linear(depth=6)")
 FIXED = Method("fixed", policy="fixed")
 PHASES = tuple(Method(name, policy=name) for name in ("phase1", "phase2", "phase3"))
 
+EAGER = Method("autoregressive eager", policy="autoregressive", options={"runner": "eager"})
+SINKS = Method("phase3 sinks", policy="phase3", options={"cache": "sinks=4,window=1024"})
+
+WEIGHING = tuple(Method(name, policy=name) for name in ("phase3+governor", "cost_aware"))  # these weigh costs
+
 COMPILED = "hf static compiled"  # only where it is asked for: compiling takes minutes on a CPU
 # transformers' own; the names of the options are those of its generation config
 HF = (
@@ -137,7 +147,16 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(
             "main",
             "How fast is each method, against autoregressive decoding and against transformers?",
-            (REFERENCE, *(method for method in HF if method.name != COMPILED), LINEAR, FIXED, *PHASES),
+            (
+                REFERENCE,
+                *(method for method in HF if method.name != COMPILED),
+                EAGER,
+                LINEAR,
+                FIXED,
+                *PHASES,
+                SINKS,
+                *WEIGHING,
+            ),
             quick=Form(("built-in",), 3, (24,)),
             full=Form(("wikitext-2",), 20, (1000,)),
         ),

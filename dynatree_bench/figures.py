@@ -46,10 +46,11 @@ ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
 )  # fmt: skip
 COLOURS = {
     BASELINE: "#000000", "linear": SKY, "fixed": BLUE, "phase1": ORANGE, "phase2": GREEN, "phase3": VERMILION,
+    "cost_aware": PURPLE,
 }  # fmt: skip
 HF_COLOURS = ("#444444", "#777777", "#AAAAAA")  # shades for transformers' own methods, in turn
 OTHER_COLOURS = (PURPLE, YELLOW, SKY)  # of other packages, and of policies beside the experiments' own
-MARKERS = {BASELINE: "x", "linear": "v", "fixed": "s", "phase1": "^", "phase2": "D", "phase3": "o"}
+MARKERS = {BASELINE: "x", "linear": "v", "fixed": "s", "phase1": "^", "phase2": "D", "phase3": "o", "cost_aware": "d"}
 OTHER_MARKERS = ("P", "*", "<", ">", "h")
 STAGES = {"draft": SKY, "verify": BLUE, "rest": ORANGE}
 STYLE: dict[str, Any] = {

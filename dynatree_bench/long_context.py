@@ -1,8 +1,8 @@
 """Does decoding slow down over the context more than attention itself does, and what do sinks and a window save?
 
 Question: time of a pass, time per token and memory of the cache from a short context up to the default model's limit:
-passes of DynaTree beside the same model's bare forward pass over the same slots, autoregressive decoding beside trees
-with `prompt_lookup`, a cache of all tokens beside `sinks=4,window=1024`.
+passes of DynaTree's runners beside the same model's bare forward pass over the same slots, autoregressive decoding
+beside trees with `prompt_lookup`, a cache of all tokens beside `sinks=4,window=1024`.
 
 Method: one long text, the source of Python's own argparse. Two caches are filled with it from context to context, and
 everything is measured at each: passes of 1 and of 8 rows, then a few tokens by every way of decoding. All of it takes
@@ -21,14 +21,12 @@ import argparse
 import copy
 import datetime
 import json
-import os
 import platform
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,21 +42,21 @@ from rich.table import Table
 from dynatree_bench.machine import BUSY_PERCENT, busy_percent
 from dynatree_core import LoadedModel, Session, TokenTree, embedded, load_model, run
 from dynatree_core.flatten import flatten
+from dynatree_core.runner import ModelRunner
 
 DRAFTER = "prompt_lookup"
 TREE_POLICY = "phase3"
 WINDOW = "sinks=4,window=1024"
 KEPT = {"all tokens": None, WINDOW: WINDOW}  # caches
-# how a variable of transformers is called that attends on a CPU without repeating the keys of grouped heads
-NO_REPEAT = "TRANSFORMERS_SDPA_FORCE_GQA"
-# series of passes -> (rows, whether DynaTree makes the pass, cache, whether key heads are repeated)
+# series of passes -> (rows, DynaTree's runner or None for the model's bare forward, cache)
 PASSES = {
-    "1 row, model alone": (1, False, "all tokens", True),
-    "1 row, DynaTree": (1, True, "all tokens", True),
-    "8 rows, model alone": (8, False, "all tokens", True),
-    "8 rows, DynaTree": (8, True, "all tokens", True),
-    "8 rows, DynaTree, heads not repeated": (8, True, "all tokens", False),
-    f"8 rows, DynaTree, {WINDOW}": (8, True, WINDOW, True),
+    "1 row, model alone": (1, None, "all tokens"),
+    "1 row, eager": (1, "eager", "all tokens"),
+    "1 row, packed": (1, "packed", "all tokens"),
+    "8 rows, model alone": (8, None, "all tokens"),
+    "8 rows, eager": (8, "eager", "all tokens"),
+    "8 rows, packed": (8, "packed", "all tokens"),
+    f"8 rows, packed, {WINDOW}": (8, "packed", WINDOW),
 }
 # series of generations -> (policy, cache)
 GENERATIONS = {
@@ -204,10 +202,10 @@ def _jobs(
     """What there is to measure at one context; each job adds one number to its series."""
     context = len(text)
 
-    def pass_job(series: str, rows: int, is_ours: bool, kept: str, is_repeated: bool) -> None:
-        make = _our_pass if is_ours else _bare_pass
-        with _heads_repeated(is_repeated):
-            results.passes[series][context].append(1000 * make(sources[kept], rows))
+    def pass_job(series: str, rows: int, runner: str | None, kept: str) -> None:
+        source = sources[kept]
+        seconds = _bare_pass(default, source, rows) if runner is None else _our_pass(default, source, rows, runner)
+        results.passes[series][context].append(1000 * seconds)
 
     def generation_job(series: str, policy: str, kept: str) -> None:
         report = _generation(default, text, sources[kept], policy, KEPT[kept], plan).report
@@ -221,23 +219,23 @@ def _jobs(
 
 
 @torch.inference_mode()
-def _our_pass(source: Session, rows: int) -> float:
+def _our_pass(default: LoadedModel, source: Session, rows: int, name: str) -> float:
     """Seconds of a verification pass over a tree of so many nodes, with its mask; nothing is committed."""
-    tree = _tree(rows)
+    tree, runner = _tree(rows), ModelRunner(default.model, source.clock, name=name)
     start = time.perf_counter()
-    source.target.forward(flatten([tree], [source.cache.next_place]), source.cache, stage="verify")
+    runner.forward(flatten([tree], [source.cache.next_place]), source.cache, stage="verify")
     seconds = time.perf_counter() - start
     source.cache.rollback()
     return seconds
 
 
 @torch.inference_mode()
-def _bare_pass(source: Session, rows: int) -> float:
+def _bare_pass(default: LoadedModel, source: Session, rows: int) -> float:
     """Seconds of the model's forward pass as anyone calls it: no mask and no tree, over the same rows of the cache."""
     first = source.cache.length
     positions = torch.arange(first, first + rows)[None]
     start = time.perf_counter()
-    source.target.model(input_ids=torch.zeros_like(positions), position_ids=positions, past_key_values=source.cache)
+    default.model(input_ids=torch.zeros_like(positions), position_ids=positions, past_key_values=source.cache)
     seconds = time.perf_counter() - start
     source.cache.rollback()
     return seconds
@@ -266,20 +264,6 @@ def _generation(
     if option is None:
         source.cache.truncate(length)
     return session.result()
-
-
-@contextmanager
-def _heads_repeated(is_repeated: bool) -> Iterator[None]:
-    """Within: whether attention under a mask repeats the keys of grouped heads, as it does unless told not to."""
-    before = os.environ.pop(NO_REPEAT, None)
-    if not is_repeated:
-        os.environ[NO_REPEAT] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(NO_REPEAT, None)
-        if before is not None:
-            os.environ[NO_REPEAT] = before
 
 
 def _show(results: Results, console: Console) -> None:
@@ -322,11 +306,12 @@ def _table(title: str, found: dict[str, dict[int, list[float]]], digits: int) ->
 # colours that people tell apart however they see colours (Okabe and Ito), and marks for print
 STYLES = {
     "1 row, model alone": ("#56B4E9", "o", "--"),
-    "1 row, DynaTree": ("#0072B2", "o", "-"),
+    "1 row, eager": ("#0072B2", "o", ":"),
+    "1 row, packed": ("#0072B2", "o", "-"),
     "8 rows, model alone": ("#E69F00", "s", "--"),
-    "8 rows, DynaTree": ("#D55E00", "s", "-"),
-    "8 rows, DynaTree, heads not repeated": ("#CC79A7", "^", "-"),
-    f"8 rows, DynaTree, {WINDOW}": ("#009E73", "v", "-"),
+    "8 rows, eager": ("#D55E00", "s", ":"),
+    "8 rows, packed": ("#D55E00", "s", "-"),
+    f"8 rows, packed, {WINDOW}": ("#009E73", "v", "-"),
     "autoregressive": ("#0072B2", "o", "-"),
     TREE_POLICY: ("#D55E00", "s", "-"),
     f"autoregressive, {WINDOW}": ("#56B4E9", "o", "--"),

@@ -62,6 +62,7 @@ from dynatree_bench.workloads import EncodedPrompt, digest, encode, load_workloa
 from dynatree_core import DynaTreeError, InputError, build_stack
 from dynatree_core.architectures import vocab_size
 from dynatree_core.errors import nearest_match
+from dynatree_core.runner import runner_for
 
 __all__ = ["Options", "run_experiment"]
 
@@ -243,7 +244,7 @@ def _method_info(method: Method, pair: Pair, own_cells: Iterable[Cell]) -> Metho
     if method.kind == "dynatree":
         stacks = [str(build_stack(cell.policy)) for cell in own_cells if cell.method == method]
         policy = method.policy if method.axes else stacks[0]
-    is_drafting = method != REFERENCE and (method.kind == "dynatree" or "assistant" in method.options)
+    is_drafting = method.is_drafting or "assistant" in method.options
     return MethodInfo(
         method.name, method.kind, policy, str(pair.drafter) if is_drafting else None, dict(method.options)
     )
@@ -290,6 +291,7 @@ def _run_info(
             "repeats": options.repeats,
             "chat": options.is_chat,
             "replay": options.with_replay,
+            "runner": runner_for(model, "auto"),
         },
     )
 
@@ -456,7 +458,7 @@ class _Run:
         record = self._record(cell, task, order, output, error, load, peak)
         if cell.method == REFERENCE and error is None:
             self.references[_reference_key(record.prompt_id, record.axes)] = record.token_ids
-        if self.options.with_replay and cell.method.kind == "dynatree" and cell.method != REFERENCE and error is None:
+        if self.options.with_replay and cell.method.is_drafting and error is None:
             known = (task.prompt.prompt_id, record.token_ids)
             if known not in self.replays:
                 self.replays[known] = replay(self.pair, task.prompt.token_ids, record.token_ids)

@@ -17,7 +17,7 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from dynatree_bench import rivals
-from dynatree_bench.experiments import COMPILED, REFERENCE, Cell
+from dynatree_bench.experiments import COMPILED, Cell
 from dynatree_bench.pairs import MethodError, Pair
 from dynatree_bench.records import Replay, Steps, Trials
 from dynatree_core import DraftPlan, GenerationReport, Session, StepReport, TokenTree, run
@@ -61,7 +61,7 @@ def decode(pair: Pair, cell: Cell, prompt_ids: Sequence[int], eos: Sequence[int]
 
 
 def _by_dynatree(pair: Pair, cell: Cell, prompt_ids: Sequence[int], eos: Sequence[int]) -> Output:
-    is_drafting = cell.method != REFERENCE
+    is_drafting = cell.method.is_drafting
     begin = _now(pair)
     session = Session(
         pair.target.model,
@@ -71,6 +71,7 @@ def _by_dynatree(pair: Pair, cell: Cell, prompt_ids: Sequence[int], eos: Sequenc
         max_new_tokens=cell.max_new_tokens,
         eos_token_id=list(eos),
         inherit_settings=False,
+        **cell.method.options,
     )
     reports = list(run(session))
     total = _now(pair) - begin

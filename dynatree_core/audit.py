@@ -169,6 +169,7 @@ def audit_output(
     max_nodes: int | None = None,
     max_new_tokens: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
+    runner: str = "auto",
     precise: nn.Module | None = None,
 ) -> AuditReport:
     """Compare an output with the target's autoregressive decoding, position by position.
@@ -182,6 +183,7 @@ def audit_output(
         exact: None, or "fixed_width" with `max_nodes`, as the output was generated; see `dynatree_core.generate`.
         max_new_tokens: what the output was limited to; where given, an output that ends early is found.
         eos_token_id: as for `dynatree_core.generate`. An output that goes on after such a token is found.
+        runner: of the autoregressive decoding that is compared with, as for `dynatree_core.generate`.
         precise: the same model in a higher precision, to show its logits too where there is a difference.
 
     Raises:
@@ -195,8 +197,9 @@ def audit_output(
         exact=exact,
         max_nodes=max_nodes,
         eos_token_id=eos_token_id,
+        runner=runner,
     )
-    return _audit(reference, token_ids, max_new_tokens, verified=None, precise=precise)
+    return _audit(target, reference, token_ids, max_new_tokens, verified=None, precise=precise)
 
 
 def audit_generation(
@@ -223,7 +226,8 @@ def audit_generation(
             "compare with policy='autoregressive' and the same cache instead"
         )
     sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}
-    reference = _reference(target, prompt_ids, exact=options.get("exact"), max_nodes=options.get("max_nodes"), **sizes)
+    alike = {name: options[name] for name in ("exact", "max_nodes", "runner") if name in options}
+    reference = _reference(target, prompt_ids, **alike, **sizes)
     options = {"generation_config": _plain(target), "inherit_settings": False, **options}
     session = Session(target, drafter, prompt_ids, **sizes, **options)
     if session.logits_processors or session.sampler is not None:
@@ -231,7 +235,7 @@ def audit_generation(
             "an audit compares the target's own logits, got settings that change them or draw from them; leave them "
             "out, or compare two generations with one seed"
         )
-    session.target.model = recording = _Recording(target)
+    session.target.model = recording = _Recording(session.target.model)
     rows: list[Tensor] = []
     for report in run(session):
         # the token after a node was chosen by that node's logits
@@ -240,7 +244,7 @@ def audit_generation(
     result = session.result()
     verified = torch.cat(rows) if rows else None
     limit = None if session.stopping_criteria else max_new_tokens
-    return result, _audit(reference, result.token_ids, limit, verified=verified, precise=precise)
+    return result, _audit(target, reference, result.token_ids, limit, verified=verified, precise=precise)
 
 
 def judge(
@@ -303,6 +307,7 @@ def _plain(target: Any) -> GenerationConfig:
 
 
 def _audit(
+    target: nn.Module,
     reference: Session,
     token_ids: Tensor | Sequence[int],
     max_new_tokens: int | None,
@@ -310,7 +315,6 @@ def _audit(
     verified: Tensor | None,
     precise: nn.Module | None,
 ) -> AuditReport:
-    target = reference.target.model
     prompt = reference.prompt_ids
     if len(token_ids) == 0:
         raise PromptError("an output to audit must have at least one token, got none; generate some first")

@@ -105,7 +105,7 @@ def audit_cases(
     All of them are judged by what was measured on them together, since a maximum over more positions is surer.
 
     Args:
-        options: of a generation; of those only `exact`, `max_nodes` and `eos_token_id` matter for an output.
+        options: of a generation; of those only `exact`, `max_nodes`, `eos_token_id` and `runner` matter for an output.
         precise: the target in a higher precision, or None.
     """
     audits: list[Audit] = []
@@ -130,7 +130,7 @@ def _audit(
     if case.token_ids is None:
         result, report = audit_generation(target, drafter, case.prompt_ids, precise=precise, **options)
         return Audit(case, result.token_ids, report, result)
-    names = ("exact", "max_nodes", "eos_token_id")
+    names = ("exact", "max_nodes", "eos_token_id", "runner")
     kept = {name: options[name] for name in names if name in options}
     return Audit(case, case.token_ids, audit_output(target, case.prompt_ids, case.token_ids, precise=precise, **kept))
 

@@ -161,6 +161,13 @@ def _dynatree(context: click.Context) -> None:
     show_default=True,
     help="auto: float32 on the CPU, the checkpoint's own on CUDA.",
 )
+@click.option(
+    "--runner",
+    type=click.Choice(["auto", "eager", "packed"]),
+    default="auto",
+    show_default=True,
+    help="How passes are computed; auto: packed on a CPU, else eager.",
+)
 @click.option("--compare", is_flag=True, help="Decode without drafting too; exit with 1 if tokens differ.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option(
@@ -239,8 +246,8 @@ def generate(
 
 # options that `dynatree chat` has in common with `dynatree generate`
 _OF_A_CHAT = {
-    "target", "drafter", "policy", "device", "dtype", "stop_strings", "repetition_penalty", "no_repeat_ngram_size",
-    "tau", "max_nodes", "max_depth", "max_branch", "on_error",
+    "target", "drafter", "policy", "device", "dtype", "runner", "stop_strings", "repetition_penalty",
+    "no_repeat_ngram_size", "tau", "max_nodes", "max_depth", "max_branch", "on_error",
 }  # fmt: skip
 
 
@@ -336,8 +343,8 @@ def _chat(
 
 # options that `dynatree audit` has in common with `dynatree generate`
 _OF_A_GENERATION = {
-    "target", "drafter", "policy", "max_new_tokens", "device", "dtype", "as_json", "is_chat", "ignore_eos", "max_nodes",
-    "exact",
+    "target", "drafter", "policy", "max_new_tokens", "device", "dtype", "runner", "as_json", "is_chat", "ignore_eos",
+    "max_nodes", "exact",
 }  # fmt: skip
 
 
@@ -448,12 +455,14 @@ def _given_case(
     return Case(prompt_ids, token_ids)
 
 
-_OF_MODELS = {"target", "drafter", "device", "dtype", "as_json"}
+_OF_MODELS = {"target", "drafter", "device", "dtype", "runner", "as_json"}
 
 
 @_dynatree.command(params=[option for option in generate.params if option.name in _OF_MODELS])
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Measurements of each point.")
-def calibrate(target: str | None, drafter: str, device: str | None, dtype: str, as_json: bool, rounds: int) -> None:
+def calibrate(
+    target: str | None, drafter: str, device: str | None, dtype: str, runner: str, as_json: bool, rounds: int
+) -> None:
     """Measure what passes take on this machine, for the policies that weigh costs, and keep it.
 
     Such a policy does this itself where it is first used, in a few seconds and with fewer rounds. Use an idle machine.
@@ -471,7 +480,7 @@ def calibrate(target: str | None, drafter: str, device: str | None, dtype: str, 
     if source is None:
         source = ModelDrafter(load_drafter(drafter, loaded).model)
     with console.spinner(f"measuring {rounds} rounds"):
-        costs = measured_costs(loaded.model, source, rounds=rounds, patience=math.inf, is_anew=True)
+        costs = measured_costs(loaded.model, source, runner=runner, rounds=rounds, patience=math.inf, is_anew=True)
     if as_json:
         document = {"target": target or "default", "drafter": drafter, **_where(loaded), "costs": attrs.asdict(costs)}
         click.echo(json.dumps(document))

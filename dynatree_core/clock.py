@@ -28,7 +28,19 @@ class StageClock:
 
     @contextmanager
     def measure(self, name: str, *, on_device: bool = False) -> Iterator[None]:
-        """Add the time of the block to `name`; with `on_device`, the device's time where there is one."""
+        """Add the time of the block to `name`; with `on_device`, the device's time where there is one.
+
+        Where torch's profiler is on, the block has its name in the trace too.
+        """
+        if torch.autograd.profiler._is_profiler_enabled:
+            with torch.profiler.record_function(f"dynatree: {name}"), self._measured(name, on_device):
+                yield
+        else:
+            with self._measured(name, on_device):
+                yield
+
+    @contextmanager
+    def _measured(self, name: str, on_device: bool) -> Iterator[None]:
         if on_device and self._device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             stream = torch.cuda.current_stream(self._device)

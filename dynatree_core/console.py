@@ -211,6 +211,7 @@ def _report_cells(result: GenerationResult) -> list[tuple[str, str]]:
         ("the rest", _share(report, report.rest_seconds)),
         ("decoding in all", f"{report.decode_seconds:.2f} s"),
         ("prefill", f"{report.prefill_seconds:.2f} s"),
+        ("runner", report.runner),
         ("new tokens", str(report.num_new_tokens)),
         ("stop reason", result.stop_reason),
     ]

@@ -31,7 +31,7 @@ from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.embedded import cache_root
 from dynatree_core.flatten import flatten
 from dynatree_core.records import CostModel, StepFunction
-from dynatree_core.runner import EagerRunner
+from dynatree_core.runner import ModelRunner, drafters_runner, runner_for
 from dynatree_core.tree import TokenTree
 
 __all__ = ["folder", "isotonic", "measured_costs"]
@@ -55,6 +55,7 @@ def measured_costs(
     target: nn.Module,
     drafter: Drafter | None,
     *,
+    runner: str = "auto",
     rounds: int = ROUNDS,
     patience: float = PATIENCE,
     is_anew: bool = False,
@@ -64,17 +65,24 @@ def measured_costs(
     Args:
         target: the target.
         drafter: the drafter; None: levels cost nothing, since there are none.
+        runner: how the models' passes are computed, as in `generate`.
         rounds: how often each point is measured, after a first time to warm up.
         patience: seconds after which no further round is begun, be there fewer.
         is_anew: measure whatever is known.
     """
     effort = (rounds, patience)
-    of_target = _recalled(_identity(target), lambda: _measure_target(target, *effort), _one_row(target), is_anew)
+    of_target = _recalled(
+        _identity(target, runner),
+        lambda: _measure_target(target, runner, *effort),
+        _one_row(target, runner),
+        is_anew,
+    )
     levels: dict[str, Any] = {"at": [1], "seconds": [0.0]}
     if drafter is not None:
         model = drafter.model if isinstance(drafter, ModelDrafter) else target  # others may use the target's weights
-        identity = _identity(model) | {"drafter": "model" if isinstance(drafter, ModelDrafter) else str(drafter)}
-        levels = _recalled(identity, lambda: _measure_drafter(drafter, target, *effort), None, is_anew)["draft"]
+        beside = drafters_runner(runner)
+        of_it = _identity(model, beside) | {"drafter": "model" if isinstance(drafter, ModelDrafter) else str(drafter)}
+        levels = _recalled(of_it, lambda: _measure_drafter(drafter, target, beside, *effort), None, is_anew)["draft"]
     return CostModel(
         verify=StepFunction(tuple(of_target["verify"]["at"]), tuple(of_target["verify"]["seconds"])),
         draft=StepFunction(tuple(levels["at"]), tuple(levels["seconds"])),
@@ -145,23 +153,23 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("dynatree", "torch", "transformers")}
 
 
-def _identity(model: nn.Module) -> dict[str, Any]:
+def _identity(model: nn.Module, runner: str) -> dict[str, Any]:
     """What the time of a model's passes depends on."""
     config: Any = model.config
     settings = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER}
     shape = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
     attention = config._attn_implementation
-    return {"model": type(model).__name__, "shape": shape, "attention": attention, **_place(model)}
+    return {"model": type(model).__name__, "shape": shape, "attention": attention, **_place(model, runner)}
 
 
-def _place(model: nn.Module) -> dict[str, Any]:
+def _place(model: nn.Module, runner: str) -> dict[str, Any]:
     device: torch.device = model.device  # type: ignore[assignment]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": f"{device.type} {name}",
         "threads": torch.get_num_threads(),
-        "runner": "eager",
+        "runner": runner_for(model, runner),
     }
 
 
@@ -169,27 +177,27 @@ def _place(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _measure_target(target: nn.Module, rounds: int, patience: float) -> dict[str, Any]:
+def _measure_target(target: nn.Module, runner: str, rounds: int, patience: float) -> dict[str, Any]:
     """Passes over trees of one level behind a short prefix, and what comes before and after a pass."""
-    bench = _TargetBench(target)
+    bench = _TargetBench(target, runner)
     seconds = _interleaved({rows: lambda rows=rows: bench.verify(rows) for rows in ROWS}, rounds, patience)  # type: ignore[misc]
     rest = _interleaved({0: bench.rest}, rounds, patience)[0]
     return {"verify": {"at": list(ROWS), "seconds": isotonic(list(seconds.values()))}, "rest": rest}
 
 
 @torch.inference_mode()
-def _measure_drafter(drafter: Drafter, target: nn.Module, rounds: int, patience: float) -> dict[str, Any]:
-    bench = _DrafterBench(drafter, target)
+def _measure_drafter(drafter: Drafter, target: nn.Module, runner: str, rounds: int, patience: float) -> dict[str, Any]:
+    bench = _DrafterBench(drafter, target, runner)
     seconds = _interleaved({width: lambda width=width: bench.level(width) for width in WIDTHS}, rounds, patience)  # type: ignore[misc]
     return {"draft": {"at": list(WIDTHS), "seconds": isotonic(list(seconds.values()))}}
 
 
-def _one_row(target: nn.Module) -> Callable[[], float]:
+def _one_row(target: nn.Module, runner: str) -> Callable[[], float]:
     """A quick look at whether a kept measurement still holds."""
 
     @torch.inference_mode()
     def probe() -> float:
-        bench = _TargetBench(target)
+        bench = _TargetBench(target, runner)
         return min(bench.verify(1) for _ in range(4))
 
     return probe
@@ -208,10 +216,10 @@ def _interleaved(points: Mapping[int, Callable[[], float]], rounds: int, patienc
 class _TargetBench:
     """A target with a few committed tokens in a cache of its own."""
 
-    def __init__(self, target: nn.Module) -> None:
+    def __init__(self, target: nn.Module, runner: str) -> None:
         self.device: torch.device = target.device  # type: ignore[assignment]
         self.num_prefix = _prefix_len(target)
-        self.runner = EagerRunner(target, StageClock(self.device))
+        self.runner = ModelRunner(target, StageClock(self.device), name=runner)
         self.cache = TreeCache(self.num_prefix + max(ROWS))
         self.runner.prefill(torch.zeros(self.num_prefix, dtype=torch.int64, device=self.device), self.cache)
 
@@ -238,11 +246,13 @@ class _TargetBench:
 class _DrafterBench:
     """A drafter in a generation of its own."""
 
-    def __init__(self, drafter: Drafter, target: nn.Module) -> None:
+    def __init__(self, drafter: Drafter, target: nn.Module, runner: str) -> None:
         self.device: torch.device = target.device  # type: ignore[assignment]
         models = [target, drafter.model] if isinstance(drafter, ModelDrafter) else [target]
         num_prefix = min(map(_prefix_len, models))
-        plan = DraftPlan(vocab_size(target), num_prefix + 2, max(WIDTHS), self.device, StageClock(self.device), target)
+        clock = StageClock(self.device)
+        size = vocab_size(target)
+        plan = DraftPlan(size, num_prefix + 2, max(WIDTHS), self.device, clock, target, runner=runner)
         self.committed_ids = torch.zeros(num_prefix, dtype=torch.int64, device=self.device)
         self.state = drafter.start(plan)
         self.state.prefill(self.committed_ids[:-1])

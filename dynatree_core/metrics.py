@@ -24,6 +24,7 @@ def summarise(session: Session) -> GenerationReport:
     return GenerationReport(
         policy=str(session.stack),
         drafter=session.drafter_name,
+        runner=session.target.name,
         num_prompt_tokens=len(session.prompt_ids),
         num_reused_tokens=session.num_reused_tokens,
         num_new_tokens=num_new,

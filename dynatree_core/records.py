@@ -234,6 +234,7 @@ class GenerationReport:
 
     policy: str  # the stack in its canonical spelling
     drafter: str | None
+    runner: str  # how the target's forward passes were computed
     num_prompt_tokens: int
     num_reused_tokens: int  # of the prompt, copied from the prefix cache instead of prefilled
     num_new_tokens: int

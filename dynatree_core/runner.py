@@ -1,4 +1,8 @@
-"""Running a model's forward pass over trees. `EagerRunner` is the plain one, and the oracle for any other."""
+"""Running a model's forward pass over trees.
+
+Runners are ways to compute the same pass: `eager` calls the model as it is and is the oracle for any other, `packed`
+calls a copy that is faster on a CPU (`dynatree_core.packed`), and `auto` chooses.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +10,73 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from dynatree_core.architectures import attention_layout
 from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
-from dynatree_core.errors import DynaTreeError, ForwardPassError, OutOfMemoryError
+from dynatree_core.errors import DynaTreeError, ForwardPassError, OutOfMemoryError, ParameterError
 from dynatree_core.flatten import flatten_chain
+from dynatree_core.packed import can_pack, pack, packed_bytes
 from dynatree_core.records import FlatTrees
 from dynatree_core.sink_cache import SinkCache
 
-__all__ = ["EagerRunner", "is_out_of_memory", "out_of_memory"]
+__all__ = ["RUNNERS", "ModelRunner", "drafters_runner", "is_out_of_memory", "out_of_memory", "runner_for"]
+
+RUNNERS = ("auto", "eager", "packed")
+# of the memory that is free, what the copies of a model's matrices may take up where nobody asked for them
+MAX_SHARE_OF_MEMORY = 0.25
 
 # rows of one prefill pass: its mask and activations stay small beside the weights, matrix products stay efficient
 PREFILL_CHUNK = 256
 
 
-class EagerRunner:
-    """Calls an unmodified transformers model through its public forward.
+def runner_for(model: nn.Module, name: str) -> str:
+    """The runner that is meant for a model: the one that is named, or what "auto" chooses.
+
+    That is `packed` for a model of transformers itself on a CPU, if its copies leave most of the free memory free, else
+    `eager`.
+
+    Raises:
+        ParameterError: there is no such runner, or not for this model here.
+    """
+    if name not in RUNNERS:
+        raise ParameterError(f"runner must be one of {', '.join(RUNNERS)}, got {name!r}")
+    if name == "packed" and not can_pack(model):
+        raise ParameterError(
+            f"the packed runner is for models on a CPU in float32, or bfloat16 where the CPU multiplies in it, got "
+            f"{model.dtype} on {model.device}; use runner='auto'"
+        )
+    if name != "auto":
+        return name
+    # a class of somebody's own may keep books that a copy would not write into
+    is_plain = type(model).__module__.startswith("transformers.")
+    if is_plain and can_pack(model) and packed_bytes(model) < MAX_SHARE_OF_MEMORY * psutil.virtual_memory().available:
+        return "packed"
+    return "eager"
+
+
+def drafters_runner(name: str) -> str:
+    """The runner of a drafter's model beside a target with this one, which may not be there for the drafter's dtype."""
+    return "eager" if name == "eager" else "auto"
+
+
+class ModelRunner:
+    """Calls a transformers model through its public forward.
 
     Holds no state of a generation, so sessions and threads may share the model; each has a runner for its clock.
 
     Args:
-        model: the model.
+        model: the model; it is not changed.
         clock: where the time of its passes goes.
         positions: the position of each token of the prompt, where they are not 0, 1, 2, …
         on_prefill: called after each chunk of a prefill, with the rows that the cache has and those it will have.
+        name: of the runner.
+
+    Raises:
+        ParameterError: there is no such runner, or not for this model here.
     """
 
     def __init__(
@@ -41,8 +85,10 @@ class EagerRunner:
         clock: StageClock,
         positions: Sequence[int] | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
+        name: str = "eager",
     ) -> None:
-        self.model = model
+        self.name = runner_for(model, name)
+        self.model = pack(model) if self.name == "packed" else model
         self.clock = clock
         self.on_prefill = on_prefill
         # [tokens] the prompt's own positions, where a caller gives any; later tokens count on from the last of them

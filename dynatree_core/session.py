@@ -38,7 +38,7 @@ from dynatree_core.plugins import build_drafter, build_stack
 from dynatree_core.prefix_cache import PrefixCache, PrefixReuse
 from dynatree_core.processors import logits_processors
 from dynatree_core.records import CostModel, GenerationResult, Proposals, StepReport, StepStats
-from dynatree_core.runner import EagerRunner, is_out_of_memory
+from dynatree_core.runner import ModelRunner, drafters_runner, is_out_of_memory
 from dynatree_core.sampling import Sampler
 from dynatree_core.sink_cache import SinkCache, SinkWindow, refuse_beside
 from dynatree_core.stack import PolicyStack
@@ -100,6 +100,7 @@ class Session:
         max_branch: int = 16,
         cache: str | None = None,
         exact: str | None = None,
+        runner: str = "auto",
         prefix_cache: PrefixCache | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
         on_error: str = "raise",
@@ -157,7 +158,8 @@ class Session:
         self.clock = StageClock(self.device)
 
         num_tokens = len(self.prompt_ids) + self.max_new_tokens
-        self.target = EagerRunner(target, self.clock, positions and positions[self._num_padding :], on_prefill)
+        own_positions = positions and positions[self._num_padding :]
+        self.target = ModelRunner(target, self.clock, own_positions, on_prefill, runner)
         self.is_fixed_width = exact is not None
         self.cache: TreeCache | SinkCache = (
             TreeCache(num_tokens + max(self.limits.max_nodes, pass_rows), is_zeroed=self.is_fixed_width)
@@ -176,6 +178,7 @@ class Session:
         source = _as_drafter(drafter)
         self.drafter_name = None if source is None else str(source)
         self._pair = target, source  # whose costs are measured, if a policy asks
+        self._runner = runner
         self.draft_state: DraftState | None = None
         if source is not None:
             plan = DraftPlan(
@@ -187,6 +190,7 @@ class Session:
                 target,
                 kept,
                 prefix=self.prefix,
+                runner=drafters_runner(runner),
                 on_prefill=on_prefill,
             )
             try:
@@ -270,7 +274,7 @@ class Session:
     def costs(self) -> CostModel:
         """What iterations take here, measured now if nobody has before on this machine; that time counts nowhere."""
         with self.clock.leave_out(), self.blame_drafter(DynaTreeError):
-            return measured_costs(*self._pair)
+            return measured_costs(*self._pair, runner=self._runner)
 
     def propose(self, tree: TokenTree) -> Proposals:
         """The drafter's proposals for the tree's last level, in the shape that the contract asks for.

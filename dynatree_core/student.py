@@ -38,6 +38,9 @@ class SharedEmbedding(nn.Module):
         self._table: tuple[Any] = (table,)
         self.dtype = dtype
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedEmbedding:
+        return self  # there is nothing of its own to copy
+
     @property
     def num_embeddings(self) -> int:
         """Token ids that it knows."""

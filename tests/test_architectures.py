@@ -24,7 +24,7 @@ from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import ContextLimitError, UnsupportedModelError
 from dynatree_core.flatten import flatten
-from dynatree_core.runner import PREFILL_CHUNK, EagerRunner
+from dynatree_core.runner import PREFILL_CHUNK, ModelRunner
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import (
     CONFIGS,
@@ -65,7 +65,7 @@ def check_a_tree_path_by_path(model: Any) -> None:
     tolerance = 1e-4 if model.config._attn_implementation == "eager" else 1e-10
     prefix = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]  # longer than the sliding windows
     tree = bushy_tree()
-    runner, cache = EagerRunner(model, StageClock(torch.device("cpu"))), TreeCache(64)
+    runner, cache = ModelRunner(model, StageClock(torch.device("cpu"))), TreeCache(64)
     with torch.inference_mode():
         runner.prefill(torch.tensor(prefix), cache)
         logits = runner.forward(flatten([tree], [cache.length]), cache, stage="verify")[0]
@@ -86,7 +86,7 @@ def test_one_tree_pass_equals_a_pass_per_path(name, attention):
 @given(tree=ours.trees(), prefix=st.lists(ours.token_ids, max_size=12))
 def test_one_tree_pass_equals_a_pass_per_path_for_random_trees(family, tree, prefix):
     model = tiny_model(family)
-    runner, cache = EagerRunner(model, StageClock(torch.device("cpu"))), TreeCache(64)
+    runner, cache = ModelRunner(model, StageClock(torch.device("cpu"))), TreeCache(64)
     with torch.inference_mode():
         runner.prefill(torch.tensor(prefix, dtype=torch.int64), cache)
         logits = runner.forward(flatten([tree], [cache.length]), cache, stage="verify")[0]

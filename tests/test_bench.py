@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dynatree_bench import fixed_width, long_context, never_slower, smoke
+from dynatree_bench import fixed_width, long_context, never_slower, runners, smoke
 from dynatree_bench.prompts import BUILT_IN, load_prompts
 from dynatree_core import embedded
 
@@ -130,6 +130,33 @@ def test_the_long_context_benchmark_on_two_short_contexts(monkeypatch, capsys, t
     long_context.main()
     assert (again / "long-context.svg").read_bytes() == drawn
     assert capsys.readouterr().out == printed
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(not embedded.is_installed(), reason="the default model is missing: dynatree models install")
+def test_the_benchmark_of_runners(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["runners", "--quick", "--out", str(tmp_path)])
+    runners.main()
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "runners.json").read_text())
+    for expected in (*results["seconds"], "rows", "the machine was"):
+        assert expected in printed
+    assert {runners.PLAIN, "bfloat16 eager"} <= set(results["seconds"]) <= set(runners.STYLES)
+    assert all(len(rounds) == 1 for by_rows in results["seconds"].values() for rounds in by_rows.values())
+    drawn = (tmp_path / "runners.svg").read_bytes()
+    again = tmp_path / "again"
+    again.mkdir()
+    monkeypatch.setattr(sys, "argv", ["runners", "--from", str(tmp_path / "runners.json"), "--out", str(again)])
+    runners.main()
+    assert (again / "runners.svg").read_bytes() == drawn
+    assert capsys.readouterr().out == printed
+
+
+def test_a_pass_relative_to_the_plain_one_of_its_round():
+    results = runners.Results({}, {runners.PLAIN: {"1": [1.0, 2.0, 4.0]}, "other": {"8": [2.0, 4.0, 8.0]}})
+    assert runners.relative(results, "other", "8") == (2.0, 2.0, 2.0)
+    results.seconds["other"]["8"] = [1.0, 4.0, 12.0]
+    assert runners.relative(results, "other", "8")[0] == 2.0
 
 
 def test_a_table_shows_median_and_range():

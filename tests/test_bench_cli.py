@@ -15,7 +15,7 @@ from test_cli import byte_level_tokenizer, for_transformers, save_model
 from transformers import AutoTokenizer
 
 from dynatree_bench import bench_cli, measure, methods
-from dynatree_bench.experiments import EXPERIMENTS, HF, RIVALS
+from dynatree_bench.experiments import EXPERIMENTS, HF, RIVALS, chosen_methods
 from dynatree_bench.records import OutputRecord, read_results
 from dynatree_bench.workloads import KNOWN, encode, load_workload
 from dynatree_core import LoadedModel, embedded
@@ -93,7 +93,10 @@ def test_a_run_is_written_summarised_and_complete_when_it_is_called_again(bench,
     out = tmp_path / "run"
     ran = bench("main", *of_folders, "--replay", "--out", out)
     assert ran.code == 0, ran.err
-    assert ran.out == f"main: 24 outputs in {out}; tables and figures of them:\n  dynatree bench report {out}\n"
+    assert (
+        ran.out
+        == f"main: {2 * len(chosen_methods(EXPERIMENTS['main']))} outputs in {out}; tables and figures of them:\n  dynatree bench report {out}\n"
+    )
     results = read_results(out)
     assert results.info.target.name.endswith("target")
     assert results.info.target.sha256 != results.info.drafter.sha256

@@ -13,7 +13,7 @@ from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import CacheError
 from dynatree_core.flatten import flatten
-from dynatree_core.runner import EagerRunner
+from dynatree_core.runner import ModelRunner
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import tiny_model
 
@@ -27,7 +27,7 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(family=st.sampled_from(["llama", "gpt_neox", "mistral"]))
     def start(self, family):
         self.model = tiny_model(family)
-        self.runner = EagerRunner(self.model, StageClock(torch.device("cpu")))
+        self.runner = ModelRunner(self.model, StageClock(torch.device("cpu")))
         self.cache = TreeCache(80, batch=2)
         self.texts = [[], []]
         self.trees = None

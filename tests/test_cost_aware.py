@@ -100,7 +100,7 @@ def price(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[CostModel, torc
         return add
 
     def set_up(costs: CostModel, target: torch.nn.Module, drafter: torch.nn.Module) -> None:
-        monkeypatch.setattr("dynatree_core.session.measured_costs", lambda *models: costs)
+        monkeypatch.setattr("dynatree_core.session.measured_costs", lambda *models, runner: costs)
         for model, seconds in ((target, costs.verify), (drafter, costs.draft)):
             handles.append(model.register_forward_pre_hook(charge(seconds), with_kwargs=True))
 

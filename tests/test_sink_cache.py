@@ -262,7 +262,7 @@ def test_half_precision():
 
 def run_chain(model: Any, cache: SinkCache, text: list[int]) -> torch.Tensor:
     """The logits of the last token of a text, through the cache."""
-    target = runner.EagerRunner(model, runner.StageClock(torch.device("cpu")))
+    target = runner.ModelRunner(model, runner.StageClock(torch.device("cpu")))
     with torch.inference_mode():
         target.prefill(torch.tensor(text[:-1]), cache)
         return target.forward(flatten_chain(torch.tensor(text[-1:]), cache.next_place), cache, stage="verify")[0, 0]

@@ -22,7 +22,7 @@ from dynatree_bench.formulas import chain_tokens, fixed_tokens
 from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.flatten import flatten_chain
-from dynatree_core.runner import EagerRunner
+from dynatree_core.runner import ModelRunner
 
 __all__ = ["Agreement", "LevelCost", "agreement", "level_costs"]
 
@@ -119,7 +119,7 @@ def level_costs(
     def text(num_tokens: int) -> Tensor:
         return words[torch.randint(words.numel(), (num_tokens,), generator=generator)].to(device)
 
-    runners = [EagerRunner(model, StageClock(device)) for model in (target, student)]
+    runners = [ModelRunner(model, StageClock(device)) for model in (target, student)]
     caches = [TreeCache(context + max(*widths, 1)) for _ in runners]
     for runner, cache in zip(runners, caches, strict=True):
         runner.prefill(text(context), cache)

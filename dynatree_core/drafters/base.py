@@ -34,6 +34,7 @@ class DraftPlan:
     target: nn.Module  # the model that verifies: a drafter may share its weights, and must not change it
     kept: SinkWindow | None = None  # all that the target's cache keeps of the text, if that is bounded
     prefix: PrefixReuse | None = None  # rows of earlier generations, for a drafter that has a cache like the target's
+    runner: str = "eager"  # how forward passes of a model are to be computed; "auto" is chosen for each model
     on_prefill: Callable[[int, int], None] | None = None  # who wants to know how far a long prefill is: rows done, all
 
 

@@ -18,7 +18,7 @@ from dynatree_core.errors import ContextLimitError, ParameterError, VocabularyMi
 from dynatree_core.flatten import flatten_chain, flatten_level
 from dynatree_core.models import load_model
 from dynatree_core.records import Proposals
-from dynatree_core.runner import EagerRunner
+from dynatree_core.runner import ModelRunner
 from dynatree_core.student import RestrictedHead, SharedEmbedding
 from dynatree_core.tree import TokenTree
 
@@ -76,7 +76,7 @@ class ModelDraftState(DraftState):
     """
 
     def __init__(self, model: nn.Module, num_followed: int, plan: DraftPlan) -> None:
-        self.runner = EagerRunner(model, plan.clock, on_prefill=plan.on_prefill)
+        self.runner = ModelRunner(model, plan.clock, on_prefill=plan.on_prefill, name=plan.runner)
         self.cache = TreeCache(num_followed + plan.max_nodes)
         self.prefix = plan.prefix
         if self.prefix is not None:

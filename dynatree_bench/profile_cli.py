@@ -1,0 +1,66 @@
+"""`dynatree profile`. What takes seconds to import is imported when it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import attrs
+import click
+from rich.console import Console
+
+from dynatree_core import console
+from dynatree_core.cli import generate
+from dynatree_core.cli_models import chat_ids, load, load_drafter, registered_drafter, tokenizer_of
+
+__all__ = ["profile"]
+
+_SHARED = {"target", "drafter", "policy", "device", "dtype", "runner", "max_nodes", "max_depth", "as_json"}
+
+
+@click.command(params=[option for option in generate.params if option.name in _SHARED])
+@click.argument("prompt", default="Why is the sky blue?")
+@click.option("--iterations", type=click.IntRange(min=1), default=20, show_default=True, help="That are measured.")
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a trace for chrome://tracing or ui.perfetto.dev; .json or .json.gz.",
+)
+def profile(
+    prompt: str,
+    target: str | None,
+    drafter: str,
+    device: str | None,
+    dtype: str,
+    as_json: bool,
+    iterations: int,
+    trace: Path | None,
+    **options: Any,
+) -> None:
+    """Show where an iteration's time goes: by stage, by operator, and as a trace.
+
+    \b
+    Examples:
+      dynatree profile
+      dynatree profile --policy "fixed(depth=4)" --runner eager --trace trace.json.gz
+    """
+    from dynatree_bench.profile import profile as measure
+    from dynatree_bench.profile import shown
+
+    source: Any = registered_drafter(drafter)
+    loaded = load(target, device, dtype)
+    tokenizer = tokenizer_of(loaded)
+    if source is None:
+        source = load_drafter(drafter, loaded).model
+    has_template = tokenizer.chat_template is not None
+    ids = chat_ids([{"role": "user", "content": prompt}], tokenizer) if has_template else tokenizer(prompt).input_ids
+    given = {name: value for name, value in options.items() if value is not None}
+    with console.spinner(f"decoding {iterations} iterations twice"):
+        found = measure(loaded.model, source, ids, num_iterations=iterations, trace=trace, **given)
+    if as_json:
+        click.echo(json.dumps(attrs.asdict(found)))
+        return
+    Console(highlight=False).print(shown(found))
+    if trace is not None:
+        click.echo(f"the trace is in {trace}; open it in chrome://tracing or ui.perfetto.dev")

@@ -1,0 +1,225 @@
+"""What does a pass over a tree cost with each runner?
+
+Question: time of a verification pass of the target by its rows, the drafted nodes and the root, for each runner and
+each dtype.
+
+Method: a prompt of 256 tokens; passes over a root and its children. All runners, dtypes and numbers of rows take turns,
+several times over in one process after a warm-up round; medians are shown, with quartiles. What counts is a runner's
+pass relative to the plain pass over one row in the same round: what slows the machine down hits both alike. The machine
+is watched before and after.
+
+Output: a table, FOLDER/runners.json with all that was measured, FOLDER/runners.svg drawn from it.
+
+Command: python -m dynatree_bench.runners [--quick] [--rounds N] [--target ID|PATH] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from dynatree_bench.figures import BLUE, GREY, ORANGE, SKY, VERMILION
+from dynatree_bench.machine import BUSY_PERCENT, busy_percent, device_name, library_versions, source_commit
+from dynatree_core import load_model
+from dynatree_core.cache import TreeCache
+from dynatree_core.clock import StageClock
+from dynatree_core.flatten import flatten
+from dynatree_core.packed import can_pack
+from dynatree_core.runner import ModelRunner
+from dynatree_core.tree import TokenTree
+
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+CONTEXT = 256
+PLAIN = "float32 eager"
+DTYPES = ("float32", "bfloat16")
+STYLES = {
+    PLAIN: (VERMILION, "s", "--"),
+    "float32 packed": (BLUE, "o", "-"),
+    "bfloat16 eager": (ORANGE, "^", "--"),
+    "bfloat16 packed": (SKY, "v", "-"),
+}
+
+
+@attrs.define(eq=False)
+class Results:
+    """What was measured."""
+
+    provenance: dict[str, Any]
+    seconds: dict[str, dict[str, list[float]]]  # way -> rows -> seconds of each round
+
+
+def main() -> None:
+    arguments = _parse_arguments()
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    if arguments.source is not None:
+        results = Results(**json.loads(arguments.source.read_text(encoding="utf-8")))
+    else:
+        results = _measured(arguments)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(attrs.asdict(results), indent=1) + "\n"
+        (arguments.out / "runners.json").write_text(text, encoding="utf-8")
+    console.print(table(results))
+    busy = results.provenance["busy_percent"]
+    state = "busy" if max(busy.values()) > BUSY_PERCENT else "idle"
+    console.print(
+        f"the machine was {state}: others used {busy['before']:.0f} % of a core before, {busy['after']:.0f} % after"
+    )
+    draw(results, arguments.out / "runners.svg")
+
+
+def _measured(arguments: argparse.Namespace) -> Results:
+    busy = {"before": busy_percent(seconds=1.0)}
+    ways: dict[str, tuple[ModelRunner, TreeCache]] = {}
+    for dtype in DTYPES:
+        loaded = load_model(arguments.target, device="cpu", dtype=dtype)
+        for name in ("eager", "packed"):
+            if name == "eager" or can_pack(loaded.model):
+                ways[f"{dtype} {name}"] = _filled(loaded.model, name)
+    rows = ROWS[:3] if arguments.quick else ROWS
+    rounds = 1 if arguments.quick else arguments.rounds
+    found: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in ways}
+    for turn in track(range(rounds + 1), console=Console(stderr=True), transient=True, description="measuring"):
+        for count in rows:
+            for way, (runner, cache) in ways.items():
+                seconds = pass_seconds(runner, cache, count)
+                if turn:  # the first round allocates and chooses kernels
+                    found[way][str(count)].append(seconds)
+    busy["after"] = busy_percent(seconds=1.0)
+    return Results(
+        {
+            "command": " ".join(["python -m dynatree_bench.runners", *sys.argv[1:]]),
+            "commit": source_commit(),
+            "date": datetime.date.today().isoformat(),
+            "versions": library_versions(),
+            "device": device_name(torch.device("cpu")),
+            "threads": torch.get_num_threads(),
+            "model": arguments.target or "SmolLM2-135M-Instruct",
+            "context": CONTEXT,
+            "rounds": rounds,
+            "busy_percent": busy,
+        },
+        found,
+    )
+
+
+@torch.inference_mode()
+def _filled(model: torch.nn.Module, name: str) -> tuple[ModelRunner, TreeCache]:
+    """A runner with a cache that has the prompt's rows."""
+    runner, cache = ModelRunner(model, StageClock(torch.device("cpu")), name=name), TreeCache(CONTEXT + max(ROWS))
+    runner.prefill(torch.arange(CONTEXT), cache)
+    return runner, cache
+
+
+@torch.inference_mode()
+def pass_seconds(runner: ModelRunner, cache: TreeCache, rows: int) -> float:
+    """Seconds of a pass over a root and its children; nothing is committed."""
+    tree = TokenTree.root(torch.zeros(1, dtype=torch.int64))
+    if rows > 1:
+        parents = torch.zeros(rows - 1, dtype=torch.int64)
+        tree = tree.grow(parents, torch.arange(rows - 1), torch.full((rows - 1,), -1.0))
+    flat = flatten([tree], [cache.length])
+    start = time.perf_counter()
+    runner.forward(flat, cache, stage="measured")
+    seconds = time.perf_counter() - start
+    cache.rollback()
+    return seconds
+
+
+def relative(results: Results, way: str, rows: str) -> tuple[float, float, float]:
+    """Median and quartiles of a pass relative to the plain pass over one row in the same round."""
+    plain = results.seconds[PLAIN]["1"]
+    ratios = [seconds / one for seconds, one in zip(results.seconds[way][rows], plain, strict=True)]
+    if len(ratios) == 1:
+        return ratios[0], ratios[0], ratios[0]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return median, low, high
+
+
+def table(results: Results) -> Table:
+    """A row for each number of rows, a column for each way."""
+    said = results.provenance
+    of_what = f"{said['model']}, {said['threads']} threads"
+    title = f"ms per pass, and relative to one row of {PLAIN} (median, quartiles) · {of_what}"
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    shown.add_column("rows", justify="right")
+    for way in results.seconds:
+        shown.add_column(way, justify="right")
+    for rows in results.seconds[PLAIN]:
+        cells = []
+        for way, by_rows in results.seconds.items():
+            median, low, high = relative(results, way, rows)
+            cells.append(f"{1000 * statistics.median(by_rows[rows]):.0f}  {median:.2f} ({low:.2f}–{high:.2f})")
+        shown.add_row(rows, *cells)
+    return shown
+
+
+def draw(results: Results, path: Path) -> None:
+    """Passes over their rows, relative to one plain row."""
+    import matplotlib as mpl
+
+    mpl.rcParams["svg.hashsalt"] = "runners"  # the same file for the same numbers
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for way, by_rows in results.seconds.items():
+        colour, mark, line = STYLES[way]
+        found = [relative(results, way, rows) for rows in by_rows]
+        middle = [median for median, _, _ in found]
+        bars = [[m - low for m, low, _ in found], [high - m for m, _, high in found]]
+        axes.errorbar(
+            [int(rows) for rows in by_rows], middle, yerr=bars, label=way, color=colour, marker=mark, linestyle=line,
+            capsize=2,
+        )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set(
+        xlabel="rows of a pass (drafted nodes and the root)", ylabel=f"time, 1 = one row of {PLAIN}", ylim=(0, None)
+    )
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    said = results.provenance
+    busy = " (on a busy machine: provisional)" if max(said["busy_percent"].values()) > BUSY_PERCENT else ""
+    versions = ", ".join(f"{name} {said['versions'][name]}" for name in ("torch", "transformers"))
+    what = f"{said['model']}, {said['context']} tokens of context, {said['threads']} threads"
+    caption = f"{what}, {versions}, {said['date']}{busy}\n{said['device']}"
+    figure.supxlabel(caption, fontsize=7, color=GREY)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _parse_arguments() -> argparse.Namespace:
+    description = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.runners", description=description)
+    parser.add_argument("--quick", action="store_true", help="few rows, once: to see that it runs")
+    parser.add_argument("--rounds", type=int, default=15, help="times that everything is measured (default: 15)")
+    parser.add_argument("--target", help="hub id or folder (default: the embedded model)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(), metavar="FOLDER", help="where the results go (default: here)"
+    )
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="FILE.json", help="show and draw these results, measure nothing"
+    )
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The `packed` runner: a model whose linear layers multiply with weights laid out for few rows, for CPUs.
+
+A decode step multiplies each weight matrix with a handful of rows. The usual matrix product takes the matrix as it
+lies, which costs a pass over two rows nearly twice what one row costs. oneDNN can lay a matrix out once, in blocks as
+its kernels read them; then eight rows cost little more than one, which is what a tree needs. It is what
+torch.compile does with frozen weights on a CPU, without the minutes of compiling.
+
+The model itself is not changed. The packed one is a second set of module objects around the same parameters, with a
+copy of each matrix, so it takes up as much memory again. It is kept as long as the model is, and made anew when weights
+were changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.pytorch_utils import Conv1D
+
+from dynatree_core.student import RestrictedHead
+
+__all__ = ["can_pack", "pack", "packed_bytes"]
+
+ATTENTION = "dynatree_grouped"  # under which transformers knows grouped_attention
+
+# rows that the layout is chosen for; measured with 1, 8 and 16, which is as good, and better than 1 for any number
+ROWS_HINT = 8
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers' "sdpa" computes, without repeating the keys and values of grouped heads.
+
+    Args:
+        module: the attention layer.
+        query: [batch, heads, rows, head_dim]
+        key, value: [batch, key heads, slots, head_dim]
+        attention_mask: [batch, 1, rows, slots] bool; anything else is left to transformers.
+        dropout, scaling: of the layer.
+        others: what some families pass on besides.
+
+    Returns:
+        [batch, rows, heads, head_dim], and no attention weights.
+    """
+    unusual = others.get("position_bias"), others.get("softcap")
+    if attention_mask is None or any(other is not None for other in unusual):
+        usual: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+        return usual
+    seen = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )
+    return seen.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, grouped_attention)
+
+
+class _Packed(nn.Module):
+    """A linear layer with a packed copy of its matrix."""
+
+    packed: Tensor  # opaque to everything but oneDNN
+    bias: Any
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if rows.dtype != self.packed.dtype or torch.is_autocast_enabled("cpu"):
+            plain: Tensor = super().forward(rows)
+            return plain
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
+        return product
+
+
+class _PackedLinear(_Packed, nn.Linear):
+    pass
+
+
+class _PackedHead(_Packed, RestrictedHead):
+    pass
+
+
+class _PackedConv1D(_Packed, Conv1D):  # GPT-2's linear layer
+    pass
+
+
+_KINDS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: _PackedLinear,
+    RestrictedHead: _PackedHead,
+    Conv1D: _PackedConv1D,
+}
+
+
+@attrs.frozen(eq=False)
+class _Entry:
+    """The packed copy of one model, and of which weights."""
+
+    model: nn.Module
+    weights: tuple[tuple[int, int], ...]  # address and number of changes of each
+
+
+_entries: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Whether a model has linear layers that oneDNN packs here: on a CPU, in float32 or, if it knows that, bfloat16."""
+    device: torch.device = model.device  # type: ignore[assignment]
+    onednn: Any = torch.backends.mkldnn  # torch leaves it unannotated
+    has_kernels = onednn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return device.type == "cpu" and has_kernels and any(map(_is_packable, model.modules()))
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """What the packed copies of a model's matrices take up."""
+    layers: list[Any] = [layer for layer in model.modules() if _is_packable(layer)]
+    return sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """The packed copy of a model, made at the first call: a second for each four gigabytes.
+
+    Sessions and threads share it. Changes of weights are noticed, as long as they leave a trace in `Tensor._version` or
+    the address; changes of the modules around them are not.
+    """
+    with _lock:
+        weights = _weights(model)
+        entry = _entries.get(model)
+        if entry is None or entry.weights != weights:
+            entry = _Entry(_packed_copy(model), weights)
+            _entries[model] = entry
+        return entry.model
+
+
+@torch.no_grad()
+def _packed_copy(model: nn.Module) -> nn.Module:
+    # whatever is in the memo is taken as it is, not copied
+    twin: Any = copy.deepcopy(model, {id(part): part for part in (*model.parameters(), *model.buffers())})
+    # families that do not look attention up by its name, such as Falcon, know "sdpa" only
+    if twin.config._attn_implementation == "sdpa" and twin._supports_attention_backend:
+        twin.config._attn_implementation = ATTENTION
+    for layer in [layer for layer in twin.modules() if _is_packable(layer)]:
+        weight: Tensor = layer.weight.detach()
+        matrix = weight.t().contiguous() if type(layer) is Conv1D else weight  # [outputs, inputs]
+        layer.__class__ = _KINDS[type(layer)]
+        layer.packed = torch.ops.mkldnn._reorder_linear_weight(matrix, ROWS_HINT)
+    packed: nn.Module = twin
+    return packed
+
+
+def _is_packable(layer: nn.Module) -> bool:
+    if type(layer) not in _KINDS:  # a class of its own may multiply in its own way
+        return False
+    dtype: torch.dtype = layer.weight.dtype  # type: ignore[assignment]
+    has_bfloat16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or has_bfloat16
+
+
+def _weights(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    tensors = [*model.parameters(), *model.buffers()]
+    # tensors made in inference mode count no changes
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)

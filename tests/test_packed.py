@@ -1,0 +1,223 @@
+"""The packed runner: the same pass, computed with copies of the weights. Rounding apart, nothing may differ."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from students import HEAD_IDS
+from test_architectures import bushy_tree
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from dynatree_core import generate
+from dynatree_core.architectures import EXACT_FAMILIES
+from dynatree_core.cache import TreeCache
+from dynatree_core.cli import _dynatree
+from dynatree_core.clock import StageClock
+from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.errors import ParameterError
+from dynatree_core.flatten import flatten
+from dynatree_core.packed import ATTENTION, can_pack, grouped_attention, pack, packed_bytes
+from dynatree_core.runner import RUNNERS, ModelRunner, runner_for
+from dynatree_core.student import new_student
+from dynatree_core.testing import strategies as ours
+from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
+
+CPU = torch.device("cpu")
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+
+
+def single(family: str, dtype: torch.dtype = torch.float32, **overrides: object) -> nn.Module:
+    """A tiny model of its own, in single precision."""
+    return copy.deepcopy(tiny_model(family, **overrides)).to(dtype)
+
+
+def single_student(target: nn.Module) -> nn.Module:
+    return new_student(target, [0, 1], HEAD_IDS).eval()
+
+
+needs_kernels = pytest.mark.skipif(
+    not can_pack(single("llama")), reason="this build of torch has no oneDNN kernels to pack weights for"
+)
+pytestmark = needs_kernels
+
+
+def tree_logits(model: nn.Module, name: str) -> torch.Tensor:
+    """[nodes, vocab] of one pass over a tree behind a prompt."""
+    runner, cache = ModelRunner(model, StageClock(CPU), name=name), TreeCache(64)
+    with torch.inference_mode():
+        runner.prefill(torch.tensor(PROMPT), cache)
+        return runner.forward(flatten([bushy_tree()], [cache.length]), cache, stage="verify")[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", EXACT_FAMILIES)
+def test_a_packed_pass_is_the_plain_pass_up_to_rounding(family, dtype):
+    model = single(family, dtype)
+    if not can_pack(model):
+        pytest.skip("this CPU does not multiply in bfloat16")
+    tolerance = 2e-4 if dtype == torch.float32 else 0.15
+    plain, packed = tree_logits(model, "eager").float(), tree_logits(model, "packed").float()
+    scale = plain.abs().amax()
+    torch.testing.assert_close(packed / scale, plain / scale, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", sorted(set(EXACT_FAMILIES) - {"falcon"}))  # its linear layers are of its own class
+def test_every_family_is_packed(family):
+    """So that a family whose layers are of another kind is noticed."""
+    model = single(family)
+    matrices = [weight for weight in model.parameters() if weight.dim() == 2]
+    assert packed_bytes(model) > 0.5 * sum(4 * matrix.numel() for matrix in matrices)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_packed_generations_are_greedy(data):
+    """Whatever tree: the tokens are those of the model's own greedy decoding, and of plain packed decoding."""
+    family = data.draw(st.sampled_from(["llama", "gpt2", "qwen3", "gemma2"]))
+    model = _singles[family]
+    prompt = data.draw(st.lists(ours.token_ids, min_size=1, max_size=12))
+    policy = data.draw(ours.stacks())
+    drafter = data.draw(st.sampled_from([perturbed(family), "prompt_lookup", ModelDrafter(single_student(model))]))
+    found = generate(model, drafter, prompt, policy=policy, max_new_tokens=24, runner="packed", eos_token_id=[])
+    assert found.report.runner == "packed"
+    assert found.token_ids == greedy(model, prompt, 24)
+
+
+_singles = {family: single(family) for family in ("llama", "gpt2", "qwen3", "gemma2")}
+
+
+def test_the_model_is_shared_and_not_changed():
+    model = single("llama")
+    before = {name: (weight.data_ptr(), weight.clone()) for name, weight in model.state_dict().items()}
+    kinds = [type(part) for part in model.modules()]
+    twin = pack(model)
+    assert twin is pack(model) is not model
+    assert {id(weight) for weight in twin.parameters()} == {id(weight) for weight in model.parameters()}
+    assert [type(part) for part in model.modules()] == kinds
+    assert model.config._attn_implementation == "sdpa"
+    assert twin.config._attn_implementation == ATTENTION
+    for name, weight in model.state_dict().items():
+        assert weight.data_ptr() == before[name][0]
+        assert torch.equal(weight, before[name][1])
+    assert twin.state_dict().keys() == model.state_dict().keys(), "the copies are no part of what is stored"
+
+
+def test_it_goes_with_the_model():
+    model = single("llama")
+    gone = weakref.ref(pack(model))
+    assert gone() is not None
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def changes(model: nn.Module) -> Iterator[None]:
+    """Weights are changed in each of the usual ways."""
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+        yield
+        model.load_state_dict({name: weight * 1.5 for name, weight in model.state_dict().items()})
+        yield
+        model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.randn(48, 32))
+        yield
+        model.model.layers[0].mlp.up_proj.weight.data = torch.randn(48, 32)
+        yield
+
+
+def test_changed_weights_are_noticed():
+    model = single("llama")
+    tree_logits(model, "packed")
+    for _ in changes(model):
+        torch.testing.assert_close(tree_logits(model, "packed"), tree_logits(model, "eager"), rtol=1e-4, atol=1e-3)
+
+
+def test_two_threads_pack_once(monkeypatch):
+    model, barrier = single("llama"), threading.Barrier(2)
+
+    def packed_by(_: int) -> nn.Module:
+        barrier.wait()
+        return pack(model)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(packed_by, range(2))
+    assert first is second
+
+
+def test_a_student_is_packed_without_its_targets_embeddings():
+    target = single("llama")
+    student = single_student(target)
+    twin = pack(student)
+    assert twin.get_input_embeddings()._table[0] is target.get_input_embeddings()
+    with torch.inference_mode():
+        ids = torch.tensor([PROMPT])
+        torch.testing.assert_close(twin(ids).logits, student(ids).logits, rtol=1e-4, atol=1e-4)
+    assert hasattr(twin.get_output_embeddings(), "packed")
+
+
+def test_autocast_is_obeyed():
+    model = single("llama")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = tree_logits(model, "eager")
+        assert torch.equal(tree_logits(model, "packed"), plain)
+    assert not torch.equal(tree_logits(model, "packed"), plain)
+
+
+def test_grouped_attention_is_that_of_transformers_to_the_last_bit():
+    attention = SimpleNamespace(num_key_value_groups=3, is_causal=True, training=False)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 6, 5, 16, generator=generator)
+    key, value = torch.randn(2, 1, 2, 40, 16, generator=generator)
+    mask = torch.rand(1, 1, 5, 40, generator=generator) > 0.3
+    usual = sdpa_attention_forward(attention, query, key, value, mask, scaling=0.2)[0]
+    assert torch.equal(grouped_attention(attention, query, key, value, mask, scaling=0.2)[0], usual)
+    usual = sdpa_attention_forward(attention, query, key, value, None, scaling=0.2)[0]
+    assert torch.equal(grouped_attention(attention, query, key, value, None, scaling=0.2)[0], usual)
+
+
+def test_what_auto_chooses(monkeypatch):
+    class Own(type(single("llama"))):  # somebody's subclass may do anything in its forward
+        pass
+
+    model = single("llama")
+    assert runner_for(model, "auto") == "packed"
+    assert runner_for(tiny_model("llama"), "auto") == "eager", "float64"
+    assert runner_for(single("llama", torch.float16), "auto") == "eager"
+    own = Own(model.config)
+    assert runner_for(own, "auto") == "eager"
+    assert runner_for(own, "packed") == "packed"
+    little = SimpleNamespace(available=3 * packed_bytes(model))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
+    assert runner_for(model, "auto") == "eager"
+    assert runner_for(model, "packed") == "packed", "it was asked for"
+
+
+def test_runners_that_there_are_not():
+    with pytest.raises(ParameterError, match="runner must be one of auto, eager, packed, got 'compiled'"):
+        generate(single("llama"), None, [1, 2], runner="compiled")
+    with pytest.raises(ParameterError, match=r"got torch\.float64 on cpu; use runner='auto'"):
+        generate(tiny_model("llama"), None, [1, 2], runner="packed")
+
+
+def test_the_command_line_has_the_same_names():
+    [option] = [option for option in _dynatree.commands["generate"].params if option.name == "runner"]
+    assert tuple(option.type.choices) == RUNNERS
+
+
+def test_reports_say_which():
+    model = single("llama")
+    for asked, taken in (("auto", "packed"), ("eager", "eager"), ("packed", "packed")):
+        assert generate(model, None, [1, 2], max_new_tokens=2, runner=asked).report.runner == taken
+    assert generate(tiny_model("llama"), None, [1, 2], max_new_tokens=2).report.runner == "eager"
+    assert model.config.vocab_size == VOCAB

@@ -1,0 +1,52 @@
+"""`dynatree profile`: where an iteration's time goes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import click.testing
+import pytest
+from test_distill import target_folder  # noqa: F401  # a fixture
+
+from dynatree_bench.profile import profile
+from dynatree_bench.profile_cli import profile as command
+from dynatree_core.errors import InputError
+from dynatree_core.testing.models import perturbed, tiny_model
+
+
+def test_stages_operators_and_trace(tmp_path: Path) -> None:
+    trace = tmp_path / "new" / "trace.json.gz"
+    target = tiny_model("llama")
+    found = profile(target, perturbed("llama"), [1, 2, 3], num_iterations=5, trace=trace, policy="fixed(depth=2)")
+    assert (found.num_iterations, found.runner) == (5, "eager")
+    assert 1 <= found.tokens_per_iteration <= 3
+    assert min(found.stages.values()) > 0
+    times = [operator.milliseconds for operator in found.operators]
+    assert times == sorted(times, reverse=True)
+    calls = {operator.name: operator.calls for operator in found.operators}
+    assert calls["dynatree: decode"] == calls["dynatree: verify"] == 1
+    assert calls["dynatree: draft_forward"] == 2, "a pass for each level"
+    assert calls["aten::linear"] > 0
+    names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert {"dynatree: decode", "dynatree: verify", "aten::linear"} <= names
+
+
+def test_more_iterations_than_there_is_room_for() -> None:
+    with pytest.raises(InputError, match=r"9 iterations after 4 .* ended with 'length' after 10; ask for fewer"):
+        profile(tiny_model("llama"), None, [1], num_iterations=9, policy="autoregressive", max_new_tokens=10)
+
+
+def test_the_command(target_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    arguments = ["--target", str(target_folder), "--drafter", "prompt_lookup", "--iterations", "3", "aab"]
+    done = click.testing.CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    for expected in ("target's passes", "the drafter's rest", "in all", "operators", "dynatree: decode"):
+        assert expected in done.output
+    done = click.testing.CliRunner().invoke(command, [*arguments, "--json"], catch_exceptions=False)
+    assert json.loads(done.stdout)["num_iterations"] == 3
+    traced = [*arguments, "--trace", str(tmp_path / "trace.json")]
+    done = click.testing.CliRunner().invoke(command, traced, catch_exceptions=False)
+    assert "open it in" in done.output
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
