@@ -93,10 +93,8 @@ def test_a_run_is_written_summarised_and_complete_when_it_is_called_again(bench,
     out = tmp_path / "run"
     ran = bench("main", *of_folders, "--replay", "--out", out)
     assert ran.code == 0, ran.err
-    assert (
-        ran.out
-        == f"main: {2 * len(chosen_methods(EXPERIMENTS['main']))} outputs in {out}; tables and figures of them:\n  dynatree bench report {out}\n"
-    )
+    num = 2 * len(chosen_methods(EXPERIMENTS["main"]))
+    assert ran.out == f"main: {num} outputs in {out}; tables and figures of them:\n  dynatree bench report {out}\n"
     results = read_results(out)
     assert results.info.target.name.endswith("target")
     assert results.info.target.sha256 != results.info.drafter.sha256
