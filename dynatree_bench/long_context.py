@@ -41,6 +41,7 @@ from rich.table import Table
 
 from dynatree_bench.machine import BUSY_PERCENT, busy_percent
 from dynatree_core import LoadedModel, Session, TokenTree, embedded, load_model, run
+from dynatree_core.cache import TreeCache
 from dynatree_core.flatten import flatten
 from dynatree_core.runner import ModelRunner
 
@@ -232,7 +233,9 @@ def _our_pass(default: LoadedModel, source: Session, rows: int, name: str) -> fl
 @torch.inference_mode()
 def _bare_pass(default: LoadedModel, source: Session, rows: int) -> float:
     """Seconds of the model's forward pass as anyone calls it: no mask and no tree, over the same rows of the cache."""
+    assert isinstance(source.cache, TreeCache), "a cache that moves is not asked"
     first = source.cache.length
+    source.cache.min_slots = 0  # of the mask of an earlier pass; here the model makes its own
     positions = torch.arange(first, first + rows)[None]
     start = time.perf_counter()
     default.model(input_ids=torch.zeros_like(positions), position_ids=positions, past_key_values=source.cache)

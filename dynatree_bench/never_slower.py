@@ -22,6 +22,7 @@ import argparse
 import json
 import platform
 import random
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -171,7 +172,7 @@ def make_drafter(name: str, target: LoadedModel) -> nn.Module | Drafter:
         return Noise()
     if name == "random":
         return random_model(target)
-    if name.partition("(")[0] in plugin_table(DRAFTERS):
+    if re.split("[:(+]", name, maxsplit=1)[0] in plugin_table(DRAFTERS):
         return build_drafter(name)
     dtype = str(target.model.dtype).removeprefix("torch.")
     return load_model(name, device=str(target.model.device), dtype=dtype).model

@@ -13,8 +13,10 @@ were changed.
 from __future__ import annotations
 
 import copy
+import platform
 import threading
 import weakref
+from collections.abc import Hashable
 from typing import Any
 
 import attrs
@@ -26,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dynatree_core.student import RestrictedHead
 
-__all__ = ["can_pack", "pack", "packed_bytes"]
+__all__ = ["can_pack", "is_untouched", "pack", "packed_bytes"]
 
 ATTENTION = "dynatree_grouped"  # under which transformers knows grouped_attention
 
@@ -107,10 +109,10 @@ _KINDS: dict[type[nn.Module], type[nn.Module]] = {
 
 @attrs.frozen(eq=False)
 class _Entry:
-    """The packed copy of one model, and of which weights."""
+    """The packed copy of one model, and how that model was then."""
 
     model: nn.Module
-    weights: tuple[tuple[int, int], ...]  # address and number of changes of each
+    state: Hashable
 
 
 _entries: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
@@ -118,10 +120,14 @@ _lock = threading.Lock()
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether a model has linear layers that oneDNN packs here: on a CPU, in float32 or, if it knows that, bfloat16."""
+    """Whether a model has linear layers that oneDNN packs here.
+
+    That is on an x86-64 CPU, for others have not been tried, in float32 or, where the CPU multiplies in it, bfloat16.
+    """
     device: torch.device = model.device  # type: ignore[assignment]
     onednn: Any = torch.backends.mkldnn  # torch leaves it unannotated
-    has_kernels = onednn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    is_known = platform.machine().lower() in ("x86_64", "amd64")
+    has_kernels = is_known and onednn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return device.type == "cpu" and has_kernels and any(map(_is_packable, model.modules()))
 
 
@@ -134,14 +140,14 @@ def packed_bytes(model: nn.Module) -> int:
 def pack(model: nn.Module) -> nn.Module:
     """The packed copy of a model, made at the first call: a second for each four gigabytes.
 
-    Sessions and threads share it. Changes of weights are noticed, as long as they leave a trace in `Tensor._version` or
-    the address; changes of the modules around them are not.
+    Sessions and threads share it. It is made anew when weights were changed in place or are others, when a module was
+    replaced, and when another attention was chosen; not when somebody sets an attribute of a module.
     """
     with _lock:
-        weights = _weights(model)
+        state = _state(model)
         entry = _entries.get(model)
-        if entry is None or entry.weights != weights:
-            entry = _Entry(_packed_copy(model), weights)
+        if entry is None or entry.state != state:
+            entry = _Entry(_packed_copy(model), state)
             _entries[model] = entry
         return entry.model
 
@@ -170,7 +176,25 @@ def _is_packable(layer: nn.Module) -> bool:
     return dtype == torch.float32 or has_bfloat16
 
 
-def _weights(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    tensors = [*model.parameters(), *model.buffers()]
+def is_untouched(model: nn.Module) -> bool:
+    """Whether a model is as transformers made it, so that a copy of it does all that it does.
+
+    A class, a hook or a forward of somebody's own, such as a LoRA layer, may keep a state that a copy would not follow.
+    """
+    return all(
+        type(part).__module__.startswith(("torch.nn.", "transformers.", "dynatree_core."))
+        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
+        for part in model.modules()
+    )
+
+
+def _state(model: nn.Module) -> Hashable:
+    """What is compared to see whether a model was changed."""
     # tensors made in inference mode count no changes
-    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+    weights = [
+        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        for tensor in (*model.parameters(), *model.buffers())
+    ]
+    modules = [id(part) for part in model.modules()]
+    config: Any = model.config
+    return tuple(weights), tuple(modules), config._attn_implementation

@@ -7,6 +7,7 @@ calls a copy that is faster on a CPU (`dynatree_core.packed`), and `auto` choose
 from __future__ import annotations
 
 import inspect
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -19,7 +20,7 @@ from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import DynaTreeError, ForwardPassError, OutOfMemoryError, ParameterError
 from dynatree_core.flatten import flatten_chain
-from dynatree_core.packed import can_pack, pack, packed_bytes
+from dynatree_core.packed import can_pack, is_untouched, pack, packed_bytes
 from dynatree_core.records import FlatTrees
 from dynatree_core.sink_cache import SinkCache
 
@@ -36,8 +37,8 @@ PREFILL_CHUNK = 256
 def runner_for(model: nn.Module, name: str) -> str:
     """The runner that is meant for a model: the one that is named, or what "auto" chooses.
 
-    That is `packed` for a model of transformers itself on a CPU, if its copies leave most of the free memory free, else
-    `eager`.
+    That is `packed` for a model on a CPU that is as transformers made it, if its copies leave most of the free memory
+    free, else `eager`.
 
     Raises:
         ParameterError: there is no such runner, or not for this model here.
@@ -46,14 +47,16 @@ def runner_for(model: nn.Module, name: str) -> str:
         raise ParameterError(f"runner must be one of {', '.join(RUNNERS)}, got {name!r}")
     if name == "packed" and not can_pack(model):
         raise ParameterError(
-            f"the packed runner is for models on a CPU in float32, or bfloat16 where the CPU multiplies in it, got "
-            f"{model.dtype} on {model.device}; use runner='auto'"
+            "the packed runner is for models on an x86-64 CPU in float32, or bfloat16 where it multiplies in that, got "
+            f"{model.dtype} on {model.device}, {platform.machine()}; use runner='auto'"
         )
     if name != "auto":
         return name
-    # a class of somebody's own may keep books that a copy would not write into
-    is_plain = type(model).__module__.startswith("transformers.")
-    if is_plain and can_pack(model) and packed_bytes(model) < MAX_SHARE_OF_MEMORY * psutil.virtual_memory().available:
+    if (
+        can_pack(model)
+        and is_untouched(model)
+        and packed_bytes(model) < MAX_SHARE_OF_MEMORY * psutil.virtual_memory().available
+    ):
         return "packed"
     return "eager"
 

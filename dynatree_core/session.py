@@ -158,6 +158,8 @@ class Session:
         self.clock = StageClock(self.device)
 
         num_tokens = len(self.prompt_ids) + self.max_new_tokens
+        if exact is not None and runner == "auto":
+            runner = "eager"  # whose products round each row alike wherever it stands, as was measured (docs/audit.md)
         own_positions = positions and positions[self._num_padding :]
         self.target = ModelRunner(target, self.clock, own_positions, on_prefill, runner)
         self.is_fixed_width = exact is not None

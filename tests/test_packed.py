@@ -134,6 +134,10 @@ def changes(model: nn.Module) -> Iterator[None]:
         yield
         model.model.layers[0].mlp.up_proj.weight.data = torch.randn(48, 32)
         yield
+        model.model.layers[0].mlp.act_fn = nn.ReLU()
+        yield
+        model.set_attn_implementation("eager")
+        yield
 
 
 def test_changed_weights_are_noticed():
@@ -197,6 +201,16 @@ def test_what_auto_chooses(monkeypatch):
     own = Own(model.config)
     assert runner_for(own, "auto") == "eager"
     assert runner_for(own, "packed") == "packed"
+    hook = model.model.layers[1].register_forward_hook(lambda *_: None)
+    assert runner_for(model, "auto") == "eager"
+    hook.remove()
+    assert runner_for(model, "auto") == "packed"
+    model.lm_head.forward = model.lm_head.forward
+    assert runner_for(model, "auto") == "eager"
+    del model.lm_head.forward
+    model.model.layers[0].mlp.act_fn = type("Own", (nn.ReLU,), {"__module__": "elsewhere"})()
+    assert runner_for(model, "auto") == "eager"
+    model.model.layers[0].mlp.act_fn = nn.ReLU()
     little = SimpleNamespace(available=3 * packed_bytes(model))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
     assert runner_for(model, "auto") == "eager"
@@ -206,7 +220,7 @@ def test_what_auto_chooses(monkeypatch):
 def test_runners_that_there_are_not():
     with pytest.raises(ParameterError, match="runner must be one of auto, eager, packed, got 'compiled'"):
         generate(single("llama"), None, [1, 2], runner="compiled")
-    with pytest.raises(ParameterError, match=r"got torch\.float64 on cpu; use runner='auto'"):
+    with pytest.raises(ParameterError, match=r"got torch\.float64 on cpu, .*; use runner='auto'"):
         generate(tiny_model("llama"), None, [1, 2], runner="packed")
 
 

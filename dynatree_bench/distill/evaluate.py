@@ -119,7 +119,7 @@ def level_costs(
     def text(num_tokens: int) -> Tensor:
         return words[torch.randint(words.numel(), (num_tokens,), generator=generator)].to(device)
 
-    runners = [ModelRunner(model, StageClock(device)) for model in (target, student)]
+    runners = [ModelRunner(model, StageClock(device), name="auto") for model in (target, student)]
     caches = [TreeCache(context + max(*widths, 1)) for _ in runners]
     for runner, cache in zip(runners, caches, strict=True):
         runner.prefill(text(context), cache)
