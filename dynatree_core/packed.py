@@ -5,6 +5,9 @@ lies, which costs a pass over two rows nearly twice what one row costs. oneDNN c
 its kernels read them; then eight rows cost little more than one, which is what a tree needs. It is what
 torch.compile does with frozen weights on a CPU, without the minutes of compiling.
 
+Over a long context attention is the larger part. Under a mask transformers repeats the keys and values of grouped heads
+for every query head in each layer; here the kernel is told that they are grouped, with the same result to the last bit.
+
 The model itself is not changed. The packed one is a second set of module objects around the same parameters, with a
 copy of each matrix, so it takes up as much memory again. It is kept as long as the model is, and made anew when weights
 were changed.
@@ -28,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dynatree_core.student import RestrictedHead
 
-__all__ = ["can_pack", "is_untouched", "pack", "packed_bytes"]
+__all__ = ["can_pack", "is_packed", "is_untouched", "pack", "packed_bytes"]
 
 ATTENTION = "dynatree_grouped"  # under which transformers knows grouped_attention
 
@@ -150,6 +153,12 @@ def pack(model: nn.Module) -> nn.Module:
             entry = _Entry(_packed_copy(model), state)
             _entries[model] = entry
         return entry.model
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether there is a packed copy of a model already, as it was at some time."""
+    with _lock:
+        return model in _entries
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import DynaTreeError, ForwardPassError, OutOfMemoryError, ParameterError
 from dynatree_core.flatten import flatten_chain
-from dynatree_core.packed import can_pack, is_untouched, pack, packed_bytes
+from dynatree_core.packed import can_pack, is_packed, is_untouched, pack, packed_bytes
 from dynatree_core.records import FlatTrees
 from dynatree_core.sink_cache import SinkCache
 
@@ -52,13 +52,10 @@ def runner_for(model: nn.Module, name: str) -> str:
         )
     if name != "auto":
         return name
-    if (
-        can_pack(model)
-        and is_untouched(model)
-        and packed_bytes(model) < MAX_SHARE_OF_MEMORY * psutil.virtual_memory().available
-    ):
-        return "packed"
-    return "eager"
+    if not (can_pack(model) and is_untouched(model)):
+        return "eager"
+    has_room = is_packed(model) or packed_bytes(model) < MAX_SHARE_OF_MEMORY * psutil.virtual_memory().available
+    return "packed" if has_room else "eager"
 
 
 def drafters_runner(name: str) -> str:

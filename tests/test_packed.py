@@ -215,6 +215,8 @@ def test_what_auto_chooses(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
     assert runner_for(model, "auto") == "eager"
     assert runner_for(model, "packed") == "packed", "it was asked for"
+    pack(model)
+    assert runner_for(model, "auto") == "packed", "there is a copy already"
 
 
 def test_runners_that_there_are_not():
