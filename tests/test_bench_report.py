@@ -93,7 +93,7 @@ def test_formulas_and_oracle_stand_beside_the_measurement(main_page):
     p = float(chain["levels passed"])
     assert float(chain["expected tok/it"]) == pytest.approx(sum(p**i for i in range(7)))
     oracle = {row["method"].split(" ")[0]: row for row in rows_of(main_page, "oracle")}
-    assert set(oracle) == {"linear", "fixed", "phase1", "phase2", "phase3"}
+    assert set(oracle) == {"linear", "fixed", "phase1", "phase2", "phase3", "phase3+governor", "cost_aware"}
     for row in oracle.values():
         assert 0 < float(row["share %"]) <= 100
         assert float(row["oracle tok/it"]) >= float(row["tok/it"])
