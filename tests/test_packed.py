@@ -81,6 +81,24 @@ def test_every_family_is_packed(family):
     assert packed_bytes(model) > 0.5 * sum(4 * matrix.numel() for matrix in matrices)
 
 
+def check_the_same_up_to_a_tie(model: nn.Module, prompt: list[int], found: list[int], expected: list[int]) -> None:
+    """In single precision two logits may be equal up to rounding, about once in 100,000 tokens of such models."""
+    if found == expected:
+        return
+    place = [a == b for a, b in zip(found, expected, strict=True)].index(False)
+    with torch.inference_mode():
+        logits = copy.deepcopy(model).double()(torch.tensor([[*prompt, *expected[:place]]])).logits[0, -1]
+    gap = float(logits[expected[place]] - logits[found[place]])
+    assert abs(gap) < 1e-4, f"token {place} is {found[place]} instead of {expected[place]}, {gap} below it"
+
+
+def test_what_counts_as_a_tie():
+    model, expected = _singles["llama"], greedy(_singles["llama"], PROMPT, 6)
+    wrong = [*expected[:3], (expected[3] + 1) % VOCAB, *expected[4:]]
+    with pytest.raises(AssertionError, match="token 3 is"):
+        check_the_same_up_to_a_tie(model, PROMPT, wrong, expected)
+
+
 @settings(max_examples=60)
 @given(data=st.data())
 def test_packed_generations_are_greedy(data):
@@ -92,7 +110,7 @@ def test_packed_generations_are_greedy(data):
     drafter = data.draw(st.sampled_from([perturbed(family), "prompt_lookup", ModelDrafter(single_student(model))]))
     found = generate(model, drafter, prompt, policy=policy, max_new_tokens=24, runner="packed", eos_token_id=[])
     assert found.report.runner == "packed"
-    assert found.token_ids == greedy(model, prompt, 24)
+    check_the_same_up_to_a_tie(model, prompt, found.token_ids, greedy(model, prompt, 24))
 
 
 _singles = {family: single(family) for family in ("llama", "gpt2", "qwen3", "gemma2")}
