@@ -463,6 +463,48 @@ MUTANTS = (
         "pass",
         ("tests/test_costs.py::test_the_time_of_a_measurement_counts_nowhere",),
     ),
+    Mutant(
+        "changed weights stay packed as they were",
+        "dynatree_core/packed.py",
+        "if entry is None or entry.state != state:",
+        "if entry is None:",
+        ("tests/test_packed.py::test_changed_weights_are_noticed",),
+    ),
+    Mutant(
+        "packed layers know no autocast",
+        "dynatree_core/packed.py",
+        'if rows.dtype != self.packed.dtype or torch.is_autocast_enabled("cpu"):',
+        "if rows.dtype != self.packed.dtype:",
+        ("tests/test_packed.py::test_autocast_is_obeyed",),
+    ),
+    Mutant(
+        "attention is renamed for families that branch on its name",
+        "dynatree_core/packed.py",
+        'if twin.config._attn_implementation == "sdpa" and twin._supports_attention_backend:',
+        'if twin.config._attn_implementation == "sdpa":',
+        ("tests/test_packed.py::test_a_packed_pass_is_the_plain_pass_up_to_rounding",),
+    ),
+    Mutant(
+        "GPT-2's matrices are packed as they lie",
+        "dynatree_core/packed.py",
+        "weight.t().contiguous() if type(layer) is Conv1D else weight",
+        "weight",
+        ("tests/test_packed.py::test_a_packed_pass_is_the_plain_pass_up_to_rounding",),
+    ),
+    Mutant(
+        "packing changes the model itself",
+        "dynatree_core/packed.py",
+        "twin: Any = copy.deepcopy(model, {id(part): part for part in (*model.parameters(), *model.buffers())})",
+        "twin: Any = model",
+        ("tests/test_packed.py::test_the_model_is_shared_and_not_changed",),
+    ),
+    Mutant(
+        "models with hooks are packed",
+        "dynatree_core/packed.py",
+        'and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))',
+        "and True",
+        ("tests/test_packed.py::test_what_auto_chooses",),
+    ),
 )
 
 
