@@ -173,7 +173,7 @@ def draw(results: Results, path: Path) -> None:
 
     mpl.rcParams["svg.hashsalt"] = "runners"  # the same file for the same numbers
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import FormatStrFormatter
 
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
@@ -187,7 +187,7 @@ def draw(results: Results, path: Path) -> None:
             capsize=2,
         )  # fmt: skip
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%d"))
     axes.set(
         xlabel="rows of a pass (drafted nodes and the root)", ylabel=f"time, 1 = one row of {PLAIN}", ylim=(0, None)
     )
