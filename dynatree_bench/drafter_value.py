@@ -38,11 +38,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dynatree_bench.distill.evaluate import Agreement, agreement
-from dynatree_bench.distill.prompts import Prompt, chat_ids
+from dynatree_bench.distill.prompts import Prompt
 from dynatree_bench.distill.teacher import Shard, read_shard, write, write_shard
 from dynatree_bench.prompts import read_objects
 from dynatree_core import Session, load_model, run
 from dynatree_core.architectures import vocab_size
+from dynatree_core.cli_models import encode_prompt
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
 from dynatree_core.drafters.distilled import DistilledDrafter
 from dynatree_core.drafters.union import UnionDrafter
@@ -158,7 +159,7 @@ def _prompts(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, list[li
             if len(found) < arguments.per_category:
                 is_raw = record["category"] in RAW
                 found.append(
-                    tokenizer(record["prompt"]).input_ids[:96] if is_raw else chat_ids(record["prompt"], tokenizer)
+                    tokenizer(record["prompt"]).input_ids[:96] if is_raw else encode_prompt(record["prompt"], tokenizer)
                 )
     return dict(texts)
 

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from dynatree_bench.machine import BUSY_PERCENT, busy_percent
+from dynatree_bench.machine import busy_percent, idle_or_busy
 from dynatree_bench.prompts import chat_ids, load_prompts
 from dynatree_core import GenerationResult, LoadedModel, Session, load_model, run
 
@@ -92,10 +92,7 @@ def main() -> None:
     others_after = busy_percent(seconds=2.0)
     console.print(_table(runs))
     console.print("; ".join(f"{heading}: {meaning}" for heading, meaning in COLUMNS.items()) + "\n")
-    state = "busy, so the times are not to be believed" if max(others_before, others_after) > BUSY_PERCENT else "idle"
-    console.print(
-        f"the machine was {state}: others used {others_before:.0f} % of a core before, {others_after:.0f} % after"
-    )
+    console.print(idle_or_busy(others_before, others_after))
 
 
 def measure(default: LoadedModel, prompts: list[str], max_new_tokens: int) -> dict[Way, list[Run]]:

@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from dynatree_bench.machine import BUSY_PERCENT, busy_percent
+from dynatree_bench.machine import BUSY_PERCENT, busy_percent, idle_or_busy
 from dynatree_core import LoadedModel, Session, TokenTree, embedded, load_model, run
 from dynatree_core.cache import TreeCache
 from dynatree_core.flatten import flatten
@@ -282,11 +282,7 @@ def _show(results: Results, console: Console) -> None:
     }
     for title, (found, digits) in tables.items():
         console.print(_table(title, found, digits))
-    busy = said["busy_percent"]
-    state = "busy, so the times are not to be believed" if max(busy.values()) > BUSY_PERCENT else "idle"
-    console.print(
-        f"the machine was {state}: others used {busy['before']:.0f} % of a core before, {busy['after']:.0f} % after"
-    )
+    console.print(idle_or_busy(**said["busy_percent"]))
 
 
 def _table(title: str, found: dict[str, dict[int, list[float]]], digits: int) -> Table:

@@ -20,6 +20,7 @@ __all__ = [
     "LoadMeter",
     "busy_percent",
     "device_name",
+    "idle_or_busy",
     "is_busy",
     "library_versions",
     "source_commit",
@@ -34,6 +35,12 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "datasets", "flashs
 def busy_percent(*, seconds: float) -> float:
     """CPU time that other processes use, in percent of one core, while this one waits."""
     return float(psutil.cpu_percent(interval=seconds)) * (psutil.cpu_count() or 1)
+
+
+def idle_or_busy(before: float, after: float, *, what: str = "times") -> str:
+    """A sentence about a machine that was watched before and after, in percent of a core, for those who read `what`."""
+    state = f"busy, so the {what} are not to be believed" if max(before, after) > BUSY_PERCENT else "idle"
+    return f"the machine was {state}: others used {before:.0f} % of a core before, {after:.0f} % after"
 
 
 def is_busy(share: float) -> bool:

@@ -22,7 +22,6 @@ import argparse
 import json
 import platform
 import random
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -38,8 +37,8 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
+from dynatree_bench.machine import busy_percent, idle_or_busy
 from dynatree_bench.prompts import chat_ids, load_prompts
-from dynatree_bench.smoke import BUSY_PERCENT, busy_percent
 from dynatree_core import (
     Drafter,
     DraftPlan,
@@ -48,12 +47,11 @@ from dynatree_core import (
     LoadedModel,
     Proposals,
     TokenTree,
-    build_drafter,
     generate,
     load_model,
     parse_stack,
 )
-from dynatree_core.plugins import DRAFTERS, plugin_table
+from dynatree_core.cli_models import registered_drafter
 
 POLICIES = ("phase3", "phase3+governor", "cost_aware", "cost_aware+governor")
 STEPPING_ASIDE = {"governor", "cost_aware"}  # policies that notice when drafting does not pay
@@ -157,10 +155,7 @@ def main() -> int:
     for kind in kinds:
         console.print(_table(kind, {method: results[kind, method] for method in methods}))
     console.print("; ".join(f"{heading}: {meaning}" for heading, meaning in COLUMNS.items()) + "\n")
-    state = "busy, so the ratios are not to be believed" if max(others_before, others_after) > BUSY_PERCENT else "idle"
-    console.print(
-        f"the machine was {state}: others used {others_before:.0f} % of a core before, {others_after:.0f} % after"
-    )
+    console.print(idle_or_busy(others_before, others_after, what="ratios"))
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(document(results, [others_before, others_after]), indent=1) + "\n")
     return _conclude(console, results)
@@ -172,8 +167,9 @@ def make_drafter(name: str, target: LoadedModel) -> nn.Module | Drafter:
         return Noise()
     if name == "random":
         return random_model(target)
-    if re.split("[:(+]", name, maxsplit=1)[0] in plugin_table(DRAFTERS):
-        return build_drafter(name)
+    drafter = registered_drafter(name)
+    if drafter is not None:
+        return drafter
     dtype = str(target.model.dtype).removeprefix("torch.")
     return load_model(name, device=str(target.model.device), dtype=dtype).model
 

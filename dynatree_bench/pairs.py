@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import attrs
@@ -15,12 +13,12 @@ from transformers import PreTrainedModel
 from dynatree_bench.machine import weights_sha256
 from dynatree_bench.records import ModelInfo
 from dynatree_bench.synthetic import MarkovSource, synthetic_pair
-from dynatree_core import Drafter, LoadedModel, build_drafter, load_model
+from dynatree_core import Drafter, LoadedModel, load_model
+from dynatree_core.cli_models import registered_drafter
 from dynatree_core.drafters.distilled import DistilledDrafter, fast_dtype
 from dynatree_core.drafters.model import ModelDrafter, restricted_ids
-from dynatree_core.errors import InputError, UnknownPluginError, VocabularyMismatchError, nearest_match
+from dynatree_core.errors import InputError, VocabularyMismatchError
 from dynatree_core.models import resolve_device, vocabularies_match
-from dynatree_core.plugins import DRAFTERS, plugin_table
 from dynatree_core.student import HEAD_IDS
 
 __all__ = ["MethodError", "Pair", "drafter_info", "load_pair", "load_synthetic", "model_info"]
@@ -72,16 +70,10 @@ def load_pair(
     Raises:
         DynaTreeError: whatever cannot be loaded, or two models that do not share their tokens.
     """
-    known = plugin_table(DRAFTERS)
-    name = re.split("[:(+]", drafter, maxsplit=1)[0].strip()
-    if name not in known and nearest_match(name, known) and "/" not in drafter and not Path(drafter).exists():
-        raise UnknownPluginError(
-            f"'{drafter}' is not an installed drafter{nearest_match(name, known)}; known are: {', '.join(known)}; "
-            "a model on the hub is written owner/name, a folder ./name"
-        )
+    source = registered_drafter(drafter)
     loaded = load_model(target, device=device, dtype=dtype, progress=progress)
-    if name in known:
-        return Pair(loaded, build_drafter(drafter))
+    if source is not None:
+        return Pair(loaded, source)
     precision = str(loaded.model.dtype).removeprefix("torch.")
     small = load_model(drafter, device=str(loaded.model.device), dtype=precision, progress=progress)
     if vocabularies_match(loaded.tokenizer, small.tokenizer) is False:

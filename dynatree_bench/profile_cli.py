@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dynatree_core import console
 from dynatree_core.cli import generate
-from dynatree_core.cli_models import chat_ids, load, load_drafter, registered_drafter, tokenizer_of
+from dynatree_core.cli_models import encode_prompt, load, load_drafter, registered_drafter, tokenizer_of
 
 __all__ = ["profile"]
 
@@ -53,8 +53,7 @@ def profile(
     tokenizer = tokenizer_of(loaded)
     if source is None:
         source = load_drafter(drafter, loaded).model
-    has_template = tokenizer.chat_template is not None
-    ids = chat_ids([{"role": "user", "content": prompt}], tokenizer) if has_template else tokenizer(prompt).input_ids
+    ids = encode_prompt(prompt, tokenizer)
     given = {name: value for name, value in options.items() if value is not None}
     with console.spinner(f"decoding {iterations} iterations twice"):
         found = measure(loaded.model, source, ids, num_iterations=iterations, trace=trace, **given)

@@ -33,7 +33,14 @@ from rich.progress import track
 from rich.table import Table
 
 from dynatree_bench.figures import BLUE, GREY, ORANGE, SKY, VERMILION
-from dynatree_bench.machine import BUSY_PERCENT, busy_percent, device_name, library_versions, source_commit
+from dynatree_bench.machine import (
+    BUSY_PERCENT,
+    busy_percent,
+    device_name,
+    idle_or_busy,
+    library_versions,
+    source_commit,
+)
 from dynatree_core import load_model
 from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
@@ -73,11 +80,7 @@ def main() -> None:
         text = json.dumps(attrs.asdict(results), indent=1) + "\n"
         (arguments.out / "runners.json").write_text(text, encoding="utf-8")
     console.print(table(results))
-    busy = results.provenance["busy_percent"]
-    state = "busy" if max(busy.values()) > BUSY_PERCENT else "idle"
-    console.print(
-        f"the machine was {state}: others used {busy['before']:.0f} % of a core before, {busy['after']:.0f} % after"
-    )
+    console.print(idle_or_busy(**results.provenance["busy_percent"]))
     draw(results, arguments.out / "runners.svg")
 
 

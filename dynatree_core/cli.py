@@ -23,7 +23,7 @@ import click
 from rich.console import Console
 
 from dynatree_core import console
-from dynatree_core.cli_models import chat_ids, load, load_drafter, registered_drafter, tokenizer_of, usual_drafter
+from dynatree_core.cli_models import encode_prompt, load, load_drafter, registered_drafter, tokenizer_of, usual_drafter
 from dynatree_core.composition import format_stack, parse_stack
 from dynatree_core.errors import (
     DynaTreeError,
@@ -420,7 +420,7 @@ def _audit(
         cases = [_given_case(given, prompts, tokenizer, is_chat)]
         options["exact"] = options["exact"] or given.get("exact")
     else:
-        cases = [Case(_encode(text, tokenizer, is_chat)) for text in prompts]
+        cases = [Case(encode_prompt(text, tokenizer, is_chat)) for text in prompts]
         source = load_drafter(drafter, loaded).model if source is None else source
     precise = load(target, device, reference_dtype).model if reference_dtype is not None else None
     options["eos_token_id"] = [] if ignore_eos else None
@@ -448,7 +448,7 @@ def _given_case(
             raise InputError(
                 'an output without "prompt_ids" or "prompt" needs its PROMPT on the command line, got none'
             )
-        prompt_ids = _encode(str(text), tokenizer, is_chat)
+        prompt_ids = encode_prompt(str(text), tokenizer, is_chat)
     if token_ids is None:
         console.complain("warning", "the output has no token_ids: its text is cut into tokens again, perhaps otherwise")
         token_ids = list(tokenizer(str(given["text"]), add_special_tokens=False).input_ids)
@@ -600,7 +600,7 @@ class _Job:
         drafter: Any = registered_drafter(self.drafter_name)
         self.target = load(self.target_name, device, dtype)
         self.tokenizer = tokenizer_of(self.target)
-        prompt_ids = _encode(text, self.tokenizer, is_chat)
+        prompt_ids = encode_prompt(text, self.tokenizer, is_chat)
         if drafter is None:
             drafter = load_drafter(self.drafter_name, self.target).model
         self.options = {name: value for name, value in settings.items() if value is not None}
@@ -748,13 +748,3 @@ def _read(prompt: str) -> str:
     if any("\ud800" <= char <= "\udfff" for char in prompt):  # how Python passes on arguments that are not UTF-8
         raise PromptError("a prompt must be UTF-8 text, got other bytes; convert it first")
     return prompt
-
-
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase, is_chat: bool | None) -> list[int]:
-    """The prompt's tokens, through the chat template if there is one or if it is asked for."""
-    has_template = tokenizer.chat_template is not None
-    if is_chat and not has_template:
-        raise InputError("--chat needs a target whose tokenizer has a chat template, got one without; use --raw")
-    if is_chat is False or not has_template:
-        return list(tokenizer(text).input_ids)
-    return chat_ids([{"role": "user", "content": text}], tokenizer)

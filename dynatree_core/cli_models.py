@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     from dynatree_core.drafters.base import Drafter
     from dynatree_core.models import LoadedModel
 
-__all__ = ["chat_ids", "load", "load_drafter", "registered_drafter", "tokenizer_of", "usual_drafter"]
+__all__ = [
+    "chat_ids",
+    "encode_prompt",
+    "load",
+    "load_drafter",
+    "registered_drafter",
+    "tokenizer_of",
+    "usual_drafter",
+]
 
 
 def tokenizer_of(target: LoadedModel) -> PreTrainedTokenizerBase:
@@ -54,6 +62,16 @@ def chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
             f"the model's chat template must take a conversation of {roles}, but refuses it: {error}"
         ) from error
     return list(tokenizer(text, add_special_tokens=False).input_ids)  # the template has written them
+
+
+def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, is_chat: bool | None = None) -> list[int]:
+    """The prompt's tokens, through the chat template if there is one or if it is asked for."""
+    has_template = tokenizer.chat_template is not None
+    if is_chat and not has_template:
+        raise InputError("--chat needs a target whose tokenizer has a chat template, got one without; use --raw")
+    if is_chat is False or not has_template:
+        return list(tokenizer(text).input_ids)
+    return chat_ids([{"role": "user", "content": text}], tokenizer)
 
 
 def load(name: str | None, device: str | None, dtype: str) -> LoadedModel:

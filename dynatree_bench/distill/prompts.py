@@ -15,7 +15,7 @@ from pathlib import Path
 import attrs
 from transformers import PreTrainedTokenizerBase
 
-from dynatree_core import cli_models
+from dynatree_core.cli_models import encode_prompt
 from dynatree_core.errors import InputError
 
 __all__ = ["Prompt", "ask_prompts", "chat_prefix", "continue_prompts", "mixed", "read_passages", "read_text"]
@@ -83,14 +83,7 @@ def ask_prompts(
         questions[index % len(questions)].replace(PLACE, passage[:num_chars].rsplit(" ", 1)[0])
         for index, passage in enumerate(passages)
     ]
-    return [chat_ids(words, tokenizer) for words in asked]
-
-
-def chat_ids(words: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A user's words in the chat template, up to where the answer begins; the words alone without a template."""
-    if tokenizer.chat_template is None:
-        return list(tokenizer(words).input_ids)
-    return cli_models.chat_ids([{"role": "user", "content": words}], tokenizer)
+    return [encode_prompt(words, tokenizer) for words in asked]
 
 
 def chat_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
