@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from dynatree_core.errors import ModelLoadError, VocabularyMismatchError
 
-__all__ = ["RestrictedHead", "SharedEmbedding", "is_student", "load_student", "new_student", "save_student"]
+__all__ = ["WEIGHTS", "RestrictedHead", "SharedEmbedding", "is_student", "load_student", "new_student", "save_student"]
 
 WEIGHTS = "student.safetensors"
 CARD = "student.json"  # what target it was made for, and how

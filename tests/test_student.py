@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter, backed_off
 from dynatree_core.errors import ModelLoadError, ParameterError, VocabularyMismatchError
 from dynatree_core.plugins import DRAFTERS, plugin_table
-from dynatree_core.student import is_student, load_student, new_student, save_student
+from dynatree_core.student import WEIGHTS, is_student, load_student, new_student, save_student
 from dynatree_core.testing import assert_drafter_contract, assert_lossless
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
@@ -135,9 +136,12 @@ def test_the_distilled_drafter_by_name(tmp_path):
 def test_a_student_is_loaded_once_a_target_and_goes_with_it(tmp_path):
     first, second = tiny_model("llama"), perturbed("llama", noise=0.1)
     save_student(tiny_student(first), tmp_path, torch.float32, {"target": "tiny"})
-    drafter = DistilledDrafter(str(tmp_path))
-    models = [drafter.start(plan_for(target)).runner.model for target in (first, second, first)]
+    models = [DistilledDrafter(str(tmp_path)).start(plan_for(t)).runner.model for t in (first, second, first)]
     assert models[0] is models[2] is not models[1]
+    assert DistilledDrafter(str(tmp_path), "float64").start(plan_for(first)).runner.model is not models[0]
+    save_student(tiny_student(second), tmp_path, torch.float32, {"target": "tiny"})
+    os.utime(tmp_path / WEIGHTS, ns=(0, 0))
+    assert DistilledDrafter(str(tmp_path)).start(plan_for(first)).runner.model is not models[0]
 
 
 def test_bfloat16_where_the_device_has_it(monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Hashable
 from pathlib import Path
 from typing import cast
 
@@ -18,13 +19,17 @@ from dynatree_core.composition import PluginSpec
 from dynatree_core.drafters.base import Drafter, DraftPlan
 from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
 from dynatree_core.errors import ModelLoadError, ParameterError
-from dynatree_core.student import is_student, load_student
+from dynatree_core.student import WEIGHTS, is_student, load_student
 
 __all__ = ["EMBEDDED_STUDENT", "DistilledDrafter"]
 
 EMBEDDED_STUDENT = Path(__file__).parent / "smollm2_135m_instruct"  # made for the embedded default model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+# a student belongs to the target whose embeddings it uses, and goes when that goes: by file, its date, dtype and device
+_students: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, ModelDrafter]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 class DistilledDrafter(Drafter):
@@ -46,22 +51,20 @@ class DistilledDrafter(Drafter):
             raise ModelLoadError(
                 f"a distilled drafter needs a folder made by `dynatree distill`, got '{self.folder}' without a student"
             )
-        # a student belongs to the target whose embeddings it uses; it goes when that goes
-        self._students: weakref.WeakKeyDictionary[nn.Module, ModelDrafter] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()
 
     def __str__(self) -> str:
         given = {"path": self.path, "dtype": None if self.dtype == "auto" else self.dtype}
         return str(PluginSpec("distilled", None, {name: value for name, value in given.items() if value is not None}))
 
     def start(self, plan: DraftPlan) -> ModelDraftState:
-        with self._lock:
-            drafter = self._students.get(plan.target)
-            if drafter is None:
-                dtype = fast_dtype(plan.device) if self.dtype == "auto" else _DTYPES[self.dtype]
-                drafter = ModelDrafter(load_student(self.folder, cast(PreTrainedModel, plan.target), dtype))
-                self._students[plan.target] = drafter
-        return drafter.start(plan)
+        dtype = fast_dtype(plan.device) if self.dtype == "auto" else _DTYPES[self.dtype]
+        weights = self.folder / WEIGHTS
+        key = (weights.resolve(), weights.stat().st_mtime_ns if weights.exists() else None, dtype, plan.device)
+        with _lock:
+            of_target = _students.setdefault(plan.target, {})
+            if key not in of_target:
+                of_target[key] = ModelDrafter(load_student(self.folder, cast(PreTrainedModel, plan.target), dtype))
+        return of_target[key].start(plan)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
