@@ -8,6 +8,8 @@ as w observations. Where nothing was observed it is the drafter's own probabilit
 
 from __future__ import annotations
 
+import bisect
+import functools
 import math
 
 import attrs
@@ -20,6 +22,7 @@ __all__ = ["AcceptanceEstimator"]
 
 # borders between draft probabilities that are alike, on a scale that is even in ln(p / (1 − p))
 _BORDERS = tuple(math.log(p) for p in (0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97))
+_DEEP = (1, 2, 4)
 _RANKS, _DEPTHS = 4, 4  # told apart: rank 0, 1, 2 and beyond; depth 1, 2, 3 to 4, and beyond
 _STEPS = ((len(_BORDERS) + 1,), (len(_BORDERS) + 1, _RANKS), (len(_BORDERS) + 1, _RANKS, _DEPTHS))
 
@@ -37,6 +40,8 @@ class AcceptanceEstimator:
 
     weight: float = 4.0  # of each prior, in observations
     counts: list[Tensor] = attrs.field(factory=_no_counts, init=False, repr=False)  # of each step: accepted, judged
+    # [2, cells]: slope and offset of the estimate over the draft probability, which follow from the counts; None: anew
+    _line: Tensor | None = attrs.field(default=None, init=False, repr=False)
 
     def predict(self, logprob: Tensor, rank: Tensor, depth: Tensor | int) -> Tensor:
         """Probabilities that nodes are accepted if their parents are.
@@ -46,11 +51,11 @@ class AcceptanceEstimator:
             rank: place among the siblings from 0 on, of a shape that fits.
             depth: of the nodes, 1 for children of the root.
         """
+        if self._line is None or self._line.device != logprob.device:
+            self._line = self._estimate().to(logprob.device)
+        slope, offset = self._line.unbind()
         cell = self._cell(logprob, rank, depth)
-        estimate = logprob.exp().clamp(max=1)
-        for step, (accepted, judged) in enumerate(self._counts_on(logprob.device), start=1):
-            place = cell[:step]
-            estimate = (self.weight * estimate + accepted[place]) / (self.weight + judged[place])
+        estimate = slope[cell] * logprob.exp().clamp(max=1) + offset[cell]
         return torch.where(logprob > -torch.inf, estimate, 0)
 
     def observe(self, report: StepReport) -> None:
@@ -66,22 +71,33 @@ class AcceptanceEstimator:
         judged = is_accepted[tree.parent[1:]]  # 1 for the children of accepted nodes
         cell = self._cell(tree.logprob[1:], tree.rank[1:], tree.depth[1:])
         outcomes = torch.stack([judged * is_accepted[1:], judged])
-        for step, counts in enumerate(self._counts_on(tree.device), start=1):
-            place = torch.zeros_like(cell[0])
-            for index, size in zip(cell[:step], counts.shape[1:], strict=True):
-                place = place * size + index
-            counts.flatten(1).index_add_(1, place, outcomes)
+        self.counts = [counts.to(tree.device) for counts in self.counts]
+        for counts, finer in zip(self.counts, (_RANKS * _DEPTHS, _DEPTHS, 1), strict=True):
+            counts.flatten(1).index_add_(1, cell // finer, outcomes)
+        self._line = None
 
-    def _counts_on(self, device: torch.device) -> list[Tensor]:
-        """The counts, where the trees are."""
-        self.counts = [counts.to(device) for counts in self.counts]
-        return self.counts
+    def _estimate(self) -> Tensor:
+        """[2, cells]: each step takes the mean before it to (w·mean + accepted) / (w + judged), so all are a line."""
+        slope, offset = torch.ones(_STEPS[0], device=self.counts[0].device), torch.zeros(())
+        for step, (accepted, judged) in enumerate(self.counts):
+            if step > 0:
+                slope, offset = slope[..., None], offset[..., None]
+            share = self.weight / (self.weight + judged)
+            slope, offset = share * slope, share * offset + accepted / (self.weight + judged)
+        return torch.stack([slope.flatten(), offset.flatten()])
 
-    def _cell(self, logprob: Tensor, rank: Tensor, depth: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
-        """Which nodes are alike: by draft probability, rank and depth."""
-        borders = torch.tensor(_BORDERS, device=logprob.device)
+    def _cell(self, logprob: Tensor, rank: Tensor, depth: Tensor | int) -> Tensor:
+        """Which nodes are alike by draft probability, rank and depth: the number of a cell of the last step."""
+        borders, deep = _on(logprob.device)
         alike = torch.bucketize(logprob.contiguous(), borders)
-        deep = torch.as_tensor(depth, device=logprob.device)
-        depth_class = torch.bucketize(deep, torch.tensor([1, 2, 4], device=logprob.device))
-        shape = torch.broadcast_shapes(alike.shape, rank.shape, depth_class.shape)  # type: ignore[no-untyped-call]
-        return alike.expand(shape), rank.clamp(max=_RANKS - 1).expand(shape), depth_class.expand(shape)
+        if isinstance(depth, Tensor):
+            depth_class: Tensor | int = torch.bucketize(depth, deep)
+        else:
+            depth_class = bisect.bisect_left(_DEEP, depth)
+        return (alike * _RANKS + rank.clamp(max=_RANKS - 1)) * _DEPTHS + depth_class
+
+
+@functools.cache
+def _on(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The borders between probabilities and between depths, where the trees are."""
+    return torch.tensor(_BORDERS, device=device), torch.tensor(_DEEP, device=device)

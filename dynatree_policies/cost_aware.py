@@ -48,6 +48,8 @@ class CostAware:
     look_value: float = attrs.field(default=PRIOR_LOOK, init=False, repr=False)  # tokens, by path acceptance of a level
     widths: list[int] = attrs.field(factory=list, init=False, repr=False)  # of the levels looked at in this iteration
     costs: CostModel | None = attrs.field(default=None, init=False, repr=False)
+    _tables: tuple[CostModel, Tensor, Tensor] | None = attrs.field(default=None, init=False, repr=False)
+    _last: tuple[TokenTree, Tensor] | None = attrs.field(default=None, init=False, repr=False)
 
     @hookimpl
     def should_expand(self, frontier: Frontier) -> bool:
@@ -99,13 +101,15 @@ class CostAware:
             self.tokens = MEMORY * self.tokens + len(report.token_ids)
             self.seconds = MEMORY * self.seconds + seconds
         self._count(report)
-        self.widths, self.costs = [], None
+        self.widths, self.costs, self._last = [], None, None
 
     def _path_acceptance(self, tree: TokenTree) -> Tensor:
         """[nodes] float32: how likely each node is to be accepted."""
-        given_parent = self.estimator.predict(tree.logprob, tree.rank, tree.depth).clamp(min=1e-9)
-        given_parent[0] = 1.0
-        return (tree.ancestor_mask.float() @ given_parent.log()).exp()
+        if self._last is None or self._last[0] is not tree:
+            given_parent = self.estimator.predict(tree.logprob, tree.rank, tree.depth).clamp(min=1e-9)
+            given_parent[0] = 1.0
+            self._last = tree, (tree.ancestor_mask.float() @ given_parent.log()).exp()
+        return self._last[1]
 
     def _rate(self, costs: CostModel) -> float:
         """λ: tokens a second of late, as many at least as without drafting."""
@@ -120,17 +124,23 @@ class CostAware:
             num_before: drafted nodes beside them.
             levels_left: levels that may follow; chains of as many as pay are counted in.
         """
-        gained = torch.cat([torch.zeros(1), accepted.cpu().cumsum(0)])
-        sizes = range(len(gained))
+        gained = torch.nn.functional.pad(accepted.cpu().cumsum(0), (1, 0))
         hit = (PRIOR_WEIGHT * PRIOR_HIT + self.hits) / (PRIOR_WEIGHT + self.trials)
-        before, best = costs.verify(1 + num_before), None
-        for levels in range(min(HORIZON, max(levels_left, 0)) + 1):
-            per_node = sum(hit**i for i in range(levels + 1))
-            seconds = [costs.verify(1 + num_before + n + levels) - before + levels * costs.draft(n) for n in sizes]
-            wins = gained * per_node - rate * torch.tensor([0.0, *seconds[1:]])
-            best = wins if best is None else torch.maximum(best, wins)
-        assert best is not None, "no level at least is always tried"
-        return best
+        levels = min(HORIZON, max(levels_left, 0)) + 1
+        per_node = torch.tensor([sum(hit**i for i in range(level + 1)) for level in range(levels)])
+        verify, draft = self._seconds(costs, 1 + num_before + len(gained) + HORIZON)
+        # [levels, nodes + 1]: a row begins one row of the pass later than the one before it
+        passes = verify[1 + num_before :].unfold(0, len(gained), 1)[:levels] - verify[1 + num_before]
+        seconds = passes + torch.arange(levels)[:, None] * draft[: len(gained)]
+        seconds[:, 0] = 0.0
+        return (gained * per_node[:, None] - rate * seconds).amax(dim=0)
+
+    def _seconds(self, costs: CostModel, num_rows: int) -> tuple[Tensor, Tensor]:
+        """[rows] of the target's pass and of the drafter's level over 0, 1, 2, … rows, so many at least."""
+        if self._tables is None or self._tables[0] is not costs or len(self._tables[1]) < num_rows:
+            rows = range(2 * num_rows)
+            self._tables = costs, *(torch.tensor([f(n) for n in rows]) for f in (costs.verify, costs.draft))
+        return self._tables[1:]
 
     def _learn_look(self, tokens: float | None) -> None:
         """What a look has won, given that its level is accepted; an iteration without one leads back to the prior."""
