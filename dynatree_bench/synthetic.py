@@ -28,7 +28,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynatree_core.errors import InputError, nearest_match
 
-__all__ = ["SHAPES", "MarkovHead", "MarkovSource", "Shape", "SyntheticPair", "synthetic_pair"]
+__all__ = [
+    "SHAPES",
+    "MarkovHead",
+    "MarkovSource",
+    "Shape",
+    "SyntheticPair",
+    "let_follow",
+    "rank_acceptance",
+    "synthetic_pair",
+]
 
 TARGET_CONFIDENCE = 0.9  # what the target gives to its token: far from a tie in any dtype
 MAX_CONFIDENCE = 0.9999  # of the drafter, so that a logarithm of the rest exists
@@ -74,6 +83,12 @@ SHAPES = {
     "llama-7b+68m": Shape(_llama(4096, 11008, 32, 32), _llama(768, 3072, 2, 12)),
     "tiny": Shape(_llama(32, 48, 2, 4, vocab_size=8192), _llama(16, 24, 1, 2, vocab_size=8192)),
 }
+
+
+def rank_acceptance(acceptance: float, decay: float, num_ranks: int) -> list[float]:
+    """The acceptance of each of a drafter's first choices, from its mean confidence and the decay."""
+    others = [(1 - acceptance) * (1 - decay) * decay**rank for rank in range(num_ranks - 1)]
+    return [acceptance, *others][:num_ranks]
 
 
 @attrs.frozen(eq=False)
@@ -127,8 +142,7 @@ class MarkovSource:
 
     def rank_acceptance(self, num_ranks: int) -> list[float]:
         """The acceptance of each of the drafter's first choices."""
-        others = [(1 - self.acceptance) * (1 - self.decay) * self.decay**rank for rank in range(num_ranks - 1)]
-        return [self.acceptance, *others][:num_ranks]
+        return rank_acceptance(self.acceptance, self.decay, num_ranks)
 
     def text(self, start: int, num_tokens: int) -> list[int]:
         """Tokens of the target's text from a place on."""
@@ -147,6 +161,7 @@ class MarkovHead(nn.Module):
     the vocabulary's length, which are small beside any model, without a transfer to the host.
     """
 
+    is_replayable = True  # it only tells the device what to do (dynatree_core.captured)
     next_ids: Tensor  # [vocab] int64
     rank: Tensor  # [vocab] int64
     choice_logits: Tensor  # [vocab, choices] float32
@@ -233,10 +248,27 @@ def synthetic_pair(
             f"{sizes[1]} tokens"
         )
     source = MarkovSource.draw(sizes[0], acceptance=acceptance, decay=decay, seed=seed)
-    certain = torch.full_like(source.confidence, TARGET_CONFIDENCE)
-    _replace_logits(target, MarkovHead(source, certain, torch.zeros_like(source.rank), 1))
-    _replace_logits(drafter, MarkovHead(source, source.confidence, source.rank, num_choices))
+    for model, head in zip((target, drafter), _heads(source, num_choices), strict=True):
+        _replace_logits(model, head)
     return SyntheticPair(name, target, drafter, source)
+
+
+def let_follow(source: MarkovSource, target: Any, drafter: Any) -> None:
+    """Let the models of a synthetic pair say from now on what another source of the same vocabulary size says.
+
+    The tables are overwritten where they are: a recorded pass goes on reading them (dynatree_core.captured).
+    """
+    num_choices = drafter.markov_head.choice_logits.shape[1]
+    for model, head in zip((target, drafter), _heads(source, num_choices), strict=True):
+        for ours, new in zip(model.markov_head.buffers(), head.buffers(), strict=True):
+            ours.copy_(new)
+
+
+def _heads(source: MarkovSource, num_choices: int) -> tuple[MarkovHead, MarkovHead]:
+    """The target's and the drafter's."""
+    certain = torch.full_like(source.confidence, TARGET_CONFIDENCE)
+    target = MarkovHead(source, certain, torch.zeros_like(source.rank), 1)
+    return target, MarkovHead(source, source.confidence, source.rank, num_choices)
 
 
 def _random_model(settings: dict[str, Any], seed: int, dtype: torch.dtype, device: torch.device, name: str) -> Any:
@@ -263,3 +295,6 @@ def _markov_logits(model: Any, arguments: tuple[Any, ...], named: dict[str, Any]
         raise InputError("a synthetic model must be given input_ids, from which its text follows, got none")
     output.logits = model.markov_head(token_ids[:, -output.logits.shape[1] :], output.logits)
     return output
+
+
+_markov_logits.is_replayable = True  # type: ignore[attr-defined]

@@ -87,11 +87,7 @@ class TreeCache(Cache):
             self._add_layer(key_states, value_states)
         keys, values, block_len = self.keys[layer_idx], self.values[layer_idx], self._block_lens[layer_idx]
         rows = key_states.shape[2]
-        if self.length + block_len + rows > self.capacity:
-            raise CacheError(
-                f"the cache has room for {self.capacity} rows, got {self.length} committed, {block_len} undecided "
-                f"and {rows} new ones; make it larger, or commit or roll back first"
-            )
+        self._check_room(block_len, rows)
         for row, length in enumerate(self.lengths):
             start = length + block_len
             keys[row, :, start : start + rows] = key_states[row]
@@ -99,6 +95,31 @@ class TreeCache(Cache):
         self._block_lens[layer_idx] = block_len + rows
         slots = max(self.length + block_len + rows, self.min_slots)
         return keys[:, :, :slots], values[:, :, :slots]
+
+    @torch.inference_mode()
+    def reserve(self, rows: int) -> int:
+        """Get ready for a pass that writes so many rows into the buffers itself, and is followed by `append`.
+
+        Slots that were never written are zeroed, once, since such a pass may be shown more than the rows that there
+        are.
+
+        Returns:
+            The slot of its first row.
+
+        Raises:
+            CacheError: the rows do not fit.
+        """
+        self._check_room(self.block_len, rows)
+        start = self.length + self.block_len
+        if not self._is_zeroed:
+            for buffer in self.keys + self.values:
+                buffer[:, :, start:] = 0
+            self._is_zeroed = True
+        return start
+
+    def append(self, rows: int) -> None:
+        """Count so many rows behind the block, which a pass has written, as undecided."""
+        self._block_lens = [block_len + rows for block_len in self._block_lens]
 
     @torch.inference_mode()  # the buffers were made in it, if the forward pass was
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
@@ -165,6 +186,13 @@ class TreeCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys of the next pass; asked by models that are given no 4-D mask."""
         return self.get_seq_length(layer_idx) + query_length, 0
+
+    def _check_room(self, block_len: int, rows: int) -> None:
+        if self.length + block_len + rows > self.capacity:
+            raise CacheError(
+                f"the cache has room for {self.capacity} rows, got {self.length} committed, {block_len} undecided "
+                f"and {rows} new ones; make it larger, or commit or roll back first"
+            )
 
     def _add_layer(self, key_states: Tensor, value_states: Tensor) -> None:
         keys, values = [*self.keys, self._allocate(key_states)], [*self.values, self._allocate(value_states)]

@@ -163,7 +163,7 @@ def _dynatree(context: click.Context) -> None:
 )
 @click.option(
     "--runner",
-    type=click.Choice(["auto", "eager", "packed"]),
+    type=click.Choice(["auto", "eager", "packed", "cudagraph"]),
     default="auto",
     show_default=True,
     help="How passes are computed; auto: packed on a CPU, else eager.",

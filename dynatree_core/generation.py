@@ -66,8 +66,8 @@ def generate(
         exact: None (default), or "fixed_width" for half precision: every verification pass has one shape, with
             max_nodes + 1 rows (16, unless max_nodes is given), and a tree is cut to its first chain. Autoregressive
             decoding (policy="autoregressive") with the same option then rounds alike; see docs/audit.md.
-        runner: how forward passes are computed: "eager", "packed", or "auto" (default), which chooses by device; see
-            docs/runners.md.
+        runner: how forward passes are computed: "eager", "packed", "cudagraph", or "auto" (default), which chooses
+            by device; see docs/runners.md.
         prefix_cache: a `PrefixCache` that several generations share: what this prompt has in common with the beginning
             of an earlier one and its output is not computed again.
         on_prefill: called after each chunk of the prompt, by the target and then by a model that drafts, with the

@@ -1,22 +1,26 @@
 """Running a model's forward pass over trees.
 
 Runners are ways to compute the same pass: `eager` calls the model as it is and is the oracle for any other, `packed`
-calls a copy that is faster on a CPU (`dynatree_core.packed`), and `auto` chooses.
+calls a copy that is faster on a CPU (`dynatree_core.packed`), `cudagraph` launches recorded passes at once on a GPU
+(`dynatree_core.captured`), and `auto` chooses.
 """
 
 from __future__ import annotations
 
 import inspect
 import platform
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import psutil
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from dynatree_core.architectures import attention_layout
 from dynatree_core.cache import TreeCache
+from dynatree_core.captured import CapturedPasses, can_capture, is_replayable
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import DynaTreeError, ForwardPassError, OutOfMemoryError, ParameterError
 from dynatree_core.flatten import flatten_chain
@@ -26,19 +30,20 @@ from dynatree_core.sink_cache import SinkCache
 
 __all__ = ["RUNNERS", "ModelRunner", "drafters_runner", "is_out_of_memory", "out_of_memory", "runner_for"]
 
-RUNNERS = ("auto", "eager", "packed")
+RUNNERS = ("auto", "eager", "packed", "cudagraph")
 # of the memory that is free, what the copies of a model's matrices may take up where nobody asked for them
 MAX_SHARE_OF_MEMORY = 0.25
 
 # rows of one prefill pass: its mask and activations stay small beside the weights, matrix products stay efficient
 PREFILL_CHUNK = 256
+PREFILL = "prefill_forward"  # the clock's name of these passes, each of which has a shape of its own
 
 
 def runner_for(model: nn.Module, name: str) -> str:
     """The runner that is meant for a model: the one that is named, or what "auto" chooses.
 
     That is `packed` for a model on a CPU that is as transformers made it, if its copies leave most of the free memory
-    free, else `eager`.
+    free, else `eager`. Where `cudagraph` is named, it is `eager` for a model that a replay could not follow.
 
     Raises:
         ParameterError: there is no such runner, or not for this model here.
@@ -50,6 +55,13 @@ def runner_for(model: nn.Module, name: str) -> str:
             "the packed runner is for models on an x86-64 CPU in float32, or bfloat16 where it multiplies in that, got "
             f"{model.dtype} on {model.device}, {platform.machine()}; use runner='auto'"
         )
+    if name == "cudagraph" and not can_capture(model):
+        raise ParameterError(
+            f"the cudagraph runner is for models on a CUDA GPU, got one on {model.device}; move it there, or use "
+            "runner='auto'"
+        )
+    if name == "cudagraph" and not is_replayable(model):
+        return "eager"
     if name != "auto":
         return name
     if not (can_pack(model) and is_untouched(model)):
@@ -60,7 +72,7 @@ def runner_for(model: nn.Module, name: str) -> str:
 
 def drafters_runner(name: str) -> str:
     """The runner of a drafter's model beside a target with this one, which may not be there for the drafter's dtype."""
-    return "eager" if name == "eager" else "auto"
+    return "auto" if name == "packed" else name
 
 
 class ModelRunner:
@@ -87,8 +99,17 @@ class ModelRunner:
         on_prefill: Callable[[int, int], None] | None = None,
         name: str = "eager",
     ) -> None:
-        self.name = runner_for(model, name)
-        self.model = pack(model) if self.name == "packed" else model
+        chosen = runner_for(model, name)
+        if name == "cudagraph" and chosen != name:
+            warnings.warn(
+                "a part of the model has code of its own (a class, a hook or a forward), which a CUDA graph could not "
+                "repeat, so passes run one kernel at a time; use runner='eager' for this model",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        self._chosen = chosen
+        self._captured = CapturedPasses() if chosen == "cudagraph" else None
+        self.model = pack(model) if chosen == "packed" else model
         self.clock = clock
         self.on_prefill = on_prefill
         # [tokens] the prompt's own positions, where a caller gives any; later tokens count on from the last of them
@@ -100,6 +121,11 @@ class ModelRunner:
         self._can_skip_logits = "logits_to_keep" in parameters
         # a mixture of experts may be configured to compute its training loss, which does not take a 4-D mask
         self._fixed_arguments = {"output_router_logits": False} if "output_router_logits" in parameters else {}
+
+    @property
+    def name(self) -> str:
+        """How passes are computed; "eager" also once a pass could not be recorded."""
+        return "eager" if self._captured is not None and self._captured.failure else self._chosen
 
     def forward(
         self, flat: FlatTrees, cache: TreeCache | SinkCache, *, stage: str, last_row_only: bool = False
@@ -120,6 +146,21 @@ class ModelRunner:
             ForwardPassError: the model raised anything else.
         """
         flat = cache.prepare(flat)
+        is_recorded = self._captured is not None and stage != PREFILL and self._captured.takes(flat, cache)
+        if self._captured is not None and is_recorded and isinstance(cache, TreeCache):
+            with _named_failure(flat), self.clock.measure(stage, on_device=True):
+                return self._captured.logits(self._called, flat, cache, last_row_only)
+        arguments = self._arguments(flat, cache, last_row_only)
+        with _named_failure(flat), self.clock.measure(stage, on_device=True):
+            logits: Tensor = self.model(**arguments).logits
+        return logits[:, -1:] if last_row_only else logits
+
+    def _called(self, flat: FlatTrees, cache: Cache, last_row_only: bool) -> Tensor:
+        logits: Tensor = self.model(**self._arguments(flat, cache, last_row_only)).logits
+        return logits
+
+    def _arguments(self, flat: FlatTrees, cache: Cache, last_row_only: bool) -> dict[str, object]:
+        """What the model is called with."""
         arguments: dict[str, object] = {
             "input_ids": flat.token_ids,
             "attention_mask": self.layout.masks(flat, self.dtype),
@@ -130,9 +171,7 @@ class ModelRunner:
         }
         if last_row_only and self._can_skip_logits:
             arguments["logits_to_keep"] = 1
-        with _named_failure(flat), self.clock.measure(stage, on_device=True):
-            logits: Tensor = self.model(**arguments).logits
-        return logits[:, -1:] if last_row_only else logits
+        return arguments
 
     def _model_positions(self, places: Tensor) -> Tensor:
         """What the model is told for places in the text [batch, rows]: the places themselves, most of the time."""
@@ -147,7 +186,7 @@ class ModelRunner:
         while token_ids.numel() > 0:
             chunk_len = min(PREFILL_CHUNK, cache.max_places)
             chunk, token_ids = token_ids[:chunk_len], token_ids[chunk_len:]
-            self.forward(flatten_chain(chunk, cache.next_place), cache, stage="prefill_forward", last_row_only=True)
+            self.forward(flatten_chain(chunk, cache.next_place), cache, stage=PREFILL, last_row_only=True)
             cache.commit([range(chunk.numel())])
             if self.on_prefill is not None:
                 self.on_prefill(cache.length, num_rows)

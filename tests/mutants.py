@@ -65,6 +65,7 @@ ANOTHER_WAY = "tests/test_prefix_cache.py::test_a_prompt_that_goes_another_way"
 SINKS = "tests/test_sink_cache.py::test_every_family_follows_the_definition[llama]"
 SINK_TREES = "tests/test_sink_cache.py::test_a_text_beyond_the_models_context"
 DRAFTS = "tests/test_drafters.py::test_model_proposals_are_those_of_a_plain_pass_over_the_path"
+RECORDED = "tests/test_captured.py::test_any_passes_are_the_plain_ones"
 
 MUTANTS = (
     # mask
@@ -504,6 +505,41 @@ MUTANTS = (
         'and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))',
         "and True",
         ("tests/test_packed.py::test_what_auto_chooses",),
+    ),
+    Mutant(
+        "recorded passes write where they were recorded",
+        "dynatree_core/captured.py",
+        "torch.clamp(self._order + start, max=start + rows - 1, out=self._written)",
+        "self._written = torch.clamp(self._order + start, max=start + rows - 1)",
+        (RECORDED,),
+    ),
+    Mutant(
+        "padding rows of recorded passes write behind the block",
+        "dynatree_core/captured.py",
+        "torch.clamp(self._order + start, max=start + rows - 1, out=self._written)",
+        "torch.add(self._order, start, out=self._written)",
+        ("tests/test_captured.py::test_the_last_slot_can_be_filled",),
+    ),
+    Mutant(
+        "what an earlier pass saw stays in a recorded mask",
+        "dynatree_core/captured.py",
+        "own.visible[:, :, slots:] = False",
+        "pass",
+        ("tests/test_captured.py::test_a_cache_that_was_cut_shows_no_more_than_it_has",),
+    ),
+    Mutant(
+        "a recorded pass returns the buffer of all replays",
+        "dynatree_core/captured.py",
+        "(logits[:, -1:] if self.shape.last_row_only else logits[:, :rows]).clone()",
+        "(logits[:, -1:] if self.shape.last_row_only else logits[:, :rows])",
+        ("tests/test_captured.py::test_logits_stay_when_the_next_pass_comes",),
+    ),
+    Mutant(
+        "a replay is believed whatever it says",
+        "dynatree_core/captured.py",
+        "if not off <= TOLERANCE[cache.keys[0].dtype]:",
+        "if False:",
+        ("tests/test_captured.py::test_rows_that_do_not_arrive_are_noticed",),
     ),
 )
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dynatree_bench.formulas import fixed_tokens
-from dynatree_bench.synthetic import SHAPES, Shape, SyntheticPair, synthetic_pair
+from dynatree_bench.synthetic import SHAPES, Shape, SyntheticPair, let_follow, synthetic_pair
 from dynatree_core import generate
 from dynatree_core.errors import InputError, NonFiniteLogitsError
 
@@ -172,3 +172,14 @@ def test_what_makes_no_pair_is_refused(arguments, message):
 def test_embeddings_alone_make_no_text(pair):
     with pytest.raises(InputError, match="must be given input_ids"):
         pair.target(inputs_embeds=torch.zeros(1, 2, 32))
+
+
+def test_a_pair_may_follow_another_source_with_the_same_tables():
+    def tables(pair: SyntheticPair) -> list[torch.Tensor]:
+        return [table for model in (pair.target, pair.drafter) for table in model.markov_head.buffers()]
+
+    ours, other = synthetic_pair("tiny", acceptance=0.9), synthetic_pair("tiny", acceptance=0.5)
+    places = [table.data_ptr() for table in tables(ours)]
+    let_follow(other.source, ours.target, ours.drafter)
+    assert all(map(torch.equal, tables(ours), tables(other)))
+    assert [table.data_ptr() for table in tables(ours)] == places

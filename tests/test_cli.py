@@ -678,6 +678,12 @@ def test_a_failure_at_once_is_the_error_alone(generate: Dynatree) -> None:
     assert is_one_error_line(ran, "drafter 'broken' raised ValueError: no draft")
 
 
+def test_a_runner_that_is_not_here_is_the_error_alone(generate: Dynatree) -> None:
+    ran = generate("--runner", "cudagraph", "abc")
+    assert (ran.code, ran.out) == (2, "")
+    assert is_one_error_line(ran, "the cudagraph runner is for models on a CUDA GPU, got one on cpu")
+
+
 @pytest.mark.usefixtures("more_plugins")
 def test_fallback_goes_on_with_a_warning_of_one_line(generate: Dynatree) -> None:
     args = ("--policy", "mishap", "--on-error", "fallback", "--max-new-tokens", 20)

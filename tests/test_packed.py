@@ -238,7 +238,7 @@ def test_what_auto_chooses(monkeypatch):
 
 
 def test_runners_that_there_are_not():
-    with pytest.raises(ParameterError, match="runner must be one of auto, eager, packed, got 'compiled'"):
+    with pytest.raises(ParameterError, match="runner must be one of auto, eager, packed, cudagraph, got 'compiled'"):
         generate(single("llama"), None, [1, 2], runner="compiled")
     with pytest.raises(ParameterError, match=r"got torch\.float64 on cpu, .*; use runner='auto'"):
         generate(tiny_model("llama"), None, [1, 2], runner="packed")
