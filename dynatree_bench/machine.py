@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import platform
 import subprocess
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import psutil
@@ -23,6 +26,8 @@ __all__ = [
     "idle_or_busy",
     "is_busy",
     "library_versions",
+    "now",
+    "provenance",
     "source_commit",
     "weights_sha256",
 ]
@@ -113,6 +118,25 @@ def device_name(device: torch.device) -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0]}, {psutil.cpu_count()} cores" if names else platform.processor() or platform.machine()
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def provenance(module: str, device: torch.device) -> dict[str, Any]:
+    """Where the numbers of `python -m module` come from, as the results of a small benchmark begin."""
+    return {
+        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
+        "commit": source_commit(),
+        "date": datetime.date.today().isoformat(),
+        "versions": library_versions(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def weights_sha256(name_or_path: str) -> str | None:

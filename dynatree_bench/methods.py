@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from dynatree_bench import rivals
 from dynatree_bench.experiments import COMPILED, Cell
+from dynatree_bench.machine import now
 from dynatree_bench.pairs import MethodError, Pair
 from dynatree_bench.records import Replay, Steps, Trials
 from dynatree_core import DraftPlan, GenerationReport, Session, StepReport, TokenTree, run
@@ -254,10 +255,7 @@ def _reason(token_ids: Sequence[int], eos: Sequence[int]) -> str:
 
 
 def _now(pair: Pair) -> float:
-    """Seconds, when the device has done what it was told."""
-    if pair.target.model.device.type == "cuda":
-        torch.cuda.synchronize(pair.target.model.device)
-    return time.perf_counter()
+    return now(pair.target.model.device)
 
 
 _DECODERS = {"dynatree": _by_dynatree, "hf": _by_transformers, "rival": _by_rival}

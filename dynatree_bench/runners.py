@@ -16,11 +16,9 @@ Command: python -m dynatree_bench.runners [--quick] [--rounds N] [--target ID|PA
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -33,14 +31,7 @@ from rich.progress import track
 from rich.table import Table
 
 from dynatree_bench.figures import BLUE, GREY, ORANGE, SKY, VERMILION
-from dynatree_bench.machine import (
-    BUSY_PERCENT,
-    busy_percent,
-    device_name,
-    idle_or_busy,
-    library_versions,
-    source_commit,
-)
+from dynatree_bench.machine import BUSY_PERCENT, busy_percent, idle_or_busy, now, provenance
 from dynatree_core import load_model
 from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
@@ -91,7 +82,7 @@ def _measured(arguments: argparse.Namespace) -> Results:
         loaded = load_model(arguments.target, device="cpu", dtype=dtype)
         for name in ("eager", "packed"):
             if name == "eager" or can_pack(loaded.model):
-                ways[f"{dtype} {name}"] = _filled(loaded.model, name)
+                ways[f"{dtype} {name}"] = filled(loaded.model, name)
     rows = ROWS[:3] if arguments.quick else ROWS
     rounds = 1 if arguments.quick else arguments.rounds
     found: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in ways}
@@ -104,12 +95,7 @@ def _measured(arguments: argparse.Namespace) -> Results:
     busy["after"] = busy_percent(seconds=1.0)
     return Results(
         {
-            "command": " ".join(["python -m dynatree_bench.runners", *sys.argv[1:]]),
-            "commit": source_commit(),
-            "date": datetime.date.today().isoformat(),
-            "versions": library_versions(),
-            "device": device_name(torch.device("cpu")),
-            "threads": torch.get_num_threads(),
+            **provenance("dynatree_bench.runners", torch.device("cpu")),
             "model": arguments.target or "SmolLM2-135M-Instruct",
             "context": CONTEXT,
             "rounds": rounds,
@@ -120,36 +106,43 @@ def _measured(arguments: argparse.Namespace) -> Results:
 
 
 @torch.inference_mode()
-def _filled(model: torch.nn.Module, name: str) -> tuple[ModelRunner, TreeCache]:
+def filled(model: torch.nn.Module, name: str) -> tuple[ModelRunner, TreeCache]:
     """A runner with a cache that has the prompt's rows."""
-    runner, cache = ModelRunner(model, StageClock(torch.device("cpu")), name=name), TreeCache(CONTEXT + max(ROWS))
-    runner.prefill(torch.arange(CONTEXT), cache)
+    device: Any = model.device
+    runner, cache = ModelRunner(model, StageClock(device), name=name), TreeCache(CONTEXT + max(ROWS))
+    runner.prefill(torch.arange(CONTEXT, device=device), cache)
     return runner, cache
 
 
 @torch.inference_mode()
 def pass_seconds(runner: ModelRunner, cache: TreeCache, rows: int) -> float:
     """Seconds of a pass over a root and its children; nothing is committed."""
-    tree = TokenTree.root(torch.zeros(1, dtype=torch.int64))
+    device = cache.keys[0].device
+    tree = TokenTree.root(torch.zeros(1, dtype=torch.int64, device=device))
     if rows > 1:
-        parents = torch.zeros(rows - 1, dtype=torch.int64)
-        tree = tree.grow(parents, torch.arange(rows - 1), torch.full((rows - 1,), -1.0))
+        parents = torch.zeros(rows - 1, dtype=torch.int64, device=device)
+        tree = tree.grow(parents, torch.arange(rows - 1, device=device), torch.full((rows - 1,), -1.0, device=device))
     flat = flatten([tree], [cache.length])
-    start = time.perf_counter()
+    start = now(device)
     runner.forward(flat, cache, stage="measured")
-    seconds = time.perf_counter() - start
+    seconds = now(device) - start
     cache.rollback()
     return seconds
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Median, and lower and upper quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4)
+    return median, low, high
 
 
 def relative(results: Results, way: str, rows: str) -> tuple[float, float, float]:
     """Median and quartiles of a pass relative to the plain pass over one row in the same round."""
     plain = results.seconds[PLAIN]["1"]
     ratios = [seconds / one for seconds, one in zip(results.seconds[way][rows], plain, strict=True)]
-    if len(ratios) == 1:
-        return ratios[0], ratios[0], ratios[0]
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return median, low, high
+    return quartiles(ratios)
 
 
 def table(results: Results) -> Table:
@@ -176,34 +169,44 @@ def draw(results: Results, path: Path) -> None:
 
     mpl.rcParams["svg.hashsalt"] = "runners"  # the same file for the same numbers
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FormatStrFormatter
 
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for way, by_rows in results.seconds.items():
-        colour, mark, line = STYLES[way]
-        found = [relative(results, way, rows) for rows in by_rows]
-        middle = [median for median, _, _ in found]
-        bars = [[m - low for m, low, _ in found], [high - m for m, _, high in found]]
-        axes.errorbar(
-            [int(rows) for rows in by_rows], middle, yerr=bars, label=way, color=colour, marker=mark, linestyle=line,
-            capsize=2,
-        )  # fmt: skip
+        plot_over_rows(axes, way, {rows: relative(results, way, rows) for rows in by_rows}, STYLES[way])
+    axes.set(ylabel=f"time, 1 = one row of {PLAIN}", ylim=(0, None))
+    said = results.provenance
+    what = f"{said['model']}, {said['context']} tokens of context, {said['threads']} threads"
+    finish(figure, axes, what, said, path)
+
+
+def plot_over_rows(
+    axes: Any, label: str, by_rows: dict[str, tuple[float, float, float]], style: tuple[str, str, str]
+) -> None:
+    """A line over the rows of a pass, through medians and with bars from quartile to quartile."""
+    colour, mark, line = style
+    found = list(by_rows.values())
+    bars = [[m - low for m, low, _ in found], [high - m for m, _, high in found]]
+    axes.errorbar(
+        [int(rows) for rows in by_rows], [median for median, _, _ in found], yerr=bars, label=label, color=colour,
+        marker=mark, linestyle=line, capsize=2,
+    )  # fmt: skip
+
+
+def finish(figure: Any, axes: Any, what: str, said: dict[str, Any], path: Path) -> None:
+    """The axis of rows, and the provenance at the foot; written to a file."""
+    from matplotlib.ticker import FormatStrFormatter
+
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FormatStrFormatter("%d"))
-    axes.set(
-        xlabel="rows of a pass (drafted nodes and the root)", ylabel=f"time, 1 = one row of {PLAIN}", ylim=(0, None)
-    )
+    axes.set_xlabel("rows of a pass (drafted nodes and the root)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    said = results.provenance
     busy = " (on a busy machine: provisional)" if max(said["busy_percent"].values()) > BUSY_PERCENT else ""
     versions = ", ".join(f"{name} {said['versions'][name]}" for name in ("torch", "transformers"))
-    what = f"{said['model']}, {said['context']} tokens of context, {said['threads']} threads"
-    caption = f"{what}, {versions}, {said['date']}{busy}\n{said['device']}"
-    figure.supxlabel(caption, fontsize=7, color=GREY)
-    figure.savefig(path, metadata={"Date": None})
+    figure.supxlabel(f"{what}, {versions}\n{said['device']}, {said['date']}{busy}", fontsize=7, color=GREY)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _parse_arguments() -> argparse.Namespace:

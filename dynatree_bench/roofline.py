@@ -1,0 +1,441 @@
+"""How near to what memory bandwidth allows are autoregressive steps and tree iterations on a GPU?
+
+Question: time of an autoregressive step relative to reading the weights once, time of a tree iteration relative to an
+autoregressive step, tokens per second beside transformers' own `generate`, time outside forward passes, and peak
+memory, for each runner that there is on the device.
+
+Method: a synthetic pair, random weights of a published shape with an acceptance that is set so that a tree yields 3,
+4.5 and 6.6 tokens an iteration in expectation. A tree has a root and 63 drafted nodes in 5 levels, the same in each
+iteration; more than 6 tokens need more levels, so that one has 8. Every way of decoding, passes over 1 to
+64 rows, a copy of a large buffer and a large matrix product take turns, in rotating order, several times over in one
+process after a warm-up round. Of a generation's iterations the median counts, the first ones left out, in which CUDA
+graphs are recorded; over the rounds medians are shown, with quartiles. The bandwidth counts what a copy reads and what
+it writes. What weights take up is that of the parameters without the table of embeddings, of which a step reads one
+row, unless it is the head as well; keys and values are not counted.
+
+Output: two tables; what was measured ÷ what is wanted (at least 0.8 of what bandwidth allows, at most 1.6 steps for an
+iteration of 5 levels); FOLDER/roofline.json with all that was measured, FOLDER/roofline.svg drawn from it.
+
+Command: python -m dynatree_bench.roofline [--shape NAME] [--device D] [--dtype T] [--rounds N] [--tokens N]
+[--out FOLDER]; `--shape tiny --device cpu` is a dry run, whose numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+
+from dynatree_bench.experiments import Cell, Method
+from dynatree_bench.figures import BLUE, GREY, ORANGE, VERMILION
+from dynatree_bench.formulas import RankTree, best_tree, tree_tokens
+from dynatree_bench.machine import busy_percent, idle_or_busy, now, provenance
+from dynatree_bench.methods import decode
+from dynatree_bench.pairs import Pair, load_synthetic
+from dynatree_bench.runners import CONTEXT, ROWS, filled, finish, pass_seconds, plot_over_rows, quartiles
+from dynatree_bench.synthetic import SHAPES, MarkovSource, let_follow, rank_acceptance
+from dynatree_core import Session, run
+from dynatree_core.captured import can_capture
+from dynatree_core.packed import can_pack
+from dynatree_policies.sequoia import Sequoia
+
+DRY = "tiny"  # the shape of a dry run
+PROMPT_TOKENS = 128
+DECAY = 0.6  # of the acceptance by rank
+NUM_RANKS = 8
+DRAFTED = 63  # nodes of a tree; with the root a pass has 64 rows
+LEVELS = {3.0: 5, 4.5: 5, 6.6: 8}  # tokens an iteration -> levels of the tree
+PLANNED = {5: 0.75, 8: 0.93}  # levels -> the acceptance for which the tree is the best one, so that it has as many
+SKIPPED = 8  # first iterations of a generation, in which passes are recorded
+WARM_UPS = 3  # passes of each number of rows before any counts: one plain, one recorded, one replayed
+WANTED_SHARE = 0.8  # of what bandwidth allows, at least
+WANTED_STEPS = 1.6  # time of an iteration of 5 levels, at most
+HF = "hf generate"
+STYLES = {"eager": (VERMILION, "s", "--"), "cudagraph": (BLUE, "o", "-"), "packed": (ORANGE, "^", "-")}
+
+
+@attrs.frozen
+class Way:
+    """A way to decode."""
+
+    runner: str | None  # None: transformers' own generate
+    tokens: float | None = None  # an iteration, expected of its tree; None: autoregressive
+
+    def __str__(self) -> str:
+        if self.runner is None:
+            return HF
+        what = (
+            "autoregressive" if self.tokens is None else f"tree of {self.tokens:g} tokens, {LEVELS[self.tokens]} levels"
+        )
+        return f"{what}, {self.runner}"
+
+
+@attrs.define(eq=False)
+class Results:
+    """What was measured; a number for each round."""
+
+    provenance: dict[str, Any]
+    bandwidth: list[float] = attrs.field(factory=list)  # bytes/s read and written by a copy
+    flops: list[float] = attrs.field(factory=list)  # of a large matrix product, operations/s
+    # runner -> rows -> seconds of a pass
+    passes: dict[str, dict[str, list[float]]] = attrs.field(factory=lambda: defaultdict(lambda: defaultdict(list)))
+    # way -> quantity -> of a generation: median seconds of an iteration, tokens an iteration, seconds of an iteration
+    # outside forward passes, bytes that CUDA's allocator gave out at most
+    decoding: dict[str, dict[str, list[float]]] = attrs.field(factory=lambda: defaultdict(lambda: defaultdict(list)))
+
+    @property
+    def weight_seconds(self) -> float:
+        """What reading the weights once takes."""
+        return float(self.provenance["weight_bytes"]) / statistics.median(self.bandwidth)
+
+    def pass_seconds(self, rows: int) -> float:
+        """What a pass takes at least: reading the weights, or multiplying with them."""
+        operations = 2 * rows * self.provenance["num_weights"]
+        return max(self.weight_seconds, operations / statistics.median(self.flops))
+
+    def seconds(self, way: Way) -> float:
+        """Median of an iteration."""
+        return statistics.median(self.decoding[str(way)]["seconds"])
+
+
+def main() -> None:
+    arguments = _parse_arguments()
+    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    if arguments.source is not None:
+        results = Results(**json.loads(arguments.source.read_text(encoding="utf-8")))
+    else:
+        results = _measured(arguments)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(attrs.asdict(results), indent=1) + "\n"
+        (arguments.out / "roofline.json").write_text(text, encoding="utf-8")
+    _show(results, console)
+    draw(results, arguments.out / "roofline.svg")
+
+
+def _measured(arguments: argparse.Namespace) -> Results:
+    busy = {"before": busy_percent(seconds=1.0)}
+    pair = load_synthetic(arguments.shape, device=arguments.device, dtype=arguments.dtype)
+    model, is_dry = pair.target.model, arguments.shape == DRY
+    rounds = arguments.rounds or (2 if is_dry else 7)
+    tokens = arguments.tokens or (32 if is_dry else 256)
+    num_weights = weights(model)
+    results = Results(
+        {
+            **provenance("dynatree_bench.roofline", model.device),
+            "model": pair.target.name,
+            "is_synthetic": True,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "runners": _runners(model),
+            "num_weights": num_weights,
+            "weight_bytes": num_weights * model.dtype.itemsize,
+            "prompt_tokens": PROMPT_TOKENS,
+            "context": CONTEXT,
+            "tokens": tokens,
+            "rounds": rounds,
+            "acceptance": {str(wanted): acceptance_for(wanted) for wanted in LEVELS},
+        }
+    )
+    measure(pair, results, rounds, tokens)
+    busy["after"] = busy_percent(seconds=1.0)
+    results.provenance["busy_percent"] = busy
+    return results
+
+
+def weights(model: Any) -> int:
+    """Numbers that a step reads: all parameters, but a table of embeddings only where it is the head too."""
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return sum(one.numel() for one in model.parameters() if one is not table or table is head)
+
+
+def _runners(model: nn.Module) -> list[str]:
+    """Those that there are on the model's device."""
+    there = {"eager": True, "cudagraph": can_capture(model), "packed": can_pack(model)}
+    return [name for name, is_there in there.items() if is_there]
+
+
+def planned_ranks(levels: int) -> list[float]:
+    """The acceptances of ranks for which the tree of so many levels is the best one."""
+    return rank_acceptance(PLANNED[levels], DECAY, NUM_RANKS)
+
+
+def shape_for(tokens: float) -> RankTree:
+    """The tree that is to yield so many tokens."""
+    levels = LEVELS[tokens]
+    return best_tree(planned_ranks(levels), DRAFTED, max_depth=levels)
+
+
+def acceptance_for(tokens: float) -> float:
+    """The acceptance of first choices with which the tree yields so many tokens an iteration, by bisection."""
+    shape = shape_for(tokens)
+    low, high = (1 - DECAY) / (2 - DECAY), 1.0  # below it second choices would be better
+    for _ in range(30):
+        middle = (low + high) / 2
+        if tree_tokens(shape, rank_acceptance(middle, DECAY, NUM_RANKS)) < tokens:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def measure(pair: Pair, results: Results, rounds: int, tokens: int) -> None:
+    """Everything in turns; a first round warms up."""
+    jobs = [*_device_jobs(pair, results), *_pass_jobs(pair, results), *_decoding_jobs(pair, results, tokens)]
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("measuring", total=len(jobs) * (rounds + 1))
+        for turn in range(rounds + 1):
+            start = turn * len(jobs) // (rounds + 1)
+            for job in jobs[start:] + jobs[:start]:
+                job(turn)
+                progress.advance(task)
+
+
+Job = Callable[[int], None]  # told the round; in round 0 no number counts
+
+
+def _device_jobs(pair: Pair, results: Results) -> list[Job]:
+    """A copy and a matrix product, large enough to keep the device busy."""
+    model = pair.target.model
+    device, is_small = model.device, model.device.type == "cpu"
+    repeats = 10
+
+    def timed(work: Callable[[], object]) -> float:
+        work()
+        start = now(device)
+        for _ in range(repeats):
+            work()
+        return (now(device) - start) / repeats
+
+    # buffers are made anew each time, so that they are no part of a generation's peak of memory
+    def copy(turn: int) -> None:
+        source = torch.zeros(2**24 if is_small else 2**30, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        seconds = timed(lambda: target.copy_(source))
+        if turn:
+            results.bandwidth.append(2 * source.numel() / seconds)
+
+    def multiply(turn: int) -> None:
+        size = 256 if is_small else 8192
+        matrix = torch.randn(size, size, dtype=model.dtype, device=device)
+        seconds = timed(lambda: matrix @ matrix)
+        if turn:
+            results.flops.append(2 * size**3 / seconds)
+
+    return [copy, multiply]
+
+
+def _pass_jobs(pair: Pair, results: Results) -> list[Job]:
+    ways = {name: filled(pair.target.model, name) for name in results.provenance["runners"]}
+
+    def job(name: str, rows: int, turn: int) -> None:
+        for _ in range(1 if turn else WARM_UPS):
+            seconds = pass_seconds(*ways[name], rows)
+        if turn:
+            results.passes[name][str(rows)].append(seconds)
+
+    return [lambda turn, n=name, r=rows: job(n, r, turn) for rows in ROWS for name in ways]  # type: ignore[misc]
+
+
+def _decoding_jobs(pair: Pair, results: Results, tokens: int) -> list[Job]:
+    """A generation by each way, of another prompt in each round."""
+    assert pair.source is not None, "the pair is synthetic"
+    prompts = pair.source.prompts(results.provenance["rounds"] + 1, PROMPT_TOKENS)
+    acceptances = results.provenance["acceptance"]
+    sources = {
+        wanted: MarkovSource.draw(pair.source.vocab_size, acceptance=acceptances[str(wanted)], decay=DECAY)
+        for wanted in LEVELS
+    }
+
+    def job(way: Way, turn: int) -> None:
+        if way.tokens is not None:
+            let_follow(sources[way.tokens], pair.target.model, pair.drafter.model)  # type: ignore[attr-defined]
+        device = pair.target.model.device
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        found = _decoded(pair, way, prompts[turn], tokens)
+        if device.type == "cuda":
+            found["peak"] = torch.cuda.max_memory_allocated(device)
+        for name, value in found.items():
+            if turn:
+                results.decoding[str(way)][name].append(value)
+
+    return [lambda turn, w=way: job(w, turn) for way in ways(results)]  # type: ignore[misc]
+
+
+def ways(results: Results) -> list[Way]:
+    """What is compared."""
+    runners = results.provenance["runners"]
+    return [Way(None), *(Way(name, tokens) for tokens in (None, *LEVELS) for name in runners)]
+
+
+def _decoded(pair: Pair, way: Way, prompt: list[int], tokens: int) -> dict[str, float]:
+    """What a generation took: see Results.decoding."""
+    if way.runner is None:
+        output = decode(pair, Cell(Method(HF, "hf"), {"max_new_tokens": tokens}), prompt, [])
+        return {"seconds": output.decode_seconds / len(output.token_ids), "tokens": 1.0}
+    policy: Any = "autoregressive"
+    if way.tokens is not None:
+        levels = LEVELS[way.tokens]
+        ranks = ",".join(f"{rank:.6f}" for rank in planned_ranks(levels))
+        policy = Sequoia(nodes=DRAFTED, depth=levels, branch=NUM_RANKS, size="full", acceptance=ranks)
+    session = Session(
+        pair.target.model,
+        None if way.tokens is None else pair.drafter,
+        prompt,
+        policy=policy,
+        max_new_tokens=tokens,
+        eos_token_id=[],
+        inherit_settings=False,
+        runner=way.runner,
+    )
+    seconds = [step.seconds for step in run(session)]
+    report = session.result().report
+    steady = seconds[SKIPPED:] or seconds
+    return {
+        "seconds": statistics.median(steady),
+        "tokens": report.num_new_tokens / report.num_iterations,
+        "outside": report.overhead_seconds / report.num_iterations,
+    }
+
+
+def _show(results: Results, console: Console) -> None:
+    said = results.provenance
+    console.print(
+        f"{said['model']} (synthetic: random weights, and a text whose acceptance was set), {said['dtype']}, on "
+        f"{said['device']}"
+    )
+    bandwidth, flops = statistics.median(results.bandwidth), statistics.median(results.flops)
+    console.print(
+        f"a copy reads and writes {bandwidth / 1e9:.1f} GB/s, so {said['weight_bytes'] / 1e9:.4g} GB of weights take "
+        f"{1000 * results.weight_seconds:.4g} ms; a matrix product does {flops / 1e12:.3g} Tflop/s"
+    )
+    console.print(_decoding_table(results))
+    console.print(
+        "× hf, × own: relative to transformers' generate, and to our fastest autoregressive decoding; of bandwidth: "
+        "time to read the weights ÷ time of a step; outside: of an iteration, outside forward passes; MiB: peak"
+    )
+    console.print(_pass_table(results))
+    for line in verdicts(results):
+        console.print(line)
+    if said["model"].endswith(DRY):
+        console.print("this is a dry run: its numbers mean nothing")
+    console.print(idle_or_busy(**said["busy_percent"]))
+
+
+def verdicts(results: Results) -> list[str]:
+    """What was measured ÷ what is wanted, for each runner."""
+    lines = []
+    for name in results.provenance["runners"]:
+        step = Way(name)
+        share = results.weight_seconds / results.seconds(step)
+        lines.append(
+            f"{step}: {share:.2f} of what bandwidth allows ÷ at least {WANTED_SHARE} wanted = "
+            f"{share / WANTED_SHARE:.2f}"
+        )
+        for tokens in (wanted for wanted, levels in LEVELS.items() if levels == 5):
+            way = Way(name, tokens)
+            steps = results.seconds(way) / results.seconds(step)
+            lines.append(f"{way}: {steps:.2f} steps ÷ at most {WANTED_STEPS} wanted = {steps / WANTED_STEPS:.2f}")
+    return lines
+
+
+def _decoding_table(results: Results) -> Table:
+    table = Table(title="decoding, medians and quartiles", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    plain = min(results.seconds(Way(name)) for name in results.provenance["runners"])
+    columns = (
+        "way", "ms/iteration", "tokens", "tok/s", "× hf", "× own", "of bandwidth", "outside (µs)", "share", "MiB",
+    )  # fmt: skip
+    for column in columns:
+        table.add_column(column, justify="left" if column == "way" else "right")
+    for way in ways(results):
+        found = results.decoding[str(way)]
+        median, low, high = quartiles(found["seconds"])
+        tokens = statistics.fmean(found["tokens"])
+        outside = statistics.median(found["outside"]) if "outside" in found else None
+        table.add_row(
+            str(way),
+            f"{1000 * median:.2f} ({1000 * low:.2f}–{1000 * high:.2f})",
+            f"{tokens:.2f}",
+            f"{tokens / median:.1f}",
+            f"{tokens / median * results.seconds(Way(None)):.2f}",
+            f"{tokens / median * plain:.2f}",
+            f"{results.weight_seconds / median:.0%}" if way.tokens is None else "",
+            f"{1e6 * outside:.0f}" if outside is not None else "",
+            f"{outside / median:.1%}" if outside is not None else "",
+            f"{statistics.median(found['peak']) / 2**20:.0f}" if "peak" in found else "",
+        )
+    return table
+
+
+def _pass_table(results: Results) -> Table:
+    """A row for each number of rows, a column for each runner."""
+    table = Table(title="ms per pass of the target", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("rows", "roofline", *results.passes):
+        table.add_column(column, justify="right")
+    for rows in map(str, ROWS):
+        cells = (quartiles(by_rows[rows]) for by_rows in results.passes.values())
+        shown = (f"{1000 * median:.2f} ({1000 * low:.2f}–{1000 * high:.2f})" for median, low, high in cells)
+        table.add_row(rows, f"{1000 * results.pass_seconds(int(rows)):.4g}", *shown)
+    return table
+
+
+def draw(results: Results, path: Path) -> None:
+    """Time of a pass over its rows, beside what bandwidth and multiplication allow."""
+    import matplotlib as mpl
+
+    mpl.rcParams["svg.hashsalt"] = "roofline"  # the same file for the same numbers
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for name, by_rows in results.passes.items():
+        in_ms = {rows: quartiles([1000 * one for one in by_rows[rows]]) for rows in map(str, ROWS)}
+        plot_over_rows(axes, name, in_ms, STYLES[name])
+    limits = [1000 * results.pass_seconds(rows) for rows in ROWS]
+    axes.plot(ROWS, limits, color=GREY, label="bytes ÷ bandwidth, or flops")
+    axes.set(ylabel="time of a pass (ms)", yscale="log")
+    said = results.provenance
+    axes.set_title(
+        "synthetic: random weights" + (", a dry run" if said["model"].endswith(DRY) else ""), color=VERMILION
+    )
+    what = f"{said['model']}, {said['dtype']}, {said['context']} tokens of context"
+    finish(figure, axes, what, said, path)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    description = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.roofline", description=description)
+    parser.add_argument("--shape", choices=list(SHAPES), default="pythia-2.8b+70m", help="default: pythia-2.8b+70m")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: CUDA where there is any)")
+    parser.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: bfloat16 on CUDA"
+    )
+    parser.add_argument("--rounds", type=int, help="times that everything is measured (default: 7; 2 for tiny)")
+    parser.add_argument("--tokens", type=int, help="of each generation (default: 256; 32 for tiny)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(), metavar="FOLDER", help="where the results go (default: here)"
+    )
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="FILE.json", help="show and draw these results, measure nothing"
+    )
+    arguments = parser.parse_args()
+    if any(number is not None and number < 1 for number in (arguments.rounds, arguments.tokens)):
+        parser.error("--rounds and --tokens must be at least 1")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
