@@ -10,15 +10,22 @@ from __future__ import annotations
 
 import bisect
 import functools
+import json
 import math
+import os
+from pathlib import Path
 
 import attrs
 import torch
 from torch import Tensor
 
+from dynatree_core.errors import InputError
 from dynatree_core.records import StepReport
 
-__all__ = ["AcceptanceEstimator"]
+__all__ = ["KEPT", "AcceptanceEstimator"]
+
+KEPT = 64.0  # observations of a cell that a file can stand for
+_FORMAT = 1
 
 # borders between draft probabilities that are alike, on a scale that is even in ln(p / (1 − p))
 _BORDERS = tuple(math.log(p) for p in (0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97))
@@ -74,6 +81,36 @@ class AcceptanceEstimator:
         self.counts = [counts.to(tree.device) for counts in self.counts]
         for counts, finer in zip(self.counts, (_RANKS * _DEPTHS, _DEPTHS, 1), strict=True):
             counts.flatten(1).index_add_(1, cell // finer, outcomes)
+        self._line = None
+
+    def save(self, path: Path) -> None:
+        """Keep what was observed in a file (JSON), which is there whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        counts = [counts.tolist() for counts in self.counts]
+        draft.write_text(json.dumps({"format": _FORMAT, "counts": counts}) + "\n", encoding="utf-8")
+        draft.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Begin with what `save` has kept: cells that were judged more than `KEPT` times count as if that often.
+
+        So the share that was accepted is remembered, and another text is noticed within some `KEPT` verdicts.
+
+        Raises:
+            InputError: the file is not one of these.
+        """
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            counts = [torch.tensor(step, dtype=torch.float32) for step in found["counts"]]
+            is_ours = found["format"] == _FORMAT and [tuple(step.shape[1:]) for step in counts] == list(_STEPS)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} must hold acceptance counts that were saved before, got {error!r}") from error
+        if not is_ours or not all(bool((step >= 0).all() and (step[0] <= step[1]).all()) for step in counts):
+            raise InputError(f"{path} must hold acceptance counts of this version, got others; delete it to begin anew")
+        self.counts = [step * (KEPT / step[1].clamp(min=KEPT)) for step in counts]
         self._line = None
 
     def _estimate(self) -> Tensor:

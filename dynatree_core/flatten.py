@@ -61,21 +61,31 @@ def flatten_chain(token_ids: Tensor, prefix_len: int) -> FlatTrees:
     return FlatTrees(token_ids[None], position_ids[None], visible[None], slot_positions[None], num_places=rows)
 
 
-def flatten_level(tree: TokenTree, prefix_len: int) -> FlatTrees:
-    """Lay out a growing tree's last level for the drafter.
+def flatten_level(tree: TokenTree, prefix_len: int, num_cached: int | None = None) -> FlatTrees:
+    """Lay out a growing tree's last level for the drafter, and levels before it that it has not seen.
 
-    The drafter's cache holds `prefix_len` committed rows, the root among them, and behind them the drafted
-    nodes of all earlier levels in their order.
+    The drafter's cache holds `prefix_len` committed rows, the root among them, and behind them drafted nodes in their
+    order.
+
+    Args:
+        tree: the tree so far.
+        prefix_len: committed rows.
+        num_cached: drafted nodes in the cache, whole levels; None: all but those of the last level.
     """
-    level = tree.last_level
-    prefix = torch.ones(tree.level_sizes[-1], prefix_len, dtype=torch.bool, device=tree.device)
-    visible = torch.cat([prefix, tree.ancestor_mask[level, 1:]], dim=1)
+    first = tree.last_level.start if num_cached is None else 1 + num_cached
+    rows = tree.num_nodes - first
+    prefix = torch.ones(rows, prefix_len, dtype=torch.bool, device=tree.device)
+    visible = torch.cat([prefix, tree.ancestor_mask[first:, 1:]], dim=1)
     node_positions = tree.depth[1:] + (prefix_len - 1)
     prefix_positions = torch.arange(prefix_len, device=tree.device)
+    num_places, places_rows = 0, 0
+    while places_rows < rows:
+        num_places += 1
+        places_rows += tree.level_sizes[-num_places]
     return FlatTrees(
-        token_ids=tree.token_ids[level][None],
-        position_ids=node_positions[level.start - 1 :][None],
+        token_ids=tree.token_ids[first:][None],
+        position_ids=node_positions[first - 1 :][None],
         visible=visible[None],
         slot_positions=torch.cat([prefix_positions, node_positions])[None],
-        num_places=1,
+        num_places=num_places,
     )

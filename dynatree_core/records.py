@@ -201,6 +201,12 @@ class StepReport:
     tree: TokenTree  # as it was verified
     verdict: Verdict
     seconds: float = 0.0  # wall-clock time of the step, up to where the policies hear of it
+    _measure: Callable[[], CostModel] = attrs.field(default=lambda: NOMINAL_COSTS, repr=False)
+
+    @cached_property
+    def costs(self) -> CostModel:
+        """What passes take on this machine, as in `Frontier.costs`."""
+        return self._measure()
 
     @property
     def token_ids(self) -> tuple[int, ...]:

@@ -14,11 +14,15 @@ al. 2024), which does so once and beforehand.
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import attrs
 import torch
 from torch import Tensor
 
 from dynatree_core import AcceptanceEstimator, CostModel, Frontier, StepReport, TokenTree, count, fraction, hookimpl
+from dynatree_core.errors import ParameterError
 
 HORIZON = 6  # levels beyond the one that is decided on: one row more is dear, a chain behind it may pay for that
 MEMORY = 0.97  # share of what is known that another iteration leaves: it takes some 30 of them to forget
@@ -31,6 +35,9 @@ IDLE_SHARE = 0.005  # of the way back to the prior, for each iteration without a
 class CostAware:
     """Depth, width and size of each tree by what they are expected to win and to cost.
 
+    What is learnt of acceptance is kept in the file `remember`, if one is named, when a generation ends, and the next
+    one with that file begins with it. Name one for each pair of a target and a drafter.
+
     A level is looked at where looks of late have won more than the drafter's pass costs. Then it gets the children,
     none perhaps, that win most with up to `HORIZON` levels behind them, and at the end the nodes are verified that win
     most.
@@ -39,6 +46,7 @@ class CostAware:
     max_nodes: int = count(64)
     max_depth: int = count(16)
     tau: float = fraction(0.0)
+    remember: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
 
     estimator: AcceptanceEstimator = attrs.field(factory=AcceptanceEstimator, init=False, repr=False)
     tokens: float = attrs.field(default=0.0, init=False, repr=False)  # of late, and the seconds that they took
@@ -50,6 +58,14 @@ class CostAware:
     costs: CostModel | None = attrs.field(default=None, init=False, repr=False)
     _tables: tuple[CostModel, Tensor, Tensor] | None = attrs.field(default=None, init=False, repr=False)
     _last: tuple[TokenTree, Tensor] | None = attrs.field(default=None, init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        if self.remember and Path(self.remember).exists():
+            self.estimator.load(Path(self.remember))
+        elif self.remember and not Path(self.remember).parent.is_dir():
+            raise ParameterError(
+                f"CostAware's parameter 'remember' must be a file in a folder that exists, got {self.remember!r}"
+            )
 
     @hookimpl
     def should_expand(self, frontier: Frontier) -> bool:
@@ -101,7 +117,15 @@ class CostAware:
             self.tokens = MEMORY * self.tokens + len(report.token_ids)
             self.seconds = MEMORY * self.seconds + seconds
         self._count(report)
+        if self.remember and report.verdict.stop_reason is not None:
+            self._keep()
         self.widths, self.costs, self._last = [], None, None
+
+    def _keep(self) -> None:
+        try:
+            self.estimator.save(Path(self.remember))
+        except OSError as error:  # the text is there; what was learnt can be learnt again
+            warnings.warn(f"what cost_aware has learnt cannot be kept: {error}", RuntimeWarning, stacklevel=2)
 
     def _path_acceptance(self, tree: TokenTree) -> Tensor:
         """[nodes] float32: how likely each node is to be accepted."""
@@ -138,8 +162,8 @@ class CostAware:
     def _seconds(self, costs: CostModel, num_rows: int) -> tuple[Tensor, Tensor]:
         """[rows] of the target's pass and of the drafter's level over 0, 1, 2, … rows, so many at least."""
         if self._tables is None or self._tables[0] is not costs or len(self._tables[1]) < num_rows:
-            rows = range(2 * num_rows)
-            self._tables = costs, *(torch.tensor([f(n) for n in rows]) for f in (costs.verify, costs.draft))
+            verify, draft = (torch.tensor([f(n) for n in range(2 * num_rows)]) for f in (costs.verify, costs.draft))
+            self._tables = costs, verify, draft
         return self._tables[1:]
 
     def _learn_look(self, tokens: float | None) -> None:

@@ -93,8 +93,8 @@ MUTANTS = (
     Mutant(
         "a drafted node sees its whole level",
         "dynatree_core/flatten.py",
-        "visible = torch.cat([prefix, tree.ancestor_mask[level, 1:]], dim=1)",
-        "visible = torch.cat([prefix, tree.ancestor_mask[level, 1:] | (tree.depth[1:] == tree.max_depth)], dim=1)",
+        "visible = torch.cat([prefix, tree.ancestor_mask[first:, 1:]], dim=1)",
+        "visible = torch.cat([prefix, tree.ancestor_mask[first:, 1:] | (tree.depth[1:] == tree.max_depth)], dim=1)",
         (LEVEL, DRAFTS),
     ),
     Mutant(
@@ -505,6 +505,13 @@ MUTANTS = (
         'and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))',
         "and True",
         ("tests/test_packed.py::test_what_auto_chooses",),
+    ),
+    Mutant(
+        "nodes of a level that was skipped are never forwarded",
+        "dynatree_core/drafters/model.py",
+        "flat = flatten_level(tree, self.cache.length, self.cache.block_len)",
+        "flat = flatten_level(tree, self.cache.length)",
+        ("tests/test_drafters.py::test_a_model_may_be_asked_about_some_levels_only",),
     ),
     Mutant(
         "recorded passes write where they were recorded",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from dynatree_core import AcceptanceEstimator, StepReport, TokenTree, Verdict
+from dynatree_core.acceptance import KEPT
+from dynatree_core.errors import InputError
 
 
 def predict(estimator: AcceptanceEstimator, prob: float, rank: int = 0, depth: int = 1) -> float:
@@ -95,3 +98,47 @@ def test_what_cannot_be_is_not_accepted():
         judge(estimator, level([0.001]), (1,))
     assert predict(estimator, 0.001) > 0.5
     assert predict(estimator, 0.0) == 0.0  # not drafted at all
+
+
+def test_what_was_learnt_can_be_kept(tmp_path):
+    estimator, file = AcceptanceEstimator(), tmp_path / "acceptance.json"
+    for accepted in (True, False, True):
+        judge(estimator, level([0.4, 0.3]), (1,) if accepted else ())
+    estimator.save(file)
+    again = AcceptanceEstimator()
+    again.load(file)
+    assert predict(again, 0.4) == pytest.approx(predict(estimator, 0.4)) != pytest.approx(0.4)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_old_observations_give_way_to_new_ones(tmp_path):
+    estimator, file = AcceptanceEstimator(), tmp_path / "acceptance.json"
+    for _ in range(1000):
+        judge(estimator, level([0.4]), (1,))
+    estimator.save(file)
+    estimator.load(file)
+    assert estimator.counts[-1].sum(dim=(1, 2, 3)).tolist() == [KEPT, KEPT]
+    assert predict(estimator, 0.4) > 0.95
+    for _ in range(int(KEPT)):
+        judge(estimator, level([0.4]), ())
+    assert predict(estimator, 0.4) == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"format": 1}',
+        '{"format": 1, "counts": [[[1]], [[2]], 3]}',
+        '{"format": 2, "counts": []}',
+        json.dumps(
+            {"format": 1, "counts": [torch.full((2, *shape), -1.0).tolist() for shape in ((11,), (11, 4), (11, 4, 4))]}
+        ),
+    ],
+)
+def test_another_file_is_refused(tmp_path, text):
+    file = tmp_path / "acceptance.json"
+    file.write_text(text)
+    with pytest.raises(InputError, match="must hold acceptance counts"):
+        AcceptanceEstimator().load(file)

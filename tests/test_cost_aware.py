@@ -7,7 +7,21 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from dynatree_core import CostModel, Frontier, Proposals, StepFunction, TokenTree, build_stack, generate
+from dynatree_core import (
+    AcceptanceEstimator,
+    CostModel,
+    Frontier,
+    Proposals,
+    Session,
+    StepFunction,
+    StepReport,
+    TokenTree,
+    Verdict,
+    build_stack,
+    generate,
+    run,
+)
+from dynatree_core.errors import InputError, ParameterError
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
 from dynatree_policies.cost_aware import CostAware
 
@@ -81,6 +95,40 @@ def test_the_rate_that_was_reached_is_what_more_tree_is_measured_by():
     assert policy.branch_factor(frontier).tolist() == [1]
     policy.tokens, policy.seconds = 30.0, 10.0
     assert policy.branch_factor(frontier).tolist() == [0]
+
+
+def test_acceptance_is_remembered_from_one_generation_to_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr("dynatree_core.session.measured_costs", lambda *models, runner: linear_costs(1.0, 0.01, 0.01))
+    file, target, drafter = tmp_path / "acceptance.json", tiny_model("llama"), perturbed("llama", noise=0.02)
+    seen = []
+    for _ in range(2):
+        found = generate(
+            target, drafter, [1, 2, 3], policy=f"cost_aware(remember={str(file)!r})", max_new_tokens=40, eos_token_id=[]
+        )
+        assert found.token_ids == greedy(target, [1, 2, 3], 40)
+        seen.append(float(CostAware(remember=str(file)).estimator.counts[-1][1].sum()))
+    assert 0 < seen[0] < seen[1]
+
+
+def test_a_memory_that_cannot_be(tmp_path, monkeypatch):
+    with pytest.raises(ParameterError, match="must be a file in a folder that exists"):
+        build_stack(f"cost_aware(remember={str(tmp_path / 'none' / 'file')!r})")
+    (tmp_path / "file").write_text("a shopping list")
+    with pytest.raises(InputError, match="must hold acceptance counts"):
+        CostAware(remember=str(tmp_path / "file"))
+    monkeypatch.setattr(AcceptanceEstimator, "save", lambda self, path: (tmp_path / "none" / "file").write_text(""))
+    target = tiny_model("llama")
+    with pytest.warns(RuntimeWarning, match="what cost_aware has learnt cannot be kept"):
+        found = generate(target, target, [1], policy=CostAware(remember=str(tmp_path / "new")), max_new_tokens=4)
+    assert len(found.token_ids) == 4
+
+
+def test_reports_know_the_costs():
+    costs = linear_costs(1.0, 0.1, 0.2)
+    assert StepReport(0, TokenTree.root(torch.tensor([0])), Verdict((), (), (1,)), measure=lambda: costs).costs is costs
+    session = Session(tiny_model("llama"), tiny_model("llama"), [1, 2], policy="cost_aware", max_new_tokens=4)
+    [*_] = run(session)
+    assert session.last_report.costs is session.costs
 
 
 # whole generations, on a clock that the models' forward passes move

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaModel
 
-from dynatree_core import DraftPlan, Frontier, Session, TokenTree, build_drafter, generate, hookimpl, run
+from dynatree_core import DraftPlan, Frontier, Proposals, Session, TokenTree, build_drafter, generate, hookimpl, run
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import UNSEEN_WEIGHT
@@ -57,6 +57,36 @@ def test_model_proposals_are_those_of_a_plain_pass_over_the_path(family):
     assert session.result().token_ids == greedy(target, [1, 2, 3], 24)
     assert len(checked) > 40
     assert {bool(step.num_accepted) for step in session.steps} == {True, False}  # commits with and without a path
+
+
+@given(tree=ours.trees(), data=st.data())
+def test_a_model_may_be_asked_about_some_levels_only(tree, data):
+    """It says the same of them, and of the next tree, as when it is asked about all."""
+    drafter, text = ModelDrafter(perturbed("llama")), torch.tensor([3, 1, 4, 1, 5])
+    states = [drafter.start(plan()) for _ in range(2)]
+    asked = [depth for depth in range(tree.max_depth + 1) if depth == 0 or data.draw(st.booleans())]
+    path = data.draw(st.sampled_from([[], *(ancestors_of(tree, node) for node in range(1, tree.num_nodes))]))
+    text[-1] = tree.token_ids[0]
+    said: list[list[Proposals]] = [[], []]
+    with torch.inference_mode():
+        for state, depths, found in zip(states, (range(tree.max_depth + 1), asked), said, strict=True):
+            state.prefill(text[:-1])
+            for depth in depths:
+                growing = tree.subtree(tree.depth <= depth)
+                proposals = state.propose(text, growing, 4)
+                if depth in asked:
+                    found.append(proposals)
+            state.commit(tuple(path))
+            longer = torch.cat([text, tree.token_ids[path], torch.tensor([7])])
+            found.append(state.propose(longer, TokenTree.root(longer[-1:]), 4))
+    for all_levels, some in zip(*said, strict=True):
+        torch.testing.assert_close(some.logprobs, all_levels.logprobs, rtol=1e-5, atol=1e-6)
+        assert torch.equal(some.token_ids, all_levels.token_ids)
+
+
+def ancestors_of(tree: TokenTree, node: int) -> list[int]:
+    """A drafted node's path below the root, itself included."""
+    return [place for place in tree.ancestor_mask[node].nonzero().flatten().tolist() if place]
 
 
 @pytest.mark.parametrize("title", DRAFTER_PROPERTIES)

@@ -42,17 +42,22 @@ def test_flatten_chain(tokens, prefix_len):
         assert flat.visible[0, row].tolist() == [slot <= prefix_len + row for slot in range(prefix_len + len(tokens))]
 
 
-@given(ours.trees(), st.integers(1, 7))
-def test_flatten_level(tree, prefix_len):
+@given(ours.trees(), st.integers(1, 7), st.data())
+def test_flatten_level(tree, prefix_len, data):
     """The drafter's rows: the root is committed, so node i stands in slot prefix_len + i − 1."""
-    flat = flatten_level(tree, prefix_len)
-    level, parents = tree.last_level, tree.parent.tolist()
-    assert flat.token_ids[0].tolist() == tree.token_ids[level].tolist()
     if tree.max_depth == 0:
         return  # the root's own pass is a chain
-    assert flat.position_ids[0].tolist() == [prefix_len - 1 + tree.max_depth] * tree.level_sizes[-1]
-    assert flat.visible.shape == (1, tree.level_sizes[-1], prefix_len + tree.num_drafted)
-    for row, node in enumerate(range(level.start, level.stop)):
+    depth = data.draw(st.integers(1, tree.max_depth), label="first level that the drafter has not seen")
+    first = sum(tree.level_sizes[:depth])
+    flat = flatten_level(tree, prefix_len, first - 1)
+    parents, rows = tree.parent.tolist(), range(first, tree.num_nodes)
+    assert flat.token_ids[0].tolist() == tree.token_ids[first:].tolist()
+    assert flat.position_ids[0].tolist() == [prefix_len - 1 + tree.depth[node].item() for node in rows]
+    assert flat.visible.shape == (1, len(rows), prefix_len + tree.num_drafted)
+    for row, node in enumerate(rows):
         above = {prefix_len + n - 1 for n in ancestors(parents, node) if n}
         assert set(flat.visible[0, row].nonzero().flatten().tolist()) == set(range(prefix_len)) | above
     assert flat.slot_positions[0].tolist() == [*range(prefix_len), *(tree.depth[1:] + prefix_len - 1).tolist()]
+    assert flat.num_places == len(set(flat.position_ids[0].tolist()))
+    if depth == tree.max_depth:
+        assert torch.equal(flatten_level(tree, prefix_len).visible, flat.visible)

@@ -13,6 +13,7 @@ from students import HEAD_IDS, drafter_of_each_kind, tiny_student
 
 from dynatree_core import DraftPlan, Proposals, TokenTree, build_drafter, generate
 from dynatree_core.clock import StageClock
+from dynatree_core.drafters.base import Drafter, DraftState, padded_proposals
 from dynatree_core.drafters.distilled import DistilledDrafter, fast_dtype
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter, backed_off
@@ -200,3 +201,67 @@ def test_a_union_proposes_what_either_knows():
     result = generate(target, union, [1, 2, 3, 4], policy="linear", max_new_tokens=40)
     assert result.token_ids == greedy(target, [1, 2, 3, 4], 40)
     assert result.report.tokens_per_iteration > 3, "the model alone would be accepted wholly"
+
+
+class Sure(Drafter):
+    """Says that the next token is one more, with a probability."""
+
+    def __init__(self, probability: float) -> None:
+        self.probability = probability
+
+    def start(self, plan: DraftPlan) -> SureState:
+        return SureState(self.probability)
+
+
+class SureState(DraftState):
+    def __init__(self, probability: float) -> None:
+        self.probability = probability
+
+    def prefill(self, committed_ids):
+        pass
+
+    def propose(self, committed_ids, tree, k):
+        token_ids = ((tree.token_ids[tree.last_level] + 1) % VOCAB)[:, None]
+        return padded_proposals(token_ids, torch.full(token_ids.shape, self.probability).log(), k)
+
+    def commit(self, draft_path):
+        pass
+
+    def rollback(self):
+        pass
+
+
+@pytest.mark.parametrize(("probability", "asked"), [(0.95, 1), (0.5, 4)])
+def test_a_model_is_not_asked_where_the_last_drafter_is_sure(probability, asked):
+    """Below the root, that is; all levels of a tree of 4 otherwise."""
+    target, passes = tiny_model("llama"), []
+    drafter = ModelDrafter(perturbed("llama"))
+    state = UnionDrafter([drafter, Sure(probability)]).start(plan_for(target))
+    model = state.states[0]
+    model.runner.forward = counted(model.runner.forward, passes)
+    text = torch.tensor([1, 2, 3])
+    tree = TokenTree.root(text[-1:])
+    with torch.inference_mode():
+        model.prefill(text[:-1])
+        del passes[:]
+        for depth in range(4):
+            proposals = state.propose(text, tree, 2)
+            assert proposals.token_ids[0, 0] == 4 + depth
+            tree = tree.grow(torch.tensor([depth]), proposals.token_ids[0, :1], proposals.logprobs[0, :1])
+    assert len(passes) == asked
+
+
+def counted(function, calls):
+    def call(*args, **kwargs):
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("probability", [0.3, 0.95, 1.0])
+def test_a_union_that_skips_levels_keeps_to_the_contract(probability):
+    target = tiny_model("llama")
+    union = UnionDrafter([ModelDrafter(perturbed("llama")), Sure(probability)])
+    assert_drafter_contract(union, target=target, max_examples=20)
+    assert_lossless(ours.stacks(), drafter=union, max_examples=10)

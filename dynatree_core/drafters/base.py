@@ -54,6 +54,9 @@ class Drafter(abc.ABC):
 class DraftState(abc.ABC):
     """A drafter in one generation."""
 
+    # whether levels below the root may be left out, so that a level is asked about whose parents were not
+    can_skip_levels = False
+
     @abc.abstractmethod
     def prefill(self, committed_ids: Tensor) -> None:
         """Look at the committed tokens [committed] but the last one, before the first decode step.
@@ -65,7 +68,8 @@ class DraftState(abc.ABC):
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
         """The k best children of each node of the tree's last level.
 
-        Called once a level at most, for level 0 (the root) first. It does not change the tree.
+        Called once a level at most, for level 0 (the root) first, then for each level that grows, unless
+        `can_skip_levels` allows for others. It does not change the tree.
 
         Args:
             committed_ids: [committed] int64, prompt and new tokens; the last one is the tree's root.

@@ -75,6 +75,10 @@ class ModelDraftState(DraftState):
     and what it costs is a second look at each token; only a target's output has to be exact.
     """
 
+    can_skip_levels = (
+        True  # nodes of a level that was left out go through with the next one, or once they are committed
+    )
+
     def __init__(self, model: nn.Module, num_followed: int, plan: DraftPlan) -> None:
         self.runner = ModelRunner(model, plan.clock, on_prefill=plan.on_prefill, name=plan.runner)
         self.cache = TreeCache(num_followed + plan.max_nodes)
@@ -105,12 +109,12 @@ class ModelDraftState(DraftState):
             self.num_settled = self.cache.length
             flat = flatten_chain(followed[self.num_settled :], self.num_settled)
         else:
-            flat = flatten_level(tree, self.cache.length)
+            flat = flatten_level(tree, self.cache.length, self.cache.block_len)
         flat = attrs.evolve(flat, token_ids=self._own(flat.token_ids))
         logits = self.runner.forward(flat, self.cache, stage="draft_forward", last_row_only=tree.max_depth == 0)[0]
         if tree.max_depth == 0:
             self.cache.commit([range(flat.num_rows)])
-        proposals = top_proposals(logits[:, : self.num_outputs], k)
+        proposals = top_proposals(logits[-tree.level_sizes[-1] :, : self.num_outputs], k)
         if self.token_of is None:
             return proposals
         return attrs.evolve(proposals, token_ids=self.token_of[proposals.token_ids])
