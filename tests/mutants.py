@@ -446,8 +446,8 @@ MUTANTS = (
     Mutant(
         "seconds are worth nothing",
         "dynatree_policies/cost_aware.py",
-        "wins = gained * per_node - rate * torch.tensor",
-        "wins = gained * per_node - 0 * torch.tensor",
+        "return (gained * per_node[:, None] - rate * seconds).amax(dim=0)",
+        "return (gained * per_node[:, None] - 0 * seconds).amax(dim=0)",
         ("tests/test_cost_aware.py::test_a_child_is_worth_its_row",),
     ),
     Mutant(
