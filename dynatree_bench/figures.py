@@ -435,7 +435,7 @@ def acceptance_over_length(results: Results) -> Figure | None:
     grid[0][0].set(title="Tokens per iteration", xlabel="place in the output (new tokens)")
     grid[0][0].set_ylim(0, 1.06 * grid[0][0].get_ylim()[1])
     grid[0][1].set(title="Repetition (% of 4-grams)", xlabel="place in the output (new tokens)", ylim=(-3, 103))
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return figure
 
 
