@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from dynatree_core import AcceptanceEstimator, CostModel, Frontier, StepReport, TokenTree, count, fraction, hookimpl
-from dynatree_core.errors import ParameterError
 
 HORIZON = 6  # levels beyond the one that is decided on: one row more is dear, a chain behind it may pay for that
 MEMORY = 0.97  # share of what is known that another iteration leaves: it takes some 30 of them to forget
@@ -63,7 +62,7 @@ class CostAware:
         if self.remember and Path(self.remember).exists():
             self.estimator.load(Path(self.remember))
         elif self.remember and not Path(self.remember).parent.is_dir():
-            raise ParameterError(
+            raise ValueError(
                 f"CostAware's parameter 'remember' must be a file in a folder that exists, got {self.remember!r}"
             )
 

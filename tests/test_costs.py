@@ -11,6 +11,7 @@ import torch
 from dynatree_core import CostModel, Session, StepFunction, build_drafter, costs, generate, hookimpl, run
 from dynatree_core.costs import ROWS, WIDTHS, isotonic, measured_costs
 from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.records import NOMINAL_COSTS
 from dynatree_core.testing.models import perturbed, tiny_model
 
@@ -83,6 +84,14 @@ def test_what_is_measured(folder, priced):
     assert model.verify == StepFunction(ROWS, pytest.approx([1.0 + 0.1 * rows for rows in ROWS]))
     assert model.draft == StepFunction(WIDTHS, pytest.approx([0.2 + 0.01 * width for width in WIDTHS]))
     assert model.rest_seconds == 0.0  # no pass is in it
+
+
+def test_a_model_is_measured_where_a_union_asks_it(folder, priced):
+    target, drafter = tiny_model("llama"), perturbed("llama")
+    priced.price(drafter, lambda rows: 0.2 + 0.01 * rows)
+    union = UnionDrafter([ModelDrafter(drafter), build_drafter("prompt_lookup")])
+    model = measured_costs(target, union, patience=1e9)
+    assert model.draft == StepFunction(WIDTHS, pytest.approx([0.2 + 0.01 * width for width in WIDTHS]))
 
 
 def test_a_round_that_was_slow_does_not_count(folder, priced):
