@@ -105,7 +105,9 @@ class AcceptanceEstimator:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             counts = [torch.tensor(step, dtype=torch.float32) for step in found["counts"]]
-            is_ours = found["format"] == _FORMAT and [tuple(step.shape[1:]) for step in counts] == list(_STEPS)
+            is_ours = found["format"] == _FORMAT and [step.shape for step in counts] == [
+                (2, *shape) for shape in _STEPS
+            ]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} must hold acceptance counts that were saved before, got {error!r}") from error
         if not is_ours or not all(bool((step >= 0).all() and (step[0] <= step[1]).all()) for step in counts):

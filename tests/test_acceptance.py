@@ -124,6 +124,12 @@ def test_old_observations_give_way_to_new_ones(tmp_path):
     assert predict(estimator, 0.4) == pytest.approx(0.5, abs=0.06)
 
 
+def kept(outcomes: int, value: float) -> str:
+    """What `save` might have written, with one value everywhere."""
+    counts = [torch.full((outcomes, *shape), value).tolist() for shape in ((11,), (11, 4), (11, 4, 4))]
+    return json.dumps({"format": 1, "counts": counts})
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -131,10 +137,9 @@ def test_old_observations_give_way_to_new_ones(tmp_path):
         "[]",
         '{"format": 1}',
         '{"format": 1, "counts": [[[1]], [[2]], 3]}',
-        '{"format": 2, "counts": []}',
-        json.dumps(
-            {"format": 1, "counts": [torch.full((2, *shape), -1.0).tolist() for shape in ((11,), (11, 4), (11, 4, 4))]}
-        ),
+        kept(2, 3.0).replace('"format": 1', '"format": 2'),
+        kept(2, -1.0),
+        kept(1, 3.0),
     ],
 )
 def test_another_file_is_refused(tmp_path, text):

@@ -75,9 +75,8 @@ class ModelDraftState(DraftState):
     and what it costs is a second look at each token; only a target's output has to be exact.
     """
 
-    can_skip_levels = (
-        True  # nodes of a level that was left out go through with the next one, or once they are committed
-    )
+    # nodes of a level that was left out go through with the next one, or once they are committed
+    can_skip_levels = True
 
     def __init__(self, model: nn.Module, num_followed: int, plan: DraftPlan) -> None:
         self.runner = ModelRunner(model, plan.clock, on_prefill=plan.on_prefill, name=plan.runner)
