@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from dynatree_core.cache import TreeCache
+from dynatree_core.packed import is_untouched
 from dynatree_core.records import FlatTrees
 from dynatree_core.sink_cache import SinkCache
 
@@ -59,12 +60,7 @@ def is_replayable(model: nn.Module) -> bool:
     A class, a hook or a forward of somebody's own may run code of the host that a graph does not have. One that only
     tells the device what to do says so by an attribute `is_replayable = True`.
     """
-    return all(
-        (type(part).__module__.startswith(("torch.nn.", "transformers.", "dynatree_core.")) or _says_so(type(part)))
-        and all(map(_says_so, (*part._forward_hooks.values(), *part._forward_pre_hooks.values())))
-        and "forward" not in vars(part)
-        for part in model.modules()
-    )
+    return is_untouched(model, _says_so)
 
 
 def _says_so(code: object) -> bool:

@@ -19,7 +19,7 @@ import copy
 import platform
 import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import attrs
@@ -185,14 +185,19 @@ def _is_packable(layer: nn.Module) -> bool:
     return dtype == torch.float32 or has_bfloat16
 
 
-def is_untouched(model: nn.Module) -> bool:
+def is_untouched(model: nn.Module, is_fine: Callable[[object], bool] = lambda code: False) -> bool:
     """Whether a model is as transformers made it, so that a copy of it does all that it does.
 
     A class, a hook or a forward of somebody's own, such as a LoRA layer, may keep a state that a copy would not follow.
+
+    Args:
+        model: the model.
+        is_fine: whether a class or a hook of somebody's own does no harm.
     """
     return all(
-        type(part).__module__.startswith(("torch.nn.", "transformers.", "dynatree_core."))
-        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
+        (type(part).__module__.startswith(("torch.nn.", "transformers.", "dynatree_core.")) or is_fine(type(part)))
+        and all(map(is_fine, (*part._forward_hooks.values(), *part._forward_pre_hooks.values())))
+        and "forward" not in vars(part)
         for part in model.modules()
     )
 

@@ -7,7 +7,6 @@ text before it: what the drafter says there is compared with what the target sai
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from dynatree_bench.distill.teacher import Shard
 from dynatree_bench.distill.train import batches_of, collate, scored_logits
 from dynatree_bench.formulas import chain_tokens, fixed_tokens
+from dynatree_bench.machine import now
 from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.flatten import flatten_chain
@@ -126,13 +126,9 @@ def level_costs(
 
     def seconds(which: int, width: int) -> float:
         flat = flatten_chain(text(width), context)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
+        start = now(device)
         runners[which].forward(flat, caches[which], stage="measured")
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        spent = time.perf_counter() - start
+        spent = now(device) - start
         caches[which].rollback()
         return spent
 
