@@ -109,7 +109,9 @@ class AcceptanceEstimator:
                 (2, *shape) for shape in _STEPS
             ]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} must hold acceptance counts that were saved before, got {error!r}") from error
+            raise InputError(
+                f"{path} must hold acceptance counts that were saved before, got {error!r}; delete it to begin anew"
+            ) from error
         if not is_ours or not all(bool((step >= 0).all() and (step[0] <= step[1]).all()) for step in counts):
             raise InputError(f"{path} must hold acceptance counts of this version, got others; delete it to begin anew")
         self.counts = [step * (KEPT / step[1].clamp(min=KEPT)) for step in counts]
