@@ -45,7 +45,7 @@ class AcceptanceEstimator:
     A policy keeps one in a field of its own: `attrs.field(factory=AcceptanceEstimator, init=False)`.
     """
 
-    weight: float = 4.0  # of each prior, in observations
+    weights: tuple[float, float, float] = (8.0, 16.0, 16.0)  # of each step's prior, in observations
     counts: list[Tensor] = attrs.field(factory=_no_counts, init=False, repr=False)  # of each step: accepted, judged
     # [2, cells]: slope and offset of the estimate over the draft probability, which follow from the counts; None: anew
     _line: Tensor | None = attrs.field(default=None, init=False, repr=False)
@@ -120,11 +120,11 @@ class AcceptanceEstimator:
     def _estimate(self) -> Tensor:
         """[2, cells]: each step takes the mean before it to (w·mean + accepted) / (w + judged), so all are a line."""
         slope, offset = torch.ones(_STEPS[0], device=self.counts[0].device), torch.zeros(())
-        for step, (accepted, judged) in enumerate(self.counts):
-            if step > 0:
+        for weight, (accepted, judged) in zip(self.weights, self.counts, strict=True):
+            if accepted.ndim > 1:
                 slope, offset = slope[..., None], offset[..., None]
-            share = self.weight / (self.weight + judged)
-            slope, offset = share * slope, share * offset + accepted / (self.weight + judged)
+            share = weight / (weight + judged)
+            slope, offset = share * slope, share * offset + accepted / (weight + judged)
         return torch.stack([slope.flatten(), offset.flatten()])
 
     def _cell(self, logprob: Tensor, rank: Tensor, depth: Tensor | int) -> Tensor:

@@ -72,7 +72,9 @@ class CostAware:
             self.widths, self.costs = [], frontier.costs
         if frontier.depth >= self.max_depth:
             return False
-        mass = float(self._path_acceptance(frontier.tree)[frontier.tree.last_level].sum())
+        mass = 1.0  # the root is accepted
+        if frontier.depth > 0:
+            mass = float(self._path_acceptance(frontier.tree)[frontier.tree.last_level].sum())
         return mass * self.look_value > self._rate(frontier.costs) * frontier.costs.draft(frontier.width)
 
     @hookimpl

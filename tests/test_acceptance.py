@@ -68,12 +68,12 @@ def test_a_rank_that_was_never_seen_takes_after_nodes_of_like_probability():
     assert predict(estimator, 0.05, rank=2) == pytest.approx(0.05)  # nothing like it was seen
 
 
-def test_the_prior_weighs_as_much_as_it_says():
-    estimator = AcceptanceEstimator(weight=8.0)
+def test_the_priors_weigh_as_much_as_they_say():
+    estimator = AcceptanceEstimator(weights=(8.0, 2.0, 5.0))
     judge(estimator, level([0.4]), (1,))
     once = (8 * 0.4 + 1) / 9  # by probability; then by rank, then by depth, each with the one before as its prior
-    twice = (8 * once + 1) / 9
-    assert predict(estimator, 0.4) == pytest.approx((8 * twice + 1) / 9)
+    twice = (2 * once + 1) / 3
+    assert predict(estimator, 0.4) == pytest.approx((5 * twice + 1) / 6)
     assert predict(estimator, 0.4, rank=1) == pytest.approx(once)
     assert predict(estimator, 0.4, depth=2) == pytest.approx(twice)
 

@@ -14,7 +14,7 @@ from transformers import LlamaModel
 from dynatree_core import DraftPlan, Frontier, Proposals, Session, TokenTree, build_drafter, generate, hookimpl, run
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters.model import ModelDrafter
-from dynatree_core.drafters.prompt_lookup import UNSEEN_WEIGHT
+from dynatree_core.drafters.prompt_lookup import DRAFTED_EVIDENCE, UNSEEN_WEIGHT
 from dynatree_core.errors import ModelLoadError, ParameterError, UnsupportedModelError
 from dynatree_core.testing import assert_drafter_contract
 from dynatree_core.testing import strategies as ours
@@ -64,7 +64,7 @@ def test_a_model_may_be_asked_about_some_levels_only(tree, data):
     """It says the same of them, and of the next tree, as when it is asked about all."""
     drafter, text = ModelDrafter(perturbed("llama")), torch.tensor([3, 1, 4, 1, 5])
     states = [drafter.start(plan()) for _ in range(2)]
-    asked = [depth for depth in range(tree.max_depth + 1) if depth == 0 or data.draw(st.booleans())]
+    asked = [depth for depth in range(tree.max_depth + 1) if data.draw(st.booleans())]
     path = data.draw(st.sampled_from([[], *(ancestors_of(tree, node) for node in range(1, tree.num_nodes))]))
     text[-1] = tree.token_ids[0]
     said: list[list[Proposals]] = [[], []]
@@ -116,7 +116,7 @@ def naive_lookup(text: list[int], path: list[int], max_ngram: int, max_matches: 
         period = last - end
         continuation = [text[end + 1 + d % period] for d in range(len(path) + 1)]
         if length and continuation[: len(path)] == path:
-            weight = (length + len(path)) ** 2
+            weight = (length + DRAFTED_EVIDENCE * len(path)) ** 2
             votes[continuation[len(path)]] += weight
             total += weight
     return {token: vote / total for token, vote in votes.items()}

@@ -54,7 +54,7 @@ class Drafter(abc.ABC):
 class DraftState(abc.ABC):
     """A drafter in one generation."""
 
-    # whether levels below the root may be left out, so that a level is asked about whose parents were not
+    # whether levels may be left out, the root's among them, so that a level is asked about whose parents were not
     can_skip_levels = False
 
     @abc.abstractmethod

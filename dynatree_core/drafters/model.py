@@ -17,7 +17,7 @@ from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, padded_p
 from dynatree_core.errors import ContextLimitError, ParameterError, VocabularyMismatchError
 from dynatree_core.flatten import flatten_chain, flatten_level
 from dynatree_core.models import load_model
-from dynatree_core.records import Proposals
+from dynatree_core.records import FlatTrees, Proposals
 from dynatree_core.runner import ModelRunner
 from dynatree_core.student import RestrictedHead, SharedEmbedding
 from dynatree_core.tree import TokenTree
@@ -75,7 +75,7 @@ class ModelDraftState(DraftState):
     and what it costs is a second look at each token; only a target's output has to be exact.
     """
 
-    # nodes of a level that was left out go through with the next one, or once they are committed
+    # what was left out goes through with what comes next, or once it is committed
     can_skip_levels = True
 
     def __init__(self, model: nn.Module, num_followed: int, plan: DraftPlan) -> None:
@@ -101,22 +101,30 @@ class ModelDraftState(DraftState):
         self.num_settled = self.cache.length
 
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
-        if tree.max_depth == 0:
-            followed = self._followed(committed_ids)
-            if self.cache.length == 0:  # it begins anew
-                self.runner.prefill(self._own(followed[:-1]), self.cache)
-            self.num_settled = self.cache.length
-            flat = flatten_chain(followed[self.num_settled :], self.num_settled)
-        else:
+        followed = self._followed(committed_ids)
+        if self.cache.length < followed.numel():
+            logits = self._catch_up(followed)
+        if tree.max_depth > 0:
             flat = flatten_level(tree, self.cache.length, self.cache.block_len)
-        flat = attrs.evolve(flat, token_ids=self._own(flat.token_ids))
-        logits = self.runner.forward(flat, self.cache, stage="draft_forward", last_row_only=tree.max_depth == 0)[0]
-        if tree.max_depth == 0:
-            self.cache.commit([range(flat.num_rows)])
-        proposals = top_proposals(logits[-tree.level_sizes[-1] :, : self.num_outputs], k)
+            logits = self._forward(flat)[-tree.level_sizes[-1] :]
+        proposals = top_proposals(logits[:, : self.num_outputs], k)
         if self.token_of is None:
             return proposals
         return attrs.evolve(proposals, token_ids=self.token_of[proposals.token_ids])
+
+    def _catch_up(self, followed: Tensor) -> Tensor:
+        """Put all tokens that are followed through the model, the root last; its logits [1, outputs]."""
+        if self.cache.length == 0:  # it begins anew
+            self.runner.prefill(self._own(followed[:-1]), self.cache)
+        self.num_settled = self.cache.length
+        flat = flatten_chain(followed[self.num_settled :], self.num_settled)
+        logits = self._forward(flat, last_row_only=True)
+        self.cache.commit([range(flat.num_rows)])
+        return logits
+
+    def _forward(self, flat: FlatTrees, *, last_row_only: bool = False) -> Tensor:
+        flat = attrs.evolve(flat, token_ids=self._own(flat.token_ids))
+        return self.runner.forward(flat, self.cache, stage="draft_forward", last_row_only=last_row_only)[0]
 
     def commit(self, draft_path: tuple[int, ...]) -> None:
         # node i stands in block row i − 1, the root being committed; the deepest nodes may not have been forwarded

@@ -23,6 +23,7 @@ __all__ = ["PromptLookupDrafter"]
 # Weight of an occurrence that matches n tokens is n², that of "none of them" 4: one occurrence alone predicts its
 # next token with n² / (n² + 4): 0.2, 0.5, 0.69, 0.8 for n = 1…4; occurrences that agree add up.
 UNSEEN_WEIGHT = 4.0
+DRAFTED_EVIDENCE = 0.5  # of a token: one that is drafted makes a match longer, but was never confirmed
 
 
 @attrs.frozen(slots=False)
@@ -103,7 +104,7 @@ class PromptLookupState(DraftState):
         """Distinct next tokens by the weight of the occurrences behind them."""
         if self.ends.numel() == 0:  # a text of one token has nothing earlier
             return padded_proposals(self.ends[None], self.lengths[None], k)
-        weights = self.is_followed * (self.lengths + depth).square()  # [width, matches]
+        weights = self.is_followed * (self.lengths + DRAFTED_EVIDENCE * depth).square()  # [width, matches]
         # the first occurrence that says a token collects the weight of all that say it
         spokesman = (self.next_ids[:, None] == self.next_ids).byte().argmax(dim=1)  # [matches]
         votes = torch.zeros_like(weights).index_add_(1, spokesman, weights)
