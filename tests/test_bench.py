@@ -103,6 +103,24 @@ def test_ratios_are_of_all_prompts_together():
     assert never_slower.interval(pairs[:1]) == (0.5, 0.5)
 
 
+def test_of_repetitions_the_median_counts_and_a_difference_is_kept(monkeypatch):
+    def generated(model, drafter, ids, *, policy, max_new_tokens):
+        token_ids = [1, 2] if policy != "odd" or max_new_tokens == 8 else [1, 3]
+        time = 0.0 if max_new_tokens == 8 else next(seconds)
+        return SimpleNamespace(report=SimpleNamespace(decode_seconds=time), token_ids=token_ids)
+
+    monkeypatch.setattr(never_slower, "generate", generated)
+    monkeypatch.setattr(never_slower, "chat_ids", lambda target, prompt: [1])
+    for policy, is_identical in (("even", True), ("odd", False)):
+        seconds = iter([5.0, 2.0, 9.0, 4.0, 3.0, 1.0])  # plain and drafted in turning order, the warm-up apart
+        method = never_slower.Method(policy, "none")
+        found = never_slower.measure(SimpleNamespace(model=None), {"none": None}, {"a": ["b"]}, [method], 4, repeats=3)
+        [pair] = found["a", method]
+        assert pair.is_identical == is_identical
+        assert pair.plain.report.decode_seconds == 4.0  # of 5, 4 and 3
+        assert not is_identical or pair.result.report.decode_seconds == 2.0  # of 2, 9 and 1
+
+
 @pytest.mark.real_model
 @pytest.mark.skipif(not embedded.is_installed(), reason="the default model is missing: dynatree models install")
 def test_the_long_context_benchmark_on_two_short_contexts(monkeypatch, capsys, tmp_path):

@@ -163,6 +163,15 @@ def test_prompt_lookup_branches_where_the_text_did():
     assert proposals.logprobs[0, :2].exp().tolist() == pytest.approx([16 / 29, 9 / 29])
 
 
+def test_a_text_of_one_token_has_nothing_to_say_about_any_level():
+    state, root = build_drafter("prompt_lookup").start(plan()), TokenTree.root(torch.tensor([5]))
+    tree = root.grow(torch.tensor([0, 0]), torch.tensor([1, 2]), torch.zeros(2))  # as another drafter has grown it
+    for grown in (root, tree):
+        proposals = state.propose(torch.tensor([5]), grown, 3)
+        assert proposals.token_ids.shape == (grown.level_sizes[-1], 3)
+        assert bool((proposals.logprobs == -math.inf).all())
+
+
 def test_prompt_lookup_follows_a_loop_beyond_the_text():
     """In a loop the copied text runs into itself, so trees may be deeper than the loop is long."""
     target = tiny_model("llama")

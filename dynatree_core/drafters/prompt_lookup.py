@@ -102,9 +102,9 @@ class PromptLookupState(DraftState):
 
     def _vote(self, depth: int, k: int) -> Proposals:
         """Distinct next tokens by the weight of the occurrences behind them."""
-        if self.ends.numel() == 0:  # a text of one token has nothing earlier
-            return padded_proposals(self.ends[None], self.lengths[None], k)
         weights = self.is_followed * (self.lengths + DRAFTED_EVIDENCE * depth).square()  # [width, matches]
+        if self.ends.numel() == 0:  # a text of one token has nothing earlier
+            return padded_proposals(weights.long(), weights, k)
         # the first occurrence that says a token collects the weight of all that say it
         spokesman = (self.next_ids[:, None] == self.next_ids).byte().argmax(dim=1)  # [matches]
         votes = torch.zeros_like(weights).index_add_(1, spokesman, weights)
