@@ -33,20 +33,18 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from torch import nn
+from transformers import PreTrainedModel
 
 from dynatree_bench.distill.evaluate import Agreement, agreement
 from dynatree_bench.distill.prompts import Prompt
 from dynatree_bench.distill.teacher import Shard, read_shard, write, write_shard
 from dynatree_bench.prompts import read_objects
+from dynatree_bench.rehearse import Text, known_session
 from dynatree_core import Session, load_model, run
-from dynatree_core.architectures import vocab_size
 from dynatree_core.cli_models import encode_prompt
-from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
+from dynatree_core.drafters.base import Drafter
 from dynatree_core.drafters.distilled import DistilledDrafter
-from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.plugins import build_drafter
 from dynatree_core.student import load_student
 
@@ -70,37 +68,6 @@ class Row:
     @property
     def tokens_per_iteration(self) -> float:
         return self.num_tokens / self.num_iterations
-
-
-class Replay(LlamaForCausalLM):
-    """Stands in for a target whose output is known: at each position of the text it says the token that came next."""
-
-    def __init__(self, text: Sequence[int], vocab: int) -> None:
-        tiny = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
-        super().__init__(LlamaConfig(vocab_size=vocab, max_position_embeddings=len(text) + 64, **tiny))
-        self.next_ids = torch.tensor([*text[1:], *[0] * 64])
-        self.eval()
-
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, past_key_values: Any, logits_to_keep: int = 0, **_: Any
-    ) -> CausalLMOutputWithPast:
-        rows = input_ids.shape[1]
-        past_key_values.update(torch.zeros(1, 1, rows, 1), torch.zeros(1, 1, rows, 1), 0)
-        said = self.next_ids[position_ids[0, -logits_to_keep:]]
-        return CausalLMOutputWithPast(
-            logits=torch.zeros(1, said.numel(), self.config.vocab_size).scatter_(2, said[None, :, None], 1.0)
-        )
-
-
-@attrs.frozen
-class OfTarget(Drafter):
-    """A drafter that is told of the real target while a stand-in verifies."""
-
-    drafter: Drafter
-    target: PreTrainedModel
-
-    def start(self, plan: DraftPlan) -> DraftState:
-        return self.drafter.start(attrs.evolve(plan, target=self.target))
 
 
 def main() -> int:
@@ -212,12 +179,12 @@ def _replayed(model: PreTrainedModel, arguments: Any, answers: dict[str, list[Sh
     task = progress.add_task("drafting", total=num_texts * len(arguments.drafter) * len(arguments.policy))
     rows = []
     for name in arguments.drafter:
-        drafter = _told_of(build_drafter(name), model)
+        drafter = build_drafter(name)
         for policy in arguments.policy:
             for category, shards in answers.items():
                 num_tokens = num_iterations = num_drafted = 0
                 for shard, index in evenly(shards, arguments.replays):
-                    session = replayed(shard, index, drafter, policy, vocab_size(model))
+                    session = replayed(shard, index, model, drafter, policy)
                     num_tokens += len(session.new_token_ids)
                     num_iterations += session.num_iterations
                     num_drafted += sum(step.num_drafted for step in session.steps)
@@ -233,28 +200,20 @@ def evenly(shards: Sequence[Shard], num_texts: int) -> list[tuple[Shard, int]]:
     return [texts[place * len(texts) // num_texts] for place in range(num_texts)]
 
 
-def replayed(shard: Shard, index: int, drafter: Drafter, policy: str, vocab: int) -> Session:
-    """A finished session over one stored answer.
+def replayed(shard: Shard, index: int, target: nn.Module, drafter: Drafter, policy: str) -> Session:
+    """A finished session over one stored answer of the target.
 
     Raises:
         AssertionError: the session said anything else than the answer.
     """
-    text = shard.token_ids[shard.text(index)].tolist()
+    ids = shard.token_ids[shard.text(index)].tolist()
     prompt_len = int(shard.is_scored[shard.text(index)].nonzero()[0]) + 1
-    expected = text[prompt_len:]
-    session = Session(
-        Replay(text, vocab), drafter, text[:prompt_len], policy=policy, max_new_tokens=len(expected), eos_token_id=[]
-    )
+    text = Text("answer", tuple(ids[:prompt_len]), tuple(ids[prompt_len:]), len(ids) - prompt_len)
+    session = known_session(target, drafter, text, policy)
     for _ in run(session):
         pass
-    assert session.new_token_ids == expected, "a replay must say what the target said"
+    assert tuple(session.new_token_ids) == text.new_ids, "a replay must say what the target said"
     return session
-
-
-def _told_of(drafter: Drafter, target: PreTrainedModel) -> Drafter:
-    if isinstance(drafter, UnionDrafter):
-        return UnionDrafter([_told_of(part, target) for part in drafter.drafters])
-    return OfTarget(drafter, target)
 
 
 def tables(agreements: dict[str, dict[str, Agreement]], rows: Sequence[Row]) -> str:

@@ -6,15 +6,15 @@ on a machine that does something else besides.
 
 Method: the target decodes each prompt once, greedily. Then every policy decodes it again with the real drafter, and
 with the known text in place of the target's passes: the same trees and the same accepted nodes as in a real run. A pass
-of the target costs what the cost model says of its rows, a level about which the drafter asked a model what it says of
-the level's nodes, and any other level nothing. What the host does besides is left out, so the ratios are upper bounds:
-on a CPU a level takes up to a millisecond. The prices are those in the cache folder, or measured now.
+of the target costs what the cost model says of its rows, one of a model that drafts what it says of a level with as
+many nodes, and nothing else costs anything. What the host does besides is left out, so the ratios are upper bounds: on
+a CPU a level takes up to a millisecond. The prices are those in the cache folder, or measured now.
 
 Output: a table of policies; by category the speed against autoregressive decoding. With --grid also the fixed tree that
 is the best of each category, chosen afterwards. Exit code 0.
 
 Command: python -m dynatree_bench.rehearse [--drafter NAME] [--policy STACK]... [--grid] [--prompts FILE.jsonl]
-    [--per-kind N] [--max-new-tokens N] [--output FILE.json]
+    [--per-kind N] [--max-new-tokens N] [--target ID|PATH] [--dtype DTYPE] [--output FILE.json]
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -35,15 +35,20 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from dynatree_bench.machine import provenance
 from dynatree_bench.never_slower import make_drafter
 from dynatree_bench.prompts import chat_ids, load_prompts
-from dynatree_core import CostModel, Drafter, Proposals, Session, TokenTree, generate, load_model, run
-from dynatree_core.cache import TreeCache
+from dynatree_core import CostModel, Drafter, DraftPlan, DraftState, Session, generate, load_model, run
+from dynatree_core.architectures import vocab_size
 from dynatree_core.clock import StageClock
 from dynatree_core.costs import measured_costs
-from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
+from dynatree_core.drafters.union import UnionDrafter, UnionState
 from dynatree_core.records import FlatTrees
+from dynatree_core.runner import ModelRunner
 
 POLICIES = ("phase1", "phase3", "cost_aware")
 GRID = tuple(
@@ -60,6 +65,8 @@ class Text:
     kind: str
     prompt_ids: tuple[int, ...]
     new_ids: tuple[int, ...]
+    max_new_tokens: int  # as many as there are, or more where an end token came before
+    end_ids: tuple[int, ...] = ()  # that end the text
 
 
 @attrs.frozen
@@ -70,111 +77,131 @@ class Rehearsal:
     num_tokens: int
     num_iterations: int
     num_nodes: int  # drafted and verified
-    num_levels: int  # that a model was asked about
+    num_passes: int  # of a model that drafts
     seconds: float  # at the prices of the cost model
     plain_seconds: float  # without drafting
 
 
-class _PricedClock(StageClock):
-    """Shows what passes are said to take, and nothing else."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.now = 0.0
-
-    def _now(self) -> float:
-        return self.now
-
-
-class _KnownTarget:
-    """In place of a session's target: its logits choose, after each row, what stands there in the known text.
+class KnownTarget(LlamaForCausalLM):
+    """Stands in for a target whose output is known: at each position of the text it says the token that came next.
 
     That is right for rows on the text's path. Any other has an ancestor that is rejected, so its own do not matter.
     """
 
-    name = "known text"
+    def __init__(self, token_ids: Sequence[int], vocab: int, room: int) -> None:
+        tiny = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
+        super().__init__(LlamaConfig(vocab_size=vocab, max_position_embeddings=len(token_ids) + room, **tiny))
+        self.next_ids = torch.tensor([*token_ids[1:], *[0] * (room + 1)])
+        self.eval()
 
-    def __init__(self, token_ids: Tensor, vocab_size: int, clock: _PricedClock, costs: CostModel) -> None:
-        self.token_ids, self.vocab_size = token_ids, vocab_size
-        self.clock, self.costs = clock, costs
-
-    def prefill(self, token_ids: Tensor, cache: TreeCache) -> None:
-        self._append(token_ids.numel(), cache)
-        cache.commit([range(token_ids.numel())])
-
-    def forward(self, flat: FlatTrees, cache: TreeCache, *, stage: str) -> Tensor:
-        """Logits [1, rows, vocab], at the price of an iteration's pass and of what is around it."""
-        cache.prepare(flat)
-        self._append(flat.num_rows, cache)
-        self.clock.now += self.costs.tree_seconds(flat.num_rows - 1, [])
-        next_ids = self.token_ids[flat.position_ids[0] + 1]
-        return nn.functional.one_hot(next_ids, self.vocab_size)[None].float()
-
-    def _append(self, rows: int, cache: TreeCache) -> None:
-        nothing = self.token_ids.new_zeros(1, 1, rows, 1)
-        cache.update(nothing, nothing, 0)
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, past_key_values: Any, logits_to_keep: int = 0, **_: Any
+    ) -> CausalLMOutputWithPast:
+        rows = input_ids.shape[1]
+        past_key_values.update(torch.zeros(1, 1, rows, 1), torch.zeros(1, 1, rows, 1), 0)
+        said = self.next_ids[position_ids[0, -logits_to_keep:]]
+        return CausalLMOutputWithPast(
+            logits=torch.zeros(1, said.numel(), self.config.vocab_size).scatter_(2, said[None, :, None], 1.0)
+        )
 
 
-class RehearsedSession(Session):
-    """A generation whose target is a known text, and whose time is what passes are said to take.
+@attrs.frozen
+class OfTarget(Drafter):
+    """A drafter that is told of the real target while a stand-in verifies."""
+
+    drafter: Drafter
+    target: nn.Module
+
+    def __str__(self) -> str:
+        return str(self.drafter)
+
+    def start(self, plan: DraftPlan) -> DraftState:
+        return self.drafter.start(attrs.evolve(plan, target=self.target))
+
+
+@attrs.define
+class Prices:
+    """What has been spent."""
+
+    costs: CostModel
+    seconds: float = 0.0
+    num_passes: int = 0  # of models that draft
+
+    def charge(self, runner: ModelRunner) -> None:
+        """Have each pass of a runner cost something; those of a prompt are free."""
+        forward = runner.forward
+
+        def priced(flat: FlatTrees, *arguments: Any, stage: str, **options: Any) -> Tensor:
+            if stage == "verify":
+                self.seconds += self.costs.tree_seconds(flat.num_rows - 1, [])
+            elif stage == "draft_forward":
+                self.seconds += self.costs.draft(flat.num_rows)
+                self.num_passes += 1
+            return forward(flat, *arguments, stage=stage, **options)
+
+        runner.forward = priced  # type: ignore[method-assign]
+
+
+def told_of(drafter: Drafter, target: nn.Module) -> Drafter:
+    """The drafter, each part of which sees the real target."""
+    if isinstance(drafter, UnionDrafter):
+        return UnionDrafter([told_of(part, target) for part in drafter.drafters])
+    return OfTarget(drafter, target)
+
+
+def known_session(target: nn.Module, drafter: Drafter, text: Text, policy: str) -> Session:
+    """A session whose target says what is known.
 
     Args:
         target: the model that has made the text.
         drafter: as of any session.
         text: the text.
         policy: as of any session.
-        costs: the prices.
     """
-
-    def __init__(
-        self, target: nn.Module, drafter: nn.Module | Drafter, text: Text, policy: str, costs: CostModel
-    ) -> None:
-        super().__init__(
-            target,
-            drafter,
-            list(text.prompt_ids),
-            policy=policy,
-            max_new_tokens=len(text.new_ids),
-            eos_token_id=[],
-            inherit_settings=False,
-        )
-        self.drafters_clock = self.clock
-        self.priced_clock = self.clock = _PricedClock(self.device)
-        all_ids = torch.tensor([*text.prompt_ids, *text.new_ids], device=self.device)
-        self.target = _KnownTarget(all_ids, self.vocab_size, self.priced_clock, costs)  # type: ignore[assignment]
-        self.costs = costs
-        self.num_levels = 0  # about which a model was asked
-
-    def propose(self, tree: TokenTree) -> Proposals:
-        before = self.drafters_clock.seconds("draft_forward")
-        proposals = super().propose(tree)
-        if self.drafters_clock.seconds("draft_forward") > before:
-            self.num_levels += 1
-            self.priced_clock.now += self.costs.draft(tree.level_sizes[-1])
-        return proposals
+    room = text.max_new_tokens - len(text.new_ids)
+    stand_in = KnownTarget([*text.prompt_ids, *text.new_ids], vocab_size(target), room)
+    return Session(
+        stand_in,
+        told_of(drafter, target),
+        list(text.prompt_ids),
+        policy=policy,
+        max_new_tokens=text.max_new_tokens,
+        eos_token_id=list(text.end_ids),
+    )
 
 
-def rehearse(target: nn.Module, drafter: nn.Module | Drafter, text: Text, policy: str, costs: CostModel) -> Rehearsal:
-    """Decode a known text with a policy.
+def rehearse(target: nn.Module, drafter: Drafter, text: Text, policy: str, costs: CostModel) -> Rehearsal:
+    """Decode a known text with a policy, which hears the priced seconds.
 
     Raises:
         RuntimeError: what was decoded is another text; then something here is wrong.
     """
-    session = RehearsedSession(target, drafter, text, policy, costs)
+    session, prices = known_session(target, drafter, text, policy), Prices(costs)
+    prices.charge(session.target)
+    for runner in _runners(session.draft_state):
+        prices.charge(runner)
+    session.clock, session.costs = StageClock(session.device, now=lambda: prices.seconds), costs
     for _ in run(session):
         pass
-    report = session.result().report
     if tuple(session.new_token_ids) != text.new_ids:
         raise RuntimeError(f"{policy} decoded {session.new_token_ids} of the known text {list(text.new_ids)}")
+    report = session.result().report
     return Rehearsal(
         text.kind,
-        len(text.new_ids),
+        report.num_new_tokens,
         report.num_iterations,
         report.num_drafted_nodes,
-        session.num_levels,
-        session.priced_clock.now,
-        len(text.new_ids) * costs.plain_seconds(),
+        prices.num_passes,
+        prices.seconds,
+        report.num_new_tokens * costs.plain_seconds(),
     )
+
+
+def _runners(state: DraftState | None) -> list[ModelRunner]:
+    """Of the models that draft."""
+    if isinstance(state, UnionState):
+        return [runner for part in state.states for runner in _runners(part)]
+    return [state.runner] if isinstance(state, ModelDraftState) else []
 
 
 def ratio(found: Iterable[Rehearsal]) -> float:
@@ -200,13 +227,14 @@ def best_of(results: dict[str, list[Rehearsal]], policies: Sequence[str]) -> dic
 def main() -> int:
     arguments = _parse_arguments()
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
-    loaded = load_model(arguments.target, device=arguments.device, dtype=arguments.dtype)
-    target, drafter = loaded.model, make_drafter(arguments.drafter, loaded)
+    loaded = load_model(arguments.target, device="cpu", dtype=arguments.dtype)
+    target, made = loaded.model, make_drafter(arguments.drafter, loaded)
+    drafter = made if isinstance(made, Drafter) else ModelDrafter(made)
     kinds = load_prompts(arguments.prompts, arguments.per_kind)
     prompts = [(kind, prompt) for kind, of_kind in kinds.items() for prompt in of_kind]
     grid = list(GRID) if arguments.grid else []
     policies = list(dict.fromkeys([*(arguments.policy or POLICIES), *grid]))
-    costs = measured_costs(target, drafter if isinstance(drafter, Drafter) else ModelDrafter(drafter))
+    costs = measured_costs(target, drafter)
     results: dict[str, list[Rehearsal]] = {policy: [] for policy in policies}
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("decoding", total=len(prompts) * (1 + len(policies)))
@@ -214,22 +242,33 @@ def main() -> int:
             ids = chat_ids(loaded, prompt)
             plain = generate(target, None, ids, policy="autoregressive", max_new_tokens=arguments.max_new_tokens)
             progress.advance(task)
-            text = Text(kind, tuple(ids), tuple(plain.token_ids))
+            is_ended = plain.stop_reason == "eos"
+            text = Text(
+                kind,
+                tuple(ids),
+                tuple(plain.token_ids),
+                arguments.max_new_tokens if is_ended else len(plain.token_ids),
+                tuple(plain.token_ids[-1:]) if is_ended else (),
+            )
             for policy in policies:
                 results[policy].append(rehearse(target, drafter, text, policy, costs))
                 progress.advance(task)
     shown = [policy for policy in policies if policy not in grid or policy in (arguments.policy or ())]
     console.print(_table(results, shown, grid))
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(document(results, costs), indent=1) + "\n", encoding="utf-8")
+        arguments.output.write_text(json.dumps(document(results, costs, arguments), indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def document(results: dict[str, list[Rehearsal]], costs: CostModel) -> dict[str, object]:
+def document(results: dict[str, list[Rehearsal]], costs: CostModel, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that was found, for a file."""
     return {
-        "command": ["python", "-m", "dynatree_bench.rehearse", *sys.argv[1:]],
-        "versions": {name: version(name) for name in ("dynatree", "torch", "transformers")},
+        **provenance("dynatree_bench.rehearse", torch.device("cpu")),
+        "target": arguments.target or "the embedded default model",
+        "dtype": arguments.dtype,
+        "drafter": arguments.drafter,
+        "max_new_tokens": arguments.max_new_tokens,
+        "num_texts": {kind: len(found) for kind, found in by_kind(next(iter(results.values()))).items()},
         "costs": attrs.asdict(costs),
         "policies": {
             policy: {
@@ -237,7 +276,7 @@ def document(results: dict[str, list[Rehearsal]], costs: CostModel) -> dict[str,
                 "by_kind": {kind: ratio(of_kind) for kind, of_kind in by_kind(found).items()},
                 "tokens_per_iteration": _mean(found, "num_tokens"),
                 "nodes_per_iteration": _mean(found, "num_nodes"),
-                "asked_levels_per_iteration": _mean(found, "num_levels"),
+                "passes_per_iteration": _mean(found, "num_passes"),
             }
             for policy, found in results.items()
         },
@@ -253,12 +292,12 @@ def _table(results: dict[str, list[Rehearsal]], shown: Sequence[str], grid: Sequ
     kinds = list(by_kind(next(iter(results.values()))))
     table = Table(title="priced speed against autoregressive decoding", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("policy")
-    for heading in ("all", *kinds, "tok/it", "nodes", "asked levels"):
+    for heading in ("all", *kinds, "tok/it", "nodes", "passes"):
         table.add_column(heading, justify="right", no_wrap=True)
     for policy in shown:
         found = results[policy]
         speeds = [ratio(found), *(ratio(by_kind(found)[kind]) for kind in kinds)]
-        counts = [_mean(found, name) for name in ("num_tokens", "num_nodes", "num_levels")]
+        counts = [_mean(found, name) for name in ("num_tokens", "num_nodes", "num_passes")]
         table.add_row(policy, *(f"{number:.2f}" for number in (*speeds, *counts)))
     if grid:
         best = best_of(results, grid)
@@ -274,8 +313,7 @@ def _parse_arguments() -> argparse.Namespace:
     description = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m dynatree_bench.rehearse", description=description)
     parser.add_argument("--target", help="id or folder of a model (default: the embedded one)")
-    parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--dtype", default="auto", help="default: float32 on the CPU, the checkpoint's own on CUDA")
+    parser.add_argument("--dtype", default="auto", help="default: float32")
     parser.add_argument("--drafter", default="distilled+prompt_lookup", help="default: %(default)s")
     parser.add_argument("--policy", action="append", help=f"may be repeated (default: {', '.join(POLICIES)})")
     parser.add_argument("--grid", action="store_true", help=f"also {len(GRID)} fixed trees, and the best of each kind")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,10 +17,15 @@ class StageClock:
 
     On CUDA a pass is measured with events on the stream, which neither wait for the device nor miss its work;
     they are read when `seconds` is asked, which does wait.
+
+    Args:
+        device: where the passes run.
+        now: seconds since any moment; None: the host's own clock.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, now: Callable[[], float] | None = None) -> None:
         self._device = device
+        self._read = now
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._begun: dict[str, float] = {}  # when the last block of a name began
@@ -71,7 +76,7 @@ class StageClock:
             self._left_out += time.perf_counter() - begin
 
     def _now(self) -> float:
-        return time.perf_counter() - self._left_out
+        return (self._read or time.perf_counter)() - self._left_out
 
     def seconds(self, name: str) -> float:
         """Total of all blocks of that name so far; 0.0 for a name never measured."""

@@ -9,7 +9,9 @@ what the next such iteration is expected to lose. The account is the stake, plus
     stake·s + max_loss·P·s + what one iteration lost beyond expectation
 
 whatever the drafter and the text are. For a known acceptance theorem 3.8 of Leviathan et al. 2023 says whether drafting
-pays; here it is unknown and changes with the text, so what counts is what was measured.
+pays; here it is unknown and changes with the text, so what counts is what was measured. Clocks scatter, and the first
+steps of a generation may be slow. So that an s that is too long does not make useless trees look free, a tree is taken
+to cost a tenth of s at least.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import attrs
 from dynatree_core import Frontier, StepReport, count, fraction, hookimpl
 
 RESERVE = 8  # steps that the account holds at most: as much is lost before a change of the text is answered
+LEAST_COST = 0.1  # of a step: what a tree takes, however long a step without one was measured
 MIN_PLAIN = 2  # the first steps are without drafting, to know what drafting has to beat
 
 
@@ -78,7 +81,8 @@ class Governor:
             self._add(self.max_loss * seconds)
 
     def _note_drafted(self, report: StepReport) -> None:
-        win = len(report.token_ids) * self._step_seconds() - report.seconds
+        num_tokens, step = len(report.token_ids), self._step_seconds()
+        win = min(num_tokens * step - report.seconds, (num_tokens - 1 - LEAST_COST) * step)
         self.wins.append(win)
         self.num_since_plain += 1
         limit = max(self.depth_limit, self.probe_depth)

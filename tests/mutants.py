@@ -514,6 +514,20 @@ MUTANTS = (
         ("tests/test_drafters.py::test_a_model_may_be_asked_about_some_levels_only",),
     ),
     Mutant(
+        "a model catches up at the root only",
+        "dynatree_core/drafters/model.py",
+        "is_behind = self.cache.length < followed.numel()",
+        "is_behind = tree.max_depth == 0",
+        ("tests/test_drafters.py::test_a_model_that_was_left_out_says_what_a_new_one_says",),
+    ),
+    Mutant(
+        "what a model catches up on is not committed",
+        "dynatree_core/drafters/model.py",
+        "        self.cache.commit([range(flat.num_rows)])\n        return logits",
+        "        return logits",
+        ("tests/test_drafters.py::test_a_model_that_was_left_out_says_what_a_new_one_says",),
+    ),
+    Mutant(
         "recorded passes write where they were recorded",
         "dynatree_core/captured.py",
         "torch.clamp(self._order + start, max=start + rows - 1, out=self._written)",

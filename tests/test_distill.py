@@ -212,7 +212,7 @@ def test_a_replay_is_a_real_run_without_the_target(policy):
     for source in (drafter, build_drafter("prompt_lookup")):
         for index, prompt in enumerate([[1, 2, 3], [5, 6]]):
             real = generate(target, source, prompt, policy=policy, max_new_tokens=30).report
-            session = replayed(shard, index, source, policy, VOCAB)
+            session = replayed(shard, index, target, source, policy)
             assert session.steps == list(real.steps)
             assert real.num_iterations < 30 or source is not drafter
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
+import attrs
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +17,7 @@ from dynatree_core.clock import StageClock
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import DRAFTED_EVIDENCE, UNSEEN_WEIGHT
 from dynatree_core.errors import ModelLoadError, ParameterError, UnsupportedModelError
+from dynatree_core.sink_cache import SinkWindow
 from dynatree_core.testing import assert_drafter_contract
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.conformance import DRAFTER_PROPERTIES
@@ -24,8 +26,8 @@ from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
 CPU = torch.device("cpu")
 
 
-def plan(num_tokens: int = 120, max_nodes: int = 64) -> DraftPlan:
-    return DraftPlan(VOCAB, num_tokens, max_nodes, CPU, StageClock(CPU), tiny_model("llama"))
+def plan(num_tokens: int = 120, max_nodes: int = 64, kept: SinkWindow | None = None) -> DraftPlan:
+    return DraftPlan(VOCAB, num_tokens, max_nodes, CPU, StageClock(CPU), tiny_model("llama"), kept)
 
 
 @pytest.mark.parametrize("family", ours.FAMILIES)
@@ -82,6 +84,51 @@ def test_a_model_may_be_asked_about_some_levels_only(tree, data):
     for all_levels, some in zip(*said, strict=True):
         torch.testing.assert_close(some.logprobs, all_levels.logprobs, rtol=1e-5, atol=1e-6)
         assert torch.equal(some.token_ids, all_levels.token_ids)
+
+
+@pytest.mark.parametrize("kept", [None, SinkWindow(2, 5)])
+@given(data=st.data())
+def test_a_model_that_was_left_out_says_what_a_new_one_says(kept, data):
+    """Over iterations in which it is asked about some levels or none, and which end in any way."""
+    drafter, text = ModelDrafter(perturbed("llama")), [3, 1, 4, 1, 5]
+    state = drafter.start(plan(kept=kept))
+    with torch.inference_mode():
+        state.prefill(torch.tensor(text[:-1]))
+        for _ in range(data.draw(st.integers(1, 6))):
+            tree = data.draw(ours.trees(max_depth=3, max_width=3))
+            tree = attrs.evolve(tree, token_ids=torch.cat([torch.tensor(text[-1:]), tree.token_ids[1:]]))
+            committed = torch.tensor(text)
+            for depth in data.draw(st.lists(st.integers(0, tree.max_depth), unique=True).map(sorted)):
+                growing = tree.subtree(tree.depth <= depth)
+                said = state.propose(committed, growing, 4)
+                if kept is None:  # where it drops tokens depends on when it was asked
+                    check_like_new(drafter, committed, growing, said)
+            match data.draw(st.sampled_from(["commit", "rollback", "break"])):
+                case "commit":
+                    path = data.draw(
+                        st.sampled_from([[], *(ancestors_of(tree, node) for node in range(1, tree.num_nodes))])
+                    )
+                    state.commit(tuple(path))
+                    text = [*text, *tree.token_ids[path].tolist(), data.draw(ours.token_ids)]
+                case "rollback":
+                    state.rollback()
+                case _:  # the session goes on after a break
+                    state.rollback()
+                    state.prefill(torch.tensor(text[:-1]))
+        last = torch.tensor(text)
+        said = state.propose(last, TokenTree.root(last[-1:]), 4)
+        assert bool(said.logprobs.isfinite().all())
+        if kept is None:
+            check_like_new(drafter, last, TokenTree.root(last[-1:]), said)
+
+
+def check_like_new(drafter: ModelDrafter, committed: torch.Tensor, tree: TokenTree, said: Proposals) -> None:
+    new = drafter.start(plan())
+    new.prefill(committed[:-1])
+    for depth in range(tree.max_depth + 1):
+        expected = new.propose(committed, tree.subtree(tree.depth <= depth), 4)
+    torch.testing.assert_close(said.logprobs, expected.logprobs, rtol=1e-5, atol=1e-6)
+    assert torch.equal(said.token_ids, expected.token_ids)
 
 
 def ancestors_of(tree: TokenTree, node: int) -> list[int]:

@@ -30,6 +30,7 @@ import dynatree_policies
 from dynatree_core import PrefixCache, Session, hookimpl, run, runner
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import PromptLookupDrafter
+from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.errors import DrafterError, DynaTreeError, ForwardPassError, OutOfMemoryError, PolicyError
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
 
@@ -133,7 +134,8 @@ INTERRUPTS = {
 HOOKS = ["should_expand", "branch_factor", "keep_nodes", "on_iteration_end"]
 
 calls = st.integers(1, 9)
-drafters = st.sampled_from([DRAFTER, "prompt_lookup"])
+UNION = UnionDrafter([ModelDrafter(DRAFTER), PromptLookupDrafter()])
+drafters = st.sampled_from([DRAFTER, UNION, "prompt_lookup"])
 
 
 class Spy:

@@ -47,12 +47,18 @@ CHAINS = [chain(depth) for depth in range(9)]
 
 
 def play(
-    outcome: Callable[[int, int], Outcome], num_tokens: int, *, policy: str = "governor", max_depth: int = 8
+    outcome: Callable[[int, int], Outcome],
+    num_tokens: int,
+    *,
+    policy: str = "governor",
+    max_depth: int = 8,
+    plain: Callable[[int], float] = lambda iteration: 1.0,
 ) -> Played:
     """Decode so many tokens.
 
     Args:
         outcome: of an iteration, by the tokens committed before it and by the depth that was drafted.
+        plain: seconds of a step without drafting, by the iteration.
     """
     stack = build_stack(policy)
     seconds, committed, drafted = 0.0, 0, []
@@ -60,7 +66,7 @@ def play(
         depth = 0
         while depth < max_depth and stack.should_expand(Frontier(CHAINS[depth], len(drafted), 99, 16, fail)):
             depth += 1
-        result = outcome(committed, depth) if depth else Outcome(0, 1.0)
+        result = outcome(committed, depth) if depth else Outcome(0, plain(len(drafted)))
         path = tuple(range(1, result.num_accepted + 1))
         verdict = Verdict(path, path, (1,) * (result.num_accepted + 1))
         stack.on_iteration_end(StepReport(len(drafted), CHAINS[depth], verdict, result.seconds))
@@ -83,6 +89,13 @@ def test_a_useless_drafter_loses_no_more_than_the_bound(loss, num_tokens):
     assert any(played.drafted)
     if num_tokens >= 128 and loss <= 2.5:
         assert played.throughput >= 0.97
+
+
+def test_slow_first_steps_do_not_make_useless_drafting_look_cheap():
+    """A tree of which nothing is accepted has won nothing, however long a step without drafting took."""
+    found = play(lambda committed, depth: Outcome(0, 1.1), 300, plain=lambda iteration: 1.3 if iteration < 2 else 1.0)
+    assert 300 / (found.seconds - 0.6) >= 0.97
+    assert 0 < sum(map(bool, found.drafted)) < 60
 
 
 @pytest.mark.parametrize("max_loss", [0.0, 0.003, 0.05])

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import sys
 
+import attrs
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynatree_bench import rehearse
-from dynatree_bench.rehearse import BEST, GRID, Rehearsal, RehearsedSession, Text, best_of, ratio
-from dynatree_core import CostModel, Session, StepFunction, build_drafter, embedded, generate, run
+from dynatree_bench.rehearse import BEST, GRID, Rehearsal, Text, best_of, known_session, ratio
+from dynatree_core import CostModel, Session, StepFunction, build_drafter, embedded, run
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.testing import strategies as ours
@@ -28,56 +29,91 @@ DRAFTERS = {
 
 
 def known_text(prompt: list[int], num_tokens: int) -> Text:
-    return Text("tiny", tuple(prompt), tuple(greedy(tiny_model("llama"), prompt, num_tokens)))
+    new_ids = tuple(greedy(tiny_model("llama"), prompt, num_tokens))
+    return Text("tiny", tuple(prompt), new_ids, num_tokens)
 
 
 @settings(max_examples=40)
-@given(ours.prompts, st.sampled_from(sorted(DRAFTERS)), st.integers(1, 24), st.data())
-def test_trees_and_accepted_nodes_are_those_of_a_real_run(prompt, name, num_tokens, data):
-    policy = data.draw(st.sampled_from(POLICIES))
-    text = known_text(prompt, num_tokens)
-    real = Session(
-        tiny_model("llama"), DRAFTERS[name], prompt, policy=policy, max_new_tokens=num_tokens, eos_token_id=[]
-    )
-    real.costs = COSTS
-    rehearsed = RehearsedSession(tiny_model("llama"), DRAFTERS[name], text, policy, COSTS)
+@given(
+    ours.prompts, st.sampled_from(sorted(DRAFTERS)), st.sampled_from(POLICIES), st.integers(1, 24), st.integers(0, 24)
+)
+def test_trees_and_accepted_nodes_are_those_of_a_real_run(prompt, name, policy, num_tokens, end):
+    """Also where an end token comes before as many tokens as there might be."""
+    target, text = tiny_model("llama"), known_text(prompt, num_tokens)
+    end_ids = text.new_ids[end : end + 1]
+    text = cut_behind(text, end_ids)
+    real = Session(target, DRAFTERS[name], prompt, policy=policy, max_new_tokens=num_tokens, eos_token_id=list(end_ids))
+    rehearsed = known_session(target, DRAFTERS[name], text, policy)
+    real.costs = rehearsed.costs = COSTS
     reports = [list(run(session)) for session in (real, rehearsed)]
     for theirs, mine in zip(*reports, strict=True):
         assert torch.equal(mine.tree.token_ids, theirs.tree.token_ids)
         assert torch.equal(mine.tree.parent, theirs.tree.parent)
         assert mine.verdict == theirs.verdict
-    assert real.result().report.steps == rehearsed.result().report.steps
+    assert tuple(rehearsed.new_token_ids) == text.new_ids
+
+
+def cut_behind(text: Text, end_ids: tuple[int, ...]) -> Text:
+    ends = [i for i, token in enumerate(text.new_ids) if token in end_ids]
+    new_ids = text.new_ids[: ends[0] + 1] if ends else text.new_ids
+    return attrs.evolve(text, new_ids=new_ids, end_ids=end_ids)
 
 
 def test_passes_cost_what_the_cost_model_says():
-    text = known_text([1, 2, 3], 20)
-    session = RehearsedSession(tiny_model("llama"), DRAFTERS["model"], text, "fixed(depth=2,branch=2,tau=0.0)", COSTS)
-    expected = 0.0
+    text, policy = known_text([1, 2, 3], 20), "fixed(depth=2,branch=2,tau=0.0)"
+    session = known_session(tiny_model("llama"), DRAFTERS["model"], text, policy)
+    expected, num_levels, last_accepted = 0.0, 0, 0
     for report in run(session):
-        widths = report.tree.level_sizes[:-1]  # each was looked at, and the deepest one was not
-        expected += COSTS.tree_seconds(report.tree.num_drafted, widths)
-        if report.tree.max_depth == 2:
-            assert report.seconds == pytest.approx(COSTS.tree_seconds(report.tree.num_drafted, widths))
-    assert session.priced_clock.now == pytest.approx(expected)
+        # each level was looked at but the deepest; the root's pass has the accepted one of those too
+        rows = [1 + (last_accepted == 2), *report.tree.level_sizes[1:-1]]
+        rows = rows if report.tree.num_drafted else []
+        expected += COSTS.tree_seconds(report.tree.num_drafted, rows)
+        num_levels += len(rows)
+        last_accepted = report.num_accepted
+    found = rehearse.rehearse(tiny_model("llama"), DRAFTERS["model"], text, policy, COSTS)
+    assert found.seconds == pytest.approx(expected)
+    assert (found.num_passes, found.num_tokens) == (num_levels, 20)
+    assert found.plain_seconds == pytest.approx(20 * COSTS.plain_seconds())
 
 
-def test_levels_that_no_model_was_asked_about_cost_nothing():
-    loop = Text("tiny", tuple([7, 3, 5] * 4), tuple([7, 3, 5] * 6))  # a text that repeats itself
-    asked = {}
-    for name in DRAFTERS:
-        session = RehearsedSession(tiny_model("llama"), DRAFTERS[name], loop, "fixed(depth=5,branch=1)", COSTS)
-        steps = [(report.tree.num_drafted, report.seconds) for report in run(session)]
-        asked[name] = session.num_levels
-        if not session.num_levels:
-            assert steps == [(drafted, pytest.approx(COSTS.tree_seconds(drafted, []))) for drafted, _ in steps]
-    assert asked["model"] >= 15
-    assert asked["prompt_lookup"] == asked["union"] == 0
+def test_what_a_model_was_left_out_of_is_paid_for_once_it_is_asked():
+    """A copy of twelve tokens that the lookup alone drafts, then a token that was never there."""
+    loop = [7, 3, 5]
+    text = Text("tiny", tuple(loop * 4), (*loop * 4, 11, 12, 13), 15)
+    prices = rehearse.Prices(COSTS)
+    session = known_session(tiny_model("llama"), DRAFTERS["union"], text, "fixed(depth=3,branch=1)")
+    [model] = rehearse._runners(session.draft_state)
+    rows: list[int] = []
+    forward = model.forward
+
+    def noted(flat, *arguments, **options):
+        rows.append(flat.num_rows)
+        return forward(flat, *arguments, **options)
+
+    model.forward = noted
+    prices.charge(model)
+    passes = [(prices.num_passes, len(report.token_ids)) for report in run(session)]
+    asked = [before[0] < after[0] for before, after in zip([(0, 0), *passes], passes, strict=False)]
+    assert not any(asked[:3]), "the lookup knows how the loop goes on"
+    assert any(asked[3:])
+    decoding = rows[-prices.num_passes :]
+    assert decoding[0] >= 12, "the copied tokens go through it at once"
+    assert prices.seconds == pytest.approx(sum(map(COSTS.draft, decoding)))
 
 
 def test_a_text_that_the_policy_does_not_reach_is_an_error(monkeypatch):
     monkeypatch.setattr(Session, "stop_reason", property(lambda self: "length" if self.num_iterations else None))
     with pytest.raises(RuntimeError, match="of the known text"):
         rehearse.rehearse(tiny_model("llama"), DRAFTERS["model"], known_text([1, 2], 30), "fixed(depth=2)", COSTS)
+
+
+def test_policies_hear_the_priced_seconds():
+    drafter, text = DRAFTERS["model"], known_text([1, 2, 3], 30)
+    dear = attrs.evolve(COSTS, draft=StepFunction((1,), (50.0,)))
+    cheap, priced_out = (
+        rehearse.rehearse(tiny_model("llama"), drafter, text, "fixed+governor", costs) for costs in (COSTS, dear)
+    )
+    assert priced_out.num_passes < cheap.num_passes / 2
 
 
 def test_the_best_of_each_kind_is_chosen_afterwards():
@@ -100,18 +136,8 @@ def test_the_command_on_a_few_tokens(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["rehearse", *arguments])
     assert rehearse.main() == 0
     printed = capsys.readouterr().out
-    for expected in ("mine", "tok/it", "asked levels", BEST, "depth=2", *rehearse.POLICIES):
+    for expected in ("mine", "tok/it", "passes", BEST, "depth=2", *rehearse.POLICIES):
         assert expected in printed
     found = json.loads(output.read_text())
     assert set(found["policies"]) == {*rehearse.POLICIES, *GRID[:2]}
     assert all(1 <= policy["tokens_per_iteration"] <= 6 for policy in found["policies"].values())
-
-
-def test_what_was_generated_is_what_is_rehearsed():
-    """A text that ends with an end token is decoded again as it stands."""
-    target = tiny_model("llama")
-    plain = generate(target, None, [1, 2, 3], policy="autoregressive", max_new_tokens=12, eos_token_id=[])
-    end = plain.token_ids[4]
-    cut = generate(target, None, [1, 2, 3], policy="autoregressive", max_new_tokens=12, eos_token_id=end)
-    found = rehearse.rehearse(target, DRAFTERS["model"], Text("a", (1, 2, 3), tuple(cut.token_ids)), "phase1", COSTS)
-    assert found.num_tokens == len(cut.token_ids) < 12

@@ -204,25 +204,27 @@ def test_a_union_proposes_what_either_knows():
 
 
 class Sure(Drafter):
-    """Says that the next token is one more, with a probability."""
+    """Says that the next token is one more, with a probability; with `only_even` where the last one is even."""
 
-    def __init__(self, probability: float) -> None:
-        self.probability = probability
+    def __init__(self, probability: float, *, only_even: bool = False) -> None:
+        self.probability, self.only_even = probability, only_even
 
     def start(self, plan: DraftPlan) -> SureState:
-        return SureState(self.probability)
+        return SureState(self)
 
 
 class SureState(DraftState):
-    def __init__(self, probability: float) -> None:
-        self.probability = probability
+    def __init__(self, drafter: Sure) -> None:
+        self.drafter = drafter
 
     def prefill(self, committed_ids):
         pass
 
     def propose(self, committed_ids, tree, k):
-        token_ids = ((tree.token_ids[tree.last_level] + 1) % VOCAB)[:, None]
-        return padded_proposals(token_ids, torch.full(token_ids.shape, self.probability).log(), k)
+        token_ids = tree.token_ids[tree.last_level]
+        is_known = (token_ids % 2 == 0) | (not self.drafter.only_even)
+        probs = torch.where(is_known, self.drafter.probability, 0.0)
+        return padded_proposals(((token_ids + 1) % VOCAB)[:, None], probs[:, None].log(), k)
 
     def commit(self, draft_path):
         pass
@@ -231,9 +233,9 @@ class SureState(DraftState):
         pass
 
 
-@pytest.mark.parametrize(("probability", "asked"), [(0.95, 1), (0.5, 4)])
-def test_a_model_is_not_asked_where_the_last_drafter_is_sure(probability, asked):
-    """Below the root, that is; all levels of a tree of 4 otherwise."""
+@pytest.mark.parametrize(("probability", "asked"), [(0.95, 0), (0.5, 0), (0.2, 4)])
+def test_a_model_is_not_asked_where_the_last_drafter_knows_enough(probability, asked):
+    """About any level of a tree of 4, or about all of them."""
     target, passes = tiny_model("llama"), []
     drafter = ModelDrafter(perturbed("llama"))
     state = UnionDrafter([drafter, Sure(probability)]).start(plan_for(target))
@@ -246,7 +248,7 @@ def test_a_model_is_not_asked_where_the_last_drafter_is_sure(probability, asked)
         del passes[:]
         for depth in range(4):
             proposals = state.propose(text, tree, 2)
-            assert proposals.token_ids[0, 0] == 4 + depth
+            assert asked or proposals.token_ids[0, 0] == 4 + depth
             tree = tree.grow(torch.tensor([depth]), proposals.token_ids[0, :1], proposals.logprobs[0, :1])
     assert len(passes) == asked
 
@@ -259,9 +261,10 @@ def counted(function, calls):
     return call
 
 
-@pytest.mark.parametrize("probability", [0.3, 0.95, 1.0])
-def test_a_union_that_skips_levels_keeps_to_the_contract(probability):
+@pytest.mark.parametrize("last", [Sure(0.1), Sure(0.95), Sure(1.0), Sure(0.95, only_even=True)])
+def test_a_union_that_skips_levels_keeps_to_the_contract(last):
+    """The model is asked about all levels, about none, or about some of a tree and in some iterations."""
     target = tiny_model("llama")
-    union = UnionDrafter([ModelDrafter(perturbed("llama")), Sure(probability)])
+    union = UnionDrafter([ModelDrafter(perturbed("llama")), last])
     assert_drafter_contract(union, target=target, max_examples=20)
     assert_lossless(ours.stacks(), drafter=union, max_examples=10)

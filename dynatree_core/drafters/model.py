@@ -1,8 +1,9 @@
 """The `model` drafter: a small causal language model with the target's vocabulary (Leviathan et al. 2023,
 Chen et al. 2023), expanding a whole tree level in one forward pass.
 
-It keeps its cache across iterations: rows of accepted nodes stay, and the one or two committed tokens that it
-has not seen are its next root block. No token goes through it twice, unless the target's cache is bounded.
+It keeps its cache across iterations: rows of accepted nodes stay, and the committed tokens that it has not seen, one or
+two unless it was left out, are its next root block. No token goes through it twice, unless the target's cache is
+bounded.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dynatree_core.errors import ContextLimitError, ParameterError, VocabularyMi
 from dynatree_core.flatten import flatten_chain, flatten_level
 from dynatree_core.models import load_model
 from dynatree_core.records import FlatTrees, Proposals
-from dynatree_core.runner import ModelRunner
+from dynatree_core.runner import PREFILL_CHUNK, ModelRunner
 from dynatree_core.student import RestrictedHead, SharedEmbedding
 from dynatree_core.tree import TokenTree
 
@@ -102,7 +103,9 @@ class ModelDraftState(DraftState):
 
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
         followed = self._followed(committed_ids)
-        if self.cache.length < followed.numel():
+        is_behind = self.cache.length < followed.numel()  # it is not once the root was asked about
+        assert is_behind or tree.max_depth > 0, "the root is asked about once an iteration at most"
+        if is_behind:
             logits = self._catch_up(followed)
         if tree.max_depth > 0:
             flat = flatten_level(tree, self.cache.length, self.cache.block_len)
@@ -113,9 +116,9 @@ class ModelDraftState(DraftState):
         return attrs.evolve(proposals, token_ids=self.token_of[proposals.token_ids])
 
     def _catch_up(self, followed: Tensor) -> Tensor:
-        """Put all tokens that are followed through the model, the root last; its logits [1, outputs]."""
-        if self.cache.length == 0:  # it begins anew
-            self.runner.prefill(self._own(followed[:-1]), self.cache)
+        """Put the tokens that it has not seen through the model, the root last; its logits [1, outputs]."""
+        if followed.numel() - self.cache.length > PREFILL_CHUNK:  # it was left out for long, or begins anew
+            self.runner.prefill(self._own(followed[self.cache.length : -1]), self.cache)
         self.num_settled = self.cache.length
         flat = flatten_chain(followed[self.num_settled :], self.num_settled)
         logits = self._forward(flat, last_row_only=True)

@@ -20,8 +20,10 @@ from dynatree_core.tree import TokenTree
 
 __all__ = ["UnionDrafter"]
 
-# of the probability of a node's children. An earlier occurrence of one token leaves over 0.8, of two 0.5; so the root
-# takes two tokens or several occurrences that agree, and what goes on from there leaves over less
+# of the probability of a node's children. An earlier occurrence of two tokens leaves over 0.5, two of one token 0.67,
+# whether they agree or not. With 0.7 the embedded pair drafts 2.18 tokens an iteration of `phase1` with 1.3 passes of
+# its model (36 prompts of Spec-Bench, rehearsed), with 0.5 2.23 with 1.9, with 0.35 2.26 with 2.3; 0.7 is the fastest.
+# To ask how likely the best child is instead came to the same speed
 LITTLE = 0.7
 
 

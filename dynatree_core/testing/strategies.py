@@ -27,6 +27,9 @@ from dynatree_core import (
     hookimpl,
 )
 from dynatree_core.composition import format_stack, parse_stack
+from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.drafters.prompt_lookup import PromptLookupDrafter
+from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.errors import ParameterError
 from dynatree_core.params import DOMAIN
 from dynatree_core.plugins import (
@@ -335,9 +338,10 @@ class HostileState(DraftState):
 def drafters(draw: st.DrawFn, family: str, seed: int) -> Any:
     """For the target `tiny_model(family, seed)`, from perfect to hostile.
 
-    The target itself, a perturbed copy, an unrelated model, one of another family, the prompt, noise, or None.
+    The target itself, a perturbed copy, an unrelated model, one of another family, the prompt, a model where the
+    prompt knows too little, noise, or None.
     """
-    kind = draw(st.sampled_from(["self", "near", "far", "other_family", "prompt_lookup", "hostile", "none"]))
+    kind = draw(st.sampled_from(["self", "near", "far", "other_family", "prompt_lookup", "union", "hostile", "none"]))
     match kind:
         case "self":
             return tiny_model(family, seed)
@@ -349,6 +353,8 @@ def drafters(draw: st.DrawFn, family: str, seed: int) -> Any:
             return tiny_model(draw(families), seed + 20)
         case "prompt_lookup":
             return f"prompt_lookup(max_ngram={draw(st.integers(1, 4))},max_matches={draw(st.integers(1, 6))})"
+        case "union":
+            return UnionDrafter([ModelDrafter(perturbed(family, seed, 0.05)), PromptLookupDrafter()])
         case "hostile":
             return HostileDrafter(draw(st.integers(0, 1000)))
         case _:
