@@ -6,9 +6,9 @@ prompt and each drafter, useless ones among them. What is to be shown is at leas
 Method: every prompt is decoded autoregressively and by every stack with every drafter, one after another in rotating
 order, in one process after a warm-up, as many times as --repeats says, of which the median counts. A ratio is the
 decoding time of all prompts of a kind without drafting ÷ with it; its interval is that of 95 % of 2,000 resamplings of
-the prompts. The useless drafters are a model of two small layers
-with random weights, and `noise`, which proposes random tokens at no cost and says that it is sure of them. The machine
-is watched while it runs, because a busy one says nothing about speed.
+the prompts. The useless drafters are a model of two small layers with random weights, and `noise`, which proposes
+random tokens at no cost and says that it is sure of them. The machine is watched while it runs, because a busy one says
+nothing about speed.
 
 Output: a table per kind of prompt, then the lowest ratio of a stack with `governor` or `cost_aware` in it. Exit code 1
 if any output differed from autoregressive decoding, 2 if that ratio is below 0.97.
@@ -224,7 +224,9 @@ def measure(
                     progress.advance(task)
             plain = _median(found[None])
             for method in methods:
-                different = [result for result in found[method] if result.token_ids != plain.token_ids]
+                different = [
+                    result for result in found[method] if any(result.token_ids != p.token_ids for p in found[None])
+                ]
                 results[kind, method].append(Pair(plain, different[0] if different else _median(found[method])))
     return dict(results)
 

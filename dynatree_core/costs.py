@@ -36,12 +36,13 @@ from dynatree_core.tree import TokenTree
 
 __all__ = ["folder", "isotonic", "measured_costs"]
 
-ROWS = (1, 2, 4, 8, 16, 32, 64)  # of the target's passes
+# of the target's passes; between coarser steps a policy would take as many rows as the next step has
+ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 WIDTHS = (1, 2, 4, 8, 16, 32)  # of the drafter's levels
 PREFIX = 32  # committed tokens behind which passes are measured, fewer where the context is shorter
 ROUNDS = 3  # after one to warm up; `dynatree calibrate` makes more
 PATIENCE = 3.0  # seconds
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # a kept measurement is made anew where a pass over one row takes so many times as long now, or so many times less
 STALE_FACTOR = 1.5
 

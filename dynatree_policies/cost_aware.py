@@ -57,6 +57,7 @@ class CostAware:
     costs: CostModel | None = attrs.field(default=None, init=False, repr=False)
     _tables: tuple[CostModel, Tensor, Tensor] | None = attrs.field(default=None, init=False, repr=False)
     _last: tuple[TokenTree, Tensor] | None = attrs.field(default=None, init=False, repr=False)
+    _wanted: Tensor | None = attrs.field(default=None, init=False, repr=False)  # path acceptances of the next level
 
     def __attrs_post_init__(self) -> None:
         if self.remember and Path(self.remember).exists():
@@ -83,8 +84,9 @@ class CostAware:
         at_parent = self._path_acceptance(tree)[tree.last_level]
         rank = torch.arange(frontier.max_branch, device=device)
         given_parent = self.estimator.predict(frontier.top_logprobs, rank, frontier.depth + 1)
+        own = at_parent[:, None] * given_parent  # [width, k]
         # a child comes with those of lower rank, so it is worth no more than the least of them
-        accepted = (at_parent[:, None] * given_parent).cummin(dim=1).values  # [width, k]
+        accepted = own.cummin(dim=1).values
         best = accepted.flatten().topk(min(frontier.nodes_left, accepted.numel())).values
         wins = self._wins(best, tree.num_drafted, self._rate(costs), costs, self.max_depth - frontier.depth - 1)
         num_children = int(wins.argmax())
@@ -92,7 +94,9 @@ class CostAware:
         self._learn_look(float(wins[num_children]) / max(float(at_parent.sum()), 1e-6))
         if num_children == 0:
             return torch.zeros(frontier.width, dtype=torch.int64, device=device)
-        return ((accepted >= best[num_children - 1]) & (accepted > 0)).sum(dim=1)
+        is_wanted = (accepted >= best[num_children - 1]) & (accepted > 0)
+        self._wanted = own[is_wanted]
+        return is_wanted.sum(dim=1)
 
     @hookimpl
     def keep_nodes(self, tree: TokenTree) -> Tensor | None:
@@ -120,7 +124,7 @@ class CostAware:
         self._count(report)
         if self.remember and report.verdict.stop_reason is not None:
             self._keep()
-        self.widths, self.costs, self._last = [], None, None
+        self.widths, self.costs, self._last, self._wanted = [], None, None, None
 
     def _keep(self) -> None:
         try:
@@ -130,11 +134,17 @@ class CostAware:
 
     def _path_acceptance(self, tree: TokenTree) -> Tensor:
         """[nodes] float32: how likely each node is to be accepted."""
-        if self._last is None or self._last[0] is not tree:
+        if self._last is not None and self._last[0] is tree:
+            return self._last[1]
+        wanted, self._wanted = self._wanted, None
+        if self._last is not None and wanted is not None and _has_grown(self._last[0], wanted.numel(), tree):
+            value = torch.cat([self._last[1], wanted])  # nobody else had a say
+        else:
             given_parent = self.estimator.predict(tree.logprob, tree.rank, tree.depth).clamp(min=1e-9)
             given_parent[0] = 1.0
-            self._last = tree, (tree.ancestor_mask.float() @ given_parent.log()).exp()
-        return self._last[1]
+            value = (tree.ancestor_mask.float() @ given_parent.log()).exp()
+        self._last = tree, value
+        return value
 
     def _rate(self, costs: CostModel) -> float:
         """λ: tokens a second of late, as many at least as without drafting."""
@@ -181,3 +191,8 @@ class CostAware:
         if num_trials:
             self.hits = MEMORY * self.hits + num_accepted
             self.trials = MEMORY * self.trials + num_trials
+
+
+def _has_grown(before: TokenTree, num_children: int, tree: TokenTree) -> bool:
+    """Whether a tree is another one with a level of so many nodes: of those that were wanted, then, all."""
+    return tree.level_sizes == (*before.level_sizes, num_children)

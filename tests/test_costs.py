@@ -105,7 +105,7 @@ def test_a_slow_machine_makes_do_with_fewer_rounds(folder, priced):
     target = tiny_model("llama")
     priced.price(target, lambda rows: 100.0)
     assert measured_costs(target, None).verify(1) == 100.0
-    assert priced.num_passes <= 12  # a prefill, a round, and a few more for the rest
+    assert priced.num_passes <= len(ROWS) + 5  # a prefill, a round, and a few more for the rest
 
 
 def test_without_a_drafter_levels_are_free(folder):
