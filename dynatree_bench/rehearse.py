@@ -55,7 +55,7 @@ GRID = tuple(
     f"fixed(depth={depth},branch={branch},tau={tau})"
     for depth, branch, tau in itertools.product((2, 3, 4, 5, 6, 8), (1, 2, 3), (0.02, 0.05, 0.1))
 )
-BEST = "best fixed tree of the grid"
+BEST = "best fixed tree"
 
 
 @attrs.frozen
@@ -290,8 +290,13 @@ def _mean(found: Sequence[Rehearsal], name: str) -> float:
 
 def _table(results: dict[str, list[Rehearsal]], shown: Sequence[str], grid: Sequence[str]) -> Table:
     kinds = list(by_kind(next(iter(results.values()))))
-    table = Table(title="priced speed against autoregressive decoding", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("policy")
+    table = Table(
+        title="priced speed against autoregressive decoding",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("policy", no_wrap=True)
     for heading in ("all", *kinds, "tok/it", "nodes", "passes"):
         table.add_column(heading, justify="right", no_wrap=True)
     for policy in shown:
