@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 from dynatree_core import InputError, LoadedModel, cli_models
 
-__all__ = ["BUILT_IN", "chat_ids", "load_prompts", "read_objects"]
+__all__ = ["BUILT_IN", "chat_ids", "load_prompts", "parsed_arguments", "read_objects"]
 
 BUILT_IN: dict[str, list[str]] = {
     "prose": [
@@ -89,6 +90,26 @@ def read_objects(path: Path, *names: str) -> Iterator[dict[str, Any]]:
         if not is_sound:
             raise InputError(f"{path}, line {number}: must be a JSON object with {wanted}, got {line[:60]!r}")
         yield record
+
+
+def parsed_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> argparse.Namespace:
+    """The arguments of a command, after which prompts and how many new tokens were added to them.
+
+    Args:
+        parser: it has the command's own.
+        max_new_tokens: unless another number is asked for.
+    """
+    parser.add_argument(
+        "--prompts", type=Path, help='JSON lines with "prompt" and "category" (default: built-in prompts)'
+    )
+    parser.add_argument("--per-kind", type=int, default=5, help="prompts of each kind (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=max_new_tokens, help="of each output (default: %(default)s)"
+    )
+    arguments = parser.parse_args()
+    if min(arguments.per_kind, arguments.max_new_tokens) < 1:
+        parser.error("--per-kind and --max-new-tokens must be at least 1")
+    return arguments
 
 
 def chat_ids(default: LoadedModel, prompt: str) -> list[int]:

@@ -40,7 +40,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dynatree_bench.machine import provenance
 from dynatree_bench.never_slower import make_drafter
-from dynatree_bench.prompts import chat_ids, load_prompts
+from dynatree_bench.prompts import chat_ids, load_prompts, parsed_arguments
 from dynatree_core import CostModel, Drafter, DraftPlan, DraftState, Session, generate, load_model, run
 from dynatree_core.architectures import vocab_size
 from dynatree_core.clock import StageClock
@@ -218,10 +218,15 @@ def by_kind(found: Iterable[Rehearsal]) -> dict[str, list[Rehearsal]]:
     return dict(kinds)
 
 
+def ratios(found: Iterable[Rehearsal]) -> dict[str, float]:
+    """The ratio of each kind of text."""
+    return {kind: ratio(of_kind) for kind, of_kind in by_kind(found).items()}
+
+
 def best_of(results: dict[str, list[Rehearsal]], policies: Sequence[str]) -> dict[str, str]:
     """The policy that is the fastest of some, for each kind of text."""
-    kinds = by_kind(results[policies[0]])
-    return {kind: max(policies, key=lambda policy: ratio(by_kind(results[policy])[kind])) for kind in kinds}
+    found = {policy: ratios(results[policy]) for policy in policies}
+    return {kind: max(policies, key=lambda policy: found[policy][kind]) for kind in found[policies[0]]}
 
 
 def main() -> int:
@@ -273,7 +278,7 @@ def document(results: dict[str, list[Rehearsal]], costs: CostModel, arguments: a
         "policies": {
             policy: {
                 "ratio": ratio(found),
-                "by_kind": {kind: ratio(of_kind) for kind, of_kind in by_kind(found).items()},
+                "by_kind": ratios(found),
                 "tokens_per_iteration": _mean(found, "num_tokens"),
                 "nodes_per_iteration": _mean(found, "num_nodes"),
                 "passes_per_iteration": _mean(found, "num_passes"),
@@ -301,13 +306,13 @@ def _table(results: dict[str, list[Rehearsal]], shown: Sequence[str], grid: Sequ
         table.add_column(heading, justify="right", no_wrap=True)
     for policy in shown:
         found = results[policy]
-        speeds = [ratio(found), *(ratio(by_kind(found)[kind]) for kind in kinds)]
+        speeds = [ratio(found), *ratios(found).values()]
         counts = [_mean(found, name) for name in ("num_tokens", "num_nodes", "num_passes")]
         table.add_row(policy, *(f"{number:.2f}" for number in (*speeds, *counts)))
     if grid:
         best = best_of(results, grid)
         overall = max(grid, key=lambda policy: ratio(results[policy]))
-        speeds = [ratio(results[overall]), *(ratio(by_kind(results[best[kind]])[kind]) for kind in kinds)]
+        speeds = [ratio(results[overall]), *(ratios(results[best[kind]])[kind] for kind in kinds)]
         table.add_row(BEST, *(f"{speed:.2f}" for speed in speeds), "", "", "")
         names = [name.removeprefix("fixed(").removesuffix(")") for name in (overall, *best.values())]
         table.add_row("  which is", *(name.replace(",", "\n") for name in names), "", "", "")
@@ -322,16 +327,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--drafter", default="distilled+prompt_lookup", help="default: %(default)s")
     parser.add_argument("--policy", action="append", help=f"may be repeated (default: {', '.join(POLICIES)})")
     parser.add_argument("--grid", action="store_true", help=f"also {len(GRID)} fixed trees, and the best of each kind")
-    parser.add_argument(
-        "--prompts", type=Path, help='JSON lines with "prompt" and "category" (default: built-in prompts)'
-    )
-    parser.add_argument("--per-kind", type=int, default=5, help="prompts of each kind (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="write everything that was found to this file")
-    arguments = parser.parse_args()
-    if min(arguments.per_kind, arguments.max_new_tokens) < 1:
-        parser.error("--per-kind and --max-new-tokens must be at least 1")
-    return arguments
+    return parsed_arguments(parser, max_new_tokens=128)
 
 
 if __name__ == "__main__":

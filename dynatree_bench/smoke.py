@@ -36,7 +36,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dynatree_bench.machine import BUSY_PERCENT, busy_percent
-from dynatree_bench.prompts import BUILT_IN, chat_ids, load_prompts
+from dynatree_bench.prompts import BUILT_IN, chat_ids, load_prompts, parsed_arguments
 from dynatree_core import GenerationResult, LoadedModel, generate, load_model
 
 BASELINE = "autoregressive"
@@ -225,17 +225,9 @@ def _print_memory(console: Console, max_new_tokens: int) -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dynatree_bench.smoke", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--prompts", type=Path, help='JSON lines with "prompt" and "category" (default: built-in prompts)'
-    )
-    parser.add_argument("--per-kind", type=int, default=5, help="prompts of each kind (default: 5)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="default: 64")
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory measurement")
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)  # how this program calls itself
-    arguments = parser.parse_args()
-    if min(arguments.per_kind, arguments.max_new_tokens) < 1:
-        parser.error("--per-kind and --max-new-tokens must be at least 1")
-    return arguments
+    return parsed_arguments(parser, max_new_tokens=64)
 
 
 if __name__ == "__main__":

@@ -136,14 +136,14 @@ class CostAware:
         """[nodes] float32: how likely each node is to be accepted."""
         if self._last is not None and self._last[0] is tree:
             return self._last[1]
-        wanted, self._wanted = self._wanted, None
-        if self._last is not None and wanted is not None and _has_grown(self._last[0], wanted.numel(), tree):
-            value = torch.cat([self._last[1], wanted])  # nobody else had a say
+        before, wanted = self._last, self._wanted
+        if before and wanted is not None and tree.level_sizes == (*before[0].level_sizes, wanted.numel()):
+            value = torch.cat([before[1], wanted])  # the level has all that were wanted: nobody else had a say
         else:
             given_parent = self.estimator.predict(tree.logprob, tree.rank, tree.depth).clamp(min=1e-9)
             given_parent[0] = 1.0
             value = (tree.ancestor_mask.float() @ given_parent.log()).exp()
-        self._last = tree, value
+        self._last, self._wanted = (tree, value), None
         return value
 
     def _rate(self, costs: CostModel) -> float:
@@ -191,8 +191,3 @@ class CostAware:
         if num_trials:
             self.hits = MEMORY * self.hits + num_accepted
             self.trials = MEMORY * self.trials + num_trials
-
-
-def _has_grown(before: TokenTree, num_children: int, tree: TokenTree) -> bool:
-    """Whether a tree is another one with a level of so many nodes: of those that were wanted, then, all."""
-    return tree.level_sizes == (*before.level_sizes, num_children)

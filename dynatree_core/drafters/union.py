@@ -22,7 +22,7 @@ __all__ = ["UnionDrafter"]
 
 # of the probability of a node's children. An earlier occurrence of two tokens leaves over 0.5, two of one token 0.67,
 # whether they agree or not. With 0.7 the embedded pair drafts 2.18 tokens an iteration of `phase1` with 1.3 passes of
-# its model (36 prompts of Spec-Bench, rehearsed), with 0.5 2.23 with 1.9, with 0.35 2.26 with 2.3; 0.7 is the fastest.
+# its model (36 prompts of Spec-Bench, rehearsed), with 0.5 2.24 with 2.2, with 0.35 2.27 with 2.5; 0.7 is the fastest.
 # To ask how likely the best child is instead came to the same speed
 LITTLE = 0.7
 
