@@ -5,6 +5,8 @@ lies, which costs a pass over two rows nearly twice what one row costs. oneDNN c
 its kernels read them; then eight rows cost little more than one, which is what a tree needs. It is what
 torch.compile does with frozen weights on a CPU, without the minutes of compiling.
 
+Layers that read the same rows, such as those for queries, keys and values, are one matrix and one product.
+
 Over a long context attention is the larger part. Under a mask transformers repeats the keys and values of grouped heads
 for every query head in each layer; here the kernel is told that they are grouped, with the same result to the last bit.
 
@@ -19,7 +21,7 @@ import copy
 import platform
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import attrs
@@ -34,6 +36,10 @@ from dynatree_core.student import RestrictedHead
 __all__ = ["can_pack", "is_packed", "is_untouched", "pack", "packed_bytes"]
 
 ATTENTION = "dynatree_grouped"  # under which transformers knows grouped_attention
+
+# layers of one module that read the same rows, by their names in transformers. Names alone decide nothing: layers get
+# their share of a product only for the very rows that it was computed for
+READ_THE_SAME = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 # rows that the layout is chosen for; measured with 1, 8 and 16, which is as good, and better than 1 for any number
 ROWS_HINT = 8
@@ -77,18 +83,45 @@ def grouped_attention(
 AttentionInterface.register(ATTENTION, grouped_attention)
 
 
-class _Packed(nn.Module):
-    """A linear layer with a packed copy of its matrix."""
+class _Product:
+    """The packed copy of the matrices of layers, one below the other, and their product with the last rows."""
 
-    packed: Tensor  # opaque to everything but oneDNN
-    bias: Any
+    def __init__(self, layers: Sequence[Any]) -> None:
+        matrices = [layer.weight.t() if type(layer) is Conv1D else layer.weight for layer in layers]
+        self.num_outputs = [matrix.shape[0] for matrix in matrices]
+        matrix = torch.cat(matrices) if len(layers) > 1 else matrices[0].contiguous()  # [outputs, inputs]
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(matrix, ROWS_HINT)  # opaque to everything but oneDNN
+        self.bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+        # one tuple, so that threads never see the rows of one pass with the product of another
+        self._last: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
-    def forward(self, rows: Tensor) -> Tensor:
-        if rows.dtype != self.packed.dtype or torch.is_autocast_enabled("cpu"):
-            plain: Tensor = super().forward(rows)
-            return plain
+    def of(self, rows: Tensor, layer: int) -> Tensor:
+        """The product of rows [..., inputs] with one layer's matrix: computed for all when the first of them asks."""
+        if len(self.num_outputs) == 1:
+            return self._computed(rows)
+        last = self._last
+        if last is None or last[0] is not rows:
+            last = self._last = rows, torch.split_with_sizes(self._computed(rows), self.num_outputs, dim=-1)
+        if layer == len(self.num_outputs) - 1:
+            self._last = None  # all have it
+        return last[1][layer]
+
+    def _computed(self, rows: Tensor) -> Tensor:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
         return product
+
+
+class _Packed(nn.Module):
+    """A linear layer whose matrix is in a packed product."""
+
+    product: _Product
+    place: int  # among the layers of the product
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if rows.dtype != self.product.packed.dtype or torch.is_autocast_enabled("cpu"):
+            plain: Tensor = super().forward(rows)
+            return plain
+        return self.product.of(rows, self.place)
 
 
 class _PackedLinear(_Packed, nn.Linear):
@@ -168,19 +201,36 @@ def _packed_copy(model: nn.Module) -> nn.Module:
     # families that do not look attention up by its name, such as Falcon, know "sdpa" only
     if twin.config._attn_implementation == "sdpa" and twin._supports_attention_backend:
         twin.config._attn_implementation = ATTENTION
-    for layer in [layer for layer in twin.modules() if _is_packable(layer)]:
-        weight: Tensor = layer.weight.detach()
-        matrix = weight.t().contiguous() if type(layer) is Conv1D else weight  # [outputs, inputs]
-        layer.__class__ = _KINDS[type(layer)]
-        layer.packed = torch.ops.mkldnn._reorder_linear_weight(matrix, ROWS_HINT)
+    for layers in _products(twin):
+        product = _Product(layers)
+        for place, layer in enumerate(layers):
+            layer.__class__ = _KINDS[type(layer)]
+            layer.product, layer.place = product, place
     packed: nn.Module = twin
     return packed
 
 
-def _is_packable(layer: nn.Module) -> bool:
+def _products(model: nn.Module) -> list[list[Any]]:
+    """The layers that can be packed, those together that read the same rows."""
+    together: list[list[Any]] = []
+    for part in model.modules():
+        for names in READ_THE_SAME:
+            layers = [getattr(part, name, None) for name in names]
+            if all(map(_is_packable, layers)) and len(set(map(_kind, layers))) == 1:
+                together.append(layers)
+    done = {id(layer) for layers in together for layer in layers}
+    return together + [[part] for part in model.modules() if _is_packable(part) and id(part) not in done]
+
+
+def _kind(layer: Any) -> Hashable:
+    """What layers must have in common to be one product."""
+    return type(layer), layer.weight.shape[-1], layer.weight.dtype, layer.bias is None
+
+
+def _is_packable(layer: Any) -> bool:
     if type(layer) not in _KINDS:  # a class of its own may multiply in its own way
         return False
-    dtype: torch.dtype = layer.weight.dtype  # type: ignore[assignment]
+    dtype: torch.dtype = layer.weight.dtype
     has_bfloat16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float32 or has_bfloat16
 

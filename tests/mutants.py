@@ -474,8 +474,8 @@ MUTANTS = (
     Mutant(
         "packed layers know no autocast",
         "dynatree_core/packed.py",
-        'if rows.dtype != self.packed.dtype or torch.is_autocast_enabled("cpu"):',
-        "if rows.dtype != self.packed.dtype:",
+        'if rows.dtype != self.product.packed.dtype or torch.is_autocast_enabled("cpu"):',
+        "if rows.dtype != self.product.packed.dtype:",
         ("tests/test_packed.py::test_autocast_is_obeyed",),
     ),
     Mutant(
@@ -488,9 +488,30 @@ MUTANTS = (
     Mutant(
         "GPT-2's matrices are packed as they lie",
         "dynatree_core/packed.py",
-        "weight.t().contiguous() if type(layer) is Conv1D else weight",
-        "weight",
+        "layer.weight.t() if type(layer) is Conv1D else layer.weight for",
+        "layer.weight for",
         ("tests/test_packed.py::test_a_packed_pass_is_the_plain_pass_up_to_rounding",),
+    ),
+    Mutant(
+        "a product is taken for that of any rows",
+        "dynatree_core/packed.py",
+        "if last is None or last[0] is not rows:",
+        "if last is None:",
+        ("tests/test_packed.py::test_each_layer_of_a_product_gets_its_own_rows",),
+    ),
+    Mutant(
+        "threads may see each other's product",
+        "dynatree_core/packed.py",
+        "return last[1][layer]",
+        "return (self._last or last)[1][layer]",
+        ("tests/test_packed.py::test_threads_share_a_product",),
+    ),
+    Mutant(
+        "layers that are not alike are one product",
+        "dynatree_core/packed.py",
+        "and len(set(map(_kind, layers))) == 1:",
+        "and True:",
+        ("tests/test_packed.py::test_only_layers_alike_are_one_product",),
     ),
     Mutant(
         "packing changes the model itself",

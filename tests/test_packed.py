@@ -73,6 +73,69 @@ def test_a_packed_pass_is_the_plain_pass_up_to_rounding(family, dtype):
     torch.testing.assert_close(packed / scale, plain / scale, rtol=0, atol=tolerance)
 
 
+def test_layers_that_read_the_same_rows_are_one_product():
+    model = single("llama")
+    twin = pack(model)
+    attention, mlp = twin.model.layers[0].self_attn, twin.model.layers[0].mlp
+    assert attention.q_proj.product is attention.k_proj.product is attention.v_proj.product
+    assert mlp.gate_proj.product is mlp.up_proj.product is not mlp.down_proj.product
+    tree_logits(model, "packed")
+    assert pack(model) is twin
+    assert attention.q_proj.product._last is None, "what a pass computed is not kept"
+
+
+def test_only_layers_alike_are_one_product():
+    model = single("llama")
+    attention = model.model.layers[0].self_attn
+    attention.k_proj.bias = nn.Parameter(torch.randn(attention.k_proj.out_features))
+    attention = model.model.layers[1].self_attn
+    attention.v_proj = nn.Linear(attention.v_proj.in_features, attention.v_proj.out_features, False).bfloat16()
+    twin = pack(model)
+    for layer in twin.model.layers[:2]:
+        assert layer.self_attn.q_proj.product is not layer.self_attn.k_proj.product
+        assert layer.mlp.gate_proj.product is layer.mlp.up_proj.product
+
+
+def projections() -> tuple[list[nn.Linear], list[nn.Linear]]:
+    """Queries, keys and values of a layer, plain ones with biases, and their one product."""
+    attention = single("qwen2").model.layers[0].self_attn
+    plain = [attention.q_proj, attention.k_proj, attention.v_proj]
+    for layer in plain:
+        nn.init.normal_(layer.bias)
+    model = single("qwen2")
+    model.model.layers[0].self_attn.load_state_dict(attention.state_dict())
+    attention = pack(model).model.layers[0].self_attn
+    return plain, [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+@given(data=st.data())
+def test_each_layer_of_a_product_gets_its_own_rows(data):
+    """In whatever order, for whatever rows, and as often as they are asked."""
+    inputs = torch.randn(3, 1, 4, 32)
+    calls = st.tuples(st.integers(0, 2), st.integers(0, 2))
+    with torch.inference_mode():
+        views = list(inputs)
+        for layer, rows in data.draw(st.lists(calls, max_size=12)):
+            torch.testing.assert_close(_joint[layer](views[rows]), _plain[layer](views[rows]), rtol=1e-4, atol=1e-4)
+
+
+_plain, _joint = projections()
+
+
+def test_threads_share_a_product():
+    barrier = threading.Barrier(4)
+
+    def passes(_: int) -> None:
+        for _ in range(200):
+            rows = torch.randn(1, 4, 32)
+            barrier.wait(timeout=10)
+            for layer, expected in zip(_joint, _plain, strict=True):
+                torch.testing.assert_close(layer(rows), expected(rows), rtol=1e-4, atol=1e-4)
+
+    with ThreadPoolExecutor(4) as pool, torch.inference_mode():
+        list(pool.map(passes, range(4)))
+
+
 @pytest.mark.parametrize("family", sorted(set(EXACT_FAMILIES) - {"falcon"}))  # its linear layers are of its own class
 def test_every_family_is_packed(family):
     """So that a family whose layers are of another kind is noticed."""
@@ -185,7 +248,7 @@ def test_a_student_is_packed_without_its_targets_embeddings():
     with torch.inference_mode():
         ids = torch.tensor([PROMPT])
         torch.testing.assert_close(twin(ids).logits, student(ids).logits, rtol=1e-4, atol=1e-4)
-    assert hasattr(twin.get_output_embeddings(), "packed")
+    assert hasattr(twin.get_output_embeddings(), "product")
 
 
 def test_autocast_is_obeyed():
