@@ -451,6 +451,13 @@ MUTANTS = (
         ("tests/test_cost_aware.py::test_a_child_is_worth_its_row",),
     ),
     Mutant(
+        "levels of a free drafter are free",
+        "dynatree_policies/cost_aware.py",
+        "return costs.draft(width) + LEVEL_SHARE * costs.plain_seconds()",
+        "return costs.draft(width)",
+        ("tests/test_cost_aware.py::test_a_level_is_not_free_where_the_drafter_is",),
+    ),
+    Mutant(
         "old costs are believed",
         "dynatree_core/costs.py",
         "return not 1 / STALE_FACTOR <= ratio <= STALE_FACTOR",

@@ -23,7 +23,7 @@ from dynatree_core import (
 )
 from dynatree_core.errors import InputError, ParameterError
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
-from dynatree_policies.cost_aware import CostAware
+from dynatree_policies.cost_aware import LEVEL_SHARE, CostAware
 
 ROWS = tuple(range(1, 200))
 
@@ -66,6 +66,15 @@ def test_a_level_is_not_looked_at_where_the_drafter_is_too_dear():
 
     frontier = Frontier(TokenTree.root(torch.tensor([0])), 0, 64, 16, fail, lambda: linear_costs(1.0, 0.0, 0.9))
     assert build_stack("cost_aware").should_expand(frontier) is False
+
+
+def test_a_level_is_not_free_where_the_drafter_is():
+    frontier = root_frontier([0.9], linear_costs(1.0, 0.0, 0.0))
+    policy = CostAware(max_depth=1)
+    policy.look_value = 0.9 * LEVEL_SHARE  # tokens of a level, a step taking a second at a token a second
+    assert policy.should_expand(frontier) is False
+    policy.look_value = 1.1 * LEVEL_SHARE
+    assert policy.should_expand(frontier) is True
 
 
 def test_one_dear_row_pays_with_a_chain_behind_it():
