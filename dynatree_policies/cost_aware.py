@@ -10,6 +10,10 @@ Maximising E − λ·T with λ the rate that is reached is how a ratio E/T is ma
 tokens of a tree see `best_first`; the acceptance of a node is the drafter's probability, corrected by what was seen
 (AcceptanceEstimator). Sizing trees by the time that they take on the hardware at hand is an idea of Sequoia (Chen et
 al. 2024), which does so once and beforehand.
+
+What is expected may be wrong, and a drafter that is sure of noise is believed for a while. So there is an account, in
+steps without drafting and by the cost model: it begins with `STAKE`, each iteration adds what it has won, or takes what
+it has lost, and adds `MAX_LOSS`. Below zero nothing is drafted. (`governor` keeps one by the clock, for any stack.)
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ PRIOR_WEIGHT = 4.0
 # of a step without drafting: the hooks and the bookkeeping of a level, 1.4 to 2.2 ms of 38 on two cores. Without it,
 # levels of a drafter that costs nothing would be free
 LEVEL_SHARE = 0.04
+STAKE, MAX_LOSS = 1.5, 0.015  # steps: what drafting may lose, and what an iteration adds to that
+RESERVE = 8.0  # steps that the account holds at most: as much is lost before a change of the text is answered
 IDLE_SHARE = 0.005  # of the way back to the prior, for each iteration without a look: how soon one is tried again
 
 
@@ -45,9 +51,9 @@ class CostAware:
     What is learnt of acceptance is kept in the file `remember`, if one is named, when a generation ends, and the next
     one with that file begins with it. Name one for each pair of a target and a drafter.
 
-    A level is looked at where looks of late have won more than the drafter's pass costs. Then it gets the children,
-    none perhaps, that win most with up to `HORIZON` levels behind them, and at the end the nodes are verified that win
-    most.
+    A level is looked at where looks of late have won more than the drafter's pass costs, and no tree is begun while
+    the account is below zero. Then it gets the children, none perhaps, that win most with up to `HORIZON` levels behind
+    them, and at the end the nodes are verified that win most.
     """
 
     max_nodes: int = count(64)
@@ -60,6 +66,7 @@ class CostAware:
     seconds: float = attrs.field(default=0.0, init=False, repr=False)
     hits: float = attrs.field(default=0.0, init=False, repr=False)  # accepted nodes with children of which one was too
     trials: float = attrs.field(default=0.0, init=False, repr=False)  # accepted nodes with children
+    account: float = attrs.field(default=STAKE, init=False, repr=False)  # steps that drafting may still lose
     look_value: float = attrs.field(default=PRIOR_LOOK, init=False, repr=False)  # tokens, by path acceptance of a level
     widths: list[int] = attrs.field(factory=list, init=False, repr=False)  # of the levels looked at in this iteration
     costs: CostModel | None = attrs.field(default=None, init=False, repr=False)
@@ -79,7 +86,7 @@ class CostAware:
     def should_expand(self, frontier: Frontier) -> bool:
         if frontier.depth == 0:
             self.widths, self.costs = [], frontier.costs
-        if frontier.depth >= self.max_depth:
+        if frontier.depth >= self.max_depth or self.account < 0:
             return False
         mass = 1.0  # the root is accepted
         if frontier.depth > 0:
@@ -130,6 +137,8 @@ class CostAware:
             seconds += sum(level_seconds(self.costs, width) for width in self.widths)
             self.tokens = MEMORY * self.tokens + len(report.token_ids)
             self.seconds = MEMORY * self.seconds + seconds
+            won = len(report.token_ids) - seconds / self.costs.plain_seconds()
+            self.account = min(self.account + won + MAX_LOSS, RESERVE)
         self._count(report)
         if self.remember and report.verdict.stop_reason is not None:
             self._keep()

@@ -458,6 +458,13 @@ MUTANTS = (
         ("tests/test_cost_aware.py::test_a_level_is_not_free_where_the_drafter_is",),
     ),
     Mutant(
+        "noise is drafted whatever it has lost",
+        "dynatree_policies/cost_aware.py",
+        "frontier.depth >= self.max_depth or self.account < 0",
+        "frontier.depth >= self.max_depth",
+        ("tests/test_cost_aware.py::test_what_drafting_may_lose_is_bounded",),
+    ),
+    Mutant(
         "old costs are believed",
         "dynatree_core/costs.py",
         "return not 1 / STALE_FACTOR <= ratio <= STALE_FACTOR",

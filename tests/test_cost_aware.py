@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from dynatree_core import (
     AcceptanceEstimator,
@@ -23,7 +25,7 @@ from dynatree_core import (
 )
 from dynatree_core.errors import InputError, ParameterError
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
-from dynatree_policies.cost_aware import LEVEL_SHARE, CostAware
+from dynatree_policies.cost_aware import LEVEL_SHARE, MAX_LOSS, STAKE, CostAware, level_seconds
 
 ROWS = tuple(range(1, 200))
 
@@ -104,6 +106,28 @@ def test_the_rate_that_was_reached_is_what_more_tree_is_measured_by():
     assert policy.branch_factor(frontier).tolist() == [1]
     policy.tokens, policy.seconds = 30.0, 10.0
     assert policy.branch_factor(frontier).tolist() == [0]
+
+
+@given(
+    iterations=st.lists(st.tuples(st.floats(0.01, 1.0), st.booleans()), min_size=1, max_size=80),
+    a_row=st.floats(0.0, 0.5),
+    a_level=st.floats(0.0, 0.5),
+)
+@example([(1.0, False)] * 300, 0.0, 0.05)
+def test_what_drafting_may_lose_is_bounded(iterations, a_row, a_level):
+    """Whatever the drafter claims, and whenever it is right: by the cost model no more than the account allows."""
+    costs, policy, losses = linear_costs(1.0, a_row, a_level), CostAware(max_depth=1), []
+    for claim, is_right in iterations:
+        frontier, tree, seconds = root_frontier([claim], costs), TokenTree.root(torch.tensor([0])), 0.0
+        if policy.should_expand(frontier):
+            seconds = level_seconds(costs, 1)
+            if policy.branch_factor(frontier).item():
+                tree = tree.grow(torch.tensor([0]), torch.tensor([1]), torch.tensor([claim]).log())
+        path = (1,) if is_right and tree.num_drafted else ()
+        policy.on_iteration_end(StepReport(0, tree, Verdict(path, path, (1,) * (1 + len(path)))))
+        losses.append(seconds + costs.tree_seconds(tree.num_drafted, []) - 1 - len(path))
+    assert sum(losses) <= STAKE + MAX_LOSS * len(losses) + max(losses) + 1e-6
+    assert len(losses) < 300 or any(losses[200:])  # it is tried again
 
 
 def test_acceptance_is_remembered_from_one_generation_to_the_next(tmp_path, monkeypatch):
@@ -202,5 +226,4 @@ def test_it_keeps_up_with_fixed_trees_that_were_chosen_afterwards(price, machine
 @pytest.mark.parametrize("machine", MACHINES)
 def test_a_useless_drafter_costs_little(price, machine):
     found = speeds(price, machine, tiny_model("llama", 7), ["cost_aware", "cost_aware+governor"])
-    assert found["cost_aware+governor"] >= 0.97
-    assert found["cost_aware"] >= 0.92
+    assert min(found.values()) >= 0.96  # 0.97 without the iteration that was begun with the last of the account
