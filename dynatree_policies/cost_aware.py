@@ -13,7 +13,9 @@ al. 2024), which does so once and beforehand.
 
 What is expected may be wrong, and a drafter that is sure of noise is believed for a while. So there is an account, in
 steps without drafting and by the cost model: it begins with `STAKE`, each iteration adds what it has won, or takes what
-it has lost, and adds `MAX_LOSS`. Below zero nothing is drafted. (`governor` keeps one by the clock, for any stack.)
+it has lost, and adds `MAX_LOSS`. Below zero nothing is drafted. (`governor` keeps one by the clock, for any stack.) So
+that the stake is not spent on the first trees, these have `FIRST_DEPTH` levels at most, and twice as many each time that
+such a tree was accepted to its full depth.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ PRIOR_WEIGHT = 4.0
 # of a step without drafting: the hooks and the bookkeeping of a level, 1.4 to 2.2 ms of 38 on two cores. Without it,
 # levels of a drafter that costs nothing would be free
 LEVEL_SHARE = 0.04
-STAKE, MAX_LOSS = 1.5, 0.015  # steps: what drafting may lose, and what an iteration adds to that
+STAKE, MAX_LOSS = 0.75, 0.015  # steps: what drafting may lose, and what an iteration adds to that
+FIRST_DEPTH = 4
 RESERVE = 8.0  # steps that the account holds at most: as much is lost before a change of the text is answered
 IDLE_SHARE = 0.005  # of the way back to the prior, for each iteration without a look: how soon one is tried again
 
@@ -67,6 +70,7 @@ class CostAware:
     hits: float = attrs.field(default=0.0, init=False, repr=False)  # accepted nodes with children of which one was too
     trials: float = attrs.field(default=0.0, init=False, repr=False)  # accepted nodes with children
     account: float = attrs.field(default=STAKE, init=False, repr=False)  # steps that drafting may still lose
+    depth_limit: int = attrs.field(default=FIRST_DEPTH, init=False, repr=False)
     look_value: float = attrs.field(default=PRIOR_LOOK, init=False, repr=False)  # tokens, by path acceptance of a level
     widths: list[int] = attrs.field(factory=list, init=False, repr=False)  # of the levels looked at in this iteration
     costs: CostModel | None = attrs.field(default=None, init=False, repr=False)
@@ -86,7 +90,7 @@ class CostAware:
     def should_expand(self, frontier: Frontier) -> bool:
         if frontier.depth == 0:
             self.widths, self.costs = [], frontier.costs
-        if frontier.depth >= self.max_depth or self.account < 0:
+        if frontier.depth >= min(self.max_depth, self.depth_limit) or self.account < 0:
             return False
         mass = 1.0  # the root is accepted
         if frontier.depth > 0:
@@ -139,6 +143,8 @@ class CostAware:
             self.seconds = MEMORY * self.seconds + seconds
             won = len(report.token_ids) - seconds / self.costs.plain_seconds()
             self.account = min(self.account + won + MAX_LOSS, RESERVE)
+        if report.num_accepted >= self.depth_limit:
+            self.depth_limit *= 2
         self._count(report)
         if self.remember and report.verdict.stop_reason is not None:
             self._keep()

@@ -460,8 +460,8 @@ MUTANTS = (
     Mutant(
         "noise is drafted whatever it has lost",
         "dynatree_policies/cost_aware.py",
-        "frontier.depth >= self.max_depth or self.account < 0",
-        "frontier.depth >= self.max_depth",
+        "frontier.depth >= min(self.max_depth, self.depth_limit) or self.account < 0",
+        "frontier.depth >= min(self.max_depth, self.depth_limit)",
         ("tests/test_cost_aware.py::test_what_drafting_may_lose_is_bounded",),
     ),
     Mutant(

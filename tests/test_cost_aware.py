@@ -130,6 +130,19 @@ def test_what_drafting_may_lose_is_bounded(iterations, a_row, a_level):
     assert len(losses) < 300 or any(losses[200:])  # it is tried again
 
 
+def test_depth_doubles_when_a_tree_is_accepted_in_full():
+    policy, costs, tree, depths = CostAware(), linear_costs(1.0, 0.0, 0.0), TokenTree.root(torch.tensor([0])), []
+    policy.account = 100.0
+    for num_accepted in (3, 4, 4, 8, 16):
+        path = tuple(range(1, num_accepted + 1))
+        policy.on_iteration_end(StepReport(0, tree, Verdict(path, path, (1,) * (1 + num_accepted))))
+        grown, depth = tree, 0
+        while policy.should_expand(Frontier(grown, 0, 64, 4, pytest.fail, lambda: costs)):
+            grown, depth = grown.grow(torch.tensor([depth]), torch.tensor([1]), torch.tensor([0.0])), depth + 1
+        depths.append(depth)
+    assert depths == [4, 8, 8, 16, 16]  # 16 is max_depth
+
+
 def test_acceptance_is_remembered_from_one_generation_to_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr("dynatree_core.session.measured_costs", lambda *models, runner: linear_costs(1.0, 0.01, 0.01))
     file, target, drafter = tmp_path / "acceptance.json", tiny_model("llama"), perturbed("llama", noise=0.02)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynatree_bench import rehearse
-from dynatree_bench.rehearse import BEST, GRID, Rehearsal, Text, best_of, known_session, ratio
+from dynatree_bench.rehearse import BEST, GRID, SEARCHED, Rehearsal, Text, best_of, known_session, ratio, relative, searched
 from dynatree_core import CostModel, Session, StepFunction, build_drafter, embedded, run
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter
@@ -125,19 +125,37 @@ def test_the_best_of_each_kind_is_chosen_afterwards():
     assert ratio(results["a"]) == pytest.approx(24 / 14)
 
 
+def test_a_search_is_judged_on_texts_that_it_has_not_seen():
+    """Each of two trees is the best of one text; chosen by the other text of the kind, each text gets the wrong one."""
+
+    def of(kind: str, *seconds: float) -> list[Rehearsal]:
+        return [Rehearsal(kind, 10, 5, 20, 9, one, 12.0) for one in seconds]
+
+    results = {"a": of("x", 4.0, 9.0) + of("y", 1.0), "b": of("x", 8.0, 5.0) + of("y", 2.0)}
+    found = searched(results, ["a", "b"])
+    assert [(one.kind, one.seconds) for one in found] == [("x", 8.0), ("x", 9.0)]  # y has no other text
+    ours = of("x", 4.0, 4.5)
+    assert relative(ours, found) == pytest.approx((2.0, 2.0, 2.0))
+    one, low, high = relative(of("x", 8.0, 3.0), found)
+    assert (one, low, high) == pytest.approx((17 / 11, 1.0, 3.0))
+
+
 @pytest.mark.real_model
 @pytest.mark.skipif(not embedded.is_installed(), reason="the default model is missing: dynatree models install")
 def test_the_command_on_a_few_tokens(monkeypatch, capsys, tmp_path):
     path, output = tmp_path / "prompts.jsonl", tmp_path / "result.json"
-    path.write_text(json.dumps({"category": "mine", "prompt": "a b c a b c a b c"}))
+    prompts = [{"category": "mine", "prompt": text} for text in ("a b c a b c a b c", "one two")]
+    path.write_text("\n".join(map(json.dumps, prompts)))
     monkeypatch.setattr(rehearse, "GRID", GRID[:2])
     monkeypatch.setattr(rehearse, "measured_costs", lambda *pair: COSTS)
     arguments = ["--grid", "--prompts", str(path), "--max-new-tokens", "6", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["rehearse", *arguments])
     assert rehearse.main() == 0
     printed = capsys.readouterr().out
-    for expected in ("mine", "tok/it", "passes", BEST, "depth=2", *rehearse.POLICIES):
+    for expected in ("mine", "tok/it", "passes", SEARCHED, BEST, "depth=2", *rehearse.POLICIES):
         assert expected in printed
     found = json.loads(output.read_text())
     assert set(found["policies"]) == {*rehearse.POLICIES, *GRID[:2]}
+    for one, low, high in (found["relative_to_searched"][policy]["mine"] for policy in rehearse.POLICIES):
+        assert 0 < low <= one <= high
     assert all(1 <= policy["tokens_per_iteration"] <= 6 for policy in found["policies"].values())
