@@ -13,9 +13,9 @@ al. 2024), which does so once and beforehand.
 
 What is expected may be wrong, and a drafter that is sure of noise is believed for a while. So there is an account, in
 steps without drafting and by the cost model: it begins with `STAKE`, each iteration adds what it has won, or takes what
-it has lost, and adds `MAX_LOSS`. Below zero nothing is drafted. (`governor` keeps one by the clock, for any stack.) So
-that the stake is not spent on the first trees, these have `FIRST_DEPTH` levels at most, and twice as many each time that
-such a tree was accepted to its full depth.
+it has lost, and adds `MAX_LOSS`. Below zero nothing is drafted. (`governor` keeps one by the clock, for any stack.) The
+first trees could spend the stake at once, so they have up to `FIRST_DEPTH` levels, and twice as many each time that one
+was accepted to its full depth.
 """
 
 from __future__ import annotations

@@ -12,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynatree_bench import rehearse
-from dynatree_bench.rehearse import BEST, GRID, SEARCHED, Rehearsal, Text, best_of, known_session, ratio, relative, searched
+from dynatree_bench.rehearse import (
+    BEST,
+    GRID,
+    SEARCHED,
+    Rehearsal,
+    Text,
+    best_of,
+    known_session,
+    ratio,
+    relative,
+    searched,
+)
 from dynatree_core import CostModel, Session, StepFunction, build_drafter, embedded, run
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter
