@@ -184,7 +184,7 @@ def rehearse(target: nn.Module, drafter: Drafter, text: Text, policy: str, costs
     prices.charge(session.target)
     for runner in _runners(session.draft_state):
         prices.charge(runner)
-    session.clock, session.costs = StageClock(session.device, now=lambda: prices.seconds), costs
+    session.clock, session.measure_costs = StageClock(session.device, now=lambda: prices.seconds), lambda: costs
     for _ in run(session):
         pass
     if tuple(session.new_token_ids) != text.new_ids:

@@ -119,7 +119,8 @@ class AcceptanceEstimator:
 
     def _estimate(self) -> Tensor:
         """[2, cells]: each step takes the mean before it to (w·mean + accepted) / (w + judged), so all are a line."""
-        slope, offset = torch.ones(_STEPS[0], device=self.counts[0].device), torch.zeros(())
+        device = self.counts[0].device
+        slope, offset = torch.ones(_STEPS[0], device=device), torch.zeros((), device=device)
         for weight, (accepted, judged) in zip(self.weights, self.counts, strict=True):
             if accepted.ndim > 1:
                 slope, offset = slope[..., None], offset[..., None]

@@ -14,7 +14,7 @@ def commit(session: Session, tree: TokenTree, verdict: Verdict) -> StepReport:
 
     The drafter comes last: should it fail, the tokens are committed and counted.
     """
-    report = StepReport(session.num_iterations, tree, verdict, measure=lambda: session.costs)
+    report = StepReport(session.num_iterations, tree, verdict, measure=session.measure_costs)
     # the root and all new tokens but the last are cached now; the last one is the next root
     num_cached = len(verdict.token_ids) - 1
     # tokens first: should this be broken off, a cache that lacks rows is filled again when the session goes on

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import statistics
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,7 +84,12 @@ def measured_costs(
         model = drafter.model if isinstance(drafter, ModelDrafter) else target  # others may use the target's weights
         beside = drafters_runner(runner)
         of_it = _identity(model, beside) | {"drafter": "model" if isinstance(drafter, ModelDrafter) else str(drafter)}
-        levels = _recalled(of_it, lambda: _measure_drafter(drafter, target, beside, *effort), None, is_anew)["draft"]
+        levels = _recalled(
+            of_it,
+            lambda: _measure_drafter(drafter, target, beside, *effort),
+            _one_level(drafter, target, beside),
+            is_anew,
+        )["draft"]
     return CostModel(
         verify=StepFunction(tuple(of_target["verify"]["at"]), tuple(of_target["verify"]["seconds"])),
         draft=StepFunction(tuple(levels["at"]), tuple(levels["seconds"])),
@@ -110,7 +116,7 @@ def isotonic(values: Sequence[float]) -> list[float]:
 
 
 def _recalled(
-    identity: dict[str, Any], measure: Callable[[], dict[str, Any]], probe: Callable[[], float] | None, is_anew: bool
+    identity: dict[str, Any], measure: Callable[[], dict[str, Any]], probe: Callable[[], float], is_anew: bool
 ) -> dict[str, Any]:
     """What is known of something, from this process, from the folder, or from measuring it."""
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -118,7 +124,7 @@ def _recalled(
         return _known[key]
     path = folder() / f"{key}.json"
     found = None if is_anew else _read(path)
-    if found is None or (probe is not None and _is_stale(found, probe())):
+    if found is None or _is_stale(found, probe()):
         found = {**measure(), "of": identity, "versions": _versions(), "format": FORMAT_VERSION}
         _write(path, found)
     _known[key] = found
@@ -126,8 +132,9 @@ def _recalled(
 
 
 def _is_stale(found: Mapping[str, Any], seconds: float) -> bool:
-    ratio = seconds / found["verify"]["seconds"][0]
-    return not 1 / STALE_FACTOR <= ratio <= STALE_FACTOR
+    """Whether the least that was measured takes another time now."""
+    before: float = (found.get("verify") or found["draft"])["seconds"][0]
+    return not before / STALE_FACTOR <= seconds <= before * STALE_FACTOR
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -141,7 +148,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, found: Mapping[str, Any]) -> None:
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    draft = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -200,6 +207,17 @@ def _one_row(target: nn.Module, runner: str) -> Callable[[], float]:
     def probe() -> float:
         bench = _TargetBench(target, runner)
         return min(bench.verify(1) for _ in range(4))
+
+    return probe
+
+
+def _one_level(drafter: Drafter, target: nn.Module, runner: str) -> Callable[[], float]:
+    """The same for a drafter: another one may have come under its name."""
+
+    @torch.inference_mode()
+    def probe() -> float:
+        bench = _DrafterBench(drafter, target, runner)
+        return min(bench.level(1) for _ in range(4))
 
     return probe
 

@@ -42,7 +42,7 @@ def _grow_level(session: Session, tree: TokenTree) -> TokenTree | None:
         nodes_left,
         limits.max_branch,
         propose=lambda: session.propose(tree),
-        measure=lambda: session.costs,
+        measure=session.measure_costs,
     )
     expand = session.stack.should_expand(frontier)
     if expand is False:

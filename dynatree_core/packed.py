@@ -21,6 +21,7 @@ import copy
 import platform
 import threading
 import weakref
+import zlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
+from dynatree_core.errors import ParameterError
 from dynatree_core.student import RestrictedHead
 
 __all__ = ["can_pack", "is_packed", "is_untouched", "pack", "packed_bytes"]
@@ -177,7 +179,11 @@ def pack(model: nn.Module) -> nn.Module:
     """The packed copy of a model, made at the first call: a second for each four gigabytes.
 
     Sessions and threads share it. It is made anew when weights were changed in place or are others, when a module was
-    replaced, and when another attention was chosen; not when somebody sets an attribute of a module.
+    replaced, and when another attention was chosen; not when somebody sets an attribute of a module, nor surely when
+    single numbers were changed through `.data`, which counts no changes: of each row one is looked at.
+
+    Raises:
+        ParameterError: something on the model cannot be copied.
     """
     with _lock:
         state = _state(model)
@@ -197,7 +203,14 @@ def is_packed(model: nn.Module) -> bool:
 @torch.no_grad()
 def _packed_copy(model: nn.Module) -> nn.Module:
     # whatever is in the memo is taken as it is, not copied
-    twin: Any = copy.deepcopy(model, {id(part): part for part in (*model.parameters(), *model.buffers())})
+    as_they_are = {id(part): part for part in (*model.parameters(), *model.buffers())}
+    try:
+        twin: Any = copy.deepcopy(model, as_they_are)
+    except Exception as error:  # of whatever somebody has put on a module
+        raise ParameterError(
+            f"the packed runner copies the model's modules with all that is on them, which failed: {error}; take that "
+            "off, or use runner='eager'"
+        ) from error
     # families that do not look attention up by its name, such as Falcon, know "sdpa" only
     if twin.config._attn_implementation == "sdpa" and twin._supports_attention_backend:
         twin.config._attn_implementation = ATTENTION
@@ -254,11 +267,20 @@ def is_untouched(model: nn.Module, is_fine: Callable[[object], bool] = lambda co
 
 def _state(model: nn.Module) -> Hashable:
     """What is compared to see whether a model was changed."""
-    # tensors made in inference mode count no changes
     weights = [
-        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, _sample(tensor))
         for tensor in (*model.parameters(), *model.buffers())
     ]
     modules = [id(part) for part in model.modules()]
     config: Any = model.config
     return tuple(weights), tuple(modules), config._attn_implementation
+
+
+def _sample(tensor: Tensor) -> int:
+    """A checksum of one number of each row, in another column each time.
+
+    Neither changes through `.data` are counted in a tensor's version, nor those of tensors made in inference mode.
+    """
+    stride = tensor.shape[-1] + 1 if tensor.ndim > 1 else 1
+    numbers = tensor.detach().reshape(-1)[::stride].clone(memory_format=torch.contiguous_format)
+    return zlib.crc32(numbers.view(torch.uint8).numpy().tobytes())

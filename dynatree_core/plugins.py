@@ -224,7 +224,7 @@ def _build(group: str, spec: PluginSpec) -> object:
 def _copied(name: str, policy: object) -> object:
     try:
         return copy.deepcopy(policy)
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:  # the latter of a tensor that autograd follows
         raise ParameterError(
             f"policy '{name}' must be copyable, since every session has its own, but {error}; leave such state out of "
             "it, or give it a __deepcopy__"

@@ -119,6 +119,7 @@ class PrefixCache:
         if not 0 < num_bytes <= self.max_bytes:
             return
         with self._lock:
+            self._entries = [entry for entry in self._entries if entry.model() is not None]
             alike = self._of(model)
             longer = [entry for entry in alike if entry.num_common(text) == text.numel()]
             shorter = [entry for entry in alike if entry.num_common(text) == entry.token_ids.numel()]
@@ -161,6 +162,11 @@ class PrefixReuse:
     def add(self, model: nn.Module, cache: TreeCache) -> None:
         """Have a model's cache take part; the target's first."""
         self._models[cache] = model
+
+    def hold_only(self, cache: TreeCache) -> None:
+        """Let go of all caches but this one."""
+        for other in [held for held in self._models if held is not cache]:
+            del self._models[other]
 
     def fill(self, cache: TreeCache, token_ids: Tensor) -> int:
         """Copy rows into one of the caches, unless it has any; how many rows were copied.

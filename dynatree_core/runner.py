@@ -107,9 +107,17 @@ class ModelRunner:
                 RuntimeWarning,
                 stacklevel=3,
             )
+        self.model = model
+        if chosen == "packed":
+            try:
+                self.model = pack(model)
+            except ParameterError as error:
+                if name == "packed":
+                    raise
+                warnings.warn(f"passes are slower than they could be: {error}", RuntimeWarning, stacklevel=3)
+                chosen = "eager"
         self._chosen = chosen
         self._captured = CapturedPasses() if chosen == "cudagraph" else None
-        self.model = pack(model) if chosen == "packed" else model
         self.clock = clock
         self.on_prefill = on_prefill
         # [tokens] the prompt's own positions, where a caller gives any; later tokens count on from the last of them
@@ -180,15 +188,18 @@ class ModelRunner:
         last = self.positions.numel() - 1
         return self.positions[places.clamp(max=last)] + (places - last).clamp(min=0)
 
-    def prefill(self, token_ids: Tensor, cache: TreeCache | SinkCache) -> None:
-        """Fill the cache with committed tokens [tokens], in chunks; their logits are not wanted."""
+    def prefill(self, token_ids: Tensor, cache: TreeCache | SinkCache, *, stage: str = PREFILL) -> None:
+        """Fill the cache with committed tokens [tokens], in chunks; their logits are not wanted.
+
+        With another stage than `PREFILL` it is no prompt, and nobody is told how far it is.
+        """
         num_rows = cache.length + token_ids.numel()
         while token_ids.numel() > 0:
             chunk_len = min(PREFILL_CHUNK, cache.max_places)
             chunk, token_ids = token_ids[:chunk_len], token_ids[chunk_len:]
-            self.forward(flatten_chain(chunk, cache.next_place), cache, stage=PREFILL, last_row_only=True)
+            self.forward(flatten_chain(chunk, cache.next_place), cache, stage=stage, last_row_only=True)
             cache.commit([range(chunk.numel())])
-            if self.on_prefill is not None:
+            if self.on_prefill is not None and stage == PREFILL:
                 self.on_prefill(cache.length, num_rows)
 
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import attrs
@@ -179,8 +179,8 @@ class Session:
         self.num_reused_tokens = 0  # of the prompt, whose rows came from the prefix cache
         source = _as_drafter(drafter)
         self.drafter_name = None if source is None else str(source)
-        self._pair = target, source  # whose costs are measured, if a policy asks
-        self._runner = runner
+        # what iterations take here; reports and frontiers keep it, so it must not hold the session
+        self.measure_costs = _costs_of(target, source, runner, self.clock, self.drafter_name)
         self.draft_state: DraftState | None = None
         if source is not None:
             plan = DraftPlan(
@@ -272,12 +272,6 @@ class Session:
             return "length"
         return fulfilled[0] if fulfilled else None
 
-    @functools.cached_property
-    def costs(self) -> CostModel:
-        """What iterations take here, measured now if nobody has before on this machine; that time counts nowhere."""
-        with self.clock.leave_out(), self.blame_drafter(DynaTreeError):
-            return measured_costs(*self._pair, runner=self._runner)
-
     def propose(self, tree: TokenTree) -> Proposals:
         """The drafter's proposals for the tree's last level, in the shape that the contract asks for.
 
@@ -350,18 +344,13 @@ class Session:
         warnings.warn(f"drafting is off for the rest of this generation: {error}", RuntimeWarning, stacklevel=4)
         self.cache.rollback()
         self.draft_state = None
+        if self.prefix is not None and isinstance(self.cache, TreeCache):
+            self.prefix.hold_only(self.cache)  # the drafter may have found no memory
         self.stack = self.stack.silenced()
 
-    @contextmanager
-    def blame_drafter(self, *but: type[Exception]) -> Iterator[None]:
+    def blame_drafter(self, *but: type[Exception]) -> AbstractContextManager[None]:
         """Turn whatever a drafter raises into a DrafterError that names it, but for these."""
-        as_they_are: tuple[type[Exception], ...] = (DrafterError, *but)
-        try:
-            yield
-        except as_they_are:
-            raise
-        except Exception as error:
-            raise DrafterError(f"drafter '{self.drafter_name}' raised {type(error).__name__}: {error}") from error
+        return _blame_drafter(self.drafter_name, *but)
 
     def result(self, stop_reason: str | None = None) -> GenerationResult:
         """What was generated so far; valid between any two steps.
@@ -379,6 +368,33 @@ def _as_drafter(drafter: nn.Module | Drafter | str | None) -> Drafter | None:
     if isinstance(drafter, str):
         return build_drafter(drafter)
     return ModelDrafter(drafter)
+
+
+@contextmanager
+def _blame_drafter(name: str | None, *but: type[Exception]) -> Iterator[None]:
+    as_they_are: tuple[type[Exception], ...] = (DrafterError, *but)
+    try:
+        yield
+    except as_they_are:
+        raise
+    except Exception as error:
+        raise DrafterError(f"drafter '{name}' raised {type(error).__name__}: {error}") from error
+
+
+def _costs_of(
+    target: nn.Module, drafter: Drafter | None, runner: str, clock: StageClock, drafter_name: str | None
+) -> Callable[[], CostModel]:
+    """What gives the costs of iterations: measured at the first call, if nobody has before on this machine.
+
+    That time counts nowhere.
+    """
+
+    @functools.cache
+    def measure() -> CostModel:
+        with clock.leave_out(), _blame_drafter(drafter_name, DynaTreeError):
+            return measured_costs(target, drafter, runner=runner)
+
+    return measure
 
 
 def timed(

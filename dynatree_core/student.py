@@ -136,13 +136,14 @@ def load_student(folder: Path, target: PreTrainedModel, dtype: torch.dtype) -> P
         config = AutoConfig.from_pretrained(str(folder))
         weights = load_file(folder / WEIGHTS)
         head_ids = weights.pop(HEAD_IDS)
+        made_for = card["vocab_size"], card["hidden_size"]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelLoadError(
             f"cannot load the drafter in '{folder}': expected a folder made by `dynatree distill`, got "
             f"{type(error).__name__} ({error}); make it again, or choose another drafter"
         ) from error
     table: Any = target.get_input_embeddings()
-    made_for, got = (card["vocab_size"], card["hidden_size"]), tuple(table.weight.shape)
+    got = tuple(table.weight.shape)
     if made_for != got:
         raise VocabularyMismatchError(
             f"the drafter in '{folder}' shares the embeddings of its target, {card.get('target')}: {made_for[0]} "
@@ -164,7 +165,9 @@ def _assembled(
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None  # ids beyond such a table are complained of
     auto: Any = AutoModelForCausalLM  # transformers leaves some of its functions unannotated
     source: Any = target
-    student = auto.from_config(config, dtype=dtype).to(target.device)
+    # sampling without a seed draws from the same generators as the random layers, which are replaced as well
+    with torch.random.fork_rng([target.device] if target.device.type == "cuda" else []):
+        student = auto.from_config(config, dtype=dtype).to(target.device)
     student.set_input_embeddings(SharedEmbedding(source.get_input_embeddings(), dtype))
     student.set_output_embeddings(RestrictedHead(source.get_output_embeddings(), head_ids.to(target.device), dtype))
     return cast(PreTrainedModel, student)

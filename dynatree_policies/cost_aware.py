@@ -79,17 +79,18 @@ class CostAware:
     _wanted: Tensor | None = attrs.field(default=None, init=False, repr=False)  # path acceptances of the next level
 
     def __attrs_post_init__(self) -> None:
-        if self.remember and Path(self.remember).exists():
-            self.estimator.load(Path(self.remember))
-        elif self.remember and not Path(self.remember).parent.is_dir():
+        if self.remember and not Path(self.remember).parent.is_dir():
             raise ValueError(
                 f"CostAware's parameter 'remember' must be a file in a folder that exists, got {self.remember!r}"
             )
+        self._recall()
 
     @hookimpl
     def should_expand(self, frontier: Frontier) -> bool:
         if frontier.depth == 0:
             self.widths, self.costs = [], frontier.costs
+            if frontier.iteration == 0:
+                self._recall()  # again: a policy object is copied for each session, and others may have kept more
         if frontier.depth >= min(self.max_depth, self.depth_limit) or self.account < 0:
             return False
         mass = 1.0  # the root is accepted
@@ -150,6 +151,10 @@ class CostAware:
             self._keep()
         self.widths, self.costs, self._last, self._wanted = [], None, None, None
 
+    def _recall(self) -> None:
+        if self.remember and Path(self.remember).exists():
+            self.estimator.load(Path(self.remember))
+
     def _keep(self) -> None:
         try:
             self.estimator.save(Path(self.remember))
@@ -186,19 +191,19 @@ class CostAware:
         gained = torch.nn.functional.pad(accepted.cpu().cumsum(0), (1, 0))
         hit = (PRIOR_WEIGHT * PRIOR_HIT + self.hits) / (PRIOR_WEIGHT + self.trials)
         levels = min(HORIZON, max(levels_left, 0)) + 1
-        per_node = torch.tensor([sum(hit**i for i in range(level + 1)) for level in range(levels)])
+        per_node = torch.tensor([sum(hit**i for i in range(level + 1)) for level in range(levels)], device="cpu")
         verify, growth = self._seconds(costs, 1 + num_before + len(gained) + HORIZON)
         # [levels, nodes + 1]: a row begins one row of the pass later than the one before it
         passes = verify[1 + num_before :].unfold(0, len(gained), 1)[:levels] - verify[1 + num_before]
-        seconds = passes + torch.arange(levels)[:, None] * growth[: len(gained)]
+        seconds = passes + torch.arange(levels, device="cpu")[:, None] * growth[: len(gained)]
         seconds[:, 0] = 0.0
         return (gained * per_node[:, None] - rate * seconds).amax(dim=0)
 
     def _seconds(self, costs: CostModel, num_rows: int) -> tuple[Tensor, Tensor]:
         """[rows] of the target's pass and of a level over 0, 1, 2, … rows, so many at least."""
         if self._tables is None or self._tables[0] is not costs or len(self._tables[1]) < num_rows:
-            verify = torch.tensor([costs.verify(rows) for rows in range(2 * num_rows)])
-            growth = torch.tensor([level_seconds(costs, width) for width in range(2 * num_rows)])
+            verify = torch.tensor([costs.verify(rows) for rows in range(2 * num_rows)], device="cpu")
+            growth = torch.tensor([level_seconds(costs, width) for width in range(2 * num_rows)], device="cpu")
             self._tables = costs, verify, growth
         return self._tables[1:]
 

@@ -274,8 +274,9 @@ def test_the_end_of_the_context(say: Callable[..., Ran], folders: SimpleNamespac
     assert "/reset begins a new conversation" in ran.err
 
 
-def test_the_drafters_context_counts(conversation: Chat, folders: SimpleNamespace) -> None:
-    conversation.set_drafter(str(folders.short))
+@pytest.mark.parametrize("spec", ["{}", "model(model='{}')", "model(model='{}')+prompt_lookup"])
+def test_the_drafters_context_counts(conversation: Chat, folders: SimpleNamespace, spec: str) -> None:
+    conversation.set_drafter(spec.format(folders.short))
     assert conversation.context_limit == 120
     with pytest.raises(ContextLimitError, match="context of 120 tokens"):
         conversation.ask("a" * 120)

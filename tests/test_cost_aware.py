@@ -156,6 +156,29 @@ def test_acceptance_is_remembered_from_one_generation_to_the_next(tmp_path, monk
     assert 0 < seen[0] < seen[1]
 
 
+def test_a_policy_object_remembers_what_its_copies_have_learnt(tmp_path, monkeypatch):
+    monkeypatch.setattr("dynatree_core.session.measured_costs", lambda *models, runner: linear_costs(1.0, 0.01, 0.01))
+    policy, target, drafter = CostAware(remember=str(tmp_path / "file")), tiny_model("llama"), perturbed("llama")
+    seen = []
+    for _ in range(3):
+        generate(target, drafter, [1, 2, 3], policy=policy, max_new_tokens=20, eos_token_id=[])
+        seen.append(float(CostAware(remember=str(tmp_path / "file")).estimator.counts[-1][1].sum()))
+    assert 0 < seen[0] < seen[1] < seen[2]
+
+
+def test_it_decides_where_another_device_is_the_default(monkeypatch):
+    """What it makes for itself is on the tree's device or on the CPU, whatever `torch.set_default_device` says."""
+    costs = linear_costs(1.0, 0.01, 0.01)
+    frontier, policy = root_frontier([0.6, 0.3], costs), CostAware()
+    report = StepReport(0, frontier.tree, Verdict((), (), (1,)))
+    expected = policy.branch_factor(frontier).tolist()
+    policy = CostAware()
+    with torch.device("meta"):  # tensors without numbers
+        assert policy.should_expand(frontier) is True
+        assert policy.branch_factor(frontier).tolist() == expected
+        policy.on_iteration_end(report)
+
+
 def test_a_memory_that_cannot_be(tmp_path, monkeypatch):
     with pytest.raises(ParameterError, match="must be a file in a folder that exists"):
         build_stack(f"cost_aware(remember={str(tmp_path / 'none' / 'file')!r})")
@@ -174,7 +197,7 @@ def test_reports_know_the_costs():
     assert StepReport(0, TokenTree.root(torch.tensor([0])), Verdict((), (), (1,)), measure=lambda: costs).costs is costs
     session = Session(tiny_model("llama"), tiny_model("llama"), [1, 2], policy="cost_aware", max_new_tokens=4)
     [*_] = run(session)
-    assert session.last_report.costs is session.costs
+    assert session.last_report.costs is session.measure_costs()
 
 
 # whole generations, on a clock that the models' forward passes move

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 
@@ -136,6 +137,20 @@ def test_measurements_are_kept(folder, priced, monkeypatch):
     assert measured_costs(target, None, is_anew=True).verify(1) == 2.0
 
 
+def test_another_drafter_under_the_same_name_is_noticed(folder, priced, monkeypatch):
+    target, lookup = tiny_model("llama"), build_drafter("prompt_lookup")
+    found = []
+    for seed, price in ((0, 0.2), (1, 0.6)):
+        drafter = copy.deepcopy(perturbed("llama", seed))
+        drafter.config.name_or_path = "drafter"
+        priced.price(drafter, lambda rows, price=price: price)
+        monkeypatch.setattr(costs, "_known", {})
+        union = UnionDrafter([ModelDrafter(drafter), lookup])
+        found.append((str(union), measured_costs(target, union).draft(1)))
+    assert found[0][0] == found[1][0]
+    assert [price for _, price in found] == pytest.approx([0.2, 0.6])
+
+
 @pytest.mark.parametrize("damage", ["versions", "text", "format"])
 def test_what_another_version_kept_is_not_used(folder, priced, monkeypatch, damage):
     target = tiny_model("llama")
@@ -152,8 +167,6 @@ def test_what_another_version_kept_is_not_used(folder, priced, monkeypatch, dama
 
 
 def test_models_are_told_apart_by_shape_and_dtype(folder):
-    import copy
-
     for model in (tiny_model("llama"), tiny_model("gpt2"), copy.deepcopy(tiny_model("llama")).float()):
         measured_costs(model, None, rounds=1)
     assert len(list(folder.iterdir())) == 3

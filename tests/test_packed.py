@@ -215,6 +215,12 @@ def changes(model: nn.Module) -> Iterator[None]:
         yield
         model.model.layers[0].mlp.up_proj.weight.data = torch.randn(48, 32)
         yield
+        model.model.layers[1].mlp.down_proj.weight.data.mul_(-1)  # counted nowhere, as are the next two
+        yield
+        model.lm_head.weight.data[3] = 0.5
+        yield
+        model.model.layers[0].self_attn.q_proj.weight.data[:, 7] *= 2
+        yield
         model.model.layers[0].mlp.act_fn = nn.ReLU()
         yield
         model.set_attn_implementation("eager")
@@ -226,6 +232,25 @@ def test_changed_weights_are_noticed():
     tree_logits(model, "packed")
     for _ in changes(model):
         torch.testing.assert_close(tree_logits(model, "packed"), tree_logits(model, "eager"), rtol=1e-4, atol=1e-3)
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        model = single("llama")
+        tree_logits(model, "packed")
+        model.lm_head.weight.mul_(-1)
+        torch.testing.assert_close(tree_logits(model, "packed"), tree_logits(model, "eager"), rtol=1e-4, atol=1e-3)
+
+
+def test_a_model_with_something_on_it_that_cannot_be_copied():
+    model = single("llama")
+    model.lock = threading.Lock()
+    with pytest.warns(RuntimeWarning, match="cannot pickle .*; take that off, or use runner='eager'"):
+        found = generate(model, None, [1, 2, 3], max_new_tokens=4)
+    assert found.token_ids == greedy(model, [1, 2, 3], 4)
+    assert found.report.runner == "eager"
+    with pytest.raises(ParameterError, match="cannot pickle"):
+        generate(model, None, [1, 2, 3], max_new_tokens=4, runner="packed")
 
 
 def test_two_threads_pack_once(monkeypatch):

@@ -7,6 +7,7 @@ import copy
 import gc
 import itertools
 import threading
+import weakref
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from dynatree_core import PrefixCache, Session, TreeCache, generate, run, runner, stream
+from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import DrafterError, ForwardPassError, ParameterError
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import greedy, perturbed, reference, tiny_model
@@ -249,6 +251,26 @@ def test_a_model_is_not_kept_alive():
     assert entry.model() is TARGET
 
 
+def test_a_drafter_that_has_failed_is_not_held():
+    """It may have found no memory, which then goes with its cache."""
+
+    class Failing(ModelDrafter):
+        def start(self, plan):
+            state = super().start(plan)
+            state.commit = lambda draft_path: 1 / 0
+            return state
+
+    session = Session(
+        TARGET, Failing(DRAFTER), PROMPT, max_new_tokens=9, prefix_cache=PrefixCache(), on_error="fallback"
+    )
+    held = weakref.ref(session.draft_state.cache)
+    with pytest.warns(RuntimeWarning, match="drafting is off"):
+        [*_] = run(session)
+    gc.collect()
+    assert held() is None
+    assert session.new_token_ids == greedy(TARGET, PROMPT, 9)
+
+
 def test_no_memory_to_keep_rows_is_no_error(monkeypatch):
     cache = PrefixCache()
 
@@ -439,6 +461,31 @@ def test_progress(monkeypatch):
     told.clear()
     generate(TARGET, None, [1], max_new_tokens=1, on_prefill=note)
     assert told == []
+
+
+def test_a_drafter_that_catches_up_is_no_prefill(monkeypatch):
+    """In a cache that moves a drafter begins anew from time to time, amid the answer."""
+    monkeypatch.setattr(runner, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr("dynatree_core.drafters.model.PREFILL_CHUNK", 4)
+    told, stages, forward = [], [], runner.ModelRunner.forward
+
+    def noted(self, *arguments, stage, **options):
+        stages.append(stage)
+        return forward(self, *arguments, stage=stage, **options)
+
+    monkeypatch.setattr(runner.ModelRunner, "forward", noted)
+    generate(
+        TARGET,
+        DRAFTER,
+        PROMPT,
+        max_new_tokens=40,
+        cache="sinks=2,window=14",
+        on_prefill=lambda *progress: told.append(progress),
+    )
+    begins = stages.index("verify")
+    assert stages[:begins].count("prefill_forward") == len(told) > 0
+    assert "prefill_forward" not in stages[begins:]
+    assert stages[begins:].count("draft_forward") > 0
 
 
 def test_an_interrupt_of_the_prefill_keeps_the_chunks_that_were_done(monkeypatch):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -380,8 +382,15 @@ def test_a_policy_that_cannot_be_copied():
         def __init__(self):
             self.lock = threading.Lock()
 
-    with pytest.raises(ParameterError, match="policy 'locked' must be copyable"):
-        generate(TARGET, DRAFTER, PROMPT, policy=Locked())
+    class Followed:
+        branch_factor = hookimpl(lambda self, frontier: 1)
+
+        def __init__(self):
+            self.weight = 2 * torch.ones(1, requires_grad=True)
+
+    for policy in (Locked(), Followed()):
+        with pytest.raises(ParameterError, match=r"policy '(locked|followed)' must be copyable"):
+            generate(TARGET, DRAFTER, PROMPT, policy=policy)
 
 
 @pytest.mark.parametrize("policy", ["fixed", "confidence"])
@@ -391,3 +400,17 @@ def test_any_error_of_a_drafter_is_the_drafters(policy):
 
     with pytest.raises(DrafterError, match="raised CacheError: no room"):
         generate(TARGET, BadDrafter(fail), PROMPT, policy=policy)
+
+
+def test_a_session_goes_without_the_garbage_collector():
+    """Its caches are large, and a collection may be long in coming. Reports that somebody keeps do not hold it."""
+    session = Session(tiny_model("llama"), tiny_model("llama"), [1, 2, 3], policy="fixed(depth=2)", max_new_tokens=8)
+    reports = list(run(session))
+    gone = weakref.ref(session)
+    gc.disable()
+    try:
+        del session
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert reports[0].costs.plain_seconds() > 0

@@ -19,7 +19,7 @@ from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter, backed_off
 from dynatree_core.errors import ModelLoadError, ParameterError, VocabularyMismatchError
 from dynatree_core.plugins import DRAFTERS, plugin_table
-from dynatree_core.student import WEIGHTS, is_student, load_student, new_student, save_student
+from dynatree_core.student import CARD, WEIGHTS, is_student, load_student, new_student, save_student
 from dynatree_core.testing import assert_drafter_contract, assert_lossless
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
@@ -268,3 +268,22 @@ def test_a_union_that_skips_levels_keeps_to_the_contract(last):
     union = UnionDrafter([ModelDrafter(perturbed("llama")), last])
     assert_drafter_contract(union, target=target, max_examples=20)
     assert_lossless(ours.stacks(), drafter=union, max_examples=10)
+
+
+def test_loading_draws_no_random_numbers(tmp_path):
+    """Sampling without a seed draws from torch's own generator, whose numbers must be those that generate() gets."""
+    target = tiny_model("llama")
+    save_student(tiny_student(target), tmp_path, torch.float32, {"target": "tiny"})
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    load_student(tmp_path, target, torch.float64)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_card_that_lacks_its_sizes(tmp_path):
+    target = tiny_model("llama")
+    save_student(tiny_student(target), tmp_path, torch.float32, {"target": "tiny"})
+    (tmp_path / CARD).write_text('{"target": "tiny"}')
+    with pytest.raises(ModelLoadError, match="vocab_size"):
+        load_student(tmp_path, target, torch.float64)

@@ -39,7 +39,10 @@ class DraftPlan:
 
 
 class Drafter(abc.ABC):
-    """A source of proposals, immutable and shared."""
+    """A source of proposals, immutable and shared. Its string is its name in reports and errors."""
+
+    def __str__(self) -> str:
+        return type(self).__name__
 
     @abc.abstractmethod
     def start(self, plan: DraftPlan) -> DraftState:

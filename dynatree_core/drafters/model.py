@@ -98,7 +98,7 @@ class ModelDraftState(DraftState):
             # by the target's ids: of any two texts with the same, this model has the same rows
             self.prefix.fill(self.cache, committed_ids)
         followed = self._followed(committed_ids)
-        self.runner.prefill(self._own(followed[self.cache.length :]), self.cache)
+        self.runner.prefill(self._own(followed[self.cache.length :]), self.cache, stage="draft_forward")
         self.num_settled = self.cache.length
 
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
