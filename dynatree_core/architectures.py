@@ -164,6 +164,14 @@ def _reason_against(model: nn.Module, config: Any) -> str | None:
         return "it wraps its text model together with others; take that out of it and pass it alone"
     if _sees_later_tokens(config):
         return "its tokens see later ones, so a text cannot be decoded from its cache; choose a causal model"
+    if any(type(part).__module__.startswith("torch.ao.nn.quantized.dynamic") for part in model.modules()):
+        return (
+            "its activations are quantised with one scale for all rows of a pass, so what a node says depends on the "
+            "nodes beside it; quantise the weights alone"
+        )
+    devices = sorted({str(tensor.device) for tensor in model.parameters()})
+    if len(devices) > 1:
+        return f"its weights are on {', '.join(devices)}; load it on one device"
     if model.get_output_embeddings() is None:  # type: ignore[operator]
         return "it has no language-modelling head; load it with AutoModelForCausalLM.from_pretrained"
     if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):  # Falcon, MPT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -217,6 +218,22 @@ def test_layers_of_an_unknown_type_are_refused():
     model = type(target)(config).eval()
     with pytest.raises(UnsupportedModelError, match="layers of type chunked_attention"):
         check_causal_lm(model, "target")
+
+
+def test_rows_that_depend_on_each_other_are_refused():
+    model = copy.deepcopy(tiny_model("llama"))
+    # torch.ao.quantization.quantize_dynamic would make such layers, and warns that it will be removed
+    quantised = type("Linear", (nn.Linear,), {"__module__": "torch.ao.nn.quantized.dynamic.modules.linear"})
+    model.model.layers[0].mlp.up_proj.__class__ = quantised
+    with pytest.raises(UnsupportedModelError, match="what a node says depends on the nodes beside it"):
+        generate(model, None, [1, 2, 3])
+
+
+def test_a_model_over_several_devices_is_refused():
+    model = copy.deepcopy(tiny_model("llama"))
+    model.model.layers[1].to("meta")
+    with pytest.raises(UnsupportedModelError, match="its weights are on cpu, meta; load it on one device"):
+        generate(model, None, [1, 2, 3])
 
 
 def test_refusals_say_what_to_do():
