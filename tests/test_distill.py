@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import attrs
@@ -16,18 +18,19 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dynatree_bench.distill import teach as teaching
 from dynatree_bench.distill.distill_cli import distill
 from dynatree_bench.distill.evaluate import agreement, level_costs
-from dynatree_bench.distill.prompts import Prompt, ask_prompts, chat_prefix, read_passages
+from dynatree_bench.distill.prompts import Prompt, ask_prompts, chat_prefix, continue_prompts, read_passages
 from dynatree_bench.distill.teach import TeachingPlan, teach
 from dynatree_bench.distill.teacher import Shard, read_shard, score, write, write_shard
 from dynatree_bench.distill.train import TrainingPlan, batches_of, collate, divergence, frequent_tokens, train
 from dynatree_bench.drafter_value import replayed
 from dynatree_core import build_drafter, generate, load_model
 from dynatree_core.drafters.model import ModelDrafter
-from dynatree_core.errors import InputError
-from dynatree_core.student import new_student
+from dynatree_core.errors import InputError, PluginLoadError
+from dynatree_core.student import new_student, save_student
 from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
 
 WORDS = [*"abcdefghijklmnopqrstuvwxyz", " ", ".", "\n", "<s>", "</s>", "<u>", "<a>", "?", "!", "{", "}"]
+ROOT = Path(__file__).parents[1]
 TEMPLATE = "{% for m in messages %}<u>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 
 
@@ -105,9 +108,39 @@ def test_a_drafter_is_made_and_drafts(target_folder, text_file, tmp_path):
 
 
 def test_another_request_does_not_mix_with_what_is_there(target_folder, text_file, tmp_path):
-    command(*options(target_folder, text_file, tmp_path / "drafter"))
+    """Other layers are trained from what was said already; what would be said otherwise is refused."""
+    request = [*options(target_folder, text_file, tmp_path / "drafter"), "--epochs", 1]
+    weights = []
+    for layers in ("0,1", "0,2", "2"):
+        assert command(*request, "--layers", layers).exit_code == 0
+        weights.append((tmp_path / "drafter" / "student.safetensors").read_bytes())
+        report = json.loads((tmp_path / "drafter" / "report.json").read_text())
+        assert report["layers"] == [int(layer) for layer in layers.split(",")]
+    assert len(set(weights)) == 3
+    command(*request, "--layers", "0,1")
+    assert (tmp_path / "drafter" / "student.safetensors").read_bytes() == weights[0]
     with pytest.raises(InputError, match="another request"):
-        command(*options(target_folder, text_file, tmp_path / "drafter"), "--seed", 7)
+        command(*request, "--seed", 7)
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+    for name in ("run", "card"):
+        monkeypatch.delitem(sys.modules, f"dynatree_bench.distill.{name}", raising=False)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(PluginLoadError, match=r"needs matplotlib.*pip install 'dynatree\[bench\]'"):
+        command("--out", tmp_path)
+
+
+@pytest.mark.parametrize("text", [distill.help, (ROOT / "docs" / "distill.md").read_text(encoding="utf-8")])
+def test_the_examples_draft_with_both_drafters(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    target = tiny_model("llama")
+    save_student(new_student(target, [0], HEAD_IDS), Path("drafter"), torch.float32, {})
+    [example] = re.findall(r'dynatree generate .*--drafter "(.*?)" "', text)
+    drafter = build_drafter(example)
+    assert [str(part) for part in drafter.drafters] == ["distilled(path='drafter')", "prompt_lookup"]
+    assert generate(target, drafter, [0, 1, 2], max_new_tokens=12).token_ids == greedy(target, [0, 1, 2], 12)
 
 
 def test_layers_that_are_no_numbers(tmp_path):
@@ -141,11 +174,78 @@ def test_teaching_goes_on_where_it_was_interrupted(target_folder, tmp_path, monk
     original = teaching._ask
     monkeypatch.setattr(teaching, "_ask", lambda *arguments: asked.append(arguments[-1].name) or original(*arguments))
     parts = teach(target, a_plan(), tmp_path / "parts", lambda *_: None)
+    parts, whole = [*parts.to_learn, *parts.apart], [*whole.to_learn, *whole.apart]
     assert len(asked) == len(whole) - 2
     assert [file.name for file in parts] == [file.name for file in whole]
     for one, other in zip(parts, whole, strict=True):
         for field in attrs.fields(Shard):
             assert torch.equal(getattr(read_shard(one), field.name), getattr(read_shard(other), field.name))
+
+
+def about_texts(*texts: Path, **changes) -> TeachingPlan:
+    return a_plan(
+        texts=texts, num_text_tokens=40_000, num_continued=160, num_asked=160, questions=("what? {text}",), num_new=1,
+        passage_len=30, block_len=64, **changes,
+    )  # fmt: skip
+
+
+def test_what_is_kept_apart_is_in_no_batch_to_learn_from(target_folder, tmp_path, monkeypatch):
+    """No passage is on both sides, though each is read, asked about and gone on with, and some are there twice."""
+    names = [f"{{{one}{other}}}" for one in "abcdefgh" for other in "abcdefgh"]
+    text = tmp_path / "book.txt"
+    lines = [f"{name} sat on a mat. " * 8 + "\n" for name in names]
+    text.write_text("".join([*lines, *lines[:32]]))
+    asked = {}
+    original = teaching._ask
+
+    def spied(target, tokenizer, plan, lesson):
+        written = [prompt.token_ids for prompt in lesson.prompts]
+        words = "".join(tokenizer.convert_ids_to_tokens([i for ids in (*lesson.blocks, *written) for i in ids]))
+        asked[lesson.name] = set(re.findall(r"\{\w\w\}", words)) & set(names)
+        return original(target, tokenizer, plan, lesson)
+
+    monkeypatch.setattr(teaching, "_ask", spied)
+    target, plan = load_model(str(target_folder)), about_texts(text, batch=8)
+    taught = teach(target, plan, tmp_path / "all", lambda *_: None)
+    sides = [[file.stem for file in files] for files in (taught.to_learn, taught.apart)]
+    learnt, apart = [set().union(*(asked[name] for name in side)) for side in sides]
+    assert not learnt & apart
+    assert [len(learnt), len(apart)] == [60, 4]
+    kinds = [{re.sub(r"^apart-|-\d+$", "", name) for name in side} for side in sides]
+    assert kinds[0] == kinds[1] == {"read", "asked", "asked-long", "continued", "own"}
+    first = teach(target, plan, tmp_path / "two", lambda *_: None, num_batches=2)
+    assert (len(first.to_learn), len(first.apart)) == (1, 1)
+
+
+def test_questions_of_its_own_are_kept_apart_whatever_their_opening():
+    questions = [(row % 16, row % 160) for row in range(320)]  # openings in turn, and each question twice
+    lessons = teaching._lessons(None, a_plan(), questions)
+    asked = [(lesson.is_apart, prompt.token_ids) for lesson in lessons for prompt in lesson.prompts]
+    apart, learnt = ({ids for is_apart, ids in asked if is_apart == side} for side in (True, False))
+    assert not learnt & apart
+    assert [len(asked), len(learnt), len(apart)] == [320, 150, 10]
+    assert len({opening for opening, _ in apart}) > 3
+
+
+def test_texts_are_known_by_what_they_say(target_folder, text_file, tmp_path):
+    """A text that was moved is the same; one that was changed is not, nor is a folder of another version."""
+    target, folder = load_model(str(target_folder)), tmp_path / "teaching"
+    before = teach(target, about_texts(text_file), folder, lambda *_: None, num_batches=2)
+    moved = text_file.rename(tmp_path / "moved.txt")
+    assert teach(target, about_texts(moved), folder, lambda *_: None, num_batches=2) == before
+    words = moved.read_text()
+    moved.write_text(words.replace("cat", "dog"))
+    with pytest.raises(InputError, match="another request"):
+        teach(target, about_texts(moved), folder, lambda *_: None, num_batches=2)
+    with pytest.raises(InputError, match="readable UTF-8"):
+        teach(target, about_texts(text_file), folder, lambda *_: None, num_batches=2)
+    moved.write_text(words)
+    request = folder / "request.json"
+    old = json.loads(request.read_text())
+    del old["apart_every"]
+    request.write_text(json.dumps(old, indent=1))
+    with pytest.raises(InputError, match=r"another version .*delete the folder"):
+        teach(target, about_texts(moved), folder, lambda *_: None, num_batches=2)
 
 
 def said_by(model, num_texts=24, length=20) -> Shard:
@@ -158,7 +258,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(stopped_after, tmp_p
     target, plan = tiny_model("llama"), TrainingPlan(6, batch_tokens=64, checkpoint_seconds=0)
     shards = [said_by(target)]
     whole = new_student(target, [0], HEAD_IDS)
-    course = train(whole, shards, VOCAB, plan, tmp_path / "whole.pt", lambda *_: None)
+    course = train(whole, shards, VOCAB, plan, tmp_path / "whole", lambda *_: None)
     assert len(course) >= 2
 
     def interrupt(done, total, loss):
@@ -166,21 +266,44 @@ def test_an_interrupted_training_ends_with_the_same_weights(stopped_after, tmp_p
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        train(new_student(target, [0], HEAD_IDS), shards, VOCAB, plan, tmp_path / "parts.pt", interrupt)
+        train(new_student(target, [0], HEAD_IDS), shards, VOCAB, plan, tmp_path / "parts", interrupt)
     resumed = new_student(target, [0], HEAD_IDS)
     steps = []
-    assert train(resumed, shards, VOCAB, plan, tmp_path / "parts.pt", lambda done, *_: steps.append(done)) == course
+    often = attrs.evolve(plan, checkpoint_seconds=1)  # how often it is stored is no part of a training
+    assert train(resumed, shards, VOCAB, often, tmp_path / "parts", lambda done, *_: steps.append(done)) == course
     assert steps[0] == (stopped_after // 20) * 20 + 1, "from the last checkpoint on"
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
 
 
-def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": [1]}, {"layers": [0, 1]}, {"head_ids": HEAD_IDS[1:]}, {"head_ids": torch.arange(HEAD_IDS.numel())},
+        {"num_texts": 23}, {"temperature": 0.5}, {"num_epochs": 2}, {"learning_rate": 2e-3}, {"seed": 1},
+        {"batch_tokens": 100}, {"warm_up": 0.5}, {"weight_decay": 0.1}, {"max_gradient": 0.1},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_another_training_has_a_checkpoint_of_its_own(change, tmp_path):
+    """Beside a finished training it begins anew, and ends as it does alone."""
     target = tiny_model("llama")
-    shards = [said_by(target)]
-    train(new_student(target, [0], HEAD_IDS), shards, VOCAB, TrainingPlan(1), tmp_path / "one.pt", lambda *_: None)
-    with pytest.raises(InputError, match=r"num_epochs=1.*now .*num_epochs=2"):
-        train(new_student(target, [0], HEAD_IDS), shards, VOCAB, TrainingPlan(2), tmp_path / "one.pt", lambda *_: None)
+
+    def trained(folder, layers=(0,), head_ids=HEAD_IDS, num_texts=24, temperature=1.0, **settings):
+        student, steps = new_student(target, layers, head_ids), []
+        shard = said_by(target, num_texts)
+        shard = attrs.evolve(shard, top_logprobs=shard.top_logprobs / temperature)
+        plan = TrainingPlan(**{"num_epochs": 1, "batch_tokens": 200, **settings})
+        train(student, [shard], VOCAB, plan, folder, lambda done, *_: steps.append(done))
+        return student.state_dict(), steps
+
+    _, first = trained(tmp_path)
+    assert len(first) > 1
+    assert trained(tmp_path)[1] == [], "a finished training has nothing left to do"
+    beside, steps = trained(tmp_path, **change)
+    assert steps[0] == 1
+    alone, _ = trained(tmp_path / "alone", **change)
+    assert all(torch.equal(weight, alone[name]) for name, weight in beside.items())
 
 
 def test_what_the_target_writes_is_its_own_output(target_folder):
@@ -292,6 +415,7 @@ def test_prompts(target_folder, text_file, tmp_path):
     assert tokenizer.decode(behind).replace(" ", "") == "</s><a>"
     [asked] = ask_prompts(["the cat sat on the mat"], ["what? {text}"], tokenizer, 12)
     assert tokenizer.decode(asked).replace(" ", "") == "<u>what?thecatsat</s><a>"
+    assert continue_prompts([], tokenizer, 12) == []
     with pytest.raises(InputError, match="where the passage goes"):
         ask_prompts(["x"], ["what?"], tokenizer, 12)
     assert all(len(passage) >= 90 for passage in read_passages([text_file], 100))

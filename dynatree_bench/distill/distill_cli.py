@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from dynatree_core.errors import PluginLoadError
+
 __all__ = ["distill"]
 
 QUESTIONS = (
@@ -86,12 +88,17 @@ def distill(
     Examples:
       dynatree distill --out drafter --text book.txt
       dynatree distill --target ./model --out drafter --text book.txt --self-prompts 0 --epochs 3
-      dynatree generate --drafter drafter "Why is the sky blue?"
+      dynatree generate --drafter "distilled(path='drafter')+prompt_lookup" "Why is the sky blue?"
     """
-    from dynatree_bench.distill.request import Request
-    from dynatree_bench.distill.run import make_drafter
-    from dynatree_bench.distill.teach import TeachingPlan
-    from dynatree_bench.distill.train import TrainingPlan
+    try:
+        from dynatree_bench.distill.request import Request
+        from dynatree_bench.distill.run import make_drafter
+        from dynatree_bench.distill.teach import TeachingPlan
+        from dynatree_bench.distill.train import TrainingPlan
+    except ModuleNotFoundError as error:
+        raise PluginLoadError(
+            f"`dynatree distill` needs {error.name}, which is not installed: pip install 'dynatree[bench]'"
+        ) from error
 
     try:
         chosen = tuple(int(layer) for layer in layers.split(","))

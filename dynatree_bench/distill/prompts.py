@@ -65,7 +65,7 @@ def read_text(file: Path) -> str:
 
 def continue_prompts(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[list[int]]:
     """The first tokens of each passage."""
-    return [list(ids)[:num_tokens] for ids in tokenizer(list(passages)).input_ids]
+    return [list(tokenizer(passage).input_ids)[:num_tokens] for passage in passages]
 
 
 def ask_prompts(

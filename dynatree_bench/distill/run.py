@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dynatree_bench.distill.card import Report, write_card
 from dynatree_bench.distill.evaluate import Agreement, agreement, level_costs
 from dynatree_bench.distill.request import Request
-from dynatree_bench.distill.teach import teach
+from dynatree_bench.distill.teach import Taught, teach
 from dynatree_bench.distill.teacher import read_shard
 from dynatree_bench.distill.train import frequent_tokens, train
 from dynatree_core import embedded
@@ -27,7 +27,6 @@ from dynatree_core.student import load_student, new_student, save_student
 
 __all__ = ["make_drafter"]
 
-HELD_OUT_EVERY = 16  # one batch of what was said in so many is kept apart, to measure on
 WIDTHS = (1, 2, 4, 8, 16)
 
 
@@ -48,24 +47,26 @@ def make_drafter(request: Request, out: Path) -> Agreement:
     device = resolve_device(request.device)
     # the teacher reads and writes much faster where the device multiplies in bfloat16
     teacher = load_model(request.target, device=request.device, dtype=str(fast_dtype(device)).removeprefix("torch."))
-    files = _taught(teacher, request, work, console)
-    shards = [read_shard(file) for file in files]
-    held_out, lessons = shards[::HELD_OUT_EVERY], [s for i, s in enumerate(shards) if i % HELD_OUT_EVERY]
-    if not lessons:
-        raise InputError("there is too little to learn from: the target said one batch; raise --self-prompts or --read")
+    taught = _taught(teacher, request, work, console)
+    lessons, apart = [read_shard(file) for file in taught.to_learn], [read_shard(file) for file in taught.apart]
+    if not lessons or not apart:
+        raise InputError(
+            "there must be at least one batch to learn from and one that is kept apart, got "
+            f"{len(lessons)} and {len(apart)}; raise --self-prompts or --ask, or give more text"
+        )
     size = vocab_size(teacher.model)
     student = new_student(teacher.model, request.layers, frequent_tokens(lessons, size, request.num_outputs))
-    before = agreement(student, held_out, torch.bfloat16)
+    before = agreement(student, apart, torch.bfloat16)
     console.print(
         f"{sum(s.num_scored for s in lessons):,} tokens to learn from, {before.num_positions:,} kept apart; "
         f"before training the student agrees on {before.top1:.1%}"
     )
     with _bar("training", console) as show:
         course = train(
-            student, lessons, size, request.training, work / "checkpoint.pt",
+            student, lessons, size, request.training, work,
             lambda done, total, loss: show(done, total, f"loss {loss:.3f}"),
         )  # fmt: skip
-    after = agreement(student, held_out, torch.bfloat16)
+    after = agreement(student, apart, torch.bfloat16)
     console.print(f"after it on {after.top1:.1%}; the target's choice is among the first three on {after.top3:.1%}")
     name = f"{embedded.NAME} (the embedded default model)" if teacher.name == DEFAULT_MODEL else teacher.name
     card = {"target": name, "layers": list(request.layers), "num_outputs": request.num_outputs}
@@ -74,11 +75,12 @@ def make_drafter(request: Request, out: Path) -> Agreement:
     costs = level_costs(load_student(out, target.model, fast_dtype(device)), target.model, WIDTHS)
     command = shlex.join(["dynatree", *sys.argv[1:]])
     write_card(out, Report(command, name, request, lessons, before, after, course, costs))
-    console.print(f"the drafter is in {out}; use it with --drafter {out}")
+    drafter = f"distilled(path={str(out)!r})+prompt_lookup"
+    console.print(f'the drafter is in {out}; use it with --drafter "{drafter}"', soft_wrap=True)  # to be copied whole
     return after
 
 
-def _taught(teacher: LoadedModel, request: Request, work: Path, console: Console) -> list[Path]:
+def _taught(teacher: LoadedModel, request: Request, work: Path, console: Console) -> Taught:
     with _bar("asking the target", console) as show:
         return teach(
             teacher, request.teaching, work / "teaching",

@@ -1,15 +1,21 @@
 """Teach: everything that the target is asked, in batches, each stored as a shard in a folder.
 
 The folder is a run's memory: started again with the same request, it goes on with the batches that are missing.
+
+Some passages and some of the target's own questions are kept apart, to measure on: they are in batches of their own,
+and nothing of them is in any other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from operator import itemgetter
 from pathlib import Path
+from typing import TypeVar
 
 import attrs
 import torch
@@ -20,9 +26,11 @@ from dynatree_bench.distill.teacher import Shard, read_shard, score, write, writ
 from dynatree_core.errors import InputError
 from dynatree_core.models import LoadedModel
 
-__all__ = ["Lesson", "TeachingPlan", "teach"]
+__all__ = ["Lesson", "Taught", "TeachingPlan", "teach"]
 
 REQUEST = "request.json"
+
+Text = TypeVar("Text", bound=Hashable)
 
 
 @attrs.frozen
@@ -45,13 +53,16 @@ class TeachingPlan:
     batch: int = 96  # texts written at once
     sampled: float = 0.4  # share of the texts that is sampled; the others are greedy
     temperature: float = 0.8
+    apart_every: int = 16  # one passage, and one question of its own, in so many is kept apart
 
     def fingerprint(self, target: str) -> str:
-        """The same for the same request to the same target: what a folder's shards belong to."""
-        fields = attrs.asdict(
-            self, value_serializer=lambda _, __, value: str(value) if isinstance(value, Path) else value
-        )
-        return json.dumps({"target": target, **fields}, indent=1)
+        """The same for the same request to the same target: what a folder's shards belong to.
+
+        Raises:
+            InputError: a text that cannot be read.
+        """
+        contents = [hashlib.sha256(asking.read_text(file).encode()).hexdigest() for file in self.texts]
+        return json.dumps({"target": target, **attrs.asdict(self), "texts": contents}, indent=1)
 
 
 @attrs.frozen
@@ -61,6 +72,19 @@ class Lesson:
     name: str  # of its shard
     blocks: tuple[tuple[int, ...], ...] = ()
     prompts: tuple[asking.Prompt, ...] = ()
+    is_apart: bool = False  # to measure on, not to learn from
+
+    def file(self, folder: Path) -> Path:
+        """Where its shard is."""
+        return folder / f"{self.name}.safetensors"
+
+
+@attrs.frozen
+class Taught:
+    """The shards' files, in the order of the lessons."""
+
+    to_learn: tuple[Path, ...]
+    apart: tuple[Path, ...]  # to measure on
 
 
 def teach(
@@ -70,7 +94,7 @@ def teach(
     progress: Callable[[int, int, int], None],
     *,
     num_batches: int | None = None,
-) -> list[Path]:
+) -> Taught:
     """Make the shards that the folder does not have yet.
 
     Args:
@@ -80,11 +104,8 @@ def teach(
         progress: called after each batch with (batches done, batches in all, tokens judged in this run).
         num_batches: do the first so many only; a later call may do more.
 
-    Returns:
-        The shards' files, in the order of the lessons.
-
     Raises:
-        InputError: the folder belongs to another request, or the request has too little text.
+        InputError: the folder belongs to another request, or a text cannot be read or is too short.
     """
     tokenizer = target.tokenizer
     if tokenizer is None:
@@ -92,17 +113,20 @@ def teach(
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, plan.fingerprint(target.name))
     own = _own_questions(target, tokenizer, plan, folder)
-    lessons = list(_lessons(tokenizer, plan, own))[:num_batches]
+    lessons = _lessons(tokenizer, plan, own)[:num_batches]
     num_judged = 0
     for done, lesson in enumerate(lessons):
         progress(done, len(lessons), num_judged)
-        file = folder / f"{lesson.name}.safetensors"
+        file = lesson.file(folder)
         if not file.exists():
             shard = _ask(target, tokenizer, plan, lesson)
             write_shard(shard, file)
             num_judged += shard.num_scored
     progress(len(lessons), len(lessons), num_judged)
-    return [folder / f"{lesson.name}.safetensors" for lesson in lessons]
+    return Taught(
+        to_learn=tuple(lesson.file(folder) for lesson in lessons if not lesson.is_apart),
+        apart=tuple(lesson.file(folder) for lesson in lessons if lesson.is_apart),
+    )
 
 
 def _claim(folder: Path, request: str) -> None:
@@ -112,17 +136,56 @@ def _claim(folder: Path, request: str) -> None:
         file.write_text(request, encoding="utf-8")
     elif file.read_text(encoding="utf-8") != request:
         raise InputError(
-            f"{folder} holds what was said to another request (see {file}); repeat that one, or choose another folder"
+            f"{folder} holds what was said to another request, or to one of another version (see {file}); repeat that "
+            "request, delete the folder, or choose another"
         )
 
 
-def _lessons(tokenizer: PreTrainedTokenizerBase, plan: TeachingPlan, own: Sequence[Sequence[int]]) -> Iterator[Lesson]:
-    """Every batch, the kinds mixed, so that a run that is cut short has some of each."""
+def _lessons(tokenizer: PreTrainedTokenizerBase, plan: TeachingPlan, own: Sequence[tuple[int, ...]]) -> list[Lesson]:
+    """Every batch, the kinds and the two sides mixed, so that a run that is cut short has some of each."""
     dice = random.Random(plan.seed)
-    lessons = []
-    if plan.texts:
-        passages = asking.read_passages(plan.texts, 4 * plan.passage_len)
-        dice.shuffle(passages)
+    passages = asking.read_passages(plan.texts, 4 * plan.passage_len) if plan.texts else []
+    dice.shuffle(passages)
+    own = dice.sample(own, len(own))  # its openings are in turn, and so would be those that are kept apart
+    placed: list[tuple[float, Lesson]] = []
+    for is_apart, first in ((True, 0.0), (False, 0.5)):
+        lessons = _lessons_about(
+            _side(passages, plan, is_apart), _side(own, plan, is_apart), tokenizer, _share(plan, is_apart)
+        )
+        if is_apart:
+            lessons = [attrs.evolve(lesson, name=f"apart-{lesson.name}", is_apart=True) for lesson in lessons]
+        dice.shuffle(lessons)
+        placed += [((first + index) / len(lessons), lesson) for index, lesson in enumerate(lessons)]
+    return [lesson for _, lesson in sorted(placed, key=itemgetter(0))]
+
+
+def _side(texts: Sequence[Text], plan: TeachingPlan, is_apart: bool) -> list[Text]:
+    """The texts that are kept apart, or the others; equal ones are on one side."""
+    apart = set(list(dict.fromkeys(texts))[:: plan.apart_every])
+    return [text for text in texts if (text in apart) == is_apart]
+
+
+def _share(plan: TeachingPlan, is_apart: bool) -> TeachingPlan:
+    """How much of the plan is for one side."""
+
+    def part(count: int) -> int:
+        num_apart = math.ceil(count / plan.apart_every)
+        return num_apart if is_apart else count - num_apart
+
+    return attrs.evolve(
+        plan,
+        num_text_tokens=part(plan.num_text_tokens),
+        num_continued=part(plan.num_continued),
+        num_asked=part(plan.num_asked),
+    )
+
+
+def _lessons_about(
+    passages: Sequence[str], own: Sequence[tuple[int, ...]], tokenizer: PreTrainedTokenizerBase, plan: TeachingPlan
+) -> list[Lesson]:
+    """The batches about these passages and these questions of its own, kind by kind."""
+    lessons = _writing("own", own, plan, plan.batch)
+    if passages:
         lessons += _reading(passages, tokenizer, plan)
         asked_of = [passages[i % len(passages)] for i in range(plan.num_asked)]
         continued = [passages[-1 - i % len(passages)] for i in range(plan.num_continued)]
@@ -134,9 +197,7 @@ def _lessons(tokenizer: PreTrainedTokenizerBase, plan: TeachingPlan, own: Sequen
         lessons += _writing(
             "continued", asking.continue_prompts(continued, tokenizer, plan.prompt_len), plan, plan.batch
         )
-    lessons += _writing("own", own, plan, plan.batch)
-    dice.shuffle(lessons)
-    yield from lessons
+    return lessons
 
 
 def _reading(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase, plan: TeachingPlan) -> list[Lesson]:
@@ -176,7 +237,7 @@ def _ask(target: LoadedModel, tokenizer: PreTrainedTokenizerBase, plan: Teaching
 
 def _own_questions(
     target: LoadedModel, tokenizer: PreTrainedTokenizerBase, plan: TeachingPlan, folder: Path
-) -> list[list[int]]:
+) -> list[tuple[int, ...]]:
     """Let the target write the user's words itself, then put the answer's beginning behind them."""
     if plan.num_self_prompts == 0:
         return []
@@ -197,7 +258,7 @@ def _own_questions(
         shard = read_shard(file)
         for index in range(shard.num_texts):
             words = shard.token_ids[shard.text(index)].tolist()
-            questions.append([*(words[:-1] if words[-1] in end_ids else words), *behind])
+            questions.append((*(words[:-1] if words[-1] in end_ids else words), *behind))
     return questions
 
 

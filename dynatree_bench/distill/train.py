@@ -5,11 +5,14 @@ target's best tokens one by one and all the others as one outcome (forward KL on
 2024, "DistillSpec", section 4). A token that the student's restricted head lacks belongs to the others.
 
 A run can be interrupted at any time and goes on from its last checkpoint; it then ends with the same weights as one
-that was not, since the order of the texts follows from the seed and the step alone.
+that was not, since the order of the texts follows from the seed and the step alone. A checkpoint's name has the
+training's fingerprint, so that other trainings keep theirs beside it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import random
 import time
@@ -19,13 +22,13 @@ from typing import Any
 
 import attrs
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dynatree_bench.distill.teacher import Shard
-from dynatree_core.errors import InputError
 
-__all__ = ["Batch", "TrainingPlan", "batches_of", "divergence", "frequent_tokens", "train"]
+__all__ = ["Batch", "TrainingPlan", "batches_of", "divergence", "fingerprint", "frequent_tokens", "train"]
 
 
 @attrs.frozen
@@ -130,12 +133,26 @@ def divergence(logits: Tensor, output_of: Tensor, top_ids: Tensor, top_logprobs:
     return (named + target_tail * (target_tail.log() - student_tail.log())).mean()
 
 
+def fingerprint(student: PreTrainedModel, shards: Sequence[Shard], plan: TrainingPlan) -> str:
+    """A hash of what a training's result depends on: the student as it begins, what the target said, and the plan."""
+    head: Any = student.get_output_embeddings()
+    tensors = [*student.state_dict().items(), ("token_ids", head.token_ids)]
+    for shard in shards:
+        tensors += attrs.asdict(shard, recurse=False).items()
+    # how often a training is stored does not change it
+    settings = attrs.asdict(plan, filter=attrs.filters.exclude("checkpoint_seconds"))
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, tensor in tensors:
+        digest.update(save({name: tensor.contiguous()}))
+    return digest.hexdigest()[:16]
+
+
 def train(
     student: PreTrainedModel,
     shards: Sequence[Shard],
     vocab_size: int,
     plan: TrainingPlan,
-    checkpoint: Path,
+    folder: Path,
     progress: Callable[[int, int, float], None],
 ) -> list[dict[str, float]]:
     """Train the student in place.
@@ -145,14 +162,11 @@ def train(
         shards: what the target said.
         vocab_size: tokens that the target knows.
         plan: how long and how fast.
-        checkpoint: where the state is kept; there is one already where a run goes on.
+        folder: where the checkpoint is kept, made if need be; it is there already where a run goes on.
         progress: called after each step with (steps done, steps in all, the step's loss).
 
     Returns:
         The course of the training: step, loss (mean since the last entry), learning rate.
-
-    Raises:
-        InputError: the checkpoint is of another training.
     """
     device = student.device
     head: Any = student.get_output_embeddings()
@@ -162,15 +176,12 @@ def train(
     num_steps = plan.num_epochs * len(groups)
     trained = [weight for weight in student.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=plan.learning_rate, weight_decay=plan.weight_decay, betas=(0.9, 0.95))
-    request = f"{plan}, {num_steps} steps, {head.token_ids.numel()} outputs"
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / f"checkpoint-{fingerprint(student, shards, plan)}.pt"
     course: list[dict[str, float]] = []
     start = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
-        if state["plan"] != request:
-            raise InputError(
-                f"{checkpoint} is of another training: {state['plan']}, now {request}; repeat that one, or delete it"
-            )
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
         start, course = state["step"], state["course"]
@@ -201,7 +212,7 @@ def train(
             losses = []
         if is_last or (not losses and time.monotonic() - saved > plan.checkpoint_seconds):
             state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "course": course}
-            _save({**state, "step": step + 1, "plan": request}, checkpoint)
+            _save({**state, "step": step + 1}, checkpoint)
             saved = time.monotonic()
         progress(step + 1, num_steps, last_loss)
     student.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
