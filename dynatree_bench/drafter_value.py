@@ -18,13 +18,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
-import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +35,7 @@ from transformers import PreTrainedModel
 from dynatree_bench.distill.evaluate import Agreement, agreement
 from dynatree_bench.distill.prompts import Prompt
 from dynatree_bench.distill.teacher import Shard, read_shard, write, write_shard
+from dynatree_bench.machine import provenance, weights_sha256
 from dynatree_bench.prompts import read_objects
 from dynatree_bench.rehearse import Text, known_session
 from dynatree_core import Session, load_model, run
@@ -65,10 +62,6 @@ class Row:
     num_iterations: int
     num_drafted: int
 
-    @property
-    def tokens_per_iteration(self) -> float:
-        return self.num_tokens / self.num_iterations
-
 
 def main() -> int:
     arguments = _parse_arguments()
@@ -82,10 +75,9 @@ def main() -> int:
         agreements = _agreements(loaded.model, arguments.drafter, answers)
         rows = _replayed(loaded.model, arguments, answers, progress)
     numbers = {
-        "command": shlex.join(["python", "-m", "dynatree_bench.drafter_value", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "device": f"{platform.machine()} CPU",
-        "versions": {name: version(name) for name in ("dynatree", "torch", "transformers")},
+        **provenance("dynatree_bench.drafter_value", loaded.model.device),
+        "target": loaded.name,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "max_new_tokens": arguments.max_new_tokens,
         "prompts": {category: len(found) for category, found in texts.items()},
         "replays": arguments.replays,
@@ -137,6 +129,7 @@ def _answers(
     """What the target says to each prompt, greedily; kept in files, so that another run need not ask again."""
     folder = arguments.out / "answers"
     folder.mkdir(exist_ok=True)
+    weights = weights_sha256(str(model.config.name_or_path))
     task = progress.add_task("the target answers", total=sum(map(len, texts.values())))
     answers: dict[str, list[Shard]] = {}
     for category, prompts in texts.items():
@@ -144,7 +137,8 @@ def _answers(
         answers[category] = []
         for start in range(0, len(ordered), BATCH):
             some = ordered[start : start + BATCH]
-            digest = hashlib.sha256(repr((some, arguments.max_new_tokens, model.config.to_dict())).encode()).hexdigest()
+            key = some, arguments.max_new_tokens, model.config.to_dict(), weights
+            digest = hashlib.sha256(repr(key).encode()).hexdigest()
             file = folder / f"{category}-{digest[:16]}.safetensors"
             if not file.exists():
                 asked = [Prompt(tuple(ids), 0.0) for ids in some]

@@ -41,6 +41,7 @@ class Method:
     kind: str = "dynatree"  # or "hf", "rival"
     policy: str | None = None
     options: Mapping[str, Any] = attrs.field(factory=dict)  # of `generate`: ours, or for the kind "hf" transformers'
+    reference: str = "autoregressive"  # the method that its tokens are compared with
 
     @property
     def is_drafting(self) -> bool:
@@ -98,7 +99,11 @@ FIXED = Method("fixed", policy="fixed")
 PHASES = tuple(Method(name, policy=name) for name in ("phase1", "phase2", "phase3"))
 
 EAGER = Method("autoregressive eager", policy="autoregressive", options={"runner": "eager"})
-SINKS = Method("phase3 sinks", policy="phase3", options={"cache": "sinks=4,window=1024"})
+# with sinks the text is another one once it is longer than sinks and window
+SINKS = tuple(
+    Method(f"{policy} sinks", policy=policy, options={"cache": "sinks=4,window=1024"}, reference="autoregressive sinks")
+    for policy in ("autoregressive", "phase3")
+)
 
 WEIGHING = tuple(Method(name, policy=name) for name in ("phase3+governor", "cost_aware"))  # these weigh costs
 
@@ -154,7 +159,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 LINEAR,
                 FIXED,
                 *PHASES,
-                SINKS,
+                *SINKS,
                 *WEIGHING,
             ),
             quick=Form(("built-in",), 3, (24,)),
@@ -231,7 +236,7 @@ def chosen_methods(
         experiment: the experiment.
         policies: stacks to measure in place of the experiment's own; may be templates over its axes.
         only: names of methods to which to keep, foreign ones among them that the experiment does not have;
-            autoregressive decoding always runs.
+            autoregressive decoding always runs, and so does what a method's tokens are compared with.
         with_compile: whether to run the compiled static cache too.
         with_rivals: whether to run the rivals too.
 
@@ -250,7 +255,8 @@ def chosen_methods(
                     f"'{name}' is not among the methods of {experiment.name}{nearest_match(name, names)}; they are: "
                     f"{', '.join(names)}"
                 )
-        return tuple(method for method in methods if method == REFERENCE or method.name in chosen)
+        references = {method.reference for method in methods if method.name in chosen}
+        return tuple(method for method in methods if method.name in {REFERENCE.name, *chosen, *references})
     compiled = [method for method in HF if method.name == COMPILED]
     return (*methods, *(compiled if with_compile else ()), *(RIVALS if with_rivals else ()))
 

@@ -29,7 +29,9 @@ from dynatree_bench.statistics import (
     Summary,
     accepted_depths,
     calibration,
+    differ_only_in,
     groups,
+    method_names,
     over_length,
     rank_shares,
     ratios,
@@ -37,7 +39,7 @@ from dynatree_bench.statistics import (
     summaries,
 )
 
-__all__ = ["DAGGER", "FIGURES", "Plot", "draw", "provenance"]
+__all__ = ["FIGURES", "Plot", "draw", "provenance"]
 
 DAGGER = " †"
 GREY = "#777777"
@@ -135,16 +137,12 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **opti
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _names(records: Iterable[OutputRecord]) -> list[str]:
-    return list(dict.fromkeys(record.method for record in records))
-
-
 def _styles(results: Results) -> dict[str, dict[str, str]]:
     """Method -> colour and marker."""
     hf = {method.name for method in results.info.methods if method.kind == "hf"}
     styles = {}
     num_others = 0
-    for name in _names(results.records):
+    for name in method_names(results.records):
         if name in COLOURS:
             styles[name] = {"color": COLOURS[name], "marker": MARKERS[name]}
         else:
@@ -159,7 +157,7 @@ def _labels(records: Iterable[OutputRecord]) -> dict[str, str]:
     """Method -> how it is called, with a dagger where outputs differ."""
     records = list(records)
     different = {record.method for record in records if record.is_identical is False}
-    return {name: name + (DAGGER if name in different else "") for name in _names(records)}
+    return {name: name + (DAGGER if name in different else "") for name in method_names(records)}
 
 
 def _error_bars(estimates: Sequence[Estimate]) -> np.ndarray[Any, Any]:
@@ -172,7 +170,7 @@ def _lines_over(
 ) -> Figure | None:
     """A panel for each quantity, over a numeric axis, a line for each method."""
     points = [one for one in summaries(results.records) if isinstance(one.axes.get(axis), int | float)]
-    if len({one.axes[axis] for one in points}) < 2:
+    if len({one.axes[axis] for one in points}) < 2 or not differ_only_in([axis], points):
         return None
     styles, labels = _styles(results), _labels(results.records)
     ticks = sorted({one.axes[axis] for one in points})
@@ -286,9 +284,10 @@ def prompt_length(results: Results) -> Figure | None:
 
 def sensitivity(results: Results) -> Figure | None:
     """Thresholds and the range of branches, each beside the other at its default."""
-    found = [one for one in summaries(results.records) if {"high", "low", "min_branch", "max_branch"} <= set(one.axes)]
+    varied = ("high", "low", "min_branch", "max_branch")
+    found = [one for one in summaries(results.records) if set(varied) <= set(one.axes)]
     panels = {title: _part(found, title) for title in ("thresholds", "branches")}
-    if not all(panels.values()):
+    if not all(panels.values()) or not differ_only_in(varied, found):
         return None
     styles, labels = _styles(results), _labels(results.records)
     figure, grid = _figure(WIDTH, 4.2, 2, 2, sharex="col", sharey="row")
@@ -330,8 +329,9 @@ def _part(found: Iterable[Summary], part: str) -> dict[str, list[tuple[str, Summ
 
 def tree_search(results: Results) -> Figure | None:
     """A heat map of depth and branch factor for each threshold."""
-    found = [one for one in summaries(results.records) if {"depth", "branch", "tau"} <= set(one.axes) and one.speedup]
-    if len(found) < 2:
+    varied = ("depth", "branch", "tau")
+    found = [one for one in summaries(results.records) if set(varied) <= set(one.axes) and one.speedup]
+    if len(found) < 2 or len({one.method for one in found}) > 1 or not differ_only_in(varied, found):
         return None
     taus, depths, branches = (sorted({one.axes[axis] for one in found}) for axis in ("tau", "depth", "branch"))
     values = np.full((len(taus), len(depths), len(branches)), np.nan)
@@ -375,7 +375,7 @@ def datasets(results: Results) -> Figure | None:
     """A panel for each data set, the methods' speedups side by side."""
     found = [one for one in summaries(results.records) if "dataset" in one.axes and one.speedup]
     names = list(dict.fromkeys(one.axes["dataset"] for one in found))
-    if len(names) < 2:
+    if len(names) < 2 or not differ_only_in(["dataset"], found):
         return None
     styles, labels = _styles(results), _labels(results.records)
     figure, grid = _figure(WIDTH, 1.3 + 0.34 * len(styles), 1, len(names), sharex=True, sharey=True)
@@ -505,7 +505,7 @@ def nodes_and_tokens(results: Results) -> Figure | None:
     if not found:
         return None
     styles, labels = _styles(results), _labels(results.records)
-    figure, grid = _figure(WIDTH * 0.8, 3.8)
+    figure, grid = _figure(WIDTH, 3.8)
     axes = grid[0][0]
     for name in styles:
         own = [one for one in found if one.method == name]
@@ -525,8 +525,9 @@ def nodes_and_tokens(results: Results) -> Figure | None:
     axes.set_yscale("log", base=2)
     for own_axis in (axes.xaxis, axes.yaxis):
         own_axis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))  # most runs stay between 1 and 4
     axes.set(title="What nodes buy", xlabel="drafted nodes per iteration", ylabel="tokens per iteration")
-    axes.legend(loc="upper left")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")  # the curves begin at the left edge
     return figure
 
 

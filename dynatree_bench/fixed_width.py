@@ -5,7 +5,7 @@ passes of one fixed shape, and what is the decoding time of the four relative to
 
 Method: every prompt is decoded in all four ways one after another, in rotating order, in one process after a warm-up;
 a time is the ratio of two runs of the same prompt, and its median and range are shown. A tree is compared with
-autoregressive decoding of the same width.
+autoregressive decoding of the same width. Meanwhile the machine is watched.
 
 Output: a row for each way.
 
@@ -15,23 +15,19 @@ Command: python -m dynatree_bench.fixed_width [--dtype T] [--prompts FILE.jsonl]
 from __future__ import annotations
 
 import argparse
-import platform
+import functools
 import statistics
 import sys
 from collections import defaultdict
-from importlib.metadata import version
-from pathlib import Path
 
 import attrs
 import torch
-import transformers
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from dynatree_bench.machine import busy_percent, idle_or_busy
-from dynatree_bench.prompts import chat_ids, load_prompts
+from dynatree_bench.machine import LoadMeter, idle_or_busy, runtime
+from dynatree_bench.prompts import chat_ids, in_turns, load_prompts, parsed_arguments
 from dynatree_core import GenerationResult, LoadedModel, Session, load_model, run
 
 DRAFTER = "prompt_lookup"
@@ -80,36 +76,24 @@ def main() -> None:
     kinds = load_prompts(arguments.prompts, arguments.per_kind)
     prompts = [prompt for group in kinds.values() for prompt in group]
     default = load_model(None, device="cpu", dtype=arguments.dtype)
-    console.print(
-        f"dynatree {version('dynatree')}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
+    console.print(runtime())
     console.print(
         f"{arguments.dtype}, drafter {DRAFTER}, {len(prompts)} prompts, {arguments.max_new_tokens} new tokens at most"
     )
-    others_before = busy_percent(seconds=2.0)
+    meter = LoadMeter()
     runs = measure(default, prompts, arguments.max_new_tokens)
-    others_after = busy_percent(seconds=2.0)
+    others = meter.meanwhile()
     console.print(_table(runs))
     console.print("; ".join(f"{heading}: {meaning}" for heading, meaning in COLUMNS.items()) + "\n")
-    console.print(idle_or_busy(others_before, others_after))
+    console.print(idle_or_busy(others))
 
 
 def measure(default: LoadedModel, prompts: list[str], max_new_tokens: int) -> dict[Way, list[Run]]:
     """Every prompt in every way, interleaved: way -> runs, in the order of the prompts."""
     runs: defaultdict[Way, list[Run]] = defaultdict(list)
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("decoding", total=len(prompts) * len(WAYS))
-        for way in WAYS:  # warm-up: the first passes allocate and choose kernels
-            decode(default, prompts[0], way, 8)
-        for i, prompt in enumerate(prompts):
-            start = i % len(WAYS)
-            sessions = {}
-            for way in WAYS[start:] + WAYS[:start]:
-                sessions[way] = decode(default, prompt, way, max_new_tokens)
-                progress.advance(task)
-            for way, session in sessions.items():
-                runs[way].append(compare(session, sessions[way.reference]))
+    for sessions in in_turns(prompts, WAYS, functools.partial(decode, default), max_new_tokens):
+        for way, session in sessions.items():
+            runs[way].append(compare(session, sessions[way.reference]))
     return dict(runs)
 
 
@@ -159,15 +143,7 @@ def _parse_arguments() -> argparse.Namespace:
     description = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m dynatree_bench.fixed_width", description=description)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument(
-        "--prompts", type=Path, help='JSON lines with "prompt" and "category" (default: built-in prompts)'
-    )
-    parser.add_argument("--per-kind", type=int, default=5, help="prompts of each kind (default: 5)")
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="default: 32")
-    arguments = parser.parse_args()
-    if min(arguments.per_kind, arguments.max_new_tokens) < 1:
-        parser.error("--per-kind and --max-new-tokens must be at least 1")
-    return arguments
+    return parsed_arguments(parser, max_new_tokens=32)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ beside trees with `prompt_lookup`, a cache of all tokens beside `sinks=4,window=
 
 Method: one long text, the source of Python's own argparse. Two caches are filled with it from context to context, and
 everything is measured at each: passes of 1 and of 8 rows, then a few tokens by every way of decoding. All of it takes
-turns, in rotating order, several times over in one process after a warm-up; medians are shown, with the lowest and
-highest. Memory is that of the rows that were written: what is allocated and never touched takes none. The machine is
-watched before and after, because a busy one says nothing about speed.
+turns, in rotating order, several times over in one process, at each context after a warm-up of all of it; medians are
+shown, with the lowest and highest. Memory is that of the rows that were written: what is allocated and never touched
+takes none. The machine is watched while it runs, because a busy one says nothing about speed.
 
 Output: three tables, FOLDER/long-context.json with all that was measured, and FOLDER/long-context.svg drawn from it.
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
 import platform
 import statistics
@@ -27,19 +26,17 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
-import transformers
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from dynatree_bench.machine import BUSY_PERCENT, busy_percent, idle_or_busy
+from dynatree_bench.machine import BUSY_PERCENT, LoadMeter, idle_or_busy, provenance
 from dynatree_core import LoadedModel, Session, TokenTree, embedded, load_model, run
 from dynatree_core.cache import TreeCache
 from dynatree_core.flatten import flatten
@@ -102,14 +99,14 @@ def main() -> None:
     if arguments.source is not None:
         results = Results(**json.loads(arguments.source.read_text(encoding="utf-8")))
     else:
-        results = _measured(arguments, console)
+        results = _measured(arguments)
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "long-context.json").write_text(json.dumps(attrs.asdict(results), indent=1), encoding="utf-8")
     _show(results, console)
     draw(results, arguments.out / "long-context.svg")
 
 
-def _measured(arguments: argparse.Namespace, console: Console) -> Results:
+def _measured(arguments: argparse.Namespace) -> Results:
     default = load_model(None, device="cpu", dtype="float32")
     limit: int = default.model.config.max_position_embeddings
     contexts = arguments.contexts or (512, 1024, 2048, 4096, 6144, limit)
@@ -118,24 +115,15 @@ def _measured(arguments: argparse.Namespace, console: Console) -> Results:
     plan = Plan(contexts, arguments.rounds, arguments.max_new_tokens)
     if arguments.quick:
         plan = Plan((64, 256), rounds=1, max_new_tokens=4)
-    busy = {"before": busy_percent(seconds=2.0)}
+    meter = LoadMeter()
     results = measure(default, text_ids(default, max(plan.contexts)), plan)
-    busy["after"] = busy_percent(seconds=2.0)
     results.provenance |= {
-        "command": " ".join(["python -m dynatree_bench.long_context", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "versions": {
-            "dynatree": version("dynatree"),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        **provenance("dynatree_bench.long_context", default.model.device),
         "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
         "model": embedded.describe().name,
         "dtype": "float32",
         "plan": attrs.asdict(plan),
-        "busy_percent": busy,
+        "busy_percent": meter.meanwhile(),
     }
     return results
 
@@ -152,14 +140,14 @@ def measure(default: LoadedModel, text: list[int], plan: Plan) -> Results:
     """Everything at every context."""
     results = Results({})
     sources = {kept: _session(default, text, "autoregressive", option, plan) for kept, option in KEPT.items()}
-    for option in KEPT.values():  # warm-up: the first passes read the weights in and make room to work in
-        _fill(_session(default, text, "autoregressive", option, plan), text[: plan.contexts[0]])
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("measuring", total=len(plan.contexts) * (1 + plan.rounds))
         for context in plan.contexts:
             for kept, source in sources.items():
                 _fill(source, text[: context - 1])
                 results.memory[kept][context] = [_held(source)]
+            for job in _jobs(default, text[:context], sources, plan, Results({})):  # warm-up: its numbers are dropped
+                job()
             progress.advance(task)
             jobs = _jobs(default, text[:context], sources, plan, results)
             for i in range(plan.rounds):
@@ -282,7 +270,7 @@ def _show(results: Results, console: Console) -> None:
     }
     for title, (found, digits) in tables.items():
         console.print(_table(title, found, digits))
-    console.print(idle_or_busy(**said["busy_percent"]))
+    console.print(idle_or_busy(said["busy_percent"]))
 
 
 def _table(title: str, found: dict[str, dict[int, list[float]]], digits: int) -> Table:

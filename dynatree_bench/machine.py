@@ -6,9 +6,11 @@ import datetime
 import functools
 import hashlib
 import platform
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ __all__ = [
     "library_versions",
     "now",
     "provenance",
+    "runtime",
     "source_commit",
     "weights_sha256",
 ]
@@ -42,15 +45,26 @@ def busy_percent(*, seconds: float) -> float:
     return float(psutil.cpu_percent(interval=seconds)) * (psutil.cpu_count() or 1)
 
 
-def idle_or_busy(before: float, after: float, *, what: str = "times") -> str:
-    """A sentence about a machine that was watched before and after, in percent of a core, for those who read `what`."""
-    state = f"busy, so the {what} are not to be believed" if max(before, after) > BUSY_PERCENT else "idle"
-    return f"the machine was {state}: others used {before:.0f} % of a core before, {after:.0f} % after"
+def idle_or_busy(others: Mapping[str, float], *, what: str = "times") -> str:
+    """A sentence for those who read `what`.
+
+    Args:
+        others: when -> what other processes used, in percent of one core; see LoadMeter.meanwhile.
+        what: that a busy machine falsifies.
+    """
+    state = f"busy, so the {what} are not to be believed" if max(others.values()) > BUSY_PERCENT else "idle"
+    used = ", ".join(f"{percent:.0f} % of a core {when}" for when, percent in others.items())
+    return f"the machine was {state}: others used {used}"
 
 
 def is_busy(share: float) -> bool:
     """Whether others use so much of all cores' time (see LoadMeter) that speeds are not to be believed."""
-    return 100 * share * (psutil.cpu_count() or 1) > BUSY_PERCENT
+    return _core_percent(share) > BUSY_PERCENT
+
+
+def _core_percent(share: float) -> float:
+    """A share of all cores' time in percent of one core."""
+    return 100 * share * (psutil.cpu_count() or 1)
 
 
 class LoadMeter:
@@ -68,6 +82,12 @@ class LoadMeter:
         others = (now.used - self._begin.used) - (now.own - self._begin.own)
         return float(min(max(others / (seconds * (psutil.cpu_count() or 1)), 0.0), 1.0))
 
+    def meanwhile(self) -> dict[str, float]:
+        """The same in percent of one core, as results have it and `idle_or_busy` takes it."""
+        share = self.share()
+        assert share is not None, f"a benchmark takes at least {MIN_SECONDS} s"
+        return {"meanwhile": _core_percent(share)}
+
 
 class _Reading:
     """Processor seconds so far: of the whole system, and of this process."""
@@ -79,6 +99,12 @@ class _Reading:
         self.used = sum(system) - idle - guests
         self.own = own.user + own.system
         self.seconds = time.perf_counter()
+
+
+def runtime() -> str:
+    """The main libraries and the processor in a few words, for the head of an output."""
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("dynatree", "torch", "transformers"))
+    return f"{libraries}, {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def library_versions() -> dict[str, str]:
@@ -130,10 +156,10 @@ def now(device: torch.device) -> float:
 def provenance(module: str, device: torch.device) -> dict[str, Any]:
     """Where the numbers of `python -m module` come from, as the results of a small benchmark begin."""
     return {
-        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "commit": source_commit(),
         "date": datetime.date.today().isoformat(),
-        "versions": library_versions(),
+        "versions": {"dynatree": version("dynatree"), **library_versions()},
         "device": device_name(device),
         "threads": torch.get_num_threads(),
     }

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import psutil
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -24,7 +25,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dynatree_bench.experiments import (
     COMPILED,
     EXPERIMENTS,
-    REFERENCE,
     Cell,
     Experiment,
     Form,
@@ -37,7 +37,6 @@ from dynatree_bench.machine import (
     LoadMeter,
     busy_percent,
     device_name,
-    is_busy,
     library_versions,
     source_commit,
 )
@@ -58,6 +57,7 @@ from dynatree_bench.records import (
     record_key,
     write_info,
 )
+from dynatree_bench.statistics import run_warnings
 from dynatree_bench.workloads import EncodedPrompt, digest, encode, load_workload, markov_prompts, random_prompts
 from dynatree_core import DynaTreeError, InputError, build_stack
 from dynatree_core.architectures import vocab_size
@@ -69,7 +69,7 @@ __all__ = ["Options", "run_experiment"]
 WARM_UP_TOKENS = 8
 QUICK_SECONDS = 90.0  # the time limit of the quick form: with loading it ends within two minutes
 IDLE_CHECK_SECONDS = 2.0
-# the axes that an output without drafting depends on
+# the axes that a reference depends on
 REFERENCE_AXES = ("dataset", "prompt_tokens", "max_new_tokens")
 # what must be the same for a run to go on
 FIXED_FIELDS = (
@@ -169,15 +169,21 @@ def run_experiment(
     info = _run_info(name, pair, infos, tasks, options, command or f"run_experiment({name!r}, ...)")
     before = _run_before(info, out)
     records = read_records(out)
-    run = _Run(name, pair, options, out, {record.key for record in records}, _references(records))
+    reference_names = {method.name: method.reference for method in methods}
+    run = _Run(
+        name, pair, options, out, {record.key for record in records}, reference_names,
+        _references(records, reference_names),
+    )  # fmt: skip
     if run.missing(tasks):
         info = _begun(info, before, out)
-        if idle_check_seconds:
-            info = _with_note(out, info, _idle_note(idle_check_seconds), say)
+        if idle_check_seconds and (note := _idle_note(idle_check_seconds)) is not None:
+            say(note)
+            write_info(out, attrs.evolve(info, notes=(*info.notes, note)))
         torch.manual_seed(options.seed)
         run.warm_up(tasks)
         run.measure(tasks)
-        info = _with_note(out, info, run.closing_note(tasks), say)
+        for warning in run_warnings(read_results(out)):
+            say(warning)
     return read_results(out)
 
 
@@ -265,7 +271,7 @@ def _run_info(
                 values = axes.setdefault(axis, [])
                 if value not in values:
                     values.append(value)
-    model = pair.target.model
+    model, source = pair.target.model, pair.source
     return RunInfo(
         experiment=name,
         command=command,
@@ -279,7 +285,7 @@ def _run_info(
         threads=torch.get_num_threads(),
         libraries=library_versions(),
         seed=options.seed,
-        is_synthetic=pair.source is not None,
+        is_synthetic=source is not None,
         ignore_eos=options.ignore_eos,
         methods=methods,
         axes=axes,
@@ -287,11 +293,14 @@ def _run_info(
             "quick": options.quick,
             "workloads": sorted({task.prompt.workload for task in tasks}),
             "prompts": len({task.prompt.prompt_id for task in tasks}),
+            "outputs": sum(len(task.cells) for task in tasks),
             "prompts_sha256": digest(task.prompt for task in tasks if task.repeat == 0),
             "repeats": options.repeats,
             "chat": options.is_chat,
             "replay": options.with_replay,
+            "cores": psutil.cpu_count() or 1,
             "runner": runner_for(model, "auto"),
+            **({} if source is None else {"acceptance": source.acceptance, "decay": source.decay}),
         },
     )
 
@@ -352,15 +361,6 @@ def _shown(value: Any) -> str:
     return str(value)[:80]
 
 
-def _with_note(out: Path, info: RunInfo, note: str | None, say: Callable[[str], None]) -> RunInfo:
-    if note is None:
-        return info
-    say(note)
-    info = attrs.evolve(info, notes=(*info.notes, note))
-    write_info(out, info)
-    return info
-
-
 def _idle_note(seconds: float) -> str | None:
     percent = busy_percent(seconds=seconds)
     if percent <= BUSY_PERCENT:
@@ -370,17 +370,20 @@ def _idle_note(seconds: float) -> str | None:
     )
 
 
-def _references(records: Iterable[OutputRecord]) -> dict[tuple[Any, ...], tuple[int, ...]]:
-    """The tokens of greedy decoding, by what they depend on."""
+def _references(
+    records: Iterable[OutputRecord], reference_names: Mapping[str, str]
+) -> dict[tuple[Any, ...], tuple[int, ...]]:
+    """The tokens that others are compared with, by what they depend on."""
+    names = set(reference_names.values())
     return {
-        _reference_key(record.prompt_id, record.axes): record.token_ids
+        _reference_key(record.method, record): record.token_ids
         for record in records
-        if record.method == REFERENCE.name and record.error is None
+        if record.method in names and record.error is None
     }
 
 
-def _reference_key(prompt_id: str, axes: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (prompt_id, *(axes.get(name) for name in REFERENCE_AXES))
+def _reference_key(reference: str, record: OutputRecord) -> tuple[Any, ...]:
+    return (reference, record.prompt_id, *(record.axes.get(name) for name in REFERENCE_AXES))
 
 
 @attrs.define(eq=False)
@@ -392,8 +395,8 @@ class _Run:
     options: Options
     out: Path
     done: set[tuple[str, str, str, int]]  # keys of the records that there are
+    reference_names: Mapping[str, str]  # method -> the one that it is compared with
     references: dict[tuple[Any, ...], tuple[int, ...]]
-    busy: list[bool] = attrs.field(factory=list, init=False)  # of the outputs made now whose load is known
     replays: dict[tuple[str, tuple[int, ...]], Replay] = attrs.field(factory=dict, init=False)  # of the present prompt
 
     @property
@@ -434,7 +437,7 @@ class _Run:
                 slowest = max(slowest, time.perf_counter() - start)
 
     def _measure_prompt(self, task: Task, advance: Callable[[], None]) -> None:
-        """One prompt by all methods. An output is written as soon as the greedy one to compare it with is there."""
+        """One prompt by all methods. An output is written as soon as the one to compare it with is there."""
         held: list[OutputRecord] = []
         self.replays.clear()
         for order, cell in enumerate(task.cells):
@@ -453,11 +456,8 @@ class _Run:
         output, error = _attempt(self.pair, cell, task.prompt, self.eos)
         load = meter.share()
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" and error is None else None
-        if load is not None:
-            self.busy.append(is_busy(load))
         record = self._record(cell, task, order, output, error, load, peak)
-        if cell.method == REFERENCE and error is None:
-            self.references[_reference_key(record.prompt_id, record.axes)] = record.token_ids
+        self.references |= _references([record], self.reference_names)
         if self.options.with_replay and cell.method.is_drafting and error is None:
             known = (task.prompt.prompt_id, record.token_ids)
             if known not in self.replays:
@@ -467,7 +467,7 @@ class _Run:
 
     def _write(self, record: OutputRecord, *, is_last: bool) -> bool:
         """Append a record if its reference is there, or there will be none; whether it was."""
-        reference = self.references.get(_reference_key(record.prompt_id, record.axes))
+        reference = self.references.get(_reference_key(self.reference_names[record.method], record))
         if reference is None and not is_last:
             return False
         if reference is not None and record.error is None:
@@ -511,18 +511,6 @@ class _Run:
             trials=output.trials if output is not None else None,
             replay=None,
         )
-
-    def closing_note(self, tasks: Sequence[Task]) -> str | None:
-        """What there is to say at the end."""
-        notes = []
-        if num_busy := sum(self.busy):
-            notes.append(
-                f"the machine was busy during {num_busy} of {len(self.busy)} outputs: others used more than "
-                f"{BUSY_PERCENT} % of a core, so times are not to be believed"
-            )
-        if left := self.missing(tasks):
-            notes.append(f"the time was up with {len(left)} of {len(tasks)} prompts left; the same command goes on")
-        return "; ".join(notes) or None
 
 
 def _attempt(pair: Pair, cell: Cell, prompt: EncodedPrompt, eos: Sequence[int]) -> tuple[Output | None, str | None]:

@@ -213,10 +213,11 @@ def _split(total: float, first_seconds: float, num_first: int, num_tokens: int) 
     """Seconds of prefill and of decoding, where the first tokens come out of the pass over the prompt.
 
     Our own prefill leaves the first token to a decode step. So that tokens per second compare, decoding is what all
-    tokens would take at the pace of those that came after the first ones; the rest is the prefill.
+    tokens would take at the pace of those that came after the first ones; the rest is the prefill. Where all came at
+    once, their pace is not known, and no time is counted as decoding.
     """
     if num_tokens <= num_first:
-        return 0.0, total
+        return total, 0.0
     decoding = min((total - first_seconds) * num_tokens / (num_tokens - num_first), total)
     return total - decoding, decoding
 

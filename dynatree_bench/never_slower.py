@@ -20,26 +20,25 @@ Command: python -m dynatree_bench.never_slower [--quick] [--drafter NAME|ID|PATH
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import platform
 import random
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
 import transformers
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from dynatree_bench.machine import busy_percent, idle_or_busy
-from dynatree_bench.prompts import chat_ids, load_prompts
+from dynatree_bench.machine import LoadMeter, idle_or_busy, provenance, runtime
+from dynatree_bench.prompts import chat_ids, in_turns, load_prompts, parsed_arguments
 from dynatree_core import (
     Drafter,
     DraftPlan,
@@ -52,11 +51,12 @@ from dynatree_core import (
     load_model,
     parse_stack,
 )
-from dynatree_core.cli_models import registered_drafter
+from dynatree_core.cli_models import load_drafter, registered_drafter
 
 POLICIES = ("phase3", "phase3+governor", "cost_aware", "cost_aware+governor")
 STEPPING_ASIDE = {"governor", "cost_aware"}  # policies that notice when drafting does not pay
 LEAST = 0.97
+NUM_RESAMPLES = 2000
 # column -> what it stands for
 COLUMNS = {
     "tok/it": "committed tokens per iteration",
@@ -144,21 +144,21 @@ def main() -> int:
     kinds = load_prompts(arguments.prompts, arguments.per_kind)
     target = load_model(arguments.target, device=arguments.device, dtype=arguments.dtype)
     console.print(
-        f"dynatree {version('dynatree')}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{platform.machine()}, {torch.get_num_threads()} threads, {target.model.device}, {target.model.dtype}, "
-        f"{target.name}, {arguments.max_new_tokens} new tokens at most"
+        f"{runtime()}, {target.model.device}, {target.model.dtype}, {target.name}, {arguments.max_new_tokens} new "
+        "tokens at most"
     )
     drafters = {name: make_drafter(name, target) for name in arguments.drafter}
     methods = [Method(policy, drafter) for drafter in drafters for policy in arguments.policy]
-    others_before = busy_percent(seconds=2.0)
+    meter = LoadMeter()
     results = measure(target, drafters, kinds, methods, arguments.max_new_tokens, arguments.repeats)
-    others_after = busy_percent(seconds=2.0)
+    others = meter.meanwhile()
     for kind in kinds:
         console.print(_table(kind, {method: results[kind, method] for method in methods}))
     console.print("; ".join(f"{heading}: {meaning}" for heading, meaning in COLUMNS.items()) + "\n")
-    console.print(idle_or_busy(others_before, others_after, what="ratios"))
+    console.print(idle_or_busy(others, what="ratios"))
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(document(results, [others_before, others_after]), indent=1) + "\n")
+        said = document(results, target, arguments.max_new_tokens, others)
+        arguments.output.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
     return _conclude(console, results)
 
 
@@ -168,11 +168,7 @@ def make_drafter(name: str, target: LoadedModel) -> nn.Module | Drafter:
         return Noise()
     if name == "random":
         return random_model(target)
-    drafter = registered_drafter(name)
-    if drafter is not None:
-        return drafter
-    dtype = str(target.model.dtype).removeprefix("torch.")
-    return load_model(name, device=str(target.model.device), dtype=dtype).model
+    return registered_drafter(name) or load_drafter(name, target).model
 
 
 def random_model(target: LoadedModel) -> nn.Module:
@@ -207,27 +203,18 @@ def measure(
     prompts = [(kind, prompt) for kind, texts in kinds.items() for prompt in texts]
     ways: list[Method | None] = [None, *methods]  # None: no drafting
 
-    def decode(way: Method | None, prompt: str, limit: int) -> GenerationResult:
+    def decode(prompt: str, way: Method | None, limit: int) -> GenerationResult:
         policy, drafter = (way.policy, drafters[way.drafter]) if way is not None else ("autoregressive", None)
         return generate(target.model, drafter, chat_ids(target, prompt), policy=policy, max_new_tokens=limit)
 
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("decoding", total=len(prompts) * len(ways) * repeats)
-        for way in ways:  # warm-up: the first passes allocate and choose kernels
-            decode(way, prompts[0][1], 8)
-        for i, (kind, prompt) in enumerate(prompts):
-            found: defaultdict[Method | None, list[GenerationResult]] = defaultdict(list)
-            for repeat in range(repeats):
-                start = (i + repeat) % len(ways)
-                for way in ways[start:] + ways[:start]:
-                    found[way].append(decode(way, prompt, max_new_tokens))
-                    progress.advance(task)
-            plain = _median(found[None])
-            for method in methods:
-                different = [
-                    result for result in found[method] if any(result.token_ids != p.token_ids for p in found[None])
-                ]
-                results[kind, method].append(Pair(plain, different[0] if different else _median(found[method])))
+    turns = in_turns([prompt for _, prompt in prompts for _ in range(repeats)], ways, decode, max_new_tokens)
+    for kind, _ in prompts:
+        found = list(itertools.islice(turns, repeats))
+        plain = [of_turn[None] for of_turn in found]
+        for method in methods:
+            drafted = [of_turn[method] for of_turn in found]
+            different = [result for result in drafted if any(result.token_ids != one.token_ids for one in plain)]
+            results[kind, method].append(Pair(_median(plain), different[0] if different else _median(drafted)))
     return dict(results)
 
 
@@ -242,14 +229,16 @@ def ratio(pairs: Sequence[Pair]) -> float:
     return plain / seconds
 
 
-def interval(pairs: Sequence[Pair], *, resamplings: int = 2000) -> tuple[float, float]:
+def interval(pairs: Sequence[Pair]) -> tuple[float, float]:
     """The middle 95 % of the ratio over resamplings of the prompts (bootstrap)."""
     source = random.Random(0)
-    found = sorted(ratio(source.choices(pairs, k=len(pairs))) for _ in range(resamplings))
-    return found[int(0.025 * resamplings)], found[int(0.975 * resamplings) - 1]
+    found = sorted(ratio(source.choices(pairs, k=len(pairs))) for _ in range(NUM_RESAMPLES))
+    return found[int(0.025 * NUM_RESAMPLES)], found[int(0.975 * NUM_RESAMPLES) - 1]
 
 
-def document(results: Results, others_busy_percent: Sequence[float]) -> dict[str, object]:
+def document(
+    results: Results, target: LoadedModel, max_new_tokens: int, busy_percent: dict[str, float]
+) -> dict[str, Any]:
     """Everything that was measured, for a file."""
     runs = [
         {
@@ -267,11 +256,11 @@ def document(results: Results, others_busy_percent: Sequence[float]) -> dict[str
         for (kind, method), pairs in results.items()
     ]
     return {
-        "command": sys.argv,
-        "versions": {name: version(name) for name in ("dynatree", "torch", "transformers")},
-        "machine": platform.machine(),
-        "num_threads": torch.get_num_threads(),
-        "others_busy_percent": list(others_busy_percent),
+        **provenance("dynatree_bench.never_slower", target.model.device),
+        "target": target.name,
+        "dtype": str(target.model.dtype).removeprefix("torch."),
+        "max_new_tokens": max_new_tokens,
+        "busy_percent": busy_percent,
         "runs": runs,
     }
 
@@ -319,26 +308,21 @@ def _conclude(console: Console, results: Results) -> int:
 def _parse_arguments() -> argparse.Namespace:
     description = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m dynatree_bench.never_slower", description=description)
-    parser.add_argument("--quick", action="store_true", help="one prompt of each kind, 32 new tokens")
+    parser.add_argument("--quick", action="store_true", help="one prompt of each kind, 32 new tokens at most")
     parser.add_argument("--target", help="id or folder of a model (default: the embedded one)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--dtype", default="auto", help="default: float32 on the CPU, the checkpoint's own on CUDA")
     parser.add_argument("--drafter", action="append", help="may be repeated (default: prompt_lookup, random and noise)")
     parser.add_argument("--policy", action="append", help=f"may be repeated (default: {', '.join(POLICIES)})")
-    parser.add_argument(
-        "--prompts", type=Path, help='JSON lines with "prompt" and "category" (default: built-in prompts)'
-    )
-    parser.add_argument("--per-kind", type=int, help="prompts of each kind (default: 5)")
     parser.add_argument("--repeats", type=int, default=1, help="how often each output is made (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, help="default: 128")
     parser.add_argument("--output", type=Path, help="write everything that was measured to this file")
-    arguments = parser.parse_args()
+    arguments = parsed_arguments(parser, max_new_tokens=128)
+    if arguments.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    if arguments.quick:
+        arguments.per_kind, arguments.max_new_tokens = 1, min(arguments.max_new_tokens, 32)
     arguments.drafter = arguments.drafter or ["prompt_lookup", "random", "noise"]
     arguments.policy = arguments.policy or list(POLICIES)
-    arguments.per_kind = arguments.per_kind or (1 if arguments.quick else 5)
-    arguments.max_new_tokens = arguments.max_new_tokens or (32 if arguments.quick else 128)
-    if min(arguments.per_kind, arguments.max_new_tokens, arguments.repeats) < 1:
-        parser.error("--per-kind, --max-new-tokens and --repeats must be at least 1")
     return arguments
 
 

@@ -17,12 +17,14 @@ earlier siblings could.
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Iterable, Iterator
 
 import attrs
 import numpy as np
 
 from dynatree_bench.records import OutputRecord, Steps
+from dynatree_core.costs import isotonic
 
 __all__ = [
     "CostTable",
@@ -149,8 +151,11 @@ def _iterations(record: OutputRecord) -> Iterator[tuple[int, int, int, tuple[int
 def cost_table(records: Iterable[OutputRecord]) -> CostTable | None:
     """What levels and rows cost, estimated from the mean iteration of each method; None where nothing was timed.
 
-    A method gives one entry, its mean number of rows with its mean time of verification; times that fall with the
-    number of rows, which is noise, are raised to the one before.
+    A method gives one entry, its mean number of rows with its mean time of verification. Times that fall with the
+    number of rows, which is noise, are averaged with their neighbours until none does.
+
+    Args:
+        records: outputs of methods with one runner, since passes of different runners have different prices.
     """
     groups: dict[str, list[tuple[Steps, float, float]]] = {}
     for record in records:
@@ -168,7 +173,6 @@ def cost_table(records: Iterable[OutputRecord]) -> CostTable | None:
     num_levels = sum(sum(steps.depth) for steps, _, _ in everything)
     draft_seconds = sum(draft for _, _, draft in everything)
     rows_ascending = sorted(points)
-    verify_seconds = np.maximum.accumulate([float(np.mean(points[rows])) for rows in rows_ascending])
-    return CostTable(
-        draft_seconds / num_levels if num_levels else 0.0, tuple(rows_ascending), tuple(verify_seconds.tolist())
-    )
+    verify_seconds = isotonic([statistics.fmean(points[rows]) for rows in rows_ascending])
+    level_seconds = draft_seconds / num_levels if num_levels else 0.0
+    return CostTable(level_seconds, tuple(rows_ascending), tuple(verify_seconds))

@@ -97,9 +97,10 @@ def load_synthetic(spec: str, *, device: str | None = None, dtype: str = "auto",
         InputError: an unknown shape, or numbers that make no source.
     """
     shape, *numbers = spec.split(":")
+    names = ("acceptance", "decay")[: len(numbers)]
     try:
-        given: dict[str, Any] = dict(zip(("acceptance", "decay"), map(float, numbers), strict=False))
-    except ValueError as error:
+        given: dict[str, Any] = dict(zip(names, map(float, numbers), strict=True))
+    except ValueError as error:  # no number, or one too many
         raise InputError(f"a synthetic pair is SHAPE[:ACCEPTANCE[:DECAY]] with numbers, got '{spec}'") from error
     where = resolve_device(device)
     precision = ("bfloat16" if where.type == "cuda" else "float32") if dtype == "auto" else dtype

@@ -21,6 +21,7 @@ from dynatree_core.errors import InputError
 __all__ = ["Operator", "Profile", "profile", "shown"]
 
 WARM_UP = 4  # iterations before anything is measured
+NUM_OPERATORS = 15  # that are shown
 CLOCKS = ("decode", "draft", "draft_forward", "verify")
 
 
@@ -123,7 +124,7 @@ def _run(session: Session, num_iterations: int) -> int:
     return len(session.new_token_ids) - before
 
 
-def shown(found: Profile, num_operators: int = 15) -> Group:
+def shown(found: Profile) -> Group:
     """Two tables for a terminal."""
     stages = Table(box=box.SIMPLE_HEAD, title=f"an iteration, runner {found.runner}", title_justify="left")
     stages.add_column("stage")
@@ -138,6 +139,6 @@ def shown(found: Profile, num_operators: int = 15) -> Group:
     operators.add_column("operator", overflow="fold")
     operators.add_column("calls", justify="right")
     operators.add_column("ms", justify="right")
-    for operator in found.operators[:num_operators]:
+    for operator in found.operators[:NUM_OPERATORS]:
         operators.add_row(operator.name, f"{operator.calls:.0f}", f"{operator.milliseconds:.2f}")
     return Group(stages, operators)

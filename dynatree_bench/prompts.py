@@ -1,4 +1,4 @@
-"""A few prompts of three kinds, so that a benchmark runs without any data set.
+"""What small benchmarks share: a few prompts of three kinds, so that none needs a data set, and decoding them in turns.
 
 "prose" asks for new text, "code" for a program, "copying" for an answer that repeats much of its question.
 """
@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import Progress
 
 from dynatree_core import InputError, LoadedModel, cli_models
 
-__all__ = ["BUILT_IN", "chat_ids", "load_prompts", "parsed_arguments", "read_objects"]
+__all__ = ["BUILT_IN", "chat_ids", "in_turns", "load_prompts", "parsed_arguments", "read_objects"]
+
+WARM_UP_TOKENS = 8
+Way = TypeVar("Way")
+Made = TypeVar("Made")
 
 BUILT_IN: dict[str, list[str]] = {
     "prose": [
@@ -110,6 +118,31 @@ def parsed_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) ->
     if min(arguments.per_kind, arguments.max_new_tokens) < 1:
         parser.error("--per-kind and --max-new-tokens must be at least 1")
     return arguments
+
+
+def in_turns(
+    prompts: Sequence[str], ways: Sequence[Way], decode: Callable[[str, Way, int], Made], max_new_tokens: int
+) -> Iterator[dict[Way, Made]]:
+    """What each way makes of a prompt, prompt by prompt: the ways one after another in rotating order.
+
+    Before, each way decodes a little of the first prompt: the first passes allocate and choose kernels.
+
+    Args:
+        prompts: at least one.
+        ways: each is a key of what comes back.
+        decode: told the prompt, the way, and how many tokens there are to be at most.
+        max_new_tokens: of each output.
+    """
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("decoding", total=len(prompts) * len(ways))
+        for way in ways:
+            decode(prompts[0], way, WARM_UP_TOKENS)
+        for i, prompt in enumerate(prompts):
+            start, found = i % len(ways), {}
+            for way in (*ways[start:], *ways[:start]):
+                found[way] = decode(prompt, way, max_new_tokens)
+                progress.advance(task)
+            yield found
 
 
 def chat_ids(default: LoadedModel, prompt: str) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 
 from dynatree_bench.records import Results
-from dynatree_bench.statistics import summaries
+from dynatree_bench.statistics import differ_only_in, summaries
 
 __all__ = ["ShapePair", "compared", "published"]
 
@@ -39,13 +39,14 @@ class _Axis:
     label: str
     method: str
     tick: str | None  # None: the last one that both have
+    varied: tuple[str, ...] = ()  # axes of the experiment
 
 
 _AXES = {
     "main": _Axis("method", "fixed", "fixed"),
-    "ablation": _Axis("base depth (levels)", "fixed", "5"),
-    "sensitivity": _Axis("thresholds, branches", "phase3", "0.9/0.4"),
-    "scalability": _Axis("length of the output (new tokens)", "fixed", None),
+    "ablation": _Axis("base depth (levels)", "fixed", "5", ("base_depth",)),
+    "sensitivity": _Axis("thresholds, branches", "phase3", "0.9/0.4", ("high", "low", "min_branch", "max_branch")),
+    "scalability": _Axis("length of the output (new tokens)", "fixed", None, ("max_new_tokens",)),
 }
 
 
@@ -57,13 +58,16 @@ def published() -> dict[str, Any]:
 
 
 def compared(results: Results) -> ShapePair | None:
-    """A run beside the published numbers, where both have the methods, the points and the reference."""
-    name = results.info.experiment
-    if name not in _AXES:
+    """A run beside the published numbers, where both have the methods, the points and the reference.
+
+    None where they have not, and where the run has several numbers for a point since it varies another axis too.
+    """
+    name, found = results.info.experiment, summaries(results.records)
+    if name not in _AXES or not differ_only_in(_AXES[name].varied, found):
         return None
     own_rows = [
         {**one.axes, "method": one.method, "tokens_per_second": one.tokens_per_second.mean}
-        for one in summaries(results.records)
+        for one in found
         if one.tokens_per_second is not None
     ]
     ours, theirs = _table(name, own_rows), _table(name, published()[name])

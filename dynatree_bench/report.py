@@ -23,15 +23,19 @@ from dynatree_bench.statistics import (
     BASELINE,
     HF_BASELINE,
     Estimate,
+    PooledRatio,
     Share,
     Summary,
     acceptance_by_depth,
     acceptance_by_rank,
     calibration,
     groups,
+    method_names,
     over_length,
+    pooled_ratio,
     rank_shares,
     replayed_texts,
+    run_warnings,
     summaries,
 )
 from dynatree_core import InputError, parse_stack
@@ -103,6 +107,8 @@ def _report_run(results: Results, out: Path) -> Path:
         raise ResultsError(f"a report needs outputs, and {results.folder} has none yet")
     for name in ("figures", "tables"):
         (out / name).mkdir(parents=True, exist_ok=True)
+    for path in (*out.glob("figures/*.png"), *out.glob("tables/*.csv")):
+        path.unlink()  # of an earlier report
     lines = [f"# {_title(results)}", "", *_warnings(results), provenance(results), ""]
     for table in _tables(results):
         _write_csv(out / "tables" / f"{table.name}.csv", table)
@@ -110,7 +116,6 @@ def _report_run(results: Results, out: Path) -> Path:
     lines += ["## Figures", ""]
     for plot in FIGURES:
         path = out / "figures" / f"{plot.name}.png"
-        path.unlink(missing_ok=True)  # of an earlier report
         if draw(plot, results, path):
             lines += [f"![{plot.name}](figures/{path.name})", "", plot.caption, ""]
     return _write(out / PAGE, lines)
@@ -139,7 +144,7 @@ def _warnings(results: Results) -> list[str]:
         items.append(f"Outputs that failed: {failed}. The first: {first}")
     if not any(one.method == BASELINE for one in found):
         items.append(f"There are no outputs of `{BASELINE}`, so there are no speedups.")
-    items += [note[:1].upper() + note[1:] + "." for note in info.notes]
+    items += [note[:1].upper() + note[1:] + "." for note in (*info.notes, *run_warnings(results))]
     return [*(f"- {item}" for item in items), ""] if items else []
 
 
@@ -157,6 +162,7 @@ def _count_by_method(found: Iterable[Summary], count: Callable[[Summary], int]) 
 
 def _tables(results: Results) -> list[Table]:
     made = [
+        _pooled_table(results),
         _main_table(results),
         _formula_table(results),
         _worth_table(results),
@@ -170,9 +176,49 @@ def _tables(results: Results) -> list[Table]:
     return [table for table in made if table is not None]
 
 
+def _pooled_table(results: Results) -> Table | None:
+    """What a method is worth over all prompts together, and over those of each category."""
+    found = summaries(results.records)
+    varied = _varied_axes(found)
+    baselines = {name: [r for r in results.records if r.method == name] for name in (BASELINE, HF_BASELINE)}
+    categories = list(dict.fromkeys(record.category for record in results.records))
+    categories = categories if len(categories) > 1 else []
+    rows, data = [], []
+    for one, group in zip(found, groups(results.records), strict=True):
+        overall = [pooled_ratio(group, baseline) for baseline in baselines.values()]
+        parts = [pooled_ratio((r for r in group if r.category == name), baselines[BASELINE]) for name in categories]
+        by_category = [part.value if part is not None else None for part in parts]
+        points = [one.axes.get(axis) for axis in varied]
+        tokens = one.tokens_per_iteration
+        name = f"{one.method} {DAGGER}" if one.is_different else one.method
+        rows.append(tuple(map(_shown, (name, *points, *overall, tokens, *by_category))))
+        numbers = [attrs.astuple(ratio) if ratio is not None else (None,) * 4 for ratio in overall]
+        data.append((one.method, *points, *numbers[0], *numbers[1], tokens, *by_category))
+    if all(row[len(varied) + 1] == "–" for row in rows):
+        return None
+    header = ("method", *varied, f"against {BASELINE}", f"against {HF_BASELINE}", "tokens/iteration", *categories)
+    fields = [f"{name}{part}" for name in ("speedup", "hf_speedup") for part in ("", "_low", "_high", "_count")]
+    data_header = ("method", *varied, *fields, "tokens_per_iteration", *(f"speedup {name}" for name in categories))
+    note = (
+        "against: decoding time of all prompts by that method ÷ by this one, the prefill apart, and its bootstrap "
+        "95 % interval over prompts. A prompt takes the median time over its repeats, of two the shorter one. "
+        f"{DAGGER}: some outputs differ from greedy decoding. tokens/iteration: committed tokens per target pass."
+    )
+    if categories:
+        note += f" The last columns are against {BASELINE}, over the prompts of a category."
+    return Table("pooled", "Speedup over all prompts", note, *_known(header, rows), data_header, tuple(data))
+
+
+def _known(header: Sequence[str], rows: Iterable[Sequence[str]]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Header and rows without the columns that no row knows."""
+    columns = [column for column in zip(header, *rows, strict=True) if any(cell != "–" for cell in column[1:])]
+    header, *rows = zip(*columns, strict=True)
+    return tuple(header), tuple(rows)
+
+
 def _main_table(results: Results) -> Table:
     found = summaries(results.records)
-    varied = [axis for axis in _axes(found) if len({str(one.axes.get(axis)) for one in found}) > 1]
+    varied = _varied_axes(found)
     columns = [
         _Column("method", lambda one: one.method, (("method", lambda one: one.method),)),
         *(_axis_column(axis) for axis in varied),
@@ -203,8 +249,6 @@ def _main_table(results: Results) -> Table:
         _estimate_column("memory", "memory", lambda e: f"{e.median - 1:+.1%}"),
         _number_column("load", "load", ".0%"),
     ]
-    # whatever no method of the run knows is not shown
-    shown = [column for column in columns if any(column.show(one) != "–" for one in found)]
     note = (
         f"greedy: outputs equal to greedy decoding, of those that were compared ({DAGGER}: some differ). tokens/s: "
         f"mean ± standard deviation over prompts, the prefill apart. speedup: over `{BASELINE}` on the same runtime, "
@@ -219,15 +263,15 @@ def _main_table(results: Results) -> Table:
         "summary",
         "Methods",
         note,
-        tuple(column.heading for column in shown),
-        tuple(tuple(column.show(one) for column in shown) for one in found),
+        *_known([column.heading for column in columns], [[column.show(one) for column in columns] for one in found]),
         tuple(name for name, _ in data),
         tuple(tuple(get(one) for _, get in data) for one in found),
     )
 
 
-def _axes(found: Iterable[Summary]) -> list[str]:
-    return list(dict.fromkeys(axis for one in found for axis in one.axes))
+def _varied_axes(found: Sequence[Summary]) -> list[str]:
+    axes = dict.fromkeys(axis for one in found for axis in one.axes)
+    return [axis for axis in axes if len({str(one.axes.get(axis)) for one in found}) > 1]
 
 
 def _axis_column(axis: str) -> _Column:
@@ -296,9 +340,15 @@ def _full_tree(policy: str, axes: dict[str, Any]) -> tuple[int, int] | None:
     return None
 
 
+def _costs(results: Results) -> CostTable | None:
+    """What passes cost with the runner of the run; methods with options may have another one."""
+    plain = {method.name for method in results.info.methods if method.kind == "dynatree" and not method.options}
+    return cost_table(record for record in results.records if record.method in plain)
+
+
 def _worth_table(results: Results) -> Table | None:
     """The best chain and tree for the costs and acceptances of this run."""
-    costs = cost_table(results.records)
+    costs = _costs(results)
     baseline = [record for record in results.records if record.method == BASELINE]
     step = summaries(baseline)[0].iteration_ms if baseline else None
     acceptance = sorted((share.value or 0.0 for share in rank_shares(replayed_texts(results.records))), reverse=True)
@@ -323,13 +373,13 @@ def _worth_table(results: Results) -> Table | None:
 
 
 def _oracle_table(results: Results) -> Table | None:
-    costs = cost_table(results.records)
+    costs = _costs(results)
     rows = []
     for group in groups(results.records):
         same_nodes = score(group)
         if same_nodes is None:
             continue
-        same_cost = score(group, costs) if isinstance(costs, CostTable) else None
+        same_cost = score(group, costs) if costs is not None else None
         rows.append(
             (
                 _point(summaries(group)[0]),
@@ -358,7 +408,7 @@ def _percent(share: float | None) -> float | None:
 def _acceptance_table(
     results: Results, what: str, count: Callable[[Iterable[OutputRecord]], list[Share]], *, first: int
 ) -> Table | None:
-    found = {name: count(r for r in results.records if r.method == name) for name in _methods(results)}
+    found = {name: count(r for r in results.records if r.method == name) for name in method_names(results.records)}
     found = {name: shares for name, shares in found.items() if shares}
     if not found:
         return None
@@ -407,7 +457,7 @@ def _shape_table(results: Results) -> Table | None:
 def _calibration_table(results: Results) -> Table | None:
     rows = [
         (name, one.probability, one.share.value, *(one.share.interval or (None, None)), one.share.trials)
-        for name in _methods(results)
+        for name in method_names(results.records)
         for one in calibration(r for r in results.records if r.method == name)
     ]
     note = "Drafted nodes under accepted parents in tenths of the drafter's probability, with Wilson's 95 % intervals."
@@ -418,17 +468,13 @@ def _calibration_table(results: Results) -> Table | None:
 def _length_table(results: Results) -> Table | None:
     rows = [
         (name, one.start, one.end, one.num_iterations, one.tokens_per_iteration, one.path_acceptance, one.repetition)
-        for name in _methods(results)
+        for name in method_names(results.records)
         if name != BASELINE
         for one in over_length((r for r in results.records if r.method == name), num_bins=5)
     ]
     note = "Iterations by the place in the output at which they begin."
     header = ("method", "from token", "to", "iterations", "tok/it", "path acceptance", "repetition")
     return _simple("over-length", "Along the output", note, header, rows)
-
-
-def _methods(results: Results) -> list[str]:
-    return list(dict.fromkeys(record.method for record in results.records))
 
 
 def _point(one: Summary) -> str:
@@ -447,6 +493,8 @@ def _simple(name: str, title: str, note: str, header: Sequence[str], rows: Seque
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, PooledRatio):
+        return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
     return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 

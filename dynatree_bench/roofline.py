@@ -8,10 +8,11 @@ Method: a synthetic pair, random weights of a published shape with an acceptance
 4.5 and 6.6 tokens an iteration in expectation. A tree has a root and 63 drafted nodes in 5 levels, the same in each
 iteration; more than 6 tokens need more levels, so that one has 8. Every way of decoding, passes over 1 to
 64 rows, a copy of a large buffer and a large matrix product take turns, in rotating order, several times over in one
-process after a warm-up round. Of a generation's iterations the median counts, the first ones left out, in which CUDA
-graphs are recorded; over the rounds medians are shown, with quartiles. The bandwidth counts what a copy reads and what
-it writes. What weights take up is that of the parameters without the table of embeddings, of which a step reads one
-row, unless it is the head as well; keys and values are not counted.
+process after a warm-up round. Of a generation's iterations, transformers' own too, the median counts, the first ones
+left out, in which CUDA graphs are recorded; over the rounds medians are shown, with quartiles. The bandwidth counts
+what a copy reads and what it writes. What weights take up is that of the parameters without the table of embeddings, of
+which a step reads one row, unless it is the head as well; keys and values are not counted. Meanwhile the machine is
+watched.
 
 Output: two tables; what was measured ÷ what is wanted (at least 0.8 of what bandwidth allows, at most 1.6 steps for an
 iteration of 5 levels); FOLDER/roofline.json with all that was measured, FOLDER/roofline.svg drawn from it.
@@ -23,9 +24,11 @@ Command: python -m dynatree_bench.roofline [--shape NAME] [--device D] [--dtype 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -37,13 +40,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
-from dynatree_bench.experiments import Cell, Method
 from dynatree_bench.figures import BLUE, GREY, ORANGE, VERMILION
 from dynatree_bench.formulas import RankTree, best_tree, tree_tokens
-from dynatree_bench.machine import busy_percent, idle_or_busy, now, provenance
-from dynatree_bench.methods import decode
+from dynatree_bench.machine import LoadMeter, idle_or_busy, now, provenance
 from dynatree_bench.pairs import Pair, load_synthetic
 from dynatree_bench.runners import CONTEXT, ROWS, filled, finish, pass_seconds, plot_over_rows, quartiles
 from dynatree_bench.synthetic import SHAPES, MarkovSource, let_follow, rank_acceptance
@@ -126,7 +129,6 @@ def main() -> None:
 
 
 def _measured(arguments: argparse.Namespace) -> Results:
-    busy = {"before": busy_percent(seconds=1.0)}
     pair = load_synthetic(arguments.shape, device=arguments.device, dtype=arguments.dtype)
     model, is_dry = pair.target.model, arguments.shape == DRY
     rounds = arguments.rounds or (2 if is_dry else 7)
@@ -148,9 +150,9 @@ def _measured(arguments: argparse.Namespace) -> Results:
             "acceptance": {str(wanted): acceptance_for(wanted) for wanted in LEVELS},
         }
     )
+    meter = LoadMeter()
     measure(pair, results, rounds, tokens)
-    busy["after"] = busy_percent(seconds=1.0)
-    results.provenance["busy_percent"] = busy
+    results.provenance["busy_percent"] = meter.meanwhile()
     return results
 
 
@@ -284,8 +286,7 @@ def ways(results: Results) -> list[Way]:
 def _decoded(pair: Pair, way: Way, prompt: list[int], tokens: int) -> dict[str, float]:
     """What a generation took: see Results.decoding."""
     if way.runner is None:
-        output = decode(pair, Cell(Method(HF, "hf"), {"max_new_tokens": tokens}), prompt, [])
-        return {"seconds": output.decode_seconds / len(output.token_ids), "tokens": 1.0}
+        return {"seconds": _steady(_transformers_seconds(pair.target.model, prompt, tokens)), "tokens": 1.0}
     policy: Any = "autoregressive"
     if way.tokens is not None:
         levels = LEVELS[way.tokens]
@@ -303,12 +304,42 @@ def _decoded(pair: Pair, way: Way, prompt: list[int], tokens: int) -> dict[str, 
     )
     seconds = [step.seconds for step in run(session)]
     report = session.result().report
-    steady = seconds[SKIPPED:] or seconds
     return {
-        "seconds": statistics.median(steady),
+        "seconds": _steady(seconds),
         "tokens": report.num_new_tokens / report.num_iterations,
         "outside": report.overhead_seconds / report.num_iterations,
     }
+
+
+def _steady(seconds: list[float]) -> float:
+    """Median of a generation's steps, the first ones left out where there are others."""
+    return statistics.median(seconds[SKIPPED:] or seconds)
+
+
+class _Arrivals(BaseStreamer):
+    """When the prompt and each token came."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.seconds.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _transformers_seconds(model: Any, prompt: list[int], tokens: int) -> list[float]:
+    """Of each step of transformers' own generate; the first token comes out of the pass over the prompt."""
+    arrivals, input_ids = _Arrivals(), torch.tensor([prompt], device=model.device)
+    make: Any = GenerationConfig
+    model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        generation_config=make(do_sample=False, max_new_tokens=tokens, pad_token_id=0),
+        streamer=arrivals,
+    )
+    return [later - earlier for earlier, later in itertools.pairwise(arrivals.seconds[1:])]
 
 
 def _show(results: Results, console: Console) -> None:
@@ -332,7 +363,7 @@ def _show(results: Results, console: Console) -> None:
         console.print(line)
     if said["model"].endswith(DRY):
         console.print("this is a dry run: its numbers mean nothing")
-    console.print(idle_or_busy(**said["busy_percent"]))
+    console.print(idle_or_busy(said["busy_percent"]))
 
 
 def verdicts(results: Results) -> list[str]:
@@ -432,8 +463,8 @@ def _parse_arguments() -> argparse.Namespace:
         "--from", dest="source", type=Path, metavar="FILE.json", help="show and draw these results, measure nothing"
     )
     arguments = parser.parse_args()
-    if any(number is not None and number < 1 for number in (arguments.rounds, arguments.tokens)):
-        parser.error("--rounds and --tokens must be at least 1")
+    if any(number is not None and number < least for number, least in ((arguments.rounds, 1), (arguments.tokens, 2))):
+        parser.error("--rounds must be at least 1, --tokens at least 2")
     return arguments
 
 

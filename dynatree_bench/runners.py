@@ -5,8 +5,8 @@ each dtype.
 
 Method: a prompt of 256 tokens; passes over a root and its children. All runners, dtypes and numbers of rows take turns,
 several times over in one process after a warm-up round; medians are shown, with quartiles. What counts is a runner's
-pass relative to the plain pass over one row in the same round: what slows the machine down hits both alike. The machine
-is watched before and after.
+pass relative to the plain pass over one row in the same round: what slows the machine down hits both alike. Meanwhile
+the machine is watched.
 
 Output: a table, FOLDER/runners.json with all that was measured, FOLDER/runners.svg drawn from it.
 
@@ -31,7 +31,7 @@ from rich.progress import track
 from rich.table import Table
 
 from dynatree_bench.figures import BLUE, GREY, ORANGE, SKY, VERMILION
-from dynatree_bench.machine import BUSY_PERCENT, busy_percent, idle_or_busy, now, provenance
+from dynatree_bench.machine import BUSY_PERCENT, LoadMeter, idle_or_busy, now, provenance
 from dynatree_core import load_model
 from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
@@ -71,12 +71,11 @@ def main() -> None:
         text = json.dumps(attrs.asdict(results), indent=1) + "\n"
         (arguments.out / "runners.json").write_text(text, encoding="utf-8")
     console.print(table(results))
-    console.print(idle_or_busy(**results.provenance["busy_percent"]))
+    console.print(idle_or_busy(results.provenance["busy_percent"]))
     draw(results, arguments.out / "runners.svg")
 
 
 def _measured(arguments: argparse.Namespace) -> Results:
-    busy = {"before": busy_percent(seconds=1.0)}
     ways: dict[str, tuple[ModelRunner, TreeCache]] = {}
     for dtype in DTYPES:
         loaded = load_model(arguments.target, device="cpu", dtype=dtype)
@@ -86,20 +85,20 @@ def _measured(arguments: argparse.Namespace) -> Results:
     rows = ROWS[:3] if arguments.quick else ROWS
     rounds = 1 if arguments.quick else arguments.rounds
     found: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in ways}
+    meter = LoadMeter()
     for turn in track(range(rounds + 1), console=Console(stderr=True), transient=True, description="measuring"):
         for count in rows:
             for way, (runner, cache) in ways.items():
                 seconds = pass_seconds(runner, cache, count)
                 if turn:  # the first round allocates and chooses kernels
                     found[way][str(count)].append(seconds)
-    busy["after"] = busy_percent(seconds=1.0)
     return Results(
         {
             **provenance("dynatree_bench.runners", torch.device("cpu")),
             "model": arguments.target or "SmolLM2-135M-Instruct",
             "context": CONTEXT,
             "rounds": rounds,
-            "busy_percent": busy,
+            "busy_percent": meter.meanwhile(),
         },
         found,
     )

@@ -18,25 +18,21 @@ Command: python -m dynatree_bench.smoke [--prompts FILE.jsonl] [--per-kind N] [-
 from __future__ import annotations
 
 import argparse
+import functools
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
 
 import attrs
-import torch
-import transformers
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from dynatree_bench.machine import BUSY_PERCENT, busy_percent
-from dynatree_bench.prompts import BUILT_IN, chat_ids, load_prompts, parsed_arguments
+from dynatree_bench.machine import LoadMeter, idle_or_busy, runtime
+from dynatree_bench.prompts import BUILT_IN, chat_ids, in_turns, load_prompts, parsed_arguments
 from dynatree_core import GenerationResult, LoadedModel, generate, load_model
 
 BASELINE = "autoregressive"
@@ -81,54 +77,33 @@ def main() -> int:
         return 0
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     kinds = load_prompts(arguments.prompts, arguments.per_kind)
-    console.print(
-        f"dynatree {version('dynatree')}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{platform.machine()}, {torch.get_num_threads()} threads, float32, drafter {DRAFTER}, "
-        f"{arguments.max_new_tokens} new tokens at most"
-    )
-    others_before = busy_percent(seconds=2.0)
+    console.print(f"{runtime()}, float32, drafter {DRAFTER}, {arguments.max_new_tokens} new tokens at most")
     default = load_model(None, device="cpu")
-    runs = measure(default, kinds, arguments.max_new_tokens, console)
-    others_after = busy_percent(seconds=2.0)
+    meter = LoadMeter()
+    runs = measure(default, kinds, arguments.max_new_tokens)
+    others = meter.meanwhile()
     for kind in kinds:
         console.print(_table(kind, {method: runs[kind, method] for method in METHODS}))
     console.print("; ".join(f"{heading}: {meaning}" for heading, meaning in COLUMNS.items()) + "\n")
     _print_overhead(console, runs)
     if not arguments.no_memory:
         _print_memory(console, arguments.max_new_tokens)
-    if max(others_before, others_after) > BUSY_PERCENT:
-        console.print(
-            f"[yellow]the machine was busy: other processes used {others_before:.0f} % of a core before and "
-            f"{others_after:.0f} % after; the times above are not to be believed"
-        )
-    else:
-        console.print(
-            f"the machine was idle: others used {others_before:.0f} % of a core before, {others_after:.0f} % after"
-        )
+    console.print(idle_or_busy(others))
     differing = sum(not run.is_identical for group in runs.values() for run in group)
     console.print(f"outputs that differ from autoregressive decoding: {differing} of {sum(map(len, runs.values()))}")
     return 1 if differing else 0
 
 
-def measure(
-    default: LoadedModel, kinds: dict[str, list[str]], max_new_tokens: int, console: Console
-) -> dict[tuple[str, str], list[Run]]:
+def measure(default: LoadedModel, kinds: dict[str, list[str]], max_new_tokens: int) -> dict[tuple[str, str], list[Run]]:
     """Every prompt by every method, interleaved: (kind, method) -> runs, in the order of the prompts."""
     runs: defaultdict[tuple[str, str], list[Run]] = defaultdict(list)
     prompts = [(kind, prompt) for kind, texts in kinds.items() for prompt in texts]
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("decoding", total=len(prompts) * len(METHODS))
-        for method in METHODS:  # warm-up: the first passes allocate and choose kernels
-            decode(default, prompts[0][1], method, 8)
-        for i, (kind, prompt) in enumerate(prompts):
-            results = {}
-            for method in METHODS[i % 3 :] + METHODS[: i % 3]:
-                results[method] = decode(default, prompt, method, max_new_tokens)
-                progress.advance(task)
-            baseline = results[BASELINE]
-            for method, result in results.items():
-                speedup = baseline.report.decode_seconds / result.report.decode_seconds
-                runs[kind, method].append(Run(result, speedup, result.token_ids == baseline.token_ids))
+    turns = in_turns([text for _, text in prompts], METHODS, functools.partial(decode, default), max_new_tokens)
+    for (kind, _), results in zip(prompts, turns, strict=True):
+        baseline = results[BASELINE]
+        for method, result in results.items():
+            speedup = baseline.report.decode_seconds / result.report.decode_seconds
+            runs[kind, method].append(Run(result, speedup, result.token_ids == baseline.token_ids))
     return dict(runs)
 
 

@@ -5,8 +5,12 @@ same round, the median over the rounds where there are several. Over prompts a r
 standard deviation; its 95 % interval is that of the median, by the percentile bootstrap over prompts: the median of as
 many prompts drawn with replacement, 4,000 times with a fixed seed, and the 2.5 and 97.5 percentiles of that.
 
+A pooled speedup is the decoding time of all prompts by one method ÷ that by another, with the bootstrap over prompts
+too. Prompts that take long weigh more in it.
+
 Counts are pooled: tokens per iteration are all tokens over all iterations, and so are acceptances. An interval of a
-share of trials is Wilson's (1927), which takes the trials as independent.
+share of trials is Wilson's (1927), which takes the trials as independent. Repeats of a prompt have the same trials, so
+those of the first round count.
 """
 
 from __future__ import annotations
@@ -14,14 +18,16 @@ from __future__ import annotations
 import functools
 import json
 import math
+import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 import numpy as np
 
-from dynatree_bench.records import OutputRecord, Steps
+from dynatree_bench.machine import BUSY_PERCENT
+from dynatree_bench.records import OutputRecord, Results, Steps, Trials
 from dynatree_core.metrics import repetition
 
 __all__ = [
@@ -30,18 +36,23 @@ __all__ = [
     "Bin",
     "Estimate",
     "LengthBin",
+    "PooledRatio",
     "Share",
     "Summary",
     "acceptance_by_depth",
     "acceptance_by_rank",
     "accepted_depths",
     "calibration",
+    "differ_only_in",
     "estimate",
     "groups",
+    "method_names",
     "over_length",
+    "pooled_ratio",
     "rank_shares",
     "ratios",
     "replayed_texts",
+    "run_warnings",
     "summaries",
     "tokens_per_second",
 ]
@@ -49,6 +60,7 @@ __all__ = [
 BASELINE = "autoregressive"  # on our own runtime
 HF_BASELINE = "hf generate"
 NUM_RESAMPLES = 4000
+NGRAM = 4  # tokens that count as repeated if they come again
 Z95 = 1.959964
 
 
@@ -62,6 +74,16 @@ class Estimate:
     low: float  # 95 % interval of the median
     high: float
     count: int
+
+
+@attrs.frozen
+class PooledRatio:
+    """How many times as fast all prompts are decoded together."""
+
+    value: float
+    low: float  # 95 % interval
+    high: float
+    count: int  # of prompts
 
 
 @attrs.frozen
@@ -117,7 +139,6 @@ class Summary:
     error: str | None  # the first one
     num_compared: int  # outputs for which there is a greedy reference
     num_different: int  # of these, from the reference
-    num_new_tokens: int
     num_iterations: int | None
     tokens_per_iteration: float | None
     path_acceptance: float | None
@@ -145,17 +166,17 @@ class Summary:
         return None if None in parts else sum(part for part in parts if part is not None)
 
 
-def estimate(values: Sequence[float], *, seed: int = 0) -> Estimate | None:
+def estimate(values: Sequence[float]) -> Estimate | None:
     """Median, mean, standard deviation (n − 1) and bootstrap interval of one value per prompt; None of nothing."""
     if not values:
         return None
-    return _estimate(tuple(values), seed)
+    return _estimate(tuple(values))
 
 
 @functools.lru_cache(maxsize=4096)  # a report asks for the same ones in many tables and figures
-def _estimate(values: tuple[float, ...], seed: int) -> Estimate:
+def _estimate(values: tuple[float, ...]) -> Estimate:
     array = np.asarray(values, dtype=float)
-    picks = np.random.default_rng(seed).integers(0, array.size, (NUM_RESAMPLES, array.size))
+    picks = np.random.default_rng(0).integers(0, array.size, (NUM_RESAMPLES, array.size))
     low, high = np.percentile(np.median(array[picks], axis=1), [2.5, 97.5])
     sd = float(array.std(ddof=1)) if array.size > 1 else None
     return Estimate(float(np.median(array)), float(array.mean()), sd, float(low), float(high), array.size)
@@ -199,11 +220,60 @@ def ratios(
     return {prompt: float(np.median(values)) for prompt, values in found.items()}
 
 
+def pooled_ratio(records: Iterable[OutputRecord], others: Iterable[OutputRecord]) -> PooledRatio | None:
+    """Decoding time of all prompts by the others ÷ that by a method.
+
+    A prompt takes the median time over its repeats, of two the shorter one. A method that ends a text elsewhere counts
+    with the time of as many tokens as the others have.
+
+    Args:
+        records: of one method at one point of the axes.
+        others: of the baseline; those whose axes are not among the records' are left out, as in `ratios`.
+
+    Returns:
+        None where no prompt was decoded by both.
+    """
+    own = [record for record in records if tokens_per_second(record) is not None]
+    theirs = [
+        other for other in others
+        if own and other.axes.items() <= own[0].axes.items() and tokens_per_second(other) is not None
+    ]  # fmt: skip
+    num_tokens = {other.prompt_id: len(other.token_ids) for other in theirs}
+    seconds, other_seconds = _seconds_per_token(own), _seconds_per_token(theirs)
+    prompts = [prompt for prompt in seconds if prompt in num_tokens]
+    if not prompts:
+        return None
+    times = np.array([[num_tokens[prompt] * by[prompt] for prompt in prompts] for by in (other_seconds, seconds)])
+    picks = np.random.default_rng(0).integers(0, len(prompts), (NUM_RESAMPLES, len(prompts)))
+    theirs_resampled, own_resampled = times[:, picks].sum(axis=-1)  # each [resamples]
+    low, high = np.percentile(theirs_resampled / own_resampled, [2.5, 97.5])
+    return PooledRatio(float(times[0].sum() / times[1].sum()), float(low), float(high), len(prompts))
+
+
+def _seconds_per_token(records: Iterable[OutputRecord]) -> dict[str, float]:
+    """Of each prompt, the lower median over repeats."""
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    for record in records:
+        found[record.prompt_id].append(record.decode_seconds / len(record.token_ids))
+    return {prompt: statistics.median_low(values) for prompt, values in found.items()}
+
+
 def summaries(records: Iterable[OutputRecord]) -> list[Summary]:
     """Each method at each point of the axes, in the order in which they first come."""
     records = list(records)
     baselines = {name: [r for r in records if r.method == name] for name in (BASELINE, HF_BASELINE)}
     return [_summary(group, baselines) for group in groups(records)]
+
+
+def differ_only_in(axes: Iterable[str], found: Sequence[Summary]) -> bool:
+    """Whether a method has one summary for each value of these axes, so that a figure can have a point for each."""
+    names = tuple(axes)
+    return len({(one.method, *(one.axes.get(name) for name in names)) for one in found}) == len(found)
+
+
+def method_names(records: Iterable[OutputRecord]) -> list[str]:
+    """The methods, in the order in which they first come."""
+    return list(dict.fromkeys(record.method for record in records))
 
 
 def groups(records: Iterable[OutputRecord]) -> list[list[OutputRecord]]:
@@ -237,23 +307,22 @@ def _summary(group: Sequence[OutputRecord], baselines: Mapping[str, Sequence[Out
         error=errors[0] if errors else None,
         num_compared=sum(record.is_identical is not None for record in good),
         num_different=sum(record.is_identical is False for record in good),
-        num_new_tokens=sum(len(record.token_ids) for record in good),
         num_iterations=iterations or None,
         tokens_per_iteration=committed / iterations if iterations else None,
         path_acceptance=_path_acceptance(steps),
         node_acceptance=accepted / nodes if nodes else None,
         nodes_per_iteration=nodes / iterations if iterations else None,
-        depth=sum(depths) / len(depths) if depths else None,
+        depth=_mean(depths),
         tokens_per_second=estimate(list(_per_prompt(good).values())),
         speedup=speedup,
         hf_speedup=hf_speedup,
-        repetition=sum(repetitions) / len(repetitions) if repetitions else None,
+        repetition=_mean(repetitions),
         draft_ms=_milliseconds(good, "draft_seconds"),
         verify_ms=_milliseconds(good, "verify_seconds"),
         rest_ms=_milliseconds(good, "rest_seconds"),
         overhead_ms=_milliseconds(good, "overhead_seconds"),
         memory=memory,
-        load=sum(loads) / len(loads) if loads else None,
+        load=_mean(loads),
     )
 
 
@@ -267,8 +336,7 @@ def _per_prompt(records: Iterable[OutputRecord]) -> dict[str, float]:
 
 
 def _path_acceptance(steps: Iterable[Steps]) -> float | None:
-    shares = [accepted / depth for one in steps for _, depth, accepted, _ in one.rows() if depth]
-    return sum(shares) / len(shares) if shares else None
+    return _mean([accepted / depth for one in steps for _, depth, accepted, _ in one.rows() if depth])
 
 
 def _milliseconds(records: Iterable[OutputRecord], name: str) -> float | None:
@@ -278,14 +346,32 @@ def _milliseconds(records: Iterable[OutputRecord], name: str) -> float | None:
     return 1000 * sum(seconds for seconds, _ in timed) / sum(count for _, count in timed) if timed else None
 
 
+def run_warnings(results: Results) -> list[str]:
+    """What is wrong with a run as a whole, a sentence each: a machine that was busy, outputs that are missing."""
+    settings, found = results.info.settings, []
+    loads = [record.load for record in results.records if record.load is not None]
+    num_busy = sum(100 * load * settings.get("cores", 0) > BUSY_PERCENT for load in loads)
+    if num_busy:
+        found.append(
+            f"the machine was busy during {num_busy} of {len(loads)} outputs: others used more than {BUSY_PERCENT} % "
+            "of a core, so times are not to be believed"
+        )
+    num_missing = settings.get("outputs", 0) - len(results.records)
+    if num_missing > 0:
+        found.append(f"{num_missing} of {settings['outputs']} outputs are missing; the same command goes on")
+    return found
+
+
 # acceptance
 
 
 def acceptance_by_rank(records: Iterable[OutputRecord]) -> list[Share]:
     """For each rank, the share of drafted nodes of this rank under an accepted parent that were accepted."""
-    return _shares((rank, is_accepted) for r in records if r.trials for rank, is_accepted in zip(
-        r.trials.rank, r.trials.is_accepted, strict=True
-    ))  # fmt: skip
+    return _shares(
+        (rank, is_accepted)
+        for trials in _trials(records)
+        for rank, is_accepted in zip(trials.rank, trials.is_accepted, strict=True)
+    )
 
 
 def rank_shares(records: Iterable[OutputRecord]) -> list[Share]:
@@ -306,10 +392,7 @@ def acceptance_by_depth(records: Iterable[OutputRecord]) -> list[Share]:
     """
     reached: defaultdict[int, int] = defaultdict(int)
     accepted: defaultdict[int, int] = defaultdict(int)
-    for record in records:
-        if record.trials is None:
-            continue
-        trials = record.trials
+    for trials in _trials(records):
         for depth, rank, is_accepted in zip(trials.depth, trials.rank, trials.is_accepted, strict=True):
             reached[depth] += rank == 0
             accepted[depth] += is_accepted
@@ -319,10 +402,9 @@ def acceptance_by_depth(records: Iterable[OutputRecord]) -> list[Share]:
 def calibration(records: Iterable[OutputRecord], *, num_bins: int = 10) -> list[Bin]:
     """Drafted nodes under accepted parents by the drafter's probability, in bins of equal width that are not empty."""
     groups: list[list[tuple[float, bool]]] = [[] for _ in range(num_bins)]
-    for record in records:
-        if record.trials is not None:
-            for probability, is_accepted in zip(record.trials.probability, record.trials.is_accepted, strict=True):
-                groups[min(int(probability * num_bins), num_bins - 1)].append((probability, is_accepted))
+    for trials in _trials(records):
+        for probability, is_accepted in zip(trials.probability, trials.is_accepted, strict=True):
+            groups[min(int(probability * num_bins), num_bins - 1)].append((probability, is_accepted))
     return [
         Bin(sum(p for p, _ in group) / len(group), Share(sum(is_accepted for _, is_accepted in group), len(group)))
         for group in groups
@@ -364,12 +446,12 @@ def over_length(records: Iterable[OutputRecord], *, num_bins: int = 10) -> list[
     ]
 
 
-def _repeated_ngrams(token_ids: Sequence[int], n: int = 4) -> list[bool]:
+def _repeated_ngrams(token_ids: Sequence[int]) -> list[bool]:
     """Of each place where an n-gram begins, whether the same one began earlier."""
     seen: set[tuple[int, ...]] = set()
     found = []
-    for start in range(len(token_ids) - n + 1):
-        ngram = tuple(token_ids[start : start + n])
+    for start in range(len(token_ids) - NGRAM + 1):
+        ngram = tuple(token_ids[start : start + NGRAM])
         found.append(ngram in seen)
         seen.add(ngram)
     return found
@@ -377,6 +459,11 @@ def _repeated_ngrams(token_ids: Sequence[int], n: int = 4) -> list[bool]:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def _trials(records: Iterable[OutputRecord]) -> Iterator[Trials]:
+    """Those of the first round: greedy decoding repeats them, which is no further evidence."""
+    return (record.trials for record in records if record.trials is not None and record.repeat == 0)
 
 
 def _shares(trials: Iterable[tuple[int, bool]]) -> list[Share]:

@@ -140,10 +140,6 @@ class MarkovSource:
     def vocab_size(self) -> int:
         return self.order.numel()
 
-    def rank_acceptance(self, num_ranks: int) -> list[float]:
-        """The acceptance of each of the drafter's first choices."""
-        return rank_acceptance(self.acceptance, self.decay, num_ranks)
-
     def text(self, start: int, num_tokens: int) -> list[int]:
         """Tokens of the target's text from a place on."""
         places = (start + torch.arange(num_tokens)) % self.vocab_size

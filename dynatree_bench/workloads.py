@@ -11,7 +11,8 @@ A workload is named by a string:
     random, random:SEED          random tokens, for models without a tokenizer
     markov                       the text of a synthetic pair
     OWNER/NAME[:CONFIG[:SPLIT[:COLUMN]]]
-                                 a data set on the hub; a column "text" is running text, any other has a prompt a row
+                                 a data set on the hub; a column "text" is running text, any other has a prompt a row;
+                                 a row's "category" is its prompt's
 """
 
 from __future__ import annotations
@@ -201,7 +202,9 @@ def _from_hub(name: str, source: Source, num_prompts: int | None) -> Workload:
     options = {"data_files": source.files} if source.files else {"name": source.config}
     try:
         rows = load_dataset(source.path, split=source.split, streaming=True, **options)  # reads what is needed only
-        texts = [_text_of(row, source.column) for row in itertools.islice(rows, MAX_ROWS)]
+        read = [
+            (_text_of(row, source.column), str(row.get("category") or name)) for row in itertools.islice(rows, MAX_ROWS)
+        ]
     except KeyError as error:
         raise InputError(
             f"workload '{name}': the data set has no column {error}; name it: OWNER/NAME:CONFIG:SPLIT:COLUMN"
@@ -210,8 +213,9 @@ def _from_hub(name: str, source: Source, num_prompts: int | None) -> Workload:
         came = " ".join(str(error).split())[:160] or "no message"
         raise InputError(f"workload '{name}' cannot be read ({type(error).__name__}: {came}); {advice}") from error
     if source.is_text:
-        return Workload(name, _some(_numbered(name, _passages("".join(texts), num_prompts)), name), is_chat=False)
-    prompts = [prompt for prompt in _numbered(name, texts) if prompt.text.strip()]
+        text = "".join(piece for piece, _ in read)
+        return Workload(name, _some(_numbered(name, _passages(text, num_prompts)), name), is_chat=False)
+    prompts = [Prompt(f"{name}-{i:04d}", category, text) for i, (text, category) in enumerate(read) if text.strip()]
     return Workload(name, _some(_evenly(prompts, num_prompts), name), is_chat=True)
 
 

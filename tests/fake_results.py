@@ -71,7 +71,7 @@ def output(cell: Cell, experiment: str, prompt_id: str, order: int, rng: Any, *,
     noise = float(rng.lognormal(0, 0.05))
     if cell.method.kind != "dynatree":
         seconds = length * STEP * noise * {"hf": 1.15, "rival": 0.8}[cell.method.kind]
-        is_identical = cell.method.name != "economize" or bool(rng.random() < 0.6)
+        is_identical = cell.method.name != "economize" or start > 0  # all but the first prompt
         return attrs.evolve(record, decode_seconds=seconds, total_seconds=seconds + 0.2, is_identical=is_identical)
     steps, trials = decode_on_paper(start, length, widths_of(cell.policy))
     iterations, nodes, levels = len(steps.depth), sum(steps.num_drafted), sum(steps.depth)
@@ -143,7 +143,7 @@ def widths_of(policy: str) -> Widths:
 def _info(experiment: Experiment) -> RunInfo:
     drafter = "model(model='synthetic tiny, drafter')"
     methods = [
-        MethodInfo(m.name, m.kind, m.policy, None if m.name == "autoregressive" else drafter, dict(m.options))
+        MethodInfo(m.name, m.kind, m.policy, drafter if m.is_drafting else None, dict(m.options))
         for m in chosen_methods(experiment, with_rivals=True)
     ]
     return RunInfo(

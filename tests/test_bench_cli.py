@@ -139,7 +139,18 @@ def test_all_experiments_of_a_synthetic_pair(bench, tmp_path):
         assert results.info.is_synthetic
         assert results.info.target.name == "synthetic tiny"
         assert all(record.is_identical for record in results.records)
-    assert read_results(tmp_path / "main").info.settings["workloads"] == ["markov"]
+    settings = read_results(tmp_path / "main").info.settings
+    assert (settings["workloads"], settings["acceptance"], settings["decay"]) == (["markov"], 0.8, 0.5)
+
+
+def test_a_synthetic_run_goes_on_with_the_same_acceptance_only(bench, tmp_path):
+    options = ("--device", "cpu", "--quick", "--num-prompts", 1, "--max-new-tokens", 4, "--out", tmp_path)
+    assert bench("scalability", "--synthetic", "tiny:0.8", *options).code == 0
+    assert bench("scalability", "--synthetic", "tiny:0.8", *options).code == 0
+    for spec, said in (("tiny:0.9", "acceptance: 0.8 there, 0.9 now"), ("tiny:0.8:0.5", "decay: 0.6 there, 0.5 now")):
+        other = bench("scalability", "--synthetic", spec, *options)
+        assert other.code == 2
+        assert said in other.err
 
 
 def test_one_experiment_that_cannot_run_does_not_keep_all_from_it(bench, of_folders, tmp_path, monkeypatch):
@@ -187,7 +198,7 @@ def test_misuse_is_told_in_one_line_and_nothing_is_written(bench, of_folders, tm
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("spec", ["tny", "tiny:x", "tiny:0.1"])
+@pytest.mark.parametrize("spec", ["tny", "tiny:x", "tiny:0.1", "tiny:0.8:0.5:0.2"])
 def test_a_synthetic_pair_that_cannot_be(bench, tmp_path, spec):
     ran = bench("main", "--synthetic", spec, "--device", "cpu", "--out", tmp_path / "run")
     assert ran.code == 2

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import re
 
 import attrs
 import pytest
-from fake_results import SOURCE, write_run
+from fake_results import ROW, SOURCE, STEP, write_run
 
 from dynatree_bench import figures
 from dynatree_bench.experiments import EXPERIMENTS
@@ -86,6 +87,44 @@ def test_the_csv_file_has_the_numbers_of_the_statistics(runs, main_page):
     assert rows["hf generate"]["draft_ms"] == ""
 
 
+def test_the_first_table_has_pooled_speedups_overall_and_by_category(runs, tmp_path, monkeypatch):
+    """Prompts that take 3 s and 1 s without drafting, and 1 s and 1 s with it; one that failed does not count."""
+    monkeypatch.setattr(figures, "FIGURES", ())
+    results = read_results(runs / "main")
+    one = next(record for record in results.records if record.method == "fixed")
+    write_info(tmp_path, results.info)
+    for method, times in {"autoregressive": (3.0, 1.0), "hf generate": (6.0, 2.0), "fixed": (1.0, 1.0)}.items():
+        for category, seconds in zip(("prose", "code"), times, strict=True):
+            changes = {"method": method, "prompt_id": category, "category": category, "decode_seconds": seconds}
+            append_record(tmp_path, attrs.evolve(one, **changes, is_identical=method != "fixed"))
+    append_record(tmp_path, attrs.evolve(one, prompt_id="x", category="code", error="it broke"))
+    page = report(tmp_path)
+    lines = page.read_text(encoding="utf-8").splitlines()
+    start = lines.index("## Speedup over all prompts")
+    assert not any(line.startswith("## ") for line in lines[:start])
+    header, _, _, _, fixed = lines[start + 2 : start + 7]
+    assert header == "| method | against autoregressive | against hf generate | tokens/iteration | prose | code |"
+    tokens = sum(one.steps.num_committed) / len(one.steps.depth)
+    assert fixed == f"| fixed † | 2.00 [1.00, 3.00] | 4.00 [2.00, 6.00] | {tokens:.2f} | 3.00 | 1.00 |"
+    row = rows_of(page, "pooled")[-1]
+    assert {name: row[name] for name in ("method", "speedup", "speedup_low", "hf_speedup_high", "speedup_count")} == {
+        "method": "fixed", "speedup": "2.0", "speedup_low": "1.0", "hf_speedup_high": "6.0", "speedup_count": "2",
+    }  # fmt: skip
+    assert (row["speedup prose"], row["speedup code"]) == ("3.0", "1.0")
+
+
+def test_without_categories_a_pooled_speedup_stands_for_each_point(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", ())
+    page = report(runs / "scalability", tmp_path)
+    results = read_results(runs / "scalability")
+    rows = rows_of(page, "pooled")
+    assert [row["max_new_tokens"] for row in rows if row["method"] == "fixed"] == ["100", "200", "500", "1000"]
+    assert not any(name.startswith("speedup ") for name in rows[0])
+    for one, row in zip(summaries(results.records), rows, strict=True):
+        assert (row["method"], row["max_new_tokens"]) == (one.method, str(one.axes["max_new_tokens"]))
+    assert "against hf generate" not in page.read_text(encoding="utf-8")
+
+
 def test_formulas_and_oracle_stand_beside_the_measurement(main_page):
     chain, tree = rows_of(main_page, "formulas")
     assert chain["method"].startswith("linear")
@@ -97,6 +136,21 @@ def test_formulas_and_oracle_stand_beside_the_measurement(main_page):
     for row in oracle.values():
         assert 0 < float(row["share %"]) <= 100
         assert float(row["oracle tok/it"]) >= float(row["tok/it"])
+
+
+def test_passes_are_priced_by_methods_with_the_run_s_runner_only(runs, tmp_path, monkeypatch):
+    """With the eager runner a plain pass takes ten times as long; averaged in, further rows would cost nothing."""
+    monkeypatch.setattr(figures, "FIGURES", ())
+    results = read_results(runs / "main")
+    write_info(tmp_path, results.info)
+    for record in results.records:
+        is_eager = record.method == "autoregressive eager"
+        append_record(tmp_path, attrs.evolve(record, verify_seconds=10 * record.verify_seconds) if is_eager else record)
+    expected = report(runs / "main", tmp_path / "expected")
+    page = report(tmp_path)
+    assert rows_of(page, "worth") == rows_of(expected, "worth")
+    (note,) = [line for line in page.read_text(encoding="utf-8").splitlines() if "a row verified in" in line]
+    assert float(re.search(r"a row verified in (\S+)", note)[1]) == pytest.approx(ROW / STEP, rel=0.5)
 
 
 def test_the_methods_that_differ_are_marked_in_the_figure(runs):
@@ -115,6 +169,24 @@ def test_each_experiment_has_its_own_figure_and_no_other_s(runs, name, tmp_path)
     assert [path.stem for path in tmp_path.iterdir()] == [OWN[name]]
 
 
+@pytest.mark.parametrize("name", ["shapes", *OWN])
+def test_a_figure_is_left_out_where_another_axis_varies_too(runs, name, tmp_path):
+    """Its lines would go back and forth, or the last value would stand for all."""
+    results = read_results(runs / ("main" if name == "shapes" else name))
+    other = [attrs.evolve(record, axes={**record.axes, "other": value}) for record in results.records for value in "ab"]
+    varied = attrs.evolve(results, records=tuple(other))
+    assert compared(varied) is None
+    assert not draw(PLOTS[OWN.get(name, name)], varied, tmp_path / "none.png")
+    one_value = attrs.evolve(results, records=tuple(other[::2]))
+    assert draw(PLOTS[OWN.get(name, name)], one_value, tmp_path / "one.png")
+
+
+def test_a_heat_map_is_of_one_method(runs, tmp_path):
+    results = read_results(runs / "tree-search")
+    again = [attrs.evolve(record, method="another") for record in results.records if record.method == "fixed"]
+    assert not draw(PLOTS["tree-search"], attrs.evolve(results, records=(*results.records, *again)), tmp_path / "x.png")
+
+
 def test_the_heat_map_frames_the_best_tree(runs):
     results = read_results(runs / "tree-search")
     found = [one for one in summaries(results.records) if one.method == "fixed"]
@@ -131,7 +203,7 @@ def test_what_a_run_does_not_have_is_not_drawn(runs, tmp_path):
         assert not draw(PLOTS[name], foreign, tmp_path / "none.png")
     no_replay = tuple(attrs.evolve(record, replay=None) for record in results.records)
     figure = PLOTS["nodes"].draw(Results(results.folder, results.info, no_replay))
-    assert "oracle tree" not in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert "oracle tree" not in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_the_same_records_give_the_same_bytes(runs, tmp_path):
@@ -170,6 +242,33 @@ def test_a_run_without_the_baseline_has_no_speedups_and_says_so(runs, tmp_path, 
     assert "It rained." in text
     assert "Synthetic" not in text
     assert "| speedup |" not in text
+
+
+def test_what_an_earlier_report_had_and_this_one_has_not_is_removed(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", ())
+    for name in ("figures/nodes.png", "tables/oracle.csv", "tables/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    results = read_results(runs / "datasets")
+    write_info(tmp_path / "run", results.info)
+    for record in results.records:
+        append_record(tmp_path / "run", attrs.evolve(record, replay=None))
+    report(tmp_path / "run", tmp_path)
+    assert not list((tmp_path / "figures").iterdir())
+    found = {path.name for path in (tmp_path / "tables").iterdir()}
+    assert {"pooled.csv", "summary.csv", "notes.txt"} <= found
+    assert "oracle.csv" not in found
+
+
+def test_an_output_without_a_decoding_time_has_no_speed(runs, tmp_path):
+    results = read_results(runs / "main")
+    write_info(tmp_path, results.info)
+    for record in results.records:
+        append_record(tmp_path, attrs.evolve(record, decode_seconds=0.0) if record.method == "hf static" else record)
+    page = report(tmp_path)
+    for name in ("pooled", "summary"):
+        (row,) = [row for row in rows_of(page, name) if row["method"] == "hf static"]
+        assert row.get("speedup", row.get("speedup_median")) == ""
 
 
 def test_a_folder_of_runs_has_a_page_for_each(runs, tmp_path, monkeypatch):

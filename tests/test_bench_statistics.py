@@ -8,9 +8,9 @@ import statistics
 import attrs
 import numpy as np
 import pytest
-from test_bench_records import RECORD
+from test_bench_records import INFO, RECORD
 
-from dynatree_bench.records import Replay, Steps, Trials
+from dynatree_bench.records import Replay, Results, Steps, Trials
 from dynatree_bench.statistics import (
     Share,
     acceptance_by_depth,
@@ -19,8 +19,10 @@ from dynatree_bench.statistics import (
     calibration,
     estimate,
     over_length,
+    pooled_ratio,
     rank_shares,
     ratios,
+    run_warnings,
     summaries,
     tokens_per_second,
 )
@@ -82,6 +84,32 @@ def test_ratios_of_outputs_of_different_lengths_are_those_of_their_speeds():
     assert ratios([output(seconds=2.0, tokens=(1, 2))], [output(seconds=2.0)]) == {"a": 0.5}
 
 
+def test_a_pooled_ratio_by_hand():
+    base = [output("autoregressive", "a", seconds=6.0), output("autoregressive", "b", seconds=2.0)]
+    fast = [output("fixed", "a", seconds=1.0), output("fixed", "b", seconds=1.0), output("fixed", "c", seconds=9.0)]
+    found = pooled_ratio(fast, base)
+    # "c" has no baseline; a quarter of the resamples are "a" twice, and a quarter "b"
+    assert (found.value, found.low, found.high, found.count) == (4.0, 2.0, 6.0, 2)
+    assert pooled_ratio(fast[:1], base) == attrs.evolve(found, value=6.0, low=6.0, high=6.0, count=1)
+    assert pooled_ratio(fast, []) is pooled_ratio([], base) is None
+    assert pooled_ratio([output("fixed", "a", error="it broke")], base) is None
+
+
+def test_a_pooled_ratio_takes_the_median_repeat_and_of_two_the_faster():
+    base = [output("autoregressive", seconds=seconds, repeat=i) for i, seconds in enumerate((4.0, 40.0))]
+    fast = [output("fixed", seconds=seconds, repeat=i) for i, seconds in enumerate((9.0, 2.0, 1.0))]
+    assert pooled_ratio(fast, base).value == 2.0
+
+
+def test_a_pooled_ratio_is_that_of_speeds_where_a_text_ends_elsewhere():
+    assert pooled_ratio([output(seconds=2.0, tokens=(1, 2))], [output(seconds=2.0)]).value == 0.5
+
+
+def test_a_pooled_ratio_takes_the_baseline_of_its_axes():
+    base = [output("autoregressive", seconds=float(n), axes={"max_new_tokens": n}) for n in (4, 8)]
+    assert pooled_ratio([output(seconds=2.0, axes={"max_new_tokens": 4, "base_depth": 5})], base).value == 2.0
+
+
 def test_a_baseline_need_not_have_all_axes_but_none_that_differs():
     base = [output("autoregressive", seconds=1.0, axes={"max_new_tokens": 8})]
     base += [output("autoregressive", seconds=4.0, axes={"max_new_tokens": 4})]
@@ -102,7 +130,7 @@ def test_a_summary_by_hand():
     assert (one.method, other.method, found.method) == ("autoregressive", "hf generate", "fixed")
     assert (found.num_outputs, found.num_failed, found.error) == (2, 1, "out of memory")
     assert (found.num_compared, found.num_different, found.is_different) == (2, 1, True)
-    assert (found.num_new_tokens, found.num_iterations, found.tokens_per_iteration) == (8, 4, 2.0)
+    assert (found.num_iterations, found.tokens_per_iteration) == (4, 2.0)
     assert found.path_acceptance == pytest.approx((1 / 3 + 1 + 1) / 3)
     assert found.node_acceptance == 4 / 8
     assert (found.nodes_per_iteration, found.depth) == (2.0, 2.0)
@@ -124,6 +152,17 @@ def test_a_method_is_summarised_at_each_point():
     assert [one.tokens_per_second.median for one in summaries(records)] == [4.0, 2.0]
 
 
+def test_what_is_wrong_with_a_run_follows_from_its_records(tmp_path):
+    records = tuple(output(prompt_id=str(i), load=load) for i, load in enumerate((None, 0.004, 0.006, 0.4)))
+    run = Results(tmp_path, attrs.evolve(INFO, settings={"cores": 20, "outputs": 6}), records)
+    busy, missing = run_warnings(run)  # a tenth of one of 20 cores is 0.005 of all
+    assert busy.startswith("the machine was busy during 2 of 3 outputs")
+    assert missing == "2 of 6 outputs are missing; the same command goes on"
+    [busy] = run_warnings(attrs.evolve(run, info=attrs.evolve(INFO, settings={"cores": 1, "outputs": 4})))
+    assert busy.startswith("the machine was busy during 1 of 3 outputs")
+    assert run_warnings(attrs.evolve(run, info=INFO)) == []  # which does not say how many there are
+
+
 # two children of the root, the second accepted; then its only child, accepted; then two children of that, neither
 TRIALS = Trials((1, 1, 2, 3, 3), (0, 1, 0, 0, 1), (0.6, 0.3, 0.95, 0.5, 0.35), (False, True, True, False, False))
 
@@ -133,6 +172,12 @@ def test_acceptance_by_rank_and_depth_by_hand():
     assert acceptance_by_rank(records) == [Share(2, 4), Share(1, 2)]
     assert acceptance_by_depth(records) == [Share(2, 2), Share(1, 1), Share(0, 1)]
     assert acceptance_by_rank([output()]) == acceptance_by_depth([output()]) == []
+
+
+def test_trials_of_repeats_count_once():
+    records = [output(trials=TRIALS, repeat=repeat) for repeat in range(3)]
+    for count in (acceptance_by_rank, acceptance_by_depth, calibration):
+        assert count(records) == count(records[:1]) != []
 
 
 def test_ranks_of_all_tokens_come_from_replays():

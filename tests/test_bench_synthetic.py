@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dynatree_bench.formulas import fixed_tokens
-from dynatree_bench.synthetic import SHAPES, Shape, SyntheticPair, let_follow, synthetic_pair
+from dynatree_bench.synthetic import SHAPES, Shape, SyntheticPair, let_follow, rank_acceptance, synthetic_pair
 from dynatree_core import generate
 from dynatree_core.errors import InputError, NonFiniteLogitsError
 
@@ -48,15 +48,15 @@ def test_prompts_are_pieces_of_the_text(pair):
 
 @pytest.mark.parametrize("rank", range(4))
 def test_the_ranks_have_the_acceptances_that_are_said(pair, rank):
-    share, expected = (pair.source.rank == rank).double().mean().item(), pair.source.rank_acceptance(4)[rank]
+    share, expected = (pair.source.rank == rank).double().mean().item(), rank_acceptance(0.65, 0.6, 4)[rank]
     error = math.sqrt(expected * (1 - expected) / pair.source.vocab_size)
     assert abs(share - expected) < STANDARD_ERRORS * error
 
 
-def test_acceptances_by_hand(pair):
-    assert pair.source.rank_acceptance(4) == pytest.approx([0.65, 0.14, 0.084, 0.0504])
-    assert sum(pair.source.rank_acceptance(200)) == pytest.approx(1)
-    assert pair.source.rank_acceptance(1) == [0.65]
+def test_acceptances_by_hand():
+    assert rank_acceptance(0.65, 0.6, 4) == pytest.approx([0.65, 0.14, 0.084, 0.0504])
+    assert sum(rank_acceptance(0.65, 0.6, 200)) == pytest.approx(1)
+    assert rank_acceptance(0.65, 0.6, 1) == [0.65]
 
 
 def test_the_drafter_puts_the_target_s_token_at_its_rank(pair):
@@ -100,11 +100,12 @@ def test_decoding_gives_the_tokens_per_iteration_of_the_formulas(policy, depth, 
     result = generate(pair.target, pair.drafter, pair.source.text(0, 4), policy=policy, max_new_tokens=420, tau=0.0)
     steps = result.report.steps[:100]  # of full depth: the end of the output, which clips trees, is not reached
     assert {step.depth for step in steps} == {depth}
-    p = sum(pair.source.rank_acceptance(branch))
+    ranks = rank_acceptance(acceptance, 0.6, branch)
+    p = sum(ranks)
     law = [p**accepted * (1 - p) for accepted in range(depth)] + [p**depth]
     mean = sum(prob * (accepted + 1) for accepted, prob in enumerate(law))
     variance = sum(prob * (accepted + 1 - mean) ** 2 for accepted, prob in enumerate(law))
-    assert mean == pytest.approx(fixed_tokens(pair.source.rank_acceptance(branch), depth, branch))
+    assert mean == pytest.approx(fixed_tokens(ranks, depth, branch))
     measured = sum(step.num_committed for step in steps) / len(steps)
     assert abs(measured - mean) < STANDARD_ERRORS * math.sqrt(variance / len(steps))
     assert result.token_ids == pair.source.text(4, 420)

@@ -132,6 +132,17 @@ def test_hub_data_sets_are_streamed_and_their_columns_read(monkeypatch):
         load_workload("owner/name:config:train:answer")
 
 
+def test_rows_of_the_hub_keep_their_categories(monkeypatch):
+    rows = [{"turns": [f"first {i}", "second"], "category": kind} for i, kind in enumerate(["qa", "qa", "rag", None])]
+    monkeypatch.delenv(local_variable("spec-bench"), raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: rows)
+    assert load_workload("spec-bench", 3).prompts == (
+        Prompt("spec-bench-0000", "qa", "first 0"),
+        Prompt("spec-bench-0002", "rag", "first 2"),
+        Prompt("spec-bench-0003", "spec-bench", "first 3"),  # it has none
+    )
+
+
 def test_what_is_no_workload(tmp_path):
     for spec in ("wikitext2", "./not-there.jsonl", "nonsense"):
         with pytest.raises(InputError, match="a workload must be"):

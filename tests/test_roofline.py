@@ -43,6 +43,18 @@ def test_what_is_allowed_and_what_is_wanted():
     ]
 
 
+def test_of_a_generation_the_median_counts_without_its_first_steps():
+    first = [9.0] * roofline.SKIPPED
+    assert roofline._steady([*first, 1.0, 2.0, 4.0]) == 2
+    assert roofline._steady(first[:3]) == 9, "a short one has no others"
+
+
+def test_steps_of_transformers_lie_between_tokens(monkeypatch):
+    times = iter([0.0, 5.0, 6.0, 8.0, 8.5])  # the prompt, the first token, three more
+    monkeypatch.setattr(roofline.time, "perf_counter", lambda: next(times))
+    assert roofline._transformers_seconds(tiny_model("llama"), [1, 2, 3], 4) == [1.0, 2.0, 0.5]
+
+
 def test_the_dry_run(monkeypatch, capsys, tmp_path):
     arguments = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--tokens", "12", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["roofline", *arguments])

@@ -98,7 +98,7 @@ class ModelDraftState(DraftState):
             # by the target's ids: of any two texts with the same, this model has the same rows
             self.prefix.fill(self.cache, committed_ids)
         followed = self._followed(committed_ids)
-        self.runner.prefill(self._own(followed[self.cache.length :]), self.cache, stage="draft_forward")
+        self.runner.prefill(self._own(followed[self.cache.length :]), self.cache)
         self.num_settled = self.cache.length
 
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
@@ -118,7 +118,7 @@ class ModelDraftState(DraftState):
     def _catch_up(self, followed: Tensor) -> Tensor:
         """Put the tokens that it has not seen through the model, the root last; its logits [1, outputs]."""
         if followed.numel() - self.cache.length > PREFILL_CHUNK:  # it was left out for long, or begins anew
-            self.runner.prefill(self._own(followed[self.cache.length : -1]), self.cache)
+            self.runner.prefill(self._own(followed[self.cache.length : -1]), self.cache, stage="draft_forward")
         self.num_settled = self.cache.length
         flat = flatten_chain(followed[self.num_settled :], self.num_settled)
         logits = self._forward(flat, last_row_only=True)

@@ -1,0 +1,128 @@
+"""The worth of drafters, on a tiny target and on paper, and the names of synthetic pairs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.progress import Progress
+from test_distill import target_folder  # noqa: F401  # a fixture
+
+from dynatree_bench import drafter_value
+from dynatree_bench.distill.evaluate import Agreement
+from dynatree_bench.distill.teacher import Shard
+from dynatree_bench.drafter_value import Row, evenly, tables
+from dynatree_bench.pairs import load_synthetic
+from dynatree_core import generate, load_model
+from dynatree_core.errors import InputError
+
+
+def shard(num_texts: int) -> Shard:
+    ends = torch.arange(1, num_texts + 1)
+    return Shard(ends, ends, ends > 0, ends[:, None], ends[:, None])
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    records = [("qa", "what is a cat"), ("wikitext", "the cat sat " * 20), ("qa", "a b"), ("qa", "not this one")]
+    file.write_text("\n".join(json.dumps({"category": name, "prompt": prompt}) for name, prompt in records))
+    return file
+
+
+def test_texts_are_taken_from_the_whole_range():
+    one, other = shard(3), shard(2)
+    assert evenly([one, other], 2) == [(one, 0), (one, 2)]
+    assert evenly([one, other], 3) == [(one, 0), (one, 1), (other, 0)]
+    assert evenly([one, other], 9) == [(one, 0), (one, 1), (one, 2), (other, 0), (other, 1)]
+
+
+def test_plain_text_is_gone_on_with_and_all_else_answered(target_folder, prompts):  # noqa: F811
+    tokenizer = load_model(str(target_folder)).tokenizer
+    asked = argparse.Namespace(prompts=[prompts], per_category=2)
+    found = drafter_value._prompts(asked, tokenizer)
+    assert [len(ids) for ids in found["wikitext"]] == [96]
+    assert tokenizer.decode(found["wikitext"][0]).replace(" ", "").startswith("thecatsat")
+    assert [tokenizer.decode(ids).replace(" ", "") for ids in found["qa"]] == ["<u>whatisacat</s><a>", "<u>ab</s><a>"]
+
+
+def test_answers_are_kept_for_the_same_weights_only(target_folder, tmp_path, monkeypatch):  # noqa: F811
+    loaded, written, real = load_model(str(target_folder)), [], drafter_value.write
+    monkeypatch.setattr(drafter_value, "write", lambda *asked, **named: written.append(1) or real(*asked, **named))
+    arguments = argparse.Namespace(out=tmp_path, max_new_tokens=6)
+
+    def answers() -> list[int]:
+        found = drafter_value._answers(loaded.model, loaded.tokenizer, {"qa": [[5, 6, 7]]}, arguments, Progress())
+        return found["qa"][0].token_ids.tolist()
+
+    first = answers()
+    assert first[:3] == [5, 6, 7]
+    assert first[3:] == generate(loaded.model, None, [5, 6, 7], policy="autoregressive", max_new_tokens=6).token_ids
+    assert answers() == first
+    assert len(written) == 1
+    monkeypatch.setattr(drafter_value, "weights_sha256", lambda path: "of other weights")
+    assert answers() == first
+    assert len(written) == 2
+
+
+def test_the_tables_of_drafters():
+    found = Agreement(10, 0.5, 0.75, 0.9, (0.5,), (0.5,), (0.5,), (10,), 0.0)
+    rows = [
+        Row("qa", "lookup", "linear", 30, 10, 0), Row("text", "lookup", "linear", 10, 10, 0),
+        Row("qa", "lookup", "fixed", 30, 20, 0), Row("text", "lookup", "fixed", 30, 10, 0),
+    ]  # fmt: skip
+    lines = tables({"student": {"qa": found}}, rows).splitlines()
+    assert lines[:5] == [
+        "Agreement of `student` with the target:",
+        "",
+        "| category | top-1 | top-3 | covered |",
+        "| --- | --- | --- | --- |",
+        "| qa | 0.500 | 0.750 | 0.900 |",
+    ]
+    assert lines[6:] == [
+        "Tokens per iteration with `lookup`:",
+        "",
+        "| category | linear | fixed |",
+        "| --- | --- | --- |",
+        "| qa | 3.00 | 1.50 |",
+        "| text | 1.00 | 3.00 |",
+        "| all | 2.00 | 2.00 |",  # of all tokens and iterations together
+    ]
+
+
+def test_the_worth_of_drafters_on_a_tiny_target(target_folder, prompts, tmp_path, monkeypatch, capsys):  # noqa: F811
+    out = tmp_path / "out"
+    arguments = ["--target", target_folder, "--prompts", prompts, "--per-category", 2, "--max-new-tokens", 8]
+    arguments += ["--drafter", "prompt_lookup", "--policy", "linear", "--policy", "fixed", "--out", out]
+    monkeypatch.setattr(sys, "argv", ["drafter_value", *map(str, arguments)])
+    assert drafter_value.main() == 0
+    found = json.loads((out / "drafter_value.json").read_text())
+    assert (found["target"], found["dtype"]) == (str(target_folder), "float32")
+    assert set(found) >= {"command", "commit", "date", "versions", "device", "threads"}
+    assert found["prompts"] == {"qa": 2, "wikitext": 1}
+    rows = [Row(**row) for row in found["rows"]]
+    policies, categories = ("linear", "fixed"), ("qa", "wikitext")
+    assert [(row.policy, row.category) for row in rows] == [(p, c) for p in policies for c in categories]
+    assert rows[0].num_tokens == rows[2].num_tokens, "every policy says what the target said"
+    assert all(0 < row.num_iterations <= row.num_tokens for row in rows)
+    assert any(row.num_drafted for row in rows)
+    assert (out / "drafter_value.md").read_text() == tables({}, rows)
+    assert "Tokens per iteration with prompt_lookup" in capsys.readouterr().out
+
+
+def test_a_synthetic_pair_has_the_numbers_of_its_name():
+    def numbers(spec: str) -> tuple[float, float]:
+        source = load_synthetic(spec, device="cpu").source
+        return source.acceptance, source.decay
+
+    assert [numbers("tiny"), numbers("tiny:0.7"), numbers("tiny:0.7:0.5")] == [(0.65, 0.6), (0.7, 0.6), (0.7, 0.5)]
+
+
+@pytest.mark.parametrize("spec", ["tiny:high", "tiny:0.7:", "tiny:0.7:0.5:0.3"])
+def test_a_synthetic_pair_has_two_numbers_at_most(spec):
+    with pytest.raises(InputError, match=r"SHAPE\[:ACCEPTANCE\[:DECAY\]\] with numbers, got '" + spec):
+        load_synthetic(spec, device="cpu")
