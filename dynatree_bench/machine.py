@@ -26,7 +26,6 @@ __all__ = [
     "busy_percent",
     "device_name",
     "idle_or_busy",
-    "is_busy",
     "library_versions",
     "now",
     "provenance",
@@ -55,11 +54,6 @@ def idle_or_busy(others: Mapping[str, float], *, what: str = "times") -> str:
     state = f"busy, so the {what} are not to be believed" if max(others.values()) > BUSY_PERCENT else "idle"
     used = ", ".join(f"{percent:.0f} % of a core {when}" for when, percent in others.items())
     return f"the machine was {state}: others used {used}"
-
-
-def is_busy(share: float) -> bool:
-    """Whether others use so much of all cores' time (see LoadMeter) that speeds are not to be believed."""
-    return _core_percent(share) > BUSY_PERCENT
 
 
 def _core_percent(share: float) -> float:

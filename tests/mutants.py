@@ -474,7 +474,7 @@ MUTANTS = (
     Mutant(
         "loading a student draws random numbers",
         "dynatree_core/student.py",
-        "with torch.random.fork_rng([target.device] if target.device.type == \"cuda\" else []):",
+        'with torch.random.fork_rng([target.device] if target.device.type == "cuda" else []):',
         "if True:",
         ("tests/test_student.py::test_loading_draws_no_random_numbers",),
     ),
