@@ -13,7 +13,7 @@ a CPU a level takes up to a millisecond. The prices are those in the cache folde
 Output: a table of policies; by category the speed against autoregressive decoding. With --grid also two rows of fixed
 trees: what a search would find (for each text the tree that is the best of the category's other texts), and the best of
 each category, chosen afterwards, which no search can know. Then each policy's speed relative to what was searched for,
-with the 95 % interval of 2,000 resamplings of the texts. Exit code 0.
+with the 95 % interval of resampled texts. A search takes two texts of each category at least. Exit code 0.
 
 Command: python -m dynatree_bench.rehearse [--drafter NAME] [--policy STACK]... [--grid] [--prompts FILE.jsonl]
     [--per-kind N] [--max-new-tokens N] [--target ID|PATH] [--dtype DTYPE] [--output FILE.json]
@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -44,6 +43,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from dynatree_bench.machine import provenance
 from dynatree_bench.never_slower import make_drafter
 from dynatree_bench.prompts import chat_ids, load_prompts, parsed_arguments
+from dynatree_bench.statistics import PooledRatio, ratio_of_sums
 from dynatree_core import CostModel, Drafter, DraftPlan, DraftState, Session, generate, load_model, run
 from dynatree_core.architectures import vocab_size
 from dynatree_core.clock import StageClock
@@ -59,7 +59,6 @@ GRID = tuple(
     for depth, branch, tau in itertools.product((2, 3, 4, 5, 6, 8), (1, 2, 3), (0.02, 0.05, 0.1))
 )
 SEARCHED, BEST = "fixed tree, searched", "best fixed tree"
-NUM_RESAMPLES = 2000
 
 
 @attrs.frozen
@@ -247,13 +246,19 @@ def searched(results: dict[str, list[Rehearsal]], policies: Sequence[str]) -> li
     return found
 
 
-def relative(found: Sequence[Rehearsal], others: Sequence[Rehearsal]) -> tuple[float, float, float]:
-    """How much faster some are than others of the same texts, and the middle 95 % of that over resamplings of texts."""
-    seconds = np.array([[one.seconds for one in group] for group in (others, found)])
-    picks = np.random.default_rng(0).integers(0, len(found), (NUM_RESAMPLES, len(found)))
-    slow, fast = seconds[:, picks].sum(axis=2)
-    low, high = np.percentile(slow / fast, [2.5, 97.5])
-    return float(seconds[0].sum() / seconds[1].sum()), float(low), float(high)
+def relative(found: Sequence[Rehearsal], others: Sequence[Rehearsal]) -> PooledRatio:
+    """How much faster some are than others of the same texts."""
+    return ratio_of_sums([one.seconds for one in others], [one.seconds for one in found])
+
+
+def relatives(results: dict[str, list[Rehearsal]], others: Sequence[Rehearsal]) -> dict[str, dict[str, PooledRatio]]:
+    """Policies beside others of the same texts: policy -> "all" or kind -> ratio."""
+    of_kind = by_kind(others)
+    return {
+        policy: {"all": relative(mine, others)}
+        | {kind: relative(some, of_kind[kind]) for kind, some in by_kind(mine).items()}
+        for policy, mine in results.items()
+    }
 
 
 def main() -> int:
@@ -286,11 +291,20 @@ def main() -> int:
                 results[policy].append(rehearse(target, drafter, text, policy, costs))
                 progress.advance(task)
     shown = [policy for policy in policies if policy not in grid or policy in (arguments.policy or ())]
-    console.print(_table(results, shown, grid))
-    if relatives := _relatives(results, shown, grid):
-        console.print(_relatives_table(relatives))
+    by_search = searched(results, grid) if grid else []
+    console.print(_table(results, shown, grid, by_search))
+    beside: dict[str, dict[str, PooledRatio]] = {}
+    if len(by_search) == len(prompts):
+        beside = relatives({policy: results[policy] for policy in shown}, by_search)
+        console.print(_relatives_table(beside))
+    elif grid:
+        console.print(f"no '{SEARCHED}': it takes two prompts of each kind at least")
     if arguments.output is not None:
-        found = document(results, costs, arguments) | {"relative_to_searched": relatives}
+        found = document(results, costs, arguments) | {
+            "relative_to_searched": {
+                policy: {kind: attrs.asdict(one) for kind, one in of_kind.items()} for policy, of_kind in beside.items()
+            }
+        }
         arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
@@ -324,7 +338,9 @@ def _mean(found: Sequence[Rehearsal], name: str) -> float:
     return sum(getattr(one, name) for one in found) / sum(one.num_iterations for one in found)
 
 
-def _table(results: dict[str, list[Rehearsal]], shown: Sequence[str], grid: Sequence[str]) -> Table:
+def _table(
+    results: dict[str, list[Rehearsal]], shown: Sequence[str], grid: Sequence[str], by_search: Sequence[Rehearsal]
+) -> Table:
     kinds = list(by_kind(next(iter(results.values()))))
     table = Table(
         title="priced speed against autoregressive decoding",
@@ -341,8 +357,9 @@ def _table(results: dict[str, list[Rehearsal]], shown: Sequence[str], grid: Sequ
         counts = [_mean(found, name) for name in ("num_tokens", "num_nodes", "num_passes")]
         table.add_row(policy, *(f"{number:.2f}" for number in (*speeds, *counts)))
     if grid:
-        if len(found := searched(results, grid)) == len(results[grid[0]]):
-            table.add_row(SEARCHED, *(f"{speed:.2f}" for speed in (ratio(found), *ratios(found).values())), "", "", "")
+        if len(by_search) == len(results[grid[0]]):
+            speeds = [ratio(by_search), *ratios(by_search).values()]
+            table.add_row(SEARCHED, *(f"{speed:.2f}" for speed in speeds), "", "", "")
         best = best_of(results, grid)
         overall = max(grid, key=lambda policy: ratio(results[policy]))
         speeds = [ratio(results[overall]), *(ratios(results[best[kind]])[kind] for kind in kinds)]
@@ -352,23 +369,7 @@ def _table(results: dict[str, list[Rehearsal]], shown: Sequence[str], grid: Sequ
     return table
 
 
-Relatives = dict[str, dict[str, tuple[float, float, float]]]  # policy -> "all" or kind -> ratio and its interval
-
-
-def _relatives(results: dict[str, list[Rehearsal]], shown: Sequence[str], grid: Sequence[str]) -> Relatives:
-    """Policies beside what a search of the grid would find; empty without a grid, or if a kind has one text only."""
-    others = searched(results, grid) if grid else []
-    if not others or len(others) < len(results[grid[0]]):
-        return {}
-    of_kind = by_kind(others)
-    return {
-        policy: {"all": relative(results[policy], others)}
-        | {kind: relative(found, of_kind[kind]) for kind, found in by_kind(results[policy]).items()}
-        for policy in shown
-    }
-
-
-def _relatives_table(relatives: Relatives) -> Table:
+def _relatives_table(found: dict[str, dict[str, PooledRatio]]) -> Table:
     table = Table(
         title=f"speed relative to {SEARCHED}: each text with the tree that is the best of its kind's other texts",
         title_justify="left",
@@ -376,10 +377,10 @@ def _relatives_table(relatives: Relatives) -> Table:
         padding=(0, 1, 0, 0),
     )
     table.add_column("policy", no_wrap=True)
-    for heading in next(iter(relatives.values())):
+    for heading in next(iter(found.values())):
         table.add_column(heading, justify="right")
-    for policy, of_kind in relatives.items():
-        table.add_row(policy, *(f"{one:.2f}\n[{low:.2f}, {high:.2f}]" for one, low, high in of_kind.values()))
+    for policy, of_kind in found.items():
+        table.add_row(policy, *(f"{one.value:.2f}\n[{one.low:.2f}, {one.high:.2f}]" for one in of_kind.values()))
     return table
 
 

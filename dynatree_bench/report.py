@@ -47,6 +47,11 @@ __all__ = ["report"]
 PAGE = "report.md"
 DAGGER = "†"
 MAX_RANKS = 6  # that a table shows
+# names of all tables that a report may have
+TABLES = (
+    "pooled", "summary", "formulas", "worth", "oracle", "acceptance-by-rank", "acceptance-by-depth", "shapes",
+    "calibration", "over-length",
+)  # fmt: skip
 
 
 @attrs.frozen
@@ -107,8 +112,9 @@ def _report_run(results: Results, out: Path) -> Path:
         raise ResultsError(f"a report needs outputs, and {results.folder} has none yet")
     for name in ("figures", "tables"):
         (out / name).mkdir(parents=True, exist_ok=True)
-    for path in (*out.glob("figures/*.png"), *out.glob("tables/*.csv")):
-        path.unlink()  # of an earlier report
+    ours = [*(f"figures/{plot.name}.png" for plot in FIGURES), *(f"tables/{name}.csv" for name in TABLES)]
+    for name in ours:
+        (out / name).unlink(missing_ok=True)  # of an earlier report
     lines = [f"# {_title(results)}", "", *_warnings(results), provenance(results), ""]
     for table in _tables(results):
         _write_csv(out / "tables" / f"{table.name}.csv", table)

@@ -50,6 +50,7 @@ __all__ = [
     "over_length",
     "pooled_ratio",
     "rank_shares",
+    "ratio_of_sums",
     "ratios",
     "replayed_texts",
     "run_warnings",
@@ -243,11 +244,22 @@ def pooled_ratio(records: Iterable[OutputRecord], others: Iterable[OutputRecord]
     prompts = [prompt for prompt in seconds if prompt in num_tokens]
     if not prompts:
         return None
-    times = np.array([[num_tokens[prompt] * by[prompt] for prompt in prompts] for by in (other_seconds, seconds)])
-    picks = np.random.default_rng(0).integers(0, len(prompts), (NUM_RESAMPLES, len(prompts)))
-    theirs_resampled, own_resampled = times[:, picks].sum(axis=-1)  # each [resamples]
-    low, high = np.percentile(theirs_resampled / own_resampled, [2.5, 97.5])
-    return PooledRatio(float(times[0].sum() / times[1].sum()), float(low), float(high), len(prompts))
+    times = [[num_tokens[prompt] * by[prompt] for prompt in prompts] for by in (other_seconds, seconds)]
+    return ratio_of_sums(*times)
+
+
+def ratio_of_sums(numbers: Sequence[float], others: Sequence[float]) -> PooledRatio:
+    """The sum of some numbers ÷ that of others, with the percentile bootstrap over the pairs of them.
+
+    Args:
+        numbers: one for each prompt, at least one.
+        others: of the same prompts.
+    """
+    pairs = np.array([numbers, others])
+    picks = np.random.default_rng(0).integers(0, len(numbers), (NUM_RESAMPLES, len(numbers)))
+    above, below = pairs[:, picks].sum(axis=-1)  # each [resamples]
+    low, high = np.percentile(above / below, [2.5, 97.5])
+    return PooledRatio(float(pairs[0].sum() / pairs[1].sum()), float(low), float(high), len(numbers))
 
 
 def _seconds_per_token(records: Iterable[OutputRecord]) -> dict[str, float]:

@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+import threading
 from pathlib import Path
 
 import attrs
@@ -89,7 +90,7 @@ class AcceptanceEstimator:
         Raises:
             OSError: it cannot be written.
         """
-        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        draft = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
         counts = [counts.tolist() for counts in self.counts]
         draft.write_text(json.dumps({"format": _FORMAT, "counts": counts}) + "\n", encoding="utf-8")
         draft.replace(path)

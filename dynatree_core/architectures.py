@@ -164,12 +164,12 @@ def _reason_against(model: nn.Module, config: Any) -> str | None:
         return "it wraps its text model together with others; take that out of it and pass it alone"
     if _sees_later_tokens(config):
         return "its tokens see later ones, so a text cannot be decoded from its cache; choose a causal model"
-    if any(type(part).__module__.startswith("torch.ao.nn.quantized.dynamic") for part in model.modules()):
+    if any(_mixes_rows(type(part)) for part in model.modules()):
         return (
-            "its activations are quantised with one scale for all rows of a pass, so what a node says depends on the "
-            "nodes beside it; quantise the weights alone"
+            "its activations are quantised by what is in all rows of a pass, so what a node says depends on the nodes "
+            "beside it; quantise the weights alone"
         )
-    devices = sorted({str(tensor.device) for tensor in model.parameters()})
+    devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
     if len(devices) > 1:
         return f"its weights are on {', '.join(devices)}; load it on one device"
     if model.get_output_embeddings() is None:  # type: ignore[operator]
@@ -186,6 +186,12 @@ def _reason_against(model: nn.Module, config: Any) -> str | None:
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "its forward takes no position_ids, so siblings could not share a position"
     return None
+
+
+def _mixes_rows(layer: type) -> bool:
+    """Whether a quantised layer looks at all rows: for one scale, or for columns that stand out (LLM.int8)."""
+    is_dynamic = layer.__module__.startswith("torch.ao.nn.quantized.dynamic")
+    return is_dynamic or (layer.__module__.startswith("bitsandbytes.") and layer.__name__ == "Linear8bitLt")
 
 
 def _sees_later_tokens(config: Any) -> bool:

@@ -150,6 +150,14 @@ class TreeCache(Cache):
         """Forget the block."""
         self._block_lens = [0] * len(self._block_lens)
 
+    @torch.inference_mode()
+    def wipe(self) -> None:
+        """Forget the block and clear the slots behind the committed rows, where NaN would go through any mask."""
+        self.rollback()
+        for buffer in self.keys + self.values:
+            for row, length in enumerate(self.lengths):
+                buffer[row, :, length:] = 0
+
     def truncate(self, length: int) -> None:
         """Forget the block, and the committed rows of every batch row beyond the first `length`."""
         self.lengths = [min(length, old) for old in self.lengths]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import attrs
 from torch import Tensor, nn
 
 from dynatree_core.decode import decode_step, prefill
 from dynatree_core.drafters.base import Drafter
-from dynatree_core.errors import DrafterError, DynaTreeError, PolicyError
+from dynatree_core.errors import DrafterError, DynaTreeError, NonFiniteLogitsError, PolicyError
 from dynatree_core.records import GenerationResult, StepReport
 from dynatree_core.runner import is_out_of_memory, out_of_memory
 from dynatree_core.session import Session
@@ -144,12 +145,32 @@ def _prefill(session: Session) -> None:
 
 
 def _step(session: Session) -> StepReport:
-    """One decode step, and what happens when a policy or the drafter fails in it."""
+    """One decode step, and what happens when a policy, the drafter or a draft fails in it."""
     steps_before = session.num_iterations
     try:
         return decode_step(session)
     except (PolicyError, DrafterError) as error:
         session.fall_back(error)
+    except NonFiniteLogitsError:
+        if session.depth_limit == 0:
+            raise
+        return _step_without_draft(session)
     if session.num_iterations > steps_before and session.last_report is not None:
         return session.last_report  # it failed after the step was committed
     return decode_step(session)
+
+
+def _step_without_draft(session: Session) -> StepReport:
+    """The step again, with the root alone.
+
+    A wrong draft may overflow where the target's own text never goes. In an early layer its keys and values are not
+    numbers then, and they are in all rows of the pass, masked or not.
+    """
+    session.rollback()
+    session.cache.wipe()
+    limits = session.limits
+    session.limits = attrs.evolve(limits, max_depth=0)
+    try:
+        return decode_step(session)
+    finally:
+        session.limits = limits

@@ -160,13 +160,21 @@ _lock = threading.Lock()
 def can_pack(model: nn.Module) -> bool:
     """Whether a model has linear layers that oneDNN packs here.
 
-    That is on an x86-64 CPU, for others have not been tried, in float32 or, where the CPU multiplies in it, bfloat16.
+    That is on an x86-64 CPU, for others have not been tried, with plain tensors in float32 or, where the CPU multiplies
+    in it, bfloat16.
     """
     device: torch.device = model.device  # type: ignore[assignment]
     onednn: Any = torch.backends.mkldnn  # torch leaves it unannotated
     is_known = platform.machine().lower() in ("x86_64", "amd64")
     has_kernels = is_known and onednn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return device.type == "cpu" and has_kernels and any(map(_is_packable, model.modules()))
+    is_plain = all(_is_plain(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    return device.type == "cpu" and has_kernels and is_plain and any(map(_is_packable, model.modules()))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is numbers in this machine's memory, and no tensor with a way of its own, such as a quantised one."""
+    is_usual = type(tensor) in (Tensor, nn.Parameter) or type(tensor) is getattr(nn, "Buffer", None)
+    return is_usual and tensor.device.type == "cpu" and tensor.layout == torch.strided
 
 
 def packed_bytes(model: nn.Module) -> int:
@@ -281,6 +289,6 @@ def _sample(tensor: Tensor) -> int:
 
     Neither changes through `.data` are counted in a tensor's version, nor those of tensors made in inference mode.
     """
-    stride = tensor.shape[-1] + 1 if tensor.ndim > 1 else 1
+    stride = max(tensor.shape[-1] - 1, 1) if tensor.ndim > 1 else 1
     numbers = tensor.detach().reshape(-1)[::stride].clone(memory_format=torch.contiguous_format)
     return zlib.crc32(numbers.view(torch.uint8).numpy().tobytes())

@@ -229,6 +229,11 @@ class SinkCache(Cache):
         self._rows.rollback()
         self._move_on()  # a commit may have been broken off before it
 
+    def wipe(self) -> None:
+        """Forget the block and clear the slots behind the committed rows, where NaN would go through any mask."""
+        self._rows.wipe()
+        self._move_on()
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Rows that the next pass finds before its own; asked by models that are given no positions."""
         return self._rows.get_seq_length(layer_idx) - self._front

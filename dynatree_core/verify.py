@@ -108,8 +108,7 @@ def longest_match(tree: TokenTree, logits: Tensor) -> Verdict:
     # a stable sort brings the path's nodes to the front, by depth, without asking the device how many they are
     levels = tree.max_depth + 1
     path = torch.argsort((~tree.ancestor_mask[deepest]).byte(), stable=True)[:levels]
-    # logits that are NaN off the path do no harm. (A wrong draft that overflows in an earlier layer does: its masked
-    # values are NaN still, and so is every row.)
+    # off the path NaN does no harm: a wrong draft may overflow where the target's own text never goes
     has_nan = (top_logit.isnan() & tree.ancestor_mask[deepest]).any()
     outcome = torch.cat(
         [

@@ -72,6 +72,7 @@ class CostAware:
     account: float = attrs.field(default=STAKE, init=False, repr=False)  # steps that drafting may still lose
     depth_limit: int = attrs.field(default=FIRST_DEPTH, init=False, repr=False)
     look_value: float = attrs.field(default=PRIOR_LOOK, init=False, repr=False)  # tokens, by path acceptance of a level
+    is_recalled: bool = attrs.field(default=False, init=False, repr=False)
     widths: list[int] = attrs.field(factory=list, init=False, repr=False)  # of the levels looked at in this iteration
     costs: CostModel | None = attrs.field(default=None, init=False, repr=False)
     _tables: tuple[CostModel, Tensor, Tensor] | None = attrs.field(default=None, init=False, repr=False)
@@ -89,8 +90,9 @@ class CostAware:
     def should_expand(self, frontier: Frontier) -> bool:
         if frontier.depth == 0:
             self.widths, self.costs = [], frontier.costs
-            if frontier.iteration == 0:
-                self._recall()  # again: a policy object is copied for each session, and others may have kept more
+            if not self.is_recalled:  # again: each session has a copy, and others may have kept more since
+                self._recall()
+                self.is_recalled = True
         if frontier.depth >= min(self.max_depth, self.depth_limit) or self.account < 0:
             return False
         mass = 1.0  # the root is accepted

@@ -220,11 +220,13 @@ def test_layers_of_an_unknown_type_are_refused():
         check_causal_lm(model, "target")
 
 
-def test_rows_that_depend_on_each_other_are_refused():
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("torch.ao.nn.quantized.dynamic.modules.linear", "Linear"), ("bitsandbytes.nn.modules", "Linear8bitLt")],
+)
+def test_rows_that_depend_on_each_other_are_refused(module, name):
     model = copy.deepcopy(tiny_model("llama"))
-    # torch.ao.quantization.quantize_dynamic would make such layers, and warns that it will be removed
-    quantised = type("Linear", (nn.Linear,), {"__module__": "torch.ao.nn.quantized.dynamic.modules.linear"})
-    model.model.layers[0].mlp.up_proj.__class__ = quantised
+    model.model.layers[0].mlp.up_proj.__class__ = type(name, (nn.Linear,), {"__module__": module})
     with pytest.raises(UnsupportedModelError, match="what a node says depends on the nodes beside it"):
         generate(model, None, [1, 2, 3])
 

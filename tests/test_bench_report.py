@@ -14,7 +14,7 @@ from dynatree_bench.experiments import EXPERIMENTS
 from dynatree_bench.figures import FIGURES, draw, provenance
 from dynatree_bench.published import compared, published
 from dynatree_bench.records import Results, ResultsError, append_record, read_results, write_info
-from dynatree_bench.report import report
+from dynatree_bench.report import TABLES, report
 from dynatree_bench.statistics import summaries
 from dynatree_core.cli import main
 
@@ -245,8 +245,8 @@ def test_a_run_without_the_baseline_has_no_speedups_and_says_so(runs, tmp_path, 
 
 
 def test_what_an_earlier_report_had_and_this_one_has_not_is_removed(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "FIGURES", ())
-    for name in ("figures/nodes.png", "tables/oracle.csv", "tables/notes.txt"):
+    monkeypatch.setattr(figures, "FIGURES", (PLOTS["ablation"],))
+    for name in ("figures/ablation.png", "figures/mine.png", "tables/oracle.csv", "tables/mine.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     results = read_results(runs / "datasets")
@@ -254,10 +254,10 @@ def test_what_an_earlier_report_had_and_this_one_has_not_is_removed(runs, tmp_pa
     for record in results.records:
         append_record(tmp_path / "run", attrs.evolve(record, replay=None))
     report(tmp_path / "run", tmp_path)
-    assert not list((tmp_path / "figures").iterdir())
-    found = {path.name for path in (tmp_path / "tables").iterdir()}
-    assert {"pooled.csv", "summary.csv", "notes.txt"} <= found
-    assert "oracle.csv" not in found
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["mine.png"]
+    found = {path.stem for path in (tmp_path / "tables").iterdir()}
+    assert {"pooled", "summary", "mine"} <= found <= {*TABLES, "mine"}
+    assert "oracle" not in found
 
 
 def test_an_output_without_a_decoding_time_has_no_speed(runs, tmp_path):

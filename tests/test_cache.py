@@ -125,6 +125,18 @@ def append(cache: TreeCache, states: torch.Tensor) -> None:
         cache.update(states, states, layer)
 
 
+def test_wiping_leaves_no_numbers_behind_the_committed_rows():
+    cache = TreeCache(8)
+    append(cache, rows(2))
+    cache.commit([[0, 1]])
+    append(cache, rows(3) * torch.nan)
+    cache.wipe()
+    assert (cache.length, cache.block_len) == (2, 0)
+    for buffer in (*cache.keys, *cache.values):
+        assert torch.equal(buffer[:, :, :2], rows(2))
+        assert not buffer[:, :, 2:5].any()
+
+
 def failing(function, call):
     """The function, but memory ends at that call of it."""
     calls = []

@@ -156,12 +156,13 @@ def test_acceptance_is_remembered_from_one_generation_to_the_next(tmp_path, monk
     assert 0 < seen[0] < seen[1]
 
 
-def test_a_policy_object_remembers_what_its_copies_have_learnt(tmp_path, monkeypatch):
+@pytest.mark.parametrize("beside", [[], ["governor"]])
+def test_a_policy_object_remembers_what_its_copies_have_learnt(tmp_path, monkeypatch, beside):
     monkeypatch.setattr("dynatree_core.session.measured_costs", lambda *models, runner: linear_costs(1.0, 0.01, 0.01))
     policy, target, drafter = CostAware(remember=str(tmp_path / "file")), tiny_model("llama"), perturbed("llama")
     seen = []
     for _ in range(3):
-        generate(target, drafter, [1, 2, 3], policy=policy, max_new_tokens=20, eos_token_id=[])
+        generate(target, drafter, [1, 2, 3], policy=[policy, *beside], max_new_tokens=20, eos_token_id=[])
         seen.append(float(CostAware(remember=str(tmp_path / "file")).estimator.counts[-1][1].sum()))
     assert 0 < seen[0] < seen[1] < seen[2]
 

@@ -217,8 +217,9 @@ def changes(model: nn.Module) -> Iterator[None]:
         yield
         model.model.layers[1].mlp.down_proj.weight.data.mul_(-1)  # counted nowhere, as are the next two
         yield
-        model.lm_head.weight.data[3] = 0.5
-        yield
+        for row in range(VOCAB):
+            model.lm_head.weight.data[row] *= 0.5
+            yield
         model.model.layers[0].self_attn.q_proj.weight.data[:, 7] *= 2
         yield
         model.model.layers[0].mlp.act_fn = nn.ReLU()

@@ -146,9 +146,8 @@ def test_a_search_is_judged_on_texts_that_it_has_not_seen():
     found = searched(results, ["a", "b"])
     assert [(one.kind, one.seconds) for one in found] == [("x", 8.0), ("x", 9.0)]  # y has no other text
     ours = of("x", 4.0, 4.5)
-    assert relative(ours, found) == pytest.approx((2.0, 2.0, 2.0))
-    one, low, high = relative(of("x", 8.0, 3.0), found)
-    assert (one, low, high) == pytest.approx((17 / 11, 1.0, 3.0))
+    assert attrs.astuple(relative(ours, found)) == pytest.approx((2.0, 2.0, 2.0, 2))
+    assert attrs.astuple(relative(of("x", 8.0, 3.0), found)) == pytest.approx((17 / 11, 1.0, 3.0, 2))
 
 
 @pytest.mark.real_model
@@ -167,6 +166,6 @@ def test_the_command_on_a_few_tokens(monkeypatch, capsys, tmp_path):
         assert expected in printed
     found = json.loads(output.read_text())
     assert set(found["policies"]) == {*rehearse.POLICIES, *GRID[:2]}
-    for one, low, high in (found["relative_to_searched"][policy]["mine"] for policy in rehearse.POLICIES):
-        assert 0 < low <= one <= high
+    for one in (found["relative_to_searched"][policy]["mine"] for policy in rehearse.POLICIES):
+        assert 0 < one["low"] <= one["value"] <= one["high"]
     assert all(1 <= policy["tokens_per_iteration"] <= 6 for policy in found["policies"].values())

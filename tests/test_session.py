@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dynatree_core import Drafter, Proposals, Session, decode_step, generate, hookimpl, prefill, run
+from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
 from dynatree_core.errors import (
     CacheError,
     ContextLimitError,
@@ -200,6 +201,37 @@ def test_nan_logits_end_the_generation_with_what_was_committed():
     with pytest.raises(NonFiniteLogitsError, match="got NaN") as caught:
         generate(broken, None, PROMPT, max_new_tokens=12)
     assert caught.value.partial.token_ids == expected[:6]
+
+
+@pytest.mark.parametrize("option", [{}, {"exact": "fixed_width"}, {"cache": "sinks=2,window=6"}])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_wrong_draft_that_overflows_changes_nothing(option, rank):
+    """Its keys and values are NaN, which no mask hides: the rows of the whole pass are NaN."""
+    fragile = copy.deepcopy(TARGET)
+    expected = generate(TARGET, None, PROMPT, max_new_tokens=20, **option).token_ids
+    wrong = max(set(range(VOCAB)) - {*PROMPT, *expected})
+    with torch.no_grad():
+        fragile.get_input_embeddings().weight[wrong] = torch.nan
+
+    class Misled(ModelDraftState):
+        def propose(self, committed_ids, tree, k):
+            found = super().propose(committed_ids, tree, k)
+            found.token_ids[:, rank] = wrong
+            return found
+
+    class Misleading(ModelDrafter):
+        def start(self, plan):
+            return Misled(self.model, plan.num_tokens, plan)
+
+    session = Session(fragile, Misleading(TARGET), PROMPT, policy="fixed(branch=2)", max_new_tokens=20)
+    prefill(session)
+    with pytest.raises(NonFiniteLogitsError):
+        decode_step(session)
+    for policy in ("fixed(depth=2,branch=2,tau=0.0)", "linear(depth=3)"):
+        found = generate(fragile, Misleading(TARGET), PROMPT, policy=policy, max_new_tokens=20, **option)
+        assert found.token_ids == expected
+    if rank == 1:
+        assert found.report.tokens_per_iteration > 1, "a chain of right drafts is accepted"
 
 
 def test_out_of_memory_has_its_own_error():

@@ -52,7 +52,7 @@ def make_drafter(request: Request, out: Path) -> Agreement:
     if not lessons or not apart:
         raise InputError(
             "there must be at least one batch to learn from and one that is kept apart, got "
-            f"{len(lessons)} and {len(apart)}; raise --self-prompts or --ask, or give more text"
+            f"{len(lessons)} and {len(apart)}; raise --self-prompts, --ask or --read, or give more text"
         )
     size = vocab_size(teacher.model)
     student = new_student(teacher.model, request.layers, frequent_tokens(lessons, size, request.num_outputs))

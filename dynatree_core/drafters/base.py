@@ -41,7 +41,7 @@ class DraftPlan:
 class Drafter(abc.ABC):
     """A source of proposals, immutable and shared. Its string is its name in reports and errors."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return type(self).__name__
 
     @abc.abstractmethod
