@@ -56,11 +56,6 @@ def idle_or_busy(others: Mapping[str, float], *, what: str = "times") -> str:
     return f"the machine was {state}: others used {used}"
 
 
-def _core_percent(share: float) -> float:
-    """A share of all cores' time in percent of one core."""
-    return 100 * share * (psutil.cpu_count() or 1)
-
-
 class LoadMeter:
     """Measures how much of the processor other processes use from its making on."""
 
@@ -80,7 +75,7 @@ class LoadMeter:
         """The same in percent of one core, as results have it and `idle_or_busy` takes it."""
         share = self.share()
         assert share is not None, f"a benchmark takes at least {MIN_SECONDS} s"
-        return {"meanwhile": _core_percent(share)}
+        return {"meanwhile": 100 * share * (psutil.cpu_count() or 1)}
 
 
 class _Reading:

@@ -25,7 +25,7 @@ from dynatree_core import DraftPlan, GenerationReport, Session, StepReport, Toke
 from dynatree_core.architectures import vocab_size
 from dynatree_core.clock import StageClock
 
-__all__ = ["Output", "decode", "replay"]
+__all__ = ["Chunks", "Output", "decode", "replay"]
 
 MAX_BRANCH = 16  # proposals that a replay looks at, the default of a session
 DIGITS = 6  # of a probability in the results
@@ -137,7 +137,7 @@ def _by_transformers(pair: Pair, cell: Cell, prompt_ids: Sequence[int], eos: Seq
         config.compile_config = CompileConfig()
         config.compile_config._compile_all_devices = True  # else on a GPU only
     input_ids = torch.tensor([list(prompt_ids)], device=model.device)
-    chunks = _Chunks()
+    chunks = Chunks()
     with ExitStack() as stack:
         stack.enter_context(_generation_config(model, _config()))
         if assistant is not None:
@@ -194,7 +194,7 @@ def _counted_rows(model: PreTrainedModel) -> Iterator[list[int]]:
         handle.remove()
 
 
-class _Chunks(BaseStreamer):
+class Chunks(BaseStreamer):
     """When tokens came, and how many at a time; the first is the prompt."""
 
     def __init__(self) -> None:

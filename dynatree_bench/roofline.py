@@ -28,7 +28,6 @@ import itertools
 import json
 import statistics
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -40,13 +39,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig
-from transformers.generation.streamers import BaseStreamer
 
 from dynatree_bench.figures import BLUE, GREY, ORANGE, VERMILION
 from dynatree_bench.formulas import RankTree, best_tree, tree_tokens
 from dynatree_bench.machine import LoadMeter, idle_or_busy, now, provenance
+from dynatree_bench.methods import Chunks
 from dynatree_bench.pairs import Pair, load_synthetic
 from dynatree_bench.runners import CONTEXT, ROWS, filled, finish, pass_seconds, plot_over_rows, quartiles
 from dynatree_bench.synthetic import SHAPES, MarkovSource, let_follow, rank_acceptance
@@ -316,30 +315,17 @@ def _steady(seconds: list[float]) -> float:
     return statistics.median(seconds[SKIPPED:] or seconds)
 
 
-class _Arrivals(BaseStreamer):
-    """When the prompt and each token came."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.seconds.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
 def _transformers_seconds(model: Any, prompt: list[int], tokens: int) -> list[float]:
     """Of each step of transformers' own generate; the first token comes out of the pass over the prompt."""
-    arrivals, input_ids = _Arrivals(), torch.tensor([prompt], device=model.device)
+    chunks, input_ids = Chunks(), torch.tensor([prompt], device=model.device)
     make: Any = GenerationConfig
     model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         generation_config=make(do_sample=False, max_new_tokens=tokens, pad_token_id=0),
-        streamer=arrivals,
+        streamer=chunks,
     )
-    return [later - earlier for earlier, later in itertools.pairwise(arrivals.seconds[1:])]
+    return [later - earlier for earlier, later in itertools.pairwise(chunks.seconds[1:])]
 
 
 def _show(results: Results, console: Console) -> None:

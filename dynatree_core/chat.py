@@ -17,13 +17,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from dynatree_core import console
 from dynatree_core.architectures import max_positions
 from dynatree_core.cli_models import chat_ids, load_drafter, registered_drafter
-from dynatree_core.drafters.model import ModelDrafter
-from dynatree_core.drafters.union import UnionDrafter
+from dynatree_core.drafters.union import models_of
 from dynatree_core.errors import ContextLimitError, DynaTreeError, InputError, PromptError, nearest_match
 from dynatree_core.generation import run
 from dynatree_core.models import LoadedModel
@@ -70,7 +68,7 @@ class Chat:
     @property
     def context_limit(self) -> int | None:
         """Tokens that the models have positions for, all turns together; None when there is no limit."""
-        models = [self.target.model, *_models_of(self.drafter)]
+        models = [self.target.model, *models_of(self.drafter)]
         return min((limit for limit in map(max_positions, models) if limit is not None), default=None)
 
     def reset(self) -> None:
@@ -321,12 +319,3 @@ _COMMANDS: dict[str, Callable[[Chat, str], None]] = {
     "/stats": _stats,
     "/quit": _quit,
 }
-
-
-def _models_of(drafter: object) -> list[nn.Module]:
-    """The models that a drafter follows the text with."""
-    if isinstance(drafter, UnionDrafter):
-        return [model for part in drafter.drafters for model in _models_of(part)]
-    if isinstance(drafter, ModelDrafter):
-        return [drafter.model]
-    return [drafter] if isinstance(drafter, nn.Module) else []

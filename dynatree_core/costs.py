@@ -29,6 +29,7 @@ from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters.base import Drafter, DraftPlan
 from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.drafters.union import models_of
 from dynatree_core.embedded import cache_root
 from dynatree_core.flatten import flatten
 from dynatree_core.records import CostModel, StepFunction
@@ -267,8 +268,7 @@ class _DrafterBench:
 
     def __init__(self, drafter: Drafter, target: nn.Module, runner: str) -> None:
         self.device: torch.device = target.device  # type: ignore[assignment]
-        models = [target, drafter.model] if isinstance(drafter, ModelDrafter) else [target]
-        num_prefix = min(map(_prefix_len, models))
+        num_prefix = min(map(_prefix_len, [target, *models_of(drafter)]))
         clock = StageClock(self.device)
         size = vocab_size(target)
         plan = DraftPlan(size, num_prefix + 2, max(WIDTHS), self.device, clock, target, runner=runner)

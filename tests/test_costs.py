@@ -95,6 +95,13 @@ def test_a_model_is_measured_where_a_union_asks_it(folder, priced):
     assert model.draft == StepFunction(WIDTHS, pytest.approx([0.2 + 0.01 * width for width in WIDTHS]))
 
 
+def test_a_short_context_of_a_model_in_a_union(folder):
+    short = copy.deepcopy(perturbed("llama"))
+    short.config.max_position_embeddings = 20
+    union = UnionDrafter([ModelDrafter(short), build_drafter("prompt_lookup")])
+    assert measured_costs(tiny_model("llama"), union).draft(1) > 0
+
+
 def test_a_round_that_was_slow_does_not_count(folder, priced):
     target = tiny_model("llama")
     slow = iter([9.0] * 8 + [0.0] * 7 + [5.0] * 7)  # the prefill, the round to warm up, and the last one

@@ -51,7 +51,7 @@ def test_of_a_generation_the_median_counts_without_its_first_steps():
 
 def test_steps_of_transformers_lie_between_tokens(monkeypatch):
     times = iter([0.0, 5.0, 6.0, 8.0, 8.5])  # the prompt, the first token, three more
-    monkeypatch.setattr(roofline.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr("dynatree_bench.methods.time.perf_counter", lambda: next(times))
     assert roofline._transformers_seconds(tiny_model("llama"), [1, 2, 3], 4) == [1.0, 2.0, 0.5]
 
 

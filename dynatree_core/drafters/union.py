@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, padded_proposals
+from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import ParameterError
 from dynatree_core.records import Proposals
 from dynatree_core.tree import TokenTree
 
-__all__ = ["UnionDrafter"]
+__all__ = ["UnionDrafter", "models_of"]
 
 # of the probability of a node's children. An earlier occurrence of two tokens leaves over 0.5, two of one token 0.67,
 # whether they agree or not. With 0.7 the embedded pair drafts 2.18 tokens an iteration of `phase1` with 1.3 passes of
@@ -98,3 +99,12 @@ def backed_off(first: Proposals, second: Proposals, k: int) -> Proposals:
     is_first = ~is_same.tril(-1).any(dim=2) & (probs > 0)
     top = torch.where(is_first, total, 0).topk(k, dim=1)
     return padded_proposals(token_ids.gather(1, top.indices), top.values.clamp(max=1).log(), k)
+
+
+def models_of(drafter: object) -> list[nn.Module]:
+    """The models that a drafter, or a model that stands for one, follows the text with."""
+    if isinstance(drafter, UnionDrafter):
+        return [model for part in drafter.drafters for model in models_of(part)]
+    if isinstance(drafter, ModelDrafter):
+        return [drafter.model]
+    return [drafter] if isinstance(drafter, nn.Module) else []
