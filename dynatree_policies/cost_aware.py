@@ -39,7 +39,7 @@ LEVEL_SHARE = 0.04
 STAKE, MAX_LOSS = 0.75, 0.015  # steps: what drafting may lose, and what an iteration adds to that
 FIRST_DEPTH = 4
 RESERVE = 8.0  # steps that the account holds at most: as much is lost before a change of the text is answered
-IDLE_SHARE = 0.005  # of the way back to the prior, for each iteration without a look: how soon one is tried again
+IDLE_SHARE = 0.002  # of the way back to the prior, for each iteration without a look: how soon one is tried again
 
 
 def level_seconds(costs: CostModel, width: int) -> float:

@@ -130,6 +130,19 @@ def test_what_drafting_may_lose_is_bounded(iterations, a_row, a_level):
     assert len(losses) < 300 or any(losses[200:])  # it is tried again
 
 
+def test_a_drafter_that_has_nothing_to_say_is_asked_ever_less():
+    """Each look costs 0.14 steps; in the long run those that win nothing take 1 % of the time."""
+    costs, policy, tree = linear_costs(1.0, 0.02, 0.1), CostAware(), TokenTree.root(torch.tensor([0]))
+    is_asked = []
+    for _ in range(600):
+        frontier = root_frontier([1e-5] * 16, costs)
+        is_asked.append(bool(policy.should_expand(frontier)))
+        if is_asked[-1]:
+            assert policy.branch_factor(frontier).item() == 0
+        policy.on_iteration_end(StepReport(0, tree, Verdict((), (), (1,))))
+    assert 0 < sum(is_asked[200:]) * level_seconds(costs, 1) <= 0.01 * 400
+
+
 def test_depth_doubles_when_a_tree_is_accepted_in_full():
     policy, costs, tree, depths = CostAware(), linear_costs(1.0, 0.0, 0.0), TokenTree.root(torch.tensor([0])), []
     policy.account = 100.0
