@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -23,6 +23,8 @@ __all__ = [
     "checked_seed",
     "end_token_ids",
     "fixed_width",
+    "guessed_mask",
+    "merged",
     "new_token_limit",
     "num_padding",
     "resolved_limits",
@@ -32,6 +34,7 @@ __all__ = [
 Element = TypeVar("Element")
 
 DEFAULT_MAX_NEW_TOKENS = 128
+DEFAULT_TOP_K = 50  # generate()'s own, where neither the caller nor the model sets one
 DEFAULT_TAU = 0.05
 DEFAULT_MAX_NODES = 128
 # with exact="fixed_width": matrix products of up to 16 rows cost about the same on many CPUs and GPUs
@@ -110,6 +113,13 @@ def checked_prompt(input_ids: Tensor | Sequence[int], vocab: int) -> list[int]:
     return prompt
 
 
+def guessed_mask(prompt: Sequence[int], pad_id: object, end_ids: Collection[int]) -> list[int] | None:
+    """generate()'s guess where no mask is given: pad tokens are padding, unless the pad token also ends texts."""
+    if not isinstance(pad_id, int) or pad_id in end_ids or pad_id not in prompt:
+        return None
+    return [int(token_id != pad_id) for token_id in prompt]
+
+
 def num_padding(attention_mask: Tensor | Sequence[int] | None, num_prompt: int) -> int:
     """How many tokens at the prompt's left are padding, by its mask ([tokens] or [1, tokens], 0 for padding).
 
@@ -130,7 +140,8 @@ def num_padding(attention_mask: Tensor | Sequence[int] | None, num_prompt: int) 
     if padding == num_prompt or not bool(is_token[padding:].all()):
         raise PromptError(
             "a prompt may be padded at its left only, and needs one token that is none, got the mask "
-            f"{mask.flatten().tolist()!s:.60}; set the tokenizer's padding_side to 'left'"
+            f"{mask.flatten().tolist()!s:.60}; set the tokenizer's padding_side to 'left', or give attention_mask "
+            "where a pad token is text"
         )
     return padding
 
@@ -157,6 +168,18 @@ def checked_list(name: str, given: Iterable[Element] | None, kind: type[Element]
     found = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
     if isinstance(given, kind) or not all(callable(element) for element in found):
         raise ParameterError(f"{name} must be a list of {kind.__name__}, got {given!r:.60}")
+    return found
+
+
+def merged(asked: Sequence[Element], own: Sequence[Element]) -> list[Element]:
+    """Processors or criteria that settings ask for and the caller's own, as generate() merges them.
+
+    One of the caller's takes the place of one of the same class; the others follow.
+    """
+    found = [next((mine for mine in own if type(mine) is type(one)), one) for one in asked]
+    for mine in own:
+        if not any(mine is one for one in found):
+            found.append(mine)
     return found
 
 
@@ -202,7 +225,12 @@ def new_token_limit(
             "give one of them"
         )
     if max_length is not None:
-        _check_count("max_length", max_length, num_prompt)
+        _check_count("max_length", max_length, 0)
+        if max_length < num_prompt:
+            raise ParameterError(
+                f"max_length counts the prompt too, so it must be at least {num_prompt}, got {max_length}; raise it, "
+                "shorten the prompt, or give max_new_tokens instead"
+            )
         max_new_tokens = max_length - num_prompt
     elif max_new_tokens is None:
         max_new_tokens = DEFAULT_MAX_NEW_TOKENS
@@ -265,6 +293,8 @@ def settings_of(
     for name, value in vars(getattr(target, "generation_config", None) or config).items():
         if getattr(config, name, None) is None:
             setattr(config, name, copy.deepcopy(value))
+    if config.top_k is None:  # before what the caller names, where None is none
+        config.top_k = DEFAULT_TOP_K
     try:
         config.update(**settings)  # type: ignore[no-untyped-call]
     except (TypeError, ValueError) as error:

@@ -193,7 +193,7 @@ def audit_output(
     reference = _reference(
         target,
         prompt_ids,
-        max_new_tokens=max(len(token_ids), max_new_tokens or 0),
+        max_new_tokens=max(torch.as_tensor(token_ids).numel(), max_new_tokens or 0),
         exact=exact,
         max_nodes=max_nodes,
         eos_token_id=eos_token_id,
@@ -226,8 +226,8 @@ def audit_generation(
             "compare with policy='autoregressive' and the same cache instead"
         )
     sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}
-    alike = {name: options[name] for name in ("exact", "max_nodes", "runner") if name in options}
-    reference = _reference(target, prompt_ids, **alike, **sizes)
+    if options.get("position_ids") is not None:
+        raise ParameterError("an audit reads the prompt at positions 0, 1, 2, …, got position_ids; leave them out")
     options = {"generation_config": _plain(target), "inherit_settings": False, **options}
     session = Session(target, drafter, prompt_ids, **sizes, **options)
     if session.logits_processors or session.sampler is not None:
@@ -235,12 +235,23 @@ def audit_generation(
             "an audit compares the target's own logits, got settings that change them or draw from them; leave them "
             "out, or compare two generations with one seed"
         )
-    session.target.model = recording = _Recording(session.target.model)
+    # of the prompt without its padding, and with the end tokens that the session has
+    alike = {name: options[name] for name in ("exact", "max_nodes", "runner") if name in options}
+    sizes["eos_token_id"] = sorted(session.eos_token_ids)
+    reference = _reference(target, session.prompt_ids, **alike, **sizes)
+    forward = session.target.forward
+    last_pass: list[Tensor] = []
     rows: list[Tensor] = []
+
+    def recorded(*arguments: Any, **options: Any) -> Tensor:
+        last_pass[:] = [forward(*arguments, **options)]
+        return last_pass[0]
+
+    session.target.forward = recorded  # type: ignore[method-assign]
     for report in run(session):
         # the token after a node was chosen by that node's logits
         chosen_at = [0, *report.verdict.path][: len(report.token_ids)]
-        rows.append(recording.logits[0, chosen_at])
+        rows.append(last_pass[0][0, chosen_at])
     result = session.result()
     verified = torch.cat(rows) if rows else None
     limit = None if session.stopping_criteria else max_new_tokens
@@ -435,17 +446,3 @@ def _fault_of_ending(output: list[int], eos_ids: frozenset[int], max_new_tokens:
     if max_new_tokens is not None and len(output) > max_new_tokens:
         return f"the output has {len(output)} tokens where {max_new_tokens} were allowed"
     return None
-
-
-class _Recording(nn.Module):
-    """A model that keeps the logits of its last pass."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.logits: Tensor
-
-    def forward(self, **arguments: Any) -> Any:
-        output = self.model(**arguments)
-        self.logits = output.logits
-        return output

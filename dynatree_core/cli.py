@@ -98,9 +98,14 @@ class _Commands(click.Group):
             return _broken(name, f"it must come from one package, but comes from {values}; uninstall one")
         try:
             command = entry_point.load()
-        except (ImportError, AttributeError) as error:
-            return _broken(name, f"{error}; repair or uninstall its package, {entry_point.value}")
-        assert isinstance(command, click.Command), f"entry point '{name}' must be a click command, got {command!r}"
+        except Exception as error:  # noqa: BLE001  # others' code, which runs when it is imported
+            return _broken(
+                name, f"{type(error).__name__}: {error}; repair or uninstall its package, {entry_point.value}"
+            )
+        if not isinstance(command, click.Command):
+            return _broken(
+                name, f"it must be a click command, got {command!r}; repair or uninstall {entry_point.value}"
+            )
         return command
 
 
@@ -189,7 +194,11 @@ def _dynatree(context: click.Context) -> None:
 @click.option("--max-nodes", type=click.IntRange(min=0), help="Drafted nodes of a tree at most.")
 @click.option("--max-depth", type=click.IntRange(min=0), help="Depth of a tree at most.")
 @click.option(
-    "--max-branch", type=click.IntRange(min=1), default=16, show_default=True, help="Children of a node at most."
+    "--max-branch",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Children of a node that a policy may ask for; more is an error.",
 )
 @click.option(
     "--cache",

@@ -60,7 +60,7 @@ def generate(
         max_nodes: drafted nodes of a tree at most.
         max_depth: depth of a tree at most. For these three the strictest of this argument and of what policies
             with a parameter of that name ask for holds; where nobody asks: 0.05, 128 and 64.
-        max_branch: children of a node at most, 16 by default.
+        max_branch: children of a node that a policy may ask for, 16 by default; asking for more is a PolicyError.
         cache: None (default) keeps all tokens. "sinks=4,window=1024": a token sees the first 4 tokens and the last
             1024, at their places inside the cache (StreamingLLM), so prompt and output may be of any length.
             Autoregressive decoding with the same option gives the same output; see docs/generation.md.
@@ -148,13 +148,14 @@ def _step(session: Session) -> StepReport:
     """One decode step, and what happens when a policy, the drafter or a draft fails in it."""
     steps_before = session.num_iterations
     try:
-        return decode_step(session)
+        try:
+            return decode_step(session)
+        except NonFiniteLogitsError:
+            if session.depth_limit == 0:
+                raise
+        return _step_without_draft(session)
     except (PolicyError, DrafterError) as error:
         session.fall_back(error)
-    except NonFiniteLogitsError:
-        if session.depth_limit == 0:
-            raise
-        return _step_without_draft(session)
     if session.num_iterations > steps_before and session.last_report is not None:
         return session.last_report  # it failed after the step was committed
     return decode_step(session)

@@ -100,17 +100,21 @@ def generate(
         *(logits_processor or []),
         *([processed] if config.output_scores else []),
     ]
+    criteria = StoppingCriteriaList(stopping_criteria or ())
+    max_length = criteria.max_length or config.max_length  # the caller's may have taken the place of the config's
+    if config.return_dict_in_generate and config.output_scores:
+        criteria = StoppingCriteriaList([_with_scores(criterion, processed.scores) for criterion in criteria])
     session = Session(
         model,
         drafter,
         input_ids,
         policy=policy,
-        max_length=config.max_length,
+        max_length=max_length,
         eos_token_id=[],  # it is among the criteria
         attention_mask=model_kwargs.get("attention_mask"),
         position_ids=_positions(model_kwargs),
         logits_processor=processors,
-        stopping_criteria=stopping_criteria,
+        stopping_criteria=criteria,
         generation_config=_only_sampling(config.do_sample),
         inherit_settings=False,  # generate() has made processors and criteria of them
         **(options or {}),
@@ -144,7 +148,7 @@ def generate_with(
     options: Mapping[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     stop_strings: str | list[str] | None = None,
-    stopping_criteria: Sequence[StoppingCriteria] = (),
+    stopping_criteria: Sequence[StoppingCriteria] | None = None,
     **settings: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """`model.generate` with trees: its arguments and its result, with `streamer`, `tokenizer` and `stop_strings` too.
@@ -157,20 +161,31 @@ def generate_with(
         streamer: one of transformers', which gets the prompt, then the tokens of each step when they are committed.
         options: as in `generate`.
         tokenizer: the target's, needed with stop strings.
-        stop_strings: texts behind which the output ends.
+        stop_strings: texts behind which the output ends; None: those of the generation config, if it has any.
         stopping_criteria: more of them.
         settings: whatever else generate() takes.
 
     Raises:
         ParameterError: stop strings without a tokenizer, or what `generate` refuses.
     """
-    criteria = StoppingCriteriaList(stopping_criteria)
+    criteria = StoppingCriteriaList(stopping_criteria or ())
+    for config in (settings.get("generation_config"), model.generation_config):
+        if stop_strings is None and config is not None:
+            stop_strings = config.stop_strings
     if stop_strings is not None:
         if tokenizer is None:
             raise ParameterError("stop_strings need the target's tokenizer, got none; give it as tokenizer=...")
         criteria.append(StopStringCriteria(tokenizer, stop_strings))
     decode = partial(generate, drafter=drafter, policy=policy, streamer=streamer, options=options)
-    return model.generate(inputs, custom_generate=decode, stopping_criteria=criteria, **settings)  # type: ignore[no-any-return]
+    # generate() does not hand its tokenizer on, so it is asked for no stop strings
+    return model.generate(  # type: ignore[no-any-return]
+        inputs, custom_generate=decode, stopping_criteria=criteria, stop_strings=None, **settings
+    )
+
+
+def _with_scores(criterion: StoppingCriteria, scores: list[Tensor]) -> Any:
+    """The criterion, which is told the scores of all new tokens so far, as by generate() where it keeps them."""
+    return lambda input_ids, _: criterion(input_ids, tuple(scores))
 
 
 def _only_sampling(do_sample: bool | None) -> GenerationConfig:

@@ -82,9 +82,10 @@ def load_plugin(group: str, name: str) -> Any:
         raise PluginConflictError(f"a plugin's name must be unique, but '{name}' comes from {sources}; uninstall one")
     try:
         return table[name][0].load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # others' code, which runs when it is imported
         raise PluginLoadError(
-            f"'{name}' is installed but cannot be imported ({table[name][0].value}: {error}); repair or uninstall it"
+            f"'{name}' is installed but cannot be imported ({table[name][0].value}: {type(error).__name__}: {error}); "
+            "repair or uninstall it"
         ) from error
 
 

@@ -33,11 +33,10 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from dynatree_core.arguments import merged
 from dynatree_core.errors import ParameterError
 
 __all__ = ["logits_processors"]
-
-DEFAULT_TOP_K = 50  # generate()'s own, where neither the caller nor the model sets one
 
 
 def logits_processors(
@@ -55,7 +54,7 @@ def logits_processors(
 
     Args:
         config: the settings.
-        own: the caller's processors; one of them replaces one of the same class that the settings ask for.
+        own: the caller's processors; one of them takes the place of one of the same class that the settings ask for.
         eos_token_ids: tokens that end the generation.
         num_prompt: tokens of the prompt, padding included.
         num_padding: padding tokens at its left, on which there is no repetition penalty.
@@ -76,8 +75,7 @@ def logits_processors(
             last.append(LogitNormalization())
     except (TypeError, ValueError) as error:
         raise ParameterError(f"a setting of the generation cannot be used: {error}") from error
-    replaced = {type(processor) for processor in own}
-    return LogitsProcessorList([*(asked_for for asked_for in asked if type(asked_for) not in replaced), *own, *last])
+    return LogitsProcessorList([*merged(asked, own), *last])
 
 
 def _from_settings(
@@ -123,13 +121,12 @@ def _from_settings(
 def _for_sampling(config: GenerationConfig, device: str) -> list[LogitsProcessor]:
     """What reshapes the distribution that a token is drawn from."""
     processors: list[LogitsProcessor] = []
-    top_k = DEFAULT_TOP_K if config.top_k is None else config.top_k
     if config.temperature not in (None, 1):
         processors.append(TemperatureLogitsWarper(config.temperature))
     if config.top_h is not None:
         processors.append(TopHLogitsWarper(config.top_h))
-    if top_k != 0:
-        processors.append(TopKLogitsWarper(top_k))
+    if config.top_k not in (None, 0):
+        processors.append(TopKLogitsWarper(config.top_k))
     if config.top_p is not None and config.top_p < 1:
         processors.append(TopPLogitsWarper(config.top_p))
     if config.min_p is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import attrs
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from dynatree_core.architectures import check_causal_lm, max_positions, vocab_size
 from dynatree_core.arguments import (
@@ -22,6 +22,7 @@ from dynatree_core.arguments import (
     checked_seed,
     end_token_ids,
     fixed_width,
+    guessed_mask,
     new_token_limit,
     num_padding,
     resolved_limits,
@@ -112,26 +113,33 @@ class Session:
         if not isinstance(prefix_cache, PrefixCache | None):
             raise ParameterError(f"prefix_cache must be a PrefixCache, got {prefix_cache!r:.60}")
         self.on_error = on_error
+        self._callers_errors: list[Exception] = []  # raised by what the caller has given, so nobody else's fault
+        if on_prefill is not None:
+            on_prefill = _noting(on_prefill, self._callers_errors)
         self.device: torch.device = target.device  # type: ignore[assignment]
         self.vocab_size = vocab_size(target)
         if isinstance(input_ids, Mapping):  # what a tokenizer returns
             attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
             input_ids = input_ids.get("input_ids", ())
         given_ids = checked_prompt(input_ids, self.vocab_size)
+        config = settings_of(
+            target if inherit_settings else None, generation_config, settings, inspect.signature(Session).parameters
+        )
+        self.eos_token_ids = end_token_ids(config, eos_token_id)
+        if attention_mask is None and isinstance(input_ids, Tensor):  # what generate() takes too; a list is all text
+            attention_mask = guessed_mask(given_ids, config.pad_token_id, self.eos_token_ids)
         self._num_padding = num_padding(attention_mask, len(given_ids))
         self.prompt_ids = given_ids[self._num_padding :]
         positions = checked_positions(position_ids, len(given_ids))
+        if positions is not None and positions[self._num_padding :] == [*range(len(self.prompt_ids))]:
+            positions = None  # those that it has anyway
         kept = SinkWindow.parse(cache)
         if kept is not None:
             refuse_beside(kept, exact, positions and positions[self._num_padding :])
             positions = None
-        config = settings_of(
-            target if inherit_settings else None, generation_config, settings, inspect.signature(Session).parameters
-        )
         if max_new_tokens is None and max_length is None and generation_config is not None:
             max_new_tokens = generation_config.max_new_tokens
             max_length = generation_config.max_length if max_new_tokens is None else None
-        self.eos_token_ids = end_token_ids(config, eos_token_id)
         self.max_new_tokens = new_token_limit(
             max_new_tokens,
             max_length,
@@ -152,6 +160,8 @@ class Session:
         self.sampler = Sampler(self.device, checked_seed(seed)) if config.do_sample else None  # None: greedy
         own_criteria = checked_list("stopping_criteria", stopping_criteria, StoppingCriteria)
         self.stopping_criteria = criteria_of(config, own_criteria, tokenizer)
+        if any(type(criterion) is EosTokenCriteria for criterion in own_criteria):
+            self.eos_token_ids = frozenset()  # the caller's own says where texts end
         self.stack: PolicyStack = build_stack(policy)
         pass_rows, max_nodes = fixed_width(exact, max_nodes)
         self.limits = resolved_limits(self.stack, max_depth, max_nodes, tau, max_branch, self.vocab_size)
@@ -349,8 +359,8 @@ class Session:
         self.stack = self.stack.silenced()
 
     def blame_drafter(self, *but: type[Exception]) -> AbstractContextManager[None]:
-        """Turn whatever a drafter raises into a DrafterError that names it, but for these."""
-        return _blame_drafter(self.drafter_name, *but)
+        """Turn whatever a drafter raises into a DrafterError that names it, but for these and the caller's own."""
+        return _blame_drafter(self.drafter_name, *but, callers_errors=self._callers_errors)
 
     def result(self, stop_reason: str | None = None) -> GenerationResult:
         """What was generated so far; valid between any two steps.
@@ -370,14 +380,29 @@ def _as_drafter(drafter: nn.Module | Drafter | str | None) -> Drafter | None:
     return ModelDrafter(drafter)
 
 
+def _noting(callback: Callable[[int, int], None], errors: list[Exception]) -> Callable[[int, int], None]:
+    """The callback, which leaves in the list what it raises."""
+
+    def noted(done: int, total: int) -> None:
+        try:
+            callback(done, total)
+        except Exception as error:
+            errors.append(error)
+            raise
+
+    return noted
+
+
 @contextmanager
-def _blame_drafter(name: str | None, *but: type[Exception]) -> Iterator[None]:
+def _blame_drafter(name: str | None, *but: type[Exception], callers_errors: Sequence[Exception] = ()) -> Iterator[None]:
     as_they_are: tuple[type[Exception], ...] = (DrafterError, *but)
     try:
         yield
     except as_they_are:
         raise
     except Exception as error:
+        if any(error is one for one in callers_errors):
+            raise
         raise DrafterError(f"drafter '{name}' raised {type(error).__name__}: {error}") from error
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, MaxTimeCriteria, StoppingCriteria, StopStringCriteria
 
+from dynatree_core.arguments import merged
 from dynatree_core.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -33,17 +34,17 @@ class Criterion:
 def stopping_criteria(
     config: GenerationConfig, own: Sequence[StoppingCriteria], tokenizer: PreTrainedTokenizerBase | None
 ) -> list[Criterion]:
-    """The criteria that the settings ask for, then the caller's own. A time limit counts from here on.
+    """The criteria that the settings ask for and the caller's own, as generate() merges them. Time counts from here on.
 
     Raises:
         ParameterError: stop strings without a tokenizer, or a setting with a value that its criterion refuses.
     """
-    criteria = []
+    asked: dict[str, StoppingCriteria] = {}  # by stop reason
     if config.stop_strings is not None:
         if tokenizer is None:
             raise ParameterError("stop_strings need the target's tokenizer, got none; give it as tokenizer=...")
         try:
-            criteria.append(Criterion("stop_string", StopStringCriteria(tokenizer, config.stop_strings)))
+            asked["stop_string"] = StopStringCriteria(tokenizer, config.stop_strings)
         except (TypeError, ValueError, AttributeError) as error:
             raise ParameterError(
                 f"stop_strings must be a text or several, none empty, got {config.stop_strings!r} with "
@@ -52,5 +53,8 @@ def stopping_criteria(
     if config.max_time is not None:
         if isinstance(config.max_time, bool) or not isinstance(config.max_time, int | float) or config.max_time < 0:
             raise ParameterError(f"max_time must be a number of seconds of at least 0, got {config.max_time!r}")
-        criteria.append(Criterion("time", MaxTimeCriteria(config.max_time)))
-    return [*criteria, *(Criterion("criterion", criterion) for criterion in own)]
+        asked["time"] = MaxTimeCriteria(config.max_time)
+    reasons = {id(criterion): reason for reason, criterion in asked.items()}
+    return [
+        Criterion(reasons.get(id(criterion), "criterion"), criterion) for criterion in merged([*asked.values()], own)
+    ]

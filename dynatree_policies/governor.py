@@ -34,7 +34,7 @@ class Governor:
 
     Each step without drafting lets drafting lose `max_loss` of its time. Off, it is tried again with trees of
     `probe_depth` levels; as often as such a tree is accepted to its full depth, the depth doubles, until it is off
-    again. While it is on, one step in `refresh` goes without drafting, to measure what that takes by now.
+    again. While it is on, one step goes without after every `refresh` that draft, to measure what that takes by now.
     """
 
     max_loss: float = fraction(0.015)

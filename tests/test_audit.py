@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 from dynatree_core import Rounding, TreeCache, audit_generation, audit_output
 from dynatree_core import decode as decode_module
 from dynatree_core import session as session_module
 from dynatree_core.audit import AUTOREGRESSIVE, STEPWISE, VERIFIED, WHOLE, _spacing, judge
-from dynatree_core.errors import ContextLimitError, NonFiniteLogitsError, PromptError
+from dynatree_core.errors import ContextLimitError, NonFiniteLogitsError, ParameterError, PromptError
 from dynatree_core.testing.models import CONFIGS, CONTEXT, VOCAB, greedy, perturbed, tiny_model
 from dynatree_core.testing.strategies import families, model_seeds, prompts, stacks
 
@@ -28,6 +29,28 @@ def tiny(family: str, dtype: torch.dtype, seed: int = 0) -> torch.nn.Module:
 
 
 # ---- what is right -------------------------------------------------------------------------------------------
+
+
+def test_what_the_generation_was_asked_holds_for_the_reference():
+    target, drafter = tiny_model("llama"), perturbed("llama")
+    padded = [0, 0, *PROMPT]
+    _, report = audit_generation(target, drafter, padded, attention_mask=[0, 0, 1, 1, 1, 1, 1], max_new_tokens=20)
+    assert report.verdict == "identical", report.faults
+    target.generation_config.eos_token_id = greedy(target, PROMPT, 20)[3]
+    try:
+        _, report = audit_generation(target, drafter, PROMPT, generation_config=GenerationConfig(), max_new_tokens=20)
+        assert report.verdict == "identical", report.faults
+        assert report.num_tokens == 20
+    finally:
+        target.generation_config.eos_token_id = None
+    with pytest.raises(ParameterError, match="got position_ids; leave them out"):
+        audit_generation(target, drafter, PROMPT, position_ids=[2, 3, 4, 5, 6])
+
+
+def test_an_output_may_be_a_batch_of_one():
+    target = tiny_model("llama")
+    output = torch.tensor([greedy(target, PROMPT, 40)])
+    assert audit_output(target, PROMPT, output, exact="fixed_width", max_nodes=3).verdict == "identical"
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -1025,11 +1025,15 @@ def test_a_broken_plugin_hides_no_other(dynatree: Dynatree) -> None:
         assert "cannot be used" in ran.out
 
 
-def test_commands_of_other_packages(dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_of_other_packages(dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "rotten.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
     found = EntryPoints(
         [
             EntryPoint("plant", f"{__name__}:plant", cli.COMMANDS),
             EntryPoint("felled", "no_such_module:felled", cli.COMMANDS),
+            EntryPoint("rotten", "rotten:command", cli.COMMANDS),
+            EntryPoint("stone", "os:sep", cli.COMMANDS),
             EntryPoint("twice", "one:command", cli.COMMANDS),
             EntryPoint("twice", "two:command", cli.COMMANDS),
         ]
@@ -1041,10 +1045,12 @@ def test_commands_of_other_packages(dynatree: Dynatree, monkeypatch: pytest.Monk
     ran = dynatree("felled")
     assert is_one_error_line(ran, "felled", "no_such_module")
     assert is_one_error_line(dynatree("twice"), "one package")
+    assert is_one_error_line(dynatree("rotten"), "ZeroDivisionError", "uninstall its package, rotten:command")
+    assert is_one_error_line(dynatree("stone"), "must be a click command, got '/'")
     ran = dynatree("--help")
     assert ran.code == 0
     assert "Plant a tree." in ran.out
-    assert "broken: No module named 'no_such_module'" in ran.out
+    assert "broken: ModuleNotFoundError: No module named" in ran.out
 
 
 @click.command()

@@ -173,3 +173,11 @@ def test_a_plugin_that_cannot_be_imported(installed):
     installed(("broken", "no_such_module:C"))
     with pytest.raises(PluginLoadError, match=r"'broken' .* cannot be imported \(no_such_module"):
         build_stack("broken")
+
+
+def test_a_plugin_whose_module_fails(installed, tmp_path, monkeypatch):
+    (tmp_path / "divides.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    installed(("broken", "divides:C"))
+    with pytest.raises(PluginLoadError, match=r"ZeroDivisionError: division by zero\); repair"):
+        build_stack("broken")

@@ -109,7 +109,7 @@ def test_the_bound_is_the_parameter(max_loss):
 
 
 def test_a_good_drafter_stays_on():
-    """All but the first two steps and one in `refresh` draft, and the depth is soon the stack's own."""
+    """All but the first two steps and one after every `refresh` draft, and the depth is soon the stack's own."""
     played = play(lambda at, depth: Outcome(depth, 1 + 0.2 * depth), 2000)
     assert played.drafted[:7] == [0, 0, 2, 4, 8, 8, 8]
     num_plain = played.drafted.count(0)

@@ -21,7 +21,7 @@ from transformers import (
     pipeline,
 )
 
-from dynatree_core import hf
+from dynatree_core import PrefixCache, hf
 from dynatree_core.errors import ParameterError
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import VOCAB, perturbed, tiny_model
@@ -68,6 +68,7 @@ class Ten(StoppingCriteria):
         {"stopping_criteria": [Ten()]},
         {"max_time": 0.0},
         {"stopping_criteria": [MaxLengthCriteria(11)]},
+        {"stopping_criteria": [MaxLengthCriteria(31)]},
         {"stopping_criteria": [EosTokenCriteria([4, 11, 30])]},
         {"prefix_allowed_tokens_fn": lambda batch, ids: [1, 2, 3, 4 + len(ids) % 5]},
         {"do_sample": True, "temperature": 0.6, "top_k": 12, "top_p": 0.9},
@@ -115,6 +116,40 @@ def test_scores_and_logits(do_sample):
         assert len(result[name]) == 20
         for ours_, theirs in zip(result[name], expected[name], strict=True):
             torch.testing.assert_close(ours_, theirs)
+
+
+def gap(scores):
+    """Between the two best tokens, [1, vocab]."""
+    best = scores.topk(2).values[0]
+    return best[0] - best[1]
+
+
+class Unsure(StoppingCriteria):
+    """Done when the scores of a token behind the fourth are so close: a use of `output_scores` that is documented."""
+
+    def __init__(self, close):
+        self.close = close
+
+    def __call__(self, input_ids, scores, **kwargs):
+        assert len(scores) == input_ids.shape[1] - PROMPT.shape[1]
+        return torch.full((1,), bool(len(scores) > 4 and gap(scores[-1]) < self.close))
+
+
+def test_criteria_that_look_at_scores():
+    asked = {**PLAIN, "return_dict_in_generate": True, "output_scores": True}
+    gaps = sorted(map(gap, TARGET.generate(PROMPT, **asked).scores[4:-1]))
+    asked["stopping_criteria"] = [Unsure((gaps[0] + gaps[1]) / 2)]
+    expected = TARGET.generate(PROMPT, **asked).sequences.tolist()
+    assert TARGET.generate(PROMPT, **asked, **TREES).sequences.tolist() == expected
+    assert 7 < len(expected[0]) < 23
+
+
+def test_a_prefix_cache():
+    cache = PrefixCache()
+    expected = TARGET.generate(PROMPT, **PLAIN).tolist()
+    for _ in range(2):
+        assert TARGET.generate(PROMPT, **PLAIN, **TREES, options={"prefix_cache": cache}).tolist() == expected
+        assert cache.num_bytes > 0
 
 
 def test_recorded_scores_can_be_changed_in_place():
@@ -210,6 +245,15 @@ def test_stop_strings(tokenizer):
     assert expected.shape[1] < 23
     with pytest.raises(ParameterError, match="stop_strings need the target's tokenizer"):
         hf.generate_with(TARGET, PROMPT, drafter=DRAFTER, stop_strings=["a"], **PLAIN)
+    own = TARGET.generation_config
+    own.stop_strings = [text[4:6]]
+    try:
+        given = {**PLAIN, "tokenizer": tokenizer, "stopping_criteria": None}
+        assert hf.generate_with(TARGET, PROMPT, drafter=DRAFTER, **given).tolist() == expected.tolist()
+    finally:
+        own.stop_strings = None
+    given |= {"generation_config": GenerationConfig(stop_strings=[text[4:6]])}
+    assert hf.generate_with(TARGET, PROMPT, drafter=DRAFTER, **given).tolist() == expected.tolist()
 
 
 def test_pipeline(tokenizer):

@@ -502,3 +502,22 @@ def test_an_interrupt_of_the_prefill_keeps_the_chunks_that_were_done(monkeypatch
     result = generate(TARGET, DRAFTER, prompt, max_new_tokens=9, prefix_cache=cache)
     assert result.report.num_reused_tokens == 8
     assert result.token_ids == greedy(TARGET, prompt, 9)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "fallback"])
+def test_what_a_callback_raises_is_nobody_elses_fault(monkeypatch, on_error):
+    monkeypatch.setattr(runner, "PREFILL_CHUNK", 4)
+
+    class Cancelled(Exception):
+        pass
+
+    told = []
+
+    def cancel(done, num_tokens):
+        told.append(done)
+        if len(told) == 5:  # of the drafter's chunks, behind three of the target
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        generate(TARGET, DRAFTER, list(range(12)), max_new_tokens=9, on_prefill=cancel, on_error=on_error)
+    assert told == [4, 8, 11, 4, 8]

@@ -11,10 +11,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
     BatchEncoding,
+    EosTokenCriteria,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     LogitsProcessor,
+    MaxTimeCriteria,
     PreTrainedTokenizerFast,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     StoppingCriteria,
 )
 
@@ -184,7 +189,7 @@ def test_max_length_counts_the_prompt(max_length):
 
 
 def test_max_length_errors():
-    with pytest.raises(ParameterError, match="max_length must be an integer of at least 3, got 2"):
+    with pytest.raises(ParameterError, match="it must be at least 3, got 2; raise it"):
         generate(TARGET, DRAFTER, PROMPT, max_length=2)
     with pytest.raises(ParameterError, match="give one of them"):
         generate(TARGET, DRAFTER, PROMPT, max_length=20, max_new_tokens=5)
@@ -249,6 +254,78 @@ def test_a_given_configuration_is_filled_up_from_the_targets():
         own.repetition_penalty, own.eos_token_id = None, None
     assert result.token_ids == theirs[0, 3:].tolist() == expected
     assert plain.token_ids == greedy(TARGET, PROMPT, 20, no_repeat_ngram_size=2) != expected
+
+
+def test_a_processor_takes_the_place_of_one_of_its_class():
+    """A bias comes before the repetition penalty, the caller's as well as that of the settings."""
+    asked = {"sequence_bias": {(9,): 3.0}, "repetition_penalty": 1.5}
+    own = SequenceBiasLogitsProcessor({(8,): 1.0, (11,): 0.7, (20,): 0.9})
+    expected = greedy(TARGET, PROMPT, 20, logits_processor=[own], **asked)
+    assert expected != greedy(TARGET, PROMPT, 20, **asked)
+    found = generate(TARGET, DRAFTER, PROMPT, max_new_tokens=20, logits_processor=[own], **asked)
+    assert found.token_ids == expected
+    order = [type(one) for one in Session(TARGET, None, PROMPT, logits_processor=[own], **asked).logits_processors]
+    assert order == [SequenceBiasLogitsProcessor, RepetitionPenaltyLogitsProcessor]
+
+
+def test_a_criterion_takes_the_place_of_one_of_its_class():
+    text = greedy(TARGET, PROMPT, 20)
+    early, late = text[2], next(token for token in text[3:] if token not in text[:3])
+    TARGET.generation_config.eos_token_id = early
+    try:
+        for own in (EosTokenCriteria(late), MaxTimeCriteria(100.0)):
+            asked = {"max_time": 0.0, "stopping_criteria": [own], "max_new_tokens": 20}
+            prompt = torch.tensor([PROMPT])
+            expected = TARGET.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **asked)
+            assert generate(TARGET, DRAFTER, PROMPT, **asked).token_ids == expected[0, 3:].tolist()
+        found = generate(TARGET, DRAFTER, PROMPT, stopping_criteria=[EosTokenCriteria(late)], max_new_tokens=20)
+    finally:
+        TARGET.generation_config.eos_token_id = None
+    assert found.token_ids == text[: text.index(late) + 1]
+    assert found.stop_reason == "criterion"
+
+
+def test_top_k_is_none_where_the_caller_says_so():
+    """And 50 where nobody says anything: of 90 tokens that are about as likely it makes a difference."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    target = LlamaForCausalLM(LlamaConfig(vocab_size=90, **sizes, **ends)).double().eval()
+    prompt, texts = torch.tensor([PROMPT]), []
+    for asked in (
+        {},
+        {"top_k": None},
+        {"top_k": 0},
+        {"generation_config": GenerationConfig(do_sample=True, top_k=None)},
+    ):
+        arguments = {"max_new_tokens": 30, **({} if "generation_config" in asked else {"do_sample": True}), **asked}
+        torch.manual_seed(5)
+        expected = target.generate(prompt, attention_mask=torch.ones_like(prompt), **arguments)[0, 3:].tolist()
+        assert generate(target, target, PROMPT, seed=5, **arguments).token_ids == expected
+        texts.append(expected)
+    assert texts[0] == texts[3] != texts[1] == texts[2]
+
+
+def test_padding_is_guessed_where_generate_guesses_it():
+    """A tensor without a mask is read as generate() reads it; a list of ids is all text."""
+    padded = torch.tensor([[0, 0, 5, 6]])
+    own = TARGET.generation_config
+    try:
+        for eos in (None, 9, 0):
+            own.pad_token_id, own.eos_token_id = 0, eos
+            expected = TARGET.generate(padded, max_new_tokens=12)[0, 4:].tolist()
+            assert generate(TARGET, DRAFTER, padded, max_new_tokens=12).token_ids == expected
+            assert generate(TARGET, DRAFTER, {"input_ids": padded}, max_new_tokens=12).token_ids == expected
+            text = generate(TARGET, DRAFTER, padded[0].tolist(), max_new_tokens=12).token_ids
+            assert (text == expected) == (eos == 0), "the zeros are no padding where they end texts"
+        own.eos_token_id = None
+        with pytest.raises(PromptError, match="or give attention_mask where a pad token is text"):
+            generate(TARGET, DRAFTER, torch.tensor([5, 0, 6]), max_new_tokens=12)
+        mask = [1, 1, 1]
+        masked = generate(TARGET, DRAFTER, torch.tensor([5, 0, 6]), attention_mask=mask, max_new_tokens=12)
+        assert masked.token_ids == greedy(TARGET, [5, 0, 6], 12)
+    finally:
+        own.pad_token_id, own.eos_token_id = None, None
 
 
 def test_lengths_of_a_given_configuration():
