@@ -112,7 +112,7 @@ def generate(
         max_length=max_length,
         eos_token_id=[],  # it is among the criteria
         attention_mask=model_kwargs.get("attention_mask"),
-        position_ids=_positions(model_kwargs),
+        position_ids=model_kwargs.get("position_ids"),
         logits_processor=processors,
         stopping_criteria=criteria,
         generation_config=_only_sampling(config.do_sample),
@@ -213,12 +213,3 @@ def _check(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, 
         raise ParameterError(
             "tree decoding begins with a cache of its own, got one with rows; leave past_key_values out"
         )
-
-
-def _positions(model_kwargs: dict[str, Any]) -> Tensor | None:
-    """The prompt's positions where a caller gave any; those that generate() derives from the mask say nothing new."""
-    positions: Tensor | None = model_kwargs.get("position_ids")
-    mask: Tensor | None = model_kwargs.get("attention_mask")
-    if positions is None or (mask is not None and torch.equal(positions, (mask.long().cumsum(-1) - 1).clamp(min=0))):
-        return None
-    return positions
