@@ -135,8 +135,7 @@ class Session:
             positions = None  # those that it has anyway
         kept = SinkWindow.parse(cache)
         if kept is not None:
-            refuse_beside(kept, exact, positions and positions[self._num_padding :])
-            positions = None
+            refuse_beside(kept, exact, positions)
         if max_new_tokens is None and max_length is None and generation_config is not None:
             max_new_tokens = generation_config.max_new_tokens
             max_length = generation_config.max_length if max_new_tokens is None else None

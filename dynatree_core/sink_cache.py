@@ -96,12 +96,12 @@ def refuse_beside(option: SinkWindow, exact: str | None, positions: Sequence[int
 
     Args:
         exact: as in `dynatree_core.generate`.
-        positions: the prompt's, if given; 0, 1, 2, … are no others than its own.
+        positions: the prompt's, where they are not those that it has anyway.
 
     Raises:
         ParameterError: passes of one shape, or other positions.
     """
-    if exact is not None or (positions is not None and list(positions) != list(range(len(positions)))):
+    if exact is not None or positions is not None:
         came = "position_ids" if exact is None else f"exact={exact!r}"
         raise ParameterError(
             f"with cache='{option}' tokens have places of their own, and passes the shapes that these need, got "
