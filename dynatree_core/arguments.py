@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from dynatree_core.errors import ContextLimitError, ParameterError, PromptError, nearest_match
+from dynatree_core.errors import ContextLimitError, ParameterError, PolicyError, PromptError, nearest_match
 from dynatree_core.records import Limits
 from dynatree_core.stack import PolicyStack
 
@@ -352,21 +353,27 @@ def resolved_limits(
     if tau is not None and (isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 <= tau <= 1):
         raise ParameterError(f"tau must be a probability from 0 to 1, got {tau!r}")
     return Limits(
-        max_depth=int(min(_asked(stack, "max_depth", max_depth), default=DEFAULT_MAX_DEPTH)),
-        max_nodes=int(min(_asked(stack, "max_nodes", max_nodes), default=DEFAULT_MAX_NODES)),
+        max_depth=min(_asked(stack, "max_depth", max_depth), default=DEFAULT_MAX_DEPTH),
+        max_nodes=min(_asked(stack, "max_nodes", max_nodes), default=DEFAULT_MAX_NODES),
         tau=max(_asked(stack, "tau", tau), default=DEFAULT_TAU),
         max_branch=min(max_branch, vocab),
     )
 
 
-def _asked(stack: PolicyStack, name: str, given: float | None) -> list[float]:
+def _asked(stack: PolicyStack, name: str, given: float | None) -> list[Any]:
     values = [] if given is None else [given]
+    is_count = name != "tau"
+    wanted = "an integer of at least 0" if is_count else "a number from 0 to 1"
     for policy_name, policy in stack.policies.items():
-        value = getattr(policy, name, None)
+        try:
+            value = getattr(policy, name, None)
+        except Exception as error:  # a property of its own
+            raise PolicyError(f"policy '{policy_name}': its {name} raised {type(error).__name__}: {error}") from error
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise ParameterError(f"policy '{policy_name}': its {name} must be a number of at least 0, got {value!r}")
+        is_number = isinstance(value, int if is_count else int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= (math.inf if is_count else 1):
+            raise ParameterError(f"policy '{policy_name}': its {name} must be {wanted}, got {value!r}")
         values.append(value)
     return values
 

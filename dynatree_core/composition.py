@@ -35,8 +35,13 @@ class PluginSpec:
 
     def __str__(self) -> str:
         variant = f":{self.variant}" if self.variant else ""
-        parameters = ",".join(f"{name}={value!r}" for name, value in self.parameters.items())
+        parameters = ",".join(f"{name}={_written(value)}" for name, value in self.parameters.items())
         return f"{self.name}{variant}{f'({parameters})' if parameters else ''}"
+
+
+def _written(value: ParameterValue) -> str:
+    """A value as Python reads it; infinity has no name there."""
+    return repr(value).replace("inf", "1e999") if isinstance(value, float) else repr(value)
 
 
 def parse_stack(text: str) -> list[PluginSpec]:
@@ -55,11 +60,11 @@ def format_stack(specs: Iterable[PluginSpec]) -> str:
 
 def _split_at_plus(text: str) -> list[str]:
     """Split at every + outside parentheses and quotes."""
-    parts, start, level, quote = [], 0, 0, ""
+    parts, start, level, quote, is_escaped = [], 0, 0, "", False
     for i, char in enumerate(text):
         if quote:
-            is_escaped = text[i - 1] == "\\" and text[i - 2] != "\\"
             quote = "" if char == quote and not is_escaped else quote
+            is_escaped = char == "\\" and not is_escaped
         elif char in "'\"":
             quote = char
         elif char in "()":

@@ -65,7 +65,7 @@ class PluginConflictError(DynaTreeError):
 
 
 class PluginLoadError(DynaTreeError):
-    """An installed plugin that cannot be imported."""
+    """An installed plugin that cannot be imported or made."""
 
 
 class ParameterError(InputError):

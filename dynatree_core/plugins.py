@@ -69,9 +69,10 @@ def load_plugin(group: str, name: str) -> Any:
     Raises:
         UnknownPluginError: nobody provides it; the message lists the known names and the nearest.
         PluginConflictError: two packages provide it.
-        PluginLoadError: its package cannot be imported.
+        PluginLoadError: its package cannot be imported, or has something else there.
     """
     table = plugin_table(group)
+    wanted = "a string" if group == PRESETS else "a class"
     if name not in table:
         kind = group.rpartition(".")[2]
         raise UnknownPluginError(
@@ -81,29 +82,49 @@ def load_plugin(group: str, name: str) -> Any:
         sources = " and ".join(f"{entry.dist.name if entry.dist else '?'} ({entry.value})" for entry in table[name])
         raise PluginConflictError(f"a plugin's name must be unique, but '{name}' comes from {sources}; uninstall one")
     try:
-        return table[name][0].load()
+        plugin = table[name][0].load()
     except Exception as error:  # others' code, which runs when it is imported
         raise PluginLoadError(
             f"'{name}' is installed but cannot be imported ({table[name][0].value}: {type(error).__name__}: {error}); "
             "repair or uninstall it"
         ) from error
+    if not (isinstance(plugin, str) if group == PRESETS else callable(plugin)):
+        raise PluginLoadError(
+            f"'{name}' of {group} must be {wanted}, got {type(plugin).__name__} ({table[name][0].value}); repair the "
+            "entry point or uninstall it"
+        )
+    return plugin
 
 
 def plugin_parameters(plugin: type) -> dict[str, ParameterValue]:
     """A plugin's parameters with their defaults, from its constructor's signature; None where one is required."""
-    parameters = inspect.signature(plugin).parameters.values()
-    return {p.name: None if p.default is p.empty else p.default for p in parameters}
+    return {p.name: None if p.default is p.empty else p.default for p in _parameters(plugin)}
 
 
 def required_parameters(plugin: type) -> list[str]:
     """The parameters that have no default."""
+    return [p.name for p in _parameters(plugin) if p.default is p.empty]
+
+
+def _parameters(plugin: type) -> list[inspect.Parameter]:
+    """Those that have a name of their own."""
     parameters = inspect.signature(plugin).parameters.values()
-    return [p.name for p in parameters if p.default is p.empty]
+    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def plugin_variants(plugin: type) -> Mapping[str, Mapping[str, ParameterValue]]:
-    """A plugin's named parameter sets: its class attribute `variants`, if it has one."""
-    return getattr(plugin, "variants", {})
+    """A plugin's named parameter sets: its class attribute `variants`, if it has one.
+
+    Raises:
+        PluginLoadError: it is something else.
+    """
+    variants = getattr(plugin, "variants", {})
+    if not isinstance(variants, Mapping) or not all(isinstance(values, Mapping) for values in variants.values()):
+        raise PluginLoadError(
+            f"{plugin.__name__}.variants must map names to parameters, got {type(variants).__name__}; annotate it as "
+            "ClassVar or not at all, since attrs makes a field of anything else"
+        )
+    return variants
 
 
 def build_stack(policy: str | object | Sequence[str | object]) -> PolicyStack:
@@ -137,10 +158,11 @@ def build_stack(policy: str | object | Sequence[str | object]) -> PolicyStack:
     return PolicyStack(policies, "+".join(texts))
 
 
-def expand_preset(spec: PluginSpec) -> list[PluginSpec]:
+def expand_preset(spec: PluginSpec, within: tuple[str, ...] = ()) -> list[PluginSpec]:
     """The policies that a preset stands for; any other spec stands for itself.
 
-    A preset's variant is the variant of each of its policies that has one of that name.
+    A preset's variant is the variant of each of its policies that has one of that name. A preset may name others;
+    `within` are those that it is expanded in.
     """
     if spec.name not in plugin_table(PRESETS):
         return [spec]
@@ -153,7 +175,13 @@ def expand_preset(spec: PluginSpec) -> list[PluginSpec]:
             f"a preset takes no parameters, got '{spec}'; write out its policies: "
             f"{format_stack(expand_preset(PluginSpec(spec.name, spec.variant)))}"
         )
-    specs = parse_stack(load_plugin(PRESETS, spec.name))
+    if spec.name in within:
+        raise PluginLoadError(f"a preset must not stand for itself, got {' -> '.join((*within, spec.name))}")
+    try:
+        parts = parse_stack(load_plugin(PRESETS, spec.name))
+    except StackSyntaxError as error:
+        raise PluginLoadError(f"the preset '{spec.name}' cannot be read: {error}; repair or uninstall it") from error
+    specs = [policy for part in parts for policy in expand_preset(part, (*within, spec.name))]
     if spec.variant is None:
         return specs
     variants = {spec.name: plugin_variants(load_plugin(POLICIES, spec.name)) for spec in specs}
@@ -182,7 +210,8 @@ def build_drafters(text: str) -> list[Drafter]:
     """The drafters whose names are joined by `+`."""
     drafters = [_build(DRAFTERS, spec) for spec in parse_stack(text)]
     for drafter in drafters:
-        assert isinstance(drafter, Drafter), f"an entry point in '{text}' made a {type(drafter)}, not a Drafter"
+        if not isinstance(drafter, Drafter):
+            raise PluginLoadError(f"'{text}' must make drafters, got {drafter!r}; repair the package's entry point")
     return cast(list[Drafter], drafters)
 
 
@@ -220,6 +249,13 @@ def _build(group: str, spec: PluginSpec) -> object:
         if isinstance(error, DynaTreeError) and not isinstance(error, ParameterError):
             raise
         raise ParameterError(f"'{spec}': {error}") from error
+    except DynaTreeError:
+        raise
+    except Exception as error:  # others' code
+        raise PluginLoadError(
+            f"'{spec}' cannot be made, its constructor raised {type(error).__name__}: {error}; repair or uninstall its "
+            "package"
+        ) from error
 
 
 def _copied(name: str, policy: object) -> object:
@@ -246,5 +282,5 @@ def _field_values(policy: object) -> dict[str, ParameterValue]:
     if not attrs.has(kind):
         return {}
     fields = (field for field in attrs.fields(kind) if field.init)
-    values = {field.name: getattr(policy, field.name) for field in fields}
+    values = {field.alias: getattr(policy, field.name) for field in fields}
     return {name: value for name, value in values.items() if isinstance(value, ParameterValue)}

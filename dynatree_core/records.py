@@ -143,6 +143,15 @@ class Frontier:
         return self._propose()
 
     @property
+    def is_asked(self) -> bool:
+        """Whether anybody has looked at the proposals, so that the drafter was asked about this level."""
+        try:
+            object.__getattribute__(self, "proposals")  # which does not make what is not there
+        except AttributeError:
+            return False
+        return True
+
+    @property
     def top_token_ids(self) -> Tensor:
         """[width, k] int64: each node's most probable children, best first."""
         return self.proposals.token_ids

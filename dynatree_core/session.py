@@ -33,7 +33,14 @@ from dynatree_core.clock import StageClock
 from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
 from dynatree_core.drafters.model import ModelDrafter
-from dynatree_core.errors import DrafterError, DynaTreeError, InputError, ParameterError
+from dynatree_core.errors import (
+    DrafterError,
+    DynaTreeError,
+    ForwardPassError,
+    InputError,
+    OutOfMemoryError,
+    ParameterError,
+)
 from dynatree_core.metrics import summarise
 from dynatree_core.plugins import build_drafter, build_stack
 from dynatree_core.prefix_cache import PrefixCache, PrefixReuse
@@ -415,7 +422,7 @@ def _costs_of(
 
     @functools.cache
     def measure() -> CostModel:
-        with clock.leave_out(), _blame_drafter(drafter_name, DynaTreeError):
+        with clock.leave_out(), _blame_drafter(drafter_name, ForwardPassError, OutOfMemoryError):
             return measured_costs(target, drafter, runner=runner)
 
     return measure

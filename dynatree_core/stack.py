@@ -172,12 +172,19 @@ def _register(name: str, policy: object) -> list[pluggy.HookCaller]:
     except (pluggy.PluginValidationError, ValueError) as error:
         raise PolicyError(f"policy '{name}' cannot be used: {_explain(error)}") from error
     callers = manager.get_hookcallers(policy) or []
+    _refuse_unmade(name, policy)
+    _refuse_unmarked(name, policy, {caller.name for caller in callers})
     if not callers:
         raise PolicyError(
             f"policy '{name}' ({type(policy).__name__}) must implement at least one of {', '.join(hook_names())}, "
             "got none; mark its methods with @hookimpl"
         )
     for caller in callers:
+        if len(caller.get_hookimpls()) > 1:
+            raise PolicyError(
+                f"policy '{name}', hook {caller.name}: a policy implements a hook once, got "
+                f"{len(caller.get_hookimpls())} methods for it; keep one"
+            )
         for impl in caller.get_hookimpls():
             if _has_default(impl.function):
                 raise PolicyError(
@@ -185,6 +192,32 @@ def _register(name: str, policy: object) -> list[pluggy.HookCaller]:
                     "never passes an argument that has one; remove the default"
                 )
     return callers
+
+
+def _refuse_unmade(name: str, policy: object) -> None:
+    """Refuse a class whose parameters were declared and never made, so that they are no values."""
+    declared = [
+        parameter
+        for part in type(policy).__mro__
+        for parameter, value in vars(part).items()
+        if isinstance(value, type(attrs.field()))
+    ]
+    if declared:
+        raise PolicyError(
+            f"policy '{name}' ({type(policy).__name__}): {', '.join(declared)} must be parameters made by attrs, got a "
+            "class that attrs did not make; put @attrs.define above the class"
+        )
+
+
+def _refuse_unmarked(name: str, policy: object, marked: set[str]) -> None:
+    """Refuse methods with the name of a hook that nobody would ever ask."""
+    for hook in hook_names():
+        method = inspect.getattr_static(policy, hook, None)
+        if hook not in marked and (callable(method) or isinstance(method, classmethod)):
+            raise PolicyError(
+                f"policy '{name}' ({type(policy).__name__}) has a method {hook} that is not marked, so it would never "
+                "be asked; put @hookimpl above it, or rename it"
+            )
 
 
 def _place(caller: pluggy.HookCaller) -> int:

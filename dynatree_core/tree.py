@@ -31,6 +31,7 @@ class TokenTree:
     logprob: Tensor  # [nodes] float32, natural log of the draft probability given the parent; root 0
     cum_logprob: Tensor  # [nodes] float32, sum of logprob along the path from the root
     ancestor_mask: Tensor  # [nodes, nodes] bool, row i marks node i and its ancestors
+    rank: Tensor  # [nodes] int64, place among the siblings as they were drafted, before pruning, from 0 on; root 0
     draft_index: Tensor  # [nodes] int64, the node's place in the tree as it was drafted, before pruning
     level_sizes: tuple[int, ...]  # nodes at depth 0, 1, ...; the first is 1
 
@@ -41,7 +42,7 @@ class TokenTree:
         index = torch.zeros(1, dtype=torch.int64, device=device)
         score = torch.zeros(1, dtype=torch.float32, device=device)
         mask = torch.ones(1, 1, dtype=torch.bool, device=device)
-        return cls(token_id, index - 1, index, score, score, mask, index, (1,))
+        return cls(token_id, index - 1, index, score, score, mask, index, index, (1,))
 
     @property
     def num_nodes(self) -> int:
@@ -63,13 +64,6 @@ class TokenTree:
         return self.token_ids.device
 
     @property
-    def rank(self) -> Tensor:
-        """[nodes] int64: each node's place among its siblings, from 0 on; 0 for the root."""
-        index = torch.arange(self.num_nodes, device=self.device)
-        is_first = self.parent != self.parent.roll(1)  # children of one parent are adjacent
-        return index - torch.where(is_first, index, 0).cummax(0).values
-
-    @property
     def last_level(self) -> slice:
         """Where the deepest nodes stand: the frontier of a growing tree."""
         return slice(self.num_nodes - self.level_sizes[-1], self.num_nodes)
@@ -89,6 +83,8 @@ class TokenTree:
         mask[:nodes, :nodes] = self.ancestor_mask
         mask[nodes:, :nodes] = self.ancestor_mask[parent]
         mask.diagonal().fill_(True)
+        index = torch.arange(nodes + children, device=self.device)
+        first_of = torch.searchsorted(parent, parent)  # [children]: where the siblings of each begin
         return TokenTree(
             token_ids=torch.cat([self.token_ids, token_ids]),
             parent=torch.cat([self.parent, parent]),
@@ -96,7 +92,8 @@ class TokenTree:
             logprob=torch.cat([self.logprob, logprob]),
             cum_logprob=torch.cat([self.cum_logprob, self.cum_logprob[parent] + logprob]),
             ancestor_mask=mask,
-            draft_index=torch.arange(nodes + children, device=self.device),
+            rank=torch.cat([self.rank, index[:children] - first_of]),
+            draft_index=index,
             level_sizes=(*self.level_sizes, children),
         )
 
@@ -132,6 +129,7 @@ class TokenTree:
             logprob=self.logprob[index],
             cum_logprob=self.cum_logprob[index],
             ancestor_mask=self.ancestor_mask[index[:, None], index],
+            rank=self.rank[index],
             draft_index=self.draft_index[index],
             level_sizes=tuple(size for size in level_sizes if size),
         )

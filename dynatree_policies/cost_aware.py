@@ -73,7 +73,7 @@ class CostAware:
     depth_limit: int = attrs.field(default=FIRST_DEPTH, init=False, repr=False)
     look_value: float = attrs.field(default=PRIOR_LOOK, init=False, repr=False)  # tokens, by path acceptance of a level
     is_recalled: bool = attrs.field(default=False, init=False, repr=False)
-    widths: list[int] = attrs.field(factory=list, init=False, repr=False)  # of the levels looked at in this iteration
+    levels: list[Frontier] = attrs.field(factory=list, init=False, repr=False)  # of this iteration, that it said yes to
     costs: CostModel | None = attrs.field(default=None, init=False, repr=False)
     _tables: tuple[CostModel, Tensor, Tensor] | None = attrs.field(default=None, init=False, repr=False)
     _last: tuple[TokenTree, Tensor] | None = attrs.field(default=None, init=False, repr=False)
@@ -89,7 +89,7 @@ class CostAware:
     @hookimpl
     def should_expand(self, frontier: Frontier) -> bool:
         if frontier.depth == 0:
-            self.widths, self.costs = [], frontier.costs
+            self.levels, self.costs = [], frontier.costs
             if not self.is_recalled:  # again: each session has a copy, and others may have kept more since
                 self._recall()
                 self.is_recalled = True
@@ -98,7 +98,10 @@ class CostAware:
         mass = 1.0  # the root is accepted
         if frontier.depth > 0:
             mass = float(self._path_acceptance(frontier.tree)[frontier.tree.last_level].sum())
-        return mass * self.look_value > self._rate(frontier.costs) * level_seconds(frontier.costs, frontier.width)
+        pays = mass * self.look_value > self._rate(frontier.costs) * level_seconds(frontier.costs, frontier.width)
+        if pays:
+            self.levels.append(frontier)
+        return pays
 
     @hookimpl
     def branch_factor(self, frontier: Frontier) -> Tensor:
@@ -112,7 +115,6 @@ class CostAware:
         best = accepted.flatten().topk(min(frontier.nodes_left, accepted.numel())).values
         wins = self._wins(best, tree.num_drafted, self._rate(costs), costs, self.max_depth - frontier.depth - 1)
         num_children = int(wins.argmax())
-        self.widths.append(frontier.width)
         self._learn_look(float(wins[num_children]) / max(float(at_parent.sum()), 1e-6))
         if num_children == 0:
             return torch.zeros(frontier.width, dtype=torch.int64, device=device)
@@ -137,11 +139,13 @@ class CostAware:
     @hookimpl
     def on_iteration_end(self, report: StepReport) -> None:
         self.estimator.observe(report)
-        if not self.widths:
+        # another policy may have ended the tree before anybody looked, or have decided the widths afterwards
+        widths = [frontier.width for frontier in self.levels if frontier.is_asked]
+        if not widths:
             self._learn_look(None)
         if self.costs is not None:
             seconds = self.costs.tree_seconds(report.tree.num_drafted, [])
-            seconds += sum(level_seconds(self.costs, width) for width in self.widths)
+            seconds += sum(level_seconds(self.costs, width) for width in widths)
             self.tokens = MEMORY * self.tokens + len(report.token_ids)
             self.seconds = MEMORY * self.seconds + seconds
             won = len(report.token_ids) - seconds / self.costs.plain_seconds()
@@ -151,7 +155,7 @@ class CostAware:
         self._count(report)
         if self.remember and report.verdict.stop_reason is not None:
             self._keep()
-        self.widths, self.costs, self._last, self._wanted = [], None, None, None
+        self.levels, self.costs, self._last, self._wanted = [], None, None, None
 
     def _recall(self) -> None:
         if self.remember and Path(self.remember).exists():

@@ -82,7 +82,8 @@ class Governor:
 
     def _note_drafted(self, report: StepReport) -> None:
         num_tokens, step = len(report.token_ids), self._step_seconds()
-        win = min(num_tokens * step - report.seconds, (num_tokens - 1 - LEAST_COST) * step)
+        least = LEAST_COST if report.tree.num_drafted else 0.0  # the drafter may have had nothing to say
+        win = min(num_tokens * step - report.seconds, (num_tokens - 1 - least) * step)
         self.wins.append(win)
         self.num_since_plain += 1
         limit = max(self.depth_limit, self.probe_depth)

@@ -105,17 +105,18 @@ class Sequoia:
         """Each node of the accepted path says which of its children was accepted, if any."""
         if report.verdict.stop_reason is not None:  # what came after the stop is not known
             return
-        parents = report.tree.parent.tolist()
+        tree = report.tree
+        parents, ranks = torch.stack([tree.parent, tree.rank]).tolist()
+        missing = max(ranks) + 1 - len(self.trials)
+        self.trials += [0] * missing
+        self.hits += [0] * missing
         path = report.verdict.path
         for node, accepted in zip((0, *path), (*path, None), strict=True):
-            num_children = parents.count(node)
-            missing = num_children - len(self.trials)
-            self.trials += [0] * missing
-            self.hits += [0] * missing
-            for rank in range(num_children):
-                self.trials[rank] += 1
+            for child in range(1, tree.num_nodes):
+                if parents[child] == node:
+                    self.trials[ranks[child]] += 1
             if accepted is not None:
-                self.hits[accepted - parents.index(node)] += 1
+                self.hits[ranks[accepted]] += 1
 
 
 def given_rates(text: str) -> list[float]:

@@ -92,6 +92,13 @@ def test_only_children_of_accepted_nodes_are_judged():
     assert all(map(torch.equal, before, estimator.counts))
 
 
+def test_a_child_has_the_rank_that_it_was_drafted_with():
+    estimator, tree = AcceptanceEstimator(), level([0.42, 0.4])
+    for _ in range(50):
+        judge(estimator, tree.subtree(torch.tensor([True, False, True])), (1,))
+    assert predict(estimator, 0.41, rank=1) > predict(estimator, 0.41, rank=0)
+
+
 def test_what_cannot_be_is_not_accepted():
     estimator = AcceptanceEstimator()
     for _ in range(9):

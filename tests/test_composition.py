@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import EntryPoint
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +23,8 @@ from dynatree_core.plugins import expand_preset, load_plugin, plugin_parameters
 from dynatree_core.testing import strategies as ours
 
 names = st.from_regex(r"[A-Za-z_][A-Za-z_0-9]{0,8}", fullmatch=True)
-values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+quoted = st.text("\\'\"+()a", max_size=6)  # what may end a string too early
+values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | quoted
 keywords = names.filter(
     lambda name: name not in ("None", "True", "False") and not __import__("keyword").iskeyword(name)
 )
@@ -152,11 +154,11 @@ def test_objects_and_lists():
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Called with names and objects: they are all the policies that are installed, and there is nothing else."""
+    """Called with names and objects: they are all that is installed, policies unless a group is named."""
 
-    def install(*policies: tuple[str, str]) -> None:
-        entries = [EntryPoint(name, value, registry.POLICIES) for name, value in policies]
-        monkeypatch.setattr(registry, "entry_points", lambda group: entries if group == registry.POLICIES else [])
+    def install(*plugins: tuple[str, str] | tuple[str, str, str]) -> None:
+        entries = [EntryPoint(name, value, *(group or [registry.POLICIES])) for name, value, *group in plugins]
+        monkeypatch.setattr(registry, "entry_points", lambda group: [e for e in entries if e.group == group])
         registry.plugin_table.cache_clear()
 
     yield install
@@ -181,3 +183,94 @@ def test_a_plugin_whose_module_fails(installed, tmp_path, monkeypatch):
     installed(("broken", "divides:C"))
     with pytest.raises(PluginLoadError, match=r"ZeroDivisionError: division by zero\); repair"):
         build_stack("broken")
+
+
+class Parts:
+    """What entry points of other packages may name by mistake, and what they may well name."""
+
+    not_a_class = 3
+    nested = "short+linear"
+    short = "fixed"
+    mirror = "glass"
+    glass = "linear+mirror"
+    misspelt = "fixed(depth=)"
+    listed = ("fixed", "linear")
+
+    class Raises:
+        def __init__(self):
+            raise RuntimeError("no luck")
+
+    class Open:
+        def __init__(self, width=2, **options):
+            self.width = width
+
+        @hookimpl
+        def branch_factor(self, frontier):
+            return self.width
+
+    @attrs.define
+    class Varied:
+        variants: dict = {"wide": {}}  # noqa: RUF008  # the mistake
+
+        @hookimpl
+        def branch_factor(self, frontier):
+            return 1
+
+
+FIXED, LINEAR = ("fixed", "dynatree_policies.fixed:Fixed"), ("linear", "dynatree_policies.linear:Linear")
+
+
+def part(name: str, group: str = registry.POLICIES) -> tuple[str, str, str]:
+    return name.lower(), f"{__name__}:Parts.{name}", group
+
+
+@pytest.mark.parametrize(
+    ("plugins", "text", "message"),
+    [
+        ([part("not_a_class")], "not_a_class", r"'not_a_class' of dynatree\.policies must be a class, got int"),
+        ([part("missing")], "missing", "'missing' is installed but cannot be imported"),
+        ([part("Raises")], "raises", "'raises' cannot be made, its constructor raised RuntimeError: no luck"),
+        ([part("Varied")], "varied", r"Varied\.variants must map names .* annotate it as ClassVar or not at all"),
+        ([part("listed", registry.PRESETS)], "listed", r"'listed' of dynatree\.presets must be a string, got tuple"),
+        ([part("misspelt", registry.PRESETS), FIXED], "misspelt", "the preset 'misspelt' cannot be read: .*depth="),
+        (
+            [part("mirror", registry.PRESETS), part("glass", registry.PRESETS), LINEAR],
+            "mirror",
+            "a preset must not stand for itself, got mirror -> glass -> mirror",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_package_that_is_wrong_is_named(installed, plugins, text, message):
+    installed(*plugins)
+    with pytest.raises(PluginLoadError, match=message):
+        build_stack(text)
+
+
+def test_a_preset_may_name_another(installed):
+    installed(part("nested", registry.PRESETS), part("short", registry.PRESETS), FIXED, LINEAR)
+    assert list(build_stack("nested").policies) == ["fixed", "linear"]
+
+
+def test_parameters_without_a_name_are_none(installed):
+    installed(part("Open"))
+    assert plugin_parameters(Parts.Open) == {"width": 2}
+    assert build_stack("open(width=3)").find("open").width == 3
+
+
+def test_an_entry_point_that_makes_no_drafter(installed):
+    installed(("odd", f"{__name__}:Parts.Open", registry.DRAFTERS))
+    with pytest.raises(PluginLoadError, match="'odd' must make drafters, got <"):
+        build_drafter("odd")
+
+
+def test_a_field_that_is_private_prints_as_it_is_given():
+    @attrs.define
+    class Private:
+        _width: int = 3
+
+        @hookimpl
+        def branch_factor(self, frontier):
+            return self._width
+
+    assert str(build_stack(Private(4))) == "private(width=4)"

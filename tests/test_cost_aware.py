@@ -21,6 +21,7 @@ from dynatree_core import (
     Verdict,
     build_stack,
     generate,
+    hookimpl,
     run,
 )
 from dynatree_core.errors import InputError, ParameterError
@@ -128,6 +129,40 @@ def test_what_drafting_may_lose_is_bounded(iterations, a_row, a_level):
         losses.append(seconds + costs.tree_seconds(tree.num_drafted, []) - 1 - len(path))
     assert sum(losses) <= STAKE + MAX_LOSS * len(losses) + max(losses) + 1e-6
     assert len(losses) < 300 or any(losses[200:])  # it is tried again
+
+
+@pytest.mark.parametrize("beside", ["fixed", "confidence"])
+def test_looks_are_counted_where_another_policy_decides_widths(beside):
+    """A drafter that is sure of noise, at 0.1 steps a look and 0.04 for the host."""
+    costs, stack, num_looks, seconds = linear_costs(1.0, 0.02, 0.1), build_stack(f"cost_aware+{beside}"), 0, 0.0
+    for _ in range(300):
+        frontier, tree = root_frontier([0.99], costs), TokenTree.root(torch.tensor([0]))
+        if stack.should_expand(frontier) is not False:
+            stack.branch_factor(frontier)
+            num_looks += 1
+            tree = tree.grow(torch.tensor([0]), frontier.top_token_ids[0, :1], frontier.top_logprobs[0, :1])
+            seconds += level_seconds(costs, 1) + 0.02
+        stack.on_iteration_end(StepReport(0, tree, Verdict((), (), (1,))))
+    assert seconds <= STAKE + MAX_LOSS * 300 + 0.16
+    assert 0 < num_looks < 40
+
+
+def test_a_level_that_another_policy_turns_down_costs_nothing():
+    class Never:
+        @hookimpl(trylast=True)
+        def should_expand(self, frontier):
+            return False
+
+    stack, costs, tree = (
+        build_stack(["cost_aware", Never()]),
+        linear_costs(1.0, 0.02, 0.9),
+        TokenTree.root(torch.tensor([0])),
+    )
+    stack.find("cost_aware").look_value = 9.0
+    for _ in range(20):
+        assert stack.should_expand(root_frontier([0.9], costs)) is False
+        stack.on_iteration_end(StepReport(0, tree, Verdict((), (), (1,))))
+    assert stack.find("cost_aware").account == pytest.approx(STAKE + 20 * MAX_LOSS)
 
 
 def test_a_drafter_that_has_nothing_to_say_is_asked_ever_less():

@@ -139,6 +139,15 @@ def test_it_adapts_when_the_text_changes(loss):
     assert played.throughput > 1.2
 
 
+def test_a_drafter_that_is_silent_and_costs_nothing_loses_nothing():
+    """It stays on, so that what it knows later is not missed."""
+    stack, drafted = build_stack("governor"), []
+    for iteration in range(40):
+        drafted.append(bool(stack.should_expand(Frontier(CHAINS[0], iteration, 99, 16, fail))))
+        stack.on_iteration_end(StepReport(iteration, CHAINS[0], Verdict((), (), (1,)), 1.0))
+    assert drafted == [False, False, *[True] * 32, False, *[True] * 5]  # one after every `refresh` goes without
+
+
 def test_an_iteration_in_which_nobody_asks_is_a_plain_step():
     stack = build_stack("governor")
     policy = stack.find("governor")

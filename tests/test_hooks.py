@@ -8,7 +8,7 @@ import attrs
 import pytest
 import torch
 
-from dynatree_core import Frontier, StepReport, TokenTree, build_stack, generate, hookimpl
+from dynatree_core import Frontier, StepReport, TokenTree, build_stack, count, generate, hookimpl
 from dynatree_core.errors import DrafterError, PolicyError
 from dynatree_core.stack import PolicyStack, hook_names, implemented_hooks
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
@@ -311,16 +311,51 @@ def test_unusable_policies_are_refused_before_anything_runs():
         def branch_factor(self, frontier):
             return 1
 
+    class HalfMarked(FullyMarked):
+        def should_expand(self, frontier):
+            return frontier.depth < 2
+
+    class Twice:
+        @hookimpl
+        def branch_factor(self, frontier):
+            return 1
+
+        @hookimpl(specname="branch_factor")
+        def width(self, frontier):
+            return 2
+
+    class Unmade:
+        width: int = count(3)
+
+        @hookimpl
+        def branch_factor(self, frontier):
+            return self.width
+
     for bad, message in [
         (Misspelt(), "unknown hook 'branch_facter'.*did you mean 'branch_factor'"),
         (WrongArgument(), "front"),
         (Defaulted(), "no default values"),
-        (NoHooks(), "mark its methods with @hookimpl"),
+        (NoHooks(), "a method branch_factor that is not marked.*put @hookimpl above it"),
+        (HalfMarked(), "a method should_expand that is not marked"),
+        (Twice(), "hook branch_factor: a policy implements a hook once, got 2 methods"),
+        (Unmade(), "width must be parameters made by attrs.*put @attrs.define above the class"),
         (HookedClass, r"must be an instance, got the class HookedClass; write HookedClass\(\)"),
         (object(), "must implement at least one of branch_factor"),
     ]:
         with pytest.raises(PolicyError, match=message):
             generate(TARGET, DRAFTER, PROMPT, policy=bad, max_new_tokens=4)
+
+
+class FullyMarked:
+    """All its hooks are marked; one that overrides them has to be marked again."""
+
+    @hookimpl
+    def branch_factor(self, frontier):
+        return 2
+
+    @hookimpl
+    def should_expand(self, frontier):
+        return True
 
 
 class HookedClass:

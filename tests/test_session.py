@@ -20,6 +20,7 @@ from dynatree_core.errors import (
     NonFiniteLogitsError,
     OutOfMemoryError,
     ParameterError,
+    PolicyError,
     PromptError,
     UnsupportedModelError,
     VocabularyMismatchError,
@@ -415,11 +416,24 @@ def test_end_tokens_of_any_kind(kind):
 
 def test_limits_of_policies_are_checked():
     class Odd:
-        max_nodes = "many"
         branch_factor = hookimpl(lambda self, frontier: 1)
 
-    with pytest.raises(ParameterError, match="policy 'odd': its max_nodes must be a number of at least 0, got 'many'"):
-        generate(TARGET, DRAFTER, PROMPT, policy=Odd())
+        def __init__(self, **limits):
+            vars(self).update(limits)
+
+    for limits, message in [
+        ({"max_nodes": "many"}, "its max_nodes must be an integer of at least 0, got 'many'"),
+        ({"max_depth": float("inf")}, "its max_depth must be an integer of at least 0, got inf"),
+        ({"tau": 5}, "its tau must be a number from 0 to 1, got 5"),
+    ]:
+        with pytest.raises(ParameterError, match=f"policy 'odd': {message}"):
+            generate(TARGET, DRAFTER, PROMPT, policy=Odd(**limits))
+
+    class Raises(Odd):
+        tau = property(lambda self: {}["x"])
+
+    with pytest.raises(PolicyError, match="policy 'raises': its tau raised KeyError: 'x'"):
+        generate(TARGET, DRAFTER, PROMPT, policy=Raises())
 
 
 def test_a_policy_that_cannot_be_copied():

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -31,6 +32,7 @@ from dynatree_core import (
     count,
     fraction,
     hookimpl,
+    plugins,
     testing,
 )
 from dynatree_core.errors import ParameterError, PolicyError
@@ -90,6 +92,49 @@ class WritesProposals:
         return True
 
 
+class WritesConfidence:
+    """What all policies of a stack see of the level is one tensor."""
+
+    @hookimpl
+    def should_expand(self, frontier: Frontier) -> bool:
+        return bool((frontier.confidence.mul_(0.1) > 0.01).all())
+
+
+class RaisesAtTheEnd:
+    @hookimpl
+    def on_iteration_end(self, report: StepReport) -> None:
+        if report.verdict.stop_reason is not None:
+            raise RuntimeError("the end")
+
+
+class SharedLate:
+    """Its state is the class's once it has seen five iterations."""
+
+    seen: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        self.num_seen = 0
+
+    @hookimpl
+    def branch_factor(self, frontier: Frontier) -> int:
+        return 1 + len(self.seen) % 3
+
+    @hookimpl
+    def on_iteration_end(self, report: StepReport) -> None:
+        self.num_seen += 1
+        if self.num_seen > 5:
+            self.seen.append(report.num_accepted)
+
+
+class WantsTheBonus:
+    """Where nothing has stopped there is a token behind the accepted ones."""
+
+    @hookimpl
+    def on_iteration_end(self, report: StepReport) -> None:
+        if report.verdict.stop_reason is None:
+            assert len(report.token_ids) == report.num_accepted + 1
+
+
 class Shared:
     """Its state is the class's, and so every session's."""
 
@@ -135,9 +180,15 @@ HOOK_FAULTS = [
     (TooWide(), "policy 'too_wide', hook branch_factor: .* from 0 to max_branch=16, got 99"),
     (Writes(), "hook keep_nodes must only read what it is shown, but wrote to tree.ancestor_mask; clone"),
     (WritesProposals(), "hook should_expand must only read what it is shown, but wrote to proposals.logprobs"),
+    (WritesConfidence(), "hook should_expand must only read what it is shown, but wrote to frontier.confidence"),
+    (RaisesAtTheEnd(), "policy 'raises_at_the_end', hook on_iteration_end: raised RuntimeError: the end"),
     (RaisesLate(), "policy 'raises_late', hook on_iteration_end: raised RuntimeError: late"),
     (RaisesDeep(), "policy 'raises_deep', hook should_expand: raised RuntimeError: deep"),
 ]
+
+
+def _contract(policy: object, max_examples: int) -> None:
+    assert_hook_contract(policy, max_examples=max_examples)
 
 
 def name_of(subject: object) -> str | None:
@@ -165,10 +216,11 @@ def test_any_order_finds(policy, message):
         POLICY_PROPERTIES["any_order"](policy, 100)
 
 
-@pytest.mark.parametrize("policy", [Shared(), Unseeded()], ids=name_of)
-def test_state_outside_the_session_is_found(policy):
+@pytest.mark.parametrize("policy", [Shared(), SharedLate(), Unseeded()], ids=name_of)
+@pytest.mark.parametrize("check", [POLICY_PROPERTIES["independent_sessions"], _contract])
+def test_state_outside_the_session_is_found(check, policy):
     with pytest.raises(AssertionError) as caught:
-        POLICY_PROPERTIES["independent_sessions"](policy, 100)
+        check(policy, 100)
     # what hypothesis can repeat is a difference, what it cannot is called unsteady
     assert re.search("must share no state|must give the same outcome each time", str(caught.value))
 
@@ -207,6 +259,7 @@ def test_the_lossless_check_composes_and_so_finds_what_only_shows_beside_others(
 
 def test_what_is_right_passes():
     assert_hook_contract(["fixed", ours.HostilePolicy(3)], max_examples=30)
+    assert_hook_contract(WantsTheBonus(), max_examples=30)
     assert_lossless(ours.hostile_policies, max_examples=20)
     run_state_machine_as_test(lambda: PolicyMachine(ours.HostilePolicy(3)))
 
@@ -340,6 +393,19 @@ def test_values_that_do_not_go_together_are_not_drawn(monkeypatch):
     monkeypatch.setattr(ours, "load_plugin", lambda group, name: Ordered)
     spec = find(ours.policy_specs("fixed"), lambda spec: spec.parameters.get("low", 1) > 2)
     assert spec == PluginSpec("fixed", None, {"low": 3, "high": 3})
+
+
+def test_a_package_that_is_wrong_spoils_no_other_test(monkeypatch):
+    """What cannot be made stands in no stack that is drawn, with a warning."""
+    found = {**plugins.plugin_table(plugins.POLICIES)}
+    found["broken"] = [EntryPoint("broken", "no_such_module:C", plugins.POLICIES)]
+    monkeypatch.setattr(ours, "plugin_table", lambda group: found if group == plugins.POLICIES else {})
+    monkeypatch.setattr(plugins, "plugin_table", lambda group: found if group == plugins.POLICIES else {})
+    with pytest.warns(RuntimeWarning, match="'broken' stands in no stack that is drawn: .*cannot be imported"):
+        names = ours.policy_names()
+    assert "fixed" in names
+    assert "broken" not in names
+    assert ours.presets() == []
 
 
 def test_presets_come_with_their_variants():

@@ -199,3 +199,6 @@ def test_rank_is_the_place_among_siblings():
     tree = tree.grow(torch.tensor([0, 0, 0]), torch.arange(3), torch.zeros(3))
     tree = tree.grow(torch.tensor([1, 3, 3]), torch.arange(3), torch.zeros(3))
     assert tree.rank.tolist() == [0, 0, 1, 2, 0, 0, 1]
+    # of those that were drafted: who was cut counts
+    cut = tree.subtree(torch.tensor([True, False, True, True, False, False, True]))
+    assert cut.rank.tolist() == [0, 1, 2, 1]

@@ -331,6 +331,10 @@ def test_sequoia_counts_ranks():
     stack.on_iteration_end(judged(tree, (1,), "eos"))
     stack.on_iteration_end(judged(TokenTree.root(torch.tensor([0])), ()))
     assert (policy.trials, policy.hits) == ([3, 3, 2], [0, 2, 0])
+    cut = tree.subtree(torch.tensor([True, False, True, False, False, False, True]))  # nodes 2 and 6, second children
+    stack.on_iteration_end(judged(cut, (1, 2)))
+    assert (policy.trials, policy.hits) == ([3, 5, 2], [0, 4, 0])
+    policy.trials, policy.hits = [3, 3, 2], [0, 2, 0]
     assert policy.rates(2) == pytest.approx([4 * 0.6 / 7, (4 * 0.15 + 2) / 7])
     assert policy.rates(5)[4] == pytest.approx(0.6 / 25)  # never tried
 

@@ -69,7 +69,9 @@ def assert_lossless(policy: Policy, *, drafter: Any = None, max_examples: int = 
 
 
 def assert_hook_contract(policy: Policy, *, max_examples: int = 100) -> None:
-    """Every hook of this stack answers within its contract for any tree, proposals and outcome, and changes no tree.
+    """Every hook of this stack answers within its contract for any tree, proposals and outcome, and changes nothing.
+
+    It also answers beside another session of the stack as it does alone.
 
     Args:
         policy: a stack's string, a policy object, a list of both, or a hypothesis strategy for any of them.
@@ -77,9 +79,10 @@ def assert_hook_contract(policy: Policy, *, max_examples: int = 100) -> None:
 
     Raises:
         PolicyError: an answer of the wrong type, shape, dtype or range, or an exception; it names policy and hook.
-        AssertionError: a hook changed something that it was shown.
+        AssertionError: a hook changed something that it was shown, or two sessions share a state.
     """
     _check_hooks(policy, max_examples)
+    _check_independent_sessions(policy, max_examples)
 
 
 def assert_drafter_contract(
@@ -268,11 +271,13 @@ def _difference(case: Case, session: Session) -> str:
 
 
 @contextmanager
-def _only_read(who: str, tree: TokenTree, proposals: Proposals | None = None) -> Iterator[None]:
+def _only_read(who: str, tree: TokenTree, frontier: Frontier | None = None) -> Iterator[None]:
     """Fail if one writes to what it is shown."""
     shown = {f"tree.{name}": value for name, value in attrs.asdict(tree, recurse=False).items()}
-    if proposals is not None:
-        shown |= {f"proposals.{name}": value for name, value in attrs.asdict(proposals, recurse=False).items()}
+    if frontier is not None:
+        of_drafter = attrs.asdict(frontier.proposals, recurse=False)
+        shown |= {f"proposals.{name}": value for name, value in of_drafter.items()}
+        shown |= {"frontier.confidence": frontier.confidence, "frontier.entropy": frontier.entropy}
     tensors = {name: value for name, value in shown.items() if isinstance(value, Tensor)}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     as_text = format_tree(tree)
@@ -286,7 +291,7 @@ def _only_read(who: str, tree: TokenTree, proposals: Proposals | None = None) ->
 
 
 @contextmanager
-def _unwatched(who: str, tree: TokenTree, proposals: Proposals | None = None) -> Iterator[None]:
+def _unwatched(who: str, tree: TokenTree, frontier: Frontier | None = None) -> Iterator[None]:
     yield
 
 
@@ -300,11 +305,11 @@ class _Hooks:
     @torch.inference_mode()
     def widths(self, frontier: Frontier) -> list[int]:
         """How many children each frontier node gets, 0 where it is not expanded; [] if a plain False ends the tree."""
-        with self.watch("hook should_expand", frontier.tree, frontier.proposals):
+        with self.watch("hook should_expand", frontier.tree, frontier):
             expand = self.stack.should_expand(frontier)
         if expand is False:
             return []
-        with self.watch("hook branch_factor", frontier.tree, frontier.proposals):
+        with self.watch("hook branch_factor", frontier.tree, frontier):
             branch = self.stack.branch_factor(frontier)
         wanted = branch.wanted.tolist() if isinstance(branch.wanted, Tensor) else [branch.wanted] * frontier.width
         if not 0 <= min(wanted) <= max(wanted) <= frontier.max_branch:
@@ -329,7 +334,8 @@ class _Hooks:
 
     def answers(self, iteration: ours.Iteration) -> tuple[list[int], list[bool]]:
         """All four hooks, in the order of a decode step."""
-        answers = self.widths(iteration.frontier), self.kept(iteration.tree).tolist()
+        own = attrs.evolve(iteration.frontier)  # what one stack makes of it is not another's
+        answers = self.widths(own), self.kept(iteration.tree).tolist()
         self.tell(iteration.report)
         return answers
 
@@ -384,7 +390,11 @@ class PolicyMachine(RuleBasedStateMachine):
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()
-        self.hooks = _Hooks(build_stack(policy))
+        self.policy = policy
+        self._begin_session()
+
+    def _begin_session(self) -> None:
+        self.hooks = _Hooks(build_stack(self.policy))
         self.iteration = 0
         self._start(0)
 
@@ -422,14 +432,24 @@ class PolicyMachine(RuleBasedStateMachine):
         self.is_growing, self.is_pruned = False, True
 
     @precondition(lambda self: self.is_pruned or not self.tree.num_drafted)
-    @rule(node=st.integers(0, max_nodes), bonus=ours.token_ids, num_cut=st.integers(0, 2))
-    def end_iteration(self, node: int, bonus: int, num_cut: int) -> None:
+    @rule(node=st.integers(0, max_nodes), bonus=ours.token_ids)
+    def end_iteration(self, node: int, bonus: int) -> None:
         """on_iteration_end, with the path to any node accepted."""
-        report = ours.report_of(self.tree, self.iteration, node % self.tree.num_nodes, bonus, num_cut)
-        note(format_tree(self.tree, (0, *report.verdict.path)))
-        self.hooks.tell(report)
+        self._tell(ours.report_of(self.tree, self.iteration, node % self.tree.num_nodes, bonus))
         self.iteration += 1
         self._start(bonus)
+
+    @precondition(lambda self: self.is_pruned or not self.tree.num_drafted)
+    @rule(node=st.integers(0, max_nodes), num_cut=st.integers(0, 2), stop_reason=st.sampled_from(["eos", "length"]))
+    def stop(self, node: int, num_cut: int, stop_reason: str) -> None:
+        """on_iteration_end, with a token that ends the generation; then another session begins."""
+        node %= self.tree.num_nodes
+        self._tell(ours.report_of(self.tree, self.iteration, node, 0, num_cut, stop_reason))
+        self._begin_session()
+
+    def _tell(self, report: StepReport) -> None:
+        note(format_tree(self.tree, (0, *report.verdict.path)))
+        self.hooks.tell(report)
 
     @rule()
     def break_off(self) -> None:
@@ -442,7 +462,7 @@ def _check_any_order(policy: Policy, max_examples: int) -> None:
         machine: Any = partial(PolicyMachine, policy)  # hypothesis calls it like a class
         run_state_machine_as_test(
             machine,
-            settings=hypothesis_settings(without_database(max_examples), stateful_step_count=20),
+            settings=hypothesis_settings(without_database(max_examples), stateful_step_count=40),
         )
 
 

@@ -5,8 +5,11 @@ Everything here is public. What is drawn is small, and shrinks to what is smalle
 
 from __future__ import annotations
 
+import functools
 import random
+import warnings
 from collections.abc import Mapping, Sequence
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import attrs
@@ -30,7 +33,7 @@ from dynatree_core.composition import format_stack, parse_stack
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import PromptLookupDrafter
 from dynatree_core.drafters.union import UnionDrafter
-from dynatree_core.errors import ParameterError
+from dynatree_core.errors import DynaTreeError, ParameterError
 from dynatree_core.params import DOMAIN
 from dynatree_core.plugins import (
     POLICIES,
@@ -170,7 +173,29 @@ settings: st.SearchStrategy[dict[str, Any]] = st.just({}) | processor_settings |
 
 def policy_names() -> list[str]:
     """The registered policies that can be built without giving a parameter."""
-    return [name for name in plugin_table(POLICIES) if not required_parameters(load_plugin(POLICIES, name))]
+    return [name for name in sound_plugins(POLICIES) if not required_parameters(load_plugin(POLICIES, name))]
+
+
+def sound_plugins(group: str) -> list[str]:
+    """The registered policies or presets that can be made, or could with parameters.
+
+    A warning tells of others: a fault of some package is none of the policy that is being tested.
+    """
+    return list(_sound(group, tuple(entry for entries in plugin_table(group).values() for entry in entries)))
+
+
+@functools.cache
+def _sound(group: str, installed: tuple[EntryPoint, ...]) -> tuple[str, ...]:
+    sound = []
+    for name in dict.fromkeys(entry.name for entry in installed):
+        try:
+            if group == PRESETS or not required_parameters(load_plugin(group, name)):
+                build_stack(name)
+        except DynaTreeError as error:
+            warnings.warn(f"'{name}' stands in no stack that is drawn: {error}", RuntimeWarning, stacklevel=3)
+        else:
+            sound.append(name)
+    return tuple(sound)
 
 
 def parameters(plugin: type) -> dict[str, st.SearchStrategy[Any]]:
@@ -228,7 +253,7 @@ def other_parameters(draw: st.DrawFn, stack: str) -> str:
 def presets() -> list[str]:
     """The registered presets, and each with each of its variants."""
     found = []
-    for name in plugin_table(PRESETS):
+    for name in sound_plugins(PRESETS):
         plugins = [load_plugin(POLICIES, spec.name) for spec in expand_preset(PluginSpec(name))]
         variants = sorted({variant for plugin in plugins for variant in plugin_variants(plugin)})
         found += [name, *(f"{name}:{variant}" for variant in variants)]
@@ -238,7 +263,7 @@ def presets() -> list[str]:
 @st.composite
 def stacks(draw: st.DrawFn) -> str:
     """A stack string: a preset, or a composition of registered policies in any order."""
-    if plugin_table(PRESETS) and draw(st.integers(0, 4)) == 4:
+    if sound_plugins(PRESETS) and draw(st.integers(0, 4)) == 4:
         return draw(st.sampled_from(presets()))
     names = draw(st.lists(st.sampled_from(policy_names()), min_size=1, max_size=4, unique=True))
     return format_stack([draw(policy_specs(name)) for name in names])
@@ -413,13 +438,15 @@ def frontiers(draw: st.DrawFn, tree: TokenTree, iteration: int = 0) -> Frontier:
     return Frontier(tree, iteration, draw(st.integers(1, 128)), max_branch, lambda: proposals)
 
 
-def report_of(tree: TokenTree, iteration: int, node: int, bonus: int, num_cut: int = 0) -> StepReport:
+def report_of(
+    tree: TokenTree, iteration: int, node: int, bonus: int, num_cut: int = 0, stop_reason: str | None = None
+) -> StepReport:
     """The step in which the path to a node was accepted, less the last tokens if generation stopped before them."""
     path = tuple(tree.ancestor_mask[node].nonzero().flatten().tolist()[1:])
     token_ids_ = (*tree.token_ids[list(path)].tolist(), bonus)
     end = max(len(token_ids_) - num_cut, 1)
     draft_path = tuple(tree.draft_index[list(path)].tolist())
-    return StepReport(iteration, tree, Verdict(path[:end], draft_path[:end], token_ids_[:end]))
+    return StepReport(iteration, tree, Verdict(path[:end], draft_path[:end], token_ids_[:end], stop_reason))
 
 
 @attrs.frozen(eq=False)
@@ -446,12 +473,19 @@ class Iteration:
 
 
 @st.composite
-def iterations(draw: st.DrawFn, *, max_size: int = 4) -> list[Iteration]:
-    """Decode steps in their order, each with a tree and an outcome that have nothing to do with the policies."""
+def iterations(draw: st.DrawFn, *, max_size: int = 8) -> list[Iteration]:
+    """Decode steps in their order, each with a tree and an outcome that have nothing to do with the policies.
+
+    With the last one the generation may stop.
+    """
     found = []
-    for number in range(draw(st.integers(1, max_size))):
+    num_iterations = draw(st.integers(1, max_size))
+    for number in range(num_iterations):
         tree = draw(trees(max_depth=4, max_width=4))
         node = draw(st.integers(0, tree.num_nodes - 1))
-        report = report_of(tree, number, node, draw(token_ids), draw(st.integers(0, 2)))
+        is_last = number == num_iterations - 1
+        stop_reason = draw(st.sampled_from([None, "eos", "length"])) if is_last else None
+        num_cut = draw(st.integers(0, 2)) if stop_reason else 0
+        report = report_of(tree, number, node, draw(token_ids), num_cut, stop_reason)
         found.append(Iteration(draw(frontiers(tree, number)), report))
     return found
