@@ -36,7 +36,7 @@ _STEPS = ((len(_BORDERS) + 1,), (len(_BORDERS) + 1, _RANKS), (len(_BORDERS) + 1,
 
 
 def _no_counts() -> list[Tensor]:
-    return [torch.zeros(2, *shape) for shape in _STEPS]
+    return [torch.zeros(2, *shape, dtype=torch.float32) for shape in _STEPS]
 
 
 @attrs.define(eq=False)
@@ -74,7 +74,7 @@ class AcceptanceEstimator:
         tree = report.tree
         if tree.num_drafted == 0 or report.verdict.stop_reason is not None:
             return
-        is_accepted = torch.zeros(tree.num_nodes, device=tree.device)
+        is_accepted = torch.zeros(tree.num_nodes, dtype=torch.float32, device=tree.device)
         is_accepted[[0, *report.verdict.path]] = 1
         judged = is_accepted[tree.parent[1:]]  # 1 for the children of accepted nodes
         cell = self._cell(tree.logprob[1:], tree.rank[1:], tree.depth[1:])
@@ -121,7 +121,8 @@ class AcceptanceEstimator:
     def _estimate(self) -> Tensor:
         """[2, cells]: each step takes the mean before it to (w·mean + accepted) / (w + judged), so all are a line."""
         device = self.counts[0].device
-        slope, offset = torch.ones(_STEPS[0], device=device), torch.zeros((), device=device)
+        slope = torch.ones(_STEPS[0], dtype=torch.float32, device=device)
+        offset = torch.zeros((), dtype=torch.float32, device=device)
         for weight, (accepted, judged) in zip(self.weights, self.counts, strict=True):
             if accepted.ndim > 1:
                 slope, offset = slope[..., None], offset[..., None]
@@ -143,4 +144,4 @@ class AcceptanceEstimator:
 @functools.cache
 def _on(device: torch.device) -> tuple[Tensor, Tensor]:
     """The borders between probabilities and between depths, where the trees are."""
-    return torch.tensor(_BORDERS, device=device), torch.tensor(_DEEP, device=device)
+    return torch.tensor(_BORDERS, dtype=torch.float32, device=device), torch.tensor(_DEEP, device=device)

@@ -7,6 +7,7 @@ paths (tests/test_architectures.py does it again for every one of them).
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -22,7 +23,9 @@ __all__ = [
     "AttentionLayout",
     "attention_layout",
     "check_causal_lm",
+    "forward_parameters",
     "max_positions",
+    "num_embeddings",
     "vocab_size",
 ]
 
@@ -183,7 +186,7 @@ def _reason_against(model: nn.Module, config: Any) -> str | None:
         return _REASONS[model_type]
     if model_type not in EXACT_FAMILIES:
         return f"it has not been shown to be exact there; known to be: {', '.join(EXACT_FAMILIES)}"
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if "position_ids" not in forward_parameters(model):
         return "its forward takes no position_ids, so siblings could not share a position"
     return None
 
@@ -220,5 +223,26 @@ def max_positions(model: nn.Module) -> int | None:
 
 
 def vocab_size(model: nn.Module) -> int:
-    """Number of token ids that the model's head gives a logit to, padding included."""
-    return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+    """Number of token ids that the model's head gives a logit to, padding included.
+
+    Where a wrapper of somebody's own, such as a LoRA layer, hides the head's matrix, the configuration says it.
+    """
+    return _num_rows(model.get_output_embeddings(), model)  # type: ignore[operator]
+
+
+def num_embeddings(model: nn.Module) -> int:
+    """Number of token ids that the model can read."""
+    return _num_rows(model.get_input_embeddings(), model)  # type: ignore[operator]
+
+
+def _num_rows(table: Any, model: nn.Module) -> int:
+    if hasattr(table, "weight"):
+        return int(table.weight.shape[0])
+    config: Any = model.config
+    return int(getattr(table, "num_embeddings", config.vocab_size))
+
+
+def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What the model's forward can be called with; that of `torch.compile` says nothing of what it wraps."""
+    plain: Any = getattr(model, "_orig_mod", model)
+    return inspect.signature(plain.forward).parameters

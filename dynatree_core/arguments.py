@@ -28,6 +28,7 @@ __all__ = [
     "merged",
     "new_token_limit",
     "num_padding",
+    "refuse_other_inputs",
     "resolved_limits",
     "settings_of",
 ]
@@ -80,7 +81,9 @@ _OTHER_SETTINGS: dict[str, object] = {
     "encoder_repetition_penalty": 1,
     "guidance_scale": 1,
     "num_beams": 1,
+    "num_return_sequences": 1,
     "penalty_alpha": None,
+    "token_healing": False,
 }
 
 
@@ -112,6 +115,23 @@ def checked_prompt(input_ids: Tensor | Sequence[int], vocab: int) -> list[int]:
             f"prompt tokens must be from 0 to {vocab - 1}, the target's vocabulary, got {min(prompt)} to {max(prompt)}"
         )
     return prompt
+
+
+def refuse_other_inputs(given: Mapping[str, object], taken: Collection[str]) -> None:
+    """Refuse what generate() would hand on to the model and this does not, such as token types.
+
+    What the model does not take is a by-product of a tokenizer, and changes nothing.
+
+    Raises:
+        PromptError: naming it.
+    """
+    known = ("input_ids", "attention_mask", "position_ids")
+    others = [name for name, value in given.items() if name not in known and name in taken and value is not None]
+    if others:
+        raise PromptError(
+            f"a prompt's mapping may hold {', '.join(known)}, got {', '.join(others)} too, which cannot be handed on to "
+            "the model; leave it out"
+        )
 
 
 def guessed_mask(prompt: Sequence[int], pad_id: object, end_ids: Collection[int]) -> list[int] | None:

@@ -176,6 +176,12 @@ def generate_with(
         if tokenizer is None:
             raise ParameterError("stop_strings need the target's tokenizer, got none; give it as tokenizer=...")
         criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    for config in (settings, vars(settings.get("generation_config") or model.generation_config)):
+        if config.get("token_healing"):
+            raise ParameterError(
+                "token_healing changes the prompt before the first token, which is not done here; give the prompt that "
+                "model.heal_tokens(inputs, tokenizer) makes, and leave the setting out"
+            )
     decode = partial(generate, drafter=drafter, policy=policy, streamer=streamer, options=options)
     # generate() does not hand its tokenizer on, so it is asked for no stop strings
     return model.generate(  # type: ignore[no-any-return]

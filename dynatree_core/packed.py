@@ -187,8 +187,9 @@ def pack(model: nn.Module) -> nn.Module:
     """The packed copy of a model, made at the first call: a second for each four gigabytes.
 
     Sessions and threads share it. It is made anew when weights were changed in place or are others, when a module was
-    replaced, and when another attention was chosen; not when somebody sets an attribute of a module, nor surely when
-    single numbers were changed through `.data`, which counts no changes: of each row one is looked at.
+    replaced, when a number, a flag or a string of a module or of the configuration was changed, and when another
+    attention was chosen; not surely when single numbers were changed through `.data`, which counts no changes: of each
+    row one is looked at. Nor when other attributes of a module were changed, such as a list.
 
     Raises:
         ParameterError: something on the model cannot be copied.
@@ -279,9 +280,13 @@ def _state(model: nn.Module) -> Hashable:
         (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, _sample(tensor))
         for tensor in (*model.parameters(), *model.buffers())
     ]
-    modules = [id(part) for part in model.modules()]
+    # a scale, an epsilon or a flag is a plain attribute of a module
+    modules = [
+        (id(part), *((name, value) for name, value in vars(part).items() if isinstance(value, int | float | str)))
+        for part in model.modules()
+    ]
     config: Any = model.config
-    return tuple(weights), tuple(modules), config._attn_implementation
+    return tuple(weights), tuple(modules), config._attn_implementation, config.to_json_string(use_diff=False)
 
 
 def _sample(tensor: Tensor) -> int:

@@ -7,7 +7,6 @@ calls a copy that is faster on a CPU (`dynatree_core.packed`), `cudagraph` launc
 
 from __future__ import annotations
 
-import inspect
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from dynatree_core.architectures import attention_layout
+from dynatree_core.architectures import attention_layout, forward_parameters
 from dynatree_core.cache import TreeCache
 from dynatree_core.captured import CapturedPasses, can_capture, is_replayable
 from dynatree_core.clock import StageClock
@@ -125,7 +124,7 @@ class ModelRunner:
         self.layout = attention_layout(model)
         self.dtype: torch.dtype = model.dtype  # type: ignore[assignment]
         # whether the head can be told to compute the last rows only, which saves most of a prefill's memory
-        parameters = inspect.signature(model.forward).parameters
+        parameters = forward_parameters(model)
         self._can_skip_logits = "logits_to_keep" in parameters
         # a mixture of experts may be configured to compute its training loss, which does not take a 4-D mask
         self._fixed_arguments = {"output_router_logits": False} if "output_router_logits" in parameters else {}

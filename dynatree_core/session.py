@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from dynatree_core.architectures import check_causal_lm, max_positions, vocab_size
+from dynatree_core.architectures import check_causal_lm, forward_parameters, max_positions, vocab_size
 from dynatree_core.arguments import (
     checked_list,
     checked_positions,
@@ -25,6 +25,7 @@ from dynatree_core.arguments import (
     guessed_mask,
     new_token_limit,
     num_padding,
+    refuse_other_inputs,
     resolved_limits,
     settings_of,
 )
@@ -127,6 +128,8 @@ class Session:
         self.vocab_size = vocab_size(target)
         if isinstance(input_ids, Mapping):  # what a tokenizer returns
             attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
+            position_ids = input_ids.get("position_ids") if position_ids is None else position_ids
+            refuse_other_inputs(input_ids, forward_parameters(target))
             input_ids = input_ids.get("input_ids", ())
         given_ids = checked_prompt(input_ids, self.vocab_size)
         config = settings_of(

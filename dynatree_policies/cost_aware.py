@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -40,6 +41,8 @@ STAKE, MAX_LOSS = 0.75, 0.015  # steps: what drafting may lose, and what an iter
 FIRST_DEPTH = 4
 RESERVE = 8.0  # steps that the account holds at most: as much is lost before a change of the text is answered
 IDLE_SHARE = 0.002  # of the way back to the prior, for each iteration without a look: how soon one is tried again
+
+CPU_NUMBERS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
 def level_seconds(costs: CostModel, width: int) -> float:
@@ -197,19 +200,19 @@ class CostAware:
         gained = torch.nn.functional.pad(accepted.cpu().cumsum(0), (1, 0))
         hit = (PRIOR_WEIGHT * PRIOR_HIT + self.hits) / (PRIOR_WEIGHT + self.trials)
         levels = min(HORIZON, max(levels_left, 0)) + 1
-        per_node = torch.tensor([sum(hit**i for i in range(level + 1)) for level in range(levels)], device="cpu")
+        per_node = torch.tensor([sum(hit**i for i in range(level + 1)) for level in range(levels)], **CPU_NUMBERS)
         verify, growth = self._seconds(costs, 1 + num_before + len(gained) + HORIZON)
         # [levels, nodes + 1]: a row begins one row of the pass later than the one before it
         passes = verify[1 + num_before :].unfold(0, len(gained), 1)[:levels] - verify[1 + num_before]
-        seconds = passes + torch.arange(levels, device="cpu")[:, None] * growth[: len(gained)]
+        seconds = passes + torch.arange(levels, **CPU_NUMBERS)[:, None] * growth[: len(gained)]
         seconds[:, 0] = 0.0
         return (gained * per_node[:, None] - rate * seconds).amax(dim=0)
 
     def _seconds(self, costs: CostModel, num_rows: int) -> tuple[Tensor, Tensor]:
         """[rows] of the target's pass and of a level over 0, 1, 2, … rows, so many at least."""
         if self._tables is None or self._tables[0] is not costs or len(self._tables[1]) < num_rows:
-            verify = torch.tensor([costs.verify(rows) for rows in range(2 * num_rows)], device="cpu")
-            growth = torch.tensor([level_seconds(costs, width) for width in range(2 * num_rows)], device="cpu")
+            verify = torch.tensor([costs.verify(rows) for rows in range(2 * num_rows)], **CPU_NUMBERS)
+            growth = torch.tensor([level_seconds(costs, width) for width in range(2 * num_rows)], **CPU_NUMBERS)
             self._tables = costs, verify, growth
         return self._tables[1:]
 

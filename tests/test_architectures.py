@@ -284,3 +284,33 @@ def test_prompts_of_several_prefill_chunks(family):
     prompt = [(7 * i + i // 5) % VOCAB for i in range(PREFILL_CHUNK * 2 + 3)]
     result = generate(target, target, prompt, policy="phase1", max_new_tokens=12)
     assert result.token_ids == greedy(target, prompt, 12)
+
+
+class Adapted(nn.Module):
+    """A layer with something of low rank beside it, as people write it; it has no matrix of its own to look at."""
+
+    def __init__(self, base: nn.Module, rows: int, columns: int) -> None:
+        super().__init__()
+        self.base = base
+        self.beside = nn.Parameter(torch.randn(rows, columns, dtype=torch.float64) / 8)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        beside = self.beside[rows] if rows.dtype == torch.int64 else rows @ self.beside
+        return self.base(rows) + beside
+
+
+def test_a_head_and_embeddings_that_somebody_has_wrapped():
+    target = tiny_model.__wrapped__("llama")
+    hidden, vocab = target.config.hidden_size, target.config.vocab_size
+    target.lm_head = Adapted(target.lm_head, hidden, vocab)
+    target.model.embed_tokens = Adapted(target.model.embed_tokens, vocab, hidden)
+    expected = greedy(target, [1, 2, 3], 12)
+    for drafter in (None, target):
+        assert generate(target, drafter, [1, 2, 3], max_new_tokens=12).token_ids == expected
+
+
+def test_a_compiled_model_is_the_model():
+    target = tiny_model.__wrapped__("llama")
+    expected = greedy(target, [1, 2, 3], 12)
+    compiled = torch.compile(target, backend="eager", dynamic=True)
+    assert generate(compiled, None, [1, 2, 3], max_new_tokens=12).token_ids == expected

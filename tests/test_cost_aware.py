@@ -178,6 +178,17 @@ def test_a_drafter_that_has_nothing_to_say_is_asked_ever_less():
     assert 0 < sum(is_asked[200:]) * level_seconds(costs, 1) <= 0.01 * 400
 
 
+def test_it_decides_where_another_dtype_is_the_default():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = generate(tiny_model("llama"), "prompt_lookup", [1, 2, 3], policy="cost_aware", max_new_tokens=40)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.token_ids == greedy(tiny_model("llama"), [1, 2, 3], 40)
+    assert found.report.num_drafted_nodes > 0
+
+
 def test_depth_doubles_when_a_tree_is_accepted_in_full():
     policy, costs, tree, depths = CostAware(), linear_costs(1.0, 0.0, 0.0), TokenTree.root(torch.tensor([0])), []
     policy.account = 100.0

@@ -197,6 +197,13 @@ def test_what_is_refused(asked, message):
         TARGET.generate(PROMPT, **PLAIN, **asked, **TREES)
 
 
+def test_healing_is_refused_before_generate_asks_for_a_tokenizer():
+    healing = GenerationConfig(token_healing=True, max_new_tokens=4)
+    for asked in ({"token_healing": True}, {"generation_config": healing}):
+        with pytest.raises(ParameterError, match=r"token_healing changes the prompt.*model\.heal_tokens"):
+            hf.generate_with(TARGET, PROMPT, **asked)
+
+
 def test_several_prompts_are_refused():
     with pytest.raises(ParameterError, match="one sequence at a time, got 2"):
         TARGET.generate(torch.tensor([[1, 2], [3, 4]]), max_new_tokens=4, pad_token_id=0, **TREES)

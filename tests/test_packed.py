@@ -224,6 +224,10 @@ def changes(model: nn.Module) -> Iterator[None]:
         yield
         model.model.layers[0].mlp.act_fn = nn.ReLU()
         yield
+        model.model.layers[0].self_attn.scaling *= 0.3
+        yield
+        model.model.norm.variance_epsilon = 0.5
+        yield
         model.set_attn_implementation("eager")
         yield
 

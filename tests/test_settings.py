@@ -404,6 +404,24 @@ def test_what_a_tokenizer_returns_is_a_prompt():
     assert generate(TARGET, DRAFTER, encoded, max_new_tokens=12).token_ids == greedy(TARGET, PROMPT, 12)
 
 
+def test_what_else_stands_in_a_prompts_mapping():
+    """Positions hold, what the model would be given is refused, and what it does not take changes nothing."""
+    ids, positions = torch.tensor([PROMPT]), torch.tensor([[0, 4, 5]])
+    found = generate(TARGET, DRAFTER, {"input_ids": ids, "position_ids": positions}, max_new_tokens=12)
+    expected = greedy(TARGET, PROMPT, 12, position_ids=positions)
+    assert found.token_ids == expected != greedy(TARGET, PROMPT, 12)
+    types = {"input_ids": ids, "token_type_ids": torch.ones_like(ids)}
+    assert generate(TARGET, DRAFTER, types, max_new_tokens=12).token_ids == greedy(TARGET, PROMPT, 12)
+    with pytest.raises(PromptError, match="may hold input_ids, attention_mask, position_ids, got token_type_ids too"):
+        generate(tiny_model("gpt2"), None, types, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("setting", [{"num_return_sequences": 3, "do_sample": True}, {"token_healing": True}])
+def test_settings_that_are_not_applied_are_told(setting):
+    with pytest.warns(RuntimeWarning, match=f"asks for {next(iter(setting))}=.*which generate.. would apply"):
+        generate(TARGET, DRAFTER, PROMPT, max_new_tokens=4, generation_config=GenerationConfig(**setting))
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
 @pytest.mark.parametrize("positions", [[4, 5, 6, 7], [0, 2, 4, 9], [3, 3, 1, 0]])
 def test_position_ids(family, positions):

@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from dynatree_core.architectures import check_causal_lm, max_positions, vocab_size
+from dynatree_core.architectures import check_causal_lm, max_positions, num_embeddings, vocab_size
 from dynatree_core.cache import TreeCache
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, padded_proposals
 from dynatree_core.errors import ContextLimitError, ParameterError, VocabularyMismatchError
@@ -20,7 +20,7 @@ from dynatree_core.flatten import flatten_chain, flatten_level
 from dynatree_core.models import load_model
 from dynatree_core.records import FlatTrees, Proposals
 from dynatree_core.runner import PREFILL_CHUNK, ModelRunner
-from dynatree_core.student import RestrictedHead, SharedEmbedding
+from dynatree_core.student import RestrictedHead
 from dynatree_core.tree import TokenTree
 
 __all__ = ["ModelDrafter"]
@@ -156,12 +156,6 @@ def restricted_ids(model: nn.Module) -> Tensor | None:
     """[outputs] the tokens of a head that says some tokens only, None for a head that says all."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     return head.token_ids if isinstance(head, RestrictedHead) else None
-
-
-def num_embeddings(model: nn.Module) -> int:
-    """Token ids that a model can read."""
-    table = model.get_input_embeddings()  # type: ignore[operator]
-    return int(table.num_embeddings if isinstance(table, SharedEmbedding) else table.weight.shape[0])
 
 
 def check_vocabularies(target_size: int, drafter_size: int) -> None:
