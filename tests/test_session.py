@@ -414,6 +414,15 @@ def test_end_tokens_of_any_kind(kind):
     assert result.token_ids == expected[: expected.index(expected[4]) + 1]
 
 
+def test_a_drafter_that_refuses_while_costs_are_measured_is_not_the_policys_fault(monkeypatch):
+    def refused(*models, runner):
+        raise InputError("one generation at a time")
+
+    monkeypatch.setattr("dynatree_core.session.measured_costs", refused)
+    with pytest.raises(DrafterError, match="drafter 'prompt_lookup' raised InputError: one generation at a time"):
+        generate(TARGET, "prompt_lookup", PROMPT, policy="cost_aware")
+
+
 def test_limits_of_policies_are_checked():
     class Odd:
         branch_factor = hookimpl(lambda self, frontier: 1)
