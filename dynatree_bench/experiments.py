@@ -19,6 +19,7 @@ __all__ = [
     "EXPERIMENTS",
     "HF",
     "REFERENCE",
+    "REFERENCE_AXES",
     "RIVALS",
     "Cell",
     "Experiment",
@@ -93,6 +94,7 @@ class Experiment:
     full: Form
 
 
+REFERENCE_AXES = ("dataset", "prompt_tokens", "max_new_tokens")  # what a greedy text depends on, beside its prompt
 REFERENCE = Method("autoregressive", policy="autoregressive")
 LINEAR = Method("linear", policy="linear(depth=6)")
 FIXED = Method("fixed", policy="fixed")

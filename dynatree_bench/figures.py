@@ -1,12 +1,13 @@
 """The figures of a report, each made from the records of one run alone.
 
-A method keeps its colour (the palette of Okabe and Ito, which the colour-blind can tell apart) and its marker in all
-figures. A dagger behind its name says that some of its outputs differ from greedy decoding. Every figure has its
-provenance at its foot.
+A method keeps its colour and its marker in all figures. The phases have the palette of Okabe and Ito, which the
+colour-blind can tell apart, what stands beside them mostly Tol's muted one. A long name is shortened in its middle; a
+dagger behind it says that some outputs differ from greedy decoding. Every figure has its provenance at its foot.
 """
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -50,8 +51,10 @@ COLOURS = {
     BASELINE: "#000000", "linear": SKY, "fixed": BLUE, "phase1": ORANGE, "phase2": GREEN, "phase3": VERMILION,
     "cost_aware": PURPLE,
 }  # fmt: skip
-HF_COLOURS = ("#444444", "#777777", "#AAAAAA")  # shades for transformers' own methods, in turn
-OTHER_COLOURS = (PURPLE, YELLOW, SKY)  # of other packages, and of policies beside the experiments' own
+# shades for transformers' own methods, in turn
+HF_COLOURS = ("#3D3D3D", "#5C5C5C", "#7A7A7A", "#949494", "#ABABAB", "#C2C2C2", "#D6D6D6")
+# of other packages, and of methods beside the phases: wine, olive, indigo, yellow, teal, brown, lime
+OTHER_COLOURS = ("#882255", "#999933", "#332288", YELLOW, "#44AA99", "#8C510A", "#A6D854")
 MARKERS = {BASELINE: "x", "linear": "v", "fixed": "s", "phase1": "^", "phase2": "D", "phase3": "o", "cost_aware": "d"}
 OTHER_MARKERS = ("P", "*", "<", ">", "h")
 STAGES = {"draft": SKY, "verify": BLUE, "rest": ORANGE}
@@ -72,6 +75,8 @@ STYLE: dict[str, Any] = {
 }
 WIDTH = 7.0  # inches, the width of a printed page's text
 MAX_CURVE_NODES = 128
+MAX_LABEL = 34  # characters of a method's name
+MAX_ERROR = 80  # of an error, beside a label as long as that
 
 
 @attrs.frozen
@@ -141,28 +146,48 @@ def _styles(results: Results) -> dict[str, dict[str, str]]:
     """Method -> colour and marker."""
     hf = {method.name for method in results.info.methods if method.kind == "hf"}
     styles = {}
-    num_others = 0
+    others = {colours: zip(itertools.cycle(colours), itertools.cycle(OTHER_MARKERS), strict=False)
+              for colours in (HF_COLOURS, OTHER_COLOURS)}  # fmt: skip
     for name in method_names(results.records):
         if name in COLOURS:
-            styles[name] = {"color": COLOURS[name], "marker": MARKERS[name]}
+            colour, marker = COLOURS[name], MARKERS[name]
         else:
-            colours = HF_COLOURS if name in hf else OTHER_COLOURS
-            colour, marker = colours[num_others % len(colours)], OTHER_MARKERS[num_others % len(OTHER_MARKERS)]
-            styles[name] = {"color": colour, "marker": marker}
-            num_others += 1
+            colour, marker = next(others[HF_COLOURS if name in hf else OTHER_COLOURS])
+        styles[name] = {"color": colour, "marker": marker}
     return styles
 
 
 def _labels(records: Iterable[OutputRecord]) -> dict[str, str]:
-    """Method -> how it is called, with a dagger where outputs differ."""
+    """Method -> its label, which no other one has and for which there is room, with a dagger where outputs differ."""
     records = list(records)
     different = {record.method for record in records if record.is_identical is False}
-    return {name: name + (DAGGER if name in different else "") for name in method_names(records)}
+    names = method_names(records)
+    short = {name: _shortened(name) for name in names}
+    twins = {name: [other for other in names if short[other] == short[name]] for name in names}
+    numbers = {name: f" ({twins[name].index(name) + 1})" if len(twins[name]) > 1 else "" for name in names}
+    return {name: short[name] + numbers[name] + (DAGGER if name in different else "") for name in names}
+
+
+def _shortened(name: str) -> str:
+    """Without its middle where it is long; more of the end is kept, since stacks often begin alike."""
+    begin = MAX_LABEL // 3
+    return name if len(name) <= MAX_LABEL else f"{name[:begin]}…{name[begin + 1 - MAX_LABEL :]}"
+
+
+def _legend_above(figure: Figure, axes: Axes) -> None:
+    """The legend over the panels, in as many columns as the width has room for; the figure grows by its rows."""
+    handles, labels = axes.get_legend_handles_labels()
+    # a character takes about 4.6 points at a size of 8; line, gaps and space between columns 44
+    room = int(72 * figure.get_figwidth() / (4.6 * max(map(len, labels)) + 44))
+    num_columns = min(max(room, 1), len(labels))
+    figure.set_figheight(figure.get_figheight() + 0.17 * (-(-len(labels) // num_columns) - 1))
+    figure.legend(handles, labels, loc="outside upper center", ncols=num_columns)
 
 
 def _error_bars(estimates: Sequence[Estimate]) -> np.ndarray[Any, Any]:
-    """[2, points]: how far each interval reaches below and above the median."""
-    return np.array([[e.median - e.low for e in estimates], [e.high - e.median for e in estimates]])
+    """[2, points]: how far each interval reaches below and above the median; NaN, which is not drawn, of one prompt."""
+    limits = [(e.median - e.low, e.high - e.median) if e.count > 1 else (np.nan, np.nan) for e in estimates]
+    return np.array(limits).T
 
 
 def _lines_over(
@@ -197,7 +222,7 @@ def _lines_over(
         axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
         if "Speedup" in title:
             axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    _legend_above(figure, grid[0][0])
     return figure
 
 
@@ -205,7 +230,8 @@ def _bars(axes: Axes, summary_by_label: Mapping[str, Summary], styles: Mapping[s
     """Speedups as horizontal bars with intervals."""
     for place, one in enumerate(summary_by_label.values()):
         if one.speedup is None:
-            axes.text(0.02, place, one.error or "not measured", va="center", fontsize=6.5, color=GREY)
+            text = textwrap.shorten(one.error or "not measured", MAX_ERROR, placeholder=" …")
+            axes.text(0.02, place, text, va="center", fontsize=6.5, color=GREY)
             continue
         axes.barh(
             place, one.speedup.median, height=0.62, color=styles[one.method]["color"], alpha=0.85,
@@ -311,7 +337,7 @@ def sensitivity(results: Results) -> Figure | None:
     grid[0][0].set_ylabel("speedup (×)")
     grid[1][0].set_ylabel("tokens per iteration")
     if len(panels["branches"]) > 1:
-        figure.legend(*grid[1][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+        _legend_above(figure, grid[1][0])
     return figure
 
 
@@ -382,7 +408,7 @@ def datasets(results: Results) -> Figure | None:
     for axes, name in zip(grid[0], names, strict=True):
         by_method = {one.method: one for one in found if one.axes["dataset"] == name}
         _bars(axes, {labels[method]: by_method[method] for method in styles if method in by_method}, styles)
-        axes.set(title=str(name), xlabel="speedup (×)")
+        axes.set(title=_shortened(str(name)), xlabel="speedup (×)")
     return figure
 
 
@@ -407,7 +433,7 @@ def shapes(results: Results) -> Figure | None:
     grid[0][0].set_ylim(bottom=0)
     grid[0][0].set_ylabel("tokens/s, relative")
     if is_line:
-        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+        _legend_above(figure, grid[0][0])
     return figure
 
 
@@ -435,7 +461,7 @@ def acceptance_over_length(results: Results) -> Figure | None:
     grid[0][0].set(title="Tokens per iteration", xlabel="place in the output (new tokens)")
     grid[0][0].set_ylim(0, 1.06 * grid[0][0].get_ylim()[1])
     grid[0][1].set(title="Repetition (% of 4-grams)", xlabel="place in the output (new tokens)", ylim=(-3, 103))
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    _legend_above(figure, grid[0][0])
     return figure
 
 
@@ -465,7 +491,7 @@ def iteration_time(results: Results) -> Figure | None:
     axes.margins(x=0.2)
     axes.set(title="Time of an iteration", xlabel="mean time (ms)")
     axes.set_xlim(left=0)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    _legend_above(figure, axes)
     return figure
 
 
@@ -495,7 +521,7 @@ def confidence_calibration(results: Results) -> Figure | None:
     lower.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     lower.yaxis.set_major_formatter("{x:,.0f}")
     lower.yaxis.set_minor_formatter(NullFormatter())
-    upper.legend(loc="upper left")
+    _legend_above(figure, upper)
     return figure
 
 
@@ -546,7 +572,7 @@ def accepted_histogram(results: Results) -> Figure | None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title="How far the target followed", xlabel="accepted drafted tokens", ylabel="share of iterations (%)")
     axes.set_ylim(bottom=0)
-    axes.legend()
+    _legend_above(figure, axes)
     return figure
 
 

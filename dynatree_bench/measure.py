@@ -1,16 +1,18 @@
 """Measuring: every prompt by every method, one after another in one process, each output written as it comes.
 
-The methods are interleaved prompt by prompt in rotating order after a warm-up, so that a drift of the machine hits all
-alike. A run that was cut off goes on where it stopped.
+After a warm-up, all that is made of a prompt follows one another in an order that is shuffled anew for each prompt and
+repeat, so that a drift of the machine favours no method and no point. A run that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import itertools
+import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +21,14 @@ from typing import Any
 import attrs
 import psutil
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dynatree_bench.experiments import (
     COMPILED,
     EXPERIMENTS,
+    REFERENCE_AXES,
     Cell,
     Experiment,
     Form,
@@ -58,7 +62,15 @@ from dynatree_bench.records import (
     write_info,
 )
 from dynatree_bench.statistics import run_warnings
-from dynatree_bench.workloads import EncodedPrompt, digest, encode, load_workload, markov_prompts, random_prompts
+from dynatree_bench.workloads import (
+    EncodedPrompt,
+    digest,
+    encode,
+    load_workload,
+    markov_prompts,
+    random_prompts,
+    some_of,
+)
 from dynatree_core import DynaTreeError, InputError, build_stack
 from dynatree_core.architectures import vocab_size
 from dynatree_core.errors import nearest_match
@@ -66,11 +78,10 @@ from dynatree_core.runner import runner_for
 
 __all__ = ["Options", "run_experiment"]
 
+LOCK_FILE = ".lock"
 WARM_UP_TOKENS = 8
 QUICK_SECONDS = 90.0  # the time limit of the quick form: with loading it ends within two minutes
 IDLE_CHECK_SECONDS = 2.0
-# the axes that a reference depends on
-REFERENCE_AXES = ("dataset", "prompt_tokens", "max_new_tokens")
 # what must be the same for a run to go on
 FIXED_FIELDS = (
     "experiment", "target", "drafter", "device", "device_name", "threads", "libraries", "seed", "is_synthetic",
@@ -112,11 +123,16 @@ class Options:
 
 @attrs.frozen
 class Task:
-    """A prompt and all that is to be made of it, in this order."""
+    """A prompt and all that is to be made of it."""
 
     prompt: EncodedPrompt
     cells: tuple[Cell, ...]
     repeat: int
+
+    def shuffled(self) -> list[Cell]:
+        """The cells in the order in which they are measured; the same one in a run that goes on."""
+        seed = f"{self.prompt.workload} {self.prompt.prompt_id} {len(self.prompt.token_ids)} {self.repeat}"
+        return random.Random(seed).sample(self.cells, len(self.cells))
 
     def key(self, cell: Cell) -> tuple[str, str, str, int]:
         """That of the output's record."""
@@ -164,27 +180,54 @@ def run_experiment(
         experiment, policies=options.policies, only=options.only, with_compile=options.with_compile,
         with_rivals=options.with_rivals,
     )  # fmt: skip
-    tasks = _tasks(experiment, pair, form, methods, options)
+    tasks, notes = _tasks(experiment, pair, form, methods, options)
     infos = tuple(_method_info(method, pair, tasks[0].cells) for method in methods)
-    info = _run_info(name, pair, infos, tasks, options, command or f"run_experiment({name!r}, ...)")
-    before = _run_before(info, out)
-    records = read_records(out)
-    reference_names = {method.name: method.reference for method in methods}
-    run = _Run(
-        name, pair, options, out, {record.key for record in records}, reference_names,
-        _references(records, reference_names),
-    )  # fmt: skip
-    if run.missing(tasks):
-        info = _begun(info, before, out)
-        if idle_check_seconds and (note := _idle_note(idle_check_seconds)) is not None:
-            say(note)
-            write_info(out, attrs.evolve(info, notes=(*info.notes, note)))
-        torch.manual_seed(options.seed)
-        run.warm_up(tasks)
-        run.measure(tasks)
-        for warning in run_warnings(read_results(out)):
-            say(warning)
-    return read_results(out)
+    info = _run_info(name, pair, infos, tasks, options, command or f"run_experiment({name!r}, ...)", notes)
+    with _locked(out):
+        before = _run_before(info, out)
+        records = read_records(out)
+        reference_names = {method.name: method.reference for method in methods}
+        run = _Run(
+            name, pair, options, out, {record.key for record in records}, reference_names,
+            _references(records, reference_names),
+        )  # fmt: skip
+        if run.missing(tasks):
+            for note in notes:
+                say(note)
+            info = _begun(info, before, out)
+            if idle_check_seconds and (idle_note := _idle_note(idle_check_seconds)) is not None:
+                say(idle_note)
+                write_info(out, attrs.evolve(info, notes=(*info.notes, idle_note)))
+            torch.manual_seed(options.seed)
+            run.warm_up(tasks)
+            run.measure(tasks)
+            for warning in run_warnings(read_results(out)):
+                say(warning)
+        return read_results(out)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep the folder of the results to this run: of two at once, each would add what the other one has.
+
+    Raises:
+        InputError: another run has it, or it cannot be written.
+    """
+    lock = FileLock(out / LOCK_FILE)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)  # the system frees it however its holder ends
+    except Timeout as error:
+        raise InputError(
+            f"a results' folder must have one run at a time, and another one is writing to {out}; wait until it has "
+            "ended, or give another --out"
+        ) from error
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _form(experiment: Experiment, pair: Pair, options: Options) -> Form:
@@ -197,51 +240,65 @@ def _form(experiment: Experiment, pair: Pair, options: Options) -> Form:
         form,
         workloads=tuple(options.workloads or workloads),
         num_prompts=options.num_prompts or form.num_prompts,
-        max_new_tokens=tuple(options.max_new_tokens or form.max_new_tokens),
-        prompt_tokens=tuple(options.prompt_tokens or form.prompt_tokens),
+        # each length once: what is given twice would wait for a second output of the same name
+        max_new_tokens=tuple(dict.fromkeys(options.max_new_tokens or form.max_new_tokens)),
+        prompt_tokens=tuple(dict.fromkeys(options.prompt_tokens or form.prompt_tokens)),
     )
 
 
 def _tasks(
     experiment: Experiment, pair: Pair, form: Form, methods: Sequence[Method], options: Options
-) -> tuple[Task, ...]:
-    """Every prompt in every length, as often as it is repeated; those of all workloads and lengths in turn.
+) -> tuple[tuple[Task, ...], tuple[str, ...]]:
+    """Every prompt in every length, as often as it is repeated, and what somebody should know about them.
 
-    Each begins with another method than the one before.
+    Those of all workloads and lengths come in turn.
     """
     groups: list[list[Task]] = []
+    notes = []
+    names_of: dict[str, str] = {}  # workload's name -> what was given
     has_datasets = experiment.name == "datasets" or len(form.workloads) > 1
-    for workload, num_tokens in itertools.product(form.workloads, form.prompt_tokens):
-        prompts = _prompts(pair, workload, num_tokens, form.num_prompts, options)
-        base: dict[str, Any] = {"dataset": prompts[0].workload} if has_datasets else {}
-        base |= {"prompt_tokens": num_tokens} if num_tokens is not None else {}
-        own_cells = tuple(cells(methods, form, base))
-        groups.append([Task(prompt, own_cells, 0) for prompt in prompts])
+    for workload in form.workloads:
+        prompts = _prompts(pair, workload, form, options)
+        name = prompts[0].workload
+        if name in names_of:
+            raise InputError(
+                f"each workload must have a name of its own, got '{names_of[name]}' and '{workload}', which are both "
+                f"called '{name}'; name one of them: --workload NAME=FILE"
+            )
+        names_of[name] = workload
+        if len(prompts) < form.num_prompts:
+            lengths = [length for length in form.prompt_tokens if length is not None]
+            which = f" of {max(lengths)} tokens or more" if lengths else ""
+            notes.append(f"'{name}' has {len(prompts)} of the {form.num_prompts} prompts{which} that are asked for")
+        for num_tokens in form.prompt_tokens:
+            base: dict[str, Any] = {"dataset": name} if has_datasets else {}
+            base |= {"prompt_tokens": num_tokens} if num_tokens is not None else {}
+            own_cells = tuple(cells(methods, form, base))
+            groups.append([Task(_cut(prompt, num_tokens), own_cells, 0) for prompt in prompts])
     tasks = [task for turn in itertools.zip_longest(*groups) for task in turn if task is not None]
     names = Counter((task.prompt.prompt_id, str(task.cells[0].axes.get("prompt_tokens"))) for task in tasks)
     if twice := [prompt_id for (prompt_id, _), count in names.items() if count > 1]:
         raise InputError(f"prompts of different workloads must have different ids, got {twice[0]!r} in two of them")
-    return tuple(
-        attrs.evolve(task, cells=_rotated(task.cells, repeat * len(tasks) + i), repeat=repeat)
-        for repeat in range(options.repeats)
-        for i, task in enumerate(tasks)
-    )
+    repeated = (attrs.evolve(task, repeat=repeat) for repeat in range(options.repeats) for task in tasks)
+    return tuple(repeated), tuple(notes)
 
 
-def _rotated(own_cells: tuple[Cell, ...], count: int) -> tuple[Cell, ...]:
-    start = count % len(own_cells)
-    return own_cells[start:] + own_cells[:start]
-
-
-def _prompts(
-    pair: Pair, workload: str, num_tokens: int | None, num_prompts: int, options: Options
-) -> list[EncodedPrompt]:
+def _prompts(pair: Pair, workload: str, form: Form, options: Options) -> Sequence[EncodedPrompt]:
+    """A workload's prompts. All lengths to which they are cut have the same ones, those that reach the longest."""
+    longest = max((length for length in form.prompt_tokens if length is not None), default=None)
     if workload == "markov" and pair.source is not None:
-        return markov_prompts(pair.source, num_prompts, num_tokens)
+        return markov_prompts(pair.source, form.num_prompts, longest)
     if workload.partition(":")[0] == "random":
-        return random_prompts(workload, num_prompts, num_tokens, vocab_size(pair.target.model))
-    loaded = load_workload(workload, num_prompts)
-    return encode(loaded, pair.target, is_chat=options.is_chat, num_tokens=num_tokens)
+        return random_prompts(workload, form.num_prompts, longest, vocab_size(pair.target.model))
+    if longest is None:
+        return encode(load_workload(workload, form.num_prompts), pair.target, is_chat=options.is_chat)
+    loaded = load_workload(workload)
+    encoded = encode(loaded, pair.target, is_chat=options.is_chat, num_tokens=longest)
+    return some_of(encoded, form.num_prompts, is_text=loaded.is_text)
+
+
+def _cut(prompt: EncodedPrompt, num_tokens: int | None) -> EncodedPrompt:
+    return attrs.evolve(prompt, token_ids=prompt.token_ids[:num_tokens])
 
 
 def _method_info(method: Method, pair: Pair, own_cells: Iterable[Cell]) -> MethodInfo:
@@ -263,6 +320,7 @@ def _run_info(
     tasks: Sequence[Task],
     options: Options,
     command: str,
+    notes: tuple[str, ...],
 ) -> RunInfo:
     axes: dict[str, list[Any]] = {}
     for task in tasks:
@@ -302,6 +360,7 @@ def _run_info(
             "runner": runner_for(model, "auto"),
             **({} if source is None else {"acceptance": source.acceptance, "decay": source.decay}),
         },
+        notes=notes,
     )
 
 
@@ -335,14 +394,19 @@ def _begun(info: RunInfo, before: RunInfo | None, out: Path) -> RunInfo:
     """
     if before is not None:
         changed = [f"went on at commit {info.commit}"] if info.commit != before.commit else []
+        changed += [f"went on with dynatree {info.version}"] if info.version != before.version else []
         dates, notes = (*before.continued, info.started), (*before.notes, *changed)
         info = attrs.evolve(before, continued=dates, notes=notes)
     try:
         write_info(out, info)
         drop_torn_line(out)
     except OSError as error:
-        raise InputError(f"the results' folder must be one that can be written, cannot use {out}: {error}") from error
+        raise _unwritable(out, error) from error
     return info
+
+
+def _unwritable(out: Path, error: OSError) -> InputError:
+    return InputError(f"the results' folder must be one that can be written, cannot use {out}: {error}")
 
 
 def _differences(label: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
@@ -373,13 +437,12 @@ def _idle_note(seconds: float) -> str | None:
 def _references(
     records: Iterable[OutputRecord], reference_names: Mapping[str, str]
 ) -> dict[tuple[Any, ...], tuple[int, ...]]:
-    """The tokens that others are compared with, by what they depend on."""
-    names = set(reference_names.values())
-    return {
-        _reference_key(record.method, record): record.token_ids
-        for record in records
-        if record.method in names and record.error is None
-    }
+    """The tokens that others are compared with, by what they depend on; the first ones, where there are repeats."""
+    names, found = set(reference_names.values()), {}
+    for record in records:
+        if record.method in names and record.error is None:
+            found.setdefault(_reference_key(record.method, record), record.token_ids)
+    return found
 
 
 def _reference_key(reference: str, record: OutputRecord) -> tuple[Any, ...]:
@@ -409,15 +472,16 @@ class _Run:
 
     def warm_up(self, tasks: Sequence[Task]) -> None:
         """A few tokens by each method, of the longest prompt: first passes allocate, and choose or compile kernels."""
-        task = max(tasks, key=lambda task: len(task.prompt.token_ids))
-        for cell in {cell.method.name: cell for cell in task.cells}.values():
+        by_length = sorted(tasks, key=lambda task: len(task.prompt.token_ids))
+        shortest, longest = by_length[0], by_length[-1]
+        for cell in {cell.method.name: cell for cell in longest.cells}.values():
             # a static cache is compiled for its size, which is that of prompt and output
             limit = cell.max_new_tokens if cell.method.name == COMPILED else min(WARM_UP_TOKENS, cell.max_new_tokens)
             short = attrs.evolve(cell, axes={**cell.axes, "max_new_tokens": limit})
-            if cell.method.kind == "dynatree":
-                decode(self.pair, short, task.prompt.token_ids, self.eos)
-            else:
-                _attempt(self.pair, short, task.prompt, self.eos)  # what fails will fail again, and be recorded
+            _, error = _attempt(self.pair, short, longest.prompt, self.eos)
+            # a foreign method will fail again, and be recorded; of ours, the prompt may have been too long
+            if error is not None and cell.method.kind == "dynatree":
+                decode(self.pair, short, shortest.prompt.token_ids, self.eos)
 
     def measure(self, tasks: Sequence[Task]) -> None:
         """All that is missing."""
@@ -440,7 +504,7 @@ class _Run:
         """One prompt by all methods. An output is written as soon as the one to compare it with is there."""
         held: list[OutputRecord] = []
         self.replays.clear()
-        for order, cell in enumerate(task.cells):
+        for order, cell in enumerate(task.shuffled()):
             if task.key(cell) not in self.done:
                 held.append(self._measure_cell(cell, task, order))
                 held = [record for record in held if not self._write(record, is_last=False)]
@@ -457,7 +521,7 @@ class _Run:
         load = meter.share()
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" and error is None else None
         record = self._record(cell, task, order, output, error, load, peak)
-        self.references |= _references([record], self.reference_names)
+        self.references = _references([record], self.reference_names) | self.references
         if self.options.with_replay and cell.method.is_drafting and error is None:
             known = (task.prompt.prompt_id, record.token_ids)
             if known not in self.replays:

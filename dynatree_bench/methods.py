@@ -24,6 +24,8 @@ from dynatree_bench.records import Replay, Steps, Trials
 from dynatree_core import DraftPlan, GenerationReport, Session, StepReport, TokenTree, run
 from dynatree_core.architectures import vocab_size
 from dynatree_core.clock import StageClock
+from dynatree_core.drafters.union import possible_proposals
+from dynatree_core.records import Proposals
 
 __all__ = ["Chunks", "Output", "decode", "replay"]
 
@@ -97,18 +99,19 @@ def _trials(reports: Sequence[StepReport]) -> Trials:
         tree, path = report.tree, report.verdict.path
         is_cut = path and len(report.token_ids) == len(path)  # nobody asked what follows the last node
         judged, accepted = {0, *path[: -1 if is_cut else None]}, set(path)
-        parents = tree.parent.tolist()
-        ranks: dict[int, int] = dict.fromkeys(judged, 0)
-        columns = zip(parents, tree.depth.tolist(), tree.logprob.exp().tolist(), strict=True)
-        for node, (parent, depth, probability) in enumerate(columns):
+        numbers = torch.stack([tree.parent, tree.depth, tree.rank]).tolist()
+        columns = zip(*numbers, tree.logprob.exp().tolist(), strict=True)
+        for node, (parent, depth, rank, probability) in enumerate(columns):
             if node and parent in judged:
-                rows.append((depth, ranks[parent], round(probability, DIGITS), node in accepted))
-                ranks[parent] += 1
+                rows.append((depth, rank, round(probability, DIGITS), node in accepted))
     return Trials(*zip(*rows, strict=True)) if rows else Trials((), (), (), ())
 
 
 def replay(pair: Pair, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> Replay:
-    """What the drafter thinks of each token of an output, given the text before it."""
+    """What the drafter thinks of each token of an output, given the text before it.
+
+    A union may leave out a drafter at one level and ask it at another: a token has the best rank that it could have.
+    """
     ids = torch.tensor([*prompt_ids, *token_ids], device=pair.target.model.device)
     vocab = vocab_size(pair.target.model)
     plan = DraftPlan(vocab, ids.numel(), MAX_BRANCH, ids.device, StageClock(ids.device), pair.target.model)
@@ -117,13 +120,20 @@ def replay(pair: Pair, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> R
     with torch.inference_mode():
         state.prefill(ids[: len(prompt_ids) - 1])
         for i, token in enumerate(token_ids, start=len(prompt_ids)):
-            proposals = state.propose(ids[:i], TokenTree.root(ids[i - 1 : i].clone()), min(MAX_BRANCH, vocab))
+            root = TokenTree.root(ids[i - 1 : i].clone())
+            possible = possible_proposals(state, ids[:i], root, min(MAX_BRANCH, vocab))
             state.commit(())
-            probs = torch.where(proposals.token_ids[0] == token, proposals.logprobs[0].exp(), 0.0)
-            probability, rank = probs.max(dim=0)
-            ranks.append(int(rank) if probability > 0 else -1)
-            probabilities.append(round(float(probability), DIGITS))
+            rank, probability = min((_place(proposals, token) for proposals in possible), key=lambda place: place[0])
+            ranks.append(rank if probability > 0 else -1)
+            probabilities.append(round(probability, DIGITS))
     return Replay(tuple(ranks), tuple(probabilities))
+
+
+def _place(proposals: Proposals, token: int) -> tuple[int, float]:
+    """A token's rank among what is proposed at a root, behind all of it where it is not, and its probability."""
+    probs = torch.where(proposals.token_ids[0] == token, proposals.logprobs[0].exp(), 0.0)
+    probability, rank = probs.max(dim=0)
+    return (int(rank), float(probability)) if probability > 0 else (probs.numel(), 0.0)
 
 
 def _by_transformers(pair: Pair, cell: Cell, prompt_ids: Sequence[int], eos: Sequence[int]) -> Output:

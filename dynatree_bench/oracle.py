@@ -10,8 +10,10 @@ tokens left, one fewer where the length ended the generation, since a bonus toke
 The oracle tree of the same *cost* may have any number of nodes and levels, if drafting and verifying them takes no
 longer than the policy's tree does.
 
-No tree that policies grow has more accepted than the oracle tree; one whose `keep_nodes` keeps a node without its
-earlier siblings could.
+The ranks are those that the drafter gives after the true text, of a union the best that it may give. Where a drafter
+says the same of a text that is drafted, no tree that policies grow has more accepted than the oracle tree, but for one
+whose `keep_nodes` keeps a node without its earlier siblings. Prompt lookup may say something else: drafted tokens are
+less evidence to it, and it follows the occurrences that it found at the root.
 """
 
 from __future__ import annotations

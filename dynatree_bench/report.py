@@ -30,6 +30,7 @@ from dynatree_bench.statistics import (
     acceptance_by_rank,
     calibration,
     groups,
+    in_order,
     method_names,
     over_length,
     pooled_ratio,
@@ -66,6 +67,10 @@ class Table:
     data_header: tuple[str, ...]
     data: tuple[tuple[Any, ...], ...]
 
+    def __attrs_post_init__(self) -> None:
+        names = self.data_header
+        assert len(set(names)) == len(names), f"each column of a table must have a name of its own, got {names}"
+
 
 @attrs.frozen
 class _Column:
@@ -92,13 +97,25 @@ def report(folder: Path, out: Path | None = None) -> Path:
     """
     out = out or folder / "report"
     if (folder / INFO_FILE).exists() or not folder.is_dir():
-        return _report_run(read_results(folder), out)
+        results = read_results(folder)
+        if not results.records:
+            raise ResultsError(f"a report needs outputs, and {folder} has none yet")
+        return _report_run(results, out)
     runs = sorted(path.parent for path in folder.glob(f"*/{INFO_FILE}"))
     if not runs:
         raise ResultsError(f"there must be results in {folder} or in its folders, and there are none")
-    pages = {run.name: _report_run(read_results(run), out / run.name) for run in runs}
-    links = [f"- [{name}]({page.relative_to(out).as_posix()})" for name, page in pages.items()]
-    return _write(out / PAGE, ["# Benchmark results", "", *links])
+    found = [read_results(run) for run in runs]
+    if not any(results.records for results in found):
+        raise ResultsError(f"a report needs outputs, and the runs in {folder} have none yet")
+    lines = []
+    for results in found:
+        name = results.folder.name
+        if results.records:
+            page = _report_run(results, out / name)
+            lines.append(f"- [{name}]({page.relative_to(out).as_posix()})")
+        else:
+            lines.append(f"- {name} has no outputs yet")
+    return _write(out / PAGE, ["# Benchmark results", "", *lines])
 
 
 def _report_run(results: Results, out: Path) -> Path:
@@ -108,8 +125,7 @@ def _report_run(results: Results, out: Path) -> Path:
         if error.name != "matplotlib":
             raise
         raise InputError("a report needs matplotlib, which is not installed: pip install 'dynatree[bench]'") from error
-    if not results.records:
-        raise ResultsError(f"a report needs outputs, and {results.folder} has none yet")
+    results = attrs.evolve(results, records=in_order(results))
     for name in ("figures", "tables"):
         (out / name).mkdir(parents=True, exist_ok=True)
     ours = [*(f"figures/{plot.name}.png" for plot in FIGURES), *(f"tables/{name}.csv" for name in TABLES)]
@@ -239,14 +255,14 @@ def _main_table(results: Results) -> Table:
             ),
         ),
         _estimate_column("tokens/s", "tokens_per_second", lambda e: f"{_mean(e, '.1f')}"),
-        _estimate_column("speedup", "speedup", lambda e: f"{e.median:.2f} [{e.low:.2f}, {e.high:.2f}]"),
+        _estimate_column("speedup", "speedup", lambda e: f"{e.median:.2f}{_interval(e)}"),
         _Column("mean ± sd", lambda one: _mean(one.speedup, ".2f") if one.speedup else "–", ()),
         _estimate_column("÷ HF", "hf_speedup", lambda e: f"{e.median:.2f}"),
         _number_column("tok/it", "tokens_per_iteration", ".2f"),
         _number_column("path", "path_acceptance", ".1%"),
         _number_column("node", "node_acceptance", ".1%"),
         _number_column("nodes/it", "nodes_per_iteration", ".1f"),
-        _number_column("depth", "depth", ".1f"),
+        _number_column("mean depth", "depth", ".1f", "mean_depth"),  # an axis may be called depth
         _number_column("repetition", "repetition", ".1%"),
         _number_column("draft ms", "draft_ms", ".2f"),
         _number_column("verify ms", "verify_ms", ".2f"),
@@ -284,12 +300,14 @@ def _axis_column(axis: str) -> _Column:
     return _Column(axis, lambda one: str(one.axes.get(axis, "–")), ((axis, lambda one: one.axes.get(axis)),))
 
 
-def _number_column(heading: str, name: str, style: str) -> _Column:
+def _number_column(heading: str, name: str, style: str, stored: str | None = None) -> _Column:
+    """A number of a summary by its name there, which is its name in the CSV file too unless another is given."""
+
     def show(one: Summary) -> str:
         value = getattr(one, name)
         return "–" if value is None else format(value, style).replace("%", " %")
 
-    return _Column(heading, show, ((name, lambda one: getattr(one, name)),))
+    return _Column(heading, show, ((stored or name, lambda one: getattr(one, name)),))
 
 
 def _estimate_column(heading: str, name: str, style: Callable[[Estimate], str]) -> _Column:
@@ -400,8 +418,8 @@ def _oracle_table(results: Results) -> Table | None:
     note = (
         "Of the iterations that drafted anything. The oracle tree knows what the target will say: its nodes have the "
         "drafter's first choices as children, and it expands the right one only. share: accepted tokens of the "
-        "policy's trees ÷ those of oracle trees from the same places, with as many nodes, or taking as long. Nobody "
-        "reaches 100 %: it is the distance to what the drafter's proposals allow."
+        "policy's trees ÷ those of oracle trees from the same places, with as many nodes, or taking as long. It is the "
+        "distance to what the drafter's proposals allow: who knew the text would have 100 %."
     )
     header = ("method", "nodes/it", "tok/it", "oracle tok/it", "share %", "same cost tok/it", "same cost share %")
     return _simple("oracle", "Distance to the oracle tree", note, header, rows)
@@ -500,8 +518,13 @@ def _simple(name: str, title: str, note: str, header: Sequence[str], rows: Seque
 
 def _shown(value: Any) -> str:
     if isinstance(value, PooledRatio):
-        return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
+        return f"{value.value:.2f}{_interval(value)}"
     return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _interval(value: Estimate | PooledRatio) -> str:
+    """Its 95 % interval; of one prompt there is none."""
+    return f" [{value.low:.2f}, {value.high:.2f}]" if value.count > 1 else ""
 
 
 # files

@@ -26,6 +26,7 @@ from typing import Any
 import attrs
 import numpy as np
 
+from dynatree_bench.experiments import REFERENCE_AXES
 from dynatree_bench.machine import BUSY_PERCENT
 from dynatree_bench.records import OutputRecord, Results, Steps, Trials
 from dynatree_core.metrics import repetition
@@ -46,6 +47,7 @@ __all__ = [
     "differ_only_in",
     "estimate",
     "groups",
+    "in_order",
     "method_names",
     "over_length",
     "pooled_ratio",
@@ -286,6 +288,22 @@ def differ_only_in(axes: Iterable[str], found: Sequence[Summary]) -> bool:
 def method_names(records: Iterable[OutputRecord]) -> list[str]:
     """The methods, in the order in which they first come."""
     return list(dict.fromkeys(record.method for record in records))
+
+
+def in_order(results: Results) -> tuple[OutputRecord, ...]:
+    """The records by length, method and point as the run lists them, whatever the order in which they were measured."""
+    names = [method.name for method in results.info.methods]
+    points = [axis for axis in results.info.axes if axis not in REFERENCE_AXES]
+
+    def places(record: OutputRecord, axes: Iterable[str]) -> list[int]:
+        pairs = ((results.info.axes.get(axis, ()), record.axes.get(axis)) for axis in axes)
+        return [values.index(value) if value in values else -1 for values, value in pairs]
+
+    def key(record: OutputRecord) -> tuple[list[int], int, list[int]]:
+        method = names.index(record.method) if record.method in names else len(names)
+        return places(record, REFERENCE_AXES), method, places(record, points)
+
+    return tuple(sorted(results.records, key=key))
 
 
 def groups(records: Iterable[OutputRecord]) -> list[list[OutputRecord]]:

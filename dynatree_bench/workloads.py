@@ -5,7 +5,7 @@ A workload is named by a string:
     built-in, built-in:KIND      a few prompts of dynatree_bench.prompts, or those of one kind
     built-in:text                the same as one running text
     wikitext-2, pg19, …          a known benchmark (KNOWN): from a local file, or else from the hub
-    NAME=FILE                    that benchmark from this file
+    NAME=FILE                    a known benchmark from this file, or a file by a name of yours
     FILE.jsonl                   JSON lines with "prompt", and "category" and "id" if there are any
     FILE                         any other file or folder of text files: plain text, cut into passages
     random, random:SEED          random tokens, for models without a tokenizer
@@ -25,7 +25,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 
@@ -45,6 +45,7 @@ __all__ = [
     "local_variable",
     "markov_prompts",
     "random_prompts",
+    "some_of",
 ]
 
 PASSAGE_CHARS = 2000
@@ -93,6 +94,7 @@ class Workload:
     name: str
     prompts: tuple[Prompt, ...]
     is_chat: bool  # the prompts are requests to an assistant, not texts to go on with
+    is_text: bool = False  # they are passages of one text, of which some are taken from all over it
 
 
 @attrs.frozen
@@ -103,6 +105,9 @@ class EncodedPrompt:
     category: str
     token_ids: tuple[int, ...]
     workload: str  # its workload's name
+
+
+Some = TypeVar("Some", Prompt, EncodedPrompt)
 
 
 def load_workload(spec: str, num_prompts: int | None = None) -> Workload:
@@ -116,7 +121,7 @@ def load_workload(spec: str, num_prompts: int | None = None) -> Workload:
         InputError: nothing of that name, a file that cannot be read, or no connection to the hub; says what to do.
     """
     name, is_given, file = spec.partition("=")
-    if is_given and name in KNOWN:
+    if is_given and name and "/" not in name and not Path(spec).exists():
         return _from_file(Path(file).expanduser(), num_prompts, name)
     if name.partition(":")[0] == "built-in":
         return _built_in(name, num_prompts)
@@ -181,7 +186,8 @@ def _from_file(path: Path, num_prompts: int | None, name: str) -> Workload:
         text = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"a workload must be a .jsonl file or UTF-8 text, cannot read {path}: {error}") from error
-    return Workload(name, _some(_numbered(name, _passages(text, num_prompts)), str(path)), is_chat=False)
+    passages = _some(_numbered(name, _passages(text, num_prompts)), str(path))
+    return Workload(name, passages, is_chat=False, is_text=True)
 
 
 def _from_hub(name: str, source: Source, num_prompts: int | None) -> Workload:
@@ -214,7 +220,8 @@ def _from_hub(name: str, source: Source, num_prompts: int | None) -> Workload:
         raise InputError(f"workload '{name}' cannot be read ({type(error).__name__}: {came}); {advice}") from error
     if source.is_text:
         text = "".join(piece for piece, _ in read)
-        return Workload(name, _some(_numbered(name, _passages(text, num_prompts)), name), is_chat=False)
+        passages = _some(_numbered(name, _passages(text, num_prompts)), name)
+        return Workload(name, passages, is_chat=False, is_text=True)
     prompts = [Prompt(f"{name}-{i:04d}", category, text) for i, (text, category) in enumerate(read) if text.strip()]
     return Workload(name, _some(_evenly(prompts, num_prompts), name), is_chat=True)
 
@@ -235,9 +242,14 @@ def _numbered(name: str, texts: Iterable[str]) -> tuple[Prompt, ...]:
     return tuple(Prompt(f"{name}-{i:04d}", name, text) for i, text in enumerate(texts))
 
 
-def _evenly(prompts: Sequence[Prompt], num_prompts: int | None) -> tuple[Prompt, ...]:
+def some_of(prompts: Sequence[Some], num_prompts: int, *, is_text: bool) -> tuple[Some, ...]:
+    """So many of a workload's prompts, or all where there are no more: over its text, or the categories in turn."""
+    return tuple(_spread(prompts, num_prompts)) if is_text else _evenly(prompts, num_prompts)
+
+
+def _evenly(prompts: Sequence[Some], num_prompts: int | None) -> tuple[Some, ...]:
     """So many prompts, the categories in turn."""
-    by_category: defaultdict[str, list[Prompt]] = defaultdict(list)
+    by_category: defaultdict[str, list[Some]] = defaultdict(list)
     for prompt in prompts:
         by_category[prompt.category].append(prompt)
     rounds = itertools.zip_longest(*by_category.values())
@@ -246,9 +258,12 @@ def _evenly(prompts: Sequence[Prompt], num_prompts: int | None) -> tuple[Prompt,
 
 def _passages(text: str, num_passages: int | None) -> list[str]:
     """So many pieces of PASSAGE_CHARS characters, spread over the text; each begins with a paragraph."""
-    passages = list(_cut(text))
+    return _spread(list(_cut(text)), num_passages)
+
+
+def _spread(passages: Sequence[Any], num_passages: int | None) -> list[Any]:
     if num_passages is None or num_passages >= len(passages):
-        return passages
+        return list(passages)
     return [passages[i * len(passages) // num_passages] for i in range(num_passages)]
 
 

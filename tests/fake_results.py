@@ -43,7 +43,11 @@ def write_run(folder: Path, name: str, *, num_prompts: int = 6, max_new_tokens: 
     form = attrs.evolve(experiment.full, max_new_tokens=LENGTHS.get(name, (max_new_tokens,)))
     methods = chosen_methods(experiment, with_rivals=True)
     run = folder / name
-    write_info(run, _info(experiment))
+    axes: dict[str, Any] = {"max_new_tokens": list(form.max_new_tokens)}
+    axes |= {name: list(dict.fromkeys(point[name] for point in form.points)) for name in form.points[0]}
+    axes |= {"dataset": list(form.workloads)} if name == "datasets" else {}
+    axes |= {"prompt_tokens": list(form.prompt_tokens)} if form.prompt_tokens != (None,) else {}
+    write_info(run, _info(experiment, axes))
     rng = np.random.default_rng(0)
     sizes = itertools.product(form.workloads, form.prompt_tokens, range(num_prompts))
     for dataset, prompt_tokens, prompt in sizes:
@@ -140,7 +144,7 @@ def widths_of(policy: str) -> Widths:
     return widths
 
 
-def _info(experiment: Experiment) -> RunInfo:
+def _info(experiment: Experiment, axes: dict[str, Any]) -> RunInfo:
     drafter = "model(model='synthetic tiny, drafter')"
     methods = [
         MethodInfo(m.name, m.kind, m.policy, drafter if m.is_drafting else None, dict(m.options))
@@ -162,7 +166,7 @@ def _info(experiment: Experiment) -> RunInfo:
         is_synthetic=True,
         ignore_eos=False,
         methods=tuple(methods),
-        axes={},
+        axes=axes,
     )
 
 

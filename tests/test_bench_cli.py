@@ -158,7 +158,7 @@ def test_one_experiment_that_cannot_run_does_not_keep_all_from_it(bench, of_fold
     monkeypatch.setattr(bench_cli, "EXPERIMENTS", {name: EXPERIMENTS[name] for name in names})
     ran = bench("all", *of_folders, "--out", tmp_path)  # its prompts are too short to be cut to the full lengths
     assert ran.code == 1
-    assert "dynatree: error: prompt-length: prompts cut to 50 tokens must have so many" in ran.err
+    assert "dynatree: error: prompt-length: prompts cut to 400 tokens must have so many" in ran.err
     assert f"scalability: 6 outputs in {tmp_path / 'scalability'}" in ran.out
 
 

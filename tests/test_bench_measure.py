@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -15,15 +17,20 @@ import attrs
 import pytest
 import torch
 from students import tiny_student
+from test_cli import byte_level_tokenizer, for_transformers
 
-from dynatree_bench import measure, methods, rivals
+from dynatree_bench import measure, methods, oracle, rivals
 from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Form, Method, cells, chosen_methods
 from dynatree_bench.machine import LoadMeter, source_commit, weights_sha256
 from dynatree_bench.measure import Options, run_experiment
+from dynatree_bench.methods import Output
 from dynatree_bench.pairs import MethodError, Pair
 from dynatree_bench.records import RECORDS_FILE, read_records, read_results
+from dynatree_bench.statistics import summaries
 from dynatree_core import InputError, LoadedModel, build_drafter, hookimpl
+from dynatree_core.drafters.base import Drafter, padded_proposals
 from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.errors import PolicyError
 from dynatree_core.records import StepReport, Verdict
 from dynatree_core.student import save_student
@@ -112,6 +119,59 @@ def test_records_hold_what_a_generation_says(pair, tmp_path):
     assert first == Counter(min(record.steps.num_committed[0], 6) for record in chains["linear"])
 
 
+@attrs.frozen
+class Successors(Drafter):
+    """Proposes what it was told of a node's token with this share; its state is itself, since it remembers nothing."""
+
+    known: dict[int, int]
+    share: float
+    can_skip_levels: bool = False
+
+    def start(self, plan):
+        return self
+
+    def propose(self, committed_ids, tree, k):
+        level = tree.token_ids[tree.last_level].tolist()
+        ids = torch.tensor([[self.known.get(token, 0)] for token in level])
+        shares = torch.tensor([[self.share * (token in self.known)] for token in level])
+        return padded_proposals(ids, shares.log(), k)
+
+    def prefill(self, committed_ids):
+        pass
+
+    def commit(self, draft_path):
+        pass
+
+    def rollback(self):
+        pass
+
+
+def test_no_tree_has_more_accepted_than_the_oracle_tree_where_a_union_skips_its_model(pair, tmp_path):
+    """The model is skipped at a level where all nodes' successors are known, and else asked about them too."""
+    texts = [greedy(pair.target.model, list(p.token_ids), 60) for p in measure.random_prompts("random:0", 6, None, 37)]
+    known = {token: after for text in texts for token, after in itertools.pairwise(text) if token % 2}
+    union = Pair(pair.target, UnionDrafter([pair.drafter, Successors(known, 0.36)]))  # 0.64 < 0.7 is left over
+    options = attrs.evolve(SMALL, num_prompts=6, max_new_tokens=[60], with_replay=True)
+    num_accepted = 0
+    for record in run("scalability", union, tmp_path / "run", options).records:
+        for _, drafted, accepted, ranks in oracle._iterations(record):
+            assert accepted <= oracle.oracle_accepted(ranks, drafted)
+            num_accepted += accepted
+    assert num_accepted > 100
+
+
+def test_a_token_s_replay_is_its_best_rank_with_and_without_what_a_union_may_skip(pair):
+    """What stands for the model is sure of token 1, the other drafter thinks of token 2; where both speak, 1 is first.
+
+    Of 0.25, 0.75 > 0.7 is left over, so the model is always asked; of 0.36 it is not where no other node needs it.
+    """
+    model = Successors({6: 1}, 0.99, can_skip_levels=True)
+    for share, expected in ((0.25, (0, 1, -1)), (0.36, (0, 0, -1))):
+        union = Pair(pair.target, UnionDrafter([model, Successors({6: 2}, share)]))
+        ranks = tuple(methods.replay(union, [5, 6], [token]).rank[0] for token in (1, 2, 3))
+        assert ranks == expected
+
+
 def expected_replay(pair, prompt, token_ids):
     """From one forward pass of the drafter over everything."""
     with torch.no_grad():
@@ -136,6 +196,10 @@ def test_trials_of_a_tree_made_by_hand():
     whole = StepReport(0, tree, Verdict((2, 5), (2, 5), (2, 5, 9)))
     expected = methods.Trials((1, 1, 2), (0, 1, 0), (0.5, 0.25, 1.0), (False, True, True))
     assert methods._trials([whole]) == expected
+    # a node that was cut leaves its sibling the rank that it was drafted with
+    pruned = tree.subtree(torch.tensor([True, False, True, False, False, True]))
+    rest = StepReport(0, pruned, Verdict((1, 2), (2, 5), (2, 5, 9)))
+    assert methods._trials([rest]) == methods.Trials((1, 2), (1, 0), (0.25, 1.0), (True, True))
     # stopped with node 2: nobody asked what follows it
     cut = StepReport(0, tree, Verdict((2,), (2,), (2,), "eos"))
     assert methods._trials([cut]) == methods.Trials((1, 1), (0, 1), (0.5, 0.25), (False, True))
@@ -152,7 +216,7 @@ def test_seconds_of_decoding_are_those_of_all_tokens():
 # interleaving
 
 
-def test_methods_are_interleaved_and_each_prompt_begins_with_another(pair, tmp_path):
+def test_methods_are_interleaved_in_an_order_that_is_shuffled_for_each_prompt_and_repeat(pair, tmp_path):
     options = attrs.evolve(SMALL, repeats=2)
     results = run("scalability", pair, tmp_path / "run", options)
     groups = [list(results.records[i : i + 3]) for i in range(0, len(results.records), 3)]
@@ -160,8 +224,40 @@ def test_methods_are_interleaved_and_each_prompt_begins_with_another(pair, tmp_p
     for group in groups:
         assert len({(record.prompt_id, record.repeat) for record in group}) == 1
         assert sorted(record.order for record in group) == [0, 1, 2]
-    firsts = [next(record.method for record in group if record.order == 0) for group in groups]
-    assert firsts == ["autoregressive", "fixed", "phase3"] * 2
+    orders = orders_of(results)
+    assert len(set(orders.values())) > 1
+    assert orders_of(run("scalability", pair, tmp_path / "again", options)) == orders
+    cut_off = attrs.evolve(options, time_limit=1e-6)
+    run("scalability", pair, tmp_path / "cut", cut_off)
+    assert orders_of(run("scalability", pair, tmp_path / "cut", options)) == orders
+
+
+def orders_of(results):
+    """(prompt, repeat) -> the methods in the order in which they decoded it."""
+    found = {}
+    for record in sorted(results.records, key=lambda record: record.order):
+        found.setdefault((record.prompt_id, record.repeat), []).append(record.method)
+    return {key: tuple(names) for key, names in found.items()}
+
+
+def test_a_machine_that_slows_down_favours_no_point_of_the_axes(pair, tmp_path, monkeypatch):
+    """Every output takes 0.2 % more than the one before. In the order of the table depth 8 would be a sixth slower than
+    depth 3; of 32 shuffled places a depth's mean has a standard error of 1 %.
+    """
+    made = []
+
+    def decode(pair, cell, prompt_ids, eos):
+        made.append(cell)
+        seconds = 1 + 0.002 * len(made)
+        return Output(tuple(range(4)), "length", 0.1, seconds, seconds + 0.1)
+
+    monkeypatch.setattr(measure, "decode", decode)
+    results = run("tree-search", pair, tmp_path / "run", Options(num_prompts=2, max_new_tokens=[4]))
+    depths = [one for one in summaries(results.records) if one.method == "fixed"]
+    mean = statistics.fmean(one.speedup.median for one in depths)
+    for depth in (3, 4, 5, 6, 7, 8):
+        own = statistics.fmean(one.speedup.median for one in depths if one.axes["depth"] == depth)
+        assert own == pytest.approx(mean, rel=0.04)
 
 
 def test_prompts_of_two_data_sets_come_in_turn(pair, tmp_path):
@@ -244,11 +340,15 @@ def test_an_interrupted_prompt_is_finished(pair, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return methods.decode(pair, cell, prompt_ids, eos)
 
+    def autoregressive_last(task):
+        return [*task.cells[1:], task.cells[0]]
+
     monkeypatch.setattr(measure, "decode", decode)
+    monkeypatch.setattr(measure.Task, "shuffled", autoregressive_last)
     with pytest.raises(KeyboardInterrupt):
         run("scalability", pair, out)
     # the output before it waited for the greedy one, which had not come
-    assert [record.method for record in read_records(out)] == ["autoregressive", "fixed", "phase3"]
+    assert [record.method for record in read_records(out)] == ["fixed", "phase3", "autoregressive"]
     results = run("scalability", pair, out)
     assert len(results.records) == 9
     assert all(record.is_identical for record in results.records)
@@ -273,6 +373,39 @@ def test_other_settings_in_the_same_folder_are_refused(pair, tmp_path):
     with pytest.raises(InputError, match="experiment: scalability there, ablation now"):
         run("ablation", pair, out)
     assert (out / "run.json").read_bytes() == kept
+
+
+def test_two_runs_in_one_folder_at_once_are_refused(pair, tmp_path, monkeypatch):
+    out, said = tmp_path / "run", []
+
+    def decode(pair, cell, prompt_ids, eos):
+        if not said:
+            with pytest.raises(InputError, match="have one run at a time, and another one is writing to") as caught:
+                run("scalability", pair, out)
+            said.append(str(caught.value))
+        return methods.decode(pair, cell, prompt_ids, eos)
+
+    monkeypatch.setattr(measure, "decode", decode)
+    assert len(run("scalability", pair, out).records) == 9
+    assert "give another --out" in said[0]
+    assert len(run("scalability", pair, out).records) == 9  # the folder is free again
+
+
+def test_a_run_that_goes_on_with_another_version_says_so(pair, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(measure, "version", lambda name: "0.0.9")
+    run("scalability", pair, out, attrs.evolve(SMALL, time_limit=1e-6))
+    monkeypatch.undo()
+    assert f"went on with dynatree {measure.version('dynatree')}" in run("scalability", pair, out).info.notes
+
+
+def test_a_length_that_is_given_twice_counts_once(pair, tmp_path):
+    said = []
+    options = attrs.evolve(SMALL, max_new_tokens=[6, 6], prompt_tokens=[9, 5, 9])
+    results = run("scalability", pair, tmp_path / "run", options, say=said.append)
+    assert results.info.axes == {"prompt_tokens": [9, 5], "max_new_tokens": [6]}
+    assert results.info.settings["outputs"] == len(results.records) == 3 * 3 * 2
+    assert said == []
 
 
 def test_a_folder_that_is_a_file_is_refused(pair, tmp_path):
@@ -320,6 +453,50 @@ def test_a_method_that_differs_is_marked(pair, tmp_path, monkeypatch):
     results = run("main", pair, tmp_path / "run", attrs.evolve(SMALL, only=["hf generate", "fixed"]))
     found = {name: [record.is_identical for record in records] for name, records in by_method(results).items()}
     assert found == {"autoregressive": [True] * 3, "hf generate": [False] * 3, "fixed": [True] * 3}
+
+
+def test_a_repeat_of_the_reference_is_compared_with_the_first_one(pair, tmp_path, monkeypatch):
+    """A target that is not deterministic: autoregressive decoding gives another text each time."""
+    made = []
+
+    def decode(pair, cell, prompt_ids, eos):
+        made.append(cell)
+        tokens = (len(made),) if cell.method == REFERENCE else (1,)
+        return Output(tokens, "length", 0.1, 1.0, 1.1)
+
+    monkeypatch.setattr(measure, "decode", decode)
+    options = attrs.evolve(SMALL, num_prompts=1, repeats=3, only=["fixed"])
+    found = by_method(run("main", pair, tmp_path / "run", options))
+    first = found["autoregressive"][0].token_ids
+    assert [record.is_identical for record in found["autoregressive"]] == [True, False, False]
+    assert [record.is_identical for record in found["fixed"]] == [
+        record.token_ids == first for record in found["fixed"]
+    ]
+
+    def again(pair, cell, prompt_ids, eos):
+        return Output(first, "length", 0.1, 1.0, 1.1)
+
+    # the same where the run goes on: what it compares with is in the file
+    path = tmp_path / "run" / RECORDS_FILE
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))  # two repeats
+    monkeypatch.setattr(measure, "decode", again)
+    assert all(r.is_identical for r in run("main", pair, tmp_path / "run", options).records if r.repeat == 2)
+
+
+def test_a_prompt_that_is_too_long_is_recorded_and_the_rest_goes_on(tmp_path):
+    tokenizer = for_transformers(byte_level_tokenizer())
+    model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=64)
+    drafter = tiny_model("llama", 1, vocab_size=len(tokenizer), max_position_embeddings=64)
+    pair = Pair(LoadedModel(model, tokenizer, "tiny"), ModelDrafter(drafter))
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "x" * length}) + "\n" for length in (10, 100, 20)))
+    options = attrs.evolve(SMALL, workloads=[str(path)])
+    found = by_method(run("scalability", pair, tmp_path / "run", options))
+    for records in found.values():
+        errors = {record.prompt_id: record.error for record in records}
+        assert len(errors) == 3
+        assert "64" in errors.pop("prompts-0001")
+        assert set(errors.values()) == {None}
 
 
 def test_beyond_their_window_outputs_with_sinks_are_compared_with_their_own_reference(pair, tmp_path):
@@ -403,6 +580,60 @@ def test_end_tokens_are_honoured_unless_told_otherwise(tmp_path):
     assert {(r.stop_reason, len(r.token_ids)) for r in ignored.records} == {("length", 6)}
     assert ignored.info.ignore_eos
     assert model.generation_config.eos_token_id == sorted(set(ends.values()))
+
+
+# prompts
+
+
+@pytest.fixture
+def reader(tmp_path):
+    """A pair that reads text, and a function that writes prompts of these lengths in tokens, with their categories."""
+    tokenizer = for_transformers(byte_level_tokenizer())
+    models = [tiny_model("llama", seed, vocab_size=len(tokenizer), **LONG) for seed in (0, 1)]
+
+    def write(name, **lengths):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        prompts = [{"category": kind, "prompt": "x" * n} for kind, numbers in lengths.items() for n in numbers]
+        path.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+        return str(path)
+
+    return Pair(LoadedModel(models[0], tokenizer, "tiny"), ModelDrafter(models[1])), write
+
+
+def test_all_lengths_have_the_same_prompts_those_that_reach_the_longest(reader, tmp_path):
+    """Two prompts are asked for. The first ones of the file are too short for 30 tokens, and one of them for 10 too."""
+    pair, write = reader
+    said = []
+    path = write("p.jsonl", a=(5, 20, 30, 40), b=(20, 50))
+    options = attrs.evolve(SMALL, workloads=[path], num_prompts=2, prompt_tokens=[10, 30])
+    results = run("scalability", pair, tmp_path / "run", options, say=said.append)
+    names = {(r.axes["prompt_tokens"], r.num_prompt_tokens, r.prompt_id, r.category) for r in results.records}
+    assert names == {(n, n, *prompt) for n in (10, 30) for prompt in (("p-0002", "a"), ("p-0005", "b"))}
+    assert said == []
+
+
+@pytest.mark.parametrize(("lengths", "which"), [(None, ""), ([10, 30], " of 30 tokens or more")])
+def test_fewer_prompts_than_were_asked_for_are_said(reader, tmp_path, lengths, which):
+    pair, write = reader
+    said = []
+    path = write("p.jsonl", a=(5, 20) if lengths else (), b=(30, 30))
+    options = attrs.evolve(SMALL, workloads=[path], prompt_tokens=lengths)
+    note = f"'p' has 2 of the 3 prompts{which} that are asked for"
+    assert run("scalability", pair, tmp_path / "run", options, say=said.append).info.notes == (note,)
+    assert said == [note]
+
+
+def test_two_workloads_of_one_name_are_refused_and_can_be_named(reader, tmp_path):
+    pair, write = reader
+    one, two = write("one/p.jsonl", a=(5,)), write("two/p.jsonl", a=(6,))
+    options = attrs.evolve(SMALL, num_prompts=1, workloads=[one, two])
+    with pytest.raises(InputError, match="name one of them: --workload NAME=FILE") as caught:
+        run("scalability", pair, tmp_path / "run", options)
+    assert f"got '{one}' and '{two}', which are both called 'p'" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    options = attrs.evolve(options, workloads=[one, f"other={two}"])
+    assert run("scalability", pair, tmp_path / "run", options).info.axes["dataset"] == ["p", "other"]
 
 
 # tables and settings

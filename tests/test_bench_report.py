@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import csv
+import random
 import re
 
 import attrs
+import matplotlib as mpl
+import numpy as np
 import pytest
 from fake_results import ROW, SOURCE, STEP, write_run
+from matplotlib.text import Text
 
 from dynatree_bench import figures
-from dynatree_bench.experiments import EXPERIMENTS
+from dynatree_bench.experiments import EXPERIMENTS, chosen_methods
 from dynatree_bench.figures import FIGURES, draw, provenance
 from dynatree_bench.published import compared, published
-from dynatree_bench.records import Results, ResultsError, append_record, read_results, write_info
+from dynatree_bench.records import MethodInfo, Results, ResultsError, append_record, read_results, write_info
 from dynatree_bench.report import TABLES, report
 from dynatree_bench.statistics import summaries
 from dynatree_core.cli import main
@@ -279,6 +283,121 @@ def test_a_folder_of_runs_has_a_page_for_each(runs, tmp_path, monkeypatch):
     for name in ("ablation", "datasets"):
         assert f"({name}/report.md)" in text
         assert (tmp_path / "out" / name / "report.md").exists()
+
+
+def test_a_run_without_outputs_does_not_keep_the_others_from_a_report(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", ())
+    (tmp_path / "ablation").symlink_to(runs / "ablation")
+    write_info(tmp_path / "begun", read_results(runs / "main").info)
+    text = report(tmp_path, tmp_path / "out").read_text(encoding="utf-8")
+    assert "(ablation/report.md)" in text
+    assert "- begun has no outputs yet" in text
+    (tmp_path / "ablation").unlink()
+    with pytest.raises(ResultsError, match=r"the runs in .* have none yet"):
+        report(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_each_column_has_a_name_of_its_own(runs, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", ())
+    page = report(runs / name, tmp_path)
+    for path in (page.parent / "tables").iterdir():
+        header = next(csv.reader(path.open(encoding="utf-8")))
+        assert len(set(header)) == len(header), (path.name, header)
+    if name == "tree-search":
+        found = summaries(read_results(runs / name).records)
+        for one, row in zip(found, rows_of(page, "summary"), strict=True):
+            if one.method == "fixed":
+                assert (int(row["depth"]), float(row["mean_depth"])) == (one.axes["depth"], one.depth)
+
+
+def test_rows_stand_in_the_order_of_the_run_s_methods_and_points(runs, tmp_path, monkeypatch):
+    """Whatever the order in which they were measured."""
+    monkeypatch.setattr(figures, "FIGURES", ())
+    results = read_results(runs / "ablation")
+    write_info(tmp_path, results.info)
+    records = list(results.records)
+    random.Random(0).shuffle(records)
+    for record in records:
+        append_record(tmp_path, record)
+    rows = [[(row["method"], row.get("base_depth")) for row in rows_of(report(folder, tmp_path / name), "summary")]
+            for folder, name in ((runs / "ablation", "one"), (tmp_path, "two"))]  # fmt: skip
+    assert rows[0] == rows[1]
+    ours = [row for row in rows[0] if row[0] in ("fixed", "phase3")]
+    assert ours == [(name, str(depth)) for name in ("fixed", "phase3") for depth in (4, 5, 6)]
+
+
+def test_of_one_prompt_no_interval_is_shown(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", ())
+    results = read_results(runs / "main")
+    write_info(tmp_path, results.info)
+    for record in results.records:
+        if record.prompt_id == results.records[0].prompt_id:
+            append_record(tmp_path, record)
+    lines = report(tmp_path).read_text(encoding="utf-8").splitlines()
+    pooled, summary, *_ = [line for line in lines if line.startswith("| phase3 |")]
+    speedups = [one.speedup for one in summaries(read_results(tmp_path).records) if one.method == "phase3"]
+    for row in (pooled, summary):
+        assert f"| {speedups[0].median:.2f} |" in row
+        assert "[" not in row
+    assert np.isnan(figures._error_bars(speedups)).all()
+
+
+LONG = "confidence(high=0.85,low=0.35,min_branch=1,max_branch=4)+dynamic_depth(base_depth=6)"
+ERROR = "RuntimeError: " + "the size of tensor a must match the size of tensor b " * 5
+
+
+@pytest.fixture(scope="module")
+def long_names(runs):
+    """The main experiment with policies of long names, two of which only differ in their middle, and a long error."""
+    results = read_results(runs / "main")
+    new = {"phase1": LONG, "phase2": LONG.replace("max_branch=4", "max_branch=5"), "phase3": f"{LONG}+history"}
+    records = tuple(
+        attrs.evolve(record, method=new.get(record.method, record.method), error=record.error and ERROR)
+        for record in results.records
+    )
+    methods = tuple(attrs.evolve(method, name=new.get(method.name, method.name)) for method in results.info.methods)
+    return attrs.evolve(results, records=records, info=attrs.evolve(results.info, methods=methods))
+
+
+def test_long_names_are_shortened_and_stay_apart(long_names):
+    labels = figures._labels(long_names.records)
+    assert len(set(labels.values())) == len(labels)
+    assert labels[LONG] == "confidence(…ic_depth(base_depth=6) (1)"
+    assert labels[f"{LONG}+history"] == "confidence(…(base_depth=6)+history"
+    assert labels["economize"] == "economize †"
+
+
+@pytest.mark.parametrize("name", ["phases", *sorted(COMMON)])
+def test_nothing_is_cut_off_at_the_edge_of_a_figure(long_names, name, tmp_path):
+    with mpl.rc_context(figures.STYLE):
+        figure = PLOTS[name].draw(long_names)
+        figure.savefig(tmp_path / "figure.png", dpi=figure.dpi)
+    width, height = figure.get_size_inches() * figure.dpi
+    texts = [text for legend in figure.legends for text in legend.get_texts()]
+    for axes in figure.axes:
+        texts += [*axes.texts, axes.title, axes.xaxis.label]
+        texts += axes.get_yticklabels() if name in ("phases", "iteration-time") else []  # those of methods
+        assert axes.get_window_extent().width > width / 3  # there is room for what is shown
+    for text in filter(Text.get_text, texts):
+        box = text.get_window_extent()
+        assert -1 <= box.x0 < box.x1 <= width + 1, text.get_text()
+        assert -1 <= box.y0 < box.y1 <= height + 1, text.get_text()
+
+
+def test_methods_of_one_run_have_colours_of_their_own(runs, long_names):
+    for results in (read_results(runs / "main"), long_names):
+        styles = figures._styles(results)
+        assert len({tuple(style.values()) for style in styles.values()}) == len(styles)
+    names = [method.name for method in chosen_methods(EXPERIMENTS["main"], with_compile=True, with_rivals=True)]
+    one = read_results(runs / "main").records[0]
+    info = attrs.evolve(
+        results.info, methods=tuple(MethodInfo(name, "hf" if name.startswith("hf ") else "rival", None, None, {})
+                                    for name in names)
+    )  # fmt: skip
+    every = Results(results.folder, info, tuple(attrs.evolve(one, method=name) for name in names))
+    colours = [style["color"] for style in figures._styles(every).values()]
+    assert len(set(colours)) == len(colours) == len(names)
 
 
 def test_where_there_is_nothing_to_report_it_says_so(runs, tmp_path):

@@ -19,6 +19,7 @@ from dynatree_bench.workloads import (
     load_workload,
     local_variable,
     random_prompts,
+    some_of,
 )
 from dynatree_core import InputError, LoadedModel
 from dynatree_core.testing.models import tiny_model
@@ -87,6 +88,16 @@ def test_a_known_benchmark_from_a_local_file(jsonl, monkeypatch):
     assert by_option.name == "gsm8k"
     assert by_option.is_chat
     assert not load_workload(f"wikitext-2={jsonl}").is_chat
+
+
+def test_a_file_by_a_name_of_one_s_own(jsonl, tmp_path):
+    workload = load_workload(f"other={jsonl}", 3)
+    assert (workload.name, ids(workload)) == ("other", ["a0", "b0", "other-0006"])
+    path = tmp_path / "x=y.jsonl"  # a file may be called so
+    path.write_text(jsonl.read_text())
+    assert load_workload(str(path)).name == "x=y"
+    with pytest.raises(InputError, match="cannot read"):
+        load_workload(f"other={tmp_path / 'missing.jsonl'}")
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
@@ -196,6 +207,13 @@ def test_cut_prompts_leave_out_what_is_too_short():
     assert (cut.prompt_id, chat.tokenizer.decode(cut.token_ids)) == ("long", "abcde")
     with pytest.raises(InputError, match="the longest of 'w' has 8"):
         encode(workload, chat, num_tokens=9)
+
+
+def test_some_of_the_prompts_are_spread_over_a_text_and_else_the_categories_in_turn():
+    prompts = [Prompt(str(i), "ab"[i >= 6], "x") for i in range(8)]
+    assert [prompt.prompt_id for prompt in some_of(prompts, 4, is_text=True)] == ["0", "2", "4", "6"]
+    assert [prompt.prompt_id for prompt in some_of(prompts, 3, is_text=False)] == ["0", "6", "1"]
+    assert some_of(prompts, 9, is_text=True) == tuple(prompts)
 
 
 def test_random_prompts_follow_from_their_seed():

@@ -19,7 +19,7 @@ from dynatree_core.errors import ParameterError
 from dynatree_core.records import Proposals
 from dynatree_core.tree import TokenTree
 
-__all__ = ["UnionDrafter", "models_of"]
+__all__ = ["UnionDrafter", "models_of", "possible_proposals"]
 
 # of the probability of a node's children. An earlier occurrence of two tokens leaves over 0.5, two of one token 0.67,
 # whether they agree or not. With 0.7 the embedded pair drafts 2.18 tokens an iteration of `phase1` with 1.3 passes of
@@ -67,10 +67,7 @@ class UnionState(DraftState):
             if heard and state.can_skip_levels and _most_left_over(heard) < LITTLE:
                 continue
             heard.append(state.propose(committed_ids, tree, k))
-        union = heard.pop()
-        while heard:
-            union = backed_off(heard.pop(), union, k)
-        return union
+        return _combined(heard, k)
 
     def commit(self, draft_path: tuple[int, ...]) -> None:
         for state in self.states:
@@ -79,6 +76,29 @@ class UnionState(DraftState):
     def rollback(self) -> None:
         for state in self.states:
             state.rollback()
+
+
+def possible_proposals(state: DraftState, committed_ids: Tensor, tree: TokenTree, k: int) -> list[Proposals]:
+    """All that a drafter may propose at a tree's only node, that of all drafters of a union first.
+
+    Which of them a union asks about a node depends on the other nodes of its level too.
+    """
+    if not isinstance(state, UnionState):
+        return [state.propose(committed_ids, tree, k)]
+    ways: list[tuple[Proposals, ...]] = [()]
+    for part in reversed(state.states):
+        asked = possible_proposals(part, committed_ids, tree, k)
+        skipped = [heard for heard in ways if heard and part.can_skip_levels and _most_left_over(heard) < LITTLE]
+        ways = [*((*heard, one) for heard in ways for one in asked), *skipped]
+    return [_combined(heard, k) for heard in ways]
+
+
+def _combined(heard: Sequence[Proposals], k: int) -> Proposals:
+    """What drafters propose together, of which the first one is heard first."""
+    *before, union = heard
+    for proposals in reversed(before):
+        union = backed_off(proposals, union, k)
+    return union
 
 
 def _most_left_over(heard: Sequence[Proposals]) -> float:
