@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,12 +33,14 @@ from transformers import PreTrainedModel
 
 from dynatree_bench.distill.evaluate import Agreement, agreement
 from dynatree_bench.distill.prompts import Prompt
+from dynatree_bench.distill.teach import end_ids
 from dynatree_bench.distill.teacher import Shard, read_shard, write, write_shard
-from dynatree_bench.machine import provenance, weights_sha256
+from dynatree_bench.machine import check_writable, provenance, weights_sha256
 from dynatree_bench.prompts import read_objects
 from dynatree_bench.rehearse import Text, known_session
 from dynatree_core import Session, load_model, run
-from dynatree_core.cli_models import encode_prompt
+from dynatree_core.cli import end_process
+from dynatree_core.cli_models import encode_prompt, tokenizer_of
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.drafters.distilled import DistilledDrafter
 from dynatree_core.plugins import build_drafter
@@ -47,6 +48,7 @@ from dynatree_core.student import load_student
 
 DRAFTERS = ("distilled", "prompt_lookup", "distilled+prompt_lookup")
 POLICIES = ("linear", "fixed", "phase1", "phase2", "phase3")
+RESULTS = "drafter_value.json"
 BATCH = 12  # prompts of similar length that are answered at once
 RAW = ("wikitext", "wikitext2", "books", "pg19")  # categories of plain text: to be gone on with, not answered
 
@@ -65,13 +67,13 @@ class Row:
 
 def main() -> int:
     arguments = _parse_arguments()
+    check_writable(arguments.out / RESULTS)
     console = Console(stderr=True, highlight=False)
     loaded = load_model(arguments.target, device="cpu")
-    assert loaded.tokenizer is not None, "the default model has a tokenizer"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    texts = _prompts(arguments, loaded.tokenizer)
+    tokenizer = tokenizer_of(loaded)
+    texts = _prompts(arguments, tokenizer)
     with Progress(console=console) as progress:
-        answers = _answers(loaded.model, loaded.tokenizer, texts, arguments, progress)
+        answers = _answers(loaded.model, tokenizer, texts, arguments, progress)
         agreements = _agreements(loaded.model, arguments.drafter, answers)
         rows = _replayed(loaded.model, arguments, answers, progress)
     numbers = {
@@ -87,7 +89,7 @@ def main() -> int:
         },
         "rows": [attrs.asdict(row) for row in rows],
     }
-    (arguments.out / "drafter_value.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    (arguments.out / RESULTS).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     Console().print(Markdown(tables(agreements, rows)))
     (arguments.out / "drafter_value.md").write_text(tables(agreements, rows), encoding="utf-8")
     return 0
@@ -130,6 +132,7 @@ def _answers(
     folder = arguments.out / "answers"
     folder.mkdir(exist_ok=True)
     weights = weights_sha256(str(model.config.name_or_path))
+    ends = end_ids(model, tokenizer)
     task = progress.add_task("the target answers", total=sum(map(len, texts.values())))
     answers: dict[str, list[Shard]] = {}
     for category, prompts in texts.items():
@@ -137,13 +140,13 @@ def _answers(
         answers[category] = []
         for start in range(0, len(ordered), BATCH):
             some = ordered[start : start + BATCH]
-            key = some, arguments.max_new_tokens, model.config.to_dict(), weights
+            key = some, arguments.max_new_tokens, model.config.to_dict(), weights, ends
             digest = hashlib.sha256(repr(key).encode()).hexdigest()
-            file = folder / f"{category}-{digest[:16]}.safetensors"
+            file = folder / f"{digest[:16]}.safetensors"  # no category, which may be no name for a file
             if not file.exists():
                 asked = [Prompt(tuple(ids), 0.0) for ids in some]
                 shard = write(
-                    model, asked, num_new=arguments.max_new_tokens, end_ids=[tokenizer.eos_token_id],
+                    model, asked, num_new=arguments.max_new_tokens, end_ids=ends,
                     pad_id=tokenizer.pad_token_id or 0, seed=0, min_alive=0.0,
                 )  # fmt: skip
                 write_shard(shard, file)
@@ -235,4 +238,4 @@ def tables(agreements: dict[str, dict[str, Agreement]], rows: Sequence[Row]) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

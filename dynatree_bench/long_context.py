@@ -25,7 +25,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from dynatree_bench.machine import BUSY_PERCENT, LoadMeter, idle_or_busy, provenance
-from dynatree_core import LoadedModel, Session, TokenTree, embedded, load_model, run
+from dynatree_bench.machine import BUSY_PERCENT, LoadMeter, check_writable, idle_or_busy, provenance
+from dynatree_core import InputError, LoadedModel, Session, TokenTree, embedded, load_model, run
 from dynatree_core.cache import TreeCache
+from dynatree_core.cli import end_process
 from dynatree_core.flatten import flatten
 from dynatree_core.runner import ModelRunner
 
@@ -95,12 +96,12 @@ class Results:
 
 def main() -> None:
     arguments = _parse_arguments()
+    check_writable(arguments.out / "long-context.svg")
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if arguments.source is not None:
         results = Results(**json.loads(arguments.source.read_text(encoding="utf-8")))
     else:
         results = _measured(arguments)
-        arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "long-context.json").write_text(json.dumps(attrs.asdict(results), indent=1), encoding="utf-8")
     _show(results, console)
     draw(results, arguments.out / "long-context.svg")
@@ -110,9 +111,7 @@ def _measured(arguments: argparse.Namespace) -> Results:
     default = load_model(None, device="cpu", dtype="float32")
     limit: int = default.model.config.max_position_embeddings
     contexts = arguments.contexts or (512, 1024, 2048, 4096, 6144, limit)
-    # the last tokens of the context are generated
-    contexts = tuple(min(context, limit - arguments.max_new_tokens) for context in contexts)
-    plan = Plan(contexts, arguments.rounds, arguments.max_new_tokens)
+    plan = Plan(_within(contexts, limit - arguments.max_new_tokens), arguments.rounds, arguments.max_new_tokens)
     if arguments.quick:
         plan = Plan((64, 256), rounds=1, max_new_tokens=4)
     meter = LoadMeter()
@@ -126,6 +125,17 @@ def _measured(arguments: argparse.Namespace) -> Results:
         "busy_percent": meter.meanwhile(),
     }
     return results
+
+
+def _within(contexts: Sequence[int], longest: int) -> tuple[int, ...]:
+    """Contexts behind which there is room to generate, each once.
+
+    Raises:
+        InputError: there is no such room.
+    """
+    if longest < 2:
+        raise InputError(f"--max-new-tokens must leave 2 tokens of the context at least, got one that leaves {longest}")
+    return tuple(dict.fromkeys(min(context, longest) for context in contexts))
 
 
 def text_ids(default: LoadedModel, length: int) -> list[int]:
@@ -382,4 +392,4 @@ def _ascending(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    main()
+    end_process(main)

@@ -1,4 +1,5 @@
-"""What a benchmark ran on: libraries, source, device, weights, and who else used the processor meanwhile."""
+"""What a benchmark ran on: libraries, source, device, weights, and who else used the processor meanwhile; and where
+its results can be written."""
 
 from __future__ import annotations
 
@@ -20,10 +21,13 @@ import psutil
 import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+from dynatree_core.errors import InputError
+
 __all__ = [
     "BUSY_PERCENT",
     "LoadMeter",
     "busy_percent",
+    "check_writable",
     "device_name",
     "idle_or_busy",
     "library_versions",
@@ -152,6 +156,22 @@ def provenance(module: str, device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "threads": torch.get_num_threads(),
     }
+
+
+def check_writable(file: Path) -> None:
+    """Make sure that results can be written there, before they are measured; makes the folder, not the file.
+
+    Raises:
+        InputError: they cannot.
+    """
+    is_new = not file.exists()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+        if is_new:
+            file.unlink()
+    except OSError as error:
+        raise InputError(f"results need a file that can be written, got {file} ({error}); choose another") from error
 
 
 def weights_sha256(name_or_path: str) -> str | None:

@@ -11,7 +11,7 @@ random tokens at no cost and says that it is sure of them. The machine is watche
 nothing about speed.
 
 Output: a table per kind of prompt, then the lowest ratio of a stack with `governor` or `cost_aware` in it. Exit code 1
-if any output differed from autoregressive decoding, 2 if that ratio is below 0.97.
+if any output differed from autoregressive decoding, 2 if that ratio is below 0.97, 3 if nothing could be measured.
 
 Command: python -m dynatree_bench.never_slower [--quick] [--drafter NAME|ID|PATH]... [--policy STACK]...
     [--prompts FILE.jsonl] [--per-kind N] [--repeats N] [--max-new-tokens N] [--output FILE.json]
@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from dynatree_bench.machine import LoadMeter, idle_or_busy, provenance, runtime
+from dynatree_bench.machine import LoadMeter, check_writable, idle_or_busy, provenance, runtime
 from dynatree_bench.prompts import chat_ids, in_turns, load_prompts, parsed_arguments
 from dynatree_bench.statistics import ratio_of_sums
 from dynatree_core import (
@@ -51,6 +51,7 @@ from dynatree_core import (
     load_model,
     parse_stack,
 )
+from dynatree_core.cli import end_process
 from dynatree_core.cli_models import load_drafter, registered_drafter
 
 POLICIES = ("phase3", "phase3+governor", "cost_aware", "cost_aware+governor")
@@ -139,6 +140,8 @@ class NoiseState(DraftState):
 
 def main() -> int:
     arguments = _parse_arguments()
+    if arguments.output is not None:
+        check_writable(arguments.output)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     kinds = load_prompts(arguments.prompts, arguments.per_kind)
     target = load_model(arguments.target, device=arguments.device, dtype=arguments.dtype)
@@ -325,4 +328,4 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main, error_code=3)  # 1 and 2 are verdicts

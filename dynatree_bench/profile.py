@@ -14,6 +14,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
+from dynatree_bench.machine import check_writable
 from dynatree_core import Session, decode_step, prefill
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.errors import InputError
@@ -66,8 +67,10 @@ def profile(
         options: of `dynatree_core.generate`.
 
     Raises:
-        InputError: the context has no room for so many iterations.
+        InputError: the context has no room for so many iterations, or the trace cannot be written.
     """
+    if trace is not None:
+        check_writable(trace)
     asked = {"max_new_tokens": 8 * (WARM_UP + num_iterations), **options, "eos_token_id": []}
     clocked = Session(target, drafter, prompt_ids, **asked)
     before = _warmed_up(clocked)
@@ -79,7 +82,6 @@ def profile(
     with torch_profile(activities=activities) as profiler:
         _run(watched, num_iterations)
     if trace is not None:
-        trace.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(trace))
     on_device = clocked.device.type == "cuda"
     operators = [

@@ -40,12 +40,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dynatree_bench.machine import provenance
+from dynatree_bench.machine import check_writable, provenance
 from dynatree_bench.never_slower import make_drafter
 from dynatree_bench.prompts import chat_ids, load_prompts, parsed_arguments
 from dynatree_bench.statistics import PooledRatio, ratio_of_sums
 from dynatree_core import CostModel, Drafter, DraftPlan, DraftState, Session, generate, load_model, run
 from dynatree_core.architectures import vocab_size
+from dynatree_core.cli import end_process
 from dynatree_core.clock import StageClock
 from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
@@ -263,6 +264,8 @@ def relatives(results: dict[str, list[Rehearsal]], others: Sequence[Rehearsal]) 
 
 def main() -> int:
     arguments = _parse_arguments()
+    if arguments.output is not None:
+        check_writable(arguments.output)
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
     loaded = load_model(arguments.target, device="cpu", dtype=arguments.dtype)
     target, made = loaded.model, make_drafter(arguments.drafter, loaded)
@@ -397,4 +400,4 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

@@ -31,9 +31,10 @@ from rich.progress import track
 from rich.table import Table
 
 from dynatree_bench.figures import BLUE, GREY, ORANGE, SKY, VERMILION
-from dynatree_bench.machine import BUSY_PERCENT, LoadMeter, idle_or_busy, now, provenance
+from dynatree_bench.machine import BUSY_PERCENT, LoadMeter, check_writable, idle_or_busy, now, provenance
 from dynatree_core import load_model
 from dynatree_core.cache import TreeCache
+from dynatree_core.cli import end_process
 from dynatree_core.clock import StageClock
 from dynatree_core.flatten import flatten
 from dynatree_core.packed import can_pack
@@ -62,12 +63,12 @@ class Results:
 
 def main() -> None:
     arguments = _parse_arguments()
+    check_writable(arguments.out / "runners.svg")
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if arguments.source is not None:
         results = Results(**json.loads(arguments.source.read_text(encoding="utf-8")))
     else:
         results = _measured(arguments)
-        arguments.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(attrs.asdict(results), indent=1) + "\n"
         (arguments.out / "runners.json").write_text(text, encoding="utf-8")
     console.print(table(results))
@@ -227,4 +228,4 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    end_process(main)

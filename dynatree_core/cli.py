@@ -8,12 +8,14 @@ What needs torch or transformers, which take seconds to import, is imported by t
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,7 +25,15 @@ import click
 from rich.console import Console
 
 from dynatree_core import console
-from dynatree_core.cli_models import encode_prompt, load, load_drafter, registered_drafter, tokenizer_of, usual_drafter
+from dynatree_core.cli_models import (
+    FiniteRange,
+    encode_prompt,
+    load,
+    load_drafter,
+    registered_drafter,
+    tokenizer_of,
+    usual_drafter,
+)
 from dynatree_core.composition import format_stack, parse_stack
 from dynatree_core.errors import (
     DynaTreeError,
@@ -40,7 +50,7 @@ if TYPE_CHECKING:
     from dynatree_core.records import GenerationResult
     from dynatree_core.session import Session
 
-__all__ = ["main"]
+__all__ = ["end_process", "main"]
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
@@ -54,31 +64,48 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
     With DYNATREE_DEBUG=1 in the environment an error that nobody foresaw keeps its traceback.
     """
+    end_process(lambda: _dynatree.main(args, prog_name="dynatree", standalone_mode=False))
+
+
+def end_process(command: Callable[[], int | None], *, error_code: int | None = None) -> NoReturn:
+    """Run a command and end the process with its exit code. What goes wrong is told in one line.
+
+    Args:
+        command: its exit code is what it returns, 0 for None.
+        error_code: for every error, where 1 and 2 are verdicts of the command; None: 1 and 2, as described above.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks is no reason to stop
-    exit_code = _exit_code(args)
+    exit_code = _exit_code(command, error_code or FAILED, error_code or MISUSED)
     if exit_code == INTERRUPTED:
         console.clean_terminal()
     sys.exit(exit_code)
 
 
-def _exit_code(args: Sequence[str] | None) -> int:
+def _exit_code(command: Callable[[], int | None], failed: int, misused: int) -> int:
     try:
-        return _dynatree.main(args, prog_name="dynatree", standalone_mode=False) or 0
+        return command() or 0
     except click.UsageError as error:
         hint = f"; see '{error.ctx.command_path} --help'" if error.ctx is not None else ""
         console.complain("error", error.format_message().rstrip(".") + hint)
-        return MISUSED
+        return misused
+    except SystemExit as error:
+        if error.code == MISUSED:  # argparse has told what is wrong
+            return misused
+        raise
     except DynaTreeError as error:
         console.complain("error", str(error))
-        return MISUSED if isinstance(error, InputError) else FAILED
+        return misused if isinstance(error, InputError) else failed
     except (click.Abort, KeyboardInterrupt):  # click turns the interrupts that it sees into Abort
         return INTERRUPTED
+    except OSError as error:  # a full disk, a file that cannot be read: it says itself what is wrong
+        console.complain("error", str(error))
+        return failed
     except Exception as error:  # the last resort: whatever it is, a user gets a line
         if os.environ.get("DYNATREE_DEBUG"):
             raise
         console.complain("error", f"unexpected {type(error).__name__}: {error}; DYNATREE_DEBUG=1 shows where")
-        return FAILED
+        return failed
 
 
 class _Commands(click.Group):
@@ -182,15 +209,22 @@ def _dynatree(context: click.Context) -> None:
     help="Wrap the prompt in the chat template, or not.  [default: where there is one]",
 )
 @click.option("--ignore-eos", is_flag=True, help="Do not stop where the model would.")
-@click.option("--stop", "stop_strings", metavar="TEXT", multiple=True, help="Stop behind this text; may be repeated.")
-@click.option("--max-time", type=click.FloatRange(min=0), metavar="SECONDS", help="Stop when so much time has passed.")
+@click.option(
+    "--stop",
+    "stop_strings",
+    metavar="TEXT",
+    multiple=True,
+    callback=lambda context, option, given: _without_empty(given),
+    help="Stop behind this text; may be repeated.",
+)
+@click.option("--max-time", type=FiniteRange(min=0), metavar="SECONDS", help="Stop when so much time has passed.")
 @click.option(
     "--repetition-penalty",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="As in transformers; above 1 repeats less.",
 )
 @click.option("--no-repeat-ngram-size", type=click.IntRange(min=1), help="No n tokens in a row come twice.")
-@click.option("--tau", type=click.FloatRange(0, 1), help="Cut drafted nodes of a lower path probability.")
+@click.option("--tau", type=FiniteRange(0, 1), help="Cut drafted nodes of a lower path probability.")
 @click.option("--max-nodes", type=click.IntRange(min=0), help="Drafted nodes of a tree at most.")
 @click.option("--max-depth", type=click.IntRange(min=0), help="Depth of a tree at most.")
 @click.option(
@@ -235,6 +269,8 @@ def generate(
     if compare and request["max_time"] is not None:
         raise click.UsageError("--compare needs outputs of one length, and --max-time ends each at another token")
     job = _Job(target, drafter, policy, as_json, compare)
+    # first: torch cannot be imported again, as a conclusion needs it, once an interrupt has left it half imported
+    importlib.import_module("dynatree_core.session")
     try:
         with console.warnings_in_one_line():
             job.start(prompt, **request)
@@ -253,6 +289,12 @@ def generate(
     return job.conclude()
 
 
+def _without_empty(texts: tuple[str, ...]) -> tuple[str, ...]:
+    if "" in texts:
+        raise click.BadParameter("must be a text of at least one character, got none")
+    return texts
+
+
 # options that `dynatree chat` has in common with `dynatree generate`
 _OF_A_CHAT = {
     "target", "drafter", "policy", "device", "dtype", "runner", "stop_strings", "repetition_penalty",
@@ -264,9 +306,9 @@ _OF_A_CHAT = {
 @click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer.")
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), help="Draw tokens, the more freely the higher; 0: take the best."
+    "--temperature", type=FiniteRange(min=0), help="Draw tokens, the more freely the higher; 0: take the best."
 )
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the best that sum to so much.")
+@click.option("--top-p", type=FiniteRange(0, 1, min_open=True), help="Draw from the best that sum to so much.")
 @click.option("--seed", type=click.IntRange(min=0), help="With --temperature or --top-p: repeat the same draws.")
 @click.option(
     "--prefix-cache",
@@ -418,6 +460,11 @@ def _audit(
     from dynatree_core.audit_cli import Case, audit_cases, document, read_output, read_prompts, show
 
     given = read_output(output_file) if output_file is not None else None
+    if given is not None:
+        target = _target_of(given, target)
+        ignore_eos = ignore_eos or bool(given.get("ignore_eos"))
+        for name in ("exact", "max_nodes"):
+            options[name] = given.get(name) if options[name] is None else options[name]
     prompts = read_prompts(prompts_file, limit) if prompts_file is not None else []
     prompts += [_read(prompt)] if prompt is not None else []
     if given is not None and dtype == "auto":
@@ -427,7 +474,6 @@ def _audit(
     tokenizer = tokenizer_of(loaded)
     if given is not None:
         cases = [_given_case(given, prompts, tokenizer, is_chat)]
-        options["exact"] = options["exact"] or given.get("exact")
     else:
         cases = [Case(encode_prompt(text, tokenizer, is_chat)) for text in prompts]
         source = load_drafter(drafter, loaded).model if source is None else source
@@ -442,6 +488,19 @@ def _audit(
     if len(audits) < len(cases):
         return INTERRUPTED
     return FAILED if found["verdict"] == "bug" else 0
+
+
+def _target_of(given: dict[str, Any], asked: str | None) -> str | None:
+    """The model that an output is said to come from, which is also the one that was asked for, if one was."""
+    made_by: str | None = given.get("target")
+    if asked is None or made_by is None:
+        return asked or made_by
+    if Path(asked).expanduser().resolve() != Path(made_by).expanduser().resolve():  # ids on the hub are compared too
+        raise InputError(
+            f"an output must be audited with the target that it was made by, '{made_by}', got --target '{asked}'; "
+            'leave --target out, or take "target" out of the file if the two are one model'
+        )
+    return asked
 
 
 def _given_case(
@@ -481,21 +540,24 @@ def calibrate(
       dynatree calibrate
       dynatree calibrate --target ./big --drafter ./small --rounds 15
     """
-    from dynatree_core.costs import folder, measured_costs
+    from dynatree_core.costs import NotKeptWarning, folder, measured_costs
     from dynatree_core.drafters.model import ModelDrafter
 
     source = registered_drafter(drafter)
     loaded = load(target, device, dtype)
     if source is None:
         source = ModelDrafter(load_drafter(drafter, loaded).model)
-    with console.spinner(f"measuring {rounds} rounds"):
+    with warnings.catch_warnings(record=True) as caught, console.spinner(f"measuring {rounds} rounds"):
         costs = measured_costs(loaded.model, source, runner=runner, rounds=rounds, patience=math.inf, is_anew=True)
+    for warning in caught:
+        console.complain("warning", str(warning.message))
     if as_json:
         document = {"target": target or "default", "drafter": drafter, **_where(loaded), "costs": attrs.asdict(costs)}
         click.echo(json.dumps(document))
     else:
         Console(highlight=False).print(console.cost_table(costs))
-        click.echo(f"kept in {folder()}")
+        if not any(warning.category is NotKeptWarning for warning in caught):
+            click.echo(f"kept in {folder()}")
 
 
 @_dynatree.command()
@@ -700,7 +762,10 @@ class _Job:
             "target": self.target_name or "default",
             "expanded_policy": self.expanded_policy,
             "exact": self.options.get("exact"),
+            "max_nodes": self.options.get("max_nodes"),
+            "ignore_eos": "eos_token_id" in self.options,
             "cache": self.options.get("cache"),
+            "logits_processors": [type(one).__name__ for one in self.session.logits_processors] if self.session else [],
             **_where(self.target),
         }
         if self.is_compared:
@@ -730,17 +795,10 @@ class _Job:
 
 def _where(target: LoadedModel | None) -> dict[str, Any]:
     """Device, dtype and versions, for a document; None where no model was loaded."""
-    import torch
-    import transformers
-
     return {
         "device": str(target.model.device) if target is not None else None,
         "dtype": str(target.model.dtype).removeprefix("torch.") if target is not None else None,
-        "versions": {
-            "dynatree": version("dynatree"),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": {name: version(name) for name in ("dynatree", "torch", "transformers")},
     }
 
 

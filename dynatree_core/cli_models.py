@@ -6,10 +6,13 @@ torch and transformers, which take seconds to import, are imported when a model 
 from __future__ import annotations
 
 import logging
+import math
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from dynatree_core import console
 from dynatree_core.errors import (
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from dynatree_core.models import LoadedModel
 
 __all__ = [
+    "FiniteRange",
     "chat_ids",
     "encode_prompt",
     "load",
@@ -35,6 +39,16 @@ __all__ = [
     "tokenizer_of",
     "usual_drafter",
 ]
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers, to which click itself counts NaN: that compares with no bound."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 def tokenizer_of(target: LoadedModel) -> PreTrainedTokenizerBase:

@@ -54,6 +54,10 @@ _NO_MATTER = {"_name_or_path", "name_or_path", "architectures", "dtype", "torch_
 _known: dict[str, dict[str, Any]] = {}  # what this process has measured or read, by key
 
 
+class NotKeptWarning(RuntimeWarning):
+    """What was measured could not be written to the folder."""
+
+
 def measured_costs(
     target: nn.Module,
     drafter: Drafter | None,
@@ -155,7 +159,7 @@ def _write(path: Path, found: Mapping[str, Any]) -> None:
         draft.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         draft.replace(path)
     except OSError as error:
-        warnings.warn(f"measured costs cannot be kept, and have to be measured again: {error}", RuntimeWarning, 2)
+        warnings.warn(f"measured costs cannot be kept, and have to be measured again: {error}", NotKeptWarning, 2)
 
 
 def _versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -75,7 +76,7 @@ class RestrictedHead(nn.Module):
 def new_student(
     target: PreTrainedModel, layers: Sequence[int], head_ids: Tensor, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """A student that begins as some of its target's layers, one behind the other.
+    """A student that begins as some of its target's layers, one behind the other, in eval mode.
 
     Args:
         target: a causal language model; it is not changed.
@@ -104,7 +105,7 @@ def new_student(
             source = f"{stack}.{layers[int(index)]}.{rest}"
         own[name] = weights[source].to(dtype)
     student.load_state_dict(own)
-    return student
+    return student.eval()  # type: ignore[no-any-return, no-untyped-call]  # transformers leaves it unannotated
 
 
 def save_student(student: PreTrainedModel, folder: Path, dtype: torch.dtype, card: Mapping[str, Any]) -> None:
@@ -137,11 +138,8 @@ def load_student(folder: Path, target: PreTrainedModel, dtype: torch.dtype) -> P
         weights = load_file(folder / WEIGHTS)
         head_ids = weights.pop(HEAD_IDS)
         made_for = card["vocab_size"], card["hidden_size"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelLoadError(
-            f"cannot load the drafter in '{folder}': expected a folder made by `dynatree distill`, got "
-            f"{type(error).__name__} ({error}); make it again, or choose another drafter"
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise _damaged(folder, error) from error
     table: Any = target.get_input_embeddings()
     got = tuple(table.weight.shape)
     if made_for != got:
@@ -150,9 +148,20 @@ def load_student(folder: Path, target: PreTrainedModel, dtype: torch.dtype) -> P
             f"tokens of {made_for[1]} numbers, but this target has {got[0]} of {got[1]}; choose another drafter, such "
             "as prompt_lookup"
         )
-    student = _assembled(config, target, head_ids, dtype)
-    student.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()})
+    try:
+        student = _assembled(config, target, head_ids, dtype)
+        student.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()})
+    except (RuntimeError, IndexError) as error:  # tensors that are missing or of another shape, tokens that are none
+        raise _damaged(folder, error) from error
     return student.eval()  # type: ignore[no-any-return, no-untyped-call]  # transformers leaves it unannotated
+
+
+def _damaged(folder: Path, error: Exception) -> ModelLoadError:
+    came = textwrap.shorten(str(error), 160, placeholder=" …")
+    return ModelLoadError(
+        f"cannot load the drafter in '{folder}': expected a folder made by `dynatree distill`, got "
+        f"{type(error).__name__} ({came}); make it again, or choose another drafter"
+    )
 
 
 def _assembled(

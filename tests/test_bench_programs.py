@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,10 +15,11 @@ import torch
 from rich.progress import Progress
 from test_distill import target_folder  # noqa: F401  # a fixture
 
-from dynatree_bench import drafter_value
+from dynatree_bench import drafter_value, long_context
 from dynatree_bench.distill.evaluate import Agreement
 from dynatree_bench.distill.teacher import Shard
 from dynatree_bench.drafter_value import Row, evenly, tables
+from dynatree_bench.machine import check_writable
 from dynatree_bench.pairs import load_synthetic
 from dynatree_core import generate, load_model
 from dynatree_core.errors import InputError
@@ -56,8 +60,8 @@ def test_answers_are_kept_for_the_same_weights_only(target_folder, tmp_path, mon
     arguments = argparse.Namespace(out=tmp_path, max_new_tokens=6)
 
     def answers() -> list[int]:
-        found = drafter_value._answers(loaded.model, loaded.tokenizer, {"qa": [[5, 6, 7]]}, arguments, Progress())
-        return found["qa"][0].token_ids.tolist()
+        found = drafter_value._answers(loaded.model, loaded.tokenizer, {"q/a": [[5, 6, 7]]}, arguments, Progress())
+        return found["q/a"][0].token_ids.tolist()
 
     first = answers()
     assert first[:3] == [5, 6, 7]
@@ -67,6 +71,65 @@ def test_answers_are_kept_for_the_same_weights_only(target_folder, tmp_path, mon
     monkeypatch.setattr(drafter_value, "weights_sha256", lambda path: "of other weights")
     assert answers() == first
     assert len(written) == 2
+    loaded.model.generation_config.eos_token_id = [30, first[3]]
+    assert answers() == first[:4] != first, "it ends where generate() would"
+    assert len(written) == 3
+
+
+PROGRAMS = ("drafter_value", "long_context", "never_slower", "rehearse", "runners")
+
+
+def ended(program: str, *arguments: object) -> tuple[int, str]:
+    """What `python -m` of it ends with: exit code and stderr."""
+    environment = os.environ | {"TERM": "dumb"}
+    command = [sys.executable, "-m", f"dynatree_bench.{program}", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_what_goes_wrong_is_one_line_and_comes_before_any_measurement(program, tmp_path):
+    """No traceback, and no exit code that is a verdict."""
+    (tmp_path / "file").write_text("")
+    where = "--output" if program in ("never_slower", "rehearse") else "--out"
+    prompts = ["--prompts", tmp_path / "none.jsonl"] if program == "drafter_value" else []
+    code, said = ended(program, where, tmp_path / "file" / "results", *prompts)
+    assert code == (3 if program == "never_slower" else 2)
+    assert said.count("\n") == 1
+    assert said.startswith("dynatree: error: results need a file that can be written, got ")
+
+
+def test_arguments_that_cannot_be_used_are_no_verdict(tmp_path):
+    code, said = ended("never_slower", "--repeats", "0")
+    assert code == 3
+    assert "--repeats must be at least 1" in said
+    code, said = ended("never_slower", "--prompts", tmp_path / "none.jsonl")
+    assert code == 3
+    assert said.count("\n") == 1
+    assert "cannot read" in said
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+    code, said = ended("runners", "--out", tmp_path, "--from", tmp_path / "none.json")
+    assert code == 1
+    assert re.fullmatch(r"dynatree: error: \[Errno 2\] .*none\.json'\n", said)
+
+
+def test_results_can_be_written_or_not(tmp_path):
+    check_writable(tmp_path / "new" / "results.json")
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "old.json").write_text("old")
+    check_writable(tmp_path / "old.json")
+    assert (tmp_path / "old.json").read_text() == "old"
+    with pytest.raises(InputError, match=f"got {tmp_path} .*choose another"):
+        check_writable(tmp_path)
+
+
+def test_no_context_is_measured_twice():
+    assert long_context._within((512, 4096, 6144, 8192), 4000) == (512, 4000)
+    with pytest.raises(InputError, match=r"--max-new-tokens must leave 2 tokens .* leaves -8"):
+        long_context._within((512,), -8)
 
 
 def test_the_tables_of_drafters():

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -570,7 +571,10 @@ def test_vocabularies_that_disagree(generate: Dynatree, folders: SimpleNamespace
         (["--max-nodes", "1.5"], ["--max-nodes"]),
         (["--max-branch", "0"], ["--max-branch"]),
         (["--tau", "1.5"], ["--tau"]),
-        (["--tau", "nan"], ["tau", "nan"]),
+        (["--tau", "nan"], ["--tau", "nan is not a finite number"]),
+        (["--max-time", "nan"], ["--max-time", "nan is not a finite number"]),
+        (["--repetition-penalty", "inf"], ["--repetition-penalty", "inf is not a finite number"]),
+        (["--stop", "x", "--stop", ""], ["--stop", "at least one character"]),
         (["--dtype", "int8"], ["--dtype", "float32"]),
         (["--on-error", "ignore"], ["--on-error"]),
         (["--cache", "sinks=4"], ["'sinks=4,window=1024'"]),
@@ -584,6 +588,10 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(generate: Dynatree, arg
     ran = generate(*args, "abc")
     assert (ran.code, ran.out) == (2, "")
     assert is_one_error_line(ran, *words)
+
+
+def test_a_share_that_is_no_number(dynatree: Dynatree) -> None:
+    assert is_one_error_line(dynatree("chat", "--top-p", "nan"), "--top-p", "nan is not a finite number")
 
 
 def test_an_empty_prompt(generate: Dynatree, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,6 +630,19 @@ def test_calibrate(dynatree: Dynatree, folders: SimpleNamespace) -> None:
     assert ran.code == 0
     for expected in ("target's pass, by rows", "drafter's level, by nodes", "rest of an iteration", "kept in "):
         assert expected in ran.out
+
+
+def test_calibrate_where_nothing_can_be_kept(
+    dynatree: Dynatree, folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("dynatree_core.costs.folder", lambda: tmp_path / "file" / "costs")
+    ran = dynatree("calibrate", *ON_CPU, "--target", folders.plain, "--drafter", "prompt_lookup", "--rounds", "1")
+    assert ran.code == 0
+    assert "kept in" not in ran.out
+    warned = ran.err.splitlines()
+    assert warned
+    assert all(line.startswith("dynatree: warning: measured costs cannot be kept") for line in warned)
 
 
 @pytest.mark.parametrize(
@@ -760,6 +781,20 @@ def test_an_interrupt_while_loading(generate: Dynatree, monkeypatch: pytest.Monk
     assert ran.document["token_ids"] == []
     assert ran.document["tokens_per_second"] is None
     assert ran.document["autoregressive"] is None
+
+
+def test_an_interrupt_while_torch_is_imported(tmp_path: Path) -> None:
+    """It leaves torch half imported, and a second import of it raises something else."""
+    (tmp_path / "torch.py").write_text(
+        "import sys\n"
+        "again, sys.interrupted = hasattr(sys, 'interrupted'), True\n"
+        "raise AttributeError('partially initialized') if again else KeyboardInterrupt\n"
+    )
+    process = spawn(
+        "generate", "--json", "abc", stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PYTHONPATH": str(tmp_path)}
+    )
+    out, err = process.communicate()
+    assert (process.returncode, out, err.strip()) == (130, b"", b"")
 
 
 def test_an_interrupt_elsewhere(dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1156,6 +1191,11 @@ def test_audit_of_prompts(audit: Dynatree, tmp_path: Path) -> None:
     assert is_one_error_line(ran, "line 2", 'must be a JSON object with a "prompt"')
     path.write_text("")
     assert is_one_error_line(audit("--prompts", path), "at least one line", "got none")
+    path.write_text('{"prompt": "a\u2028b"}\n\n{"prompt": "abc"}\n \n', encoding="utf-8")  # no line ends at U+2028
+    assert audit("--json", "--prompts", path, "--limit", 2).document["num_outputs"] == 2
+    for wrong_prompt in (None, ["x", "y"], ""):
+        path.write_text(json.dumps({"prompt": wrong_prompt}))
+        assert is_one_error_line(audit("--prompts", path), "line 1", '"prompt" of at least one character')
     path.write_bytes(b"\xff\xfe")
     for wrong in (path, tmp_path, tmp_path / "nowhere"):
         ran = audit("--prompts", wrong)
@@ -1185,6 +1225,78 @@ def test_audit_of_an_output(audit: Dynatree, generate: Dynatree, tmp_path: Path)
     first = ran.document["audits"][0]["differences"][0]
     assert (first["position"], first["token_id"], first["verdict"]) == (7, wrong[7], "bug")
     assert "transformers, all rows, float64" in first["logits"]
+
+
+def test_audit_of_an_output_knows_how_it_was_made(
+    dynatree: Dynatree, generate: Dynatree, folders: SimpleNamespace, tmp_path: Path
+) -> None:
+    """Its target, end tokens and width of passes come from the file; another target is refused."""
+    path, width = tmp_path / "answer.json", ("--exact", "fixed_width", "--max-nodes", 7)
+    [end] = generate("--json", "--max-new-tokens", 1, "abc").document["token_ids"]
+    target = shutil.copytree(folders.plain, tmp_path / "target")
+    (target / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
+    made = dynatree(
+        "generate", *ON_CPU, "--json", "--target", target, "--ignore-eos", "--max-new-tokens", 8, *width, "abc"
+    )
+    path.write_text(made.out)
+    ran = dynatree("audit", *ON_CPU, "--json", "--output", path)
+    assert (ran.code, ran.document["target"], ran.document["num_rows"]) == (0, str(target), 8)
+    path.write_text(json.dumps(made.document | {"ignore_eos": False}))
+    assert "goes on after token 0" in dynatree("audit", *ON_CPU, "--output", path).out
+    same = target / ".." / "target"
+    assert dynatree("audit", *ON_CPU, "--ignore-eos", "--target", same, "--output", path).code == 0
+    ran = dynatree("audit", *ON_CPU, "--target", folders.plain, "--output", path)
+    assert ran.code == 2
+    assert is_one_error_line(ran, f"made by, '{target}', got --target '{folders.plain}'", "leave --target out")
+
+
+@pytest.mark.parametrize("way", ["option", "generation config"])
+def test_audit_of_changed_logits_is_refused(
+    dynatree: Dynatree, folders: SimpleNamespace, tmp_path: Path, way: str
+) -> None:
+    path, target = tmp_path / "answer.json", folders.plain
+    options: list[object] = ["--no-repeat-ngram-size", 1]
+    if way == "generation config":
+        target, options = shutil.copytree(target, tmp_path / "target"), []
+        (target / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.5}))
+    made = dynatree("generate", *ON_CPU, "--json", "--target", target, *options, "--max-new-tokens", 4, "abc")
+    path.write_text(made.out)
+    [name] = made.document["logits_processors"]
+    ran = dynatree("audit", *ON_CPU, "--output", path)
+    assert ran.code == 2
+    assert is_one_error_line(ran, f"changed by {name} (--repetition-penalty", "generate --compare")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"token_ids": ["a"]}, 'a list of whole numbers as "token_ids"'),
+        ({"token_ids": 7}, 'a list of whole numbers as "token_ids"'),
+        ({"token_ids": None}, '"token_ids", or at least "text"'),
+        ({"prompt_ids": "abc"}, 'a list of whole numbers as "prompt_ids"'),
+        ({"dtype": 7}, 'a dtype as "dtype"'),
+        ({"target": 7}, 'a model as "target"'),
+        ({"exact": "yes"}, '"fixed_width" or null as "exact"'),
+        ({"max_nodes": -1}, 'a whole number as "max_nodes"'),
+        ({"ignore_eos": 1}, 'true or false as "ignore_eos"'),
+        ({"logits_processors": 7}, 'a list of names as "logits_processors"'),
+    ],
+    ids=str,
+)
+def test_an_output_with_something_wrong_in_it(
+    audit: Dynatree, tmp_path: Path, wrong: dict[str, object], expected: str
+) -> None:
+    path = tmp_path / "answer.json"
+    path.write_text(json.dumps({"prompt_ids": [1, 2], "token_ids": [5, 6]} | wrong))
+    ran = audit("--output", path)
+    assert ran.code == 2
+    assert is_one_error_line(ran, f"{path} must ", expected)
+
+
+def test_an_output_that_is_not_there(audit: Dynatree, tmp_path: Path) -> None:
+    ran = audit("--output", tmp_path / "nowhere.json")
+    assert is_one_error_line(ran, "must be a file of UTF-8 text", "check the path")
+    assert "JSON" not in ran.err
 
 
 def test_audit_of_a_text(audit: Dynatree, generate: Dynatree, folders: SimpleNamespace, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import attrs
 import click.testing
 import pytest
 import torch
+from safetensors.torch import load_file
 from students import HEAD_IDS
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dynatree_bench.distill import teach as teaching
 from dynatree_bench.distill.distill_cli import distill
@@ -21,9 +23,19 @@ from dynatree_bench.distill.evaluate import agreement, level_costs
 from dynatree_bench.distill.prompts import Prompt, ask_prompts, chat_prefix, continue_prompts, read_passages
 from dynatree_bench.distill.teach import TeachingPlan, teach
 from dynatree_bench.distill.teacher import Shard, read_shard, score, write, write_shard
-from dynatree_bench.distill.train import TrainingPlan, batches_of, collate, divergence, frequent_tokens, train
+from dynatree_bench.distill.train import (
+    Batch,
+    TrainingPlan,
+    batches_of,
+    collate,
+    divergence,
+    frequent_tokens,
+    scored_logits,
+    train,
+)
 from dynatree_bench.drafter_value import replayed
 from dynatree_core import build_drafter, generate, load_model
+from dynatree_core.architectures import EXACT_FAMILIES
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import InputError, PluginLoadError
 from dynatree_core.student import new_student, save_student
@@ -147,6 +159,54 @@ def test_layers_that_are_no_numbers(tmp_path):
     assert "numbers joined by commas, got '0;1'" in command("--out", tmp_path, "--layers", "0;1").output
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--outputs", 0), ("--outputs", -5), ("--learning-rate", "nan"), ("--learning-rate", -1), ("--new-tokens", 0),
+        ("--continue", -4), ("--ask", -1), ("--read", -1), ("--self-prompts", -1), ("--epochs", 0),
+        ("--batch-tokens", 0),
+    ],
+    ids=lambda wrong: f"{wrong[0]}={wrong[1]}",
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused_at_once(wrong, tmp_path, monkeypatch):
+    monkeypatch.setattr("dynatree_bench.distill.run.make_drafter", lambda *asked: pytest.fail("it began"))
+    ran = command("--out", tmp_path, *wrong)
+    assert ran.exit_code == 2
+    assert f"Invalid value for '{wrong[0]}'" in ran.output
+
+
+@pytest.mark.parametrize("layers", ["0,3", "-1"])
+def test_layers_that_the_target_lacks_are_refused_before_it_is_asked(layers, target_folder, text_file, tmp_path):
+    with pytest.raises(InputError, match=r"--layers must be from 0 to 2 for .*, got \["):
+        command(*options(target_folder, text_file, tmp_path), "--layers", layers)
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_a_short_context_is_kept_to(target_folder, text_file, tmp_path):
+    """No text of a target with few positions is longer than they are, and prompts leave half of them to the answer."""
+    loaded = load_model(str(target_folder))
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(WORDS), "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 100}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=30)).eval()
+    target = attrs.evolve(loaded, model=model)
+    plan = about_texts(text_file, num_new=80)
+    plan = attrs.evolve(plan, block_len=768, passage_len=20)  # questions of four passages are too long
+    taught = teach(target, plan, tmp_path / "teaching", lambda *_: None)
+    assert {re.sub(r"^apart-|-\d+$", "", file.stem) for file in taught.to_learn} == {
+        "read",
+        "asked",
+        "continued",
+        "own",
+    }
+    shards = [read_shard(file) for file in (*taught.to_learn, *taught.apart)]
+    lengths = [shard.text(index).stop - shard.text(index).start for shard in shards for index in range(shard.num_texts)]
+    assert max(lengths) == 100
+    student = new_student(model, [0], torch.arange(len(WORDS)))
+    assert len(level_costs(student, model, (1, 16), repeats=2)) == 2
+    with pytest.raises(InputError, match=r"need half its positions .* got 61 tokens for 50"):
+        teach(target, a_plan(openings=("a" * 60,)), tmp_path / "long", lambda *_: None)
+
+
 class Interrupted(Exception):
     """In place of a signal."""
 
@@ -182,11 +242,42 @@ def test_teaching_goes_on_where_it_was_interrupted(target_folder, tmp_path, monk
             assert torch.equal(getattr(read_shard(one), field.name), getattr(read_shard(other), field.name))
 
 
-def about_texts(*texts: Path, **changes) -> TeachingPlan:
+def about_texts(*texts: Path, num_new: int = 1, **changes) -> TeachingPlan:
     return a_plan(
-        texts=texts, num_text_tokens=40_000, num_continued=160, num_asked=160, questions=("what? {text}",), num_new=1,
-        passage_len=30, block_len=64, **changes,
+        texts=texts, num_text_tokens=40_000, num_continued=160, num_asked=160, questions=("what? {text}",),
+        num_new=num_new, passage_len=30, block_len=64, **changes,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["safetensors", "in memory"])
+def test_another_model_of_the_same_name_is_another_target(form, target_folder, tmp_path):
+    """Its answers are not mixed with those of the first, whether its weights or only its settings are others."""
+    place = tmp_path / "model"
+    shutil.copytree(target_folder, place)
+    if form == "in memory":  # of no files whose hash could be taken
+        (place / "model.safetensors").rename(place / "weights")
+        torch.save(load_file(place / "weights"), place / "pytorch_model.bin")
+
+    def taught():
+        return teach(load_model(str(place)), a_plan(), tmp_path / "teaching", lambda *_: None)
+
+    first = taught()
+    assert taught() == first
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    with pytest.raises(InputError, match="another request"):
+        taught()
+    (place / "config.json").write_text(json.dumps(config | {"transformers_version": "5.17"}))
+    assert taught() == first
+    other = load_model(str(place)).model
+    other.lm_head.weight.data[0] += 1
+    other.save_pretrained(place)
+    (place / "pytorch_model.bin").unlink(missing_ok=True)
+    if form == "in memory":
+        torch.save(load_file(place / "model.safetensors"), place / "pytorch_model.bin")
+        (place / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="another request"):
+        taught()
 
 
 def test_what_is_kept_apart_is_in_no_batch_to_learn_from(target_folder, tmp_path, monkeypatch):
@@ -253,9 +344,10 @@ def said_by(model, num_texts=24, length=20) -> Shard:
     return score(model, torch.randint(VOCAB, (num_texts, length), generator=generator))
 
 
-@pytest.mark.parametrize("stopped_after", [1, 20, 33])
-def test_an_interrupted_training_ends_with_the_same_weights(stopped_after, tmp_path):
-    target, plan = tiny_model("llama"), TrainingPlan(6, batch_tokens=64, checkpoint_seconds=0)
+@pytest.mark.parametrize(("family", "stopped_after"), [("llama", 1), ("llama", 20), ("llama", 33), ("gpt2", 33)])
+def test_an_interrupted_training_ends_with_the_same_weights(family, stopped_after, tmp_path):
+    """Also where the target's configuration has dropout, as that of gpt2 does."""
+    target, plan = tiny_model(family), TrainingPlan(6, batch_tokens=64, checkpoint_seconds=0)
     shards = [said_by(target)]
     whole = new_student(target, [0], HEAD_IDS)
     course = train(whole, shards, VOCAB, plan, tmp_path / "whole", lambda *_: None)
@@ -325,6 +417,24 @@ def test_what_the_target_writes_is_its_own_output(target_folder):
         top = logprobs.topk(shard.top_ids.shape[1])
         assert torch.equal(shard.top_ids[span][asked].long(), top.indices[asked])
         torch.testing.assert_close(shard.top_logprobs[span][asked].double(), top.values[asked], atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", EXACT_FAMILIES)
+def test_what_is_judged_and_learnt_is_what_the_model_says(family):
+    """Some families scale or cap what their head says; the logits are those of the forward that drafts."""
+    target = tiny_model(family, **({"logit_scale": 0.1} if family.startswith("cohere") else {}))
+    text = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
+    with torch.inference_mode():
+        said = target(text).logits.log_softmax(-1)
+    shard = score(target, text)
+    known = said.flatten(0, 1).gather(1, shard.top_ids.long())
+    torch.testing.assert_close(shard.top_logprobs.double(), known, atol=1e-2, rtol=1e-3)
+    student = new_student(target, [0, 1], torch.arange(VOCAB), dtype=torch.float64)
+    is_scored = torch.tensor([[False, True, True, False, False, False], [False, False, True, True, True, False]])
+    batch = Batch(text, is_scored, shard.top_ids[:5], shard.top_logprobs[:5])
+    with torch.inference_mode():
+        found = scored_logits(student, batch).log_softmax(-1)
+    torch.testing.assert_close(found.double(), said[is_scored], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("policy", ["linear", "fixed(depth=3,branch=3,tau=0.0)", "phase3"])

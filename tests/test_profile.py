@@ -38,6 +38,13 @@ def test_more_iterations_than_there_is_room_for() -> None:
         profile(tiny_model("llama"), None, [1], num_iterations=9, policy="autoregressive", max_new_tokens=10)
 
 
+def test_a_trace_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("dynatree_bench.profile.Session", lambda *asked, **named: pytest.fail("it began"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"a file that can be written, got .*trace\.json .*choose another"):
+        profile(tiny_model("llama"), None, [1], trace=tmp_path / "file" / "trace.json")
+
+
 def test_the_command(target_folder: Path, tmp_path: Path) -> None:  # noqa: F811
     arguments = ["--target", str(target_folder), "--drafter", "prompt_lookup", "--iterations", "3", "aab"]
     done = click.testing.CliRunner().invoke(command, arguments, catch_exceptions=False)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from students import HEAD_IDS, drafter_of_each_kind, tiny_student
 
 from dynatree_core import DraftPlan, Proposals, TokenTree, build_drafter, generate
@@ -109,6 +110,25 @@ def test_a_folder_that_holds_no_student(tmp_path):
     save_student(tiny_student(target), tmp_path, torch.float32, {"target": "tiny"})
     (tmp_path / "student.safetensors").write_bytes(b"damaged")
     with pytest.raises(ModelLoadError, match=r"dynatree distill.*Error"):
+        load_student(tmp_path, target, torch.float32)
+
+
+@pytest.mark.parametrize("damage", ["card", "missing", "shape", "tokens"])
+def test_a_damaged_folder(damage, tmp_path):
+    target = tiny_model("llama")
+    save_student(tiny_student(target), tmp_path, torch.float32, {"target": "tiny"})
+    weights = load_file(tmp_path / WEIGHTS)
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    if damage == "card":
+        (tmp_path / CARD).write_text("[]")
+    elif damage == "missing":
+        del weights[name]
+    elif damage == "shape":
+        weights[name] = weights[name][1:].contiguous()
+    else:
+        weights["head_ids"] += VOCAB
+    save_file(weights, tmp_path / WEIGHTS)
+    with pytest.raises(ModelLoadError, match=r"expected a folder made by `dynatree distill`, got \w+Error .*again"):
         load_student(tmp_path, target, torch.float32)
 
 

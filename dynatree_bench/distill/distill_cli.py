@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from dynatree_core.cli_models import FiniteRange
 from dynatree_core.errors import PluginLoadError
 
 __all__ = ["distill"]
@@ -26,6 +27,7 @@ OPENINGS = (
     "Write a short story about", "Why", "Compose an email", "Where is", "When did", "Translate the following sentence",
     "A store sells",
 )  # fmt: skip
+COUNT, ONE_OR_MORE = click.IntRange(min=0), click.IntRange(min=1)
 
 
 @click.command()
@@ -43,21 +45,45 @@ OPENINGS = (
     multiple=True,
     help="A plain text file, read by the target and asked about; may be repeated.",
 )
-@click.option("--read", "num_text_tokens", default=250_000, show_default=True, help="Tokens of text the target reads.")
-@click.option("--continue", "num_continued", default=576, show_default=True, help="Passages that it goes on with.")
-@click.option("--ask", "num_asked", default=768, show_default=True, help="Questions about passages that it answers.")
 @click.option(
-    "--self-prompts", "num_self_prompts", default=1152, show_default=True, help="Questions that it thinks up itself."
+    "--read", "num_text_tokens", type=COUNT, default=250_000, show_default=True, help="Tokens of text the target reads."
+)
+@click.option(
+    "--continue", "num_continued", type=COUNT, default=576, show_default=True, help="Passages that it goes on with."
+)
+@click.option(
+    "--ask", "num_asked", type=COUNT, default=768, show_default=True, help="Questions about passages that it answers."
+)
+@click.option(
+    "--self-prompts",
+    "num_self_prompts",
+    type=COUNT,
+    default=1152,
+    show_default=True,
+    help="Questions that it thinks up itself.",
 )
 @click.option("--question", "questions", multiple=True, help="With {text} where a passage goes.  [default: eight]")
 @click.option("--opening", "openings", multiple=True, help="How it begins questions of its own.  [default: sixteen]")
-@click.option("--new-tokens", "num_new", default=192, show_default=True, help="Tokens of an answer at most.")
+@click.option(
+    "--new-tokens", "num_new", type=ONE_OR_MORE, default=192, show_default=True, help="Tokens of an answer at most."
+)
 @click.option("--batches", type=click.IntRange(min=2), help="Ask so many batches and no more.")
 @click.option("--layers", default="0,1", show_default=True, help="The target's layers that the drafter begins as.")
-@click.option("--outputs", "num_outputs", default=16384, show_default=True, help="Tokens that the drafter can say.")
-@click.option("--epochs", "num_epochs", default=10, show_default=True, help="Passes over what the target said.")
-@click.option("--batch-tokens", default=2048, show_default=True, help="Tokens of a training step.")
-@click.option("--learning-rate", default=2e-3, show_default=True, help="At its highest.")
+@click.option(
+    "--outputs",
+    "num_outputs",
+    type=ONE_OR_MORE,
+    default=16384,
+    show_default=True,
+    help="Tokens that the drafter can say.",
+)
+@click.option(
+    "--epochs", "num_epochs", type=ONE_OR_MORE, default=10, show_default=True, help="Passes over what the target said."
+)
+@click.option("--batch-tokens", type=ONE_OR_MORE, default=2048, show_default=True, help="Tokens of a training step.")
+@click.option(
+    "--learning-rate", type=FiniteRange(min=0, min_open=True), default=2e-3, show_default=True, help="At its highest."
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: CUDA where there is any]")
 @click.option("--threads", type=click.IntRange(min=1), help="Of the CPU.  [default: all]")

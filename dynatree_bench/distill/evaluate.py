@@ -6,6 +6,7 @@ text before it: what the drafter says there is compared with what the target sai
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from dynatree_bench.distill.teacher import Shard
 from dynatree_bench.distill.train import batches_of, collate, scored_logits
 from dynatree_bench.formulas import chain_tokens, fixed_tokens
 from dynatree_bench.machine import now
+from dynatree_core.architectures import max_positions
 from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.flatten import flatten_chain
@@ -110,8 +112,12 @@ def agreement(
 def level_costs(
     student: PreTrainedModel, target: PreTrainedModel, widths: Sequence[int], *, context: int = 256, repeats: int = 15
 ) -> list[LevelCost]:
-    """Time levels of these widths and a target pass over one row, in turns, behind a context of so many tokens."""
+    """Time levels of these widths and a target pass over one row, in turns, behind a context of so many tokens.
+
+    The context is shorter where the target has no positions for it.
+    """
     device = target.device
+    context = max(min(context, (max_positions(target) or math.inf) - max(widths)), 1)
     generator = torch.Generator().manual_seed(0)
     head: Any = student.get_output_embeddings()
     words = head.token_ids.cpu()

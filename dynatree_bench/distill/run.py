@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,7 +37,8 @@ def make_drafter(request: Request, out: Path) -> Agreement:
         How the drafter agrees with its target on text that was kept apart.
 
     Raises:
-        InputError: the folder belongs to another request, or there is too little to learn from.
+        InputError: the folder belongs to another request, the target lacks a layer, or there is too little to learn
+            from.
     """
     console = Console(stderr=True, highlight=False)
     if request.threads is not None:
@@ -47,6 +48,7 @@ def make_drafter(request: Request, out: Path) -> Agreement:
     device = resolve_device(request.device)
     # the teacher reads and writes much faster where the device multiplies in bfloat16
     teacher = load_model(request.target, device=request.device, dtype=str(fast_dtype(device)).removeprefix("torch."))
+    _check(request.layers, teacher)
     taught = _taught(teacher, request, work, console)
     lessons, apart = [read_shard(file) for file in taught.to_learn], [read_shard(file) for file in taught.apart]
     if not lessons or not apart:
@@ -78,6 +80,13 @@ def make_drafter(request: Request, out: Path) -> Agreement:
     drafter = f"distilled(path={str(out)!r})+prompt_lookup"
     console.print(f'the drafter is in {out}; use it with --drafter "{drafter}"', soft_wrap=True)  # to be copied whole
     return after
+
+
+def _check(layers: Sequence[int], target: LoadedModel) -> None:
+    """Refuse layers that the target does not have, before hours of teaching rather than after."""
+    num_layers = int(target.model.config.num_hidden_layers)
+    if not all(0 <= layer < num_layers for layer in layers):
+        raise InputError(f"--layers must be from 0 to {num_layers - 1} for '{target.name}', got {list(layers)}")
 
 
 def _taught(teacher: LoadedModel, request: Request, work: Path, console: Console) -> Taught:

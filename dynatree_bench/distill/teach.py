@@ -19,16 +19,20 @@ from typing import TypeVar
 
 import attrs
 import torch
-from transformers import PreTrainedTokenizerBase
+from safetensors.torch import save
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynatree_bench.distill import prompts as asking
 from dynatree_bench.distill.teacher import Shard, read_shard, score, write, write_shard
+from dynatree_bench.machine import weights_sha256
+from dynatree_core.architectures import max_positions
 from dynatree_core.errors import InputError
 from dynatree_core.models import LoadedModel
 
-__all__ = ["Lesson", "Taught", "TeachingPlan", "teach"]
+__all__ = ["Lesson", "Taught", "TeachingPlan", "end_ids", "teach"]
 
 REQUEST = "request.json"
+NO_MATTER = {"_name_or_path", "dtype", "transformers_version"}  # settings that do not change what a model says
 
 Text = TypeVar("Text", bound=Hashable)
 
@@ -47,6 +51,7 @@ class TeachingPlan:
     num_new: int  # tokens of an answer at most
     seed: int
     prompt_len: int = 96  # tokens of a passage to go on with
+    longest_prompt: int | None = None  # tokens; longer ones are left out
     passage_len: int = 450  # characters of a passage in a question
     long_every: int = 8  # one batch in so many has passages of four times that length
     block_len: int = 768  # tokens of plain text judged in one pass, so that the drafter sees long contexts too
@@ -55,14 +60,16 @@ class TeachingPlan:
     temperature: float = 0.8
     apart_every: int = 16  # one passage, and one question of its own, in so many is kept apart
 
-    def fingerprint(self, target: str) -> str:
+    def fingerprint(self, target: LoadedModel) -> str:
         """The same for the same request to the same target: what a folder's shards belong to.
 
         Raises:
             InputError: a text that cannot be read.
         """
         contents = [hashlib.sha256(asking.read_text(file).encode()).hexdigest() for file in self.texts]
-        return json.dumps({"target": target, **attrs.asdict(self), "texts": contents}, indent=1)
+        # under a target's name there may be another model tomorrow
+        known = {"target": target.name, "config": _config_sha256(target), "weights": _weights_sha256(target)}
+        return json.dumps({**known, **attrs.asdict(self), "texts": contents}, indent=1)
 
 
 @attrs.frozen
@@ -111,7 +118,8 @@ def teach(
     if tokenizer is None:
         raise InputError(f"the target must come with a tokenizer, got '{target.name}' without one")
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, plan.fingerprint(target.name))
+    _claim(folder, plan.fingerprint(target))
+    plan = _within(plan, max_positions(target.model))
     own = _own_questions(target, tokenizer, plan, folder)
     lessons = _lessons(tokenizer, plan, own)[:num_batches]
     num_judged = 0
@@ -126,6 +134,37 @@ def teach(
     return Taught(
         to_learn=tuple(lesson.file(folder) for lesson in lessons if not lesson.is_apart),
         apart=tuple(lesson.file(folder) for lesson in lessons if lesson.is_apart),
+    )
+
+
+def _config_sha256(target: LoadedModel) -> str:
+    """Of the model's settings."""
+    settings = target.model.config.to_dict()
+    told = {name: value for name, value in settings.items() if name not in NO_MATTER}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _weights_sha256(target: LoadedModel) -> str:
+    """Of the files, whatever dtype they are loaded in; where there are none, of the weights in memory."""
+    place = target.model.config.name_or_path  # empty where a model was not loaded, which would mean this folder
+    of_files = weights_sha256(place) if place else None
+    if of_files is not None:
+        return of_files
+    digest = hashlib.sha256()
+    for name, weight in target.model.state_dict().items():
+        digest.update(save({name: weight.contiguous()}))
+    return digest.hexdigest()
+
+
+def _within(plan: TeachingPlan, limit: int | None) -> TeachingPlan:
+    """A plan for a target that has so many positions: a prompt takes half of them at most."""
+    if limit is None:
+        return plan
+    return attrs.evolve(
+        plan,
+        prompt_len=min(plan.prompt_len, limit // 2),
+        longest_prompt=limit // 2,
+        block_len=min(plan.block_len, limit),
     )
 
 
@@ -215,6 +254,8 @@ def _reading(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase, plan: 
 
 
 def _writing(kind: str, token_ids: Sequence[Sequence[int]], plan: TeachingPlan, batch: int) -> list[Lesson]:
+    longest = math.inf if plan.longest_prompt is None else plan.longest_prompt
+    token_ids = [ids for ids in token_ids if len(ids) <= longest]
     prompts = asking.mixed(token_ids, plan.sampled, plan.temperature, plan.seed)
     return [
         Lesson(f"{kind}-{index // batch:04d}", prompts=tuple(prompts[index : index + batch]))
@@ -225,13 +266,23 @@ def _writing(kind: str, token_ids: Sequence[Sequence[int]], plan: TeachingPlan, 
 def _ask(target: LoadedModel, tokenizer: PreTrainedTokenizerBase, plan: TeachingPlan, lesson: Lesson) -> Shard:
     if lesson.blocks:
         return score(target.model, torch.tensor(lesson.blocks, device=target.model.device))
+    return _written(target, tokenizer, lesson.prompts, plan.num_new, _seed(plan.seed, lesson.name))
+
+
+def _written(
+    target: LoadedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[asking.Prompt], num_new: int, seed: int
+) -> Shard:
+    """What the target writes behind these prompts, as far as it has positions."""
+    limit = max_positions(target.model)
+    if limit is not None:
+        num_new = min(num_new, limit - max(len(prompt.token_ids) for prompt in prompts))
     return write(
         target.model,
-        lesson.prompts,
-        num_new=plan.num_new,
-        end_ids=_end_ids(target, tokenizer),
+        prompts,
+        num_new=num_new,
+        end_ids=end_ids(target.model, tokenizer),
         pad_id=tokenizer.pad_token_id or 0,
-        seed=_seed(plan.seed, lesson.name),
+        seed=seed,
     )
 
 
@@ -243,27 +294,30 @@ def _own_questions(
         return []
     before, behind = asking.chat_prefix(tokenizer)
     openings = [list(tokenizer(words, add_special_tokens=False).input_ids) if words else [] for words in plan.openings]
-    end_ids = _end_ids(target, tokenizer)
+    longest = max(len(before) + len(words) for words in openings)
+    if plan.longest_prompt is not None and longest > plan.longest_prompt:
+        raise InputError(
+            f"a target's own questions need half its positions for the chat template and an opening, got {longest} "
+            f"tokens for {plan.longest_prompt}; use --self-prompts 0 and --text, or shorter openings"
+        )
+    ends = end_ids(target.model, tokenizer)
     questions = []
     for start in range(0, plan.num_self_prompts, plan.batch):
         file = folder / f"questions-{start // plan.batch:04d}.safetensors"
         if not file.exists():
             rows = range(start, min(start + plan.batch, plan.num_self_prompts))
             prefixes = [asking.Prompt((*before, *openings[row % len(openings)]), 1.0) for row in rows]
-            shard = write(
-                target.model, prefixes, num_new=48, end_ids=end_ids, pad_id=tokenizer.pad_token_id or 0,
-                seed=_seed(plan.seed, file.name),
-            )  # fmt: skip
-            write_shard(shard, file)
+            write_shard(_written(target, tokenizer, prefixes, 48, _seed(plan.seed, file.name)), file)
         shard = read_shard(file)
         for index in range(shard.num_texts):
             words = shard.token_ids[shard.text(index)].tolist()
-            questions.append((*(words[:-1] if words[-1] in end_ids else words), *behind))
+            questions.append((*(words[:-1] if words[-1] in ends else words), *behind))
     return questions
 
 
-def _end_ids(target: LoadedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    config = target.model.generation_config
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a text: those of the model's generation config, else the tokenizer's."""
+    config = model.generation_config
     ends = config.eos_token_id if config is not None and config.eos_token_id is not None else tokenizer.eos_token_id
     return [ends] if isinstance(ends, int) else list(ends or [])
 

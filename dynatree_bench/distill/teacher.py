@@ -50,10 +50,9 @@ class Shard:
 
 @torch.inference_mode()
 def score(model: PreTrainedModel, token_ids: Tensor) -> Shard:
-    """What the target thinks of given texts [texts, tokens], in one pass."""
-    hidden = model.base_model(token_ids).last_hidden_state
-    # the head by text: all logits at once would be gigabytes
-    tops = [_top(model.get_output_embeddings()(states)) for states in hidden]
+    """What the target thinks of given texts [texts, tokens]."""
+    # text by text: all logits at once would be gigabytes
+    tops = [_top(model(text[None], use_cache=False).logits[0]) for text in token_ids]
     num_texts, length = token_ids.shape
     return Shard(
         token_ids.flatten().int().cpu(),

@@ -5,7 +5,8 @@ target's best tokens one by one and all the others as one outcome (forward KL on
 2024, "DistillSpec", section 4). A token that the student's restricted head lacks belongs to the others.
 
 A run can be interrupted at any time and goes on from its last checkpoint; it then ends with the same weights as one
-that was not, since the order of the texts follows from the seed and the step alone. A checkpoint's name has the
+that was not, since the order of the texts follows from the seed and the step alone and there is no dropout. A
+checkpoint's name has the
 training's fingerprint, so that other trainings keep theirs beside it.
 """
 
@@ -109,9 +110,10 @@ def collate(shards: Sequence[Shard], texts: Sequence[tuple[int, int]], device: t
 
 def scored_logits(student: PreTrainedModel, batch: Batch) -> Tensor:
     """[scored, outputs] float32: the student's logits where the target was asked."""
-    hidden = student.base_model(batch.token_ids).last_hidden_state
-    logits: Tensor = student.get_output_embeddings()(hidden[batch.is_scored])
-    return logits.float()
+    # by the model's own forward, since some families scale or cap what their head says
+    asked = batch.is_scored.any(dim=0).nonzero()[:, 0]  # [places] where any text is scored
+    logits: Tensor = student(batch.token_ids, use_cache=False, logits_to_keep=asked).logits
+    return logits[batch.is_scored[:, asked]].float()
 
 
 def divergence(logits: Tensor, output_of: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> Tensor:
@@ -187,7 +189,8 @@ def train(
         start, course = state["step"], state["course"]
     saved = time.monotonic()
     losses: list[float] = []
-    student.train()
+    # without dropout, whose draws would differ in a run that goes on
+    student.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
     for step in range(start, num_steps):
         epoch, place = divmod(step, len(groups))
         if place == 0 or step == start:
@@ -215,7 +218,6 @@ def train(
             _save({**state, "step": step + 1}, checkpoint)
             saved = time.monotonic()
         progress(step + 1, num_steps, last_loss)
-    student.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
     return course
 
 
