@@ -145,7 +145,10 @@ def in_turns(
             yield found
 
 
-def chat_ids(default: LoadedModel, prompt: str) -> list[int]:
-    """A prompt as the default model's chat template has it."""
-    assert default.tokenizer is not None, "the default model has a tokenizer"
-    return cli_models.chat_ids([{"role": "user", "content": prompt}], default.tokenizer)
+def chat_ids(target: LoadedModel, prompt: str) -> list[int]:
+    """A prompt in the target's chat template, if it has one.
+
+    Raises:
+        InputError: the target has no tokenizer.
+    """
+    return cli_models.encode_prompt(prompt, cli_models.tokenizer_of(target))

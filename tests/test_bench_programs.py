@@ -21,8 +21,10 @@ from dynatree_bench.distill.teacher import Shard
 from dynatree_bench.drafter_value import Row, evenly, tables
 from dynatree_bench.machine import check_writable
 from dynatree_bench.pairs import load_synthetic
-from dynatree_core import generate, load_model
+from dynatree_bench.prompts import chat_ids
+from dynatree_core import LoadedModel, generate, load_model
 from dynatree_core.errors import InputError
+from dynatree_core.testing.models import tiny_model
 
 
 def shard(num_texts: int) -> Shard:
@@ -108,6 +110,11 @@ def test_arguments_that_cannot_be_used_are_no_verdict(tmp_path):
     assert code == 3
     assert said.count("\n") == 1
     assert "cannot read" in said
+
+
+def test_a_target_without_a_tokenizer_reads_no_prompts():
+    with pytest.raises(InputError, match="must come with a tokenizer to read a text, got none with 'bare'"):
+        chat_ids(LoadedModel(tiny_model("llama"), None, "bare"), "Why?")
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
