@@ -129,8 +129,8 @@ def refuse_other_inputs(given: Mapping[str, object], taken: Collection[str]) -> 
     others = [name for name, value in given.items() if name not in known and name in taken and value is not None]
     if others:
         raise PromptError(
-            f"a prompt's mapping may hold {', '.join(known)}, got {', '.join(others)} too, which is not handed on to the "
-            "model; leave it out"
+            f"a prompt's mapping may hold {', '.join(known)}, got {', '.join(others)} too, which is not handed on to "
+            "the model; leave it out"
         )
 
 
