@@ -89,6 +89,7 @@ class Proposals:
 
     token_ids: Tensor  # [width, k] int64
     logprobs: Tensor  # [width, k] float32, natural log, descending along k
+    is_free: bool = False  # made without the models that the drafter usually asks, as by a union that knew enough
 
 
 @attrs.frozen(eq=False)

@@ -45,9 +45,9 @@ IDLE_SHARE = 0.002  # of the way back to the prior, for each iteration without a
 CPU_NUMBERS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
-def level_seconds(costs: CostModel, width: int) -> float:
-    """A level over so many nodes: the drafter's pass, and what the host does besides."""
-    return costs.draft(width) + LEVEL_SHARE * costs.plain_seconds()
+def level_seconds(costs: CostModel, width: int, *, is_free: bool = False) -> float:
+    """A level over so many nodes: the drafter's pass, unless it did without, and what the host does besides."""
+    return (0.0 if is_free else costs.draft(width)) + LEVEL_SHARE * costs.plain_seconds()
 
 
 @attrs.define
@@ -143,12 +143,13 @@ class CostAware:
     def on_iteration_end(self, report: StepReport) -> None:
         self.estimator.observe(report)
         # another policy may have ended the tree before anybody looked, or have decided the widths afterwards
-        widths = [frontier.width for frontier in self.levels if frontier.is_asked]
-        if not widths:
+        asked = [frontier for frontier in self.levels if frontier.is_asked]
+        if not asked:
             self._learn_look(None)
         if self.costs is not None:
             seconds = self.costs.tree_seconds(report.tree.num_drafted, [])
-            seconds += sum(level_seconds(self.costs, width) for width in widths)
+            for level in asked:
+                seconds += level_seconds(self.costs, level.width, is_free=level.proposals.is_free)
             self.tokens = MEMORY * self.tokens + len(report.token_ids)
             self.seconds = MEMORY * self.seconds + seconds
             won = len(report.token_ids) - seconds / self.costs.plain_seconds()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import attrs
 import pytest
 import torch
 from hypothesis import example, given
@@ -129,6 +130,20 @@ def test_what_drafting_may_lose_is_bounded(iterations, a_row, a_level):
         losses.append(seconds + costs.tree_seconds(tree.num_drafted, []) - 1 - len(path))
     assert sum(losses) <= STAKE + MAX_LOSS * len(losses) + max(losses) + 1e-6
     assert len(losses) < 300 or any(losses[200:])  # it is tried again
+
+
+def test_a_level_that_was_proposed_without_the_model_costs_no_pass():
+    costs, accounts = linear_costs(1.0, 0.02, 0.3), []
+    for is_free in (False, True):
+        policy, frontier = CostAware(), root_frontier([1e-5] * 16, costs)
+        free = attrs.evolve(frontier.proposals, is_free=is_free)
+        policy.look_value = 9.0
+        frontier = attrs.evolve(frontier, propose=lambda free=free: free)
+        assert policy.should_expand(frontier) is True
+        policy.branch_factor(frontier)
+        policy.on_iteration_end(StepReport(0, frontier.tree, Verdict((), (), (1,))))
+        accounts.append(policy.account)
+    assert accounts == pytest.approx([STAKE + MAX_LOSS - 0.3 - LEVEL_SHARE, STAKE + MAX_LOSS - LEVEL_SHARE])
 
 
 @pytest.mark.parametrize("beside", ["fixed", "confidence"])

@@ -254,12 +254,14 @@ class SureState(DraftState):
 
 
 @pytest.mark.parametrize(("probability", "asked"), [(0.95, 0), (0.5, 0), (0.2, 4)])
-def test_a_model_is_not_asked_where_the_last_drafter_knows_enough(probability, asked):
-    """About any level of a tree of 4, or about all of them."""
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_model_is_not_asked_where_the_last_drafter_knows_enough(probability, asked, is_nested):
+    """About any level of a tree of 4, or about all of them; the proposals say which it was."""
     target, passes = tiny_model("llama"), []
     drafter = ModelDrafter(perturbed("llama"))
-    state = UnionDrafter([drafter, Sure(probability)]).start(plan_for(target))
-    model = state.states[0]
+    union = UnionDrafter([drafter, Sure(probability)])
+    state = (UnionDrafter([union, Sure(0.01)]) if is_nested else union).start(plan_for(target))
+    model = (state.states[0] if is_nested else state).states[0]
     model.runner.forward = counted(model.runner.forward, passes)
     text = torch.tensor([1, 2, 3])
     tree = TokenTree.root(text[-1:])
@@ -269,6 +271,7 @@ def test_a_model_is_not_asked_where_the_last_drafter_knows_enough(probability, a
         for depth in range(4):
             proposals = state.propose(text, tree, 2)
             assert asked or proposals.token_ids[0, 0] == 4 + depth
+            assert proposals.is_free == (not asked and not is_nested)  # of a union in a union nothing is said
             tree = tree.grow(torch.tensor([depth]), proposals.token_ids[0, :1], proposals.logprobs[0, :1])
     assert len(passes) == asked
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import attrs
 import torch
 from torch import Tensor, nn
 
@@ -63,11 +64,14 @@ class UnionState(DraftState):
 
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
         heard: list[Proposals] = []  # the last drafter's first
+        was_skipped, was_model_asked = False, False
         for state in reversed(self.states):
             if heard and state.can_skip_levels and _most_left_over(heard) < LITTLE:
+                was_skipped = True
                 continue
             heard.append(state.propose(committed_ids, tree, k))
-        return _combined(heard, k)
+            was_model_asked |= state.can_skip_levels or (isinstance(state, UnionState) and not heard[-1].is_free)
+        return attrs.evolve(_combined(heard, k), is_free=was_skipped and not was_model_asked)
 
     def commit(self, draft_path: tuple[int, ...]) -> None:
         for state in self.states:
