@@ -8,7 +8,6 @@ that a bug there cannot widen the bound that it is judged by. docs/audit.md says
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from dynatree_core.architectures import forward_parameters
 from dynatree_core.arguments import checked_prompt
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.errors import NonFiniteLogitsError, ParameterError, PromptError
@@ -391,7 +391,7 @@ def _text(target: nn.Module, token_ids: list[int]) -> Tensor:
 
 def _only_last(target: nn.Module, rows: int) -> dict[str, int]:
     """The argument by which a model's head computes the last rows only, if it has one."""
-    return {"logits_to_keep": rows} if "logits_to_keep" in inspect.signature(target.forward).parameters else {}
+    return {"logits_to_keep": rows} if "logits_to_keep" in forward_parameters(target) else {}
 
 
 def _scores(logits: Tensor) -> Tensor:

@@ -72,7 +72,6 @@ def load_plugin(group: str, name: str) -> Any:
         PluginLoadError: its package cannot be imported, or has something else there.
     """
     table = plugin_table(group)
-    wanted = "a string" if group == PRESETS else "a class"
     if name not in table:
         kind = group.rpartition(".")[2]
         raise UnknownPluginError(
@@ -88,7 +87,8 @@ def load_plugin(group: str, name: str) -> Any:
             f"'{name}' is installed but cannot be imported ({table[name][0].value}: {type(error).__name__}: {error}); "
             "repair or uninstall it"
         ) from error
-    if not (isinstance(plugin, str) if group == PRESETS else callable(plugin)):
+    is_right, wanted = (isinstance(plugin, str), "a string") if group == PRESETS else (callable(plugin), "a class")
+    if not is_right:
         raise PluginLoadError(
             f"'{name}' of {group} must be {wanted}, got {type(plugin).__name__} ({table[name][0].value}); repair the "
             "entry point or uninstall it"

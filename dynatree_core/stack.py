@@ -6,6 +6,7 @@ has an author, and two sessions share no state. The rules by which answers combi
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections import defaultdict
@@ -34,6 +35,7 @@ __all__ = ["BranchFactor", "PolicyStack", "hook_names", "implemented_hooks"]
 
 # what the drafter or the target did wrong while a policy looked at the frontier is not the policy's fault
 _NOT_THE_POLICY = (DrafterError, ForwardPassError, NonFiniteLogitsError, OutOfMemoryError)
+_DECLARED = type(attrs.field())  # what attrs replaces when it makes a class
 
 
 @attrs.frozen(eq=False)
@@ -44,6 +46,7 @@ class BranchFactor:
     policy: str | None
 
 
+@functools.cache  # every policy of every session is held against them
 def hook_names() -> list[str]:
     """The hooks that a policy can implement."""
     specified = vars(_manager().hook)
@@ -200,7 +203,7 @@ def _refuse_unmade(name: str, policy: object) -> None:
         parameter
         for part in type(policy).__mro__
         for parameter, value in vars(part).items()
-        if isinstance(value, type(attrs.field()))
+        if isinstance(value, _DECLARED)
     ]
     if declared:
         raise PolicyError(

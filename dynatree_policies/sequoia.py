@@ -111,12 +111,10 @@ class Sequoia:
         self.trials += [0] * missing
         self.hits += [0] * missing
         path = report.verdict.path
-        for node, accepted in zip((0, *path), (*path, None), strict=True):
-            for child in range(1, tree.num_nodes):
-                if parents[child] == node:
-                    self.trials[ranks[child]] += 1
-            if accepted is not None:
-                self.hits[ranks[accepted]] += 1
+        for node in range(1, tree.num_nodes):
+            if parents[node] in (0, *path):
+                self.trials[ranks[node]] += 1
+                self.hits[ranks[node]] += node in path
 
 
 def given_rates(text: str) -> list[float]:

@@ -6,8 +6,7 @@ target's best tokens one by one and all the others as one outcome (forward KL on
 
 A run can be interrupted at any time and goes on from its last checkpoint; it then ends with the same weights as one
 that was not, since the order of the texts follows from the seed and the step alone and there is no dropout. A
-checkpoint's name has the
-training's fingerprint, so that other trainings keep theirs beside it.
+checkpoint's name has the training's fingerprint, so that other trainings keep theirs beside it.
 """
 
 from __future__ import annotations
