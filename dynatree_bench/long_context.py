@@ -38,6 +38,7 @@ from rich.table import Table
 
 from dynatree_bench.machine import BUSY_PERCENT, LoadMeter, check_writable, idle_or_busy, provenance
 from dynatree_core import InputError, LoadedModel, Session, TokenTree, embedded, load_model, run
+from dynatree_core.architectures import cache_argument
 from dynatree_core.cache import TreeCache
 from dynatree_core.cli import end_process
 from dynatree_core.flatten import flatten
@@ -236,7 +237,9 @@ def _bare_pass(default: LoadedModel, source: Session, rows: int) -> float:
     source.cache.min_slots = 0  # of the mask of an earlier pass; here the model makes its own
     positions = torch.arange(first, first + rows)[None]
     start = time.perf_counter()
-    default.model(input_ids=torch.zeros_like(positions), position_ids=positions, past_key_values=source.cache)
+    default.model(
+        input_ids=torch.zeros_like(positions), position_ids=positions, **{cache_argument(default.model): source.cache}
+    )
     seconds = time.perf_counter() - start
     source.cache.rollback()
     return seconds

@@ -99,10 +99,10 @@ class KnownTarget(LlamaForCausalLM):
         self.eval()
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, past_key_values: Any, logits_to_keep: int = 0, **_: Any
+        self, input_ids: Tensor, position_ids: Tensor, cache: Any, logits_to_keep: int = 0, **_: Any
     ) -> CausalLMOutputWithPast:
         rows = input_ids.shape[1]
-        past_key_values.update(torch.zeros(1, 1, rows, 1), torch.zeros(1, 1, rows, 1), 0)
+        cache.update(torch.zeros(1, 1, rows, 1), torch.zeros(1, 1, rows, 1), 0)
         said = self.next_ids[position_ids[0, -logits_to_keep:]]
         return CausalLMOutputWithPast(
             logits=torch.zeros(1, said.numel(), self.config.vocab_size).scatter_(2, said[None, :, None], 1.0)

@@ -22,6 +22,7 @@ __all__ = [
     "EXACT_FAMILIES",
     "AttentionLayout",
     "attention_layout",
+    "cache_argument",
     "check_causal_lm",
     "forward_parameters",
     "max_positions",
@@ -243,6 +244,27 @@ def _num_rows(table: Any, model: nn.Module) -> int:
 
 
 def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """What the model's forward can be called with; that of `torch.compile` says nothing of what it wraps."""
+    """The named arguments of the model's forward.
+
+    A forward that hands `**kwargs` on takes what the forward of its base class takes, too: those are looked up along
+    the model's classes. `torch.compile` wraps the whole model, and its own signature says nothing.
+    """
     plain: Any = getattr(model, "_orig_mod", model)
-    return inspect.signature(plain.forward).parameters
+    own = [vars(plain)["forward"]] if "forward" in vars(plain) else []
+    inherited = [vars(part)["forward"] for part in type(plain).__mro__ if "forward" in vars(part)]
+    found: dict[str, inspect.Parameter] = {}
+    for forward in (*own, *inherited):
+        parameters = inspect.signature(forward).parameters
+        found |= {name: parameter for name, parameter in parameters.items() if name not in found}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return found
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name of the argument by which the model's forward takes a cache.
+
+    That is `cache` from transformers 5.24.0 on, where `past_key_values` warns until it goes in 5.40, and
+    `past_key_values` before. The outermost forward that names one of them decides.
+    """
+    return next((name for name in forward_parameters(model) if name in ("cache", "past_key_values")), "cache")

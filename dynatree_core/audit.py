@@ -15,9 +15,9 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
-from dynatree_core.architectures import forward_parameters
+from dynatree_core.architectures import cache_argument, forward_parameters
 from dynatree_core.arguments import checked_prompt
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.errors import NonFiniteLogitsError, ParameterError, PromptError
@@ -368,11 +368,10 @@ def _stepwise_logits(target: nn.Module, prompt: list[int], output: list[int]) ->
     ids = _text(target, [*prompt, *output])
     start = len(prompt) - 1
     before = torch.split(ids[:, :start], PREFILL_CHUNK, dim=1) if start else ()
-    cache, rows = None, []
+    rows = []
+    arguments = {cache_argument(target): DynamicCache(config=target.config), **_only_last(target, 1)}
     for chunk in (*before, *torch.split(ids[:, start:-1], 1, dim=1)):
-        step = target(input_ids=chunk, past_key_values=cache, use_cache=True, **_only_last(target, 1))
-        cache = step.past_key_values
-        rows.append(step.logits[0, -1])
+        rows.append(target(input_ids=chunk, use_cache=True, **arguments).logits[0, -1])
     return torch.stack(rows[-len(output) :])
 
 

@@ -23,8 +23,8 @@ __all__ = ["TreeCache"]
 class TreeCache(Cache):
     """Keys and values of one model, [batch, heads, capacity, head_dim] a layer.
 
-    Models use it through their public forward (`past_key_values=`). Buffers are allocated by the first
-    forward pass, which is the first to know heads, sizes and dtype.
+    Models use it through their public forward. Buffers are allocated by the first forward pass, which is the first to
+    know heads, sizes and dtype.
 
     Args:
         capacity: rows per batch row, committed and undecided ones together.

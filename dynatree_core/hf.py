@@ -44,7 +44,8 @@ _REFUSED = {
     "output_hidden_states": False,
 }
 # what generate() prepares for its own loop and a session makes for itself
-_NOT_NEEDED = {"use_cache", "past_key_values", "logits_to_keep", "cache_position", "position_ids", "attention_mask"}
+_CACHES = ("cache", "past_key_values")  # the argument's name from transformers 5.24.0 on, and before
+_NOT_NEEDED = {"use_cache", "logits_to_keep", "cache_position", "position_ids", "attention_mask"}
 
 
 class _Recorder(LogitsProcessor):
@@ -211,11 +212,13 @@ def _check(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, 
         raise ParameterError(
             f"tree decoding takes one sequence at a time, got {input_ids.shape[0]}; give one prompt a call"
         )
-    unknown = [name for name, value in model_kwargs.items() if name not in _NOT_NEEDED and value is not None]
+    unknown = [
+        name
+        for name, value in model_kwargs.items()
+        if name not in _NOT_NEEDED and name not in _CACHES and value is not None
+    ]
     if unknown:
         raise ParameterError(f"tree decoding cannot hand {', '.join(unknown)} on to the model; leave it out")
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ParameterError(
-            "tree decoding begins with a cache of its own, got one with rows; leave past_key_values out"
-        )
+    caches = [model_kwargs[name] for name in _CACHES if model_kwargs.get(name) is not None]
+    if any(cache.get_seq_length() > 0 for cache in caches):
+        raise ParameterError("tree decoding begins with a cache of its own, got one with rows; leave it out")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from dynatree_core.architectures import attention_layout, forward_parameters
+from dynatree_core.architectures import attention_layout, cache_argument, forward_parameters
 from dynatree_core.cache import TreeCache
 from dynatree_core.captured import CapturedPasses, can_capture, is_replayable
 from dynatree_core.clock import StageClock
@@ -126,6 +126,7 @@ class ModelRunner:
         # whether the head can be told to compute the last rows only, which saves most of a prefill's memory
         parameters = forward_parameters(model)
         self._can_skip_logits = "logits_to_keep" in parameters
+        self._cache_argument = cache_argument(model)
         # a mixture of experts may be configured to compute its training loss, which does not take a 4-D mask
         self._fixed_arguments = {"output_router_logits": False} if "output_router_logits" in parameters else {}
 
@@ -172,7 +173,7 @@ class ModelRunner:
             "input_ids": flat.token_ids,
             "attention_mask": self.layout.masks(flat, self.dtype),
             "position_ids": self._model_positions(flat.position_ids),
-            "past_key_values": cache,
+            self._cache_argument: cache,
             "use_cache": True,
             **self._fixed_arguments,
         }

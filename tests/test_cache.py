@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transformers import DynamicCache
 
+from dynatree_core.architectures import cache_argument
 from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import CacheError
@@ -78,7 +79,7 @@ class CacheMachine(RuleBasedStateMachine):
                 continue
             plain = DynamicCache()  # no config: the layers keep all rows, also where attention slides
             with torch.inference_mode():
-                self.model(input_ids=torch.tensor([text]), past_key_values=plain)
+                self.model(input_ids=torch.tensor([text]), **{cache_argument(self.model): plain})
             for layer, expected in enumerate(plain.layers):
                 for ours_, theirs in ((self.cache.keys, expected.keys), (self.cache.values, expected.values)):
                     torch.testing.assert_close(ours_[layer][row, :, : len(text)], theirs[0], rtol=1e-9, atol=1e-9)
@@ -183,8 +184,8 @@ def test_models_may_use_it_without_positions_and_masks():
     """The public forward with nothing but the cache: transformers makes the causal mask from the cache's sizes."""
     model, cache = tiny_model("llama"), TreeCache(32)
     with torch.inference_mode():
-        model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[1, 2, 3]]), **{cache_argument(model): cache})
         cache.commit([[0, 1, 2]])
-        logits = model(input_ids=torch.tensor([[4, 5]]), past_key_values=cache).logits[0, -1]
+        logits = model(input_ids=torch.tensor([[4, 5]]), **{cache_argument(model): cache}).logits[0, -1]
         expected = model(input_ids=torch.tensor([[1, 2, 3, 4, 5]])).logits[0, -1]
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
+    DynamicCache,
     EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from dynatree_core import PrefixCache, hf
+from dynatree_core.architectures import cache_argument
 from dynatree_core.errors import ParameterError
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import VOCAB, perturbed, tiny_model
@@ -210,10 +212,11 @@ def test_several_prompts_are_refused():
 
 
 def test_a_cache_with_rows_is_refused():
+    name, cache = cache_argument(TARGET), DynamicCache(config=TARGET.config)
     with torch.inference_mode():
-        cache = TARGET(PROMPT[:, :2], use_cache=True).past_key_values
+        TARGET(PROMPT[:, :2], **{name: cache})
     with pytest.raises(ParameterError, match="got one with rows"):
-        TARGET.generate(PROMPT, **PLAIN, past_key_values=cache, **TREES)
+        TARGET.generate(PROMPT, **PLAIN, **{name: cache}, **TREES)
 
 
 class Collecting(TextStreamer):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from dynatree_core import PrefixCache, Session, TreeCache, generate, run, runner, stream
+from dynatree_core.architectures import cache_argument
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import DrafterError, ForwardPassError, ParameterError
 from dynatree_core.testing import strategies as ours
@@ -41,7 +42,7 @@ def check_rows(cache: PrefixCache) -> None:
     for entry in cache._entries:
         model, plain = entry.model(), DynamicCache()
         with torch.inference_mode():
-            model(input_ids=entry.token_ids[None], past_key_values=plain)
+            model(input_ids=entry.token_ids[None], **{cache_argument(model): plain})
         for own, layer in zip(zip(entry.keys, entry.values, strict=True), plain.layers, strict=True):
             for ours_, theirs in zip(own, (layer.keys, layer.values), strict=True):
                 assert ours_.shape == theirs.shape
@@ -373,7 +374,7 @@ def test_a_drafter_that_lacks_ids_of_the_target():
             if entry.model() is drafter:
                 plain = DynamicCache()
                 with torch.inference_mode():
-                    drafter(input_ids=entry.token_ids[None].clamp(max=299), past_key_values=plain)
+                    drafter(input_ids=entry.token_ids[None].clamp(max=299), **{cache_argument(drafter): plain})
                 torch.testing.assert_close(entry.keys[1], plain.layers[1].keys, rtol=1e-9, atol=1e-9)
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import Cache
 
 from dynatree_core import Session, generate, hf, run, runner, sink_cache
+from dynatree_core.architectures import cache_argument
 from dynatree_core.audit import audit_generation
 from dynatree_core.errors import (
     CacheError,
@@ -79,7 +80,9 @@ def naive(model: Any, prompt: list[int], length: int, option: SinkWindow) -> tup
     cache, text, logits = NaiveCache(model, option.sinks, option.window), list(prompt), []
     for i in range(len(prompt) + length - 1):
         place = torch.tensor([[cache.make_room()]])
-        last = model(input_ids=torch.tensor([[text[i]]]), position_ids=place, past_key_values=cache).logits[0, -1]
+        last = model(input_ids=torch.tensor([[text[i]]]), position_ids=place, **{cache_argument(model): cache}).logits[
+            0, -1
+        ]
         if i >= len(prompt) - 1:
             logits.append(last)
             text.append(int(last.float().argmax()))
@@ -338,9 +341,9 @@ def test_models_may_use_it_without_positions_and_masks():
     """Until the window moves it is a cache like any other."""
     model, cache = tiny_model("llama"), SinkCache(tiny_model("llama"), SinkWindow(2, 8), 8)
     with torch.inference_mode():
-        model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[1, 2, 3]]), **{cache_argument(model): cache})
         cache.commit([[0, 1, 2]])
-        logits = model(input_ids=torch.tensor([[4, 5]]), past_key_values=cache).logits[0, -1]
+        logits = model(input_ids=torch.tensor([[4, 5]]), **{cache_argument(model): cache}).logits[0, -1]
         expected = model(input_ids=torch.tensor([[1, 2, 3, 4, 5]])).logits[0, -1]
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from dynatree_bench.distill.prompts import Prompt
+from dynatree_core.architectures import cache_argument
 
 __all__ = ["Shard", "read_shard", "score", "write", "write_shard"]
 
@@ -105,9 +106,9 @@ def write(
             next_ids,
             attention_mask=mask[:, : int(slots[-1]) + 1],
             position_ids=(slots[None] - padding[:, None]).clamp(min=0),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_argument(model): cache},
         ).logits[:, -1]
         num_seen += next_ids.shape[1]
         top = _top(logits)
