@@ -155,8 +155,10 @@ def check_causal_lm(model: nn.Module, role: str) -> None:
 def _reason_against(model: nn.Module, config: Any) -> str | None:
     model_type = config.model_type
     kinds = set(getattr(config, "layer_types", None) or ())
-    if model.training:
-        return "it is in training mode, where dropout makes its output random; call model.eval() first"
+    dropping = [name for name, part in model.named_modules() if part.training and _drops(part)]
+    if model.training or dropping:
+        where = f" in {dropping[0]}" if dropping and not model.training else ""
+        return f"it is in training mode{where}, where dropout makes its output random; call model.eval() first"
     if getattr(config, "is_encoder_decoder", False):
         return f"it is an encoder-decoder, and only decoder-only models are supported{_GENERATE}"
     if getattr(model, "_is_stateful", False) or "conv" in kinds:
@@ -190,6 +192,12 @@ def _reason_against(model: nn.Module, config: Any) -> str | None:
     if "position_ids" not in forward_parameters(model):
         return "its forward takes no position_ids, so siblings could not share a position"
     return None
+
+
+def _drops(part: Any) -> bool:
+    """Whether a module drops numbers at random while it is in training mode."""
+    shares = (getattr(part, name, 0) for name in ("p", "attention_dropout", "dropout_p"))
+    return any(isinstance(share, float) and share > 0 for share in shares)
 
 
 def _mixes_rows(layer: type) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from dynatree_core.errors import ContextLimitError, ParameterError, PolicyError, PromptError, nearest_match
+from dynatree_core.params import as_python
 from dynatree_core.records import Limits
 from dynatree_core.stack import PolicyStack
 
@@ -86,6 +87,9 @@ _OTHER_SETTINGS: dict[str, object] = {
     "token_healing": False,
 }
 
+# of generate()'s, those that round keys and values or keep them elsewhere
+_OTHER_CACHES = ("quantized", "offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked", "paged")
+
 
 def checked_prompt(input_ids: Tensor | Sequence[int], vocab: int) -> list[int]:
     """The prompt as a list of ids.
@@ -136,6 +140,7 @@ def refuse_other_inputs(given: Mapping[str, object], taken: Collection[str]) -> 
 
 def guessed_mask(prompt: Sequence[int], pad_id: object, end_ids: Collection[int]) -> list[int] | None:
     """generate()'s guess where no mask is given: pad tokens are padding, unless the pad token also ends texts."""
+    pad_id = as_python(pad_id)
     if not isinstance(pad_id, int) or pad_id in end_ids or pad_id not in prompt:
         return None
     return [int(token_id != pad_id) for token_id in prompt]
@@ -174,7 +179,7 @@ def checked_seed(seed: int | None) -> int | None:
         ParameterError: neither None nor an integer of at least 0.
     """
     if seed is not None:
-        _check_count("seed", seed, 0)
+        seed = _count("seed", seed, 0)
         if seed >= 2**63:
             raise ParameterError(f"seed must be below 2**63, got {seed}")
     return seed
@@ -246,7 +251,7 @@ def new_token_limit(
             "give one of them"
         )
     if max_length is not None:
-        _check_count("max_length", max_length, 0)
+        max_length = _count("max_length", max_length, 0)
         if max_length < num_prompt:
             raise ParameterError(
                 f"max_length counts the prompt too, so it must be at least {num_prompt}, got {max_length}; raise it, "
@@ -255,7 +260,7 @@ def new_token_limit(
         max_new_tokens = max_length - num_prompt
     elif max_new_tokens is None:
         max_new_tokens = DEFAULT_MAX_NEW_TOKENS
-    _check_count("max_new_tokens", max_new_tokens, 0)
+    max_new_tokens = _count("max_new_tokens", max_new_tokens, 0)
     if limit is not None and num_positions + max_new_tokens > limit:
         raise ContextLimitError(
             f"prompt and new tokens must fit the target's context of {limit} tokens, got {num_positions} + "
@@ -321,6 +326,12 @@ def settings_of(
     except (TypeError, ValueError) as error:
         raise ParameterError(f"the settings of this generation cannot be used: {error}") from error
     config.do_sample = bool(do_sample)
+    if config.cache_implementation in _OTHER_CACHES:
+        raise ParameterError(
+            "the cache keeps keys and values as they are on the model's device, got cache_implementation="
+            f"{config.cache_implementation!r}, with which generate() says something else or needs less memory; set it "
+            "to None"
+        )
     not_applied = {
         name: value
         for name, neutral in _OTHER_SETTINGS.items()
@@ -348,7 +359,7 @@ def fixed_width(exact: str | None, max_nodes: int | None) -> tuple[int, int | No
     if exact != "fixed_width":
         raise ParameterError(f"exact must be None or 'fixed_width', got {exact!r}")
     if max_nodes is not None:
-        _check_count("max_nodes", max_nodes, 0)
+        max_nodes = _count("max_nodes", max_nodes, 0)
     num_rows = DEFAULT_FIXED_ROWS if max_nodes is None else max_nodes + 1
     return num_rows, num_rows - 1
 
@@ -366,10 +377,11 @@ def resolved_limits(
     A policy asks by having a parameter called `max_depth`, `max_nodes` or `tau`.
     """
     if max_depth is not None:
-        _check_count("max_depth", max_depth, 0)
+        max_depth = _count("max_depth", max_depth, 0)
     if max_nodes is not None:
-        _check_count("max_nodes", max_nodes, 0)
-    _check_count("max_branch", max_branch, 1)
+        max_nodes = _count("max_nodes", max_nodes, 0)
+    max_branch = _count("max_branch", max_branch, 1)
+    tau = as_python(tau)
     if tau is not None and (isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 <= tau <= 1):
         raise ParameterError(f"tau must be a probability from 0 to 1, got {tau!r}")
     return Limits(
@@ -386,7 +398,7 @@ def _asked(stack: PolicyStack, name: str, given: float | None) -> list[Any]:
     wanted = "an integer of at least 0" if is_count else "a number from 0 to 1"
     for policy_name, policy in stack.policies.items():
         try:
-            value = getattr(policy, name, None)
+            value = as_python(getattr(policy, name, None))
         except Exception as error:  # a property of its own
             raise PolicyError(f"policy '{policy_name}': its {name} raised {type(error).__name__}: {error}") from error
         if value is None:
@@ -398,9 +410,12 @@ def _asked(stack: PolicyStack, name: str, given: float | None) -> list[Any]:
     return values
 
 
-def _check_count(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+def _count(name: str, value: object, minimum: int) -> int:
+    """An integer, whoever's."""
+    number = as_python(value)
+    if isinstance(number, bool) or not isinstance(number, int) or number < minimum:
         raise ParameterError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    return number
 
 
 def _tensor(name: str, value: object) -> Tensor:

@@ -24,9 +24,11 @@ from dynatree_core.errors import NonFiniteLogitsError, ParameterError, PromptErr
 from dynatree_core.flatten import flatten
 from dynatree_core.generation import run
 from dynatree_core.records import GenerationResult
+from dynatree_core.row_probe import row_fault
 from dynatree_core.runner import PREFILL_CHUNK
 from dynatree_core.session import Session
 from dynatree_core.tree import TokenTree
+from dynatree_core.wrappers import plain_model
 
 __all__ = ["AuditReport", "Difference", "LogitPair", "Rounding", "audit_generation", "audit_output", "judge"]
 
@@ -118,6 +120,7 @@ class AuditReport:
     deviations: dict[str, float]  # way -> the largest change of a gap from transformers' one-row passes
     misread: tuple[int, ...] = ()  # positions whose token is not the choice of the run's own logits
     ending: str | None = None  # what is wrong with where the output ends
+    row_fault: str | None = None  # why trees cannot be exact on this model, see `dynatree_core.row_probe`
 
     @property
     def verdict(self) -> str:
@@ -143,7 +146,12 @@ class AuditReport:
     def faults(self) -> tuple[str, ...]:
         """What rounding does not explain, a sentence each."""
         bound = self.rounding.bound
-        found = [
+        found = []
+        if self.row_fault is not None:
+            found.append(
+                f"rows depend on each other in passes of this target, so trees change its text: {self.row_fault}"
+            )
+        found += [
             f"token {one.position} is {one.token_id} where autoregressive decoding chooses {one.expected_id}, and "
             f"rounding would have to move their gap by {one.deviation:.4g}, beyond the bound of {bound:.4g}"
             for one in self.differences
@@ -190,6 +198,7 @@ def audit_output(
         InputError: an argument that cannot be used.
         NonFiniteLogitsError: the target's logits have NaN among them.
     """
+    target, caller = plain_model(target, "target"), target
     reference = _reference(
         target,
         prompt_ids,
@@ -199,7 +208,7 @@ def audit_output(
         eos_token_id=eos_token_id,
         runner=runner,
     )
-    return _audit(target, reference, token_ids, max_new_tokens, verified=None, precise=precise)
+    return _audit(target, caller, reference, token_ids, max_new_tokens, verified=None, precise=precise)
 
 
 def audit_generation(
@@ -228,7 +237,9 @@ def audit_generation(
     sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}
     if options.get("position_ids") is not None:
         raise ParameterError("an audit reads the prompt at positions 0, 1, 2, …, got position_ids; leave them out")
-    options = {"generation_config": _plain(target), "inherit_settings": False, **options}
+    # a target that a generation refuses, because its rows depend on each other, is judged here
+    options = {"generation_config": _plain(target), "inherit_settings": False, **options, "trust_model": True}
+    target, caller = plain_model(target, "target"), target
     session = Session(target, drafter, prompt_ids, **sizes, **options)
     if session.logits_processors or session.sampler is not None:
         raise ParameterError(
@@ -255,11 +266,16 @@ def audit_generation(
     result = session.result()
     verified = torch.cat(rows) if rows else None
     limit = None if session.stopping_criteria else max_new_tokens
-    return result, _audit(target, reference, result.token_ids, limit, verified=verified, precise=precise)
+    return result, _audit(target, caller, reference, result.token_ids, limit, verified=verified, precise=precise)
 
 
 def judge(
-    token_ids: Sequence[int], ways: Mapping[str, Tensor], *, num_rows: int = 1, ending: str | None = None
+    token_ids: Sequence[int],
+    ways: Mapping[str, Tensor],
+    *,
+    num_rows: int = 1,
+    ending: str | None = None,
+    row_fault: str | None = None,
 ) -> AuditReport:
     """Judge an output by the logits of its positions.
 
@@ -269,6 +285,7 @@ def judge(
             "transformers, all rows"; "as verified" if known; others are only shown.
         num_rows: rows of a pass of the reference.
         ending: what is wrong with where the output ends.
+        row_fault: what is wrong with passes of several rows. The bound is then taken from passes of one row alone.
     """
     dtype = ways[AUTOREGRESSIVE].dtype
     scores = {way: _scores(logits) for way, logits in ways.items()}
@@ -291,10 +308,11 @@ def judge(
         num_rows=num_rows,
         differences=tuple(differences),
         top_gaps=tuple((top[:, 0] - top[:, 1]).tolist()),
-        rounding=_rounding(stepwise, scores[WHOLE]),
+        rounding=_rounding(stepwise, scores[WHOLE] if row_fault is None else reference),
         deviations={way: _deviation(stepwise, scores[way]) for way in (AUTOREGRESSIVE, VERIFIED) if way in scores},
         misread=tuple(is_misread.nonzero().flatten().tolist()),
         ending=ending,
+        row_fault=row_fault,
     )
 
 
@@ -307,6 +325,7 @@ def _reference(target: nn.Module, prompt_ids: Tensor | Sequence[int], **options:
         policy="autoregressive",
         generation_config=_plain(target),
         inherit_settings=False,
+        trust_model=True,
         **options,
     )
 
@@ -319,6 +338,7 @@ def _plain(target: Any) -> GenerationConfig:
 
 def _audit(
     target: nn.Module,
+    caller: nn.Module,
     reference: Session,
     token_ids: Tensor | Sequence[int],
     max_new_tokens: int | None,
@@ -330,14 +350,15 @@ def _audit(
     if len(token_ids) == 0:
         raise PromptError("an output to audit must have at least one token, got none; generate some first")
     output = checked_prompt(token_ids, reference.vocab_size)
-    ways = {AUTOREGRESSIVE: _autoregressive_logits(reference, output)}
-    if verified is not None:
-        ways[VERIFIED] = verified
-    ways[STEPWISE] = _stepwise_logits(target, prompt, output)
-    ways[WHOLE] = _whole_text_logits(target, prompt, output)
-    if precise is not None:
-        dtype = str(precise.dtype).removeprefix("torch.")
-        ways[PRECISE.format(dtype=dtype)] = _whole_text_logits(precise, prompt, output).to(ways[WHOLE].device)
+    with reference.without_gradients():
+        ways = {AUTOREGRESSIVE: _autoregressive_logits(reference, output)}
+        if verified is not None:
+            ways[VERIFIED] = verified
+        ways[STEPWISE] = _stepwise_logits(target, prompt, output)
+        ways[WHOLE] = _whole_text_logits(target, prompt, output)
+        if precise is not None:
+            dtype = str(precise.dtype).removeprefix("torch.")
+            ways[PRECISE.format(dtype=dtype)] = _whole_text_logits(precise, prompt, output).to(ways[WHOLE].device)
     for way, logits in ways.items():
         if logits.isnan().any():
             raise NonFiniteLogitsError(
@@ -345,10 +366,10 @@ def _audit(
                 "may be damaged, or half precision overflows: try float32 or bfloat16"
             )
     ending = _fault_of_ending(output, reference.eos_token_ids, max_new_tokens)
-    return judge(output, ways, num_rows=reference.pass_shape.get("min_rows", 1), ending=ending)
+    num_rows = reference.pass_shape.get("min_rows", 1)
+    return judge(output, ways, num_rows=num_rows, ending=ending, row_fault=row_fault(target, caller))
 
 
-@torch.inference_mode()
 def _autoregressive_logits(session: Session, output: list[int]) -> Tensor:
     """[positions, vocab], by passes over one token each, as the session would make them."""
     ids = _text(session.target.model, [*session.prompt_ids, *output])[0]
@@ -362,20 +383,19 @@ def _autoregressive_logits(session: Session, output: list[int]) -> Tensor:
     return torch.stack(rows)
 
 
-@torch.inference_mode()
 def _stepwise_logits(target: nn.Module, prompt: list[int], output: list[int]) -> Tensor:
     """[positions, vocab], by the same passes with the model's own cache and masks."""
     ids = _text(target, [*prompt, *output])
     start = len(prompt) - 1
     before = torch.split(ids[:, :start], PREFILL_CHUNK, dim=1) if start else ()
     rows = []
-    arguments = {cache_argument(target): DynamicCache(config=target.config), **_only_last(target, 1)}
+    config: Any = target.config
+    arguments: dict[str, Any] = {cache_argument(target): DynamicCache(config=config), **_only_last(target, 1)}
     for chunk in (*before, *torch.split(ids[:, start:-1], 1, dim=1)):
         rows.append(target(input_ids=chunk, use_cache=True, **arguments).logits[0, -1])
     return torch.stack(rows[-len(output) :])
 
 
-@torch.inference_mode()
 def _whole_text_logits(target: nn.Module, prompt: list[int], output: list[int]) -> Tensor:
     """[positions, vocab], by one pass of the model without any cache."""
     ids = _text(target, [*prompt, *output[:-1]])

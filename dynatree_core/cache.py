@@ -121,7 +121,7 @@ class TreeCache(Cache):
         """Count so many rows behind the block, which a pass has written, as undecided."""
         self._block_lens = [block_len + rows for block_len in self._block_lens]
 
-    @torch.inference_mode()  # the buffers were made in it, if the forward pass was
+    @torch.inference_mode()
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep the given rows of the block, one path a batch row, and forget the others.
 
@@ -218,7 +218,8 @@ class TreeCache(Cache):
         return buffers
 
     def _allocate(self, states: Tensor) -> Tensor:
-        buffer = states.new_empty(len(self.lengths), states.shape[1], self.capacity, states.shape[3])
+        with torch.inference_mode(False):  # so that passes in and outside of that mode may write into it
+            buffer = states.new_empty(len(self.lengths), states.shape[1], self.capacity, states.shape[3])
         if self._is_zeroed:
             # a batch row that is shorter than the longest, and a view that is longer than its rows, show slots that
             # were never written. They are hidden, with weight 0 in attention, but 0 × NaN would be NaN. Otherwise no

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from dynatree_core.cache import TreeCache
-from dynatree_core.packed import is_untouched
+from dynatree_core.model_state import can_infer, is_untouched
 from dynatree_core.records import FlatTrees
 from dynatree_core.sink_cache import SinkCache
 
@@ -60,7 +60,7 @@ def is_replayable(model: nn.Module) -> bool:
     A class, a hook or a forward of somebody's own may run code of the host that a graph does not have. One that only
     tells the device what to do says so by an attribute `is_replayable = True`.
     """
-    return is_untouched(model, _says_so)
+    return is_untouched(model, _says_so) and can_infer(model)
 
 
 def _says_so(code: object) -> bool:

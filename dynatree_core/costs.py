@@ -32,6 +32,7 @@ from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import models_of
 from dynatree_core.embedded import cache_root
 from dynatree_core.flatten import flatten
+from dynatree_core.model_state import without_gradients
 from dynatree_core.records import CostModel, StepFunction
 from dynatree_core.runner import ModelRunner, drafters_runner, runner_for
 from dynatree_core.tree import TokenTree
@@ -189,29 +190,29 @@ def _place(model: nn.Module, runner: str) -> dict[str, Any]:
 # measuring
 
 
-@torch.inference_mode()
 def _measure_target(target: nn.Module, runner: str, rounds: int, patience: float) -> dict[str, Any]:
     """Passes over trees of one level behind a short prefix, and what comes before and after a pass."""
-    bench = _TargetBench(target, runner)
-    seconds = _interleaved({rows: lambda rows=rows: bench.verify(rows) for rows in ROWS}, rounds, patience)  # type: ignore[misc]
-    rest = _interleaved({0: bench.rest}, rounds, patience)[0]
+    with without_gradients(target):
+        bench = _TargetBench(target, runner)
+        seconds = _interleaved({rows: lambda rows=rows: bench.verify(rows) for rows in ROWS}, rounds, patience)  # type: ignore[misc]
+        rest = _interleaved({0: bench.rest}, rounds, patience)[0]
     return {"verify": {"at": list(ROWS), "seconds": isotonic(list(seconds.values()))}, "rest": rest}
 
 
-@torch.inference_mode()
 def _measure_drafter(drafter: Drafter, target: nn.Module, runner: str, rounds: int, patience: float) -> dict[str, Any]:
-    bench = _DrafterBench(drafter, target, runner)
-    seconds = _interleaved({width: lambda width=width: bench.level(width) for width in WIDTHS}, rounds, patience)  # type: ignore[misc]
+    with without_gradients(target, *models_of(drafter)):
+        bench = _DrafterBench(drafter, target, runner)
+        seconds = _interleaved({width: lambda width=width: bench.level(width) for width in WIDTHS}, rounds, patience)  # type: ignore[misc]
     return {"draft": {"at": list(WIDTHS), "seconds": isotonic(list(seconds.values()))}}
 
 
 def _one_row(target: nn.Module, runner: str) -> Callable[[], float]:
     """A quick look at whether a kept measurement still holds."""
 
-    @torch.inference_mode()
     def probe() -> float:
-        bench = _TargetBench(target, runner)
-        return min(bench.verify(1) for _ in range(4))
+        with without_gradients(target):
+            bench = _TargetBench(target, runner)
+            return min(bench.verify(1) for _ in range(4))
 
     return probe
 
@@ -219,10 +220,10 @@ def _one_row(target: nn.Module, runner: str) -> Callable[[], float]:
 def _one_level(drafter: Drafter, target: nn.Module, runner: str) -> Callable[[], float]:
     """The same for a drafter: another one may have come under its name."""
 
-    @torch.inference_mode()
     def probe() -> float:
-        bench = _DrafterBench(drafter, target, runner)
-        return min(bench.level(1) for _ in range(4))
+        with without_gradients(target, *models_of(drafter)):
+            bench = _DrafterBench(drafter, target, runner)
+            return min(bench.level(1) for _ in range(4))
 
     return probe
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import torch
-
 from dynatree_core.commit import commit
 from dynatree_core.draft import draft
 from dynatree_core.feedback import feedback
 from dynatree_core.flatten import flatten
 from dynatree_core.prune import prune
 from dynatree_core.records import StepReport
-from dynatree_core.session import Session, timed
+from dynatree_core.session import Session, timed, without_tracking
 from dynatree_core.verify import verify
 
 __all__ = ["decode_step", "prefill"]
 
 
 @timed("prefill", on_device=True)
-@torch.inference_mode()
+@without_tracking
 def prefill(session: Session) -> None:
     """Fill both caches with the prompt but its last token, which is the first tree's root.
 
@@ -32,7 +30,7 @@ def prefill(session: Session) -> None:
 
 
 @timed("decode")
-@torch.inference_mode()
+@without_tracking
 def decode_step(session: Session) -> StepReport:
     """Commit 1 to depth + 1 tokens, exactly those that the target itself would have chosen."""
     tree = draft(session)  # rooted at the last committed token

@@ -75,6 +75,9 @@ def generate(
             tokens done and all of them.
         on_error: "raise" (default), or "fallback" to go on autoregressively, with a warning, after a policy or a
             drafter failed.
+        trust_model: whether to take a target as it is that has code of somebody's own. By default one is asked, once
+            and by some ten short passes, whether its rows are independent of each other, and refused if they are not;
+            see docs/models.md.
 
     Returns:
         New tokens, stop reason ("eos", "length", "stop_string", "time" or "criterion") and metrics.

@@ -21,8 +21,7 @@ import copy
 import platform
 import threading
 import weakref
-import zlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import attrs
@@ -33,9 +32,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from dynatree_core.errors import ParameterError
+from dynatree_core.model_state import is_plain, state_of
 from dynatree_core.student import RestrictedHead
 
-__all__ = ["can_pack", "is_packed", "is_untouched", "pack", "packed_bytes"]
+__all__ = ["can_pack", "is_packed", "pack", "packed_bytes"]
 
 ATTENTION = "dynatree_grouped"  # under which transformers knows grouped_attention
 
@@ -167,14 +167,13 @@ def can_pack(model: nn.Module) -> bool:
     onednn: Any = torch.backends.mkldnn  # torch leaves it unannotated
     is_known = platform.machine().lower() in ("x86_64", "amd64")
     has_kernels = is_known and onednn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    is_plain = all(_is_plain(tensor) for tensor in (*model.parameters(), *model.buffers()))
-    return device.type == "cpu" and has_kernels and is_plain and any(map(_is_packable, model.modules()))
+    is_here = all(_is_here(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    return device.type == "cpu" and has_kernels and is_here and any(map(_is_packable, model.modules()))
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether it is numbers in this machine's memory, and no tensor with a way of its own, such as a quantised one."""
-    is_usual = type(tensor) in (Tensor, nn.Parameter) or type(tensor) is getattr(nn, "Buffer", None)
-    return is_usual and tensor.device.type == "cpu" and tensor.layout == torch.strided
+def _is_here(tensor: Tensor) -> bool:
+    """Whether it is plain numbers in this machine's memory."""
+    return is_plain(tensor) and tensor.device.type == "cpu" and tensor.layout == torch.strided
 
 
 def packed_bytes(model: nn.Module) -> int:
@@ -187,15 +186,14 @@ def pack(model: nn.Module) -> nn.Module:
     """The packed copy of a model, made at the first call: a second for each four gigabytes.
 
     Sessions and threads share it. It is made anew when weights were changed in place or are others, when a module was
-    replaced, when a number, a flag or a string of a module or of the configuration was changed, and when another
-    attention was chosen; not surely when single numbers were changed through `.data`, which counts no changes: of each
-    row one is looked at. Nor when other attributes of a module were changed, such as a list.
+    replaced, when a plain attribute of a module or the configuration was changed, and when another attention was
+    chosen; what may be missed says `dynatree_core.model_state`.
 
     Raises:
         ParameterError: something on the model cannot be copied.
     """
     with _lock:
-        state = _state(model)
+        state = state_of(model)
         entry = _entries.get(model)
         if entry is None or entry.state != state:
             entry = _Entry(_packed_copy(model), state)
@@ -255,45 +253,3 @@ def _is_packable(layer: Any) -> bool:
     dtype: torch.dtype = layer.weight.dtype
     has_bfloat16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float32 or has_bfloat16
-
-
-def is_untouched(model: nn.Module, is_fine: Callable[[object], bool] = lambda code: False) -> bool:
-    """Whether a model is as transformers made it, so that a copy of it does all that it does.
-
-    A class, a hook or a forward of somebody's own, such as a LoRA layer, may keep a state that a copy would not follow.
-
-    Args:
-        model: the model.
-        is_fine: whether a class or a hook of somebody's own does no harm.
-    """
-    return all(
-        (type(part).__module__.startswith(("torch.nn.", "transformers.", "dynatree_core.")) or is_fine(type(part)))
-        and all(map(is_fine, (*part._forward_hooks.values(), *part._forward_pre_hooks.values())))
-        and "forward" not in vars(part)
-        for part in model.modules()
-    )
-
-
-def _state(model: nn.Module) -> Hashable:
-    """What is compared to see whether a model was changed."""
-    weights = [
-        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, _sample(tensor))
-        for tensor in (*model.parameters(), *model.buffers())
-    ]
-    # a scale, an epsilon or a flag is a plain attribute of a module
-    modules = [
-        (id(part), *((name, value) for name, value in vars(part).items() if isinstance(value, int | float | str)))
-        for part in model.modules()
-    ]
-    config: Any = model.config
-    return tuple(weights), tuple(modules), config._attn_implementation, config.to_json_string(use_diff=False)
-
-
-def _sample(tensor: Tensor) -> int:
-    """A checksum of one number of each row, in another column each time.
-
-    Neither changes through `.data` are counted in a tensor's version, nor those of tensors made in inference mode.
-    """
-    stride = max(tensor.shape[-1] - 1, 1) if tensor.ndim > 1 else 1
-    numbers = tensor.detach().reshape(-1)[::stride].clone(memory_format=torch.contiguous_format)
-    return zlib.crc32(numbers.view(torch.uint8).numpy().tobytes())

@@ -19,9 +19,14 @@ import attrs
 
 from dynatree_core.errors import ParameterError
 
-__all__ = ["DOMAIN", "choice", "count", "fraction"]
+__all__ = ["DOMAIN", "as_python", "choice", "count", "fraction"]
 
 DOMAIN = "dynatree_domain"
+
+
+def as_python(value: Any) -> Any:
+    """A number of numpy or torch, also as an array or a tensor without dimensions, as Python's; all else as it is."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
 
 
 def count(default: int, *, minimum: int = 1, maximum: int | None = None) -> int:
@@ -33,7 +38,7 @@ def count(default: int, *, minimum: int = 1, maximum: int | None = None) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= upper:
             _refuse(instance, attribute.name, allowed, value)
 
-    return attrs.field(default=default, validator=check, metadata={DOMAIN: (minimum, maximum)})
+    return attrs.field(default=default, converter=as_python, validator=check, metadata={DOMAIN: (minimum, maximum)})
 
 
 def fraction(default: float) -> float:
@@ -43,7 +48,7 @@ def fraction(default: float) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             _refuse(instance, attribute.name, "a number from 0 to 1", value)
 
-    return attrs.field(default=default, validator=check, metadata={DOMAIN: (0.0, 1.0)})
+    return attrs.field(default=default, converter=as_python, validator=check, metadata={DOMAIN: (0.0, 1.0)})
 
 
 def choice(default: str, options: tuple[str, ...]) -> str:

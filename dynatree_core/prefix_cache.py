@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from dynatree_core.cache import TreeCache
 from dynatree_core.errors import ParameterError
+from dynatree_core.model_state import state_of
+from dynatree_core.params import as_python
 
 __all__ = ["PrefixCache", "PrefixReuse"]
 
@@ -52,8 +54,9 @@ class PrefixCache:
     stay, as many as fit; a text that another one continues is not kept twice. Sessions of several threads may share
     it.
 
-    Rows belong to a model object as it was: its device, dtype and attention implementation are compared, its weights
-    are not. Call `clear` after changing them.
+    Rows belong to a model object as it was: device, dtype, attention, adapters, hooks, attributes of its modules and
+    changes of weights that torch counts are compared. Call `clear` after changing weights through `.data`, or what a
+    hook reads.
 
     Args:
         max_bytes: what all kept buffers may take up together. A generation that is larger is not kept.
@@ -63,6 +66,7 @@ class PrefixCache:
     """
 
     def __init__(self, *, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+        max_bytes = as_python(max_bytes)
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
             raise ParameterError(f"max_bytes must be an integer of at least 0, got {max_bytes!r}")
         self.max_bytes = max_bytes
@@ -149,7 +153,7 @@ def _way_of(model: nn.Module) -> Hashable:
     device: torch.device = model.device  # type: ignore[assignment]
     is_autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if is_autocast else model.dtype
-    return device, model.dtype, dtype, model.config._attn_implementation  # type: ignore[union-attr]
+    return device, model.dtype, dtype, state_of(model, reads_weights=False)
 
 
 @attrs.frozen(eq=False)
@@ -158,15 +162,17 @@ class PrefixReuse:
 
     prefix_cache: PrefixCache
     _models: dict[TreeCache, nn.Module] = attrs.field(factory=dict, init=False)
+    _ways: dict[TreeCache, Hashable] = attrs.field(factory=dict, init=False)  # how the models were at the beginning
 
     def add(self, model: nn.Module, cache: TreeCache) -> None:
         """Have a model's cache take part; the target's first."""
         self._models[cache] = model
+        self._ways[cache] = _way_of(model)
 
     def hold_only(self, cache: TreeCache) -> None:
         """Let go of all caches but this one."""
         for other in [held for held in self._models if held is not cache]:
-            del self._models[other]
+            del self._models[other], self._ways[other]
 
     def fill(self, cache: TreeCache, token_ids: Tensor) -> int:
         """Copy rows into one of the caches, unless it has any; how many rows were copied.
@@ -184,4 +190,5 @@ class PrefixReuse:
             committed_ids: [committed] int64, of which each cache has rows of the first.
         """
         for cache, model in reversed(self._models.items()):
-            self.prefix_cache.keep(model, committed_ids, cache)
+            if _way_of(model) == self._ways[cache]:  # or some rows are of another adapter than others
+                self.prefix_cache.keep(model, committed_ids, cache)

@@ -23,7 +23,8 @@ from dynatree_core.captured import CapturedPasses, can_capture, is_replayable
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import DynaTreeError, ForwardPassError, OutOfMemoryError, ParameterError
 from dynatree_core.flatten import flatten_chain
-from dynatree_core.packed import can_pack, is_packed, is_untouched, pack, packed_bytes
+from dynatree_core.model_state import is_untouched
+from dynatree_core.packed import can_pack, is_packed, pack, packed_bytes
 from dynatree_core.records import FlatTrees
 from dynatree_core.sink_cache import SinkCache
 

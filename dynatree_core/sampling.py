@@ -31,9 +31,16 @@ class Sampler:
         else:
             self._generator = torch.default_generator
 
+        self._row, self._num_rows = 0, 1
+
+    def draw_for(self, row: int, num_rows: int) -> None:
+        """Draw from now on for one row of a batch what a draw for all its rows gives that row."""
+        self._row, self._num_rows = row, num_rows
+
     def draw(self, scores: Tensor) -> Tensor:
         """A token id [1] for scores [1, vocab], which are unnormalised log-probabilities."""
-        return torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self._generator)[0]
+        chances = scores.softmax(dim=-1).expand(self._num_rows, -1)
+        return torch.multinomial(chances, num_samples=1, generator=self._generator)[self._row]
 
     def state(self) -> Tensor:
         """Where the generator stands."""

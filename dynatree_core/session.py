@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from dynatree_core.architectures import check_causal_lm, forward_parameters, max_positions, vocab_size
+from dynatree_core.architectures import forward_parameters, max_positions, vocab_size
 from dynatree_core.arguments import (
     checked_list,
     checked_positions,
@@ -34,6 +34,7 @@ from dynatree_core.clock import StageClock
 from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
 from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.drafters.union import models_of
 from dynatree_core.errors import (
     DrafterError,
     DynaTreeError,
@@ -43,21 +44,24 @@ from dynatree_core.errors import (
     ParameterError,
 )
 from dynatree_core.metrics import summarise
+from dynatree_core.model_state import without_gradients
 from dynatree_core.plugins import build_drafter, build_stack
 from dynatree_core.prefix_cache import PrefixCache, PrefixReuse
 from dynatree_core.processors import logits_processors
 from dynatree_core.records import CostModel, GenerationResult, Proposals, StepReport, StepStats
+from dynatree_core.row_probe import refuse_dependent_rows
 from dynatree_core.runner import ModelRunner, drafters_runner, is_out_of_memory
 from dynatree_core.sampling import Sampler
 from dynatree_core.sink_cache import SinkCache, SinkWindow, refuse_beside
 from dynatree_core.stack import PolicyStack
 from dynatree_core.stopping import stopping_criteria as criteria_of
 from dynatree_core.tree import TokenTree
+from dynatree_core.wrappers import plain_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Pending", "Session", "timed"]
+__all__ = ["Pending", "Session", "timed", "without_tracking"]
 
 Result = TypeVar("Result")
 
@@ -113,9 +117,10 @@ class Session:
         prefix_cache: PrefixCache | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
         on_error: str = "raise",
+        trust_model: bool = False,
         **settings: object,
     ) -> None:
-        check_causal_lm(target, "target")
+        given_target, target = target, plain_model(target, "target", is_trusted=trust_model)
         if on_error not in ("raise", "fallback"):
             raise ParameterError(f"on_error must be 'raise' or 'fallback', got {on_error!r}")
         if not isinstance(prefix_cache, PrefixCache | None):
@@ -133,15 +138,18 @@ class Session:
             input_ids = input_ids.get("input_ids", ())
         given_ids = checked_prompt(input_ids, self.vocab_size)
         config = settings_of(
-            target if inherit_settings else None, generation_config, settings, inspect.signature(Session).parameters
+            given_target if inherit_settings else None,
+            generation_config,
+            settings,
+            inspect.signature(Session).parameters,
         )
         self.eos_token_ids = end_token_ids(config, eos_token_id)
         if attention_mask is None and isinstance(input_ids, Tensor):  # what generate() takes too; a list is all text
             attention_mask = guessed_mask(given_ids, config.pad_token_id, self.eos_token_ids)
-        self._num_padding = num_padding(attention_mask, len(given_ids))
-        self.prompt_ids = given_ids[self._num_padding :]
+        self.num_padding = num_padding(attention_mask, len(given_ids))
+        self.prompt_ids = given_ids[self.num_padding :]
         positions = checked_positions(position_ids, len(given_ids))
-        if positions is not None and positions[self._num_padding :] == [*range(len(self.prompt_ids))]:
+        if positions is not None and positions[self.num_padding :] == [*range(len(self.prompt_ids))]:
             positions = None  # those that it has anyway
         kept = SinkWindow.parse(cache)
         if kept is not None:
@@ -161,7 +169,7 @@ class Session:
             checked_list("logits_processor", logits_processor, LogitsProcessor),
             eos_token_ids=self.eos_token_ids,
             num_prompt=len(given_ids),
-            num_padding=self._num_padding,
+            num_padding=self.num_padding,
             max_length=len(given_ids) + self.max_new_tokens,
             vocab=self.vocab_size,
             device=self.device,
@@ -175,11 +183,13 @@ class Session:
         pass_rows, max_nodes = fixed_width(exact, max_nodes)
         self.limits = resolved_limits(self.stack, max_depth, max_nodes, tau, max_branch, self.vocab_size)
         self.clock = StageClock(self.device)
+        if not trust_model:
+            refuse_dependent_rows(target, given_target)
 
         num_tokens = len(self.prompt_ids) + self.max_new_tokens
         if exact is not None and runner == "auto":
             runner = "eager"  # whose products round each row alike wherever it stands, as was measured (docs/audit.md)
-        own_positions = positions and positions[self._num_padding :]
+        own_positions = positions and positions[self.num_padding :]
         self.target = ModelRunner(target, self.clock, own_positions, on_prefill, runner)
         self.is_fixed_width = exact is not None
         self.cache: TreeCache | SinkCache = (
@@ -197,6 +207,7 @@ class Session:
             self.prefix.add(target, self.cache)
         self.num_reused_tokens = 0  # of the prompt, whose rows came from the prefix cache
         source = _as_drafter(drafter)
+        self._models = [target, *(models_of(source) if source is not None else ())]
         self.drafter_name = None if source is None else str(source)
         # what iterations take here; reports and frontiers keep it, so it must not hold the session
         self.measure_costs = _costs_of(target, source, runner, self.clock, self.drafter_name)
@@ -225,13 +236,16 @@ class Session:
         # padding, prompt, committed tokens, and room for those to come
         self._ids = torch.zeros(len(given_ids) + self.max_new_tokens, dtype=torch.int64, device=self.device)
         self._ids[: len(given_ids)] = torch.tensor(given_ids)
+        # what processors and criteria are shown: they may write into it, as into generate()'s text
+        self._shown = self._ids.clone() if self.logits_processors or self.stopping_criteria else self._ids
+        self._num_shown = len(given_ids)
         self.steps: list[StepStats] = []
         self.last_report: StepReport | None = None
 
     @property
     def committed_ids(self) -> Tensor:
         """[committed] int64 on the device: prompt and new tokens."""
-        return self._ids[self._num_padding : self._num_padding + len(self.prompt_ids) + len(self.new_token_ids)]
+        return self._ids[self.num_padding : self.num_padding + len(self.prompt_ids) + len(self.new_token_ids)]
 
     @property
     def num_iterations(self) -> int:
@@ -260,14 +274,33 @@ class Session:
         decided = self.last_report and self.last_report.verdict.stop_reason
         return decided or ("length" if self.num_tokens_left <= 0 else None)
 
+    @property
+    def num_committed(self) -> int:
+        """Tokens of padding, prompt and output so far."""
+        return self.num_padding + len(self.prompt_ids) + len(self.new_token_ids)
+
+    @property
+    def text(self) -> Tensor:
+        """[1, tokens] int64 on the device: what generate() would return, a copy.
+
+        Padding, prompt and committed tokens, as processors and criteria have left them.
+        """
+        end, num_shown = self.num_committed, min(self._num_shown, self.num_committed)
+        return torch.cat([self._shown[:num_shown], self._ids[num_shown:end]])[None]
+
     def text_with(self, token_ids: Sequence[int]) -> Tensor:
         """[1, tokens] int64 on the device: what generate() would show to processors and criteria.
 
-        Padding, prompt, committed tokens, and behind them these, which are the target's choice already.
+        Padding, prompt, committed tokens, and behind them these, which are the target's choice already. What was shown
+        before is not written again, so what a processor has written into it stays.
         """
-        start = self._num_padding + len(self.prompt_ids) + len(self.new_token_ids)
-        self._ids[start : start + len(token_ids)] = torch.tensor(token_ids, dtype=torch.int64)
-        return self._ids[None, : start + len(token_ids)]
+        end = self.num_committed + len(token_ids)
+        if end > self._num_shown:
+            num_missing = end - self._num_shown
+            behind = [*self.new_token_ids[-num_missing:], *token_ids][-num_missing:]
+            self._shown[self._num_shown : end] = torch.tensor(behind, dtype=torch.int64)
+            self._num_shown = end
+        return self._shown[None, :end]
 
     def reason_to_stop(self, token_ids: Sequence[int]) -> str | None:
         """Why the generation ends with the last of these tokens, which follow the committed ones, or None.
@@ -315,7 +348,8 @@ class Session:
 
     def record(self, report: StepReport) -> None:
         """Append a step's verified tokens and count it."""
-        self.text_with(report.token_ids)
+        end = self.num_committed + len(report.token_ids)
+        self._ids[self.num_committed : end] = torch.tensor(report.token_ids, dtype=torch.int64)
         step = StepStats(
             num_drafted=report.tree.num_drafted,
             depth=report.tree.max_depth,
@@ -345,6 +379,10 @@ class Session:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+
+    def without_gradients(self) -> AbstractContextManager[None]:
+        """A context for the session's passes: torch's inference mode, where the models' weights can be used in it."""
+        return without_gradients(*self._models)
 
     def rollback(self) -> None:
         """Forget an iteration that failed; the committed tokens and their cache rows stay."""
@@ -378,7 +416,10 @@ class Session:
             stop_reason: why the generation ended, where its own tokens do not say so.
         """
         reason = self.stop_reason or stop_reason or "interrupted"
-        return GenerationResult(list(self.new_token_ids), reason, summarise(self))
+        token_ids = list(self.new_token_ids)
+        if self._shown is not self._ids and token_ids:
+            token_ids = self.text[0, -len(token_ids) :].tolist()
+        return GenerationResult(token_ids, reason, summarise(self))
 
 
 def _as_drafter(drafter: nn.Module | Drafter | str | None) -> Drafter | None:
@@ -429,6 +470,17 @@ def _costs_of(
             return measured_costs(target, drafter, runner=runner)
 
     return measure
+
+
+def without_tracking(function: Callable[[Session], Result]) -> Callable[[Session], Result]:
+    """Decorate a function of a session: its passes are not recorded for gradients."""
+
+    @functools.wraps(function)
+    def untracked(session: Session) -> Result:
+        with session.without_gradients():
+            return function(session)
+
+    return untracked
 
 
 def timed(

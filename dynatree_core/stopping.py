@@ -12,6 +12,7 @@ from transformers import GenerationConfig, MaxTimeCriteria, StoppingCriteria, St
 
 from dynatree_core.arguments import merged
 from dynatree_core.errors import ParameterError
+from dynatree_core.params import as_python
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,9 +52,10 @@ def stopping_criteria(
                 f"{type(tokenizer).__name__} ({error})"
             ) from error
     if config.max_time is not None:
-        if isinstance(config.max_time, bool) or not isinstance(config.max_time, int | float) or config.max_time < 0:
+        max_time = as_python(config.max_time)
+        if isinstance(max_time, bool) or not isinstance(max_time, int | float) or max_time < 0:
             raise ParameterError(f"max_time must be a number of seconds of at least 0, got {config.max_time!r}")
-        asked["time"] = MaxTimeCriteria(config.max_time)
+        asked["time"] = MaxTimeCriteria(max_time)
     reasons = {id(criterion): reason for reason, criterion in asked.items()}
     return [
         Criterion(reasons.get(id(criterion), "criterion"), criterion) for criterion in merged([*asked.values()], own)

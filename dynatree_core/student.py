@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dynatree_core.errors import ModelLoadError, VocabularyMismatchError
+from dynatree_core.model_state import is_plain
 
 __all__ = ["WEIGHTS", "RestrictedHead", "SharedEmbedding", "is_student", "load_student", "new_student", "save_student"]
 
@@ -62,7 +63,7 @@ class RestrictedHead(nn.Module):
     def __init__(self, head: Any, token_ids: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         rows = token_ids.long()
-        weight: Tensor = head.weight.detach()
+        weight = _numbers(head.weight.detach())
         bias: Tensor | None = getattr(head, "bias", None)
         # not persistent: made from the target again whenever the student is loaded
         self.register_buffer("token_ids", rows.to(weight.device), persistent=False)
@@ -71,6 +72,14 @@ class RestrictedHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return nn.functional.linear(hidden, self.weight, self.bias)
+
+
+def _numbers(weight: Any) -> Tensor:
+    """A matrix whose rows can be picked; a quantised one is of a class that can only say all its numbers at once."""
+    if is_plain(weight) or not hasattr(weight, "dequantize"):
+        return weight  # type: ignore[no-any-return]
+    numbers: Tensor = weight.dequantize()
+    return numbers
 
 
 def new_student(
@@ -148,12 +157,34 @@ def load_student(folder: Path, target: PreTrainedModel, dtype: torch.dtype) -> P
             f"tokens of {made_for[1]} numbers, but this target has {got[0]} of {got[1]}; choose another drafter, such "
             "as prompt_lookup"
         )
+    _check_embeddings(target, head_ids)
     try:
         student = _assembled(config, target, head_ids, dtype)
         student.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()})
     except (RuntimeError, IndexError) as error:  # tensors that are missing or of another shape, tokens that are none
         raise _damaged(folder, error) from error
     return student.eval()  # type: ignore[no-any-return, no-untyped-call]  # transformers leaves it unannotated
+
+
+def _check_embeddings(target: Any, head_ids: Tensor) -> None:
+    """Refuse a target whose embeddings or head cannot be read row by row.
+
+    Raises:
+        VocabularyMismatchError: naming their class.
+    """
+    device = target.device
+    try:
+        target.get_input_embeddings()(head_ids[:1].long().to(device))
+        _numbers(target.get_output_embeddings().weight)[head_ids[:1].long().to(device)]
+    except (RuntimeError, TypeError, AttributeError) as error:  # NotImplementedError among them
+        tables = target.get_input_embeddings(), target.get_output_embeddings()
+        kinds = " and ".join(sorted({type(getattr(table, "weight", table)).__name__ for table in tables}))
+        came = textwrap.shorten(str(error), 120, placeholder=" …")
+        raise VocabularyMismatchError(
+            f"a distilled drafter reads rows of its target's embeddings and head, which are {kinds} here and cannot be "
+            f"read so ({type(error).__name__}: {came}); leave these two layers as they are when quantising, or use the "
+            "drafter prompt_lookup"
+        ) from error
 
 
 def _damaged(folder: Path, error: Exception) -> ModelLoadError:

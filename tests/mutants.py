@@ -123,8 +123,8 @@ MUTANTS = (
     Mutant(
         "padding is text",
         "dynatree_core/session.py",
-        "self.prompt_ids = given_ids[self._num_padding :]",
-        "self.prompt_ids, self._num_padding = given_ids, 0",
+        "self.prompt_ids = given_ids[self.num_padding :]",
+        "self.prompt_ids, self.num_padding = given_ids, 0",
         (PADDING,),
     ),
     # commit

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
-    DynamicCache,
     EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
@@ -22,9 +21,8 @@ from transformers import (
     pipeline,
 )
 
-from dynatree_core import PrefixCache, hf
-from dynatree_core.architectures import cache_argument
-from dynatree_core.errors import ParameterError
+from dynatree_core import PrefixCache, generate, hf
+from dynatree_core.errors import DynaTreeError, ParameterError
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import VOCAB, perturbed, tiny_model
 
@@ -187,7 +185,6 @@ def test_a_dict_without_scores():
     ("asked", "message"),
     [
         ({"num_beams": 3}, "tree decoding has no num_beams, got 3"),
-        ({"num_return_sequences": 2, "do_sample": True}, "has no num_return_sequences, got 2"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "has no output_hidden_states"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "has no output_attentions"),
         ({"guidance_scale": 1.5}, "has no guidance_scale"),
@@ -206,17 +203,43 @@ def test_healing_is_refused_before_generate_asks_for_a_tokenizer():
             hf.generate_with(TARGET, PROMPT, **asked)
 
 
-def test_several_prompts_are_refused():
-    with pytest.raises(ParameterError, match="one sequence at a time, got 2"):
-        TARGET.generate(torch.tensor([[1, 2], [3, 4]]), max_new_tokens=4, pad_token_id=0, **TREES)
+def test_what_generate_hands_to_no_loop_is_refused():
+    with pytest.raises(ParameterError, match=r"hands assistant_model on to no custom loop.*as drafter="):
+        TARGET.generate(PROMPT, **PLAIN, assistant_model=DRAFTER, **TREES)
+    with pytest.raises(ParameterError, match="hands synced_gpus on to no custom loop"):
+        TARGET.generate(PROMPT, **PLAIN, synced_gpus=True, **TREES)
 
 
-def test_a_cache_with_rows_is_refused():
-    name, cache = cache_argument(TARGET), DynamicCache(config=TARGET.config)
-    with torch.inference_mode():
-        TARGET(PROMPT[:, :2], **{name: cache})
-    with pytest.raises(ParameterError, match="got one with rows"):
-        TARGET.generate(PROMPT, **PLAIN, **{name: cache}, **TREES)
+class Editing(LogitsProcessor):
+    """Writes into the text that it is shown, and goes by what it finds there."""
+
+    def __init__(self, back, by):
+        self.back, self.by = back, by
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] > self.back:
+            input_ids[:, -self.back] = (input_ids[:, -self.back] + self.by) % VOCAB
+        return scores + 0.3 * torch.sin(input_ids.sum() + torch.arange(VOCAB))
+
+
+@settings(max_examples=30)
+@given(back=st.integers(1, 8), by=st.integers(0, VOCAB - 1), policy=ours.stacks(), do_sample=st.booleans())
+def test_a_processor_that_writes_into_the_text(back, by, policy, do_sample):
+    asked = {**PLAIN, "do_sample": do_sample}
+    torch.manual_seed(3)
+    expected = TARGET.generate(PROMPT.clone(), **asked, logits_processor=[Editing(back, by)])
+    trees = {**TREES, "policy": policy}
+    for decode in (
+        lambda given: TARGET.generate(PROMPT.clone(), **asked, logits_processor=given, **trees).tolist(),
+        lambda given: [
+            expected[0, :3].tolist()
+            + generate(
+                TARGET, DRAFTER, PROMPT, policy=policy, max_new_tokens=20, do_sample=do_sample, logits_processor=given
+            ).token_ids
+        ],
+    ):
+        torch.manual_seed(3)
+        assert decode([Editing(back, by)]) == expected.tolist()
 
 
 class Collecting(TextStreamer):
@@ -235,6 +258,33 @@ def test_a_streamer_gets_what_it_gets_from_generate(tokenizer, skip_prompt):
     result = hf.generate_with(TARGET, PROMPT, drafter=DRAFTER, policy="fixed", streamer=mine, **PLAIN)
     assert result.tolist() == expected.tolist()
     assert mine.text == theirs.text != ""
+
+
+@pytest.mark.parametrize("skip_prompt", [False, True])
+def test_a_streamer_given_to_generate_itself(tokenizer, skip_prompt):
+    theirs, mine = (Collecting(tokenizer, skip_prompt=skip_prompt) for _ in range(2))
+    expected = TARGET.generate(PROMPT, **PLAIN, streamer=theirs)
+    assert TARGET.generate(PROMPT, **PLAIN, streamer=mine, **TREES).tolist() == expected.tolist()
+    assert mine.text == theirs.text != ""
+
+
+class Raising(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize(
+    "broken", [{"policy": "no_such"}, {"num_beams": 2}, {"logits_processor": [Raising()]}, {"stop_strings": ["a"]}]
+)
+@pytest.mark.parametrize("through", [hf.generate_with, lambda model, *args, **given: model.generate(*args, **given)])
+def test_a_streamer_ends_where_a_generation_fails(tokenizer, broken, through):
+    if not broken.keys().isdisjoint({"stop_strings", "num_beams"}) and through is not hf.generate_with:
+        pytest.skip("generate() itself refuses these before it calls anybody, and ends no streamer")
+    streamer = TextIteratorStreamer(tokenizer, timeout=60)
+    trees = {"drafter": DRAFTER, "policy": "fixed"} | ({} if through is hf.generate_with else TREES)
+    with pytest.raises((DynaTreeError, RuntimeError)):
+        through(TARGET, PROMPT, **{**PLAIN, **trees, **broken}, streamer=streamer)
+    list(streamer)  # it would wait for a minute, and raise
 
 
 def test_an_iterating_streamer_in_a_thread(tokenizer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,10 +24,11 @@ from transformers import (
     StoppingCriteria,
 )
 
-from dynatree_core import Session, generate, run
+from dynatree_core import Session, build_stack, generate, hf, run
 from dynatree_core.errors import ContextLimitError, NonFiniteLogitsError, ParameterError, PromptError
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import CONTEXT, VOCAB, greedy, perturbed, tiny_model
+from dynatree_policies.fixed import Fixed
 
 TARGET, DRAFTER, PROMPT = tiny_model("llama"), perturbed("llama"), [1, 2, 3]
 
@@ -457,3 +459,30 @@ def test_position_ids(family, positions):
 def test_bad_masks_and_positions(option, error, message):
     with pytest.raises(error, match=message):
         generate(TARGET, DRAFTER, PROMPT, **option)
+
+
+@pytest.mark.parametrize("number", [np.int64, np.int32, np.uint8, torch.tensor, lambda value: np.array(value)])
+def test_numbers_of_numpy_and_torch(number):
+    """Lengths, limits and seeds as generate() takes them, and the parameters of policies."""
+    expected = greedy(TARGET, PROMPT, 12)
+    for asked in ({"max_new_tokens": number(12)}, {"max_length": number(15)}):
+        for policy in ("phase3", Fixed(depth=number(3), branch=number(2))):
+            result = generate(TARGET, DRAFTER, PROMPT, policy=policy, **asked)
+            assert result.token_ids == expected
+        inputs = {"input_ids": torch.tensor([PROMPT]), "pad_token_id": 0, **asked}
+        assert TARGET.generate(**inputs, custom_generate=hf.generate)[0, 3:].tolist() == expected
+    limits = {"max_nodes": number(4), "max_depth": number(2), "max_branch": number(3), "seed": number(7)}
+    result = generate(TARGET, DRAFTER, PROMPT, max_new_tokens=12, do_sample=True, tau=np.float32(0.1), **limits)
+    plain = {"max_nodes": 4, "max_depth": 2, "max_branch": 3, "seed": 7, "tau": 0.1}
+    assert result.token_ids == generate(TARGET, DRAFTER, PROMPT, max_new_tokens=12, do_sample=True, **plain).token_ids
+    assert generate(TARGET, None, PROMPT, max_new_tokens=4, max_time=torch.tensor(100.0)).token_ids == expected[:4]
+    assert str(build_stack([Fixed(depth=number(3))])) == str(build_stack([Fixed(depth=3)]))
+
+
+@pytest.mark.parametrize("wrong", [np.float32(3.0), torch.tensor([3]), np.bool_(True), torch.tensor(True), "3", 3.0])
+def test_what_is_no_whole_number_is_refused(wrong):
+    for name in ("max_new_tokens", "max_length", "max_nodes", "max_depth", "max_branch", "seed"):
+        with pytest.raises(ParameterError, match=f"{name} must be an integer"):
+            generate(TARGET, None, PROMPT, do_sample=True, **{name: wrong})
+    with pytest.raises(ParameterError, match="'depth' must be an integer"):
+        Fixed(depth=wrong)

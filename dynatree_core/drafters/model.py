@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from dynatree_core.architectures import check_causal_lm, max_positions, num_embeddings, vocab_size
+from dynatree_core.architectures import max_positions, num_embeddings, vocab_size
 from dynatree_core.cache import TreeCache
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, padded_proposals
 from dynatree_core.errors import ContextLimitError, ParameterError, VocabularyMismatchError
@@ -22,6 +22,7 @@ from dynatree_core.records import FlatTrees, Proposals
 from dynatree_core.runner import PREFILL_CHUNK, ModelRunner
 from dynatree_core.student import RestrictedHead
 from dynatree_core.tree import TokenTree
+from dynatree_core.wrappers import plain_model
 
 __all__ = ["ModelDrafter"]
 
@@ -41,8 +42,7 @@ class ModelDrafter(Drafter):
             model = load_model(model).model
         if not isinstance(model, nn.Module):
             raise ParameterError(f"the model drafter's model must be a model, a folder or a hub id, got {model!r}")
-        check_causal_lm(model, "drafter")
-        self.model = model
+        self.model = plain_model(model, "drafter")
 
     def __str__(self) -> str:
         name = getattr(self.model.config, "name_or_path", "")

@@ -1,0 +1,152 @@
+"""PEFT's methods: learned prompts are refused, adapters decoded as by generate, however they are reached."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+
+from dynatree_core import PrefixCache, generate, hf
+from dynatree_core.errors import UnsupportedModelError
+from dynatree_core.testing.models import perturbed, tiny_model
+
+peft = pytest.importorskip("peft", reason="peft is not installed; `make test-libraries` brings it")
+
+# PEFT calls what torch and transformers will take away
+pytestmark = [pytest.mark.filterwarnings("default::FutureWarning", "default::DeprecationWarning")]
+
+PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]])
+ASKED = {"input_ids": PROMPT, "attention_mask": torch.ones_like(PROMPT), "max_new_tokens": 16, "pad_token_id": 0}
+TREES = {"custom_generate": hf.generate, "policy": "fixed(tau=0.0)"}
+PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
+
+PROMPTS = {
+    "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "prefix tuning": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "P-tuning": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "multitask prompt tuning": lambda: peft.MultitaskPromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, num_tasks=2
+    ),
+    "CPT": lambda: peft.CPTConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, cpt_token_ids=[1, 2, 3, 4], cpt_mask=[1] * 4,
+        cpt_tokens_type_mask=[1, 2, 3, 4],
+    ),
+}  # fmt: skip
+ADAPTERS = {
+    "LoRA": lambda: peft.LoraConfig(task_type="CAUSAL_LM", target_modules=PROJECTIONS),
+    "DoRA": lambda: peft.LoraConfig(task_type="CAUSAL_LM", target_modules=PROJECTIONS, use_dora=True),
+    "rsLoRA on the embeddings": lambda: peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=[*PROJECTIONS, "embed_tokens", "lm_head"], use_rslora=True
+    ),
+    "LoHa": lambda: peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=PROJECTIONS),
+    "LoKr": lambda: peft.LoKrConfig(task_type="CAUSAL_LM", target_modules=PROJECTIONS),
+    "IA3": lambda: peft.IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+    "OFT": lambda: peft.OFTConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], oft_block_size=8, r=0),
+    "BOFT": lambda: peft.BOFTConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], boft_block_size=4),
+    "VeRA": lambda: peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4),
+    "HRA": lambda: peft.HRAConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"]),
+    "layer norms": lambda: peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"]),
+    "AdaLoRA": lambda: peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=PROJECTIONS, total_step=10),
+}
+
+
+def wrapped(config, name="default", family="llama"):
+    torch.manual_seed(0)
+    model = peft.get_peft_model(copy.deepcopy(tiny_model(family)).float(), config, adapter_name=name)
+    shake(model)
+    return model.double().eval()
+
+
+def shake(model):
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.requires_grad or "lora_" in parameter_name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+
+
+def tokens(output):
+    return output[0, PROMPT.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_learned_prompts_are_refused(kind):
+    model = wrapped(PROMPTS[kind]())
+    for call in (
+        lambda: model.generate(**ASKED, **TREES),
+        lambda: generate(model, "prompt_lookup", PROMPT, max_new_tokens=8),
+        lambda: generate(tiny_model("llama"), model, PROMPT, max_new_tokens=8),
+    ):
+        with pytest.raises(UnsupportedModelError, match=r"learned prompt|prepare_inputs_for_generation of its own"):
+            call()
+    base = model.get_base_model()
+    assert generate(base, None, PROMPT, max_new_tokens=8).token_ids == tokens(base.generate(**ASKED))[:8]
+    with model.disable_adapter():
+        assert generate(model, None, PROMPT, max_new_tokens=8).token_ids == tokens(base.generate(**ASKED))[:8]
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_are_decoded_as_by_generate(kind):
+    model = wrapped(ADAPTERS[kind]())
+    plain = tokens(tiny_model("llama").generate(**ASKED))
+    expected = tokens(model.generate(**ASKED))
+    assert expected != plain
+    drafter = perturbed("llama")
+    assert tokens(model.generate(**ASKED, **TREES, drafter=drafter)) == expected
+    assert tokens(hf.generate_with(model, **ASKED, policy="fixed", drafter=drafter)) == expected
+    for target in (model, model.get_base_model()):
+        assert generate(target, drafter, PROMPT, policy="fixed(tau=0.0)", max_new_tokens=16).token_ids == expected
+    assert generate(tiny_model("llama"), model, PROMPT, max_new_tokens=16).token_ids == plain  # as a drafter
+    with model.disable_adapter():
+        assert generate(model, drafter, PROMPT, max_new_tokens=16).token_ids == tokens(model.generate(**ASKED))
+
+
+def test_an_adapter_that_is_merged():
+    model = wrapped(ADAPTERS["LoRA"]())
+    expected = tokens(model.generate(**ASKED))
+    model.merge_adapter()
+    assert generate(model, perturbed("llama"), PROMPT, max_new_tokens=16).token_ids == expected
+    model.unmerge_adapter()
+    merged = model.merge_and_unload()
+    assert generate(merged, perturbed("llama"), PROMPT, max_new_tokens=16).token_ids == expected
+
+
+def test_activated_lora_is_refused():
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], alora_invocation_tokens=[9, 2])
+    model = wrapped(config)
+    for policy in ("autoregressive", "fixed"):
+        for call in (
+            lambda policy=policy: model.generate(**ASKED, custom_generate=hf.generate, policy=policy),
+            lambda policy=policy: generate(model, None, PROMPT, policy=policy, max_new_tokens=8),
+        ):
+            with pytest.raises(UnsupportedModelError, match="activated LoRA"):
+                call()
+
+
+def test_adapters_chosen_by_the_call_share_a_prefix_cache():
+    model = wrapped(ADAPTERS["LoRA"](), "a")
+    model.add_adapter("b", ADAPTERS["LoRA"]())
+    shake(model)
+    model.double().eval()
+    cache = PrefixCache()
+    trees = {"custom_generate": hf.generate, "options": {"prefix_cache": cache}}
+    seen = set()
+    for more, within in (
+        ({"adapter_names": ["a"]}, contextlib.nullcontext),
+        ({"adapter_names": ["b"]}, contextlib.nullcontext),
+        ({"adapter_names": ["__base__"]}, contextlib.nullcontext),
+        ({}, model.disable_adapter),
+    ):
+        with within():
+            expected = tokens(model.generate(**ASKED, **more))
+            for _ in range(2):
+                assert tokens(model.generate(**ASKED, **more, **trees)) == expected
+        seen.add(tuple(expected))
+    for name in ("b", "a", "b"):
+        model.set_adapter(name)
+        result = generate(model, None, PROMPT, max_new_tokens=16, prefix_cache=cache)
+        assert result.token_ids == tokens(model.generate(**ASKED))
+    assert result.report.num_reused_tokens > 0
+    assert len(seen) == 3

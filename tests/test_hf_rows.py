@@ -1,0 +1,114 @@
+"""Several sequences in one call of generate(): each row, its padding and its random numbers as in the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria, TextStreamer
+
+from dynatree_core import hf
+from dynatree_core.architectures import cache_argument
+from dynatree_core.errors import ParameterError, PromptError
+from dynatree_core.testing import strategies as ours
+from dynatree_core.testing.models import perturbed, tiny_model
+
+TARGET, DRAFTER = tiny_model("llama"), perturbed("llama")
+PROMPTS = torch.tensor([[1, 2, 3, 1], [0, 0, 4, 5], [0, 7, 7, 7]])
+PLAIN = {"attention_mask": (PROMPTS != 0).long(), "max_new_tokens": 12, "pad_token_id": 0}
+TREES = {"custom_generate": hf.generate, "drafter": DRAFTER, "policy": "fixed(tau=0.0)"}
+
+
+def both(target, prompts, asked, trees):
+    torch.manual_seed(5)
+    expected = target.generate(prompts, **asked)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(5)
+    result = target.generate(prompts, **asked, **trees)
+    assert result.tolist() == expected.tolist()
+    if asked.get("do_sample") and expected.shape[1] == prompts.shape[1] + asked["max_new_tokens"]:
+        assert torch.equal(torch.random.get_rng_state(), state)
+    return result
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_batch(data):
+    family, seed = data.draw(ours.families), data.draw(ours.model_seeds)
+    target = tiny_model(family, seed)
+    texts = data.draw(st.lists(ours.prompts, min_size=2, max_size=4))
+    width = max(map(len, texts))
+    prompts = torch.tensor([[0] * (width - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
+    asked = {"attention_mask": mask, "max_new_tokens": data.draw(st.integers(1, 16)), "pad_token_id": 0}
+    asked["eos_token_id"] = data.draw(st.lists(ours.token_ids, max_size=6)) or None
+    asked["do_sample"] = data.draw(st.booleans())
+    if data.draw(st.booleans()):
+        asked |= {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3}
+    trees = {"drafter": data.draw(ours.drafters(family, seed)), "policy": data.draw(ours.stacks())}
+    both(target, prompts, asked, {"custom_generate": hf.generate, **trees})
+
+
+@pytest.mark.parametrize("num", [2, 5])
+def test_several_answers_to_one_prompt(num):
+    asked = {"max_new_tokens": 12, "pad_token_id": 0, "do_sample": True, "num_return_sequences": num}
+    result = both(TARGET, PROMPTS[:1], {**asked, "eos_token_id": [4, 9, 20]}, TREES)
+    assert result.shape[0] == num
+    both(TARGET, PROMPTS, {**PLAIN, **asked}, TREES)
+
+
+def test_a_dict_of_several():
+    expected = TARGET.generate(PROMPTS, **PLAIN, return_dict_in_generate=True)
+    result = TARGET.generate(PROMPTS, **PLAIN, return_dict_in_generate=True, **TREES)
+    assert result.sequences.tolist() == expected.sequences.tolist()
+
+
+class Own(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+class Stop(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"logits_processor": [Own()]}, "Own, which may look at other rows"),
+        ({"stopping_criteria": [Stop()]}, "Stop, which may look at other rows"),
+        ({"max_time": 100.0}, "MaxTimeCriteria"),
+        ({"prefix_allowed_tokens_fn": lambda row, ids: [row]}, "PrefixConstrainedLogitsProcessor"),
+        ({"return_dict_in_generate": True, "output_scores": True}, "output_scores"),
+        ({"return_dict_in_generate": True, "output_logits": True}, "output_logits"),
+        ({cache_argument(TARGET): DynamicCache(config=TARGET.config)}, "a cache of the caller's"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_looks_at_all_rows_is_refused(asked, message):
+    with pytest.raises(ParameterError, match=f"one after the other, which cannot be done with .*{message}"):
+        TARGET.generate(PROMPTS, **PLAIN, **asked, **TREES)
+
+
+def test_a_streamer_of_several_is_refused_and_ended():
+    ended = []
+
+    class Ending(TextStreamer):
+        def put(self, value):
+            pass
+
+        def end(self):
+            ended.append(1)
+
+    with pytest.raises(ParameterError, match="cannot be done with a streamer"):
+        TARGET.generate(PROMPTS, **PLAIN, streamer=Ending(None), **TREES)
+    assert ended == [1]
+
+
+def test_padding_behind_a_prompt_is_refused():
+    """generate() goes on behind the padding tokens, of which the model has never seen such a place."""
+    asked = {**PLAIN, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])}
+    with pytest.raises(PromptError, match="padded at its left only"):
+        TARGET.generate(PROMPTS, **asked, **TREES)

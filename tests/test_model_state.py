@@ -1,0 +1,156 @@
+"""When a model counts as another one, for packed copies, probes and kept rows; weights outside inference mode."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from dynatree_core import PrefixCache, generate
+from dynatree_core.model_state import can_infer, foreign_parts, is_untouched, state_of
+from dynatree_core.testing.models import greedy, perturbed, tiny_model
+
+PROMPT = [1, 2, 3, 4, 5]
+
+
+class Adapted(nn.Module):
+    """A layer with adapters beside its weights, as PEFT's are: names in a list, scales in a dict, a flag."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        width = inner.weight.shape[0]
+        self.shifts = nn.ParameterDict(
+            {name: nn.Parameter(torch.full((width,), by)) for name, by in (("a", 0.3), ("b", -0.4))}
+        )
+        self.double()
+        self.active = ["a"]
+        self.scaling = {"a": 1.0, "b": 1.0}
+        self._is_off = False
+
+    def forward(self, rows, names=None):
+        out = self.inner(rows)
+        for name in () if self._is_off else self.active if names is None else names:
+            out = out + self.scaling[name] * self.shifts[name]
+        return out
+
+
+def adapted():
+    model = copy.deepcopy(tiny_model("llama"))
+    attention = model.model.layers[0].self_attn
+    attention.v_proj = Adapted(attention.v_proj)
+    return model, attention.v_proj
+
+
+def by_name(part, args, given, names):
+    return args, {**given, "names": names}
+
+
+CHANGES = {
+    "list": lambda layer: layer.active.__setitem__(0, "b"),
+    "dict": lambda layer: layer.scaling.update(a=2.0),
+    "flag": lambda layer: setattr(layer, "_is_off", True),
+    "weights": lambda layer: layer.shifts["a"].data.mul_(2),
+    "weights, counted": lambda layer: torch.no_grad()(layer.shifts["a"].mul_)(2),
+    "hook": lambda layer: layer.register_forward_hook(lambda part, args, out: out + 0.5),
+    "hook by name": lambda layer: layer.register_forward_pre_hook(
+        functools.partial(by_name, names=["b"]), with_kwargs=True
+    ),
+    "forward": lambda layer: setattr(layer, "forward", lambda rows: layer.inner(rows)),
+    "module": lambda layer: setattr(layer, "inner", copy.deepcopy(layer.inner)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen(change):
+    model, layer = adapted()
+    before = state_of(model)
+    assert state_of(model) == before
+    CHANGES[change](layer)
+    assert state_of(model) != before
+
+
+@pytest.mark.parametrize("change", [name for name in CHANGES if name != "weights"])
+def test_kept_rows_do_not_cross_a_change(change):
+    model, layer = adapted()
+    cache = PrefixCache()
+    generate(model, None, PROMPT, max_new_tokens=8, prefix_cache=cache)
+    assert generate(model, None, PROMPT, max_new_tokens=8, prefix_cache=cache).report.num_reused_tokens == 4
+    CHANGES[change](layer)
+    result = generate(model, None, PROMPT, max_new_tokens=8, prefix_cache=cache)
+    assert result.report.num_reused_tokens == 0
+    assert result.token_ids == greedy(model, PROMPT, 8)
+
+
+def test_an_adapter_that_comes_back_finds_its_rows():
+    model, layer = adapted()
+    cache = PrefixCache()
+    for names in (["a"], ["b"], ["a"], ["b"]):
+        hook = layer.register_forward_pre_hook(functools.partial(by_name, names=names), with_kwargs=True)
+        result = generate(model, None, PROMPT, max_new_tokens=8, prefix_cache=cache)
+        assert result.token_ids == greedy(model, PROMPT, 8)
+        hook.remove()
+    assert result.report.num_reused_tokens == 4
+
+
+def test_rows_of_a_generation_that_saw_two_adapters_are_not_kept():
+    from dynatree_core import Session, run
+
+    model, layer = adapted()
+    cache = PrefixCache()
+    session = Session(model, None, PROMPT, policy="autoregressive", max_new_tokens=8, prefix_cache=cache)
+    steps = run(session)
+    next(steps)
+    layer.active[0] = "b"
+    list(steps)
+    assert cache.num_bytes == 0
+
+
+def test_a_hook_on_every_module_counts():
+    model = tiny_model("llama")
+    before = state_of(model)
+    handle = register_module_forward_hook(lambda part, args, out: None)
+    try:
+        assert not is_untouched(model)
+        assert list(foreign_parts(model)) == ["torch has a forward hook for all modules"]
+        assert state_of(model) != before
+    finally:
+        handle.remove()
+    assert is_untouched(model)
+
+
+class Packed(torch.Tensor):
+    """Weights that refuse torch's inference mode, as some quantised ones do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("Cannot set version_counter for inference tensor")
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
+def packed_model(seed=0):
+    model = copy.deepcopy(tiny_model("llama", seed))
+    for layer in model.model.layers:
+        layer.mlp.up_proj._parameters["weight"] = layer.mlp.up_proj.weight.detach().as_subclass(Packed)
+    return model
+
+
+@pytest.mark.parametrize("policy", ["autoregressive", "fixed(tau=0.0)", "phase3", "cost_aware"])
+def test_weights_that_inference_mode_cannot_use(policy):
+    target, drafter = packed_model(), perturbed("llama")
+    assert not can_infer(target)
+    expected = greedy(target, PROMPT, 24)
+    cache = PrefixCache()
+    for _ in range(2):
+        result = generate(target, drafter, PROMPT, policy=policy, max_new_tokens=24, prefix_cache=cache)
+        assert result.token_ids == expected
+    assert result.report.num_reused_tokens == 4
+    plain = tiny_model("llama")
+    result = generate(plain, packed_model(1), PROMPT, policy=policy, max_new_tokens=24, cache="sinks=2,window=64")
+    assert result.token_ids == greedy(plain, PROMPT, 24)

@@ -1,0 +1,233 @@
+"""Models with code of somebody's own: those whose rows depend on each other are refused, all others are decoded."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dynatree_core import generate
+from dynatree_core.audit import audit_generation
+from dynatree_core.errors import UnsupportedModelError
+from dynatree_core.row_probe import row_fault
+from dynatree_core.testing import strategies as ours
+from dynatree_core.testing.models import greedy, perturbed, tiny_model
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+class Wrapped(nn.Module):
+    """A layer of somebody's own around another, whose output it changes."""
+
+    def __init__(self, inner, change):
+        super().__init__()
+        self.inner, self.change = inner, change
+
+    def forward(self, rows):
+        return self.change(self.inner(rows))
+
+
+def with_layer(change, family="llama", dtype=torch.float64, seed=0):
+    """A model whose first feed-forward layer is wrapped."""
+    model = copy.deepcopy(tiny_model(family, seed)).to(dtype)
+    name, part = next((name, part) for name, part in model.named_modules() if type(part).__name__.endswith("MLP"))
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, Wrapped(part, change))
+    return model
+
+
+def with_hook(hook):
+    model = copy.deepcopy(tiny_model("llama"))
+    model.model.layers[0].register_forward_hook(hook)
+    return model
+
+
+def scaled_together(rows):
+    """int8 activations with one scale for all rows."""
+    scale = rows.abs().amax() / 127
+    return (rows / scale).round() * scale
+
+
+def scaled_each(rows):
+    """int8 activations with a scale for each row."""
+    scale = rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-9) / 127
+    return (rows / scale).round() * scale
+
+
+def passes_of(model):
+    """A list that grows by the number of rows of each pass."""
+    seen = []
+    model.register_forward_pre_hook(
+        lambda part, args, given: seen.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    return seen
+
+
+class Observer:
+    """What quantisation-aware training leaves on: the range that it has seen so far."""
+
+    def __init__(self):
+        self.top = 0.0
+
+    def __call__(self, rows):
+        self.top = max(self.top, float(rows.abs().amax()))
+        return rows.clamp(-0.9 * self.top, 0.9 * self.top)
+
+
+class Counter:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, rows):
+        self.calls += 1
+        return rows + 0.01 * self.calls
+
+
+def centred(rows):
+    return rows - rows.mean(dim=1, keepdim=True)
+
+
+def at_last(part, args, out):
+    return torch.cat([out[:, :-1], out[:, -1:] + 0.5], 1)
+
+
+def at_first(part, args, out):
+    return torch.cat([out[:, :1] + 0.5, out[:, 1:]], 1)
+
+
+MIXING = {
+    "one scale": (lambda: with_layer(scaled_together), "rows depend on each other"),
+    "mean of rows": (lambda: with_layer(centred), "rows depend on each other"),
+    "observer": (lambda: with_layer(Observer()), "rows depend on each other|repeated"),
+    "counter": (lambda: with_layer(Counter()), "a pass that is repeated gives other numbers"),
+    "last row": (lambda: with_hook(at_last), "depend on their place"),
+    "single rows": (lambda: with_hook(lambda part, args, out: out + (out.shape[1] == 1)), "depend on their place"),
+    "many rows": (lambda: with_hook(lambda part, args, out: out + (out.shape[1] > 1)), "depend on their place"),
+    "first row": (lambda: with_hook(at_first), "depend on their place|depend on each other"),
+}
+
+
+@pytest.mark.parametrize("kind", MIXING)
+def test_rows_that_depend_on_others_are_refused(kind):
+    make, message = MIXING[kind]
+    model = make()
+    for policy in ("fixed(tau=0.0)", "autoregressive"):
+        with pytest.raises(UnsupportedModelError, match=message) as caught:
+            generate(model, perturbed("llama"), PROMPT, policy=policy, max_new_tokens=8)
+    assert "trust_model=True" in str(caught.value)
+    assert "forward hook" in str(caught.value) or f"{__name__}.Wrapped" in str(caught.value)
+    generate(model, perturbed("llama"), PROMPT, max_new_tokens=8, trust_model=True)
+
+
+ROW_BY_ROW = {
+    "one scale a row": lambda dtype: with_layer(scaled_each, dtype=dtype),
+    "low rank": lambda dtype: with_layer(lambda rows: rows + 0.1 * rows.flip(-1), dtype=dtype),
+    "gpt2": lambda dtype: with_layer(torch.tanh, "gpt2", dtype),
+    "window": lambda dtype: with_layer(torch.tanh, "mistral", dtype),
+    "experts": lambda dtype: with_layer(torch.tanh, "olmo2", dtype),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ROW_BY_ROW)
+def test_layers_that_look_at_one_row_are_taken(kind, dtype):
+    model = ROW_BY_ROW[kind](dtype)
+    assert row_fault(model) is None
+    if dtype == torch.float64:
+        result = generate(model, perturbed("llama"), PROMPT, policy="fixed(tau=0.0)", max_new_tokens=24)
+        assert result.token_ids == greedy(model, PROMPT, 24)
+
+
+@settings(max_examples=25)
+@given(
+    family=st.sampled_from(["llama", "gpt2", "gpt_neox", "qwen3", "gemma"]),
+    seed=ours.model_seeds,
+    strength=st.floats(1e-3, 2.0),
+    reduce=st.sampled_from(["mean", "amax", "last", "norm"]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)
+def test_any_mixing_that_is_no_rounding_is_found(family, seed, strength, reduce, dtype):
+    """By a mean, a maximum, the last row or a norm over all rows, from a thousandth of the rows' own size on."""
+    over_rows = {
+        "mean": lambda rows: rows.mean(dim=1, keepdim=True),
+        "amax": lambda rows: rows.amax(dim=1, keepdim=True),
+        "last": lambda rows: rows[:, -1:],
+        "norm": lambda rows: rows.norm(dim=1, keepdim=True),
+    }[reduce]
+    assert row_fault(with_layer(lambda rows: rows + strength * over_rows(rows), family, dtype, seed)) is not None
+
+
+def test_models_as_transformers_made_them_are_not_asked():
+    model = tiny_model("llama")
+    called = []
+    forward = type(model).forward
+    try:
+        type(model).forward = lambda self, *args, **given: called.append(1) or forward(self, *args, **given)
+        assert row_fault(model) is None
+    finally:
+        type(model).forward = forward
+    assert called == []
+
+
+def test_a_model_is_asked_once_for_each_state():
+    model = with_layer(torch.tanh)
+    seen = passes_of(model)
+    assert row_fault(model) is None
+    num_passes = len(seen)
+    assert 8 <= num_passes <= 40
+    assert max(seen) <= 24
+    assert row_fault(model) is None
+    assert len(seen) == num_passes
+    layer = model.model.layers[0].mlp
+    layer.change = scaled_together  # replaced
+    assert "depend on each other" in row_fault(model)
+    assert len(seen) > num_passes
+    num_passes = len(seen)
+    assert "depend on each other" in row_fault(model)
+    assert len(seen) == num_passes
+
+
+def test_the_global_random_numbers_stay_where_they_are():
+    def drawing(rows):
+        return rows + 0 * torch.rand(1)
+
+    model = with_layer(drawing)
+    state = torch.random.get_rng_state()
+    row_fault(model)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_model_that_fails_says_so_before_anything_runs():
+    def fail(rows):
+        raise ValueError("no such kernel")
+
+    with pytest.raises(UnsupportedModelError, match=r"a trial of a few passes failed.*no such kernel"):
+        generate(with_layer(fail), None, PROMPT, max_new_tokens=4)
+
+
+def test_a_drafter_may_mix_its_rows():
+    target = tiny_model("llama")
+    result = generate(target, with_layer(scaled_together), PROMPT, policy="fixed(tau=0.0)", max_new_tokens=24)
+    assert result.token_ids == greedy(target, PROMPT, 24)
+
+
+def test_an_audit_tells_mixing_from_rounding():
+    model = with_layer(scaled_together)
+    _, report = audit_generation(model, perturbed("llama"), PROMPT, policy="fixed(tau=0.0)", max_new_tokens=12)
+    assert report.verdict == "bug"
+    assert "rows depend on each other" in report.faults[0]
+    assert report.rounding.bound < 1e-6  # of passes of one row, in float64
+    _, report = audit_generation(with_layer(torch.tanh), perturbed("llama"), PROMPT, max_new_tokens=12)
+    assert report.verdict == "identical"
+    assert report.row_fault is None
+
+
+def test_a_part_in_training_mode_is_refused():
+    model = copy.deepcopy(tiny_model("llama"))
+    model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, nn.Dropout(0.5).train())
+    with pytest.raises(UnsupportedModelError, match=r"training mode in model\.layers\.0\.mlp\.1"):
+        generate(model, None, PROMPT, max_new_tokens=4)

@@ -1,0 +1,132 @@
+"""What stands between a model and its passes: replaced methods, forwards that hand everything on, other names."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from dynatree_core import generate, hf
+from dynatree_core.architectures import cache_argument, forward_parameters
+from dynatree_core.errors import UnsupportedModelError
+from dynatree_core.testing.models import greedy, perturbed, tiny_model
+from dynatree_core.wrappers import _GENERATION_METHODS, plain_model
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+FOUND = [name for name in _GENERATION_METHODS if hasattr(LlamaForCausalLM, name)]
+
+
+def as_class(kind, family="llama"):
+    """A tiny model of a class of somebody's own."""
+    model = copy.deepcopy(tiny_model(family))
+    model.__class__ = kind
+    return model
+
+
+def test_the_methods_that_are_looked_at_are_there():
+    assert "prepare_inputs_for_generation" in FOUND
+    assert len(FOUND) >= 6  # of some names, versions of transformers have only one
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_a_method_of_a_class_of_ones_own_is_refused(name):
+    def method(self, *args, **given):
+        return getattr(super(kind, self), name)(*args, **given)
+
+    kind = type("Own", (LlamaForCausalLM,), {name: method, "__module__": __name__})
+    model = as_class(kind)
+    for role, call in (
+        ("target", lambda: generate(model, None, PROMPT, max_new_tokens=4)),
+        ("drafter", lambda: generate(tiny_model("llama"), model, PROMPT, max_new_tokens=4)),
+    ):
+        with pytest.raises(UnsupportedModelError, match=f"the {role}.*has a {name} of its own"):
+            call()
+    assert generate(model, None, PROMPT, max_new_tokens=4, trust_model=True).token_ids == greedy(
+        tiny_model("llama"), PROMPT, 4
+    )
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, functools.wraps(LlamaForCausalLM.prepare_inputs_for_generation)])
+def test_a_method_that_was_replaced_on_the_model_is_refused(wrap):
+    model = copy.deepcopy(tiny_model("llama"))
+    before = model.prepare_inputs_for_generation
+    model.prepare_inputs_for_generation = wrap(lambda *args, **given: before(*args, **given))
+    with pytest.raises(UnsupportedModelError, match="has a prepare_inputs_for_generation of its own"):
+        model.generate(torch.tensor([PROMPT]), max_new_tokens=4, custom_generate=hf.generate)
+    model.prepare_inputs_for_generation = before  # put back, as PEFT does after its generate
+    assert plain_model(model, "target") is model
+
+
+def test_methods_of_transformers_own_models_are_fine():
+    for family in ("phi3", "gemma3_text", "mistral"):
+        assert plain_model(tiny_model(family), "target") is tiny_model(family)
+
+
+class Handing(LlamaForCausalLM):
+    def forward(self, *args, **given):
+        return super().forward(*args, **given)
+
+
+class Naming(LlamaForCausalLM):
+    def forward(self, input_ids=None, **given):
+        return super().forward(input_ids=input_ids, **given)
+
+
+def replaced():
+    model = copy.deepcopy(tiny_model("llama"))
+    inner = model.forward
+    model.forward = lambda *args, **given: inner(*args, **given)
+    return model
+
+
+def bound():
+    model = copy.deepcopy(tiny_model("llama"))
+    inner = model.forward
+    model.forward = types.MethodType(lambda self, *args, **given: inner(*args, **given), model)
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: as_class(Handing), lambda: as_class(Naming), replaced, bound])
+def test_a_forward_that_hands_its_arguments_on(make):
+    model = make()
+    assert {"position_ids", "logits_to_keep"} <= set(forward_parameters(model))
+    result = generate(model, perturbed("llama"), PROMPT, policy="fixed(tau=0.0)", max_new_tokens=16)
+    assert result.token_ids == greedy(tiny_model("llama"), PROMPT, 16)
+    assert generate(tiny_model("llama"), model, PROMPT, max_new_tokens=16).token_ids == result.token_ids
+
+
+def test_a_forward_that_takes_no_positions_is_refused():
+    class Fixed(LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None):
+            raise AssertionError("never called")
+
+    with pytest.raises(UnsupportedModelError, match="its forward takes no position_ids"):
+        generate(as_class(Fixed), None, PROMPT, max_new_tokens=4)
+
+
+class OldName(LlamaForCausalLM):
+    """As models are before transformers 5.24."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
+        name = cache_argument(tiny_model("llama"))
+        return super().forward(input_ids, attention_mask, position_ids, use_cache=use_cache, **{name: past_key_values})
+
+
+class NewName(LlamaForCausalLM):
+    """As models will be once the old name has gone."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, use_cache=None):
+        name = cache_argument(tiny_model("llama"))
+        return super().forward(input_ids, attention_mask, position_ids, use_cache=use_cache, **{name: cache})
+
+
+@pytest.mark.parametrize(("kind", "name"), [(OldName, "past_key_values"), (NewName, "cache")])
+def test_the_cache_goes_by_the_name_that_the_forward_has_for_it(kind, name):
+    model = as_class(kind)
+    assert cache_argument(model) == name
+    expected = greedy(tiny_model("llama"), PROMPT, 16)
+    assert generate(model, model, PROMPT, max_new_tokens=16, trust_model=True).token_ids == expected
