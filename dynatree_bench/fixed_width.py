@@ -1,4 +1,4 @@
-"""Does exact="fixed_width" make half precision equal to autoregressive decoding, and what does it cost?
+"""Does exact="fixed_width" make coarse arithmetic equal to autoregressive decoding, and what does it cost?
 
 Question: how many outputs of tree decoding equal those of autoregressive decoding, with passes as they come and with
 passes of one fixed shape, and what is the decoding time of the four relative to plain autoregressive decoding?
@@ -9,7 +9,8 @@ autoregressive decoding of the same width. Meanwhile the machine is watched.
 
 Output: a row for each way.
 
-Command: python -m dynatree_bench.fixed_width [--dtype T] [--prompts FILE.jsonl] [--per-kind N] [--max-new-tokens N]
+Command: python -m dynatree_bench.fixed_width [--dtype T] [--quantise NAME] [--prompts FILE.jsonl] [--per-kind N]
+[--max-new-tokens N]
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from rich.table import Table
 
 from dynatree_bench.machine import LoadMeter, idle_or_busy, runtime
 from dynatree_bench.prompts import chat_ids, in_turns, load_prompts, parsed_arguments
+from dynatree_bench.quantised import QUANTISERS, quantise
 from dynatree_core import GenerationResult, LoadedModel, Session, load_model, run
 
 DRAFTER = "prompt_lookup"
@@ -76,9 +78,11 @@ def main() -> None:
     kinds = load_prompts(arguments.prompts, arguments.per_kind)
     prompts = [prompt for group in kinds.values() for prompt in group]
     default = load_model(None, device="cpu", dtype=arguments.dtype)
+    if arguments.quantise:
+        quantise(default.model, arguments.quantise)
     console.print(runtime())
     console.print(
-        f"{arguments.dtype}, drafter {DRAFTER}, {len(prompts)} prompts, {arguments.max_new_tokens} new tokens at most"
+        f"{arguments.dtype}, {arguments.quantise or 'not quantised'}, drafter {DRAFTER}, {len(prompts)} prompts, {arguments.max_new_tokens} new tokens at most"
     )
     meter = LoadMeter()
     runs = measure(default, prompts, arguments.max_new_tokens)
@@ -143,6 +147,7 @@ def _parse_arguments() -> argparse.Namespace:
     description = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m dynatree_bench.fixed_width", description=description)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--quantise", choices=sorted(QUANTISERS), help="quantise the model by this library and method")
     return parsed_arguments(parser, max_new_tokens=32)
 
 
