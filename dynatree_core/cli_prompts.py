@@ -106,6 +106,10 @@ class PromptPicks:
         read = read_prompts(place, column=self.column, is_played=self.is_played)
         for note in read.notes:
             console.complain("note", note)
+        if read.is_text:
+            console.complain(
+                "note", f"{place} is running text, in {len(read.prompts):,} passages to go on with (docs/files.md)"
+            )
         prompts = of_categories(read.prompts, self.categories, place)
         places = {id(prompt): index for index, prompt in enumerate(prompts)}
         count = None if self.num_prompts in (None, ALL) else int(self.num_prompts or 0)

@@ -129,7 +129,7 @@ def test_without_the_library_it_says_what_to_install(fault, monkeypatch):
         (lines(SEAS, ensure_ascii=False).encode("cp1252"), "line 2, column 20", "iconv -f WINDOWS-1252 -t UTF-8"),
         ("ein großer See".encode()[:8], "line 1, column 8", "ends within a character (0xc3); the file is cut off"),
         (b"a\n\nbc\0d", "line 3, column 3", "got a NUL character"),
-        (b"\xff\xfea\0\n\0b\0c", "line 2, column 2", "UTF-16-LE text, as its first bytes say"),
+        (b"\xff\xfea\0\n\0b\0c", "line 2, column 2", "UTF-16-LE text, as its first bytes say, got the bytes 0x63"),
     ],
     ids=["Latin-1", "JSON lines", "cut off", "NUL", "UTF-16"],
 )  # fmt: skip
@@ -180,11 +180,13 @@ def test_parquet(read, tmp_path):
         "\n \n" + lines(SEAS).replace("\n", "\n\n"),
         "".join(json.dumps(row, indent=2) for row in SEAS),
         json.dumps({"data": SEAS}),
+        json.dumps({"prompts": ASKED}),
+        '"prompt"\n' + "".join(f'"{text}"\n' for text in ASKED),
         json.dumps({"rows": [{"row_idx": i, "row": row} for i, row in enumerate(SEAS)]}),
         "sep=;\nPrompt;Category\n" + "".join(f"{row['prompt']};{row['category']}\n" for row in SEAS),
         "Prompt,Category\n" + "".join(f"{row['prompt']},{row['category']}\n" for row in SEAS),
     ],
-    ids=["texts", "list of texts", "blank lines", "jq", "data", "hub's server", "Excel", "capitals"],
+    ids=["texts", "list of texts", "blank lines", "jq", "data", "prompts", "quoted", "server", "Excel", "capitals"],
 )  # fmt: skip
 def test_ways_to_write_rows(read, content):
     assert texts(read(content)) == ASKED
@@ -243,6 +245,8 @@ FAULTS = {
     "nothing": ("", "must have at least one prompt, got none"),
     "blanks": ("\r\n \n\t", "must have at least one prompt, got none"),
     "a mark alone": ("\ufeff", "must have at least one prompt, got none"),
+    "a column twice": ("prompt,prompt\na,b\n", "line 1: must name each column once, got 'prompt' twice"),
+    "a comment before": ('# of May\n{"prompt": "a"}\n', "line 1, column 1: must be JSON, got '# of May'"),
     "an empty list": ("[]", "must have at least one row, got none"),
     "an empty object": ("{}", "got the columns none"),
     "a list as an id": ('{"prompt": "a", "id": [1]}\n', 'line 1: "id" must be a text or a number, got a list'),
@@ -351,6 +355,9 @@ def test_a_named_column(read, fault):
         rows, column="hnt"
     )
     assert texts(read("id,words\n1,a\n", column="words")) == ["a"]
+    assert (
+        fault("It rained. It rained.", column="words") == "file must be a table with a column 'words', got running text"
+    )
     assert "got the columns id, words" in fault("id,words\n1,a\n2,b\n")
     assert "got the columns id, words" in fault("id,words one\n1,a\n", name="x.csv")
 
@@ -415,10 +422,14 @@ def test_folders(tmp_path):
         (tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "all" / name).write_text(content)
     (tmp_path / "all" / "cover.png").write_bytes(b"\x89PNG\r\n")
+    (tmp_path / "all" / "zero").write_bytes(b"")
     found = read_prompts(tmp_path / "all")
     assert texts(found) == ["first", "second", "third"]
     assert len({prompt.prompt_id for prompt in found.prompts}) == 3
-    assert found.notes == (f"{tmp_path / 'all' / 'cover.png'} is left out: an image",)
+    assert found.notes == (
+        f"{tmp_path / 'all' / 'cover.png'} is left out: an image",
+        f"{tmp_path / 'all' / 'zero'} is left out: it has no text",
+    )
     (tmp_path / "all" / "rows").write_text(lines(SEAS))
     with pytest.raises(InputError, match="either prompts or running text, got files of both"):
         read_prompts(tmp_path / "all")

@@ -73,6 +73,10 @@ def read_prompts(
         rows = read_rows(source, COLUMNS, is_table=column is not None)
         if rows is None:
             read = _of_text(source.text, name, len(found), source.name, passage_chars)
+            if column is not None and read.prompts:
+                raise InputError(f"{source.name} must be a table with a column '{column}', got running text")
+            if not is_only and not read.prompts:
+                notes.append(f"{source.name} is left out: it has no text")
         else:
             read = prompts_of_rows(
                 rows, name, source.name, column=column, is_played=is_played, is_joined=is_joined,
@@ -181,10 +185,7 @@ def read_documents(place: str | Path, *, column: str | None = None) -> list[str]
         InputError: what is wrong, with file, line and column.
     """
     documents: list[str] = []
-    sources = read_sources(place)
-    for source in sources:
-        if len(sources) > 1 and not source.is_parquet and other_kind(source.data):
-            continue
+    for source in read_sources(place):
         rows = read_rows(source, COLUMNS, is_table=column is not None)
         if rows is None:
             documents.append(source.text)

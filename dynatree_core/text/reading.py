@@ -259,6 +259,8 @@ def _not_text(data: bytes, encoding: str, error: UnicodeDecodeError, name: str) 
         return f"{name}, {place}: must be {wanted}, got bytes that are no text (0x{wrong}); give a file of text"
     if error.end == len(data) and "unexpected end" in error.reason:
         return f"{name}, {place}: must be {wanted}, but ends within a character (0x{wrong}); the file is cut off"
+    if encoding != "utf-8":
+        return f"{name}, {place}: must be {wanted}, got the bytes 0x{wrong}; the file is damaged or cut off"
     return (
         f"{name}, {place}: must be {wanted}, got the bytes 0x{wrong}; "
         "if it is Windows' or Latin-1 text: iconv -f WINDOWS-1252 -t UTF-8"

@@ -70,7 +70,7 @@ def read_rows(source: Source, known: Collection[str], *, is_table: bool = False)
     if source.is_parquet:
         return list(_parquet(source))
     text = source.text
-    if _is_json(text):
+    if _is_json(text, known):
         return _json(text, source.name)
     return _csv(text, source.name, known, is_table=is_table)
 
@@ -102,8 +102,8 @@ def _after_white(text: str, offset: int) -> int:
 # JSON
 
 
-def _is_json(text: str) -> bool:
-    """Whether a text is JSON, be it faulty: it begins so, it is a JSON list, or most of its first lines are JSON."""
+def _is_json(text: str, known: Collection[str]) -> bool:
+    """Whether a text is JSON, be it faulty: it begins so, it is a JSON list, or half of its first lines are JSON."""
     start = _after_white(text, 0)
     if _JSON_START.match(text, start):
         return True
@@ -112,8 +112,9 @@ def _is_json(text: str) -> bool:
     lines = [line for line in itertools.islice(io.StringIO(text), NUM_LOOKED_AT) if line.strip()]
     values = [_value_or_none(line) for line in lines if line.lstrip()[0] in '{["']
     if lines and len(values) == len(lines) and all(isinstance(value, str) for value in values):
-        return True  # lines such as "Name a river."
-    return sum(isinstance(value, dict) for value in values) > len(lines) // 2
+        return values[0] not in known  # lines such as "Name a river.", or a table of one column in quotes
+    num_objects = sum(isinstance(value, dict) for value in values)
+    return num_objects > 0 and 2 * num_objects >= len(lines)
 
 
 def _json(text: str, name: str, *, is_unwrapped: bool = True) -> list[Row]:
@@ -200,9 +201,10 @@ def _unwrapped(value: Any, text: str, name: str) -> list[Row]:
     if isinstance(value, dict):
         for key in _CONTAINERS:
             rows = value.get(key)
-            if isinstance(rows, list) and rows and all(isinstance(one, dict) for one in rows):
+            if isinstance(rows, list) and rows and all(isinstance(one, dict | str) for one in rows):
                 # the hub's server of rows wraps each one once more
-                return rows_of_values([one["row"] if isinstance(one.get("row"), dict) else one for one in rows], name)
+                is_wrapped = all(isinstance(one, dict) and isinstance(one.get("row"), dict) for one in rows)
+                return rows_of_values([one["row"] for one in rows] if is_wrapped else rows, name)
     return [_whole(value, text, name)]
 
 
@@ -250,7 +252,7 @@ def _csv(text: str, name: str, known: Collection[str], *, is_table: bool) -> lis
         if is_table or is_named or _is_even(text, mark, is_named=bool(named)):
             return _cells(text, name, mark, num_skipped)
     has_rows = len(text) > len(head) + 1
-    if has_rows and (head.strip().strip('"') in known or (is_table and _WORD.fullmatch(head.strip()))):
+    if (has_rows or is_table) and (head.strip().strip('"') in known or (is_table and _WORD.fullmatch(head.strip()))):
         return _cells(text, name, "\t", num_skipped)  # one column
     return None
 
@@ -293,6 +295,8 @@ def _csv_rows(text: str, name: str, delimiter: str, skipped: int, quoting: Any) 
     try:
         reader = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
         columns = [cell.strip() for cell in next(reader)]
+        if twice := {column for column in columns if columns.count(column) > 1}:
+            raise InputError(f"{name}, line {skipped + 1}: must name each column once, got '{min(twice)}' twice")
         line = skipped + 1 + reader.line_num
         try:
             for cells in reader:
