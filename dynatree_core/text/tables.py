@@ -252,7 +252,8 @@ def _csv(text: str, name: str, known: Collection[str], *, is_table: bool) -> lis
         if is_table or is_named or _is_even(text, mark, is_named=bool(named)):
             return _cells(text, name, mark, num_skipped)
     has_rows = len(text) > len(head) + 1
-    if (has_rows or is_table) and (head.strip().strip('"') in known or (is_table and _WORD.fullmatch(head.strip()))):
+    is_known = head.strip().strip('"') in known
+    if (is_known and (has_rows or is_table)) or (is_table and has_rows and re.fullmatch(r"\w+", head.strip())):
         return _cells(text, name, "\t", num_skipped)  # one column
     return None
 
