@@ -20,6 +20,7 @@ from rich.table import Table
 
 from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Experiment, Form
 from dynatree_core import console
+from dynatree_core.cli_prompts import CountOrAll
 from dynatree_core.errors import InputError, PluginLoadError
 
 if TYPE_CHECKING:
@@ -100,14 +101,25 @@ _OPTIONS = [
         "workloads",
         metavar="NAME|FILE|ID",
         multiple=True,
-        help="built-in, a .jsonl or text file, wikitext-2, pg19, spec-bench, humaneval, gsm8k, NAME=FILE, or a data "
-        "set on the hub; may be repeated.",
+        help="built-in, a file or folder of any kind (docs/files.md), wikitext-2, pg19, spec-bench, humaneval, gsm8k, "
+        "NAME=FILE, or a data set on the hub; may be repeated.",
     ),
-    click.option("--num-prompts", type=click.IntRange(min=1), help="Prompts of each workload."),
+    click.option("--num-prompts", type=CountOrAll(), metavar="N|all", help="Prompts of each workload."),
+    click.option("--column", metavar="NAME", help="Column of the prompts, where a workload has several."),
+    click.option(
+        "--category", "categories", metavar="NAME", multiple=True, help="Prompts of it only; may be repeated."
+    ),
+    click.option(
+        "--turns", "is_played", is_flag=True, help="Play conversations: each of the user's turns is a prompt."
+    ),
     click.option("--max-new-tokens", type=_Counts(), metavar="N[,N…]", help="Tokens to generate at most."),
     click.option("--prompt-tokens", type=_Counts(), metavar="N[,N…]", help="Cut prompts to so many tokens."),
     click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True, help="Of each prompt."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of torch's random generator."),
+    click.option(
+        "--seed",
+        type=int,
+        help="Picks the prompts at random, and is that of torch's generator.  [default: 0, and the first prompts]",
+    ),
     click.option(
         "--chat/--raw",
         "is_chat",
@@ -196,7 +208,7 @@ def _described(experiment: Experiment) -> dict[str, Any]:
 
 
 def _sizes(form: Form) -> str:
-    parts = [f"{form.num_prompts} prompts of {' and '.join(form.workloads)}"]
+    parts = [f"{form.num_prompts or 'all'} prompts of {' and '.join(form.workloads)}"]
     if form.prompt_tokens != (None,):
         parts.append(f"cut to {_listed(form.prompt_tokens)} tokens")
     if form.points != ({},):
@@ -222,12 +234,14 @@ def _run(
 ) -> int:
     try:
         from dynatree_bench.measure import Options, run_experiment
+        from dynatree_bench.workloads import Picks
     except ModuleNotFoundError as error:
         raise PluginLoadError(
             f"`dynatree bench` needs {error.name}, which is not installed: pip install 'dynatree[bench]'"
         ) from error
 
     given = {name: value or None if isinstance(value, tuple) else value for name, value in given.items()}
+    given["picks"] = Picks(given.pop("column"), given.pop("categories") or (), given.pop("is_played"), given["seed"])
     options = Options(**{name: value for name, value in given.items() if value is not None})
     command = shlex.join(["dynatree", *sys.argv[1:]])
     is_bad = False

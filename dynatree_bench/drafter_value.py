@@ -36,15 +36,15 @@ from dynatree_bench.distill.prompts import Prompt
 from dynatree_bench.distill.teach import end_ids
 from dynatree_bench.distill.teacher import Shard, read_shard, write, write_shard
 from dynatree_bench.machine import check_writable, provenance, weights_sha256
-from dynatree_bench.prompts import read_objects
 from dynatree_bench.rehearse import Text, known_session
 from dynatree_core import Session, load_model, run
 from dynatree_core.cli import end_process
-from dynatree_core.cli_models import encode_prompt, tokenizer_of
+from dynatree_core.cli_models import encode_messages, tokenizer_of
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.drafters.distilled import DistilledDrafter
 from dynatree_core.plugins import build_drafter
 from dynatree_core.student import load_student
+from dynatree_core.text.prompt_files import read_prompts
 
 DRAFTERS = ("distilled", "prompt_lookup", "distilled+prompt_lookup")
 POLICIES = ("linear", "fixed", "phase1", "phase2", "phase3")
@@ -98,7 +98,9 @@ def main() -> int:
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target")
-    parser.add_argument("--prompts", type=Path, action="append", required=True, help='JSON lines: "prompt", "category"')
+    parser.add_argument(
+        "--prompts", type=Path, action="append", required=True, help="a file of prompts with categories"
+    )
     parser.add_argument("--per-category", type=int, default=40)
     parser.add_argument("--replays", type=int, default=20, help="answers of a category that are drafted again")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -115,12 +117,12 @@ def _prompts(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, list[li
     """Prompts by category, as token ids: plain text as it is (its first 96 tokens), all else in the chat template."""
     texts: defaultdict[str, list[list[int]]] = defaultdict(list)
     for file in arguments.prompts:
-        for record in read_objects(file, "prompt", "category"):
-            found = texts[record["category"]]
+        for prompt in read_prompts(file).prompts:
+            found = texts[prompt.category]
             if len(found) < arguments.per_category:
-                is_raw = record["category"] in RAW
+                is_raw = prompt.category in RAW
                 found.append(
-                    tokenizer(record["prompt"]).input_ids[:96] if is_raw else encode_prompt(record["prompt"], tokenizer)
+                    tokenizer(prompt.text).input_ids[:96] if is_raw else encode_messages(prompt.messages, tokenizer)
                 )
     return dict(texts)
 

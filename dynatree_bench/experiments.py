@@ -77,7 +77,7 @@ class Form:
     """The sizes of an experiment."""
 
     workloads: tuple[str, ...]
-    num_prompts: int  # of each workload
+    num_prompts: int | None  # of each workload; None: all
     max_new_tokens: tuple[int, ...]
     points: tuple[Mapping[str, Any], ...] = ({},)
     prompt_tokens: tuple[int | None, ...] = (None,)  # lengths to which prompts are cut; None: as they are

@@ -62,8 +62,10 @@ from dynatree_bench.records import (
     write_info,
 )
 from dynatree_bench.statistics import run_warnings
+from dynatree_bench.turns import played
 from dynatree_bench.workloads import (
     EncodedPrompt,
+    Picks,
     digest,
     encode,
     load_workload,
@@ -95,7 +97,8 @@ class Options:
 
     quick: bool = False
     workloads: Sequence[str] | None = None  # see dynatree_bench.workloads
-    num_prompts: int | None = None  # of each workload
+    num_prompts: int | str | None = None  # of each workload; "all"
+    picks: Picks = attrs.field(factory=Picks)  # which prompts, and how files of them are read
     max_new_tokens: Sequence[int] | None = None
     prompt_tokens: Sequence[int] | None = None  # lengths to which prompts are cut
     policies: Sequence[str] = ()  # in place of the experiment's own
@@ -111,7 +114,7 @@ class Options:
 
     def __attrs_post_init__(self) -> None:
         counts = {
-            "num_prompts": self.num_prompts,
+            "num_prompts": None if self.num_prompts == "all" else self.num_prompts,
             "repeats": self.repeats,
             **{f"max_new_tokens[{i}]": value for i, value in enumerate(self.max_new_tokens or ())},
             **{f"prompt_tokens[{i}]": value for i, value in enumerate(self.prompt_tokens or ())},
@@ -239,7 +242,7 @@ def _form(experiment: Experiment, pair: Pair, options: Options) -> Form:
     return attrs.evolve(
         form,
         workloads=tuple(options.workloads or workloads),
-        num_prompts=options.num_prompts or form.num_prompts,
+        num_prompts=None if options.num_prompts == "all" else options.num_prompts or form.num_prompts,
         # each length once: what is given twice would wait for a second output of the same name
         max_new_tokens=tuple(dict.fromkeys(options.max_new_tokens or form.max_new_tokens)),
         prompt_tokens=tuple(dict.fromkeys(options.prompt_tokens or form.prompt_tokens)),
@@ -258,7 +261,8 @@ def _tasks(
     names_of: dict[str, str] = {}  # workload's name -> what was given
     has_datasets = experiment.name == "datasets" or len(form.workloads) > 1
     for workload in form.workloads:
-        prompts = _prompts(pair, workload, form, options)
+        prompts, said = _prompts(pair, workload, form, options)
+        notes += said
         name = prompts[0].workload
         if name in names_of:
             raise InputError(
@@ -266,7 +270,7 @@ def _tasks(
                 f"called '{name}'; name one of them: --workload NAME=FILE"
             )
         names_of[name] = workload
-        if len(prompts) < form.num_prompts:
+        if form.num_prompts is not None and len(prompts) < form.num_prompts:
             lengths = [length for length in form.prompt_tokens if length is not None]
             which = f" of {max(lengths)} tokens or more" if lengths else ""
             notes.append(f"'{name}' has {len(prompts)} of the {form.num_prompts} prompts{which} that are asked for")
@@ -283,18 +287,32 @@ def _tasks(
     return tuple(repeated), tuple(notes)
 
 
-def _prompts(pair: Pair, workload: str, form: Form, options: Options) -> Sequence[EncodedPrompt]:
-    """A workload's prompts. All lengths to which they are cut have the same ones, those that reach the longest."""
+def _prompts(
+    pair: Pair, workload: str, form: Form, options: Options
+) -> tuple[Sequence[EncodedPrompt], tuple[str, ...]]:
+    """A workload's prompts, and what was left out of it.
+
+    All lengths to which they are cut have the same ones, those that reach the longest.
+    """
     longest = max((length for length in form.prompt_tokens if length is not None), default=None)
-    if workload == "markov" and pair.source is not None:
-        return markov_prompts(pair.source, form.num_prompts, longest)
-    if workload.partition(":")[0] == "random":
-        return random_prompts(workload, form.num_prompts, longest, vocab_size(pair.target.model))
+    picks, count = options.picks, form.num_prompts
+    if workload.partition(":")[0] in ("markov", "random") and (pair.source is not None or workload != "markov"):
+        if count is None:
+            raise InputError(f"'{workload}' has prompts without end, so --num-prompts must be a number, got 'all'")
+        if workload == "markov" and pair.source is not None:
+            return markov_prompts(pair.source, count, longest), ()
+        return random_prompts(workload, count, longest, vocab_size(pair.target.model)), ()
+    if picks.is_played:
+        if longest is not None:
+            raise InputError("--turns plays whole conversations, which --prompt-tokens would cut; give one of them")
+        loaded = load_workload(workload, count, picks)
+        return played(loaded, pair.target, max(form.max_new_tokens), options.is_chat), loaded.notes
     if longest is None:
-        return encode(load_workload(workload, form.num_prompts), pair.target, is_chat=options.is_chat)
-    loaded = load_workload(workload)
+        loaded = load_workload(workload, count, picks)
+        return encode(loaded, pair.target, is_chat=options.is_chat), loaded.notes
+    loaded = load_workload(workload, picks=picks)
     encoded = encode(loaded, pair.target, is_chat=options.is_chat, num_tokens=longest)
-    return some_of(encoded, form.num_prompts, is_text=loaded.is_text)
+    return some_of(encoded, count, is_text=loaded.is_text, seed=picks.seed), loaded.notes
 
 
 def _cut(prompt: EncodedPrompt, num_tokens: int | None) -> EncodedPrompt:
@@ -355,6 +373,7 @@ def _run_info(
             "prompts_sha256": digest(task.prompt for task in tasks if task.repeat == 0),
             "repeats": options.repeats,
             "chat": options.is_chat,
+            **options.picks.settings(),
             "replay": options.with_replay,
             "cores": psutil.cpu_count() or 1,
             "runner": runner_for(model, "auto"),

@@ -6,19 +6,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
 
-from dynatree_core import InputError, LoadedModel, cli_models
+from dynatree_core import LoadedModel, cli_models
+from dynatree_core.text.prompt_files import read_prompts
 
-__all__ = ["BUILT_IN", "chat_ids", "in_turns", "load_prompts", "parsed_arguments", "read_objects"]
+__all__ = ["BUILT_IN", "chat_ids", "in_turns", "load_prompts", "parsed_arguments"]
 
 WARM_UP_TOKENS = 8
 Way = TypeVar("Way")
@@ -59,45 +59,19 @@ def load_prompts(path: Path | None, per_kind: int) -> dict[str, list[str]]:
     """The first prompts of each kind.
 
     Args:
-        path: a JSON-lines file whose objects have a "prompt" and a "category"; None for the built-in prompts.
+        path: a file of prompts with categories (docs/files.md); None for the built-in prompts.
         per_kind: how many of each kind.
 
     Raises:
-        InputError: a line that is not such an object; the message names it.
+        InputError: what is wrong with the file, and in which line.
     """
     if path is None:
         return {kind: prompts[:per_kind] for kind, prompts in BUILT_IN.items()}
     kinds: defaultdict[str, list[str]] = defaultdict(list)
-    for record in read_objects(path, "prompt", "category"):
-        if len(kinds[record["category"]]) < per_kind:
-            kinds[record["category"]].append(record["prompt"])
+    for prompt in read_prompts(path).prompts:
+        if len(kinds[prompt.category]) < per_kind:
+            kinds[prompt.category].append(prompt.text)
     return dict(kinds)
-
-
-def read_objects(path: Path, *names: str) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file, each with a text under these names; empty lines are passed over.
-
-    Raises:
-        InputError: a file that cannot be read, or a line that is not such an object; the message names it.
-    """
-    wanted = " and ".join(f'"{name}"' for name in names)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"prompts must be a UTF-8 file of JSON lines with {wanted}, cannot read {path}: {error}"
-        ) from error
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(), which knows other ends too
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            is_sound = isinstance(record, dict) and all(isinstance(record[name], str) for name in names)
-        except (ValueError, KeyError):
-            is_sound = False
-        if not is_sound:
-            raise InputError(f"{path}, line {number}: must be a JSON object with {wanted}, got {line[:60]!r}")
-        yield record
 
 
 def parsed_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> argparse.Namespace:
@@ -107,9 +81,7 @@ def parsed_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) ->
         parser: it has the command's own.
         max_new_tokens: unless another number is asked for.
     """
-    parser.add_argument(
-        "--prompts", type=Path, help='JSON lines with "prompt" and "category" (default: built-in prompts)'
-    )
+    parser.add_argument("--prompts", type=Path, help="a file of prompts with categories (default: built-in prompts)")
     parser.add_argument("--per-kind", type=int, default=5, help="prompts of each kind (default: %(default)s)")
     parser.add_argument(
         "--max-new-tokens", type=int, default=max_new_tokens, help="of each output (default: %(default)s)"

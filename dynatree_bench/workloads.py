@@ -6,13 +6,11 @@ A workload is named by a string:
     built-in:text                the same as one running text
     wikitext-2, pg19, …          a known benchmark (KNOWN): from a local file, or else from the hub
     NAME=FILE                    a known benchmark from this file, or a file by a name of yours
-    FILE.jsonl                   JSON lines with "prompt", and "category" and "id" if there are any
-    FILE                         any other file or folder of text files: plain text, cut into passages
+    FILE, -, http://…            any file, folder, standard input or address, as dynatree_core.text reads it
     random, random:SEED          random tokens, for models without a tokenizer
     markov                       the text of a synthetic pair
     OWNER/NAME[:CONFIG[:SPLIT[:COLUMN]]]
-                                 a data set on the hub; a column "text" is running text, any other has a prompt a row;
-                                 a row's "category" is its prompt's
+                                 a data set on the hub, whose rows are read as those of a file
 """
 
 from __future__ import annotations
@@ -22,25 +20,33 @@ import itertools
 import json
 import os
 import random
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import attrs
 
-from dynatree_bench.prompts import BUILT_IN, read_objects
+from dynatree_bench.prompts import BUILT_IN
 from dynatree_bench.synthetic import MarkovSource
 from dynatree_core import InputError, LoadedModel, cli_models
 from dynatree_core.errors import nearest_match
+from dynatree_core.text.columns import TEXT, Prompt
+from dynatree_core.text.prompt_files import PASSAGE_CHARS, Prompts, prompts_of_rows, read_prompts
+from dynatree_core.text.reading import STANDARD_INPUT, is_url
+from dynatree_core.text.selection import of_categories, some_of
+from dynatree_core.text.tables import rows_of_values
 
 __all__ = [
     "KNOWN",
+    "PASSAGE_CHARS",
     "EncodedPrompt",
+    "Picks",
     "Prompt",
     "Workload",
     "digest",
     "encode",
+    "is_wrapped",
     "load_workload",
     "local_variable",
     "markov_prompts",
@@ -48,7 +54,6 @@ __all__ = [
     "some_of",
 ]
 
-PASSAGE_CHARS = 2000
 RANDOM_TOKENS = 64  # of a prompt without a language
 MAX_ROWS = 5000  # that are read of a data set on the hub, which may have millions
 
@@ -57,12 +62,12 @@ MAX_ROWS = 5000  # that are read of a data set on the hub, which may have millio
 class Source:
     """Where a known benchmark is on the hub, and what its rows are."""
 
-    path: str  # the data set's id, or the name of a builder of `datasets`
+    path: str  # the data set's id
     config: str | None
     split: str
-    column: str
+    column: str | None  # None: the first that holds prompts
     is_text: bool = False  # rows are pieces of running text, to be cut into passages; else each is a prompt
-    files: str | None = None  # for a builder: the file to read
+    files: str | None = None  # the address of a file that is read instead
 
 
 # PG-19's own data set is a program, which `datasets` no longer runs: this is the same text as parquet files
@@ -70,7 +75,7 @@ KNOWN: dict[str, Source] = {
     "wikitext-2": Source("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text", is_text=True),
     "pg19": Source("emozilla/pg19", None, "test", "text", is_text=True),
     "spec-bench": Source(
-        "json", None, "train", "turns",
+        "hemingkx/Spec-Bench", None, "train", "turns",
         files="https://raw.githubusercontent.com/hemingkx/Spec-Bench/main/data/spec_bench/question.jsonl",
     ),
     "humaneval": Source("openai/openai_humaneval", None, "test", "prompt"),
@@ -79,12 +84,20 @@ KNOWN: dict[str, Source] = {
 
 
 @attrs.frozen
-class Prompt:
-    """A text to generate from."""
+class Picks:
+    """Which prompts of a workload are taken, and how they are read."""
 
-    prompt_id: str
-    category: str
-    text: str
+    column: str | None = None
+    categories: tuple[str, ...] = ()
+    is_played: bool = False  # each turn of a conversation is a prompt
+    seed: int | None = None  # takes them at random
+
+    def settings(self) -> dict[str, Any]:
+        """What a run's provenance says of them: those that are not the usual ones."""
+        found = {
+            "column": self.column, "categories": list(self.categories), "turns": self.is_played, "pick_seed": self.seed,
+        }  # fmt: skip
+        return {name: value for name, value in found.items() if value not in (None, [], False)}
 
 
 @attrs.frozen
@@ -95,6 +108,7 @@ class Workload:
     prompts: tuple[Prompt, ...]
     is_chat: bool  # the prompts are requests to an assistant, not texts to go on with
     is_text: bool = False  # they are passages of one text, of which some are taken from all over it
+    notes: tuple[str, ...] = ()  # what was left out and why
 
 
 @attrs.frozen
@@ -107,32 +121,34 @@ class EncodedPrompt:
     workload: str  # its workload's name
 
 
-Some = TypeVar("Some", Prompt, EncodedPrompt)
-
-
-def load_workload(spec: str, num_prompts: int | None = None) -> Workload:
+def load_workload(spec: str, num_prompts: int | None = None, picks: Picks | None = None) -> Workload:
     """The prompts that a string names.
 
     Args:
         spec: see the top of this file.
         num_prompts: how many, evenly over the categories or over the text; None: all.
+        picks: which of them; None: any.
 
     Raises:
         InputError: nothing of that name, a file that cannot be read, or no connection to the hub; says what to do.
     """
+    picks = picks or Picks()
+    whole = _whole_workload(spec, picks)
+    prompts = of_categories(whole.prompts, picks.categories, f"workload '{spec}'")
+    return attrs.evolve(whole, prompts=some_of(prompts, num_prompts, is_text=whole.is_text, seed=picks.seed))
+
+
+def _whole_workload(spec: str, picks: Picks) -> Workload:
     name, is_given, file = spec.partition("=")
     if is_given and name and "/" not in name and not Path(spec).exists():
-        return _from_file(Path(file).expanduser(), num_prompts, name)
+        return _from_file(file, name, picks)
     if name.partition(":")[0] == "built-in":
-        return _built_in(name, num_prompts)
+        return _built_in(name)
     if name in KNOWN:
         local = os.environ.get(local_variable(name))
-        if local:
-            return _from_file(Path(local).expanduser(), num_prompts, name)
-        return _from_hub(name, KNOWN[name], num_prompts)
-    path = Path(spec).expanduser()
-    if path.exists():
-        return _from_file(path, num_prompts, path.stem)
+        return _from_file(local, name, picks) if local else _from_hub(name, KNOWN[name], picks)
+    if spec == STANDARD_INPUT or is_url(spec) or Path(spec).expanduser().exists():
+        return _from_file(spec, None, picks)
     if spec.count("/") != 1 or spec.startswith((".", "/", "~")):
         raise InputError(
             f"a workload must be a file, a data set on the hub (owner/name) or one of built-in, {', '.join(KNOWN)}, "
@@ -140,8 +156,8 @@ def load_workload(spec: str, num_prompts: int | None = None) -> Workload:
         )
     path_on_hub, *rest = spec.split(":")
     config, split, column = (*rest, *("", "", "")[len(rest) :])
-    source = Source(path_on_hub, config or None, split or "test", column or "text", is_text=column in ("", "text"))
-    return _from_hub(spec, source, num_prompts)
+    source = Source(path_on_hub, config or None, split or "test", column or None, is_text=column == TEXT)
+    return _from_hub(spec, source, picks)
 
 
 def local_variable(name: str) -> str:
@@ -149,14 +165,15 @@ def local_variable(name: str) -> str:
     return "DYNATREE_BENCH_" + name.upper().replace("-", "_")
 
 
-def _built_in(name: str, num_prompts: int | None) -> Workload:
+def _built_in(name: str) -> Workload:
     kind = name.partition(":")[2]
     if kind == "text":
         text = "\n\n".join(prompt for group in BUILT_IN.values() for prompt in group)
         # each passage is the whole text, which is short, from another place on
         starts = [i for i in range(len(text)) if text[i - 2 : i] == "\n\n"]
         passages = [text[start:] + "\n\n" + text[:start] for start in starts]
-        return Workload(name, _numbered(name, passages[:num_prompts]), is_chat=False)
+        prompts = [Prompt(f"{name}-{i:04d}", name, passage) for i, passage in enumerate(passages)]
+        return Workload(name, tuple(prompts), is_chat=False)
     if kind and kind not in BUILT_IN:
         raise InputError(f"built-in prompts must be of kind {', '.join(BUILT_IN)} or text, got '{kind}'")
     prompts = [
@@ -165,39 +182,41 @@ def _built_in(name: str, num_prompts: int | None) -> Workload:
         if kind in ("", category)
         for i, text in enumerate(texts)
     ]
-    return Workload(name, _evenly(prompts, num_prompts), is_chat=True)
+    return Workload(name, tuple(prompts), is_chat=True)
 
 
-def _from_file(path: Path, num_prompts: int | None, name: str) -> Workload:
-    source = KNOWN.get(name)
-    if path.suffix == ".jsonl":
-        prompts = [
-            Prompt(str(record.get("id", f"{name}-{i:04d}")), str(record.get("category", name)), record["prompt"])
-            for i, record in enumerate(read_objects(path, "prompt"))
-        ]
-        counts = Counter(prompt.prompt_id for prompt in prompts)
-        if twice := [prompt_id for prompt_id, count in counts.items() if count > 1]:
-            raise InputError(f'{path}: each "id" must be there once, got {twice[0]!r} {counts[twice[0]]} times')
-        return Workload(
-            name, _some(_evenly(prompts, num_prompts), str(path)), is_chat=source is None or not source.is_text
-        )
-    try:
-        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-        text = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"a workload must be a .jsonl file or UTF-8 text, cannot read {path}: {error}") from error
-    passages = _some(_numbered(name, _passages(text, num_prompts)), str(path))
-    return Workload(name, passages, is_chat=False, is_text=True)
+def _from_file(place: str, name: str | None, picks: Picks) -> Workload:
+    source = KNOWN.get(name or "")
+    is_text = source is not None and source.is_text
+    read = read_prompts(place, name=name, column=picks.column, is_played=picks.is_played, is_joined=is_text)
+    return _workload(read, place, is_chat=not (read.is_text or is_text))
 
 
-def _from_hub(name: str, source: Source, num_prompts: int | None) -> Workload:
+def _workload(read: Prompts, where: str, *, is_chat: bool) -> Workload:
+    first: dict[str, Prompt] = {}
+    for prompt in read.prompts:
+        before = first.setdefault(prompt.prompt_id, prompt)
+        if before is not prompt:
+            count = Counter(other.prompt_id for other in read.prompts)[prompt.prompt_id]
+            raise InputError(
+                f'{where}: each "id" must be there once, got {prompt.prompt_id!r} {count} times, first at '
+                f"{before.where} and {prompt.where}"
+            )
+    return Workload(read.name, read.prompts, is_chat=is_chat, is_text=read.is_text, notes=read.notes)
+
+
+def _from_hub(name: str, source: Source, picks: Picks) -> Workload:
     variable = local_variable(name)
     advice = (
-        f"run it again with a connection, or with a local file: --workload {name}=FILE or {variable}=FILE, "
-        'where FILE is text or JSON lines with "prompt"'
+        f"run it again with a connection, or with a local file: --workload {name}=FILE or {variable}=FILE"
         if name in KNOWN
         else "check the name and the connection, or give a local file: --workload FILE"
     )
+    if source.files is not None:
+        try:
+            return _from_file(source.files, name, picks)
+        except InputError as error:
+            raise InputError(f"workload '{name}' cannot be read ({error}); {advice}") from error
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -205,79 +224,37 @@ def _from_hub(name: str, source: Source, num_prompts: int | None) -> Workload:
             f"workload '{name}' comes from the hub through datasets, which is not installed; run "
             f"pip install 'dynatree[bench]'; or {advice}"
         ) from error
-    options = {"data_files": source.files} if source.files else {"name": source.config}
     try:
-        rows = load_dataset(source.path, split=source.split, streaming=True, **options)  # reads what is needed only
-        read = [
-            (_text_of(row, source.column), str(row.get("category") or name)) for row in itertools.islice(rows, MAX_ROWS)
-        ]
-    except KeyError as error:
-        raise InputError(
-            f"workload '{name}': the data set has no column {error}; name it: OWNER/NAME:CONFIG:SPLIT:COLUMN"
-        ) from error
+        # streaming reads what is needed only
+        rows = iter(load_dataset(source.path, split=source.split, streaming=True, name=source.config))
+        values = list(itertools.islice(rows, MAX_ROWS))
+        has_more = next(rows, None) is not None
     except Exception as error:  # datasets, its file systems and HTTP client each have their own
         came = " ".join(str(error).split())[:160] or "no message"
         raise InputError(f"workload '{name}' cannot be read ({type(error).__name__}: {came}); {advice}") from error
-    if source.is_text:
-        text = "".join(piece for piece, _ in read)
-        passages = _some(_numbered(name, _passages(text, num_prompts)), name)
-        return Workload(name, passages, is_chat=False, is_text=True)
-    prompts = [Prompt(f"{name}-{i:04d}", category, text) for i, (text, category) in enumerate(read) if text.strip()]
-    return Workload(name, _some(_evenly(prompts, num_prompts), name), is_chat=True)
+    read = prompts_of_rows(
+        rows_of_values(values, name), name, name, column=picks.column or source.column, is_played=picks.is_played,
+        is_joined=source.is_text, is_lenient=True,
+    )  # fmt: skip
+    if not read.prompts:
+        raise InputError(f"a workload must have at least one prompt, got none in {name}")
+    if has_more:
+        read = attrs.evolve(read, notes=(*read.notes, f"'{name}': the first {MAX_ROWS:,} rows are read, and no more"))
+    return _workload(read, name, is_chat=not read.is_text)
 
 
-def _text_of(row: dict[str, Any], column: str) -> str:
-    """A row's prompt; of a conversation the first turn."""
-    value = row[column]
-    return str(value[0] if isinstance(value, list) else value)
+def is_wrapped(workload: Workload, loaded: LoadedModel, is_chat: bool | None) -> bool:
+    """Whether prompts go through the chat template: where there is one and the workload's are requests, or as asked.
 
-
-def _some(prompts: tuple[Prompt, ...], where: str) -> tuple[Prompt, ...]:
-    if not prompts:
-        raise InputError(f"a workload must have at least one prompt, got none in {where}")
-    return prompts
-
-
-def _numbered(name: str, texts: Iterable[str]) -> tuple[Prompt, ...]:
-    return tuple(Prompt(f"{name}-{i:04d}", name, text) for i, text in enumerate(texts))
-
-
-def some_of(prompts: Sequence[Some], num_prompts: int, *, is_text: bool) -> tuple[Some, ...]:
-    """So many of a workload's prompts, or all where there are no more: over its text, or the categories in turn."""
-    return tuple(_spread(prompts, num_prompts)) if is_text else _evenly(prompts, num_prompts)
-
-
-def _evenly(prompts: Sequence[Some], num_prompts: int | None) -> tuple[Some, ...]:
-    """So many prompts, the categories in turn."""
-    by_category: defaultdict[str, list[Some]] = defaultdict(list)
-    for prompt in prompts:
-        by_category[prompt.category].append(prompt)
-    rounds = itertools.zip_longest(*by_category.values())
-    return tuple(itertools.islice((p for turn in rounds for p in turn if p is not None), num_prompts))
-
-
-def _passages(text: str, num_passages: int | None) -> list[str]:
-    """So many pieces of PASSAGE_CHARS characters, spread over the text; each begins with a paragraph."""
-    return _spread(list(_cut(text)), num_passages)
-
-
-def _spread(passages: Sequence[Any], num_passages: int | None) -> list[Any]:
-    if num_passages is None or num_passages >= len(passages):
-        return list(passages)
-    return [passages[i * len(passages) // num_passages] for i in range(num_passages)]
-
-
-def _cut(text: str) -> Iterator[str]:
-    """Consecutive passages; a last one that is too short is left out, unless it is the only one."""
-    paragraphs = [paragraph for paragraph in text.split("\n") if paragraph.strip()]
-    passage, is_first = "", True
-    for paragraph in paragraphs:
-        passage += ("\n" if passage else "") + paragraph.strip()
-        if len(passage) >= PASSAGE_CHARS:
-            yield passage[:PASSAGE_CHARS]
-            passage, is_first = "", False
-    if passage and is_first:
-        yield passage
+    Raises:
+        InputError: no tokenizer, or no chat template where one is asked for.
+    """
+    if loaded.tokenizer is None:
+        raise InputError(f"the target must come with a tokenizer to read prompts, got none with '{loaded.name}'")
+    has_template = loaded.tokenizer.chat_template is not None
+    if is_chat and not has_template:
+        raise InputError("--chat needs a target whose tokenizer has a chat template, got one without; use --raw")
+    return has_template and workload.is_chat if is_chat is None else is_chat
 
 
 def encode(
@@ -294,21 +271,15 @@ def encode(
     Raises:
         InputError: no tokenizer, no chat template where one is asked for, or no prompt that is long enough.
     """
-    tokenizer = loaded.tokenizer
-    if tokenizer is None:
-        raise InputError(f"the target must come with a tokenizer to read prompts, got none with '{loaded.name}'")
-    has_template = tokenizer.chat_template is not None
-    if is_chat and not has_template:
-        raise InputError("--chat needs a target whose tokenizer has a chat template, got one without; use --raw")
-    if is_chat is None:
-        is_chat = has_template and workload.is_chat and num_tokens is None
-    encoded = []
-    for prompt in workload.prompts:
-        if is_chat:
-            ids = cli_models.chat_ids([{"role": "user", "content": prompt.text}], tokenizer)
-        else:
-            ids = tokenizer(prompt.text).input_ids
-        encoded.append(EncodedPrompt(prompt.prompt_id, prompt.category, tuple(ids), workload.name))
+    is_chat = is_wrapped(workload, loaded, False if is_chat is None and num_tokens is not None else is_chat)
+    tokenizer = cli_models.tokenizer_of(loaded)
+    encoded = [
+        EncodedPrompt(
+            prompt.prompt_id, prompt.category,
+            tuple(cli_models.encode_messages(prompt.messages, tokenizer, is_chat)), workload.name,
+        )
+        for prompt in workload.prompts
+    ]  # fmt: skip
     if num_tokens is None:
         return encoded
     long_enough = [

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -18,10 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dynatree_core.audit import AUTOREGRESSIVE, AuditReport, Difference, Rounding, audit_generation, audit_output
 from dynatree_core.drafters.base import Drafter
-from dynatree_core.errors import InputError
 from dynatree_core.records import GenerationResult
 
-__all__ = ["Audit", "Case", "audit_cases", "document", "read_output", "read_prompts", "show"]
+__all__ = ["Audit", "Case", "audit_cases", "document", "show"]
 
 WIDTH = 110  # where stdout is no terminal
 
@@ -42,94 +39,6 @@ class Audit:
     token_ids: list[int]
     report: AuditReport
     result: GenerationResult | None = None  # of a generation of ours
-
-
-def read_prompts(path: Path, limit: int | None) -> list[str]:
-    """The prompts of a JSON-lines file, the first `limit` of them; empty lines are passed over.
-
-    Raises:
-        InputError: a line that is no object with a text as "prompt"; the message names it. A file without any.
-    """
-    prompts: list[str] = []
-    for number, line in enumerate(_text(path).split("\n"), start=1):  # not splitlines(), which knows other ends too
-        if not line.strip() or len(prompts) == limit:
-            continue
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
-            prompt = None
-        if not isinstance(prompt, str) or not prompt:
-            raise InputError(
-                f'{path}, line {number}: must be a JSON object with a "prompt" of at least one character, got '
-                f"{line[:60]!r}"
-            )
-        prompts.append(prompt)
-    if not prompts:
-        raise InputError(f'{path} must have at least one line, each a JSON object with a "prompt", got none')
-    return prompts
-
-
-def read_output(path: Path) -> dict[str, Any]:
-    """A document such as `dynatree generate --json` prints.
-
-    Raises:
-        InputError: it is not a JSON object with "token_ids" or "text", has something of another kind in it, or was
-            made in a way that no audit can tell anything of: with a cache that forgets or with changed logits.
-    """
-    text = _text(path)
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path} must be JSON as `dynatree generate --json` prints it, got {error}") from error
-    if not isinstance(found, dict) or (found.get("token_ids") is None and found.get("text") is None):
-        raise InputError(
-            f'{path} must be a JSON object with "token_ids", or at least "text", got {str(found)[:60]!r}; '
-            "`dynatree generate --json` prints one"
-        )
-    for name, kind, is_so in _KINDS:
-        value = found.get(name)
-        if value is not None and not is_so(value):
-            raise InputError(f'{path} must have {kind} as "{name}", got {str(value)[:60]!r}')
-    if found.get("cache") is not None:
-        raise InputError(
-            f"{path} must be an output of a cache that keeps all tokens, got one with --cache {found['cache']}; "
-            "`dynatree generate --compare` takes that option"
-        )
-    if found.get("logits_processors"):
-        raise InputError(
-            f"{path} must be an output that the target's own logits chose, got one of logits that were changed by "
-            f"{', '.join(found['logits_processors'])} (--repetition-penalty, --no-repeat-ngram-size, or the "
-            "target's generation config); `dynatree generate --compare` takes those options"
-        )
-    return found
-
-
-def _is_ids(value: object) -> bool:
-    return isinstance(value, list) and all(type(token_id) is int for token_id in value)
-
-
-def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-# what an audit reads in an output: name, what it must be, whether it is so
-_KINDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ("token_ids", "a list of whole numbers", _is_ids),
-    ("prompt_ids", "a list of whole numbers", _is_ids),
-    ("target", "the name of a model", lambda value: isinstance(value, str)),
-    ("dtype", "the name of a dtype", lambda value: isinstance(value, str)),
-    ("exact", '"fixed_width" or null', lambda value: value == "fixed_width"),
-    ("max_nodes", "a whole number", lambda value: type(value) is int and value >= 0),
-    ("logits_processors", "a list of names", _is_names),
-    ("ignore_eos", "true or false", lambda value: isinstance(value, bool)),
-)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} must be a file of UTF-8 text, got {error}; check the path") from error
 
 
 def audit_cases(

@@ -170,7 +170,7 @@ def _read_line(is_terminal: bool) -> str | None:
     """
     try:
         if not is_terminal:
-            line = sys.stdin.buffer.readline().decode()
+            line = sys.stdin.buffer.readline().decode().removeprefix("\ufeff")  # some programs begin with a mark
             return line.removesuffix("\n").removesuffix("\r") if line else None
         if not sys.stdout.isatty():  # where input() would write its prompt
             click.echo(PROMPT, nl=False, err=True)

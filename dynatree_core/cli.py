@@ -34,21 +34,21 @@ from dynatree_core.cli_models import (
     tokenizer_of,
     usual_drafter,
 )
+from dynatree_core.cli_prompts import PromptPicks, Typed, prompt_options, typed_prompt
 from dynatree_core.composition import format_stack, parse_stack
 from dynatree_core.errors import (
     DynaTreeError,
     InputError,
     PluginLoadError,
-    PromptError,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dynatree_core.audit_cli import Case
     from dynatree_core.models import LoadedModel
     from dynatree_core.records import GenerationResult
     from dynatree_core.session import Session
+    from dynatree_core.text.prompt_files import Prompts
 
 __all__ = ["end_process", "main"]
 
@@ -168,7 +168,7 @@ def _dynatree(context: click.Context) -> None:
 
 
 @_dynatree.command()
-@click.argument("prompt", metavar="PROMPT|-")
+@click.argument("prompt", metavar="PROMPT|-", required=False)
 @click.option("--target", metavar="ID|PATH", help="Model that answers.  [default: the embedded one]")
 @click.option(
     "--drafter",
@@ -212,6 +212,7 @@ def _dynatree(context: click.Context) -> None:
 @click.option(
     "--stop",
     "stop_strings",
+    type=Typed(),
     metavar="TEXT",
     multiple=True,
     callback=lambda context, option, given: _without_empty(given),
@@ -251,10 +252,30 @@ def _dynatree(context: click.Context) -> None:
     show_default=True,
     help="When a policy or drafter fails: end, or go on without drafting.",
 )
+@click.option(
+    "--prompts",
+    "prompts_file",
+    metavar="FILE|-",
+    help="Answer all prompts of a file or folder of any kind (docs/files.md); with --json a line for each.",
+)
+@prompt_options()
+@click.option("--seed", "pick_seed", type=click.IntRange(min=0), help="With --num-prompts: pick them at random.")
 def generate(
-    prompt: str, target: str | None, drafter: str, policy: str, as_json: bool, compare: bool, **request: Any
+    prompt: str | None,
+    target: str | None,
+    drafter: str,
+    policy: str,
+    as_json: bool,
+    compare: bool,
+    prompts_file: str | None,
+    column: str | None,
+    categories: tuple[str, ...],
+    num_prompts: int | str | None,
+    is_played: bool,
+    pick_seed: int | None,
+    **request: Any,
 ) -> int:
-    """Answer PROMPT, or what stands on standard input if PROMPT is `-`.
+    """Answer PROMPT, or what stands on standard input if PROMPT is `-`, or the prompts of a file.
 
     The answer goes to standard output as it comes; in a terminal, what was drafted and accepted is green. The
     numbers follow on standard error.
@@ -265,7 +286,10 @@ def generate(
       dynatree generate --compare --max-new-tokens 64 "Say ten times: I am a tree."
       dynatree generate --target ./big --drafter ./small "Once upon a time"
       dynatree generate --json - < prompt.txt > answer.json
+      dynatree generate --json --prompts questions.jsonl > answers.jsonl
     """
+    picks = PromptPicks(column, categories, num_prompts, is_played, pick_seed)
+    picks.check(prompt, prompts_file)
     if compare and request["max_time"] is not None:
         raise click.UsageError("--compare needs outputs of one length, and --max-time ends each at another token")
     job = _Job(target, drafter, policy, as_json, compare)
@@ -273,6 +297,9 @@ def generate(
     importlib.import_module("dynatree_core.session")
     try:
         with console.warnings_in_one_line():
+            if prompts_file is not None:
+                return _answer_all(job, picks.read(prompts_file), is_played, **request)
+            assert prompt is not None, "checked above"
             job.start(prompt, **request)
             if compare:
                 job.warm_up()
@@ -289,6 +316,50 @@ def generate(
     return job.conclude()
 
 
+def _answer_all(
+    job: _Job,
+    prompts: Prompts,
+    is_played: bool,
+    *,
+    device: str | None,
+    dtype: str,
+    is_chat: bool | None,
+    **settings: Any,
+) -> int:
+    """Answer the prompts of a file one after another."""
+    from dynatree_core.cli_answers import asked, check_lengths
+
+    job.load(device, dtype, **settings)
+    assert job.target is not None, "loaded above"
+    questions = asked(prompts, tokenizer_of(job.target), is_chat, is_played)
+    if settings["cache"] is None:
+        check_lengths(prompts, tokenizer_of(job.target), is_chat, job.target.model, settings["max_new_tokens"])
+    exit_code, is_warm = 0, False
+    for question in questions:
+        one = job.another(question.about)
+        try:
+            one.open(question.prompt_ids, question.where)
+            if one.is_compared and not is_warm:
+                one.warm_up()
+                is_warm = True
+            if not one.is_json:
+                click.secho(question.title, err=True, dim=True)
+            one.answer()
+            if one.is_compared:
+                one.answer_without_drafting()
+        except KeyboardInterrupt:
+            one.conclude("interrupted")
+            return INTERRUPTED
+        except DynaTreeError:
+            if one.session is not None:
+                one.conclude("error")
+            raise
+        exit_code = max(exit_code, one.conclude())
+        assert one.session is not None, "opened above"
+        question.answered(one.session.new_token_ids)
+    return exit_code
+
+
 def _without_empty(texts: tuple[str, ...]) -> tuple[str, ...]:
     if "" in texts:
         raise click.BadParameter("must be a text of at least one character, got none")
@@ -303,7 +374,7 @@ _OF_A_CHAT = {
 
 
 @_dynatree.command(params=[option for option in generate.params if option.name in _OF_A_CHAT])
-@click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
+@click.option("--system", type=Typed(), metavar="TEXT", help="What the model is told before the conversation.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer.")
 @click.option(
     "--temperature", type=FiniteRange(min=0), help="Draw tokens, the more freely the higher; 0: take the best."
@@ -402,12 +473,10 @@ _OF_A_GENERATION = {
 @_dynatree.command(params=[option for option in generate.params if option.name in _OF_A_GENERATION])
 @click.argument("prompt", metavar="[PROMPT|-]", required=False)
 @click.option(
-    "--prompts",
-    "prompts_file",
-    type=click.Path(path_type=Path),
-    help='A file of JSON objects with a "prompt", one a line, instead of PROMPT.',
+    "--prompts", "prompts_file", metavar="FILE|-", help="The prompts of a file or folder of any kind (docs/files.md)."
 )
-@click.option("--limit", type=click.IntRange(min=1), help="With --prompts: the first so many.")
+@prompt_options(has_turns=False)
+@click.option("--seed", "pick_seed", type=click.IntRange(min=0), help="With --num-prompts: pick them at random.")
 @click.option(
     "--output",
     "output_file",
@@ -419,7 +488,16 @@ _OF_A_GENERATION = {
     type=click.Choice(["float64", "float32"]),
     help="Show the logits in this precision too; loads the target twice.",
 )
-def audit(prompt: str | None, prompts_file: Path | None, output_file: Path | None, **request: Any) -> int:
+def audit(
+    prompt: str | None,
+    prompts_file: str | None,
+    output_file: Path | None,
+    column: str | None,
+    categories: tuple[str, ...],
+    num_prompts: int | str | None,
+    pick_seed: int | None,
+    **request: Any,
+) -> int:
     """Tell whether an output is what autoregressive decoding gives, and where not, whether rounding explains it.
 
     Generates an answer to PROMPT, or to standard input if it is `-`, and computes every token again. A difference is
@@ -429,7 +507,7 @@ def audit(prompt: str | None, prompts_file: Path | None, output_file: Path | Non
     Examples:
       dynatree audit --dtype bfloat16 "Why is the sky blue?"
       dynatree audit --dtype bfloat16 --exact fixed_width "Why is the sky blue?"
-      dynatree audit --dtype float16 --prompts prompts.jsonl --limit 100
+      dynatree audit --dtype float16 --prompts prompts.jsonl --num-prompts 100
       dynatree generate --json "Why is the sky blue?" > answer.json
       dynatree audit --output answer.json
     """
@@ -437,13 +515,17 @@ def audit(prompt: str | None, prompts_file: Path | None, output_file: Path | Non
     sources = [prompt or output_file, prompts_file]
     if sources.count(None) != 1:
         raise click.UsageError("give either PROMPT, --prompts or --output", click.get_current_context())
+    picks = PromptPicks(column, categories, num_prompts, False, pick_seed)
+    if prompts_file is None:
+        picks.check(prompt or "-", None)
     with console.warnings_in_one_line():
-        return _audit(prompt, prompts_file, output_file, **request)
+        prompts = picks.read(prompts_file) if prompts_file is not None else None
+        return _audit(prompt, prompts, output_file, **request)
 
 
 def _audit(
     prompt: str | None,
-    prompts_file: Path | None,
+    prompts: Prompts | None,
     output_file: Path | None,
     *,
     target: str | None,
@@ -453,29 +535,43 @@ def _audit(
     as_json: bool,
     is_chat: bool | None,
     ignore_eos: bool,
-    limit: int | None,
     reference_dtype: str | None,
     **options: Any,
 ) -> int:
-    from dynatree_core.audit_cli import Case, audit_cases, document, read_output, read_prompts, show
+    from dynatree_core.architectures import vocab_size
+    from dynatree_core.audit_cli import Case, audit_cases, document, show
+    from dynatree_core.audit_input import read_outputs, target_of
+    from dynatree_core.cli_answers import prompt_ids_of
 
-    given = read_output(output_file) if output_file is not None else None
-    if given is not None:
-        target = _target_of(given, target)
+    outputs = read_outputs(output_file) if output_file is not None else []
+    if outputs:
+        given = outputs[0].document  # what all of them have
+        target = target_of(outputs[0], target)
         ignore_eos = ignore_eos or bool(given.get("ignore_eos"))
         for name in ("exact", "max_nodes"):
             options[name] = given.get(name) if options[name] is None else options[name]
-    prompts = read_prompts(prompts_file, limit) if prompts_file is not None else []
-    prompts += [_read(prompt)] if prompt is not None else []
-    if given is not None and dtype == "auto":
-        dtype = given.get("dtype") or dtype  # another one would round in another way
-    source: Any = registered_drafter(drafter) if given is None else None
+        if dtype == "auto":
+            dtype = given.get("dtype") or dtype  # another one would round in another way
+    text = typed_prompt(prompt) if prompt is not None else None
+    source: Any = registered_drafter(drafter) if not outputs else None
     loaded = load(target, device, dtype)
     tokenizer = tokenizer_of(loaded)
-    if given is not None:
-        cases = [_given_case(given, prompts, tokenizer, is_chat)]
+    if outputs:
+        vocab = vocab_size(loaded.model)
+        cases = [
+            Case(output.prompt_ids(text, tokenizer, is_chat, vocab), output.token_ids(tokenizer, vocab))
+            for output in outputs
+        ]
+        if any(output.needs_cutting for output in outputs):
+            console.complain(
+                "warning", "the output has no token_ids: its text is cut into tokens again, perhaps otherwise"
+            )
     else:
-        cases = [Case(encode_prompt(text, tokenizer, is_chat)) for text in prompts]
+        if prompts is not None:
+            cases = [Case(prompt_ids_of(one, prompts, tokenizer, is_chat)) for one in prompts.prompts]
+        else:
+            assert text is not None, "there is one source"
+            cases = [Case(encode_prompt(text, tokenizer, is_chat))]
         source = load_drafter(drafter, loaded).model if source is None else source
     precise = load(target, device, reference_dtype).model if reference_dtype is not None else None
     options["eos_token_id"] = [] if ignore_eos else None
@@ -488,39 +584,6 @@ def _audit(
     if len(audits) < len(cases):
         return INTERRUPTED
     return FAILED if found["verdict"] == "bug" else 0
-
-
-def _target_of(given: dict[str, Any], asked: str | None) -> str | None:
-    """The model that an output is said to come from, which is also the one that was asked for, if one was."""
-    made_by: str | None = given.get("target")
-    if asked is None or made_by is None:
-        return asked or made_by
-    if Path(asked).expanduser().resolve() != Path(made_by).expanduser().resolve():  # ids on the hub are compared too
-        raise InputError(
-            f"an output must be audited with the target that it was made by, '{made_by}', got --target '{asked}'; "
-            'leave --target out, or take "target" out of the file if the two are one model'
-        )
-    return asked
-
-
-def _given_case(
-    given: dict[str, Any], prompts: list[str], tokenizer: PreTrainedTokenizerBase, is_chat: bool | None
-) -> Case:
-    """An output that was made elsewhere; text is cut into tokens again only where their ids are missing."""
-    from dynatree_core.audit_cli import Case
-
-    prompt_ids, token_ids = given.get("prompt_ids"), given.get("token_ids")
-    if prompt_ids is None:
-        text = prompts[0] if prompts else given.get("prompt")
-        if text is None:
-            raise InputError(
-                'an output without "prompt_ids" or "prompt" needs its PROMPT on the command line, got none'
-            )
-        prompt_ids = encode_prompt(str(text), tokenizer, is_chat)
-    if token_ids is None:
-        console.complain("warning", "the output has no token_ids: its text is cut into tokens again, perhaps otherwise")
-        token_ids = list(tokenizer(str(given["text"]), add_special_tokens=False).input_ids)
-    return Case(prompt_ids, token_ids)
 
 
 _OF_MODELS = {"target", "drafter", "device", "dtype", "runner", "as_json"}
@@ -641,47 +704,64 @@ class _Job:
     policy: str
     is_json: bool
     is_compared: bool
+    about: dict[str, Any] = attrs.field(factory=dict)  # the prompt, where it is one of a file's
     expanded_policy: str | None = attrs.field(default=None, init=False)
     options: dict[str, Any] = attrs.field(factory=dict, init=False)  # of every session
     target: LoadedModel | None = attrs.field(default=None, init=False)
+    drafter: Any = attrs.field(default=None, init=False)
     tokenizer: PreTrainedTokenizerBase | None = attrs.field(default=None, init=False)
     session: Session | None = attrs.field(default=None, init=False)
     baseline: Session | None = attrs.field(default=None, init=False)  # the same prompt without drafting
     screen: console.Answer | None = attrs.field(default=None, init=False)
     bar: console.PrefillBar = attrs.field(factory=console.PrefillBar, init=False)
 
-    def start(
-        self,
-        prompt: str,
-        device: str | None,
-        dtype: str,
-        is_chat: bool | None,
-        ignore_eos: bool,
-        stop_strings: Sequence[str],
-        **settings: Any,
-    ) -> None:
+    def start(self, prompt: str, device: str | None, dtype: str, is_chat: bool | None, **settings: Any) -> None:
         """Load the models and open a session; what can be refused without a model is refused first."""
-        from dynatree_core.plugins import build_stack, expand_preset
-        from dynatree_core.session import Session
+        text = typed_prompt(prompt)
+        self.load(device, dtype, **settings)
+        assert self.tokenizer is not None, "loaded above"
+        self.open(encode_prompt(text, self.tokenizer, is_chat))
 
-        text = _read(prompt)
+    def load(
+        self, device: str | None, dtype: str, ignore_eos: bool, stop_strings: Sequence[str], **settings: Any
+    ) -> None:
+        """Load the models; what can be refused without one is refused first."""
+        from dynatree_core.plugins import build_stack, expand_preset
+
         build_stack(self.policy)
         specs = [spec for given in parse_stack(self.policy) for spec in expand_preset(given)]
         self.expanded_policy = format_stack(specs)
-        drafter: Any = registered_drafter(self.drafter_name)
+        self.drafter = registered_drafter(self.drafter_name)
         self.target = load(self.target_name, device, dtype)
         self.tokenizer = tokenizer_of(self.target)
-        prompt_ids = encode_prompt(text, self.tokenizer, is_chat)
-        if drafter is None:
-            drafter = load_drafter(self.drafter_name, self.target).model
+        if self.drafter is None:
+            self.drafter = load_drafter(self.drafter_name, self.target).model
         self.options = {name: value for name, value in settings.items() if value is not None}
         if stop_strings:
             self.options |= {"stop_strings": list(stop_strings), "tokenizer": self.tokenizer}
         if ignore_eos:
             self.options["eos_token_id"] = []
-        self.session = Session(
-            self.target.model, drafter, prompt_ids, policy=self.policy, on_prefill=self.bar, **self.options
-        )
+
+    def open(self, prompt_ids: list[int], where: str | None = None) -> None:
+        """Open a session on a prompt, which stands there in a file."""
+        from dynatree_core.session import Session
+
+        assert self.target is not None, "load() comes first"
+        try:
+            self.session = Session(
+                self.target.model, self.drafter, prompt_ids, policy=self.policy, on_prefill=self.bar, **self.options
+            )
+        except InputError as error:
+            if where is None:
+                raise
+            raise InputError(f"{where}: {error}") from error
+
+    def another(self, about: dict[str, Any]) -> _Job:
+        """The same for the next prompt of a file, with the same models."""
+        other = _Job(self.target_name, self.drafter_name, self.policy, self.is_json, self.is_compared, about)
+        other.expanded_policy, other.options, other.target = self.expanded_policy, self.options, self.target
+        other.tokenizer, other.drafter = self.tokenizer, self.drafter
+        return other
 
     def warm_up(self) -> None:
         """Decode a few tokens that nobody sees.
@@ -757,6 +837,7 @@ class _Job:
     def _document(self, compared: console.Comparison | None, stop_reason: str) -> dict[str, Any]:
         """What --json prints; None stands for what it never came to."""
         document = {
+            **self.about,
             **self._outcome(compared.result if compared is not None else None, stop_reason),
             "prompt_ids": self.session.prompt_ids if self.session is not None else None,
             "target": self.target_name or "default",
@@ -800,18 +881,3 @@ def _where(target: LoadedModel | None) -> dict[str, Any]:
         "dtype": str(target.model.dtype).removeprefix("torch.") if target is not None else None,
         "versions": {name: version(name) for name in ("dynatree", "torch", "transformers")},
     }
-
-
-def _read(prompt: str) -> str:
-    """The prompt itself; `-` stands for standard input, less the newline that ends a file."""
-    if prompt == "-":
-        try:
-            prompt = sys.stdin.buffer.read().decode()
-        except UnicodeDecodeError as error:
-            raise PromptError(f"a prompt on standard input must be UTF-8 text, got {error}") from error
-        prompt = prompt.removesuffix("\n").removesuffix("\r")
-    if not prompt:
-        raise PromptError("a prompt must have at least one character, got none; give some text")
-    if any("\ud800" <= char <= "\udfff" for char in prompt):  # how Python passes on arguments that are not UTF-8
-        raise PromptError("a prompt must be UTF-8 text, got other bytes; convert it first")
-    return prompt

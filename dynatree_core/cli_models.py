@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FiniteRange",
     "chat_ids",
+    "encode_messages",
     "encode_prompt",
     "load",
     "load_drafter",
@@ -80,12 +81,22 @@ def chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, is_chat: bool | None = None) -> list[int]:
     """The prompt's tokens, through the chat template if there is one or if it is asked for."""
+    return encode_messages([{"role": "user", "content": text}], tokenizer, is_chat)
+
+
+def encode_messages(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, is_chat: bool | None = None
+) -> list[int]:
+    """A conversation's tokens, through the chat template if there is one or if it is asked for.
+
+    Without a template it is read as one text, what was said with a blank line between.
+    """
     has_template = tokenizer.chat_template is not None
     if is_chat and not has_template:
         raise InputError("--chat needs a target whose tokenizer has a chat template, got one without; use --raw")
     if is_chat is False or not has_template:
-        return list(tokenizer(text).input_ids)
-    return chat_ids([{"role": "user", "content": text}], tokenizer)
+        return list(tokenizer("\n\n".join(message["content"] for message in messages)).input_ids)
+    return chat_ids(messages, tokenizer)
 
 
 def load(name: str | None, device: str | None, dtype: str) -> LoadedModel:

@@ -27,6 +27,7 @@ from dynatree_bench.methods import Output
 from dynatree_bench.pairs import MethodError, Pair
 from dynatree_bench.records import RECORDS_FILE, read_records, read_results
 from dynatree_bench.statistics import summaries
+from dynatree_bench.workloads import Picks
 from dynatree_core import InputError, LoadedModel, build_drafter, hookimpl
 from dynatree_core.drafters.base import Drafter, padded_proposals
 from dynatree_core.drafters.model import ModelDrafter
@@ -634,6 +635,36 @@ def test_two_workloads_of_one_name_are_refused_and_can_be_named(reader, tmp_path
     assert not (tmp_path / "run").exists()
     options = attrs.evolve(options, workloads=[one, f"other={two}"])
     assert run("scalability", pair, tmp_path / "run", options).info.axes["dataset"] == ["p", "other"]
+
+
+def test_prompts_are_picked_and_the_run_says_how(reader, tmp_path):
+    """A run goes on with the same picks only; one without any has the settings that it had before there were picks."""
+    pair, write = reader
+    path = write("p.jsonl", a=(5, 6), b=(7,), c=(8,))
+    options = attrs.evolve(SMALL, workloads=[path], num_prompts="all", picks=Picks(categories=("a", "b")))
+    results = run("scalability", pair, tmp_path / "run", options)
+    assert {record.prompt_id for record in results.records} == {"p-0000", "p-0001", "p-0002"}
+    assert results.info.settings["categories"] == ["a", "b"]
+    assert run("scalability", pair, tmp_path / "run", options).info.continued == ()
+    with pytest.raises(InputError, match=r"settings categories: \['a', 'b'\] there, \['c'\] now"):
+        run("scalability", pair, tmp_path / "run", attrs.evolve(options, picks=Picks(categories=("c",))))
+    plain = run("scalability", pair, tmp_path / "plain", attrs.evolve(options, picks=Picks()))
+    assert not {"column", "categories", "turns", "pick_seed"} & {*plain.info.settings}
+
+
+def test_each_turn_of_a_conversation_is_measured(reader, tmp_path):
+    pair, _ = reader
+    (tmp_path / "q.jsonl").write_text('{"id": "q", "turns": ["ab", "cd"]}\n')
+    options = attrs.evolve(SMALL, workloads=[str(tmp_path / "q.jsonl")], num_prompts=1, picks=Picks(is_played=True))
+    results = run("scalability", pair, tmp_path / "run", options)
+    assert {record.prompt_id for record in results.records} == {"q", "q/turn-2"}
+    with pytest.raises(InputError, match="--turns plays whole conversations"):
+        run("scalability", pair, tmp_path / "other", attrs.evolve(options, prompt_tokens=[2]))
+
+
+def test_random_prompts_have_no_end(pair, tmp_path):
+    with pytest.raises(InputError, match="prompts without end, so --num-prompts must be a number, got 'all'"):
+        run("scalability", pair, tmp_path / "run", attrs.evolve(SMALL, num_prompts="all"))
 
 
 # tables and settings

@@ -109,7 +109,7 @@ def test_arguments_that_cannot_be_used_are_no_verdict(tmp_path):
     code, said = ended("never_slower", "--prompts", tmp_path / "none.jsonl")
     assert code == 3
     assert said.count("\n") == 1
-    assert "cannot read" in said
+    assert "must be a file that can be read" in said
 
 
 def test_a_target_without_a_tokenizer_reads_no_prompts():

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import datasets
 import pytest
-from test_cli import TEMPLATE, byte_level_tokenizer, for_transformers
+from test_cli import TEMPLATE, byte_level_tokenizer, for_transformers, save_model
 
 from dynatree_bench.prompts import BUILT_IN
+from dynatree_bench.turns import played
 from dynatree_bench.workloads import (
     KNOWN,
+    MAX_ROWS,
     PASSAGE_CHARS,
+    Picks,
     Prompt,
     Workload,
     digest,
@@ -21,8 +25,8 @@ from dynatree_bench.workloads import (
     random_prompts,
     some_of,
 )
-from dynatree_core import InputError, LoadedModel
-from dynatree_core.testing.models import tiny_model
+from dynatree_core import InputError, LoadedModel, load_model
+from dynatree_core.testing.models import greedy, tiny_model
 
 
 def ids(workload):
@@ -64,20 +68,20 @@ def test_a_jsonl_file_with_and_without_ids_and_categories(jsonl):
     assert ids(load_workload(str(jsonl), 2)) == ["a0", "b0"]
 
 
-def test_plain_text_is_cut_at_paragraphs_into_passages_all_over_it(tmp_path):
+def test_plain_text_is_cut_into_passages_all_over_it(tmp_path):
     path = tmp_path / "book.txt"
-    path.write_text("\n\n".join(f"Chapter {i}. " + "word " * 250 for i in range(40)))
+    path.write_text("\n\n".join(f"Chapter {i}. " + "word " * 420 for i in range(40)))
     every = load_workload(str(path))
-    assert {len(prompt.text) for prompt in every.prompts} == {PASSAGE_CHARS}
+    assert all(PASSAGE_CHARS <= len(prompt.text) <= 2 * PASSAGE_CHARS for prompt in every.prompts)
     assert all(prompt.text.startswith("Chapter") for prompt in every.prompts)
     assert not every.is_chat
     some = load_workload(str(path), 4).prompts
-    assert [prompt.text for prompt in some] == [every.prompts[i].text for i in (0, 5, 10, 15)]
+    assert [prompt.text for prompt in some] == [every.prompts[i].text for i in (0, 10, 20, 30)]
 
 
 def test_a_folder_of_text_files(tmp_path):
     for name in ("one", "two"):
-        (tmp_path / f"{name}.txt").write_text(name * 1000)
+        (tmp_path / f"{name}.txt").write_text(name * 100)
     assert [prompt.text[:3] for prompt in load_workload(str(tmp_path)).prompts] == ["one", "two"]
 
 
@@ -96,7 +100,7 @@ def test_a_file_by_a_name_of_one_s_own(jsonl, tmp_path):
     path = tmp_path / "x=y.jsonl"  # a file may be called so
     path.write_text(jsonl.read_text())
     assert load_workload(str(path)).name == "x=y"
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match="must be a file that can be read"):
         load_workload(f"other={tmp_path / 'missing.jsonl'}")
 
 
@@ -107,6 +111,7 @@ def test_offline_it_says_which_line_to_run(name, monkeypatch):
 
     monkeypatch.delenv(local_variable(name), raising=False)
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
     with pytest.raises(InputError, match="Couldn't reach it on the Hub") as caught:
         load_workload(name)
     assert f"--workload {name}=FILE or {local_variable(name)}=FILE" in str(caught.value)
@@ -126,32 +131,60 @@ def test_hub_data_sets_are_streamed_and_their_columns_read(monkeypatch):
         return [{"question": f"q{i}", "text": "line\n" * 500, "turns": [f"first {i}", "second"]} for i in range(5)]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for known in ("gsm8k", "spec-bench", "wikitext-2"):
+    for known in ("gsm8k", "wikitext-2"):
         monkeypatch.delenv(local_variable(known), raising=False)
     questions = load_workload("gsm8k", 2)
     assert [prompt.text for prompt in questions.prompts] == ["q0", "q1"]
     assert asked[-1] == (("openai/gsm8k",), {"split": "test", "streaming": True, "name": "main"})
-    assert [prompt.text for prompt in load_workload("spec-bench", 1).prompts] == ["first 0"]
-    assert asked[-1][1]["data_files"].endswith("question.jsonl")
-    texts = load_workload("wikitext-2")
-    assert {len(prompt.text) for prompt in texts.prompts} == {PASSAGE_CHARS}
-    assert not texts.is_chat
+    whole = load_workload("wikitext-2")
+    assert len(whole.prompts) == 6
+    assert not whole.is_chat
     own = load_workload("owner/name:config:train:question")
     assert own.prompts[0].text == "q0"
     assert asked[-1] == (("owner/name",), {"split": "train", "streaming": True, "name": "config"})
-    with pytest.raises(InputError, match="no column 'answer'"):
+    assert load_workload("owner/name").prompts[0].text == "first 0", "the first column that is known"
+    with pytest.raises(InputError, match="must have the column 'answer', got the columns question, text, turns"):
         load_workload("owner/name:config:train:answer")
 
 
 def test_rows_of_the_hub_keep_their_categories(monkeypatch):
     rows = [{"turns": [f"first {i}", "second"], "category": kind} for i, kind in enumerate(["qa", "qa", "rag", None])]
-    monkeypatch.delenv(local_variable("spec-bench"), raising=False)
     monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: rows)
-    assert load_workload("spec-bench", 3).prompts == (
-        Prompt("spec-bench-0000", "qa", "first 0"),
-        Prompt("spec-bench-0002", "rag", "first 2"),
-        Prompt("spec-bench-0003", "spec-bench", "first 3"),  # it has none
+    name = "owner/name::train:turns"
+    assert load_workload(name, 3).prompts == (
+        Prompt(f"{name}-0000", "qa", "first 0", later=("second",)),
+        Prompt(f"{name}-0002", "rag", "first 2", later=("second",)),
+        Prompt(f"{name}-0003", name, "first 3", later=("second",)),  # it has none
     )
+    assert [one.text for one in load_workload(name, picks=Picks(categories=("rag",))).prompts] == ["first 2"]
+
+
+def test_rows_that_are_not_read_are_counted(monkeypatch):
+    rows = [{"prompt": f"p{i}" if i else " "} for i in range(MAX_ROWS + 1)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: rows)
+    found = load_workload("owner/name")
+    assert len(found.prompts) == MAX_ROWS - 1
+    assert found.notes == (
+        "owner/name: 1 of 5,000 rows are left out, which are blank",
+        "'owner/name': the first 5,000 rows are read, and no more",
+    )
+
+
+def test_spec_bench_is_fetched_without_datasets(tmp_path, monkeypatch):
+    """It is a file at an address, which datasets would need one package more for."""
+    rows = [{"question_id": 81 + i, "category": "writing", "turns": ["First?", "Then?"]} for i in range(2)]
+    monkeypatch.delenv(local_variable("spec-bench"), raising=False)
+    fetched = []
+
+    def urlopen(address, timeout):
+        fetched.append(address)
+        return io.BytesIO("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: pytest.fail("datasets was asked"))
+    assert ids(load_workload("spec-bench")) == ["spec-bench-81", "spec-bench-82"]
+    assert fetched == [KNOWN["spec-bench"].files]
+    assert ids(load_workload("mine=http://example.invalid/question.jsonl", 1)) == ["mine-81"]
 
 
 def test_what_is_no_workload(tmp_path):
@@ -166,7 +199,7 @@ def test_what_is_no_workload(tmp_path):
     empty.write_text("\n\n")
     with pytest.raises(InputError, match="at least one prompt"):
         load_workload(str(empty))
-    empty.write_bytes(b"\xff\xfe")
+    empty.write_bytes(b"caf\xe9")
     with pytest.raises(InputError, match="UTF-8"):
         load_workload(str(empty))
 
@@ -174,12 +207,12 @@ def test_what_is_no_workload(tmp_path):
 def test_faults_of_a_jsonl_file(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "x"}\n{"text": "y"}\n')
-    with pytest.raises(InputError, match='line 2: must be a JSON object with "prompt"'):
+    with pytest.raises(InputError, match='line 2: must have a "prompt" as the other rows'):
         load_workload(str(path))
     path.write_text('{"prompt": "x", "id": 1}\n{"prompt": "y", "id": 1}\n')
     with pytest.raises(InputError, match="'1' 2 times"):
         load_workload(str(path))
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match="must be a file that can be read"):
         load_workload(f"pg19={tmp_path / 'missing.jsonl'}")
 
 
@@ -224,3 +257,17 @@ def test_random_prompts_follow_from_their_seed():
     assert all(0 <= token < 37 for prompt in first for token in prompt.token_ids)
     with pytest.raises(InputError, match="random:SEED"):
         random_prompts("random:x", 1, None, 37)
+
+
+def test_conversations_are_played_with_the_targets_own_answers(tmp_path):
+    path = tmp_path / "question.jsonl"
+    path.write_text('{"id": "q", "turns": ["hello", "more"]}\n{"id": "r", "turns": ["alone"]}\n')
+    tokenizer = for_transformers(byte_level_tokenizer(), chat_template=TEMPLATE)
+    chat = load_model(str(save_model(tmp_path / "model", tokenizer)), device="cpu")
+    workload = load_workload(str(path), picks=Picks(is_played=True))
+    found = played(workload, chat, 5)
+    assert [prompt.prompt_id for prompt in found] == ["q", "q/turn-2", "r"]
+    first, second = (list(prompt.token_ids) for prompt in found[:2])
+    assert found[0] == encode(workload, chat)[0]
+    answer = chat.tokenizer.decode(greedy(chat.model, first, 5))
+    assert chat.tokenizer.decode(second) == f"<user>hello<assistant>{answer}<user>more<assistant>"

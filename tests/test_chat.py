@@ -186,6 +186,8 @@ def test_what_is_no_question(say: Callable[..., Ran]) -> None:
     assert len(summaries(ran)) == 2
     assert "a line must be UTF-8 text" in ran.err
     assert say("abc", b"def").out == say("abc", "def").out, "the last line may lack its end"
+    assert say(b"\xef\xbb\xbfabc\r\n").out == say("abc").out, "a byte order mark is no part of a line"
+    assert "policy fixed" in say(b"\xef\xbb\xbf/policy fixed\n").err
 
 
 # commands

@@ -1188,19 +1188,19 @@ def test_audit_of_prompts(audit: Dynatree, tmp_path: Path) -> None:
     path.write_text('{"prompt": "abc"}\n{"text": "abc"}\n')
     ran = audit("--prompts", path)
     assert ran.code == 2
-    assert is_one_error_line(ran, "line 2", 'must be a JSON object with a "prompt"')
+    assert is_one_error_line(ran, "line 2", 'must have a "prompt"')
     path.write_text("")
-    assert is_one_error_line(audit("--prompts", path), "at least one line", "got none")
+    assert is_one_error_line(audit("--prompts", path), "at least one prompt", "got none")
     path.write_text('{"prompt": "a\u2028b"}\n\n{"prompt": "abc"}\n \n', encoding="utf-8")  # no line ends at U+2028
-    assert audit("--json", "--prompts", path, "--limit", 2).document["num_outputs"] == 2
-    for wrong_prompt in (None, ["x", "y"], ""):
+    assert audit("--json", "--prompts", path, "--num-prompts", "all").document["num_outputs"] == 2
+    for wrong_prompt in (None, 7, ""):
         path.write_text(json.dumps({"prompt": wrong_prompt}))
-        assert is_one_error_line(audit("--prompts", path), "line 1", '"prompt" of at least one character')
-    path.write_bytes(b"\xff\xfe")
+        assert is_one_error_line(audit("--prompts", path), "line 1", '"prompt" must')
+    path.write_bytes(b"caf\xe9")
     for wrong in (path, tmp_path, tmp_path / "nowhere"):
         ran = audit("--prompts", wrong)
         assert ran.code == 2
-        assert is_one_error_line(ran, "must be a file of UTF-8 text")
+        assert is_one_error_line(ran)
 
 
 def test_audit_of_an_output(audit: Dynatree, generate: Dynatree, tmp_path: Path) -> None:
@@ -1295,7 +1295,7 @@ def test_an_output_with_something_wrong_in_it(
 
 def test_an_output_that_is_not_there(audit: Dynatree, tmp_path: Path) -> None:
     ran = audit("--output", tmp_path / "nowhere.json")
-    assert is_one_error_line(ran, "must be a file of UTF-8 text", "check the path")
+    assert is_one_error_line(ran, "must be a file that can be read", "check the path")
     assert "JSON" not in ran.err
 
 

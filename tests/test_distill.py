@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -36,6 +37,7 @@ from dynatree_bench.distill.train import (
 from dynatree_bench.drafter_value import replayed
 from dynatree_core import build_drafter, generate, load_model
 from dynatree_core.architectures import EXACT_FAMILIES
+from dynatree_core.cli_prompts import PromptPicks
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import InputError, PluginLoadError
 from dynatree_core.student import new_student, save_student
@@ -328,7 +330,7 @@ def test_texts_are_known_by_what_they_say(target_folder, text_file, tmp_path):
     moved.write_text(words.replace("cat", "dog"))
     with pytest.raises(InputError, match="another request"):
         teach(target, about_texts(moved), folder, lambda *_: None, num_batches=2)
-    with pytest.raises(InputError, match="readable UTF-8"):
+    with pytest.raises(InputError, match="must be a file that can be read"):
         teach(target, about_texts(text_file), folder, lambda *_: None, num_batches=2)
     moved.write_text(words)
     request = folder / "request.json"
@@ -518,6 +520,56 @@ def test_costs_of_levels():
     assert all(0 < cost.low <= cost.ratio <= cost.high for cost in costs)
 
 
+def test_a_book_of_one_line_is_many_passages(tmp_path):
+    file = tmp_path / "book.gz"
+    file.write_bytes(gzip.compress(("word " * 20_000).encode("utf-8-sig")))
+    passages = read_passages([file], 1800)
+    assert len(passages) == 56
+    assert " ".join(passages).split() == ["word"] * 20_000
+
+
+def test_prompts_of_ones_own_are_answered(target_folder, tmp_path):
+    """Each is in a batch, through the chat template, and some are kept apart."""
+    file = tmp_path / "mine.csv"
+    words = [f"what is a {one}{other}" for one in "abcdefgh" for other in "abcd"]
+    file.write_text("id,words\n" + "".join(f"{i},{text}\n" for i, text in enumerate([*words, "why " * 100])))
+    plan = a_plan(num_self_prompts=0, prompts=(str(file),), picks=PromptPicks(column="words"))
+    target = load_model(str(target_folder))
+    taught = teach(target, plan, tmp_path / "all", lambda *_: None)
+    assert taught.num_too_long == 1
+    found = []
+    for side in (taught.to_learn, taught.apart):
+        shards = [read_shard(shard) for shard in side]
+        said = [
+            target.tokenizer.decode(shard.token_ids[shard.text(i)]) for shard in shards for i in range(shard.num_texts)
+        ]
+        found.append({match[1] for text in said if (match := re.match("<u>(what.*?)</s><a>", text.replace(" ", "")))})
+    assert not found[0] & found[1]
+    assert found[0] | found[1] == {text.replace(" ", "") for text in words}
+    assert len(found[1]) == 3
+
+
+def test_too_little_to_learn_from_is_told_before_the_target_is_asked(target_folder, tmp_path, monkeypatch):
+    file = tmp_path / "mine"
+    file.write_text('{"prompt": "what"}\n')
+    monkeypatch.setattr(teaching, "_ask", lambda *_: pytest.fail("it was asked"))
+    with pytest.raises(InputError, match="one that is kept apart, got 0 and 1; raise"):
+        teach(
+            load_model(str(target_folder)),
+            a_plan(num_self_prompts=0, prompts=(str(file),)),
+            tmp_path / "t",
+            lambda *_: None,
+        )
+
+
+def test_files_are_read_before_a_model_is_loaded(tmp_path):
+    file = tmp_path / "mine"
+    file.write_text('{"prompt": "what"}\n{"prompt": 7}\n')
+    with pytest.raises(InputError, match='mine, line 2: "prompt" must be a text'):
+        command("--target", "no/such-model", "--out", tmp_path / "out", "--prompts", file)
+    assert not (tmp_path / "out").exists()
+
+
 def test_prompts(target_folder, text_file, tmp_path):
     tokenizer = load_model(str(target_folder)).tokenizer
     before, behind = chat_prefix(tokenizer)
@@ -532,8 +584,8 @@ def test_prompts(target_folder, text_file, tmp_path):
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(InputError, match="at least 100 characters"):
         read_passages([tmp_path / "short.txt"], 100)
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="readable UTF-8"):
+    (tmp_path / "bytes.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match=r"bytes.txt, line 1, column 4: must be UTF-8"):
         read_passages([tmp_path / "bytes.txt"], 100)
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="chat template"):

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from dynatree_core.cli_models import FiniteRange
+from dynatree_core.cli_prompts import PromptPicks, Typed, prompt_options
 from dynatree_core.errors import PluginLoadError
 
 __all__ = ["distill"]
@@ -43,8 +44,15 @@ COUNT, ONE_OR_MORE = click.IntRange(min=0), click.IntRange(min=1)
     "texts",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="A plain text file, read by the target and asked about; may be repeated.",
+    help="A file or folder of text, read by the target and asked about; may be repeated.",
 )
+@click.option(
+    "--prompts",
+    metavar="FILE|-",
+    multiple=True,
+    help="A file of prompts of your own of any kind (docs/files.md), answered by the target; may be repeated.",
+)
+@prompt_options(has_turns=False)
 @click.option(
     "--read", "num_text_tokens", type=COUNT, default=250_000, show_default=True, help="Tokens of text the target reads."
 )
@@ -62,8 +70,12 @@ COUNT, ONE_OR_MORE = click.IntRange(min=0), click.IntRange(min=1)
     show_default=True,
     help="Questions that it thinks up itself.",
 )
-@click.option("--question", "questions", multiple=True, help="With {text} where a passage goes.  [default: eight]")
-@click.option("--opening", "openings", multiple=True, help="How it begins questions of its own.  [default: sixteen]")
+@click.option(
+    "--question", "questions", type=Typed(), multiple=True, help="With {text} where a passage goes.  [default: eight]"
+)
+@click.option(
+    "--opening", "openings", type=Typed(), multiple=True, help="How it begins questions of its own.  [default: sixteen]"
+)
 @click.option(
     "--new-tokens", "num_new", type=ONE_OR_MORE, default=192, show_default=True, help="Tokens of an answer at most."
 )
@@ -91,6 +103,10 @@ def distill(
     target: str | None,
     out: Path,
     texts: tuple[Path, ...],
+    prompts: tuple[str, ...],
+    column: str | None,
+    categories: tuple[str, ...],
+    num_prompts: int | str | None,
     questions: tuple[str, ...],
     openings: tuple[str, ...],
     batches: int | None,
@@ -106,13 +122,15 @@ def distill(
 ) -> None:
     """Make a small drafter for a target, from what the target itself says.
 
-    The target reads text, goes on with it, answers questions about it and questions that it thinks up itself; all of
-    that is stored once. Then a student with a few of its layers learns to say the same, in many passes. The folder
-    holds the drafter, a model card with what it is worth, and, under work/, what an interrupted run goes on with.
+    The target reads text, goes on with it, answers questions about it, prompts of yours and questions that it thinks up
+    itself; all of that is stored once. Then a student with a few of its layers learns to say the same, in many passes.
+    The folder holds the drafter, a model card with what it is worth, and, under work/, what an interrupted run goes on
+    with.
 
     \b
     Examples:
       dynatree distill --out drafter --text book.txt
+      dynatree distill --out drafter --prompts questions.jsonl --self-prompts 0
       dynatree distill --target ./model --out drafter --text book.txt --self-prompts 0 --epochs 3
       dynatree generate --drafter "distilled(path='drafter')+prompt_lookup" "Why is the sky blue?"
     """
@@ -133,7 +151,13 @@ def distill(
     if not texts:
         asked |= {"num_text_tokens": 0, "num_continued": 0, "num_asked": 0}
     teaching = TeachingPlan(
-        texts=texts, questions=questions or QUESTIONS, openings=openings or OPENINGS, seed=seed, **asked
+        texts=texts,
+        questions=questions or QUESTIONS,
+        openings=openings or OPENINGS,
+        seed=seed,
+        prompts=prompts,
+        picks=PromptPicks(column, categories, num_prompts),
+        **asked,
     )
     training = TrainingPlan(num_epochs, batch_tokens=batch_tokens, learning_rate=learning_rate, seed=seed)
     make_drafter(Request(target, device, threads, teaching, batches, chosen, num_outputs, training), out)

@@ -17,8 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dynatree_core.cli_models import encode_prompt
 from dynatree_core.errors import InputError
+from dynatree_core.text.passages import cut
+from dynatree_core.text.prompt_files import read_documents
 
-__all__ = ["Prompt", "ask_prompts", "chat_prefix", "continue_prompts", "mixed", "read_passages", "read_text"]
+__all__ = ["Prompt", "ask_prompts", "chat_prefix", "continue_prompts", "mixed", "read_passages"]
 
 PLACE = "{text}"  # where a question holds its passage
 _USER_WORDS = "\u2603"  # stands for the user's words while the template is cut around it
@@ -33,34 +35,17 @@ class Prompt:
 
 
 def read_passages(files: Sequence[Path], num_chars: int) -> list[str]:
-    """Plain text files cut at line ends into passages of at least `num_chars` characters.
+    """Files of text, cut where lines, sentences or words end into passages of about `num_chars` characters.
 
     Raises:
         InputError: a file that cannot be read, or too little text for one passage.
     """
-    passages: list[str] = []
-    for file in files:
-        passage = ""
-        for line in read_text(file).splitlines(keepends=True):
-            passage += line
-            if len(passage) >= num_chars:
-                passages.append(passage.strip())
-                passage = ""
-    if not passages:
-        raise InputError(f"--text needs at least {num_chars} characters of text, got less in {len(files)} files")
-    return passages
-
-
-def read_text(file: Path) -> str:
-    """A file of plain text.
-
-    Raises:
-        InputError: it cannot be read as such.
-    """
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--text needs readable UTF-8 text files, got {file} ({error})") from error
+    text = "\n\n".join(document for file in files for document in read_documents(file)).strip()
+    if len(text) < num_chars:
+        raise InputError(
+            f"--text needs at least {num_chars} characters of text, got {len(text)} in {len(files)} files; give more"
+        )
+    return cut(text, num_chars)
 
 
 def continue_prompts(passages: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[list[int]]:

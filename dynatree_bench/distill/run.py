@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dynatree_bench.distill.card import Report, write_card
 from dynatree_bench.distill.evaluate import Agreement, agreement, level_costs
+from dynatree_bench.distill.material import Material
 from dynatree_bench.distill.request import Request
 from dynatree_bench.distill.teach import Taught, teach
 from dynatree_bench.distill.teacher import read_shard
@@ -43,19 +44,17 @@ def make_drafter(request: Request, out: Path) -> Agreement:
     console = Console(stderr=True, highlight=False)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
+    material = request.teaching.read()
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
     device = resolve_device(request.device)
     # the teacher reads and writes much faster where the device multiplies in bfloat16
     teacher = load_model(request.target, device=request.device, dtype=str(fast_dtype(device)).removeprefix("torch."))
     _check(request.layers, teacher)
-    taught = _taught(teacher, request, work, console)
+    taught = _taught(teacher, request, material, work, console)
+    if taught.num_too_long:
+        console.print(f"{taught.num_too_long} of {len(material.prompts)} prompts are left out: the target has no room")
     lessons, apart = [read_shard(file) for file in taught.to_learn], [read_shard(file) for file in taught.apart]
-    if not lessons or not apart:
-        raise InputError(
-            "there must be at least one batch to learn from and one that is kept apart, got "
-            f"{len(lessons)} and {len(apart)}; raise --self-prompts, --ask or --read, or give more text"
-        )
     size = vocab_size(teacher.model)
     student = new_student(teacher.model, request.layers, frequent_tokens(lessons, size, request.num_outputs))
     before = agreement(student, apart, torch.bfloat16)
@@ -89,12 +88,12 @@ def _check(layers: Sequence[int], target: LoadedModel) -> None:
         raise InputError(f"--layers must be from 0 to {num_layers - 1} for '{target.name}', got {list(layers)}")
 
 
-def _taught(teacher: LoadedModel, request: Request, work: Path, console: Console) -> Taught:
+def _taught(teacher: LoadedModel, request: Request, material: Material, work: Path, console: Console) -> Taught:
     with _bar("asking the target", console) as show:
         return teach(
             teacher, request.teaching, work / "teaching",
             lambda done, total, tokens: show(done, total, f"{tokens:,} tokens"),
-            num_batches=request.num_batches,
+            num_batches=request.num_batches, material=material,
         )  # fmt: skip
 
 

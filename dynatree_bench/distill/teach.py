@@ -23,9 +23,11 @@ from safetensors.torch import save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynatree_bench.distill import prompts as asking
+from dynatree_bench.distill.material import Material, encoded, read_given
 from dynatree_bench.distill.teacher import Shard, read_shard, score, write, write_shard
 from dynatree_bench.machine import weights_sha256
 from dynatree_core.architectures import max_positions
+from dynatree_core.cli_prompts import PromptPicks
 from dynatree_core.errors import InputError
 from dynatree_core.models import LoadedModel
 
@@ -41,7 +43,7 @@ Text = TypeVar("Text", bound=Hashable)
 class TeachingPlan:
     """What a target is asked, and how much of it."""
 
-    texts: tuple[Path, ...]  # plain text files
+    texts: tuple[Path, ...]  # files of text
     num_text_tokens: int  # tokens of plain text that the target reads and judges
     num_continued: int  # passages that it goes on with
     num_asked: int  # questions about passages
@@ -58,18 +60,26 @@ class TeachingPlan:
     batch: int = 96  # texts written at once
     sampled: float = 0.4  # share of the texts that is sampled; the others are greedy
     temperature: float = 0.8
-    apart_every: int = 16  # one passage, and one question of its own, in so many is kept apart
+    apart_every: int = 16  # one passage, one prompt, and one question of its own in so many is kept apart
+    prompts: tuple[str, ...] = ()  # files of prompts of the user's
+    picks: PromptPicks = attrs.field(factory=PromptPicks)  # of those prompts
 
-    def fingerprint(self, target: LoadedModel) -> str:
-        """The same for the same request to the same target: what a folder's shards belong to.
+    def read(self) -> Material:
+        """The user's files.
 
         Raises:
-            InputError: a text that cannot be read.
+            InputError: one that cannot be read, or too little text.
         """
-        contents = [hashlib.sha256(asking.read_text(file).encode()).hexdigest() for file in self.texts]
+        passages = asking.read_passages(self.texts, 4 * self.passage_len) if self.texts else []
+        prompts, is_text = read_given(self.prompts, self.picks)
+        return Material(tuple(passages), prompts, is_text)
+
+    def fingerprint(self, target: LoadedModel, material: Material) -> str:
+        """The same for the same request to the same target: what a folder's shards belong to."""
         # under a target's name there may be another model tomorrow
         known = {"target": target.name, "config": _config_sha256(target), "weights": _weights_sha256(target)}
-        return json.dumps({**known, **attrs.asdict(self), "texts": contents}, indent=1)
+        asked = {name: value for name, value in attrs.asdict(self).items() if name not in ("texts", "prompts", "picks")}
+        return json.dumps({**known, **asked, "material": material.fingerprint()}, indent=1)
 
 
 @attrs.frozen
@@ -92,6 +102,7 @@ class Taught:
 
     to_learn: tuple[Path, ...]
     apart: tuple[Path, ...]  # to measure on
+    num_too_long: int = 0  # prompts of the user's that were left out, for which the target has no room
 
 
 def teach(
@@ -101,6 +112,7 @@ def teach(
     progress: Callable[[int, int, int], None],
     *,
     num_batches: int | None = None,
+    material: Material | None = None,
 ) -> Taught:
     """Make the shards that the folder does not have yet.
 
@@ -110,6 +122,7 @@ def teach(
         folder: where the shards go; made if need be.
         progress: called after each batch with (batches done, batches in all, tokens judged in this run).
         num_batches: do the first so many only; a later call may do more.
+        material: what `plan.read()` gives, where that was read before.
 
     Raises:
         InputError: the folder belongs to another request, or a text cannot be read or is too short.
@@ -117,11 +130,20 @@ def teach(
     tokenizer = target.tokenizer
     if tokenizer is None:
         raise InputError(f"the target must come with a tokenizer, got '{target.name}' without one")
+    material = plan.read() if material is None else material
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, plan.fingerprint(target))
+    _claim(folder, plan.fingerprint(target, material))
     plan = _within(plan, max_positions(target.model))
     own = _own_questions(target, tokenizer, plan, folder)
-    lessons = _lessons(tokenizer, plan, own)[:num_batches]
+    given = encoded(material, tokenizer)
+    lessons = _lessons(tokenizer, plan, own, material.passages, given)[:num_batches]
+    num_apart = sum(lesson.is_apart for lesson in lessons)
+    if not 0 < num_apart < len(lessons):
+        raise InputError(
+            "there must be at least one batch to learn from and one that is kept apart, got "
+            f"{len(lessons) - num_apart} and {num_apart}; raise --self-prompts, --ask or --read, or give more text or "
+            "prompts"
+        )
     num_judged = 0
     for done, lesson in enumerate(lessons):
         progress(done, len(lessons), num_judged)
@@ -134,6 +156,7 @@ def teach(
     return Taught(
         to_learn=tuple(lesson.file(folder) for lesson in lessons if not lesson.is_apart),
         apart=tuple(lesson.file(folder) for lesson in lessons if lesson.is_apart),
+        num_too_long=sum(len(ids) > (plan.longest_prompt or math.inf) for ids in given),
     )
 
 
@@ -180,17 +203,25 @@ def _claim(folder: Path, request: str) -> None:
         )
 
 
-def _lessons(tokenizer: PreTrainedTokenizerBase, plan: TeachingPlan, own: Sequence[tuple[int, ...]]) -> list[Lesson]:
+def _lessons(
+    tokenizer: PreTrainedTokenizerBase,
+    plan: TeachingPlan,
+    own: Sequence[tuple[int, ...]],
+    passages: Sequence[str] = (),
+    given: Sequence[tuple[int, ...]] = (),
+) -> list[Lesson]:
     """Every batch, the kinds and the two sides mixed, so that a run that is cut short has some of each."""
     dice = random.Random(plan.seed)
-    passages = asking.read_passages(plan.texts, 4 * plan.passage_len) if plan.texts else []
+    passages = [*passages]
     dice.shuffle(passages)
+    given = random.Random(plan.seed).sample(given, len(given))
     own = dice.sample(own, len(own))  # its openings are in turn, and so would be those that are kept apart
     placed: list[tuple[float, Lesson]] = []
     for is_apart, first in ((True, 0.0), (False, 0.5)):
         lessons = _lessons_about(
             _side(passages, plan, is_apart), _side(own, plan, is_apart), tokenizer, _share(plan, is_apart)
         )
+        lessons += _writing("given", _side(given, plan, is_apart), plan, plan.batch)
         if is_apart:
             lessons = [attrs.evolve(lesson, name=f"apart-{lesson.name}", is_apart=True) for lesson in lessons]
         dice.shuffle(lessons)
