@@ -39,6 +39,7 @@ class Ran:
 def bench(capsys, monkeypatch):
     """Runs `dynatree bench` in this process, on the CPU and without looking for seconds whether the machine is idle."""
     monkeypatch.setattr(measure, "busy_percent", lambda seconds: 0.0)
+    monkeypatch.setattr(measure.LoadMeter, "share", lambda meter: 0.0)
     monkeypatch.setattr(bandwidth, "read_speed", lambda device: ReadSpeed(8e9, None))
     monkeypatch.setitem(figures.STYLE, "savefig.dpi", 40)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
