@@ -20,6 +20,7 @@ from rich.table import Table
 
 from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Experiment, Form
 from dynatree_core import console
+from dynatree_core.cli_models import USUAL_DRAFTERS
 from dynatree_core.cli_prompts import CountOrAll
 from dynatree_core.errors import InputError, PluginLoadError
 
@@ -69,8 +70,7 @@ _OPTIONS = [
     click.option(
         "--drafter",
         metavar="NAME|ID|PATH",
-        default="prompt_lookup",
-        show_default=True,
+        show_default=USUAL_DRAFTERS,
         help="A registered drafter (see `dynatree drafters`) or a model with the target's tokens.",
     ),
     click.option(
@@ -132,9 +132,17 @@ _OPTIONS = [
         "--time-limit",
         type=click.FloatRange(min=0),
         metavar="SECONDS",
-        help="Begin no prompt that would probably end later.  [default: 90 with --quick]",
+        help="Begin no prompt that would probably end later.  [default: with --quick 90, after one of each kind]",
     ),
-    click.option("--quick", is_flag=True, help="Small sizes: about a minute on the default model."),
+    click.option(
+        "--quick", is_flag=True, help="Small sizes, prompts of three kinds: a minute or two on the default model."
+    ),
+    click.option(
+        "--report/--no-report",
+        "with_report",
+        default=True,
+        help="Write tables and figures when it has ended.  [default]",
+    ),
     click.option(
         "--out",
         type=click.Path(file_okay=False, path_type=Path),
@@ -226,15 +234,19 @@ def _run(
     *,
     out: Path | None,
     target: str | None,
-    drafter: str,
+    drafter: str | None,
     device: str | None,
     dtype: str,
     synthetic: str | None,
+    with_report: bool,
     **given: Any,
 ) -> int:
     try:
         from dynatree_bench.measure import Options, run_experiment
         from dynatree_bench.workloads import Picks
+
+        if with_report:
+            import dynatree_bench.figures  # noqa: F401  # needs matplotlib: better missed now than after the run
     except ModuleNotFoundError as error:
         raise PluginLoadError(
             f"`dynatree bench` needs {error.name}, which is not installed: pip install 'dynatree[bench]'"
@@ -244,6 +256,7 @@ def _run(
     given["picks"] = Picks(given.pop("column"), given.pop("categories") or (), given.pop("is_played"), given["seed"])
     options = Options(**{name: value for name, value in given.items() if value is not None})
     command = shlex.join(["dynatree", *sys.argv[1:]])
+    _check(names, options)
     is_bad = False
     with console.warnings_in_one_line():
         pair = _load(target, drafter, synthetic, device, dtype, options.seed)
@@ -263,7 +276,22 @@ def _run(
                 is_bad = True
                 continue
             is_bad |= _summarise(results)
+            _report(results, with_report=with_report)
     return 1 if is_bad else 0
+
+
+def _check(names: list[str], options: Options) -> None:
+    """Find before a model is loaded what is wrong with the methods; of several experiments one may go without."""
+    from dynatree_bench.measure import checked_methods
+
+    errors = []
+    for name in names:
+        try:
+            checked_methods(name, options)
+        except InputError as error:
+            errors.append(error)
+    if len(errors) == len(names):
+        raise errors[0]
 
 
 def _folder(out: Path | None, name: str, names: list[str], options: Options) -> Path:
@@ -272,7 +300,9 @@ def _folder(out: Path | None, name: str, names: list[str], options: Options) -> 
     return DEFAULT_OUT / (f"{name}-quick" if options.quick else name)
 
 
-def _load(target: str | None, drafter: str, synthetic: str | None, device: str | None, dtype: str, seed: int) -> Pair:
+def _load(
+    target: str | None, drafter: str | None, synthetic: str | None, device: str | None, dtype: str, seed: int
+) -> Pair:
     from dynatree_bench.pairs import load_pair, load_synthetic
 
     logging.getLogger("transformers").setLevel(logging.ERROR)  # its notices would stand between ours
@@ -286,6 +316,8 @@ def _load(target: str | None, drafter: str, synthetic: str | None, device: str |
 
 def _summarise(results: Results) -> bool:
     """Say what there is now, on stdout; whether an output of ours is wrong or missing."""
+    from dynatree_bench.memory_share import memory_sentence
+
     own = {method.name for method in results.info.methods if method.kind == "dynatree"}
     is_bad = False
     for method in results.info.methods:
@@ -297,11 +329,25 @@ def _summarise(results: Results) -> bool:
         if failed:
             click.echo(f"{method.name}: {len(failed)} of {len(records)} outputs failed: {failed[0]}")
         is_bad |= method.name in own and bool(different or failed)
-    click.echo(
-        f"{results.info.experiment}: {len(results.records)} outputs in {results.folder}; tables and figures of them:"
-    )
-    click.echo(f"  {shlex.join(['dynatree', 'bench', 'report', str(results.folder)])}")
+    if (sentence := memory_sentence(results)) is not None:
+        click.echo(sentence)
+    click.echo(f"{results.info.experiment}: {len(results.records)} outputs in {results.folder}")
     return is_bad
+
+
+def _report(results: Results, *, with_report: bool) -> None:
+    """Write tables and figures, or say how."""
+    if not results.records:
+        return
+    if not with_report:
+        again = shlex.join(["dynatree", "bench", "report", str(results.folder)])
+        click.echo(f"tables and figures of them: {again}")
+        return
+    from dynatree_bench.report import report
+
+    with console.spinner("drawing"):
+        page = report(results.folder)
+    click.echo(f"tables and figures of them: {page}")
 
 
 for _experiment in EXPERIMENTS.values():

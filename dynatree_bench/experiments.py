@@ -198,7 +198,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "tree-search",
             "Which depth, branch factor and threshold suit the fixed tree?",
             (REFERENCE, Method("fixed", policy="fixed(depth={depth},branch={branch},tau={tau})")),
-            quick=Form(("built-in",), 2, (16,), _grid(depth=(2, 4, 6), branch=(1, 2, 3), tau=(0.02, 0.1))),
+            quick=Form(("built-in",), 3, (16,), _grid(depth=(2, 4, 6), branch=(1, 2, 3), tau=(0.02, 0.1))),
             full=Form(
                 ("wikitext-2",),
                 10,
@@ -217,7 +217,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "datasets",
             "Do the findings hold on another kind of text?",
             (REFERENCE, LINEAR, FIXED, *PHASES),
-            quick=Form(("built-in:prose", "built-in:copying"), 2, (24,)),
+            quick=Form(("built-in:prose", "built-in:code", "built-in:copying"), 1, (24,)),
             full=Form(("wikitext-2", "pg19"), 20, (500,)),
         ),
     )

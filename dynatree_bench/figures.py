@@ -26,12 +26,15 @@ from dynatree_bench.published import compared
 from dynatree_bench.records import OutputRecord, Results
 from dynatree_bench.statistics import (
     BASELINE,
+    MIN_BIN,
     Estimate,
     Summary,
     accepted_depths,
     calibration,
     differ_only_in,
     groups,
+    is_busy,
+    is_drafting,
     method_names,
     over_length,
     rank_shares,
@@ -103,6 +106,8 @@ def _add_foot(figure: Figure, results: Results) -> None:
     """The provenance in small print, and above it what somebody must not overlook."""
     notes = ["This run is synthetic: random weights, and a text whose acceptance was set."]
     notes = notes if results.info.is_synthetic else []
+    if is_busy(results):
+        notes.append("The machine was busy: times are not to be believed.")
     if any(record.is_identical is False for record in results.records):
         notes.append(f"{DAGGER.strip()} some outputs differ from greedy decoding.")
     warning = textwrap.wrap(" ".join(notes), int(figure.get_figwidth() * 18))
@@ -125,6 +130,7 @@ def provenance(results: Results) -> str:
         f"target {info.target.name}, {info.target.num_parameters / 1e6:,.0f} M parameters, {info.target.dtype}",
         f"drafter {', '.join(drafters)}" if drafters else "",
         f"{info.device_name} ({info.device}), {info.threads} thread{'s' if info.threads > 1 else ''}",
+        f"memory read at {info.memory.bytes_per_second / 1e9:.1f} GB/s" if info.memory is not None else "",
         f"dynatree {info.version}{commit}, {libraries}",
         f"seed {info.seed}",
         "end tokens ignored" if info.ignore_eos else "",
@@ -445,10 +451,9 @@ def acceptance_over_length(results: Results) -> Figure | None:
     figure, grid = _figure(WIDTH, 3.0, 1, 2)
     num_lines = 0
     for name in styles:
-        if name == BASELINE:
-            continue
-        bins = over_length(record for record in results.records if record.method == name)
-        if len(bins) < 2:
+        own = [record for record in results.records if record.method == name]
+        bins = over_length(own, min_width=MIN_BIN)
+        if not is_drafting(own) or len(bins) < 2:
             continue
         num_lines += 1
         middles = [(one.start + one.end) / 2 for one in bins]

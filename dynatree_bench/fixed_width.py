@@ -82,7 +82,8 @@ def main() -> None:
         quantise(default.model, arguments.quantise)
     console.print(runtime())
     console.print(
-        f"{arguments.dtype}, {arguments.quantise or 'not quantised'}, drafter {DRAFTER}, {len(prompts)} prompts, {arguments.max_new_tokens} new tokens at most"
+        f"{arguments.dtype}, {arguments.quantise or 'not quantised'}, drafter {DRAFTER}, {len(prompts)} prompts, "
+        f"{arguments.max_new_tokens} new tokens at most"
     )
     meter = LoadMeter()
     runs = measure(default, prompts, arguments.max_new_tokens)

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dynatree_bench.bandwidth import memory_info
 from dynatree_bench.experiments import (
     COMPILED,
     EXPERIMENTS,
@@ -61,6 +62,7 @@ from dynatree_bench.records import (
     record_key,
     write_info,
 )
+from dynatree_bench.runnable import runnable
 from dynatree_bench.statistics import run_warnings
 from dynatree_bench.turns import played
 from dynatree_bench.workloads import (
@@ -78,12 +80,13 @@ from dynatree_core.architectures import vocab_size
 from dynatree_core.errors import nearest_match
 from dynatree_core.runner import runner_for
 
-__all__ = ["Options", "run_experiment"]
+__all__ = ["Options", "checked_methods", "run_experiment"]
 
 LOCK_FILE = ".lock"
 WARM_UP_TOKENS = 8
-QUICK_SECONDS = 90.0  # the time limit of the quick form: with loading it ends within two minutes
+QUICK_SECONDS = 90.0  # the time limit of the quick form, for what comes after a first prompt of each kind
 IDLE_CHECK_SECONDS = 2.0
+NO_BANDWIDTH = "the memory's bandwidth was not measured: there is no room for a buffer larger than the caches"
 # what must be the same for a run to go on
 FIXED_FIELDS = (
     "experiment", "target", "drafter", "device", "device_name", "threads", "libraries", "seed", "is_synthetic",
@@ -137,6 +140,11 @@ class Task:
         seed = f"{self.prompt.workload} {self.prompt.prompt_id} {len(self.prompt.token_ids)} {self.repeat}"
         return random.Random(seed).sample(self.cells, len(self.cells))
 
+    @property
+    def kind(self) -> tuple[str, str, Any]:
+        """What tells its prompt from prompts of other kinds: workload, category, and the length to which it is cut."""
+        return self.prompt.workload, self.prompt.category, self.cells[0].axes.get("prompt_tokens")
+
     def key(self, cell: Cell) -> tuple[str, str, str, int]:
         """That of the output's record."""
         return record_key(cell.method.name, self.prompt.prompt_id, cell.axes, self.repeat)
@@ -150,6 +158,7 @@ def run_experiment(
     *,
     command: str | None = None,
     idle_check_seconds: float = IDLE_CHECK_SECONDS,
+    with_bandwidth: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> Results:
     """Run one of EXPERIMENTS, or go on with a run that was cut off.
@@ -162,6 +171,7 @@ def run_experiment(
         options: what differs from the experiment's own settings.
         command: how this was started, for the provenance; None: this call.
         idle_check_seconds: how long to look whether the machine is idle before it begins; 0: do not look.
+        with_bandwidth: whether to measure how fast the device's memory is read before it begins.
         say: called with a sentence for what somebody should know; None: silent.
 
     Returns:
@@ -173,17 +183,11 @@ def run_experiment(
             code, is a record with an error.
     """
     options, say = options or Options(), say or (lambda message: None)
-    if name not in EXPERIMENTS:
-        raise InputError(
-            f"'{name}' is not an experiment{nearest_match(name, EXPERIMENTS)}; they are: {', '.join(EXPERIMENTS)}"
-        )
+    methods, left_out = runnable(checked_methods(name, options), pair, only=options.only)
     experiment = EXPERIMENTS[name]
     form = _form(experiment, pair, options)
-    methods = chosen_methods(
-        experiment, policies=options.policies, only=options.only, with_compile=options.with_compile,
-        with_rivals=options.with_rivals,
-    )  # fmt: skip
-    tasks, notes = _tasks(experiment, pair, form, methods, options)
+    tasks, about_prompts = _tasks(experiment, pair, form, methods, options)
+    notes = (*left_out, *about_prompts)
     infos = tuple(_method_info(method, pair, tasks[0].cells) for method in methods)
     info = _run_info(name, pair, infos, tasks, options, command or f"run_experiment({name!r}, ...)", notes)
     with _locked(out):
@@ -200,13 +204,40 @@ def run_experiment(
             info = _begun(info, before, out)
             if idle_check_seconds and (idle_note := _idle_note(idle_check_seconds)) is not None:
                 say(idle_note)
-                write_info(out, attrs.evolve(info, notes=(*info.notes, idle_note)))
+                info = attrs.evolve(info, notes=(*info.notes, idle_note))
+            if with_bandwidth:
+                info = attrs.evolve(info, memory=memory_info(pair.target.model, info.memory))
+                if info.memory is None:
+                    say(NO_BANDWIDTH)
+                    info = attrs.evolve(info, notes=(*info.notes, NO_BANDWIDTH))
+            write_info(out, info)
             torch.manual_seed(options.seed)
             run.warm_up(tasks)
             run.measure(tasks)
             for warning in run_warnings(read_results(out)):
                 say(warning)
         return read_results(out)
+
+
+def checked_methods(name: str, options: Options) -> tuple[Method, ...]:
+    """The methods that an experiment asks for; finds what is wrong with them before anything is loaded.
+
+    Raises:
+        InputError: there is no such experiment or method, or a stack that cannot be built.
+    """
+    if name not in EXPERIMENTS:
+        raise InputError(
+            f"'{name}' is not an experiment{nearest_match(name, EXPERIMENTS)}; they are: {', '.join(EXPERIMENTS)}"
+        )
+    experiment = EXPERIMENTS[name]
+    methods = chosen_methods(
+        experiment, policies=options.policies, only=options.only, with_compile=options.with_compile,
+        with_rivals=options.with_rivals,
+    )  # fmt: skip
+    for cell in cells(methods, experiment.quick if options.quick else experiment.full, {}):
+        if cell.method.kind == "dynatree":
+            build_stack(cell.policy)
+    return methods
 
 
 @contextmanager
@@ -320,11 +351,11 @@ def _cut(prompt: EncodedPrompt, num_tokens: int | None) -> EncodedPrompt:
 
 
 def _method_info(method: Method, pair: Pair, own_cells: Iterable[Cell]) -> MethodInfo:
-    """A method as the provenance has it. Its stacks are built, so that a wrong one is refused before anything runs."""
+    """A method as the provenance has it, with the canonical spelling of its stack."""
     policy = method.policy
     if method.kind == "dynatree":
-        stacks = [str(build_stack(cell.policy)) for cell in own_cells if cell.method == method]
-        policy = method.policy if method.axes else stacks[0]
+        stacks = (cell.policy for cell in own_cells if cell.method == method)
+        policy = method.policy if method.axes else str(build_stack(next(stacks)))
     is_drafting = method.is_drafting or "assistant" in method.options
     return MethodInfo(
         method.name, method.kind, policy, str(pair.drafter) if is_drafting else None, dict(method.options)
@@ -503,19 +534,20 @@ class _Run:
                 decode(self.pair, short, shortest.prompt.token_ids, self.eos)
 
     def measure(self, tasks: Sequence[Task]) -> None:
-        """All that is missing."""
-        limit = self.options.time_limit
-        if limit is None and self.options.quick:
-            limit = QUICK_SECONDS
+        """All that is missing, within the time limit. That of the quick form lets a first prompt of each kind pass."""
         begin = time.perf_counter()
         todo = self.missing(tasks)
+        limit, kinds = self.options.time_limit, {task.kind for task in todo}
+        if limit is None and self.options.quick:
+            limit, kinds = QUICK_SECONDS, {task.kind for task in tasks if task not in todo}
         with _progress() as progress:
             bar = progress.add_task(self.experiment, total=sum(len(task.cells) for task in todo))
             slowest = 0.0
             for task in todo:
                 start = time.perf_counter()
-                if limit is not None and start - begin + slowest > limit:
-                    break
+                if limit is not None and task.kind in kinds and start - begin + slowest > limit:
+                    continue
+                kinds.add(task.kind)
                 self._measure_prompt(task, lambda: progress.advance(bar))
                 slowest = max(slowest, time.perf_counter() - start)
 

@@ -14,7 +14,7 @@ from dynatree_bench.machine import weights_sha256
 from dynatree_bench.records import ModelInfo
 from dynatree_bench.synthetic import MarkovSource, synthetic_pair
 from dynatree_core import Drafter, LoadedModel, load_model
-from dynatree_core.cli_models import registered_drafter
+from dynatree_core.cli_models import registered_drafter, usual_drafter
 from dynatree_core.drafters.distilled import DistilledDrafter, fast_dtype
 from dynatree_core.drafters.model import ModelDrafter, restricted_ids
 from dynatree_core.errors import InputError, VocabularyMismatchError
@@ -53,7 +53,7 @@ class Pair:
 
 def load_pair(
     target: str | None = None,
-    drafter: str = "prompt_lookup",
+    drafter: str | None = None,
     *,
     device: str | None = None,
     dtype: str = "auto",
@@ -64,12 +64,13 @@ def load_pair(
     Args:
         target: a folder or a hub id; None: the embedded default model.
         drafter: a registered drafter such as "prompt_lookup" or "distilled+prompt_lookup", or a model's folder or
-            hub id.
+            hub id; None: the one with which `dynatree generate` drafts for this target.
         device, dtype, progress: as in `dynatree_core.load_model`.
 
     Raises:
         DynaTreeError: whatever cannot be loaded, or two models that do not share their tokens.
     """
+    drafter = usual_drafter(target) if drafter is None else drafter
     source = registered_drafter(drafter)
     loaded = load_model(target, device=device, dtype=dtype, progress=progress)
     if source is not None:

@@ -21,6 +21,7 @@ from dynatree_core.errors import InputError
 
 __all__ = [
     "SCHEMA",
+    "MemoryInfo",
     "MethodInfo",
     "ModelInfo",
     "OutputRecord",
@@ -97,6 +98,20 @@ class MethodInfo:
 
 
 @attrs.frozen
+class MemoryInfo:
+    """The device's memory, read before the outputs were made, and what of it a step of plain decoding reads."""
+
+    bytes_per_second: float
+    cache_bytes: int | None  # of the device's last caches; None where the system does not tell
+    step_bytes: int  # weights that a pass over one row reads
+
+    def __attrs_post_init__(self) -> None:
+        if self.bytes_per_second <= 0:
+            raise ValueError(f"'bytes_per_second' must be more than 0, got {self.bytes_per_second}")
+        _check_range(self, 0, math.inf, "cache_bytes", "step_bytes")
+
+
+@attrs.frozen
 class RunInfo:
     """Where a run's numbers come from."""
 
@@ -119,6 +134,7 @@ class RunInfo:
     settings: dict[str, Any] = attrs.field(factory=dict)  # of prompts and measurement; a run goes on with the same only
     continued: tuple[str, ...] = ()  # ISO dates of later starts
     notes: tuple[str, ...] = ()
+    memory: MemoryInfo | None = None  # None: not measured, as by earlier versions
     schema: int = SCHEMA
 
     def __attrs_post_init__(self) -> None:
@@ -361,10 +377,12 @@ def _made(hint: Any, value: Any, place: str) -> Any:
 
 
 def _made_record(cls: Any, value: Any, place: str) -> Any:
-    names = [field.name for field in attrs.fields(cls)]
+    fields = attrs.fields_dict(cls)
     if not isinstance(value, Mapping):
         raise ValueError(f"{place or 'it'} must be an object, got {value!r:.60}")
-    missing, unknown = [name for name in names if name not in value], [name for name in value if name not in names]
+    # one with a default may be missing: a file of an earlier version does not have it
+    missing = [name for name, field in fields.items() if name not in value and field.default is attrs.NOTHING]
+    unknown = [name for name in value if name not in fields]
     if missing or unknown:
         raise ValueError(
             f"{place or 'it'} must have exactly the fields of {cls.__name__}, "
@@ -372,7 +390,7 @@ def _made_record(cls: Any, value: Any, place: str) -> Any:
         )
     hints = _hints(cls)
     prefix = f"{place}." if place else ""
-    return cls(**{name: _made(hints[name], value[name], prefix + name) for name in names})
+    return cls(**{name: _made(hints[name], value[name], prefix + name) for name in fields if name in value})
 
 
 _hints = functools.cache(typing.get_type_hints)

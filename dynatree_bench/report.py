@@ -9,19 +9,21 @@ docs/benchmarks.md says how to read them.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from dynatree_bench.formulas import best_chain, best_tree_speedup, chain_tokens
+from dynatree_bench.memory_share import memory_sentence, memory_share
 from dynatree_bench.oracle import CostTable, cost_table, score
 from dynatree_bench.published import compared, published
 from dynatree_bench.records import INFO_FILE, OutputRecord, Results, ResultsError, read_results
 from dynatree_bench.statistics import (
     BASELINE,
     HF_BASELINE,
+    MIN_BIN,
     Estimate,
     PooledRatio,
     Share,
@@ -31,6 +33,7 @@ from dynatree_bench.statistics import (
     calibration,
     groups,
     in_order,
+    is_drafting,
     method_names,
     over_length,
     pooled_ratio,
@@ -47,6 +50,7 @@ __all__ = ["report"]
 
 PAGE = "report.md"
 DAGGER = "†"
+ENOUGH_PROMPTS = 10  # for a bootstrap over them
 MAX_RANKS = 6  # that a table shows
 # names of all tables that a report may have
 TABLES = (
@@ -131,7 +135,7 @@ def _report_run(results: Results, out: Path) -> Path:
     ours = [*(f"figures/{plot.name}.png" for plot in FIGURES), *(f"tables/{name}.csv" for name in TABLES)]
     for name in ours:
         (out / name).unlink(missing_ok=True)  # of an earlier report
-    lines = [f"# {_title(results)}", "", *_warnings(results), provenance(results), ""]
+    lines = [f"# {_title(results)}", "", *_warnings(results), *_worth(results), provenance(results), ""]
     for table in _tables(results):
         _write_csv(out / "tables" / f"{table.name}.csv", table)
         lines += [f"## {table.title}", "", *_markdown(table.header, table.rows), "", table.note, ""]
@@ -166,8 +170,20 @@ def _warnings(results: Results) -> list[str]:
         items.append(f"Outputs that failed: {failed}. The first: {first}")
     if not any(one.method == BASELINE for one in found):
         items.append(f"There are no outputs of `{BASELINE}`, so there are no speedups.")
+    num_prompts = len({record.prompt_id for record in results.records})
+    if num_prompts < ENOUGH_PROMPTS:
+        items.append(
+            f"The prompts are few ({num_prompts}): intervals of fewer than about {ENOUGH_PROMPTS} are too narrow, and "
+            "methods that come near each other cannot be told apart."
+        )
     items += [note[:1].upper() + note[1:] + "." for note in (*info.notes, *run_warnings(results))]
     return [*(f"- {item}" for item in items), ""] if items else []
+
+
+def _worth(results: Results) -> list[str]:
+    """How near to the memory's bandwidth the baselines come."""
+    sentence = memory_sentence(results)
+    return [f"**What a ratio is worth**: {sentence}.", ""] if sentence is not None else []
 
 
 def _count_by_method(found: Iterable[Summary], count: Callable[[Summary], int]) -> str:
@@ -241,6 +257,10 @@ def _known(header: Sequence[str], rows: Iterable[Sequence[str]]) -> tuple[tuple[
 def _main_table(results: Results) -> Table:
     found = summaries(results.records)
     varied = _varied_axes(found)
+
+    def bandwidth(one: Summary) -> float | None:
+        return memory_share(results.info.memory, one.iteration_seconds)
+
     columns = [
         _Column("method", lambda one: one.method, (("method", lambda one: one.method),)),
         *(_axis_column(axis) for axis in varied),
@@ -268,6 +288,7 @@ def _main_table(results: Results) -> Table:
         _number_column("verify ms", "verify_ms", ".2f"),
         _number_column("rest ms", "rest_ms", ".2f"),
         _number_column("overhead ms", "overhead_ms", ".2f"),
+        _Column("bandwidth", lambda one: _whole_percent(bandwidth(one)), (("bandwidth_share", bandwidth),)),
         _estimate_column("memory", "memory", lambda e: f"{e.median - 1:+.1%}"),
         _number_column("load", "load", ".0%"),
     ]
@@ -277,7 +298,8 @@ def _main_table(results: Results) -> Table:
         f"prompt by prompt: median and its bootstrap 95 % interval. ÷ HF: the median over `{HF_BASELINE}`. tok/it: "
         "committed tokens per target pass. path, node: accepted drafted tokens ÷ depth of the tree, ÷ drafted nodes. "
         "repetition: 4-grams seen earlier in the output. Times are those of an iteration; overhead is what is outside "
-        "both models' passes. memory: peak over that of autoregressive decoding. load: the CPU's share that others "
+        "both models' passes. bandwidth: time in which the memory's bandwidth lets the target's weights be read once ÷ "
+        "time of an iteration. memory: peak over that of autoregressive decoding. load: the CPU's share that others "
         "used."
     )
     data = [(name, get) for column in columns for name, get in column.data]
@@ -289,6 +311,10 @@ def _main_table(results: Results) -> Table:
         tuple(name for name, _ in data),
         tuple(tuple(get(one) for _, get in data) for one in found),
     )
+
+
+def _whole_percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f} %"
 
 
 def _varied_axes(found: Sequence[Summary]) -> list[str]:
@@ -474,31 +500,73 @@ def _shape_table(results: Results) -> Table | None:
         f"Tokens per second relative to {pair.reference}, each side to its own. Published: {published()['source']}. "
         "Another machine and other models: only the order and the ratios can be compared."
     )
-    header = ("method", pair.label if pair.label != "method" else "at", "this run", "published")
-    return _simple("shapes", "Shapes beside the published ones", note, header, rows)
+    title = "Shapes beside the published ones"
+    if pair.label == "method":  # each stands at its own name
+        return _simple("shapes", title, note, ("method", "this run", "published"), [(row[0], *row[2:]) for row in rows])
+    return _simple("shapes", title, note, ("method", pair.label, "this run", "published"), rows)
 
 
 def _calibration_table(results: Results) -> Table | None:
-    rows = [
-        (name, one.probability, one.share.value, *(one.share.interval or (None, None)), one.share.trials)
+    found = {
+        (name, f"{tenth / 10:.1f}–{(tenth + 1) / 10:.1f}"): one
         for name in method_names(results.records)
         for one in calibration(r for r in results.records if r.method == name)
+        for tenth in [min(int(10 * one.probability), 9)]
+    }
+    note = (
+        "Drafted nodes under accepted parents in tenths of the drafter's probability: the share that was accepted. The "
+        "CSV file has the mean probabilities, and Wilson's 95 % intervals."
+    )
+    data = [
+        (name, one.probability, one.share.value, *(one.share.interval or (None, None)), one.share.trials)
+        for (name, _), one in found.items()
     ]
-    note = "Drafted nodes under accepted parents in tenths of the drafter's probability, with Wilson's 95 % intervals."
-    header = ("method", "probability", "accepted", "low", "high", "nodes")
-    return _simple("calibration", "Calibration", note, header, rows)
+    shown = {place: _share(one.share) for place, one in found.items()}
+    data_header = ("method", "probability", "accepted", "low", "high", "nodes")
+    headings = sorted({heading for _, heading in shown})
+    return _by_method("calibration", "Calibration", note, headings, shown, data_header, data)
 
 
 def _length_table(results: Results) -> Table | None:
-    rows = [
-        (name, one.start, one.end, one.num_iterations, one.tokens_per_iteration, one.path_acceptance, one.repetition)
+    found = {
+        (name, (one.start, one.end)): one
         for name in method_names(results.records)
-        if name != BASELINE
-        for one in over_length((r for r in results.records if r.method == name), num_bins=5)
+        for own in [[r for r in results.records if r.method == name]]
+        if is_drafting(own)
+        for one in over_length(own, num_bins=5, min_width=MIN_BIN)
+    }
+    note = (
+        "Tokens per iteration by the place in the output at which the iterations begin. The CSV file has their path "
+        "acceptance too, and the repetition there."
+    )
+    data = [
+        (name, one.start, one.end, one.num_iterations, one.tokens_per_iteration, one.path_acceptance, one.repetition)
+        for (name, _), one in found.items()
     ]
-    note = "Iterations by the place in the output at which they begin."
-    header = ("method", "from token", "to", "iterations", "tok/it", "path acceptance", "repetition")
-    return _simple("over-length", "Along the output", note, header, rows)
+    names = {place: f"from token {place[0]} to {place[1]}" for place in sorted({place for _, place in found})}
+    shown = {(name, names[place]): f"{one.tokens_per_iteration:.2f}" for (name, place), one in found.items()}
+    data_header = ("method", "from token", "to", "iterations", "tok/it", "path acceptance", "repetition")
+    return _by_method("over-length", "Along the output", note, list(names.values()), shown, data_header, data)
+
+
+def _by_method(
+    name: str,
+    title: str,
+    note: str,
+    headings: Sequence[str],
+    shown: Mapping[tuple[str, str], str],
+    data_header: tuple[str, ...],
+    data: Sequence[tuple[Any, ...]],
+) -> Table | None:
+    """A table with a row for each method and a column for each heading, of (method, heading) -> cell; None of nothing.
+
+    The CSV file has a line for each cell.
+    """
+    if not shown:
+        return None
+    methods = dict.fromkeys(method for method, _ in shown)
+    rows = tuple((method, *(shown.get((method, heading), "–") for heading in headings)) for method in methods)
+    return Table(name, title, note, ("method", *headings), rows, data_header, tuple(data))
 
 
 def _point(one: Summary) -> str:

@@ -7,12 +7,11 @@ memory, for each runner that there is on the device.
 Method: a synthetic pair, random weights of a published shape with an acceptance that is set so that a tree yields 3,
 4.5 and 6.6 tokens an iteration in expectation. A tree has a root and 63 drafted nodes in 5 levels, the same in each
 iteration; more than 6 tokens need more levels, so that one has 8. Every way of decoding, passes over 1 to
-64 rows, a copy of a large buffer and a large matrix product take turns, in rotating order, several times over in one
+64 rows, reads of a large buffer and a large matrix product take turns, in rotating order, several times over in one
 process after a warm-up round. Of a generation's iterations, transformers' own too, the median counts, the first ones
-left out, in which CUDA graphs are recorded; over the rounds medians are shown, with quartiles. The bandwidth counts
-what a copy reads and what it writes. What weights take up is that of the parameters without the table of embeddings, of
-which a step reads one row, unless it is the head as well; keys and values are not counted. Meanwhile the machine is
-watched.
+left out, in which CUDA graphs are recorded; over the rounds medians are shown, with quartiles. The bandwidth is that
+of the fastest of a round's reads. What weights take up, and what of them a step reads, is that of
+`dynatree_bench.bandwidth`; keys and values are not counted. Meanwhile the machine is watched.
 
 Output: two tables; what was measured ÷ what is wanted (at least 0.8 of what bandwidth allows, at most 1.6 steps for an
 iteration of 5 levels); FOLDER/roofline.json with all that was measured, FOLDER/roofline.svg drawn from it.
@@ -42,15 +41,17 @@ from rich.table import Table
 from torch import nn
 from transformers import GenerationConfig
 
+from dynatree_bench.bandwidth import read_speed, share_of_bandwidth, step_reads
 from dynatree_bench.figures import BLUE, GREY, ORANGE, VERMILION
 from dynatree_bench.formulas import RankTree, best_tree, tree_tokens
-from dynatree_bench.machine import LoadMeter, idle_or_busy, now, provenance
+from dynatree_bench.machine import LoadMeter, check_writable, idle_or_busy, now, provenance
 from dynatree_bench.methods import Chunks
 from dynatree_bench.pairs import Pair, load_synthetic
 from dynatree_bench.runners import CONTEXT, ROWS, filled, finish, pass_seconds, plot_over_rows, quartiles
 from dynatree_bench.synthetic import SHAPES, MarkovSource, let_follow, rank_acceptance
-from dynatree_core import Session, run
+from dynatree_core import InputError, Session, run
 from dynatree_core.captured import can_capture
+from dynatree_core.cli import end_process
 from dynatree_core.packed import can_pack
 from dynatree_policies.sequoia import Sequoia
 
@@ -90,7 +91,7 @@ class Results:
     """What was measured; a number for each round."""
 
     provenance: dict[str, Any]
-    bandwidth: list[float] = attrs.field(factory=list)  # bytes/s read and written by a copy
+    bandwidth: list[float] = attrs.field(factory=list)  # bytes/s that are read of a buffer
     flops: list[float] = attrs.field(factory=list)  # of a large matrix product, operations/s
     # runner -> rows -> seconds of a pass
     passes: dict[str, dict[str, list[float]]] = attrs.field(factory=lambda: defaultdict(lambda: defaultdict(list)))
@@ -102,6 +103,11 @@ class Results:
     def weight_seconds(self) -> float:
         """What reading the weights once takes."""
         return float(self.provenance["weight_bytes"]) / statistics.median(self.bandwidth)
+
+    def bandwidth_share(self, seconds: float) -> float:
+        """What a step that takes so long reaches of the bandwidth."""
+        num_bytes = float(self.provenance["weight_bytes"])
+        return share_of_bandwidth(num_bytes, seconds, statistics.median(self.bandwidth))
 
     def pass_seconds(self, rows: int) -> float:
         """What a pass takes at least: reading the weights, or multiplying with them."""
@@ -115,12 +121,12 @@ class Results:
 
 def main() -> None:
     arguments = _parse_arguments()
+    check_writable(arguments.out / "roofline.svg")
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     if arguments.source is not None:
         results = Results(**json.loads(arguments.source.read_text(encoding="utf-8")))
     else:
         results = _measured(arguments)
-        arguments.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(attrs.asdict(results), indent=1) + "\n"
         (arguments.out / "roofline.json").write_text(text, encoding="utf-8")
     _show(results, console)
@@ -132,7 +138,7 @@ def _measured(arguments: argparse.Namespace) -> Results:
     model, is_dry = pair.target.model, arguments.shape == DRY
     rounds = arguments.rounds or (2 if is_dry else 7)
     tokens = arguments.tokens or (32 if is_dry else 256)
-    num_weights = weights(model)
+    reads = step_reads(model)
     results = Results(
         {
             **provenance("dynatree_bench.roofline", model.device),
@@ -140,8 +146,8 @@ def _measured(arguments: argparse.Namespace) -> Results:
             "is_synthetic": True,
             "dtype": str(model.dtype).removeprefix("torch."),
             "runners": _runners(model),
-            "num_weights": num_weights,
-            "weight_bytes": num_weights * model.dtype.itemsize,
+            "num_weights": reads.num_weights,
+            "weight_bytes": reads.num_bytes,
             "prompt_tokens": PROMPT_TOKENS,
             "context": CONTEXT,
             "tokens": tokens,
@@ -153,12 +159,6 @@ def _measured(arguments: argparse.Namespace) -> Results:
     measure(pair, results, rounds, tokens)
     results.provenance["busy_percent"] = meter.meanwhile()
     return results
-
-
-def weights(model: Any) -> int:
-    """Numbers that a step reads: all parameters, but a table of embeddings only where it is the head too."""
-    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return sum(one.numel() for one in model.parameters() if one is not table or table is head)
 
 
 def _runners(model: nn.Module) -> list[str]:
@@ -207,34 +207,34 @@ Job = Callable[[int], None]  # told the round; in round 0 no number counts
 
 
 def _device_jobs(pair: Pair, results: Results) -> list[Job]:
-    """A copy and a matrix product, large enough to keep the device busy."""
+    """Reads of a buffer and a matrix product, large enough to keep the device busy.
+
+    Buffers are made anew each time, so that they are no part of a generation's peak of memory.
+    """
     model = pair.target.model
-    device, is_small = model.device, model.device.type == "cpu"
-    repeats = 10
+    device, repeats = model.device, 10
 
-    def timed(work: Callable[[], object]) -> float:
-        work()
-        start = now(device)
-        for _ in range(repeats):
-            work()
-        return (now(device) - start) / repeats
-
-    # buffers are made anew each time, so that they are no part of a generation's peak of memory
-    def copy(turn: int) -> None:
-        source = torch.zeros(2**24 if is_small else 2**30, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        seconds = timed(lambda: target.copy_(source))
+    def read(turn: int) -> None:
+        found = read_speed(device)
+        if found is None:
+            raise InputError(
+                f"the bandwidth of {device} needs room for a buffer larger than its caches, and there is none; end "
+                "what else takes up its memory"
+            )
         if turn:
-            results.bandwidth.append(2 * source.numel() / seconds)
+            results.bandwidth.append(found.bytes_per_second)
 
     def multiply(turn: int) -> None:
-        size = 256 if is_small else 8192
+        size = 256 if device.type == "cpu" else 8192
         matrix = torch.randn(size, size, dtype=model.dtype, device=device)
-        seconds = timed(lambda: matrix @ matrix)
+        _ = matrix @ matrix  # the first one chooses a kernel
+        start = now(device)
+        for _ in range(repeats):
+            _ = matrix @ matrix
         if turn:
-            results.flops.append(2 * size**3 / seconds)
+            results.flops.append(2 * size**3 * repeats / (now(device) - start))
 
-    return [copy, multiply]
+    return [read, multiply]
 
 
 def _pass_jobs(pair: Pair, results: Results) -> list[Job]:
@@ -336,7 +336,7 @@ def _show(results: Results, console: Console) -> None:
     )
     bandwidth, flops = statistics.median(results.bandwidth), statistics.median(results.flops)
     console.print(
-        f"a copy reads and writes {bandwidth / 1e9:.1f} GB/s, so {said['weight_bytes'] / 1e9:.4g} GB of weights take "
+        f"memory is read at {bandwidth / 1e9:.1f} GB/s, so {said['weight_bytes'] / 1e9:.4g} GB of weights take "
         f"{1000 * results.weight_seconds:.4g} ms; a matrix product does {flops / 1e12:.3g} Tflop/s"
     )
     console.print(_decoding_table(results))
@@ -357,7 +357,7 @@ def verdicts(results: Results) -> list[str]:
     lines = []
     for name in results.provenance["runners"]:
         step = Way(name)
-        share = results.weight_seconds / results.seconds(step)
+        share = results.bandwidth_share(results.seconds(step))
         lines.append(
             f"{step}: {share:.2f} of what bandwidth allows ÷ at least {WANTED_SHARE} wanted = "
             f"{share / WANTED_SHARE:.2f}"
@@ -389,7 +389,7 @@ def _decoding_table(results: Results) -> Table:
             f"{tokens / median:.1f}",
             f"{tokens / median * results.seconds(Way(None)):.2f}",
             f"{tokens / median * plain:.2f}",
-            f"{results.weight_seconds / median:.0%}" if way.tokens is None else "",
+            f"{results.bandwidth_share(median):.0%}" if way.tokens is None else "",
             f"{1e6 * outside:.0f}" if outside is not None else "",
             f"{outside / median:.1%}" if outside is not None else "",
             f"{statistics.median(found['peak']) / 2**20:.0f}" if "peak" in found else "",
@@ -455,4 +455,4 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    end_process(main)

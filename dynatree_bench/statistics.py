@@ -34,6 +34,7 @@ from dynatree_core.metrics import repetition
 __all__ = [
     "BASELINE",
     "HF_BASELINE",
+    "MIN_BIN",
     "Bin",
     "Estimate",
     "LengthBin",
@@ -48,6 +49,9 @@ __all__ = [
     "estimate",
     "groups",
     "in_order",
+    "is_busy",
+    "is_drafting",
+    "iteration_seconds",
     "method_names",
     "over_length",
     "pooled_ratio",
@@ -63,6 +67,7 @@ __all__ = [
 BASELINE = "autoregressive"  # on our own runtime
 HF_BASELINE = "hf generate"
 NUM_RESAMPLES = 4000
+MIN_BIN = 10  # tokens of an output that are looked at together: in fewer, single iterations show
 NGRAM = 4  # tokens that count as repeated if they come again
 Z95 = 1.959964
 
@@ -152,6 +157,7 @@ class Summary:
     speedup: Estimate | None  # over BASELINE
     hf_speedup: Estimate | None  # over HF_BASELINE
     repetition: float | None  # mean of the outputs
+    iteration_seconds: float | None  # mean, of foreign methods too
     draft_ms: float | None  # of an iteration
     verify_ms: float | None
     rest_ms: float | None
@@ -188,6 +194,13 @@ def _estimate(values: tuple[float, ...]) -> Estimate:
 def tokens_per_second(record: OutputRecord) -> float | None:
     """New tokens ÷ decoding time, the prefill apart; None of an output that failed or took no time."""
     return len(record.token_ids) / record.decode_seconds if record.error is None and record.decode_seconds else None
+
+
+def iteration_seconds(records: Iterable[OutputRecord]) -> float | None:
+    """The mean time of an iteration; None where the iterations are not known, or took no time."""
+    known = [(r.decode_seconds, len(r.steps.depth)) for r in records if r.steps is not None and r.decode_seconds]
+    num_iterations = sum(count for _, count in known)
+    return sum(seconds for seconds, _ in known) / num_iterations if num_iterations else None
 
 
 def peak_memory(record: OutputRecord) -> float | None:
@@ -347,6 +360,7 @@ def _summary(group: Sequence[OutputRecord], baselines: Mapping[str, Sequence[Out
         speedup=speedup,
         hf_speedup=hf_speedup,
         repetition=_mean(repetitions),
+        iteration_seconds=iteration_seconds(good),
         draft_ms=_milliseconds(good, "draft_seconds"),
         verify_ms=_milliseconds(good, "verify_seconds"),
         rest_ms=_milliseconds(good, "rest_seconds"),
@@ -448,11 +462,27 @@ def accepted_depths(records: Iterable[OutputRecord]) -> list[int]:
     return [accepted.count(n) for n in range(max(accepted, default=-1) + 1)]
 
 
-def over_length(records: Iterable[OutputRecord], *, num_bins: int = 10) -> list[LengthBin]:
-    """Acceptance and repetition along the outputs, in bins of equal width; bins in which none begins are left out."""
+def is_busy(results: Results) -> bool:
+    """Whether others used the machine before the run, as its notes say, or during an output."""
+    return any("busy" in sentence for sentence in (*results.info.notes, *run_warnings(results)))
+
+
+def is_drafting(records: Iterable[OutputRecord]) -> bool:
+    """Whether any of these outputs drafted anything; of foreign ones as far as it can be seen."""
+    return any(any(record.steps.num_drafted) for record in records if record.steps is not None)
+
+
+def over_length(records: Iterable[OutputRecord], *, num_bins: int = 10, min_width: int = 1) -> list[LengthBin]:
+    """Acceptance and repetition along the outputs, in bins of equal width; bins in which none begins are left out.
+
+    Args:
+        records: of one method.
+        num_bins: at most.
+        min_width: of a bin, in tokens.
+    """
     good = [record for record in records if record.steps is not None and record.token_ids]
     longest = max((len(record.token_ids) for record in good), default=0)
-    width = max(math.ceil(longest / num_bins), 1)
+    width = max(math.ceil(longest / num_bins), min_width)
     rows: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
     repeated: defaultdict[int, list[bool]] = defaultdict(list)
     for record in good:

@@ -26,6 +26,7 @@ from rich.console import Console
 
 from dynatree_core import console
 from dynatree_core.cli_models import (
+    USUAL_DRAFTERS,
     FiniteRange,
     encode_prompt,
     load,
@@ -174,7 +175,7 @@ def _dynatree(context: click.Context) -> None:
     "--drafter",
     metavar="NAME|ID|PATH",
     callback=lambda context, _, given: given or usual_drafter(context.params["target"]),
-    show_default="distilled+prompt_lookup for the embedded model, else prompt_lookup",
+    show_default=USUAL_DRAFTERS,
     help="Registered drafters joined by '+' (see `dynatree drafters`) or a model with the target's tokens.",
 )
 @click.option(

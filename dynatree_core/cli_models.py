@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dynatree_core.models import LoadedModel
 
 __all__ = [
+    "USUAL_DRAFTERS",
     "FiniteRange",
     "chat_ids",
     "encode_messages",
@@ -117,6 +118,9 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # those of the hub as well
+
+
+USUAL_DRAFTERS = "distilled+prompt_lookup for the embedded model, else prompt_lookup"  # as a help text says it
 
 
 def usual_drafter(target: str | None) -> str:

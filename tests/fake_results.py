@@ -17,6 +17,7 @@ import numpy as np
 
 from dynatree_bench.experiments import EXPERIMENTS, Cell, Experiment, cells, chosen_methods
 from dynatree_bench.records import (
+    MemoryInfo,
     MethodInfo,
     ModelInfo,
     OutputRecord,
@@ -31,6 +32,7 @@ from dynatree_bench.synthetic import MarkovSource
 from dynatree_core import parse_stack
 
 STEP, LEVEL, ROW = 0.030, 0.003, 0.0006  # seconds of an autoregressive step, a drafted level, a further row
+READING = 0.0155  # seconds in which the memory's bandwidth lets the weights be read: half of a step and its rest
 SOURCE = MarkovSource.draw(8192)
 LENGTHS = {"scalability": (100, 200, 500, 1000)}
 
@@ -167,6 +169,7 @@ def _info(experiment: Experiment, axes: dict[str, Any]) -> RunInfo:
         ignore_eos=False,
         methods=tuple(methods),
         axes=axes,
+        memory=MemoryInfo(bytes_per_second=540e6 / READING, cache_bytes=2**25, step_bytes=540_000_000),
     )
 
 

@@ -14,12 +14,15 @@ import pytest
 from test_cli import byte_level_tokenizer, for_transformers, save_model
 from transformers import AutoTokenizer
 
-from dynatree_bench import bench_cli, measure, methods
+from dynatree_bench import bandwidth, bench_cli, figures, measure, methods, pairs
+from dynatree_bench.bandwidth import ReadSpeed
 from dynatree_bench.experiments import EXPERIMENTS, HF, RIVALS, chosen_methods
+from dynatree_bench.memory_share import memory_sentence
 from dynatree_bench.records import OutputRecord, read_results
 from dynatree_bench.workloads import KNOWN, encode, load_workload
-from dynatree_core import LoadedModel, embedded
+from dynatree_core import InputError, LoadedModel, embedded
 from dynatree_core.cli import main
+from dynatree_core.cli_models import usual_drafter
 from dynatree_core.testing.models import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +39,9 @@ class Ran:
 def bench(capsys, monkeypatch):
     """Runs `dynatree bench` in this process, on the CPU and without looking for seconds whether the machine is idle."""
     monkeypatch.setattr(measure, "busy_percent", lambda seconds: 0.0)
+    monkeypatch.setattr(measure.LoadMeter, "share", lambda meter: 0.0)
+    monkeypatch.setattr(bandwidth, "read_speed", lambda device: ReadSpeed(8e9, None))
+    monkeypatch.setitem(figures.STYLE, "savefig.dpi", 40)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def run(*args):
@@ -94,8 +100,16 @@ def test_a_run_is_written_summarised_and_complete_when_it_is_called_again(bench,
     ran = bench("main", *of_folders, "--replay", "--out", out)
     assert ran.code == 0, ran.err
     num = 2 * len(chosen_methods(EXPERIMENTS["main"]))
-    assert ran.out == f"main: {num} outputs in {out}; tables and figures of them:\n  dynatree bench report {out}\n"
     results = read_results(out)
+    assert ran.out == (
+        f"{memory_sentence(results)}\n"
+        f"main: {num} outputs in {out}\n"
+        f"tables and figures of them: {out / 'report' / 'report.md'}\n"
+    )
+    assert memory_sentence(results).startswith("memory is read at 8.0 GB/s here; plain decoding reads 0.")
+    page = (out / "report" / "report.md").read_text(encoding="utf-8")
+    assert f"**What a ratio is worth**: {memory_sentence(results)}." in page
+    assert (out / "report" / "figures" / "phases.png").exists()
     assert results.info.target.name.endswith("target")
     assert results.info.target.sha256 != results.info.drafter.sha256
     assert results.info.settings["replay"]
@@ -117,15 +131,68 @@ def test_differences_are_said_and_ours_fail(bench, of_folders, tmp_path, monkeyp
         return attrs.evolve(output, token_ids=(*output.token_ids[:-1], 0)) if is_wrong else output
 
     monkeypatch.setattr(measure, "decode", decode)
-    ran = bench("main", *of_folders, "--only", method, "--out", tmp_path / "run")
+    ran = bench("main", *of_folders, "--only", method, "--no-report", "--out", tmp_path / "run")
     assert ran.code == code
     assert f"{method}: 2 of 2 outputs differ from autoregressive decoding" in ran.out
 
 
-def test_a_foreign_method_that_cannot_run_is_said(bench, of_folders, tmp_path):
-    ran = bench("main", *of_folders, "--drafter", "prompt_lookup", "--only", "hf assisted dynamic", "--out", tmp_path)
+def test_a_foreign_method_that_cannot_run_is_left_out_or_refused(bench, of_folders, tmp_path):
+    options = (*of_folders, "--drafter", "prompt_lookup", "--policy", "fixed", "--num-prompts", 2, "--no-report")
+    ran = bench("main", *options, "--out", tmp_path / "run")
     assert ran.code == 0
-    assert "hf assisted dynamic: 2 of 2 outputs failed: needs a drafter that is a plain transformers model" in ran.out
+    assert ran.err.startswith(
+        "dynatree: note: left out: hf assisted heuristic, hf assisted constant, hf assisted dynam"
+    )
+    assert ran.err.count("\n") == 1
+    assert "failed" not in ran.out
+    ran = bench("main", *options, "--only", "hf assisted dynamic", "--out", tmp_path / "asked")
+    assert ran.code == 2
+    assert "'hf assisted dynamic' cannot run here: the drafter must be a plain transformers model" in ran.err
+    assert not (tmp_path / "asked").exists()
+
+
+def test_without_a_report_the_line_that_makes_one_is_said(bench, of_folders, tmp_path):
+    out = tmp_path / "run"
+    ran = bench("scalability", *of_folders, "--no-report", "--out", out)
+    assert ran.code == 0
+    assert ran.out.endswith(f"outputs in {out}\ntables and figures of them: dynatree bench report {out}\n")
+    assert not (out / "report").exists()
+
+
+def test_it_drafts_with_what_generate_drafts_with(bench, of_folders, tmp_path, monkeypatch):
+    asked = []
+
+    def load_pair(target, drafter, **options):
+        asked.append((target, drafter, drafter or usual_drafter(target)))
+        raise InputError("enough")
+
+    monkeypatch.setattr(pairs, "load_pair", load_pair)
+    for options in ((), ("--target", "default"), ("--target", "owner/name"), ("--drafter", "linear")):
+        bench("main", *options, "--out", tmp_path)
+    assert [used for _, _, used in asked] == [
+        "distilled+prompt_lookup", "distilled+prompt_lookup", "prompt_lookup", "linear",
+    ]  # fmt: skip
+    assert [given for _, given, _ in asked] == [None, None, None, "linear"]
+
+
+def test_without_a_name_a_pair_has_the_usual_drafter(of_folders, monkeypatch):
+    monkeypatch.setattr(pairs, "usual_drafter", lambda target: f"prompt_lookup(max_ngram={len(target)})")
+    pair = pairs.load_pair(str(of_folders[1]), device="cpu")
+    assert str(pair.drafter) == f"prompt_lookup(max_ngram={len(str(of_folders[1]))})"
+
+
+@pytest.mark.parametrize(
+    "args", [("main", "--policy", "phase33"), ("all", "--only", "fxed"), ("main", "--policy", "fixed(")]
+)
+def test_what_is_wrong_with_methods_is_found_before_a_model_is_loaded(bench, tmp_path, monkeypatch, args):
+    def load(*arguments, **options):
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(pairs, "load_pair", load)
+    ran = bench(*args, "--target", "owner/name", "--out", tmp_path / "run")
+    assert ran.code == 2
+    assert args[-1].rstrip("(") in ran.err
+    assert ran.err.count("\n") == 1
 
 
 def test_all_experiments_of_a_synthetic_pair(bench, tmp_path):

@@ -19,13 +19,14 @@ import torch
 from students import tiny_student
 from test_cli import byte_level_tokenizer, for_transformers
 
-from dynatree_bench import measure, methods, oracle, rivals
+from dynatree_bench import bandwidth, measure, methods, oracle, rivals, runnable
+from dynatree_bench.bandwidth import ReadSpeed, step_reads
 from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Form, Method, cells, chosen_methods
 from dynatree_bench.machine import LoadMeter, source_commit, weights_sha256
 from dynatree_bench.measure import Options, run_experiment
 from dynatree_bench.methods import Output
 from dynatree_bench.pairs import MethodError, Pair
-from dynatree_bench.records import RECORDS_FILE, read_records, read_results
+from dynatree_bench.records import RECORDS_FILE, MemoryInfo, read_records, read_results
 from dynatree_bench.statistics import summaries
 from dynatree_bench.workloads import Picks
 from dynatree_core import InputError, LoadedModel, build_drafter, hookimpl
@@ -45,13 +46,25 @@ OURS = {method.name for method in chosen_methods(EXPERIMENTS["main"]) if method.
 LONG = {"max_position_embeddings": 2048}  # room for sinks and a window
 
 
+class IdleMeter:
+    """A machine on which nothing else runs, whatever does."""
+
+    def share(self):
+        return 0.0
+
+
+@pytest.fixture(autouse=True)
+def _idle(monkeypatch):
+    monkeypatch.setattr(measure, "LoadMeter", IdleMeter)
+
+
 @pytest.fixture(scope="module")
 def pair():
     return Pair(LoadedModel(tiny_model("llama", **LONG), None, "tiny"), ModelDrafter(perturbed("llama")))
 
 
 def run(name, pair, out, options=SMALL, **settings):
-    return run_experiment(name, pair, out, options, idle_check_seconds=0, **settings)
+    return run_experiment(name, pair, out, options, **{"idle_check_seconds": 0, "with_bandwidth": False, **settings})
 
 
 def by_method(results):
@@ -72,7 +85,7 @@ def test_every_experiment_makes_each_output_once_and_exactly(name, pair, tmp_pat
     info, records = results.info, results.records
     assert (info.experiment, info.target.name, info.is_synthetic) == (name, "tiny", False)
     form = attrs.evolve(EXPERIMENTS[name].quick, max_new_tokens=tuple(options.max_new_tokens))
-    num_lengths = 2 if name in ("prompt-length", "datasets") else 1  # or workloads: as many groups of prompts
+    num_lengths = {"prompt-length": 2, "datasets": 3}.get(name, 1)  # or workloads: as many groups of prompts
     num_cells = len(list(cells(chosen_methods(EXPERIMENTS[name]), form, {})))
     assert len(records) == 2 * num_lengths * num_cells
     assert {axis: set(map(str, values)) for axis, values in info.axes.items()} == {
@@ -261,10 +274,10 @@ def test_a_machine_that_slows_down_favours_no_point_of_the_axes(pair, tmp_path, 
         assert own == pytest.approx(mean, rel=0.04)
 
 
-def test_prompts_of_two_data_sets_come_in_turn(pair, tmp_path):
+def test_prompts_of_several_data_sets_come_in_turn(pair, tmp_path):
     results = run("datasets", pair, tmp_path / "run")
     names = list(dict.fromkeys((record.axes["dataset"], record.prompt_id) for record in results.records))
-    assert [name for name, _ in names] == ["random:0", "random:1"] * 3
+    assert [name for name, _ in names] == ["random:0", "random:1", "random:2"] * 3
 
 
 # going on
@@ -428,6 +441,61 @@ def test_the_time_limit_leaves_whole_prompts_for_later(pair, tmp_path):
     assert not any("missing" in sentence for sentence in said)
 
 
+def test_the_quick_form_lets_a_first_prompt_of_each_kind_pass_its_limit(reader, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "QUICK_SECONDS", 0.0)
+    pair, _ = reader
+    options = Options(quick=True, workloads=["built-in"], num_prompts=6, max_new_tokens=[2])
+    results = run("scalability", pair, tmp_path / "run", options)
+    assert {record.prompt_id for record in results.records} == {"prose-0", "code-0", "copying-0"}
+    cut = attrs.evolve(options, prompt_tokens=[8, 12])
+    results = run("scalability", pair, tmp_path / "cut", cut)
+    assert {(r.prompt_id, r.axes["prompt_tokens"]) for r in results.records} == {
+        (f"{kind}-0", length) for kind in ("prose", "code", "copying") for length in (8, 12)
+    }
+    given = run("scalability", pair, tmp_path / "given", attrs.evolve(options, time_limit=0.0))
+    assert len({record.prompt_id for record in given.records}) <= 1, "a limit that was asked for has no exception"
+
+
+def test_quick_forms_have_three_prompts_of_different_kinds(reader):
+    for name, experiment in EXPERIMENTS.items():
+        form = experiment.quick
+        if form.workloads == ("built-in:text",):
+            assert form.num_prompts == 3, "long ones, each from another place of one text"
+            continue
+        groups = [measure._prompts(reader[0], workload, form, Options()) for workload in form.workloads]
+        kinds = [prompt.category for prompts in groups for prompt in prompts]
+        assert sorted(kinds) == ["code", "copying", "prose"], name
+
+
+def test_a_run_says_how_fast_the_memory_was_read_before_it_began(pair, tmp_path, monkeypatch):
+    order, speeds = [], iter([2e9, 1e9])
+    monkeypatch.setattr(measure, "busy_percent", lambda seconds: order.append("load") or 50.0)
+    monkeypatch.setattr(bandwidth, "read_speed", lambda device: order.append("memory") or ReadSpeed(next(speeds), 4096))
+    settings = {"idle_check_seconds": 0.1, "with_bandwidth": True}
+    monkeypatch.setattr(measure, "decode", lambda *args: order.append("decoding") or methods.decode(*args))
+    info = run("scalability", pair, tmp_path / "run", **settings).info
+    assert order[:3] == ["load", "memory", "decoding"]
+    assert order.count("memory") == 1
+    assert info.memory == MemoryInfo(2e9, 4096, step_reads(pair.target.model).num_bytes)
+    assert any("was busy before the run" in note for note in info.notes)
+    order.clear()
+    run("scalability", pair, tmp_path / "run", **settings)
+    assert order == [], "nothing is left to do"
+    (tmp_path / "run" / RECORDS_FILE).unlink()
+    assert run("scalability", pair, tmp_path / "run", **settings).info.memory == info.memory, "the faster one"
+    assert order.count("memory") == 1
+
+
+def test_a_bandwidth_that_cannot_be_measured_is_said(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(bandwidth, "read_speed", lambda device: None)
+    said = []
+    info = run("scalability", pair, tmp_path / "run", with_bandwidth=True, say=said.append).info
+    assert info.memory is None
+    note = "the memory's bandwidth was not measured: there is no room for a buffer larger than the caches"
+    assert note in said
+    assert note in info.notes
+
+
 def test_a_busy_machine_is_said_of_outputs_made_before_an_interruption_too(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(measure.LoadMeter, "share", lambda meter: 0.5)
     run("scalability", pair, tmp_path / "run", attrs.evolve(SMALL, time_limit=600))
@@ -515,15 +583,59 @@ def test_a_foreign_method_that_fails_is_recorded_and_the_rest_goes_on(pair, tmp_
         raise RuntimeError("boom\nand more")
 
     monkeypatch.setattr(rivals, "engine", crash)
-    options = attrs.evolve(SMALL, only=["flashspec", "hf assisted dynamic", "fixed"])
-    lookup = Pair(pair.target, build_drafter("prompt_lookup"))
-    found = by_method(run("main", lookup, tmp_path / "run", options))
+    monkeypatch.setattr(runnable, "find_spec", lambda name: object())  # whether or not it is installed
+    options = attrs.evolve(SMALL, only=["flashspec", "fixed"])
+    found = by_method(run("main", pair, tmp_path / "run", options))
     assert {record.error for record in found["flashspec"]} == {"RuntimeError: boom and more"}
-    [error] = {record.error for record in found["hf assisted dynamic"]}
-    assert error == "needs a drafter that is a plain transformers model, got prompt_lookup"
-    for record in (*found["flashspec"], *found["hf assisted dynamic"]):
+    for record in found["flashspec"]:
         assert (record.token_ids, record.stop_reason, record.is_identical) == ((), "error", None)
     assert all(record.is_identical for record in found["fixed"])
+
+
+ASSISTED = ["hf assisted heuristic", "hf assisted constant", "hf assisted dynamic"]
+
+
+def test_what_cannot_run_with_the_drafter_is_left_out_with_one_line_before_the_run(pair, tmp_path, monkeypatch):
+    lookup, said = Pair(pair.target, build_drafter("prompt_lookup")), []
+    monkeypatch.setattr(measure, "decode", lambda *args: said.append("decoding") or methods.decode(*args))
+    results = run("main", lookup, tmp_path / "run", attrs.evolve(SMALL, num_prompts=1), say=said.append)
+    note = (
+        f"left out: {', '.join(ASSISTED)}: the drafter must be a plain transformers model (--drafter ID|PATH), "
+        "got prompt_lookup"
+    )
+    assert said[:2] == [note, "decoding"]
+    assert results.info.notes == (note,)
+    assert not {*ASSISTED} & {method.name for method in results.info.methods}
+    assert all(record.error is None for record in results.records)
+    with pytest.raises(InputError, match="'hf assisted dynamic' cannot run here: the drafter must be a plain"):
+        run("main", lookup, tmp_path / "other", attrs.evolve(SMALL, only=["hf assisted dynamic"]))
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "reason"),
+    [
+        ("gpt2", {}, "model type 'gpt2') cannot be decoded with sinks and a window: its positions are not known to"),
+        ("llama", {"max_position_embeddings": 512}, "sinks and window must leave 64 of the target's 512 positions"),
+    ],
+)
+def test_a_target_without_room_for_sinks_is_measured_without_them(family, config, reason, tmp_path):
+    target = tiny_model(family, **config)
+    small = Pair(LoadedModel(target, None, family), ModelDrafter(target))
+    options, said = attrs.evolve(SMALL, num_prompts=1), []
+    found = by_method(run("main", small, tmp_path / "run", options, say=said.append))
+    assert said[0].startswith("left out: autoregressive sinks, phase3 sinks: ")
+    assert reason in said[0]
+    assert "phase3" in found
+    assert not [name for name in found if "sinks" in name]
+
+
+def test_rivals_that_are_not_installed_are_left_out(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(runnable, "find_spec", lambda name: None)
+    options, said = attrs.evolve(SMALL, num_prompts=1, with_rivals=True), []
+    found = by_method(run("scalability", pair, tmp_path / "run", options, say=said.append))
+    assert said[0] == "left out: flashspec, economize, dejavuu: not installed; run pip install 'dynatree[rivals]'"
+    assert list(found) == ["autoregressive", "fixed", "phase3"]
 
 
 def test_an_error_of_a_policy_ends_the_run_before_it_begins_and_later_is_recorded(pair, tmp_path, monkeypatch):
@@ -723,7 +835,7 @@ def test_settings_that_cannot_be_used_are_refused_before_anything_runs(pair, tmp
     with pytest.raises(InputError, match=r"'mian' is not an experiment \(did you mean 'main'\?\)"):
         run("mian", pair, tmp_path / "run")
     with pytest.raises(InputError, match="did you mean 'confidence'"):
-        run("main", pair, tmp_path / "run", attrs.evolve(SMALL, policies=["confidense"]))
+        run("main", pair, tmp_path / "run", attrs.evolve(SMALL, policies=["confidense"], workloads=["not/there"]))
     for name in ("repeats", "num_prompts"):
         with pytest.raises(InputError, match=f"{name} must be at least 1, got 0"):
             attrs.evolve(SMALL, **{name: 0})
@@ -770,11 +882,10 @@ def test_a_student_drafts_and_is_named_in_the_provenance(pair, tmp_path):
     save_student(student, tmp_path / "student", torch.float32, {"target": "tiny"})
     text = f"distilled(path='{tmp_path / 'student'}',dtype='float64')"
     taught = Pair(pair.target, build_drafter(f"{text}+prompt_lookup"))
-    options = attrs.evolve(SMALL, only=["fixed", "hf assisted dynamic"], with_replay=True)
+    options = attrs.evolve(SMALL, only=["fixed"], with_replay=True)
     results = run("main", taught, tmp_path / "run", options)
     found = by_method(results)
     assert all(record.is_identical and record.replay is not None for record in found["fixed"])
-    assert all("needs a drafter that is a plain transformers model" in r.error for r in found["hf assisted dynamic"])
     info = results.info.drafter
     assert (info.name, info.dtype) == (text, "float64")
     assert info.sha256 == weights_sha256(str(tmp_path / "student"))

@@ -78,7 +78,7 @@ def test_answers_are_kept_for_the_same_weights_only(target_folder, tmp_path, mon
     assert len(written) == 3
 
 
-PROGRAMS = ("drafter_value", "long_context", "never_slower", "rehearse", "runners")
+PROGRAMS = ("drafter_value", "long_context", "never_slower", "rehearse", "roofline", "runners")
 
 
 def ended(program: str, *arguments: object) -> tuple[int, str]:

@@ -8,6 +8,7 @@ import attrs
 import pytest
 
 from dynatree_bench.records import (
+    MemoryInfo,
     MethodInfo,
     ModelInfo,
     OutputRecord,
@@ -41,6 +42,7 @@ INFO = RunInfo(
     ignore_eos=False,
     methods=(MethodInfo("linear K=6", "dynatree", "linear", None, {"tau": 0.0}),),
     axes={"max_new_tokens": [4]},
+    memory=MemoryInfo(17.0e9, 2**25, 538_000_000),
 )
 
 RECORD = OutputRecord(
@@ -106,6 +108,14 @@ def test_a_run_that_goes_on_has_one_more_date(folder):
     write_info(folder, attrs.evolve(INFO, continued=("2026-11-23",)))
     assert read_info(folder).continued == ("2026-11-23",)
     assert sorted(path.name for path in folder.iterdir()) == ["records.jsonl", "run.json"]
+
+
+def test_what_an_earlier_version_did_not_write_is_as_if_it_had_not_been_measured(folder):
+    path = folder / "run.json"
+    fields = json.loads(path.read_text())
+    assert "memory" in fields
+    path.write_text(json.dumps({name: value for name, value in fields.items() if name != "memory"}))
+    assert read_info(folder) == attrs.evolve(INFO, memory=None)
 
 
 def test_a_run_without_an_output_has_no_records(tmp_path):
@@ -188,6 +198,8 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     [
         ({"schema": 2}, "schema"),
         ({"threads": 0}, "'threads' must be from 1"),
+        ({"memory": {"bytes_per_second": 0.0, "cache_bytes": 1, "step_bytes": 1}}, "'bytes_per_second' must be more"),
+        ({"memory": {"bytes_per_second": 1.0, "cache_bytes": None}}, "missing: step_bytes"),
         ({"target": None}, "target must be an object, got None"),
         ({"methods": [{"name": "x", "kind": "other", "policy": None, "drafter": None, "options": {}}]}, "'kind' must"),
         ({"libraries": {"torch": 2}}, "libraries.torch must be of type str"),

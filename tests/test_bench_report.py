@@ -10,12 +10,13 @@ import attrs
 import matplotlib as mpl
 import numpy as np
 import pytest
-from fake_results import ROW, SOURCE, STEP, write_run
+from fake_results import READING, ROW, SOURCE, STEP, write_run
 from matplotlib.text import Text
 
 from dynatree_bench import figures
 from dynatree_bench.experiments import EXPERIMENTS, chosen_methods
 from dynatree_bench.figures import FIGURES, draw, provenance
+from dynatree_bench.memory_share import memory_sentence
 from dynatree_bench.published import compared, published
 from dynatree_bench.records import MethodInfo, Results, ResultsError, append_record, read_results, write_info
 from dynatree_bench.report import TABLES, report
@@ -68,6 +69,78 @@ def test_a_report_has_all_methods_with_what_went_wrong(main_page):
     assert "†" in economize
     assert "† Outputs that differ from greedy decoding: economize" in text
     assert "Outputs that failed: dejavuu 2 of 2. The first: dejavuu: RuntimeError" in text
+
+
+def test_a_report_says_what_its_ratios_are_worth(runs, main_page, tmp_path, monkeypatch):
+    sentence = memory_sentence(read_results(runs / "main"))
+    assert sentence.startswith("memory is read at 34.8 GB/s here; plain decoding reads 540 MB of weights in ")
+    assert f"**What a ratio is worth**: {sentence}.\n" in main_page.read_text(encoding="utf-8")
+    shares = {row["method"]: row["bandwidth_share"] for row in rows_of(main_page, "summary")}
+    by_name = {one.method: one for one in summaries(read_results(runs / "main").records)}
+    for name in ("autoregressive", "phase3"):
+        assert float(shares[name]) == pytest.approx(READING / by_name[name].iteration_seconds)
+    assert 0.4 < float(shares["autoregressive"]) < 0.6, "a step takes twice as long as reading"
+    assert shares["hf generate"] == "", "it does not tell its iterations"
+    results = read_results(runs / "main")
+    before = attrs.evolve(results, info=attrs.evolve(results.info, memory=None))
+    monkeypatch.setattr("dynatree_bench.report.read_results", lambda folder: before)
+    page = report(runs / "main", tmp_path)
+    text = page.read_text(encoding="utf-8")
+    assert "What a ratio is worth" not in text
+    assert "GB/s" not in text
+    assert {row["bandwidth_share"] for row in rows_of(page, "summary")} == {""}
+
+
+def table_rows(page, title):
+    """The cells of a table of the page, its header among them."""
+    part = page.read_text(encoding="utf-8").partition(f"## {title}\n")[2].partition("\n## ")[0]
+    lines = [line for line in part.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if "---" not in line]
+
+
+def test_calibration_and_the_length_have_a_row_for_each_method_that_drafts(main_page):
+    header, *rows = table_rows(main_page, "Calibration")
+    assert header[1:] == sorted(header[1:])
+    assert set(header[1:]) <= {f"{i / 10:.1f}–{(i + 1) / 10:.1f}" for i in range(10)}
+    numbers = rows_of(main_page, "calibration")
+    assert len(numbers) == sum(cell != "–" for row in rows for cell in row[1:])
+    one = next(row for row in numbers if row["method"] == "phase3")
+    assert f"{100 * float(one['accepted']):.1f} % of {one['nodes']}" in next(row for row in rows if row[0] == "phase3")
+    header, *rows = table_rows(main_page, "Along the output")
+    assert header == ["method", "from token 0 to 10", "from token 10 to 20", "from token 20 to 30"]
+    names = [row[0] for row in rows]
+    assert {"linear", "phase3"} <= set(names)
+    assert not {"autoregressive", "autoregressive eager", "autoregressive sinks"} & set(names), "these draft nothing"
+
+
+def test_what_stands_for_its_method_alone_has_no_second_column(runs, main_page):
+    header, *rows = table_rows(main_page, "Shapes beside the published ones")
+    assert header == ["method", "this run", "published"]
+    assert rows[0][0] == "autoregressive"
+
+
+def test_few_prompts_are_said(runs, tmp_path, monkeypatch):
+    results = read_results(runs / "main")
+    said = "The prompts are few (2): intervals of fewer than about 10 are too narrow"
+    assert said in report(runs / "main", tmp_path / "few").read_text(encoding="utf-8")
+    more = tuple(attrs.evolve(r, prompt_id=f"{r.prompt_id}-{i}") for i in range(5) for r in results.records)
+    monkeypatch.setattr("dynatree_bench.report.read_results", lambda folder: attrs.evolve(results, records=more))
+    assert "The prompts are few" not in report(runs / "main", tmp_path / "more").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_figure_of_a_busy_machine_says_so(runs, tmp_path, monkeypatch, when):
+    results = read_results(runs / "main")
+    notes = ("the machine was busy before the run: others used 60 % of a core",) if when == "before" else ()
+    settings = {} if when == "before" else {"cores": 8}  # of which others used 2 % each
+    busy = attrs.evolve(results, info=attrs.evolve(results.info, notes=notes, settings=settings))
+    said = []
+    monkeypatch.setattr(figures.Figure, "text", lambda figure, x, y, text, **style: said.append(text))
+    assert draw(PLOTS["accepted"], busy, tmp_path / "busy.png")
+    assert any("The machine was busy: times are not to be believed." in " ".join(text.split()) for text in said)
+    said.clear()
+    assert draw(PLOTS["accepted"], results, tmp_path / "idle.png")
+    assert not any("busy" in text for text in said)
 
 
 def test_the_figures_are_there_and_named_in_the_page(main_page):

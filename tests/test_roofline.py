@@ -8,9 +8,11 @@ import sys
 import pytest
 
 from dynatree_bench import roofline
+from dynatree_bench.bandwidth import ReadSpeed
 from dynatree_bench.formulas import tree_tokens
 from dynatree_bench.roofline import DECAY, DRAFTED, LEVELS, NUM_RANKS, Results, Way, acceptance_for, shape_for
 from dynatree_bench.synthetic import rank_acceptance
+from dynatree_core import InputError
 from dynatree_core.testing.models import tiny_model
 
 
@@ -22,17 +24,10 @@ def test_trees_yield_what_is_wanted(tokens, levels):
     assert tree_tokens(tree, ranks) == pytest.approx(tokens, abs=1e-6)
 
 
-def test_a_step_reads_an_embedding_table_only_as_a_head():
-    model = tiny_model("llama")
-    table = model.get_input_embeddings().weight
-    assert roofline.weights(model) == sum(one.numel() for one in model.parameters()) - table.numel()
-    tied = tiny_model("llama", tie_word_embeddings=True)
-    assert roofline.weights(tied) == sum(one.numel() for one in tied.parameters())
-
-
 def test_what_is_allowed_and_what_is_wanted():
     results = Results({"num_weights": 50, "weight_bytes": 100, "runners": ["eager"]}, [10.0, 20.0, 50.0], [500.0])
     assert results.weight_seconds == 5
+    assert results.bandwidth_share(20.0) == 0.25
     assert (results.pass_seconds(1), results.pass_seconds(64)) == (5, 12.8)
     for way, seconds in ((Way("eager"), 10.0), (Way("eager", 3.0), 32.0), (Way("eager", 4.5), 16.0)):
         results.decoding[str(way)]["seconds"] = [seconds]
@@ -58,18 +53,34 @@ def test_steps_of_transformers_lie_between_tokens(monkeypatch):
 def test_the_dry_run(monkeypatch, capsys, tmp_path):
     arguments = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--tokens", "12", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["roofline", *arguments])
+    monkeypatch.setattr(roofline, "read_speed", lambda device: ReadSpeed(12.5e9, None))
     roofline.main()
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "roofline.json").read_text())
     assert found["provenance"]["is_synthetic"]
+    assert found["bandwidth"] == [12.5e9], "of one round; the first one warms up"
     assert found["provenance"]["runners"][0] == "eager"
     assert set(found["decoding"]) == {str(way) for way in roofline.ways(Results(found["provenance"]))}
     for way, numbers in found["decoding"].items():
         assert all(value > 0 for values in numbers.values() for value in values), way
-    for expected in ("synthetic: random weights", "÷ at least 0.8 wanted", "÷ at most 1.6 wanted", "a dry run", "GB/s"):
+    for expected in (
+        "synthetic: random weights",
+        "÷ at least 0.8 wanted",
+        "÷ at most 1.6 wanted",
+        "a dry run",
+        "is read at 12.5 GB/s",
+    ):
         assert expected in printed
     monkeypatch.setattr(sys, "argv", ["roofline", "--from", str(tmp_path / "roofline.json"), "--out", str(tmp_path)])
     drawn = (tmp_path / "roofline.svg").read_text()
     roofline.main()
     assert capsys.readouterr().out == printed
     assert (tmp_path / "roofline.svg").read_text() == drawn
+
+
+def test_without_room_for_a_buffer_there_is_no_bandwidth_and_no_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["roofline", "--shape", "tiny", "--device", "cpu", "--out", str(tmp_path)])
+    monkeypatch.setattr(roofline, "read_speed", lambda device: None)
+    with pytest.raises(InputError, match="room for a buffer larger than its caches"):
+        roofline.main()
+    assert not list(tmp_path.iterdir())
