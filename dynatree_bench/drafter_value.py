@@ -39,7 +39,7 @@ from dynatree_bench.machine import check_writable, provenance, weights_sha256
 from dynatree_bench.prompts import read_objects
 from dynatree_bench.rehearse import Text, known_session
 from dynatree_core import Session, load_model, run
-from dynatree_core.cli import end_process
+from dynatree_core.exits import end_process
 from dynatree_core.cli_models import encode_prompt, tokenizer_of
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.drafters.distilled import DistilledDrafter

@@ -40,7 +40,7 @@ from dynatree_bench.machine import BUSY_PERCENT, LoadMeter, check_writable, idle
 from dynatree_core import InputError, LoadedModel, Session, TokenTree, embedded, load_model, run
 from dynatree_core.architectures import cache_argument
 from dynatree_core.cache import TreeCache
-from dynatree_core.cli import end_process
+from dynatree_core.exits import end_process
 from dynatree_core.flatten import flatten
 from dynatree_core.runner import ModelRunner
 

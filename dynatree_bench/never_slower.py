@@ -51,7 +51,7 @@ from dynatree_core import (
     load_model,
     parse_stack,
 )
-from dynatree_core.cli import end_process
+from dynatree_core.exits import end_process
 from dynatree_core.cli_models import load_drafter, registered_drafter
 
 POLICIES = ("phase3", "phase3+governor", "cost_aware", "cost_aware+governor")

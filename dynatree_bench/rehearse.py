@@ -46,7 +46,7 @@ from dynatree_bench.prompts import chat_ids, load_prompts, parsed_arguments
 from dynatree_bench.statistics import PooledRatio, ratio_of_sums
 from dynatree_core import CostModel, Drafter, DraftPlan, DraftState, Session, generate, load_model, run
 from dynatree_core.architectures import vocab_size
-from dynatree_core.cli import end_process
+from dynatree_core.exits import end_process
 from dynatree_core.clock import StageClock
 from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.model import ModelDrafter, ModelDraftState

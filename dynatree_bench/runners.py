@@ -34,7 +34,7 @@ from dynatree_bench.figures import BLUE, GREY, ORANGE, SKY, VERMILION
 from dynatree_bench.machine import BUSY_PERCENT, LoadMeter, check_writable, idle_or_busy, now, provenance
 from dynatree_core import load_model
 from dynatree_core.cache import TreeCache
-from dynatree_core.cli import end_process
+from dynatree_core.exits import end_process
 from dynatree_core.clock import StageClock
 from dynatree_core.flatten import flatten
 from dynatree_core.packed import can_pack

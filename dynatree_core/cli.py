@@ -1,7 +1,7 @@
 """The `dynatree` command.
 
 Answers and documents go to stdout, everything else to stderr: a terminal shows both, and what is piped on is the
-answer alone. Exit codes: 0 done, 1 failed or not identical, 2 cannot be used as given, 130 interrupted.
+answer alone. Exit statuses are in `exits`.
 
 What needs torch or transformers, which take seconds to import, is imported by the command that needs it.
 """
@@ -9,14 +9,12 @@ What needs torch or transformers, which take seconds to import, is imported by t
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import math
-import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points, version
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -35,12 +33,15 @@ from dynatree_core.cli_models import (
     usual_drafter,
 )
 from dynatree_core.composition import format_stack, parse_stack
+from dynatree_core.distributions import entry_points
 from dynatree_core.errors import (
     DynaTreeError,
     InputError,
     PluginLoadError,
     PromptError,
 )
+from dynatree_core.exits import FAILED, INTERRUPTED, end_process, without_exits
+from dynatree_core.foreign import others_code, raised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,9 +51,7 @@ if TYPE_CHECKING:
     from dynatree_core.records import GenerationResult
     from dynatree_core.session import Session
 
-__all__ = ["end_process", "main"]
-
-FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+__all__ = ["main"]
 
 WARM_UP_TOKENS = 8
 
@@ -60,63 +59,19 @@ COMMANDS = "dynatree.commands"  # entry-point group: name -> click command, in a
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and end the process with its exit code. What goes wrong is told in one line.
-
-    With DYNATREE_DEBUG=1 in the environment an error that nobody foresaw keeps its traceback.
-    """
-    end_process(lambda: _dynatree.main(args, prog_name="dynatree", standalone_mode=False))
-
-
-def end_process(command: Callable[[], int | None], *, error_code: int | None = None) -> NoReturn:
-    """Run a command and end the process with its exit code. What goes wrong is told in one line.
-
-    Args:
-        command: its exit code is what it returns, 0 for None.
-        error_code: for every error, where 1 and 2 are verdicts of the command; None: 1 and 2, as described above.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks is no reason to stop
-    exit_code = _exit_code(command, error_code or FAILED, error_code or MISUSED)
-    if exit_code == INTERRUPTED:
-        console.clean_terminal()
-    sys.exit(exit_code)
-
-
-def _exit_code(command: Callable[[], int | None], failed: int, misused: int) -> int:
-    try:
-        return command() or 0
-    except click.UsageError as error:
-        hint = f"; see '{error.ctx.command_path} --help'" if error.ctx is not None else ""
-        console.complain("error", error.format_message().rstrip(".") + hint)
-        return misused
-    except SystemExit as error:
-        if error.code == MISUSED:  # argparse has told what is wrong
-            return misused
-        raise
-    except DynaTreeError as error:
-        console.complain("error", str(error))
-        return misused if isinstance(error, InputError) else failed
-    except (click.Abort, KeyboardInterrupt):  # click turns the interrupts that it sees into Abort
-        return INTERRUPTED
-    except OSError as error:  # a full disk, a file that cannot be read: it says itself what is wrong
-        console.complain("error", str(error))
-        return failed
-    except Exception as error:  # the last resort: whatever it is, a user gets a line
-        if os.environ.get("DYNATREE_DEBUG"):
-            raise
-        console.complain("error", f"unexpected {type(error).__name__}: {error}; DYNATREE_DEBUG=1 shows where")
-        return failed
+    """Run the command line and end the process with its exit status. What goes wrong is told in one line."""
+    end_process(without_exits(lambda: _dynatree.main(args, prog_name="dynatree", standalone_mode=False)))
 
 
 class _Commands(click.Group):
     """The runtime's own commands, and those that installed packages add (entry-point group `dynatree.commands`)."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return sorted({*super().list_commands(context), *entry_points(group=COMMANDS).names})
+        return sorted({*super().list_commands(context), *(entry.name for entry in entry_points(group=COMMANDS))})
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         own = super().get_command(context, name)
-        found = entry_points(group=COMMANDS, name=name)
+        found = [entry for entry in entry_points(group=COMMANDS) if entry.name == name]
         if own is not None or not found:
             return own
         [entry_point, *others] = found
@@ -124,11 +79,12 @@ class _Commands(click.Group):
             values = " and ".join(entry.value for entry in found)
             return _broken(name, f"it must come from one package, but comes from {values}; uninstall one")
         try:
-            command = entry_point.load()
-        except Exception as error:  # noqa: BLE001  # others' code, which runs when it is imported
-            return _broken(
-                name, f"{type(error).__name__}: {error}; repair or uninstall its package, {entry_point.value}"
-            )
+            with others_code(
+                lambda error: PluginLoadError(f"{raised(error)}; repair or uninstall its package, {entry_point.value}")
+            ):
+                command = entry_point.load()
+        except PluginLoadError as error:
+            return _broken(name, str(error))
         if not isinstance(command, click.Command):
             return _broken(
                 name, f"it must be a click command, got {command!r}; repair or uninstall {entry_point.value}"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dynatree_core import console
+from dynatree_core.composition import canonical_name
 from dynatree_core.errors import (
     InputError,
     ModelLoadError,
@@ -123,7 +124,7 @@ def registered_drafter(text: str) -> Drafter | None:
     from dynatree_core.student import is_student
 
     known = plugin_table(DRAFTERS)
-    name = re.split("[:(+]", text, maxsplit=1)[0].strip()
+    name = canonical_name(re.split("[:(+]", text, maxsplit=1)[0].strip())
     if name in known:
         return build_drafter(text)
     if is_student(Path(text).expanduser()):

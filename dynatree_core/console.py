@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from dynatree_core.errors import DynaTreeError
+from dynatree_core.errors import DynaTreeError, PluginLoadError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -256,19 +257,24 @@ class PluginRow:
 
 def plugin_rows(group: str) -> list[PluginRow]:
     """A row for each name under an entry-point group, also for those that are broken."""
+    from dynatree_core.distributions import package_of
+    from dynatree_core.foreign import others_code, raised
     from dynatree_core.plugins import plugin_table
+
+    def broken(error: BaseException) -> DynaTreeError:
+        return error if isinstance(error, DynaTreeError) else PluginLoadError(raised(error))
 
     rows = []
     for name, entries in plugin_table(group).items():
         known: dict[str, Any] = {}
         try:
-            for field, value in _look_into(group, name):
-                known[field] = value
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # others' code, which runs when it is imported
-            known["error"] = fold(str(error)) if isinstance(error, DynaTreeError) else fold(repr(error))
-        packages, versions = (
-            " and ".join(getattr(entry.dist, field, "?") for entry in entries) for field in ("name", "version")
-        )
+            with others_code(broken):
+                for field, value in _look_into(group, name):
+                    json.dumps(value, default=repr)  # what cannot be shown is a fault of the plugin too
+                    known[field] = value
+        except DynaTreeError as error:
+            known["error"] = fold(str(error))
+        packages, versions = (" and ".join(words) for words in zip(*map(package_of, entries), strict=True))
         rows.append(PluginRow(name, _KIND[group], packages, versions, **known))
     return rows
 
@@ -293,7 +299,7 @@ def _look_into(group: str, name: str) -> Iterator[tuple[str, Any]]:
         yield "description", f"= {expanded}"
         yield "expands_to", expanded
         return
-    yield "description", next(iter((plugin.__doc__ or "").strip().splitlines()), "")
+    yield "description", next(iter(str(plugin.__doc__ or "").strip().splitlines()), "")
     yield "required", required_parameters(plugin)
     yield "parameters", plugin_parameters(plugin)
     yield "variants", plugin_variants(plugin)
@@ -442,7 +448,8 @@ def warnings_in_one_line() -> Iterator[None]:
 
 def complain(kind: str, message: str) -> None:
     """Print a notice of one line to stderr."""
-    click.echo(f"dynatree: {kind}: {fold(message)}", err=True)
+    with suppress(OSError):  # nobody reads it, or its disk is full: the exit status is left
+        click.echo(f"dynatree: {kind}: {fold(message)}", err=True)
 
 
 def fold(message: str) -> str:
