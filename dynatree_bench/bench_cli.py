@@ -221,7 +221,7 @@ def _run(
     **given: Any,
 ) -> int:
     try:
-        from dynatree_bench.measure import Options, run_experiment
+        from dynatree_bench.measure import Options, check_results, run_experiment
     except ModuleNotFoundError as error:
         raise PluginLoadError(
             f"`dynatree bench` needs {error.name}, which is not installed: pip install 'dynatree[bench]'"
@@ -231,6 +231,8 @@ def _run(
     options = Options(**{name: value for name, value in given.items() if value is not None})
     command = shlex.join(["dynatree", *sys.argv[1:]])
     is_bad = False
+    for name in names:
+        check_results(_folder(out, name, names, options))
     with console.warnings_in_one_line():
         pair = _load(target, drafter, synthetic, device, dtype, options.seed)
         for name in names:

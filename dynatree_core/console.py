@@ -362,7 +362,7 @@ def model_sheet(model: EmbeddedModel) -> str:
         "default model": model.name,
         "package": f"{model.package} {model.version}, {'installed' if model.installed else 'not installed'}",
         "licence": model.licence,
-        "converted": "yes" if model.converted else "no",
+        "converted": "yes" if model.converted else "no" if model.damage is None else f"no: {model.damage}",
         "folder": model.folder,
         "size": f"{model.size / 1e6:.0f} MB",
     }

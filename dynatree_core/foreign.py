@@ -10,27 +10,26 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from dynatree_core.errors import DynaTreeError
-
 __all__ = ["others_code", "prints_aside", "raised"]
 
 _are_prints_aside = False  # of the process: only the command line asks for it, which runs one thing at a time
 
 
 @contextmanager
-def others_code(blame: Callable[[BaseException], DynaTreeError], *but: type[Exception]) -> Iterator[None]:
+def others_code(blame: Callable[[BaseException], BaseException], *but: type[Exception]) -> Iterator[None]:
     """Turn whatever the block raises into an error that names its author.
 
     Args:
-        blame: makes the error.
+        blame: makes the error, or gives back one that passes as it is.
         but: what passes as it is. So do Ctrl-C and the end of a generator.
     """
+    passing: tuple[type[BaseException], ...] = (KeyboardInterrupt, GeneratorExit, *but)
     shown = sys.stdout
     if _are_prints_aside:
         sys.stdout = sys.stderr
     try:
         yield
-    except (KeyboardInterrupt, GeneratorExit, *but):
+    except passing:
         raise
     except BaseException as error:  # SystemExit too, and what others derive from BaseException
         blamed = blame(error)

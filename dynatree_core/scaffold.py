@@ -10,10 +10,12 @@ import importlib.util
 import keyword
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import dynatree_core
 from dynatree_core.errors import InputError
+from dynatree_core.files import write_text
 from dynatree_core.plugins import POLICIES, PRESETS, plugin_table
 
 __all__ = ["next_steps", "policy_files", "write_policy"]
@@ -46,10 +48,14 @@ def write_policy(name: str, parent: Path) -> Path:
         ) from error
     except OSError as error:
         raise InputError(f"a new policy needs a new folder, but '{folder}' cannot be made: {error.strerror}") from error
-    for file, text in files.items():
-        path = folder / file
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    try:
+        for file, text in files.items():
+            path = folder / file
+            path.parent.mkdir(exist_ok=True)
+            write_text(path, text)
+    except BaseException:  # a half package would be in the way of the next try
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder
 
 

@@ -206,8 +206,8 @@ def _shown(policy: object) -> Any:
 
     pluggy takes no other functions for hooks. Those of Cython have a signature and marks, but a type of their own.
     """
-    hooks = {name: _mark(inspect.getattr_static(policy, name, None)) for name in dir(type(policy))}
-    hooks = {name: mark for name, mark in hooks.items() if mark is not None}
+    marks = {name: _mark(inspect.getattr_static(policy, name, None)) for name in dir(type(policy))}
+    hooks = {name: mark for name, mark in marks.items() if mark is not None}
     compiled = {name for name in hooks if not isinstance(inspect.getattr_static(policy, name), _OF_PYTHON)}
     if not compiled:
         return policy

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 __all__ = ["abandon_output", "standard_streams"]
 
@@ -118,13 +118,13 @@ class _Closed(io.TextIOBase):
     def write(self, text: Any, /) -> int:
         if not text:
             return 0
-        self._fail("lead it to a file or to /dev/null")
+        raise self._missing("lead it to a file or to /dev/null")
 
     def read(self, size: int | None = -1, /) -> str:
-        self._fail("give it a file, or /dev/null")
+        raise self._missing("give it a file, or /dev/null")
 
     def readline(self, size: int = -1, /) -> str:  # type: ignore[override]
-        self._fail("give it a file, or /dev/null")
+        raise self._missing("give it a file, or /dev/null")
 
-    def _fail(self, advice: str) -> NoReturn:
-        raise OSError(errno.EBADF, f"{self._name} must be open, but it is closed; {advice}")
+    def _missing(self, advice: str) -> OSError:
+        return OSError(errno.EBADF, f"{self._name} must be open, but it is closed; {advice}")

@@ -1115,33 +1115,25 @@ def test_models(
     assert ("dynatree models install" in ran.out) == (not converted)
 
 
-@pytest.mark.parametrize(
-    ("installed", "converted", "steps"),
-    [(False, False, ["install", "path"]), (True, False, ["path"]), (False, True, ["path"])],
-)
-def test_models_install(
-    dynatree: Dynatree,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    installed: bool,
-    converted: bool,
-    steps: list[str],
-) -> None:
-    done: list[str] = []
+def test_models_names_the_damage(dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = attrs.evolve(embedded_model(tmp_path, installed=False, converted=False), damage="weights are missing")
+    monkeypatch.setattr("dynatree_core.embedded.describe", lambda: model)
+    ran = dynatree("models")
+    assert (ran.code, ran.err) == (0, "")
+    assert "no: weights are missing" in ran.out
+    assert "dynatree models install" in ran.out
 
-    def path(*, progress: Callable[[str], None]) -> Path:
+
+def test_models_install(dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def make_ready(*, progress: Callable[[str], None]) -> Path:
         progress("converting")
-        done.append("path")
         return tmp_path
 
-    model = embedded_model(tmp_path, installed=installed, converted=converted)
+    model = embedded_model(tmp_path, installed=True, converted=False)
     monkeypatch.setattr("dynatree_core.embedded.describe", lambda: model)
-    monkeypatch.setattr("dynatree_core.embedded.install", lambda: done.append("install"))
-    monkeypatch.setattr("dynatree_core.embedded.path", path)
+    monkeypatch.setattr("dynatree_core.embedded.make_ready", make_ready)
     ran = dynatree("models", "install")
-    assert (ran.code, ran.err) == (0, "")
-    assert done == steps
-    assert str(tmp_path) in ran.out
+    assert (ran.code, ran.out, ran.err) == (0, f"Tiny is ready in {tmp_path}\n", "")
 
 
 # ---- the audit -----------------------------------------------------------------------------------------------

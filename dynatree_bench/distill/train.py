@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dynatree_bench.distill.teacher import Shard
+from dynatree_core.errors import ModelLoadError
+from dynatree_core.files import whole_file
 
 __all__ = ["Batch", "TrainingPlan", "batches_of", "divergence", "fingerprint", "frequent_tokens", "train"]
 
@@ -182,7 +185,7 @@ def train(
     course: list[dict[str, float]] = []
     start = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        state = _load(checkpoint, device)
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
         start, course = state["step"], state["course"]
@@ -230,6 +233,21 @@ def learning_rate(step: int, num_steps: int, plan: TrainingPlan) -> float:
 
 
 def _save(state: dict[str, Any], file: Path) -> None:
-    part = file.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(file)
+    with whole_file(file) as draft:
+        torch.save(state, draft)
+
+
+def _load(file: Path, device: torch.device) -> dict[str, Any]:
+    """A checkpoint.
+
+    Raises:
+        ModelLoadError: it is damaged.
+    """
+    try:
+        found = torch.load(file, map_location=device, weights_only=True)
+        return {name: found[name] for name in ("student", "optimizer", "step", "course")}
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise ModelLoadError(
+            f"{file} must hold a checkpoint of this training, got {type(error).__name__}: {error}; delete it, and the "
+            "training begins anew"
+        ) from error
