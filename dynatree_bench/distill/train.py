@@ -31,7 +31,7 @@ from dynatree_bench.distill.teacher import Shard
 from dynatree_core.errors import ModelLoadError
 from dynatree_core.files import whole_file
 
-__all__ = ["Batch", "TrainingPlan", "batches_of", "divergence", "fingerprint", "frequent_tokens", "train"]
+__all__ = ["Batch", "TrainingPlan", "batches_of", "divergence", "fingerprint", "frequent_tokens", "load_checkpoint", "train"]
 
 
 @attrs.frozen
@@ -185,7 +185,7 @@ def train(
     course: list[dict[str, float]] = []
     start = 0
     if checkpoint.exists():
-        state = _load(checkpoint, device)
+        state = load_checkpoint(checkpoint, device)
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
         start, course = state["step"], state["course"]
@@ -237,7 +237,7 @@ def _save(state: dict[str, Any], file: Path) -> None:
         torch.save(state, draft)
 
 
-def _load(file: Path, device: torch.device) -> dict[str, Any]:
+def load_checkpoint(file: Path, device: torch.device) -> dict[str, Any]:
     """A checkpoint.
 
     Raises:
