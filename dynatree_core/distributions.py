@@ -6,12 +6,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import warnings
-from importlib.metadata import Distribution, EntryPoint, distributions
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import Distribution, EntryPoint, EntryPoints, distributions
 from typing import Any
 
-__all__ = ["DistributionWarning", "entry_points", "package_of"]
+__all__ = ["DistributionWarning", "entry_points", "entry_points_for_all", "package_of"]
 
 ENTRY_POINTS = "entry_points.txt"
 OURS = "dynatree."  # how the names of our groups begin
@@ -29,6 +32,29 @@ def entry_points(*, group: str) -> list[EntryPoint]:
 
     A `DistributionWarning` tells of each distribution that cannot be read and may offer something of ours.
     """
+    return [entry for entry in _readable_entries() if entry.group == group]
+
+
+@contextmanager
+def entry_points_for_all() -> Iterator[None]:
+    """Let others in this process pass over what cannot be read too, while the block runs.
+
+    torch, for one, asks all distributions for device backends when it is imported, and would fail at a broken one. The
+    block should be a command: within somebody's program their `importlib` is theirs.
+    """
+    before = importlib.metadata.entry_points
+
+    def readable(**wanted: Any) -> EntryPoints:
+        return EntryPoints(_readable_entries()).select(**wanted)
+
+    importlib.metadata.entry_points = readable  # type: ignore[assignment]  # typeshed has several signatures
+    try:
+        yield
+    finally:
+        importlib.metadata.entry_points = before
+
+
+def _readable_entries() -> list[EntryPoint]:
     found: list[EntryPoint] = []
     seen: set[str] = set()
     for distribution in distributions():
@@ -47,7 +73,7 @@ def entry_points(*, group: str) -> list[EntryPoint]:
         seen.add(name)
         if not entries and (reason := _unread(distribution)) is not None:
             _tell(distribution, reason)
-        found += [entry for entry in entries if entry.group == group]
+        found += entries
     return found
 
 

@@ -12,7 +12,7 @@ from typing import NoReturn, TextIO
 import click
 
 from dynatree_core import console
-from dynatree_core.distributions import DistributionWarning
+from dynatree_core.distributions import DistributionWarning, entry_points_for_all
 from dynatree_core.errors import DynaTreeError, InputError
 from dynatree_core.foreign import prints_aside, raised
 from dynatree_core.streams import abandon_output, standard_streams
@@ -39,7 +39,7 @@ def end_process(command: Callable[[], int | None], *, error_code: int | None = N
         command: its exit status is what it returns, 0 for None.
         error_code: for every error, where 1 and 2 are verdicts of the command; None: those of `STATUSES`.
     """
-    with standard_streams(), prints_aside(), _distributions_in_one_line():
+    with standard_streams(), prints_aside(), _distributions_in_one_line(), entry_points_for_all():
         exit_code = _exit_code(command, error_code or FAILED, error_code or MISUSED)
         if exit_code == INTERRUPTED:
             console.clean_terminal()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
+import subprocess
 import sys
 import types
 import warnings
@@ -21,6 +23,8 @@ from dynatree_core.errors import ParameterError, PluginConflictError, PluginLoad
 from dynatree_core.plugins import POLICIES, load_plugin, plugin_parameters, plugin_table
 from dynatree_core.stack import implemented_hooks
 from dynatree_core.testing.models import tiny_model
+
+ROOT = Path(__file__).parents[1]
 
 SOUND = """
 from dynatree_core import hookimpl
@@ -110,6 +114,18 @@ def test_a_distribution_that_cannot_be_read_costs_itself_only(name: str, package
     assert code == 0
     assert "generate" in out
     assert str(info) in err
+
+
+@pytest.mark.parametrize("name", ["entries_of_bytes", "entries_without_value"])
+def test_torch_is_imported_beside_entry_points_that_cannot_be_read(name: str, package: Any) -> None:
+    """torch fails there by itself, so a process of its own has to show it."""
+    info = package(name, **BROKEN[name])
+    command = [sys.executable, "-c", "from dynatree_core.cli import main; main()", "drafters", "--json"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(info.parent), str(ROOT)])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "prompt_lookup" in [row["name"] for row in json.loads(done.stdout)]
+    assert str(info) in done.stderr
 
 
 def test_entry_points_that_may_not_be_read_are_told(package: Any) -> None:
