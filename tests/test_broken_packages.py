@@ -16,10 +16,19 @@ from typing import Any
 
 import pytest
 
-from dynatree_core import build_stack, distributions, foreign, generate, hookimpl
+from dynatree_core import (
+    Drafter,
+    DraftPlan,
+    DraftState,
+    build_stack,
+    distributions,
+    foreign,
+    generate,
+    hookimpl,
+)
 from dynatree_core.cli import main
 from dynatree_core.distributions import DistributionWarning, entry_points
-from dynatree_core.errors import ParameterError, PluginConflictError, PluginLoadError, PolicyError
+from dynatree_core.errors import DrafterError, ParameterError, PluginConflictError, PluginLoadError, PolicyError
 from dynatree_core.plugins import POLICIES, load_plugin, plugin_parameters, plugin_table
 from dynatree_core.stack import implemented_hooks
 from dynatree_core.testing.models import tiny_model
@@ -238,6 +247,36 @@ def test_a_hook_that_raises_anything_is_named(raising: str, package: Any) -> Non
     target = tiny_model("llama")
     with pytest.raises(PolicyError, match=r"policy 'halting', hook branch_factor: raised (SystemExit|BaseException)"):
         generate(target, target, [1, 2, 3], policy="halting", max_new_tokens=4)
+
+
+class Exiting(Drafter):
+    """A drafter that ends the process."""
+
+    def __str__(self) -> str:
+        return "exiting"
+
+    def start(self, plan: DraftPlan) -> DraftState:
+        print("starting")
+        raise SystemExit(0)
+
+
+def test_a_drafter_that_raises_anything_is_named(capsys: Any) -> None:
+    with pytest.raises(DrafterError, match=r"drafter 'exiting' raised SystemExit: it called exit\(0\)"):
+        generate(tiny_model("llama"), Exiting(), [1, 2, 3], max_new_tokens=4)
+    assert capsys.readouterr().out == "starting\n"
+    with foreign.prints_aside(), pytest.raises(DrafterError):
+        generate(tiny_model("llama"), Exiting(), [1, 2, 3], max_new_tokens=4)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_caller_may_end_the_process() -> None:
+    def leave(done: int, total: int) -> None:
+        raise SystemExit(5)
+
+    target = tiny_model("llama")
+    with pytest.raises(SystemExit) as ended:
+        generate(target, target, [1, 2, 3], max_new_tokens=4, on_prefill=leave)
+    assert ended.value.code == 5
 
 
 def test_what_others_print_goes_to_standard_error(package: Any, run: Any) -> None:
