@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -50,11 +51,13 @@ def without_exits(command: Callable[[], int | None]) -> Callable[[], int | None]
     """A command for which `exit()` is a fault: only code of others, a plugin or a library, calls it."""
 
     def checked() -> int | None:
+        before = sys.stdout, sys.stderr
         try:
             return command()
         except SystemExit as error:
-            if isinstance(error.__context__, BrokenPipeError):  # click's way to end there
-                raise error.__context__ from None
+            if (sys.stdout, sys.stderr) != before:  # click's way to end at a closed pipe, with streams of its own
+                sys.stdout, sys.stderr = before
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from error
             raise DynaTreeError(
                 f"a command must come to its end, but a plugin or library raised {raised(error)}; DYNATREE_DEBUG=1 "
                 "shows where"

@@ -44,7 +44,12 @@ def standard_streams() -> Iterator[None]:
 
 
 def abandon_output() -> None:
-    """Drop what could not be written to standard output: Python would try again at its end, and complain."""
+    """Drop what cannot be written to standard output: Python would try again at its end, and complain."""
+    try:
+        sys.stdout.flush()
+        return
+    except (OSError, ValueError):  # the fault that the command ends with
+        pass
     with contextlib.suppress(OSError, ValueError):  # of a stream without a descriptor nothing is tried again
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
@@ -77,12 +82,11 @@ def _output_of_our_own(shared: io.TextIOWrapper) -> Iterator[None]:
     try:
         yield
     finally:
-        try:
+        with contextlib.suppress(OSError):  # told by the command, which has flushed it
             stream.flush()
-        finally:
-            os.dup2(own, 1)
-            with contextlib.suppress(OSError):  # told at the flush
-                stream.close()
+        os.dup2(own, 1)
+        with contextlib.suppress(OSError):
+            stream.close()
 
 
 class _Named(io.FileIO):

@@ -45,6 +45,7 @@ from dynatree_core import session as session_module
 from dynatree_core.cli import main
 from dynatree_core.console import REPLACEMENT, Answer, Comparison, IncrementalText, report_table
 from dynatree_core.embedded import EmbeddedModel
+from dynatree_core.exits import UNREAD
 from dynatree_core.student import new_student, save_student
 
 SAMPLES = ["naïve café", "日本語の文字", "🌲🌳 trees 🎄", "größer", "плавать", "a b  c\n\td", "👩‍👩‍👧"]
@@ -887,6 +888,7 @@ def test_a_reader_that_leaves_is_no_error(folders: SimpleNamespace) -> None:
     process.stdout.close()
     process.stdout = None
     _, err = process.communicate(timeout=120)
+    assert process.returncode == UNREAD
     assert err == b""
 
 

@@ -105,17 +105,32 @@ def test_a_full_disk_behind_standard_output_is_named() -> None:
     assert ended("raise InputError('x')", "2>/dev/full")[0] == MISUSED
 
 
-@pytest.mark.parametrize("write", ["click.echo('x' * 1000000)", "sys.stdout.write('x')"])
-def test_a_reader_that_has_left_is_no_fault_and_no_success(write: str) -> None:
-    program = f"import time; time.sleep(0.5)\n{write}"
-    shell = f'{{ {sys.executable} -c "$0"; echo "status $?" >&2; }} | true'
-    code = (
-        "import sys, click\nfrom dynatree_core.exits import end_process, without_exits\ndef command():\n"
-        + "".join(f"    {line}\n" for line in program.splitlines())
-        + "end_process(without_exits(command))\n"
-    )
-    done = subprocess.run(["sh", "-c", shell, code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stderr == f"status {UNREAD}\n"
+CLICK = """
+import sys, time, click
+from dynatree_core.exits import end_process, without_exits
+
+@click.command()
+def command():
+    time.sleep(0.5)
+    try:
+        {write}
+    finally:
+        click.echo("the end of an answer")
+
+end_process(without_exits(lambda: command.main([], standalone_mode=False)))
+"""
+
+
+@pytest.mark.parametrize("pipe", ["|", "2>&1 |"])
+@pytest.mark.parametrize(
+    "write", ["click.echo('x' * 1000000)", "sys.stdout.write('x')", "click.echo('x', err=True)", "print('x' * 100000)"]
+)
+def test_a_reader_that_has_left_is_no_fault_and_no_success(write: str, pipe: str) -> None:
+    shell = f'{{ {{ "$0" -c "$1"; echo "status $?" >&3; }} {pipe} true; }} 3>&1'
+    program = CLICK.format(write=write)
+    done = subprocess.run(["sh", "-c", shell, sys.executable, program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == f"status {UNREAD}\n"
+    assert done.stderr == ("x\n" if "err" in write and pipe == "|" else "")
 
 
 def test_standard_output_holds_what_is_ours_alone() -> None:
