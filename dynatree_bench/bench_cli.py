@@ -20,6 +20,7 @@ from rich.table import Table
 
 from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Experiment, Form
 from dynatree_core import console
+from dynatree_core.completion import complete_drafter, complete_model, complete_policy
 from dynatree_core.errors import InputError, PluginLoadError
 
 if TYPE_CHECKING:
@@ -64,10 +65,16 @@ def bench(context: click.Context) -> None:
 
 
 _OPTIONS = [
-    click.option("--target", metavar="ID|PATH", help="Model that is measured.  [default: the embedded one]"),
+    click.option(
+        "--target",
+        metavar="ID|PATH",
+        shell_complete=complete_model,
+        help="Model that is measured.  [default: the embedded one]",
+    ),
     click.option(
         "--drafter",
         metavar="NAME|ID|PATH",
+        shell_complete=complete_drafter,
         default="prompt_lookup",
         show_default=True,
         help="A registered drafter (see `dynatree drafters`) or a model with the target's tokens.",
@@ -89,6 +96,7 @@ _OPTIONS = [
         "--policy",
         "policies",
         metavar="STACK",
+        shell_complete=complete_policy,
         multiple=True,
         help="Measured in place of the experiment's own; may be repeated. Axes in braces: fixed(depth={base_depth}).",
     ),

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import attrs
 import click
@@ -32,6 +32,16 @@ from dynatree_core.cli_models import (
     tokenizer_of,
     usual_drafter,
 )
+from dynatree_core.command_lines import command_lines
+from dynatree_core.completion import (
+    complete_command,
+    complete_drafter,
+    complete_model,
+    complete_policy,
+    completing,
+    completion,
+    is_completing,
+)
 from dynatree_core.composition import format_stack, parse_stack
 from dynatree_core.distributions import entry_points
 from dynatree_core.errors import (
@@ -44,9 +54,11 @@ from dynatree_core.exits import FAILED, INTERRUPTED, end_process, without_exits
 from dynatree_core.foreign import others_code, raised
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
     from transformers import PreTrainedTokenizerBase
 
     from dynatree_core.audit_cli import Case
+    from dynatree_core.catalogue import PluginRow
     from dynatree_core.models import LoadedModel
     from dynatree_core.records import GenerationResult
     from dynatree_core.session import Session
@@ -60,7 +72,11 @@ COMMANDS = "dynatree.commands"  # entry-point group: name -> click command, in a
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and end the process with its exit status. What goes wrong is told in one line."""
-    end_process(without_exits(lambda: _dynatree.main(args, prog_name="dynatree", standalone_mode=False)))
+
+    def command() -> int | None:
+        return cast("int | None", _dynatree.main(args, prog_name="dynatree", standalone_mode=False))
+
+    end_process(completing(command) if is_completing() else without_exits(command))
 
 
 class _Commands(click.Group):
@@ -91,14 +107,31 @@ class _Commands(click.Group):
             )
         return command
 
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        self._lines(context).format_commands(context, formatter)
 
-def _broken(name: str, reason: str) -> click.Command:
+    def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
+        return complete_command(self, self._lines(context), context, incomplete)
+
+    def _lines(self, context: click.Context) -> click.Group:
+        """The same commands, but of those that packages add only the help, which is remembered."""
+        added = command_lines(
+            [entry for entry in entry_points(group=COMMANDS) if entry.name not in self.commands],
+            lambda name: self.get_command(context, name),
+            lambda command: isinstance(command, _Broken),
+        )
+        return click.Group(self.name, commands={**self.commands, **added})
+
+
+class _Broken(click.Command):
     """Stands in the list for a command that cannot be loaded, and says why when it is called."""
 
+
+def _broken(name: str, reason: str) -> click.Command:
     def complain() -> NoReturn:
         raise PluginLoadError(f"the command '{name}' cannot be used: {reason}")
 
-    return click.Command(name, callback=complain, help=f"(broken: {reason})")
+    return _Broken(name, callback=complain, help=f"(broken: {reason})")
 
 
 @click.group(
@@ -125,11 +158,17 @@ def _dynatree(context: click.Context) -> None:
 
 @_dynatree.command()
 @click.argument("prompt", metavar="PROMPT|-")
-@click.option("--target", metavar="ID|PATH", help="Model that answers.  [default: the embedded one]")
+@click.option(
+    "--target",
+    metavar="ID|PATH",
+    shell_complete=complete_model,
+    help="Model that answers.  [default: the embedded one]",
+)
 @click.option(
     "--drafter",
     metavar="NAME|ID|PATH",
     callback=lambda context, _, given: given or usual_drafter(context.params["target"]),
+    shell_complete=complete_drafter,
     show_default="distilled+prompt_lookup for the embedded model, else prompt_lookup",
     help="Registered drafters joined by '+' (see `dynatree drafters`) or a model with the target's tokens.",
 )
@@ -137,6 +176,7 @@ def _dynatree(context: click.Context) -> None:
     "--policy",
     metavar="STACK",
     default="phase3",
+    shell_complete=complete_policy,
     show_default=True,
     help="How trees grow: a preset or policies joined by '+' (see `dynatree policies`).",
 )
@@ -520,21 +560,23 @@ def calibrate(
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of a table.")
 def policies(as_json: bool) -> None:
     """List the installed policies and presets."""
+    from dynatree_core.catalogue import plugin_rows
     from dynatree_core.plugins import POLICIES, PRESETS
 
-    _list_plugins([*console.plugin_rows(PRESETS), *console.plugin_rows(POLICIES)], as_json)
+    _list_plugins(plugin_rows(PRESETS, POLICIES), as_json)
 
 
 @_dynatree.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of a table.")
 def drafters(as_json: bool) -> None:
     """List the installed drafters."""
+    from dynatree_core.catalogue import plugin_rows
     from dynatree_core.plugins import DRAFTERS
 
-    _list_plugins(console.plugin_rows(DRAFTERS), as_json)
+    _list_plugins(plugin_rows(DRAFTERS), as_json)
 
 
-def _list_plugins(rows: Sequence[console.PluginRow], as_json: bool) -> None:
+def _list_plugins(rows: Sequence[PluginRow], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([attrs.asdict(row) for row in rows], indent=2, default=repr))
     else:
@@ -563,6 +605,9 @@ def new_policy(name: str, parent: Path) -> None:
 
     folder = scaffold.write_policy(name, parent)
     click.echo(scaffold.next_steps(folder))
+
+
+_dynatree.add_command(completion)
 
 
 @_dynatree.group(invoke_without_command=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import signal
 import sys
 import time
@@ -21,11 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from dynatree_core.errors import DynaTreeError, PluginLoadError
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from dynatree_core.catalogue import PluginRow
     from dynatree_core.embedded import EmbeddedModel
     from dynatree_core.records import CostModel, GenerationReport, GenerationResult
 
@@ -33,7 +31,6 @@ __all__ = [
     "Answer",
     "Comparison",
     "IncrementalText",
-    "PluginRow",
     "PrefillBar",
     "clean_terminal",
     "complain",
@@ -42,7 +39,6 @@ __all__ = [
     "interrupts_wait",
     "model_sheet",
     "plugin_listing",
-    "plugin_rows",
     "report_table",
     "show_report",
     "show_title",
@@ -51,7 +47,6 @@ __all__ = [
 ]
 
 _CUT_SHORT = {"interrupted", "error"}  # stop reasons
-_KIND = {"dynatree.policies": "policy", "dynatree.presets": "preset", "dynatree.drafters": "drafter"}
 
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet
 LONG_PREFILL = 1.0  # seconds after which its progress is shown
@@ -236,75 +231,6 @@ def _identical(token_ids: Sequence[int], baseline_ids: Sequence[int]) -> str:
         return "yes"
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(token_ids, baseline_ids, strict=False))
     return f"no, from token {len(list(same))} on"
-
-
-@attrs.frozen
-class PluginRow:
-    """What is known of one plugin without using it."""
-
-    name: str
-    kind: str  # "policy", "preset" or "drafter"
-    package: str
-    version: str
-    description: str = ""
-    hooks: Sequence[str] = ()
-    parameters: Mapping[str, Any] = attrs.field(factory=dict)  # name -> default
-    required: Sequence[str] = ()  # the parameters that have no default
-    variants: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
-    expands_to: str | None = None  # of a preset
-    error: str | None = None  # why it cannot be used
-
-
-def plugin_rows(group: str) -> list[PluginRow]:
-    """A row for each name under an entry-point group, also for those that are broken."""
-    from dynatree_core.distributions import package_of
-    from dynatree_core.foreign import others_code, raised
-    from dynatree_core.plugins import plugin_table
-
-    def broken(error: BaseException) -> DynaTreeError:
-        return error if isinstance(error, DynaTreeError) else PluginLoadError(raised(error))
-
-    rows = []
-    for name, entries in plugin_table(group).items():
-        known: dict[str, Any] = {}
-        try:
-            with others_code(broken):
-                for field, value in _look_into(group, name):
-                    json.dumps(value, default=repr)  # what cannot be shown is a fault of the plugin too
-                    known[field] = value
-        except DynaTreeError as error:
-            known["error"] = fold(str(error))
-        packages, versions = (" and ".join(words) for words in zip(*map(package_of, entries), strict=True))
-        rows.append(PluginRow(name, _KIND[group], packages, versions, **known))
-    return rows
-
-
-def _look_into(group: str, name: str) -> Iterator[tuple[str, Any]]:
-    """Fields of a plugin's row, as far as they can be found out."""
-    from dynatree_core.composition import PluginSpec, format_stack
-    from dynatree_core.plugins import (
-        POLICIES,
-        PRESETS,
-        expand_preset,
-        load_plugin,
-        plugin_parameters,
-        plugin_variants,
-        required_parameters,
-    )
-    from dynatree_core.stack import implemented_hooks
-
-    plugin = load_plugin(group, name)
-    if group == PRESETS:
-        expanded = format_stack(expand_preset(PluginSpec(name)))
-        yield "description", f"= {expanded}"
-        yield "expands_to", expanded
-        return
-    yield "description", next(iter(str(plugin.__doc__ or "").strip().splitlines()), "")
-    yield "required", required_parameters(plugin)
-    yield "parameters", plugin_parameters(plugin)
-    yield "variants", plugin_variants(plugin)
-    if group == POLICIES:
-        yield "hooks", implemented_hooks(plugin())
 
 
 def plugin_listing(rows: Sequence[PluginRow]) -> Table:

@@ -2,6 +2,8 @@
 
 Discovery is global (entry points); activity is not: every session gets instances of its own. The built-in
 plugins come through the same door as anyone else's.
+
+What is installed can be asked without torch, which is imported where a plugin is made.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
@@ -27,8 +29,6 @@ from dynatree_core.composition import (
     parse_stack,
 )
 from dynatree_core.distributions import entry_points, package_of
-from dynatree_core.drafters.base import Drafter
-from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.errors import (
     DynaTreeError,
     ParameterError,
@@ -39,7 +39,10 @@ from dynatree_core.errors import (
     nearest_match,
 )
 from dynatree_core.foreign import others_code, raised
-from dynatree_core.stack import PolicyStack
+
+if TYPE_CHECKING:
+    from dynatree_core.drafters.base import Drafter
+    from dynatree_core.stack import PolicyStack
 
 __all__ = [
     "DRAFTERS",
@@ -166,6 +169,8 @@ def build_stack(policy: str | object | Sequence[str | object]) -> PolicyStack:
     Raises:
         StackSyntaxError, UnknownPluginError, ParameterError, PolicyError.
     """
+    from dynatree_core.stack import PolicyStack
+
     parts = list(policy) if isinstance(policy, list | tuple) else [policy]
     if not parts:
         raise StackSyntaxError("a policy stack must name at least one policy, got an empty list")
@@ -231,17 +236,21 @@ def build_drafter(text: str) -> Drafter:
     Raises:
         StackSyntaxError, UnknownPluginError, ParameterError.
     """
+    from dynatree_core.drafters.union import UnionDrafter
+
     drafters = build_drafters(text)
     return drafters[0] if len(drafters) == 1 else UnionDrafter(drafters)
 
 
 def build_drafters(text: str) -> list[Drafter]:
     """The drafters whose names are joined by `+`."""
+    from dynatree_core.drafters.base import Drafter
+
     drafters = [_build(DRAFTERS, spec) for spec in parse_stack(text)]
     for drafter in drafters:
         if not isinstance(drafter, Drafter):
             raise PluginLoadError(f"'{text}' must make drafters, got {drafter!r}; repair the package's entry point")
-    return cast(list[Drafter], drafters)
+    return cast("list[Drafter]", drafters)
 
 
 def _build(group: str, spec: PluginSpec) -> object:

@@ -225,9 +225,12 @@ def test_decode_step_is_quoted():
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The shell commands of a page, as lists of words without comments."""
+    """The shell commands of a page, as lists of words without comments and redirections."""
     text = "".join(block.text for block in blocks(page) if block.language == "sh")
-    return [words for line in text.replace("\\\n", " ").splitlines() if (words := shlex.split(line, comments=True))]
+    lines = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
+    return [
+        list(itertools.takewhile(lambda word: word not in (">", ">>", "<", "|"), words)) for words in lines if words
+    ]
 
 
 def parse(command: click.Command, words: list[str], parent: click.Context | None = None) -> None:
@@ -451,6 +454,12 @@ def test_errors_are_listed():
     listed = first_words(table(DOCS / "architecture.md", "error", "cause"))
     classes = {name for name in errors.__all__ if isinstance(getattr(errors, name), type)}
     assert set(listed) == classes - {"DynaTreeError", "InputError"}
+
+
+def test_commands_are_listed():
+    listed = first_words(table(DOCS / "command-line.md", "command", "does"))
+    known = _dynatree.list_commands(click.Context(_dynatree))
+    assert {name for name in listed if " " not in name} == set(known)
 
 
 # who may import whom, as architecture.md says

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from dynatree_core.cli_models import FiniteRange
+from dynatree_core.completion import complete_model
 from dynatree_core.errors import PluginLoadError
 
 __all__ = ["distill"]
@@ -31,7 +32,12 @@ COUNT, ONE_OR_MORE = click.IntRange(min=0), click.IntRange(min=1)
 
 
 @click.command()
-@click.option("--target", metavar="ID|PATH", help="Model that the drafter is for.  [default: the embedded one]")
+@click.option(
+    "--target",
+    metavar="ID|PATH",
+    shell_complete=complete_model,
+    help="Model that the drafter is for.  [default: the embedded one]",
+)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
