@@ -52,6 +52,7 @@ from dynatree_core.errors import (
 )
 from dynatree_core.exits import FAILED, INTERRUPTED, end_process, without_exits
 from dynatree_core.foreign import others_code, raised
+from dynatree_core.scaffold_cli import new_drafter, new_policy
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -583,31 +584,8 @@ def _list_plugins(rows: Sequence[PluginRow], as_json: bool) -> None:
         Console(highlight=False).print(console.plugin_listing(rows))
 
 
-@_dynatree.command()
-@click.argument("name")
-@click.option(
-    "--dir",
-    "parent",
-    metavar="DIR",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    default=".",
-    help="Where the package's folder is made.  [default: here]",
-)
-def new_policy(name: str, parent: Path) -> None:
-    """Write an installable package dynatree-NAME with a policy NAME, its tests and a README.
-
-    \b
-    Examples:
-      dynatree new-policy wide_root
-      dynatree new-policy --dir ~/policies wide_root
-    """
-    from dynatree_core import scaffold
-
-    folder = scaffold.write_policy(name, parent)
-    click.echo(scaffold.next_steps(folder))
-
-
-_dynatree.add_command(completion)
+for _command in (new_policy, new_drafter, completion):
+    _dynatree.add_command(_command)
 
 
 @_dynatree.group(invoke_without_command=True)

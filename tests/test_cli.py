@@ -648,7 +648,10 @@ def test_calibrate_where_nothing_can_be_kept(
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["generate"], ["policies"], ["drafters"], ["new-policy"], ["models"], ["models", "install"], ["calibrate"]],
+    [
+        *([], ["generate"], ["policies"], ["drafters"], ["new-policy"], ["new-drafter"], ["models"]),
+        *(["models", "install"], ["calibrate"], ["completion"]),
+    ],
 )
 def test_help(dynatree: Dynatree, command: list[str]) -> None:
     ran = dynatree(*command, "--help")
