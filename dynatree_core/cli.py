@@ -44,6 +44,7 @@ from dynatree_core.completion import (
 )
 from dynatree_core.composition import format_stack, parse_stack
 from dynatree_core.distributions import entry_points
+from dynatree_core.doctor_cli import doctor
 from dynatree_core.errors import (
     DynaTreeError,
     InputError,
@@ -584,7 +585,7 @@ def _list_plugins(rows: Sequence[PluginRow], as_json: bool) -> None:
         Console(highlight=False).print(console.plugin_listing(rows))
 
 
-for _command in (new_policy, new_drafter, completion):
+for _command in (new_policy, new_drafter, completion, doctor):
     _dynatree.add_command(_command)
 
 
