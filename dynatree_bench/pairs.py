@@ -18,7 +18,7 @@ from dynatree_core.cli_models import registered_drafter
 from dynatree_core.drafters.distilled import DistilledDrafter, fast_dtype
 from dynatree_core.drafters.model import ModelDrafter, restricted_ids
 from dynatree_core.errors import InputError, VocabularyMismatchError
-from dynatree_core.models import resolve_device, vocabularies_match
+from dynatree_core.models import check_model_name, resolve_device, vocabularies_match
 from dynatree_core.student import HEAD_IDS
 
 __all__ = ["MethodError", "Pair", "drafter_info", "load_pair", "load_synthetic", "model_info"]
@@ -71,6 +71,8 @@ def load_pair(
         DynaTreeError: whatever cannot be loaded, or two models that do not share their tokens.
     """
     source = registered_drafter(drafter)
+    for name in (target, drafter if source is None else None):  # the drafter's too, before the target is loaded
+        check_model_name(name)
     loaded = load_model(target, device=device, dtype=dtype, progress=progress)
     if source is not None:
         return Pair(loaded, source)

@@ -23,12 +23,12 @@ import click
 from rich.console import Console
 
 from dynatree_core import console
+from dynatree_core.cli_checks import check_names, check_settings, checkable
 from dynatree_core.cli_models import (
     FiniteRange,
     encode_prompt,
     load,
     load_drafter,
-    registered_drafter,
     tokenizer_of,
     usual_drafter,
 )
@@ -266,6 +266,7 @@ def generate(
     """
     if compare and request["max_time"] is not None:
         raise click.UsageError("--compare needs outputs of one length, and --max-time ends each at another token")
+    check_names(policy=policy, drafter=drafter)
     job = _Job(target, drafter, policy, as_json, compare)
     # first: torch cannot be imported again, as a conclusion needs it, once an interrupt has left it half imported
     importlib.import_module("dynatree_core.session")
@@ -351,12 +352,12 @@ def _chat(
     is_sampled = temperature != 0 and (temperature, top_p) != (None, None)
     if seed is not None and not is_sampled:
         raise click.UsageError("--seed repeats what is drawn, and needs --temperature or --top-p")
+    check_names(policy=policy, drafter=drafter)
     from dynatree_core.chat import Chat, converse
-    from dynatree_core.plugins import build_stack
     from dynatree_core.prefix_cache import PrefixCache
 
-    build_stack(policy)
-    source: Any = registered_drafter(drafter)
+    limits = checkable(settings)
+    source: Any = check_settings(target=target, drafter=drafter, policy=policy, device=device, **limits)
     loaded = load(target, device, dtype)
     tokenizer = tokenizer_of(loaded)
     if tokenizer.chat_template is None:
@@ -455,6 +456,8 @@ def _audit(
     reference_dtype: str | None,
     **options: Any,
 ) -> int:
+    given_drafter = drafter if output_file is None else None  # of an output nobody drafts
+    check_names(policy=options["policy"], drafter=given_drafter)
     from dynatree_core.audit_cli import Case, audit_cases, document, read_output, read_prompts, show
 
     given = read_output(output_file) if output_file is not None else None
@@ -467,7 +470,8 @@ def _audit(
     prompts += [_read(prompt)] if prompt is not None else []
     if given is not None and dtype == "auto":
         dtype = given.get("dtype") or dtype  # another one would round in another way
-    source: Any = registered_drafter(drafter) if given is None else None
+    limits, policy = checkable(options), options["policy"]
+    source: Any = check_settings(target=target, drafter=given_drafter, policy=policy, device=device, **limits)
     loaded = load(target, device, dtype)
     tokenizer = tokenizer_of(loaded)
     if given is not None:
@@ -538,10 +542,11 @@ def calibrate(
       dynatree calibrate
       dynatree calibrate --target ./big --drafter ./small --rounds 15
     """
+    check_names(drafter=drafter)
     from dynatree_core.costs import NotKeptWarning, folder, measured_costs
     from dynatree_core.drafters.model import ModelDrafter
 
-    source = registered_drafter(drafter)
+    source = check_settings(target=target, drafter=drafter, device=device, runner=runner)
     loaded = load(target, device, dtype)
     if source is None:
         source = ModelDrafter(load_drafter(drafter, loaded).model)
@@ -639,14 +644,16 @@ class _Job:
         **settings: Any,
     ) -> None:
         """Load the models and open a session; what can be refused without a model is refused first."""
-        from dynatree_core.plugins import build_stack, expand_preset
+        from dynatree_core.plugins import expand_preset
         from dynatree_core.session import Session
 
         text = _read(prompt)
-        build_stack(self.policy)
+        limits = checkable(settings)
+        drafter: Any = check_settings(
+            target=self.target_name, drafter=self.drafter_name, policy=self.policy, device=device, **limits
+        )
         specs = [spec for given in parse_stack(self.policy) for spec in expand_preset(given)]
         self.expanded_policy = format_stack(specs)
-        drafter: Any = registered_drafter(self.drafter_name)
         self.target = load(self.target_name, device, dtype)
         self.tokenizer = tokenizer_of(self.target)
         prompt_ids = encode_prompt(text, self.tokenizer, is_chat)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dynatree_core import console
-from dynatree_core.composition import canonical_name
+from dynatree_core.composition import canonical_name, parse_stack
 from dynatree_core.errors import (
     InputError,
     ModelLoadError,
@@ -23,6 +23,7 @@ from dynatree_core.errors import (
     VocabularyMismatchError,
     nearest_match,
 )
+from dynatree_core.plugins import DRAFTERS, plugin_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FiniteRange",
     "chat_ids",
+    "check_drafter_name",
     "encode_prompt",
     "load",
     "load_drafter",
@@ -114,28 +116,41 @@ def usual_drafter(target: str | None) -> str:
     return "distilled+prompt_lookup" if target in (None, "default") else "prompt_lookup"
 
 
-def registered_drafter(text: str) -> Drafter | None:
-    """The registered drafter or the student's folder that is meant, or None where the text is a model's id or folder.
+def check_drafter_name(text: str) -> None:
+    """Refuse names of drafters that nothing installed has; nothing is imported.
 
-    A word that is nearly a drafter's name is refused: asking the model hub for it can take half a minute.
+    A word that is nearly a drafter's name is refused too: nobody has a model of that name.
+
+    Raises:
+        StackSyntaxError, UnknownPluginError.
     """
-    from dynatree_core.drafters.distilled import DistilledDrafter
-    from dynatree_core.plugins import DRAFTERS, build_drafter, plugin_table
-    from dynatree_core.student import is_student
-
     known = plugin_table(DRAFTERS)
-    name = canonical_name(re.split("[:(+]", text, maxsplit=1)[0].strip())
-    if name in known:
-        return build_drafter(text)
-    if is_student(Path(text).expanduser()):
-        return DistilledDrafter(text)
-    hint = nearest_match(name, known)
-    if hint and "/" not in text and not Path(text).exists():
+    if _first_name(text) in known:
+        unknown = next((spec.name for spec in parse_stack(text) if spec.name not in known), None)
+    else:
+        is_near = nearest_match(_first_name(text), known) and "/" not in text and not Path(text).exists()
+        unknown = text if is_near else None
+    if unknown is not None:
         raise UnknownPluginError(
-            f"'{text}' is not an installed drafter{hint}; known are: {', '.join(known)}; "
+            f"'{unknown}' is not an installed drafter{nearest_match(unknown, known)}; known are: {', '.join(known)}; "
             "a model on the hub is written owner/name, a folder ./name"
         )
-    return None
+
+
+def _first_name(text: str) -> str:
+    return canonical_name(re.split("[:(+]", text, maxsplit=1)[0].strip())
+
+
+def registered_drafter(text: str) -> Drafter | None:
+    """The registered drafter or the student's folder that is meant, or None for a model's id or folder."""
+    check_drafter_name(text)
+    from dynatree_core.drafters.distilled import DistilledDrafter
+    from dynatree_core.plugins import build_drafter
+    from dynatree_core.student import is_student
+
+    if _first_name(text) in plugin_table(DRAFTERS):
+        return build_drafter(text)
+    return DistilledDrafter(text) if is_student(Path(text).expanduser()) else None
 
 
 def load_drafter(name: str, target: LoadedModel) -> LoadedModel:
@@ -145,7 +160,6 @@ def load_drafter(name: str, target: LoadedModel) -> LoadedModel:
         VocabularyMismatchError: its tokenizer gives tokens other ids than the target's.
     """
     from dynatree_core.models import vocabularies_match
-    from dynatree_core.plugins import DRAFTERS, plugin_table
 
     try:
         drafter = load(name, str(target.model.device), str(target.model.dtype).removeprefix("torch."))

@@ -51,6 +51,7 @@ __all__ = [
     "build_drafter",
     "build_drafters",
     "build_stack",
+    "check_stack_names",
     "expand_preset",
     "load_plugin",
     "plugin_parameters",
@@ -192,6 +193,25 @@ def build_stack(policy: str | object | Sequence[str | object]) -> PolicyStack:
     return PolicyStack(policies, "+".join(texts))
 
 
+def check_stack_names(policy: str) -> None:
+    """Refuse a stack's string that cannot be read or names what is not installed; no policy is imported.
+
+    Raises:
+        StackSyntaxError, UnknownPluginError.
+    """
+    for spec in parse_stack(policy):
+        if spec.name not in plugin_table(PRESETS):
+            _check_policy_name(spec.name)
+
+
+def _check_policy_name(name: str) -> None:
+    if name not in plugin_table(POLICIES):
+        known = [*plugin_table(POLICIES), *plugin_table(PRESETS)]
+        raise UnknownPluginError(
+            f"'{name}' is not an installed policy or preset{nearest_match(name, known)}; known are: {', '.join(known)}"
+        )
+
+
 def expand_preset(spec: PluginSpec, within: tuple[str, ...] = ()) -> list[PluginSpec]:
     """The policies that a preset stands for; any other spec stands for itself.
 
@@ -255,12 +275,8 @@ def build_drafters(text: str) -> list[Drafter]:
 
 def _build(group: str, spec: PluginSpec) -> object:
     """An instance: the class's defaults, then the variant's values, then those of the string."""
-    if group == POLICIES and spec.name not in plugin_table(group):
-        known = [*plugin_table(POLICIES), *plugin_table(PRESETS)]
-        raise UnknownPluginError(
-            f"'{spec.name}' is not an installed policy or preset{nearest_match(spec.name, known)}; "
-            f"known are: {', '.join(known)}"
-        )
+    if group == POLICIES:
+        _check_policy_name(spec.name)
     plugin = load_plugin(group, spec.name)
     variants = plugin_variants(plugin)
     if spec.variant is not None and spec.variant not in variants:

@@ -68,7 +68,13 @@ COUNT, ONE_OR_MORE = click.IntRange(min=0), click.IntRange(min=1)
     show_default=True,
     help="Questions that it thinks up itself.",
 )
-@click.option("--question", "questions", multiple=True, help="With {text} where a passage goes.  [default: eight]")
+@click.option(
+    "--question",
+    "questions",
+    multiple=True,
+    callback=lambda context, option, given: _with_places(given),
+    help="With {text} where a passage goes.  [default: eight]",
+)
 @click.option("--opening", "openings", multiple=True, help="How it begins questions of its own.  [default: sixteen]")
 @click.option(
     "--new-tokens", "num_new", type=ONE_OR_MORE, default=192, show_default=True, help="Tokens of an answer at most."
@@ -143,3 +149,10 @@ def distill(
     )
     training = TrainingPlan(num_epochs, batch_tokens=batch_tokens, learning_rate=learning_rate, seed=seed)
     make_drafter(Request(target, device, threads, teaching, batches, chosen, num_outputs, training), out)
+
+
+def _with_places(questions: tuple[str, ...]) -> tuple[str, ...]:
+    for question in questions:
+        if "{text}" not in question:
+            raise click.BadParameter(f"must have {{text}} where a passage goes, got '{question}'")
+    return questions
