@@ -20,6 +20,8 @@ from rich.table import Table
 
 from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Experiment, Form
 from dynatree_core import console
+from dynatree_core.advice import pip_install
+from dynatree_core.cli_checks import check_names
 from dynatree_core.completion import complete_drafter, complete_model, complete_policy
 from dynatree_core.errors import InputError, PluginLoadError
 
@@ -228,11 +230,12 @@ def _run(
     synthetic: str | None,
     **given: Any,
 ) -> int:
+    check_names(drafter=drafter)
     try:
         from dynatree_bench.measure import Options, check_results, run_experiment
     except ModuleNotFoundError as error:
         raise PluginLoadError(
-            f"`dynatree bench` needs {error.name}, which is not installed: pip install 'dynatree[bench]'"
+            f"`dynatree bench` needs {error.name}, which is not installed: {pip_install('dynatree[bench]')}"
         ) from error
 
     given = {name: value or None if isinstance(value, tuple) else value for name, value in given.items()}

@@ -158,7 +158,9 @@ def converse(chat: Chat) -> int:
             click.echo(err=True)
             _say("Ctrl-C again, /quit or Ctrl-D leaves")
         except DynaTreeError as error:
-            advice = "; /reset begins a new conversation" if isinstance(error, ContextLimitError) else ""
+            advice = ""
+            if isinstance(error, ContextLimitError):
+                advice = "; /reset begins a new conversation" if chat.results else "; shorten the text, or --system"
             console.complain("error", f"{error}{advice}")
             # at a terminal somebody has seen it and goes on; a script has to be told at the end
             exit_code = DONE if is_terminal else FAILED

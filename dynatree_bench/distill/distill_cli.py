@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from dynatree_core.advice import pip_install
 from dynatree_core.cli_models import FiniteRange
 from dynatree_core.completion import complete_model
 from dynatree_core.errors import PluginLoadError
@@ -135,7 +136,7 @@ def distill(
         from dynatree_bench.distill.train import TrainingPlan
     except ModuleNotFoundError as error:
         raise PluginLoadError(
-            f"`dynatree distill` needs {error.name}, which is not installed: pip install 'dynatree[bench]'"
+            f"`dynatree distill` needs {error.name}, which is not installed: {pip_install('dynatree[bench]')}"
         ) from error
 
     try:
