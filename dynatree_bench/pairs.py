@@ -14,7 +14,7 @@ from dynatree_bench.machine import weights_sha256
 from dynatree_bench.records import ModelInfo
 from dynatree_bench.synthetic import MarkovSource, synthetic_pair
 from dynatree_core import Drafter, LoadedModel, load_model
-from dynatree_core.cli_models import registered_drafter
+from dynatree_core.cli_models import check_drafter_model, registered_drafter
 from dynatree_core.drafters.distilled import DistilledDrafter, fast_dtype
 from dynatree_core.drafters.model import ModelDrafter, restricted_ids
 from dynatree_core.errors import InputError, VocabularyMismatchError
@@ -71,8 +71,9 @@ def load_pair(
         DynaTreeError: whatever cannot be loaded, or two models that do not share their tokens.
     """
     source = registered_drafter(drafter)
-    for name in (target, drafter if source is None else None):  # the drafter's too, before the target is loaded
-        check_model_name(name)
+    check_model_name(target)
+    if source is None:
+        check_drafter_model(drafter)  # before the target is loaded
     loaded = load_model(target, device=device, dtype=dtype, progress=progress)
     if source is not None:
         return Pair(loaded, source)

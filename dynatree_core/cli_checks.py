@@ -10,7 +10,7 @@ import platform
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dynatree_core.cli_models import check_drafter_name, registered_drafter
+from dynatree_core.cli_models import check_drafter_model, check_drafter_name, registered_drafter
 from dynatree_core.errors import ParameterError
 from dynatree_core.plugins import check_stack_names
 
@@ -86,6 +86,7 @@ def check_settings(
             "--device cpu, or use --runner auto"
         )
     source = registered_drafter(drafter) if drafter is not None else None
-    for name in (target, drafter if source is None else None):
-        check_model_name(name)
+    check_model_name(target)
+    if drafter is not None and source is None:
+        check_drafter_model(drafter)
     return source

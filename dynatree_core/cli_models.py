@@ -9,6 +9,8 @@ import logging
 import math
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FiniteRange",
     "chat_ids",
+    "check_drafter_model",
     "check_drafter_name",
     "encode_prompt",
     "load",
@@ -153,6 +156,26 @@ def registered_drafter(text: str) -> Drafter | None:
     return DistilledDrafter(text) if is_student(Path(text).expanduser()) else None
 
 
+def check_drafter_model(name: str) -> None:
+    """Refuse a model as drafter that cannot be loaded: a folder without one, or an id without a hub."""
+    from dynatree_core.models import check_model_name
+
+    with _naming_drafters(name):
+        check_model_name(name)
+
+
+@contextmanager
+def _naming_drafters(name: str) -> Iterator[None]:
+    """A word that is no model may have been meant for a drafter."""
+    try:
+        yield
+    except ModelLoadError as error:
+        if "/" in name:
+            raise
+        known = ", ".join(plugin_table(DRAFTERS))
+        raise ModelLoadError(f"{error}; or name an installed drafter: {known}") from error
+
+
 def load_drafter(name: str, target: LoadedModel) -> LoadedModel:
     """A model as drafter, on the target's device and in its dtype.
 
@@ -161,13 +184,8 @@ def load_drafter(name: str, target: LoadedModel) -> LoadedModel:
     """
     from dynatree_core.models import vocabularies_match
 
-    try:
+    with _naming_drafters(name):
         drafter = load(name, str(target.model.device), str(target.model.dtype).removeprefix("torch."))
-    except ModelLoadError as error:
-        if "/" in name:
-            raise
-        known = ", ".join(plugin_table(DRAFTERS))
-        raise ModelLoadError(f"{error}; or name an installed drafter: {known}") from error
     if vocabularies_match(target.tokenizer, drafter.tokenizer) is False:
         raise VocabularyMismatchError(
             f"target and drafter must give every token the same id, but the tokenizers of '{target.name}' and "
