@@ -20,8 +20,11 @@ from rich.table import Table
 
 from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Experiment, Form
 from dynatree_core import console
+from dynatree_core.advice import pip_install
+from dynatree_core.cli_checks import check_names
 from dynatree_core.cli_models import USUAL_DRAFTERS
 from dynatree_core.cli_prompts import CountOrAll
+from dynatree_core.completion import complete_drafter, complete_model, complete_policy
 from dynatree_core.errors import InputError, PluginLoadError
 
 if TYPE_CHECKING:
@@ -66,10 +69,16 @@ def bench(context: click.Context) -> None:
 
 
 _OPTIONS = [
-    click.option("--target", metavar="ID|PATH", help="Model that is measured.  [default: the embedded one]"),
+    click.option(
+        "--target",
+        metavar="ID|PATH",
+        shell_complete=complete_model,
+        help="Model that is measured.  [default: the embedded one]",
+    ),
     click.option(
         "--drafter",
         metavar="NAME|ID|PATH",
+        shell_complete=complete_drafter,
         show_default=USUAL_DRAFTERS,
         help="A registered drafter (see `dynatree drafters`) or a model with the target's tokens.",
     ),
@@ -90,6 +99,7 @@ _OPTIONS = [
         "--policy",
         "policies",
         metavar="STACK",
+        shell_complete=complete_policy,
         multiple=True,
         help="Measured in place of the experiment's own; may be repeated. Axes in braces: fixed(depth={base_depth}).",
     ),
@@ -241,15 +251,16 @@ def _run(
     with_report: bool,
     **given: Any,
 ) -> int:
+    check_names(drafter=drafter)
     try:
-        from dynatree_bench.measure import Options, run_experiment
+        from dynatree_bench.measure import Options, check_results, run_experiment
         from dynatree_bench.workloads import Picks
 
         if with_report:
             import dynatree_bench.figures  # noqa: F401  # needs matplotlib: better missed now than after the run
     except ModuleNotFoundError as error:
         raise PluginLoadError(
-            f"`dynatree bench` needs {error.name}, which is not installed: pip install 'dynatree[bench]'"
+            f"`dynatree bench` needs {error.name}, which is not installed: {pip_install('dynatree[bench]')}"
         ) from error
 
     given = {name: value or None if isinstance(value, tuple) else value for name, value in given.items()}
@@ -258,6 +269,8 @@ def _run(
     command = shlex.join(["dynatree", *sys.argv[1:]])
     _check(names, options)
     is_bad = False
+    for name in names:
+        check_results(_folder(out, name, names, options))
     with console.warnings_in_one_line():
         pair = _load(target, drafter, synthetic, device, dtype, options.seed)
         for name in names:

@@ -38,10 +38,11 @@ from dynatree_bench.distill.teacher import Shard, read_shard, write, write_shard
 from dynatree_bench.machine import check_writable, provenance, weights_sha256
 from dynatree_bench.rehearse import Text, known_session
 from dynatree_core import Session, load_model, run
-from dynatree_core.cli import end_process
 from dynatree_core.cli_models import encode_messages, tokenizer_of
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.drafters.distilled import DistilledDrafter
+from dynatree_core.exits import end_process
+from dynatree_core.files import write_text
 from dynatree_core.plugins import build_drafter
 from dynatree_core.student import load_student
 from dynatree_core.text.prompt_files import read_prompts
@@ -67,7 +68,8 @@ class Row:
 
 def main() -> int:
     arguments = _parse_arguments()
-    check_writable(arguments.out / RESULTS)
+    for name in (RESULTS, "drafter_value.md"):
+        check_writable(arguments.out / name, "python -m dynatree_bench.drafter_value")
     console = Console(stderr=True, highlight=False)
     loaded = load_model(arguments.target, device="cpu")
     tokenizer = tokenizer_of(loaded)
@@ -89,9 +91,9 @@ def main() -> int:
         },
         "rows": [attrs.asdict(row) for row in rows],
     }
-    (arguments.out / RESULTS).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    write_text(arguments.out / RESULTS, json.dumps(numbers, indent=1) + "\n")
     Console().print(Markdown(tables(agreements, rows)))
-    (arguments.out / "drafter_value.md").write_text(tables(agreements, rows), encoding="utf-8")
+    write_text(arguments.out / "drafter_value.md", tables(agreements, rows))
     return 0
 
 

@@ -42,6 +42,7 @@ from dynatree_bench.statistics import (
     replayed_texts,
     summaries,
 )
+from dynatree_core.files import whole_file
 
 __all__ = ["FIGURES", "Plot", "draw", "provenance"]
 
@@ -98,7 +99,8 @@ def draw(plot: Plot, results: Results, path: Path) -> bool:
         if figure is None:
             return False
         _add_foot(figure, results)
-        figure.savefig(path, metadata={"Software": None})  # the same bytes for the same records
+        with whole_file(path) as draft:
+            figure.savefig(draft, metadata={"Software": None})  # the same bytes for the same records
     return True
 
 

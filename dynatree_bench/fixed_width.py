@@ -31,6 +31,7 @@ from dynatree_bench.machine import LoadMeter, idle_or_busy, runtime
 from dynatree_bench.prompts import chat_ids, in_turns, load_prompts, parsed_arguments
 from dynatree_bench.quantised import QUANTISERS, quantise
 from dynatree_core import GenerationResult, LoadedModel, Session, load_model, run
+from dynatree_core.exits import end_process
 
 DRAFTER = "prompt_lookup"
 # column -> what it stands for
@@ -153,4 +154,4 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    end_process(main)

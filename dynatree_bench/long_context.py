@@ -40,10 +40,12 @@ from dynatree_bench.machine import BUSY_PERCENT, LoadMeter, check_writable, idle
 from dynatree_core import InputError, LoadedModel, Session, TokenTree, embedded, load_model, run
 from dynatree_core.architectures import cache_argument
 from dynatree_core.cache import TreeCache
-from dynatree_core.cli import end_process
+from dynatree_core.exits import end_process
+from dynatree_core.files import whole_file, write_text
 from dynatree_core.flatten import flatten
 from dynatree_core.runner import ModelRunner
 
+PROGRAM = "python -m dynatree_bench.long_context"
 DRAFTER = "prompt_lookup"
 TREE_POLICY = "phase3"
 WINDOW = "sinks=4,window=1024"
@@ -97,13 +99,14 @@ class Results:
 
 def main() -> None:
     arguments = _parse_arguments()
-    check_writable(arguments.out / "long-context.svg")
+    for name in ("long-context.svg", *(["long-context.json"] if arguments.source is None else [])):
+        check_writable(arguments.out / name, PROGRAM)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if arguments.source is not None:
         results = Results(**json.loads(arguments.source.read_text(encoding="utf-8")))
     else:
         results = _measured(arguments)
-        (arguments.out / "long-context.json").write_text(json.dumps(attrs.asdict(results), indent=1), encoding="utf-8")
+        write_text(arguments.out / "long-context.json", json.dumps(attrs.asdict(results), indent=1))
     _show(results, console)
     draw(results, arguments.out / "long-context.svg")
 
@@ -359,7 +362,8 @@ def draw(results: Results, path: Path) -> None:
         + (" (on a busy machine: provisional)" if busy else ""),
         fontsize=10,
     )
-    figure.savefig(path, metadata={"Date": None})
+    with whole_file(path) as draft:
+        figure.savefig(draft, metadata={"Date": None, "Description": PROGRAM})
     pyplot.close(figure)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import datetime
 import functools
+import gzip
 import hashlib
 import platform
 import shlex
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +24,7 @@ import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from dynatree_core.errors import InputError
+from dynatree_core.outputs import check_out
 
 __all__ = [
     "BUSY_PERCENT",
@@ -158,12 +161,16 @@ def provenance(module: str, device: torch.device) -> dict[str, Any]:
     }
 
 
-def check_writable(file: Path) -> None:
+def check_writable(file: Path, program: str) -> None:
     """Make sure that results can be written there, before they are measured; makes the folder, not the file.
 
+    Args:
+        program: what is running, as its results name it: "python -m MODULE" or "dynatree COMMAND".
+
     Raises:
-        InputError: they cannot.
+        InputError: they cannot, or the file is not one that this program has written.
     """
+    check_out(file, f"`{program}`", lambda path: _is_of(program, path), is_file=True)
     is_new = not file.exists()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -172,6 +179,23 @@ def check_writable(file: Path) -> None:
             file.unlink()
     except OSError as error:
         raise InputError(f"results need a file that can be written, got {file} ({error}); choose another") from error
+
+
+def _is_of(program: str, file: Path) -> bool:
+    """Whether a program has written a file: it names itself in it, or in the results of that name beside it."""
+    mark = program.encode()
+    for one in dict.fromkeys((file, file.with_suffix(".json"))):
+        if one.is_file():
+            with gzip.open(one) if one.suffix == ".gz" else one.open("rb") as stream:
+                try:
+                    before = b""
+                    while chunk := stream.read(1 << 20):
+                        if mark in before + chunk:
+                            return True
+                        before = chunk[-len(mark) :]
+                except (OSError, EOFError, zlib.error):  # not compressed, or not whole
+                    continue
+    return False
 
 
 def weights_sha256(name_or_path: str) -> str | None:

@@ -49,6 +49,7 @@ from dynatree_bench.methods import Output, decode, replay
 from dynatree_bench.pairs import MethodError, Pair, drafter_info, model_info
 from dynatree_bench.records import (
     INFO_FILE,
+    LOCK_FILE,
     MethodInfo,
     OutputRecord,
     Replay,
@@ -56,6 +57,7 @@ from dynatree_bench.records import (
     RunInfo,
     append_record,
     drop_torn_line,
+    is_run,
     read_info,
     read_records,
     read_results,
@@ -78,11 +80,11 @@ from dynatree_bench.workloads import (
 from dynatree_core import DynaTreeError, InputError, build_stack
 from dynatree_core.architectures import vocab_size
 from dynatree_core.errors import nearest_match
+from dynatree_core.outputs import check_out
 from dynatree_core.runner import runner_for
 
-__all__ = ["Options", "checked_methods", "run_experiment"]
+__all__ = ["Options", "check_results", "checked_methods", "run_experiment"]
 
-LOCK_FILE = ".lock"
 WARM_UP_TOKENS = 8
 QUICK_SECONDS = 90.0  # the time limit of the quick form, for what comes after a first prompt of each kind
 IDLE_CHECK_SECONDS = 2.0
@@ -184,6 +186,7 @@ def run_experiment(
     """
     options, say = options or Options(), say or (lambda message: None)
     methods, left_out = runnable(checked_methods(name, options), pair, only=options.only)
+    check_results(out)
     experiment = EXPERIMENTS[name]
     form = _form(experiment, pair, options)
     tasks, about_prompts = _tasks(experiment, pair, form, methods, options)
@@ -238,6 +241,15 @@ def checked_methods(name: str, options: Options) -> tuple[Method, ...]:
         if cell.method.kind == "dynatree":
             build_stack(cell.policy)
     return methods
+
+
+def check_results(out: Path) -> None:
+    """Refuse a folder for results that holds something else.
+
+    Raises:
+        InputError: it does, or it cannot be written.
+    """
+    check_out(out, "`dynatree bench`", is_run)
 
 
 @contextmanager

@@ -51,8 +51,9 @@ from dynatree_core import (
     load_model,
     parse_stack,
 )
-from dynatree_core.cli import end_process
 from dynatree_core.cli_models import load_drafter, registered_drafter
+from dynatree_core.exits import end_process
+from dynatree_core.files import write_text
 
 POLICIES = ("phase3", "phase3+governor", "cost_aware", "cost_aware+governor")
 STEPPING_ASIDE = {"governor", "cost_aware"}  # policies that notice when drafting does not pay
@@ -141,7 +142,7 @@ class NoiseState(DraftState):
 def main() -> int:
     arguments = _parse_arguments()
     if arguments.output is not None:
-        check_writable(arguments.output)
+        check_writable(arguments.output, "python -m dynatree_bench.never_slower")
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     kinds = load_prompts(arguments.prompts, arguments.per_kind)
     target = load_model(arguments.target, device=arguments.device, dtype=arguments.dtype)
@@ -160,7 +161,7 @@ def main() -> int:
     console.print(idle_or_busy(others, what="ratios"))
     if arguments.output is not None:
         said = document(results, target, arguments.max_new_tokens, others)
-        arguments.output.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+        write_text(arguments.output, json.dumps(said, indent=1) + "\n")
     return _conclude(console, results)
 
 

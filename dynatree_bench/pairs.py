@@ -14,11 +14,11 @@ from dynatree_bench.machine import weights_sha256
 from dynatree_bench.records import ModelInfo
 from dynatree_bench.synthetic import MarkovSource, synthetic_pair
 from dynatree_core import Drafter, LoadedModel, load_model
-from dynatree_core.cli_models import registered_drafter, usual_drafter
+from dynatree_core.cli_models import check_drafter_model, registered_drafter, usual_drafter
 from dynatree_core.drafters.distilled import DistilledDrafter, fast_dtype
 from dynatree_core.drafters.model import ModelDrafter, restricted_ids
 from dynatree_core.errors import InputError, VocabularyMismatchError
-from dynatree_core.models import resolve_device, vocabularies_match
+from dynatree_core.models import check_model_name, resolve_device, vocabularies_match
 from dynatree_core.student import HEAD_IDS
 
 __all__ = ["MethodError", "Pair", "drafter_info", "load_pair", "load_synthetic", "model_info"]
@@ -72,6 +72,9 @@ def load_pair(
     """
     drafter = usual_drafter(target) if drafter is None else drafter
     source = registered_drafter(drafter)
+    check_model_name(target)
+    if source is None:
+        check_drafter_model(drafter)  # before the target is loaded
     loaded = load_model(target, device=device, dtype=dtype, progress=progress)
     if source is not None:
         return Pair(loaded, source)

@@ -18,9 +18,11 @@ from dynatree_bench.machine import check_writable
 from dynatree_core import Session, decode_step, prefill
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.errors import InputError
+from dynatree_core.files import whole_file
 
 __all__ = ["Operator", "Profile", "profile", "shown"]
 
+PROGRAM = "dynatree profile"
 WARM_UP = 4  # iterations before anything is measured
 NUM_OPERATORS = 15  # that are shown
 CLOCKS = ("decode", "draft", "draft_forward", "verify")
@@ -70,7 +72,7 @@ def profile(
         InputError: the context has no room for so many iterations, or the trace cannot be written.
     """
     if trace is not None:
-        check_writable(trace)
+        check_writable(trace, PROGRAM)
     asked = {"max_new_tokens": 8 * (WARM_UP + num_iterations), **options, "eos_token_id": []}
     clocked = Session(target, drafter, prompt_ids, **asked)
     before = _warmed_up(clocked)
@@ -81,8 +83,10 @@ def profile(
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if clocked.device.type == "cuda" else [])]
     with torch_profile(activities=activities) as profiler:
         _run(watched, num_iterations)
+        profiler.add_metadata("made_by", PROGRAM)  # by which a later run knows that it may replace the file
     if trace is not None:
-        profiler.export_chrome_trace(str(trace))
+        with whole_file(trace) as draft:
+            profiler.export_chrome_trace(str(draft))
     on_device = clocked.device.type == "cuda"
     operators = [
         Operator(

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from dynatree_core import console
 from dynatree_core.cli import generate
-from dynatree_core.cli_models import encode_prompt, load, load_drafter, registered_drafter, tokenizer_of
+from dynatree_core.cli_checks import check_names, check_settings, checkable
+from dynatree_core.cli_models import encode_prompt, load, load_drafter, tokenizer_of
 
 __all__ = ["profile"]
 
@@ -45,10 +46,12 @@ def profile(
       dynatree profile
       dynatree profile --policy "fixed(depth=4)" --runner eager --trace trace.json.gz
     """
+    check_names(policy=options["policy"], drafter=drafter)
     from dynatree_bench.profile import profile as measure
     from dynatree_bench.profile import shown
 
-    source: Any = registered_drafter(drafter)
+    limits = checkable(options)
+    source: Any = check_settings(target=target, drafter=drafter, policy=options["policy"], device=device, **limits)
     loaded = load(target, device, dtype)
     tokenizer = tokenizer_of(loaded)
     if source is None:

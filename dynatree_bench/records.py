@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import attrs
 
 from dynatree_core.errors import InputError
+from dynatree_core.files import write_text
 
 __all__ = [
     "SCHEMA",
@@ -33,6 +34,7 @@ __all__ = [
     "Trials",
     "append_record",
     "drop_torn_line",
+    "is_run",
     "read_info",
     "read_records",
     "read_results",
@@ -42,6 +44,7 @@ __all__ = [
 
 SCHEMA = 1
 INFO_FILE = "run.json"
+LOCK_FILE = ".lock"
 RECORDS_FILE = "records.jsonl"
 MAX_PROBABILITY = 1.001  # rounding in half precision may exceed 1 a little
 KINDS = ("dynatree", "hf", "rival")
@@ -268,9 +271,7 @@ def write_info(folder: Path, info: RunInfo) -> None:
     """Write `run.json`, with the folder if need be; a run that goes on writes it anew with one more date."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(attrs.asdict(info), indent=1, allow_nan=False, ensure_ascii=False)
-    draft = folder / f"{INFO_FILE}.part"  # renamed when whole, so that a kill leaves the old one or the new one
-    draft.write_text(text + "\n", encoding="utf-8")
-    draft.replace(folder / INFO_FILE)
+    write_text(folder / INFO_FILE, text + "\n")  # whole, so that a kill leaves the old one or the new one
 
 
 def append_record(folder: Path, record: OutputRecord) -> None:
@@ -296,6 +297,18 @@ def drop_torn_line(folder: Path) -> bool:
 
 
 # reading
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `dynatree bench` has made a folder; a run that was ended before it began has left its lock alone."""
+    files = {entry.name for entry in folder.iterdir()}
+    if files == {LOCK_FILE}:
+        return True
+    try:
+        info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(info, dict) and {"experiment", "methods", "target"} <= set(info)
 
 
 def read_results(folder: Path) -> Results:

@@ -46,11 +46,12 @@ from dynatree_bench.prompts import chat_ids, load_prompts, parsed_arguments
 from dynatree_bench.statistics import PooledRatio, ratio_of_sums
 from dynatree_core import CostModel, Drafter, DraftPlan, DraftState, Session, generate, load_model, run
 from dynatree_core.architectures import vocab_size
-from dynatree_core.cli import end_process
 from dynatree_core.clock import StageClock
 from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
 from dynatree_core.drafters.union import UnionDrafter, UnionState
+from dynatree_core.exits import end_process
+from dynatree_core.files import write_text
 from dynatree_core.records import FlatTrees
 from dynatree_core.runner import ModelRunner
 
@@ -265,7 +266,7 @@ def relatives(results: dict[str, list[Rehearsal]], others: Sequence[Rehearsal]) 
 def main() -> int:
     arguments = _parse_arguments()
     if arguments.output is not None:
-        check_writable(arguments.output)
+        check_writable(arguments.output, "python -m dynatree_bench.rehearse")
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
     loaded = load_model(arguments.target, device="cpu", dtype=arguments.dtype)
     target, made = loaded.model, make_drafter(arguments.drafter, loaded)
@@ -308,7 +309,7 @@ def main() -> int:
                 policy: {kind: attrs.asdict(one) for kind, one in of_kind.items()} for policy, of_kind in beside.items()
             }
         }
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_text(arguments.output, json.dumps(found, indent=1) + "\n")
     return 0
 
 

@@ -9,6 +9,7 @@ docs/benchmarks.md says how to read them.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dynatree_bench.formulas import best_chain, best_tree_speedup, chain_tokens
 from dynatree_bench.memory_share import memory_sentence, memory_share
 from dynatree_bench.oracle import CostTable, cost_table, score
 from dynatree_bench.published import compared, published
-from dynatree_bench.records import INFO_FILE, OutputRecord, Results, ResultsError, read_results
+from dynatree_bench.records import INFO_FILE, OutputRecord, Results, ResultsError, is_run, read_results
 from dynatree_bench.statistics import (
     BASELINE,
     HF_BASELINE,
@@ -43,12 +44,15 @@ from dynatree_bench.statistics import (
     summaries,
 )
 from dynatree_core import InputError, parse_stack
+from dynatree_core.files import write_text
+from dynatree_core.outputs import check_out
 from dynatree_policies.fixed import Fixed
 from dynatree_policies.linear import Linear
 
 __all__ = ["report"]
 
 PAGE = "report.md"
+HEADING = "# Benchmark results"  # how a page begins, by which a later report knows that it may replace it
 DAGGER = "†"
 ENOUGH_PROMPTS = 10  # for a bootstrap over them
 MAX_RANKS = 6  # that a table shows
@@ -100,6 +104,7 @@ def report(folder: Path, out: Path | None = None) -> Path:
         InputError: matplotlib is not installed.
     """
     out = out or folder / "report"
+    check_out(out, "`dynatree bench report`", _is_own)
     if (folder / INFO_FILE).exists() or not folder.is_dir():
         results = read_results(folder)
         if not results.records:
@@ -111,7 +116,8 @@ def report(folder: Path, out: Path | None = None) -> Path:
     found = [read_results(run) for run in runs]
     if not any(results.records for results in found):
         raise ResultsError(f"a report needs outputs, and the runs in {folder} have none yet")
-    lines = []
+    lines: list[str] = []
+    _write(out / PAGE, [HEADING])  # first: the folder is known by it, should this be interrupted
     for results in found:
         name = results.folder.name
         if results.records:
@@ -119,7 +125,16 @@ def report(folder: Path, out: Path | None = None) -> Path:
             lines.append(f"- [{name}]({page.relative_to(out).as_posix()})")
         else:
             lines.append(f"- {name} has no outputs yet")
-    return _write(out / PAGE, ["# Benchmark results", "", *lines])
+    return _write(out / PAGE, [HEADING, "", *lines])
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a folder holds a report or results, to which a report may be added."""
+    page = folder / PAGE
+    if page.is_file():
+        with page.open("rb") as file:
+            return file.read(len(HEADING)) == HEADING.encode()
+    return any(map(is_run, (folder, *(child for child in folder.iterdir() if child.is_dir()))))
 
 
 def _report_run(results: Results, out: Path) -> Path:
@@ -130,12 +145,13 @@ def _report_run(results: Results, out: Path) -> Path:
             raise
         raise InputError("a report needs matplotlib, which is not installed: pip install 'dynatree[bench]'") from error
     results = attrs.evolve(results, records=in_order(results))
+    _write(out / PAGE, [_title(results)])  # first: the folder is known by it, should this be interrupted
     for name in ("figures", "tables"):
         (out / name).mkdir(parents=True, exist_ok=True)
     ours = [*(f"figures/{plot.name}.png" for plot in FIGURES), *(f"tables/{name}.csv" for name in TABLES)]
     for name in ours:
         (out / name).unlink(missing_ok=True)  # of an earlier report
-    lines = [f"# {_title(results)}", "", *_warnings(results), *_worth(results), provenance(results), ""]
+    lines = [_title(results), "", *_warnings(results), *_worth(results), provenance(results), ""]
     for table in _tables(results):
         _write_csv(out / "tables" / f"{table.name}.csv", table)
         lines += [f"## {table.title}", "", *_markdown(table.header, table.rows), "", table.note, ""]
@@ -148,7 +164,8 @@ def _report_run(results: Results, out: Path) -> Path:
 
 
 def _title(results: Results) -> str:
-    return f"Benchmark results: {results.info.experiment}" + (", synthetic pair" if results.info.is_synthetic else "")
+    synthetic = ", synthetic pair" if results.info.is_synthetic else ""
+    return f"{HEADING}: {results.info.experiment}{synthetic}"
 
 
 def _warnings(results: Results) -> list[str]:
@@ -604,11 +621,12 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]
 
 
 def _write_csv(path: Path, table: Table) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([table.data_header, *table.data])
+    lines = io.StringIO()
+    csv.writer(lines, lineterminator="\n").writerows([table.data_header, *table.data])
+    write_text(path, lines.getvalue())
 
 
 def _write(path: Path, lines: Iterable[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines).rstrip() + "\n")
     return path

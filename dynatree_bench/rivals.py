@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import platform
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from dynatree_bench.pairs import MethodError, Pair
+from dynatree_core.advice import pip_install
 
 __all__ = ["Engine", "engine"]
 
@@ -40,10 +43,17 @@ def _imported(package: str, *modules: str) -> list[Any]:
     except ImportError as error:
         missing = error.name or "?"
         raise MethodError(
-            f"{package} is not installed: pip install 'dynatree[rivals]'"
+            f"{package} is not installed: {_advice(package)}"
             if missing.partition(".")[0] == package
             else f"{package} cannot be imported: {error}"
         ) from error
+
+
+def _advice(package: str) -> str:
+    """dejavuu is for Python 3.13 and newer, so that the extra leaves it out elsewhere."""
+    if package == "dejavuu" and sys.version_info < (3, 13):
+        return f"it needs Python 3.13 or newer, got {platform.python_version()}; leave --rivals out, or use a newer one"
+    return pip_install("dynatree[rivals]")
 
 
 def _flashspec(pair: Pair) -> Engine:

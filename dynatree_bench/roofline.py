@@ -51,10 +51,12 @@ from dynatree_bench.runners import CONTEXT, ROWS, filled, finish, pass_seconds, 
 from dynatree_bench.synthetic import SHAPES, MarkovSource, let_follow, rank_acceptance
 from dynatree_core import InputError, Session, run
 from dynatree_core.captured import can_capture
-from dynatree_core.cli import end_process
+from dynatree_core.exits import end_process
+from dynatree_core.files import write_text
 from dynatree_core.packed import can_pack
 from dynatree_policies.sequoia import Sequoia
 
+PROGRAM = "python -m dynatree_bench.roofline"
 DRY = "tiny"  # the shape of a dry run
 PROMPT_TOKENS = 128
 DECAY = 0.6  # of the acceptance by rank
@@ -121,14 +123,15 @@ class Results:
 
 def main() -> None:
     arguments = _parse_arguments()
-    check_writable(arguments.out / "roofline.svg")
+    for name in ("roofline.svg", *(["roofline.json"] if arguments.source is None else [])):
+        check_writable(arguments.out / name, PROGRAM)
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     if arguments.source is not None:
         results = Results(**json.loads(arguments.source.read_text(encoding="utf-8")))
     else:
         results = _measured(arguments)
         text = json.dumps(attrs.asdict(results), indent=1) + "\n"
-        (arguments.out / "roofline.json").write_text(text, encoding="utf-8")
+        write_text(arguments.out / "roofline.json", text)
     _show(results, console)
     draw(results, arguments.out / "roofline.svg")
 
@@ -429,7 +432,7 @@ def draw(results: Results, path: Path) -> None:
         "synthetic: random weights" + (", a dry run" if said["model"].endswith(DRY) else ""), color=VERMILION
     )
     what = f"{said['model']}, {said['dtype']}, {said['context']} tokens of context"
-    finish(figure, axes, what, said, path)
+    finish(figure, axes, what, said, path, PROGRAM)
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -34,13 +34,15 @@ from dynatree_bench.figures import BLUE, GREY, ORANGE, SKY, VERMILION
 from dynatree_bench.machine import BUSY_PERCENT, LoadMeter, check_writable, idle_or_busy, now, provenance
 from dynatree_core import load_model
 from dynatree_core.cache import TreeCache
-from dynatree_core.cli import end_process
 from dynatree_core.clock import StageClock
+from dynatree_core.exits import end_process
+from dynatree_core.files import whole_file, write_text
 from dynatree_core.flatten import flatten
 from dynatree_core.packed import can_pack
 from dynatree_core.runner import ModelRunner
 from dynatree_core.tree import TokenTree
 
+PROGRAM = "python -m dynatree_bench.runners"
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 256
 PLAIN = "float32 eager"
@@ -63,14 +65,15 @@ class Results:
 
 def main() -> None:
     arguments = _parse_arguments()
-    check_writable(arguments.out / "runners.svg")
+    for name in ("runners.svg", *(["runners.json"] if arguments.source is None else [])):
+        check_writable(arguments.out / name, PROGRAM)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if arguments.source is not None:
         results = Results(**json.loads(arguments.source.read_text(encoding="utf-8")))
     else:
         results = _measured(arguments)
         text = json.dumps(attrs.asdict(results), indent=1) + "\n"
-        (arguments.out / "runners.json").write_text(text, encoding="utf-8")
+        write_text(arguments.out / "runners.json", text)
     console.print(table(results))
     console.print(idle_or_busy(results.provenance["busy_percent"]))
     draw(results, arguments.out / "runners.svg")
@@ -177,7 +180,7 @@ def draw(results: Results, path: Path) -> None:
     axes.set(ylabel=f"time, 1 = one row of {PLAIN}", ylim=(0, None))
     said = results.provenance
     what = f"{said['model']}, {said['context']} tokens of context, {said['threads']} threads"
-    finish(figure, axes, what, said, path)
+    finish(figure, axes, what, said, path, PROGRAM)
 
 
 def plot_over_rows(
@@ -193,8 +196,8 @@ def plot_over_rows(
     )  # fmt: skip
 
 
-def finish(figure: Any, axes: Any, what: str, said: dict[str, Any], path: Path) -> None:
-    """The axis of rows, and the provenance at the foot; written to a file."""
+def finish(figure: Any, axes: Any, what: str, said: dict[str, Any], path: Path, program: str) -> None:
+    """The axis of rows, and the provenance at the foot; written to a file that names the program."""
     from matplotlib.ticker import FormatStrFormatter
 
     axes.set_xscale("log", base=2)
@@ -206,7 +209,8 @@ def finish(figure: Any, axes: Any, what: str, said: dict[str, Any], path: Path) 
     busy = " (on a busy machine: provisional)" if max(said["busy_percent"].values()) > BUSY_PERCENT else ""
     versions = ", ".join(f"{name} {said['versions'][name]}" for name in ("torch", "transformers"))
     figure.supxlabel(f"{what}, {versions}\n{said['device']}, {said['date']}{busy}", fontsize=7, color=GREY)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    with whole_file(path) as draft:
+        figure.savefig(draft, metadata={"Date": None, "Description": program} if path.suffix == ".svg" else None)
 
 
 def _parse_arguments() -> argparse.Namespace:

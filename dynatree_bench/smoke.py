@@ -34,6 +34,7 @@ from rich.table import Table
 from dynatree_bench.machine import LoadMeter, idle_or_busy, runtime
 from dynatree_bench.prompts import BUILT_IN, chat_ids, in_turns, load_prompts, parsed_arguments
 from dynatree_core import GenerationResult, LoadedModel, generate, load_model
+from dynatree_core.exits import end_process
 
 BASELINE = "autoregressive"
 METHODS = (BASELINE, "fixed", "phase3")
@@ -206,4 +207,4 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

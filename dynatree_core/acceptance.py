@@ -12,8 +12,6 @@ import bisect
 import functools
 import json
 import math
-import os
-import threading
 from pathlib import Path
 
 import attrs
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dynatree_core.errors import InputError
+from dynatree_core.files import unreadable, write_text
 from dynatree_core.records import StepReport
 
 __all__ = ["KEPT", "AcceptanceEstimator"]
@@ -90,10 +89,8 @@ class AcceptanceEstimator:
         Raises:
             OSError: it cannot be written.
         """
-        draft = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
         counts = [counts.tolist() for counts in self.counts]
-        draft.write_text(json.dumps({"format": _FORMAT, "counts": counts}) + "\n", encoding="utf-8")
-        draft.replace(path)
+        write_text(path, json.dumps({"format": _FORMAT, "counts": counts}) + "\n")
 
     def load(self, path: Path) -> None:
         """Begin with what `save` has kept: cells that were judged more than `KEPT` times count as if that often.
@@ -103,6 +100,8 @@ class AcceptanceEstimator:
         Raises:
             InputError: the file is not one of these.
         """
+        if (closed := unreadable(path)) is not None:
+            raise InputError(f"acceptance counts must be in a file that may be read, got {closed}; `chmod a+r` it")
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             counts = [torch.tensor(step, dtype=torch.float32) for step in found["counts"]]

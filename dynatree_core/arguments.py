@@ -264,9 +264,19 @@ def new_token_limit(
     if limit is not None and num_positions + max_new_tokens > limit:
         raise ContextLimitError(
             f"prompt and new tokens must fit the target's context of {limit} tokens, got {num_positions} + "
-            f"{max_new_tokens}; shorten the prompt or set max_new_tokens to at most {max(limit - num_positions, 0)}"
+            f"{max_new_tokens}; {_shorter(limit, num_positions)}"
         )
     return max_new_tokens
+
+
+def _shorter(limit: int, num_positions: int) -> str:
+    """What makes a generation fit; no number of new tokens does where the prompt leaves room for none."""
+    if num_positions < limit:
+        return f"shorten the prompt or set max_new_tokens to at most {limit - num_positions}"
+    return (
+        f"shorten the prompt to at most {limit - 1} tokens, or keep only the first and last of a text, such as by "
+        "cache='sinks=4,window=64'"
+    )
 
 
 def end_token_ids(config: GenerationConfig, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:

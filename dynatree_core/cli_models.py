@@ -9,12 +9,15 @@ import logging
 import math
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dynatree_core import console
+from dynatree_core.composition import canonical_name, parse_stack
 from dynatree_core.errors import (
     InputError,
     ModelLoadError,
@@ -22,6 +25,7 @@ from dynatree_core.errors import (
     VocabularyMismatchError,
     nearest_match,
 )
+from dynatree_core.plugins import DRAFTERS, plugin_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +37,8 @@ __all__ = [
     "USUAL_DRAFTERS",
     "FiniteRange",
     "chat_ids",
+    "check_drafter_model",
+    "check_drafter_name",
     "encode_messages",
     "encode_prompt",
     "load",
@@ -128,28 +134,61 @@ def usual_drafter(target: str | None) -> str:
     return "distilled+prompt_lookup" if target in (None, "default") else "prompt_lookup"
 
 
-def registered_drafter(text: str) -> Drafter | None:
-    """The registered drafter or the student's folder that is meant, or None where the text is a model's id or folder.
+def check_drafter_name(text: str) -> None:
+    """Refuse names of drafters that nothing installed has; nothing is imported.
 
-    A word that is nearly a drafter's name is refused: asking the model hub for it can take half a minute.
+    A word that is nearly a drafter's name is refused too: nobody has a model of that name.
+
+    Raises:
+        StackSyntaxError, UnknownPluginError.
     """
-    from dynatree_core.drafters.distilled import DistilledDrafter
-    from dynatree_core.plugins import DRAFTERS, build_drafter, plugin_table
-    from dynatree_core.student import is_student
-
     known = plugin_table(DRAFTERS)
-    name = re.split("[:(+]", text, maxsplit=1)[0].strip()
-    if name in known:
-        return build_drafter(text)
-    if is_student(Path(text).expanduser()):
-        return DistilledDrafter(text)
-    hint = nearest_match(name, known)
-    if hint and "/" not in text and not Path(text).exists():
+    if _first_name(text) in known:
+        unknown = next((spec.name for spec in parse_stack(text) if spec.name not in known), None)
+    else:
+        is_near = nearest_match(_first_name(text), known) and "/" not in text and not Path(text).exists()
+        unknown = text if is_near else None
+    if unknown is not None:
         raise UnknownPluginError(
-            f"'{text}' is not an installed drafter{hint}; known are: {', '.join(known)}; "
+            f"'{unknown}' is not an installed drafter{nearest_match(unknown, known)}; known are: {', '.join(known)}; "
             "a model on the hub is written owner/name, a folder ./name"
         )
-    return None
+
+
+def _first_name(text: str) -> str:
+    return canonical_name(re.split("[:(+]", text, maxsplit=1)[0].strip())
+
+
+def registered_drafter(text: str) -> Drafter | None:
+    """The registered drafter or the student's folder that is meant, or None for a model's id or folder."""
+    check_drafter_name(text)
+    from dynatree_core.drafters.distilled import DistilledDrafter
+    from dynatree_core.plugins import build_drafter
+    from dynatree_core.student import is_student
+
+    if _first_name(text) in plugin_table(DRAFTERS):
+        return build_drafter(text)
+    return DistilledDrafter(text) if is_student(Path(text).expanduser()) else None
+
+
+def check_drafter_model(name: str) -> None:
+    """Refuse a model as drafter that cannot be loaded: a folder without one, or an id without a hub."""
+    from dynatree_core.models import check_model_name
+
+    with _naming_drafters(name):
+        check_model_name(name)
+
+
+@contextmanager
+def _naming_drafters(name: str) -> Iterator[None]:
+    """A word that is no model may have been meant for a drafter."""
+    try:
+        yield
+    except ModelLoadError as error:
+        if "/" in name:
+            raise
+        known = ", ".join(plugin_table(DRAFTERS))
+        raise ModelLoadError(f"{error}; or name an installed drafter: {known}") from error
 
 
 def load_drafter(name: str, target: LoadedModel) -> LoadedModel:
@@ -159,15 +198,9 @@ def load_drafter(name: str, target: LoadedModel) -> LoadedModel:
         VocabularyMismatchError: its tokenizer gives tokens other ids than the target's.
     """
     from dynatree_core.models import vocabularies_match
-    from dynatree_core.plugins import DRAFTERS, plugin_table
 
-    try:
+    with _naming_drafters(name):
         drafter = load(name, str(target.model.device), str(target.model.dtype).removeprefix("torch."))
-    except ModelLoadError as error:
-        if "/" in name:
-            raise
-        known = ", ".join(plugin_table(DRAFTERS))
-        raise ModelLoadError(f"{error}; or name an installed drafter: {known}") from error
     if vocabularies_match(target.tokenizer, drafter.tokenizer) is False:
         raise VocabularyMismatchError(
             f"target and drafter must give every token the same id, but the tokenizers of '{target.name}' and "

@@ -4,8 +4,9 @@
     plugin  = name [ ":" variant ] [ "(" [ parameter { "," parameter } ] ")" ]
     parameter = name "=" number, string, True, False or None, as Python writes them
 
-Parsing knows nothing of what is installed. `format_stack(parse_stack(text))` is the canonical spelling, and
-parsing that gives the same stack again.
+A name is letters, digits and `_`, and begins with no digit. `-` and `.` may be written for `_`: packages have dashes in
+their names, so their authors give them to policies too. Parsing knows nothing of what is installed.
+`format_stack(parse_stack(text))` is the canonical spelling, and parsing that gives the same stack again.
 """
 
 from __future__ import annotations
@@ -18,11 +19,21 @@ import attrs
 
 from dynatree_core.errors import StackSyntaxError
 
-__all__ = ["ParameterValue", "PluginSpec", "format_stack", "parse_stack"]
+__all__ = [
+    "NAME_RULE",
+    "ParameterValue",
+    "PluginSpec",
+    "canonical_name",
+    "format_stack",
+    "is_name",
+    "parse_stack",
+]
 
 ParameterValue = bool | int | float | str | None
 
-_PLUGIN = re.compile(r"\s*(?P<name>[A-Za-z_]\w*)\s*(?::\s*(?P<variant>\w+)\s*)?(?:\((?P<parameters>.*)\))?\s*", re.S)
+NAME_RULE = "letters, digits and '_' ('-' and '.' stand for '_'), beginning with no digit"
+
+_PLUGIN = re.compile(r"\s*(?P<name>[^\W\d][\w.-]*)\s*(?::\s*(?P<variant>\w+)\s*)?(?:\((?P<parameters>.*)\))?\s*", re.S)
 
 
 @attrs.frozen
@@ -51,6 +62,16 @@ def parse_stack(text: str) -> list[PluginSpec]:
         StackSyntaxError: the string is empty or does not follow the grammar; the message points at the part.
     """
     return [_parse_plugin(part, text) for part in _split_at_plus(text)]
+
+
+def canonical_name(name: str) -> str:
+    """A plugin's name with `_` for each run of `-` and `.`."""
+    return re.sub("[-.]+", "_", name)
+
+
+def is_name(name: str) -> bool:
+    """Whether a canonical name can be written in a stack string."""
+    return re.fullmatch(r"[^\W\d]\w*", name) is not None
 
 
 def format_stack(specs: Iterable[PluginSpec]) -> str:
@@ -82,7 +103,8 @@ def _parse_plugin(part: str, text: str) -> PluginSpec:
             "a policy stack is names joined by '+', each with parameters in parentheses if any, such as "
             f"'confidence(high=0.9)+history'; cannot read '{part.strip()}' in '{text}'"
         )
-    return PluginSpec(match["name"], match["variant"], _parse_parameters(match["parameters"] or "", part))
+    parameters = _parse_parameters(match["parameters"] or "", part)
+    return PluginSpec(canonical_name(match["name"]), match["variant"], parameters)
 
 
 def _parse_parameters(parameters: str, part: str) -> dict[str, ParameterValue]:

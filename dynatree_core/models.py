@@ -26,10 +26,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dynatree_core import embedded
+from dynatree_core import embedded, hub
 from dynatree_core.errors import ModelLoadError, ParameterError
+from dynatree_core.files import unreadable
 
-__all__ = ["DEFAULT_MODEL", "LoadedModel", "load_model", "resolve_device", "vocabularies_match"]
+__all__ = ["DEFAULT_MODEL", "LoadedModel", "check_model_name", "load_model", "resolve_device", "vocabularies_match"]
 
 DEFAULT_MODEL = "default"
 
@@ -77,6 +78,7 @@ def load_model(
     where = resolve_device(device)
     weights_dtype = _resolve_dtype(dtype, where)
     name = DEFAULT_MODEL if name is None else name
+    check_model_name(name)
     is_folder = name == DEFAULT_MODEL or _is_path(name)
     location = _location(name, is_folder, progress)
     if progress is not None:
@@ -90,6 +92,24 @@ def load_model(
         model.to(where)  # type: ignore[arg-type]  # a decorator of transformers hides its signature
     model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
     return LoadedModel(model, tokenizer, name)
+
+
+def check_model_name(name: str | None) -> None:
+    """Refuse at once what cannot be loaded: a folder without a model, or an id when the hub cannot be reached.
+
+    Raises:
+        ModelLoadError: in one line what was expected, what came and what to do.
+    """
+    if name is None or name == DEFAULT_MODEL:
+        return
+    if _is_path(name):
+        _location(name, True, None)
+    elif hub.fetched_folder(name) is None and (reason := hub.offline_reason()) is not None:
+        raise ModelLoadError(
+            f"cannot load '{name}': expected a folder, or a model that can be fetched from the hub or was fetched "
+            f"before, got no folder of that name, no such model in the local cache, and no connection: {reason}; check "
+            "the id and the network, give a folder, or no name for the default model"
+        )
 
 
 def vocabularies_match(target: PreTrainedTokenizerBase | None, drafter: PreTrainedTokenizerBase | None) -> bool | None:
@@ -129,12 +149,17 @@ def _is_path(name: str) -> bool:
 
 
 def _location(name: str, is_folder: bool, progress: Callable[[str], None] | None) -> str:
-    """What to hand to transformers: an absolute path, or the hub id as it is."""
+    """What to hand to transformers: an absolute path, or the hub id as it is.
+
+    Without a connection it is the folder in the hub's local cache: by an id some files would be asked for nonetheless.
+    """
     if name == DEFAULT_MODEL:
         return str(embedded.path(progress=progress))
     if not is_folder:
-        return name
+        return name if hub.offline_reason() is None else str(hub.fetched_folder(name))
     folder = Path(os.path.expanduser(name)).absolute()  # os.path leaves an unknown user's ~ as it is
+    if name and (closed := unreadable(folder / "config.json")) is not None:
+        raise ModelLoadError(_closed(name, closed))
     if name and (folder / "config.json").is_file():
         return str(folder)
     came = "a folder without it" if name and folder.is_dir() else "a file" if folder.is_file() else "nothing there"
@@ -150,7 +175,7 @@ def _load_config(name: str, location: str, is_folder: bool) -> PreTrainedConfig:
     if not is_folder:
         expected = "a folder, or a model that can be fetched from the hub or was fetched before"
         advice = "check the id and the network, give a folder, or no name for the default model"
-    with _explained(name, expected, advice):
+    with _explained(name, expected, advice, location):
         # False, or transformers stops to ask on the terminal whether to run code that comes with the model
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
     reason = _reason_against(config)
@@ -175,7 +200,7 @@ def _reason_against(config: PreTrainedConfig) -> str | None:
 
 
 def _load_weights(name: str, location: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
-    with _explained(name, "readable weights that fit its config.json", "fetch or save the model again"):
+    with _explained(name, "readable weights that fit its config.json", "fetch or save the model again", location):
         loaded = AutoModelForCausalLM.from_pretrained(
             location,
             config=config,
@@ -198,21 +223,30 @@ def _load_weights(name: str, location: str, config: PreTrainedConfig, dtype: tor
 def _load_tokenizer(name: str, location: str, is_folder: bool) -> PreTrainedTokenizerBase | None:
     if is_folder and not any(any(Path(location).glob(pattern)) for pattern in _VOCABULARY_FILES):
         return None
-    with _explained(name, "a readable tokenizer with it", "fetch or save the tokenizer again"):
+    with _explained(name, "a readable tokenizer with it", "fetch or save the tokenizer again", location):
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
 @contextlib.contextmanager
-def _explained(name: str, expected: str, advice: str) -> Iterator[None]:
-    """Turn whatever transformers raises inside into one line."""
+def _explained(name: str, expected: str, advice: str, location: str | None = None) -> Iterator[None]:
+    """Turn whatever transformers raises inside into one line, in which closed files are told from damaged ones."""
     try:
         yield
     except _LOAD_FAILURES as error:
+        if location is not None and os.path.isabs(location) and (closed := unreadable(Path(location))) is not None:
+            raise ModelLoadError(_closed(name, closed)) from error
         came = textwrap.shorten(str(error), 160, placeholder=" …") or "no message"
         raise ModelLoadError(
             f"cannot load '{name}': expected {expected}, got {type(error).__name__} ({came}); {advice}"
         ) from error
+
+
+def _closed(name: str, closed: str) -> str:
+    return (
+        f"cannot load '{name}': expected files that this user may read, got {closed}; let its owner `chmod -R a+rX` "
+        "the folder"
+    )
 
 
 @contextlib.contextmanager

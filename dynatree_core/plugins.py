@@ -2,6 +2,8 @@
 
 Discovery is global (entry points); activity is not: every session gets instances of its own. The built-in
 plugins come through the same door as anyone else's.
+
+What is installed can be asked without torch, which is imported where a plugin is made.
 """
 
 from __future__ import annotations
@@ -12,14 +14,21 @@ import inspect
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, cast
+from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
-from dynatree_core.composition import ParameterValue, PluginSpec, format_stack, parse_stack
-from dynatree_core.drafters.base import Drafter
-from dynatree_core.drafters.union import UnionDrafter
+from dynatree_core.composition import (
+    NAME_RULE,
+    ParameterValue,
+    PluginSpec,
+    canonical_name,
+    format_stack,
+    is_name,
+    parse_stack,
+)
+from dynatree_core.distributions import entry_points, package_of
 from dynatree_core.errors import (
     DynaTreeError,
     ParameterError,
@@ -29,7 +38,11 @@ from dynatree_core.errors import (
     UnknownPluginError,
     nearest_match,
 )
-from dynatree_core.stack import PolicyStack
+from dynatree_core.foreign import others_code, raised
+
+if TYPE_CHECKING:
+    from dynatree_core.drafters.base import Drafter
+    from dynatree_core.stack import PolicyStack
 
 __all__ = [
     "DRAFTERS",
@@ -38,6 +51,7 @@ __all__ = [
     "build_drafter",
     "build_drafters",
     "build_stack",
+    "check_stack_names",
     "expand_preset",
     "load_plugin",
     "plugin_parameters",
@@ -55,11 +69,12 @@ DRAFTERS = "dynatree.drafters"  # name -> Drafter class
 def plugin_table(group: str) -> dict[str, list[EntryPoint]]:
     """Everything that is installed under a group, by name; more than one entry for a name is a conflict.
 
-    Read once per process: it costs milliseconds, and a package installed while a program runs is not seen by it.
+    Names are as stack strings have them: an entry point `my-policy` is called `my_policy`. Read once per process: it
+    costs milliseconds, and a package installed while a program runs is not seen by it.
     """
     table: defaultdict[str, list[EntryPoint]] = defaultdict(list)
     for entry_point in sorted(entry_points(group=group), key=lambda entry: entry.name):
-        table[entry_point.name].append(entry_point)
+        table[canonical_name(entry_point.name)].append(entry_point)
     return dict(table)
 
 
@@ -71,33 +86,41 @@ def load_plugin(group: str, name: str) -> Any:
         PluginConflictError: two packages provide it.
         PluginLoadError: its package cannot be imported, or has something else there.
     """
-    table = plugin_table(group)
+    table, name = plugin_table(group), canonical_name(name)
     if name not in table:
         kind = group.rpartition(".")[2]
         raise UnknownPluginError(
             f"'{name}' is not among the installed {kind}{nearest_match(name, table)}; known are: {', '.join(table)}"
         )
-    if len(table[name]) > 1:
-        sources = " and ".join(f"{entry.dist.name if entry.dist else '?'} ({entry.value})" for entry in table[name])
+    entry, *others = table[name]
+    if others:
+        sources = " and ".join(f"{package_of(one)[0]} ({one.value})" for one in table[name])
         raise PluginConflictError(f"a plugin's name must be unique, but '{name}' comes from {sources}; uninstall one")
-    try:
-        plugin = table[name][0].load()
-    except Exception as error:  # others' code, which runs when it is imported
+    if not is_name(name):
         raise PluginLoadError(
-            f"'{name}' is installed but cannot be imported ({table[name][0].value}: {type(error).__name__}: {error}); "
-            "repair or uninstall it"
-        ) from error
+            f"a plugin's name must be one that can be written in a stack, {NAME_RULE}, got '{entry.name}' of "
+            f"{package_of(entry)[0]}; rename its entry point"
+        )
+    with others_code(
+        lambda error: PluginLoadError(
+            f"'{name}' is installed but cannot be imported ({entry.value}: {raised(error)}); repair or uninstall it"
+        )
+    ):
+        plugin = entry.load()
     is_right, wanted = (isinstance(plugin, str), "a string") if group == PRESETS else (callable(plugin), "a class")
     if not is_right:
         raise PluginLoadError(
-            f"'{name}' of {group} must be {wanted}, got {type(plugin).__name__} ({table[name][0].value}); repair the "
+            f"'{name}' of {group} must be {wanted}, got {type(plugin).__name__} ({entry.value}); repair the "
             "entry point or uninstall it"
         )
     return plugin
 
 
 def plugin_parameters(plugin: type) -> dict[str, ParameterValue]:
-    """A plugin's parameters with their defaults, from its constructor's signature; None where one is required."""
+    """A plugin's parameters with their defaults, from its constructor's signature; None where one is required.
+
+    {} for a compiled class that does not tell its signature: its constructor takes or refuses what is given.
+    """
     return {p.name: None if p.default is p.empty else p.default for p in _parameters(plugin)}
 
 
@@ -107,9 +130,19 @@ def required_parameters(plugin: type) -> list[str]:
 
 
 def _parameters(plugin: type) -> list[inspect.Parameter]:
-    """Those that have a name of their own."""
-    parameters = inspect.signature(plugin).parameters.values()
-    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    """Those that have a name of their own; none where the signature is not known."""
+    signature = _signature(plugin)
+    if signature is None:
+        return []
+    return [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _signature(plugin: type) -> inspect.Signature | None:
+    """None for a compiled class that does not tell it, such as an extension type of Cython."""
+    try:
+        return inspect.signature(plugin)
+    except (ValueError, TypeError):
+        return None
 
 
 def plugin_variants(plugin: type) -> Mapping[str, Mapping[str, ParameterValue]]:
@@ -137,6 +170,8 @@ def build_stack(policy: str | object | Sequence[str | object]) -> PolicyStack:
     Raises:
         StackSyntaxError, UnknownPluginError, ParameterError, PolicyError.
     """
+    from dynatree_core.stack import PolicyStack
+
     parts = list(policy) if isinstance(policy, list | tuple) else [policy]
     if not parts:
         raise StackSyntaxError("a policy stack must name at least one policy, got an empty list")
@@ -156,6 +191,25 @@ def build_stack(policy: str | object | Sequence[str | object]) -> PolicyStack:
                 raise StackSyntaxError(f"a policy can stand in a stack once, got '{name}' twice in {policy!r}")
             policies[name] = instance
     return PolicyStack(policies, "+".join(texts))
+
+
+def check_stack_names(policy: str) -> None:
+    """Refuse a stack's string that cannot be read or names what is not installed; no policy is imported.
+
+    Raises:
+        StackSyntaxError, UnknownPluginError.
+    """
+    for spec in parse_stack(policy):
+        if spec.name not in plugin_table(PRESETS):
+            _check_policy_name(spec.name)
+
+
+def _check_policy_name(name: str) -> None:
+    if name not in plugin_table(POLICIES):
+        known = [*plugin_table(POLICIES), *plugin_table(PRESETS)]
+        raise UnknownPluginError(
+            f"'{name}' is not an installed policy or preset{nearest_match(name, known)}; known are: {', '.join(known)}"
+        )
 
 
 def expand_preset(spec: PluginSpec, within: tuple[str, ...] = ()) -> list[PluginSpec]:
@@ -202,27 +256,27 @@ def build_drafter(text: str) -> Drafter:
     Raises:
         StackSyntaxError, UnknownPluginError, ParameterError.
     """
+    from dynatree_core.drafters.union import UnionDrafter
+
     drafters = build_drafters(text)
     return drafters[0] if len(drafters) == 1 else UnionDrafter(drafters)
 
 
 def build_drafters(text: str) -> list[Drafter]:
     """The drafters whose names are joined by `+`."""
+    from dynatree_core.drafters.base import Drafter
+
     drafters = [_build(DRAFTERS, spec) for spec in parse_stack(text)]
     for drafter in drafters:
         if not isinstance(drafter, Drafter):
             raise PluginLoadError(f"'{text}' must make drafters, got {drafter!r}; repair the package's entry point")
-    return cast(list[Drafter], drafters)
+    return cast("list[Drafter]", drafters)
 
 
 def _build(group: str, spec: PluginSpec) -> object:
     """An instance: the class's defaults, then the variant's values, then those of the string."""
-    if group == POLICIES and spec.name not in plugin_table(group):
-        known = [*plugin_table(POLICIES), *plugin_table(PRESETS)]
-        raise UnknownPluginError(
-            f"'{spec.name}' is not an installed policy or preset{nearest_match(spec.name, known)}; "
-            f"known are: {', '.join(known)}"
-        )
+    if group == POLICIES:
+        _check_policy_name(spec.name)
     plugin = load_plugin(group, spec.name)
     variants = plugin_variants(plugin)
     if spec.variant is not None and spec.variant not in variants:
@@ -230,9 +284,9 @@ def _build(group: str, spec: PluginSpec) -> object:
             f"'{spec.name}' has no variant '{spec.variant}'{nearest_match(spec.variant, variants)}; "
             f"known are: {', '.join(variants) or 'none'}"
         )
-    known_parameters = plugin_parameters(plugin)
+    known_parameters, is_told = plugin_parameters(plugin), _signature(plugin) is not None
     for name in spec.parameters:
-        if name not in known_parameters:
+        if is_told and name not in known_parameters:
             raise ParameterError(
                 f"'{spec.name}' has no parameter '{name}'{nearest_match(name, known_parameters)}; "
                 f"known are: {', '.join(known_parameters) or 'none'}"
@@ -243,19 +297,19 @@ def _build(group: str, spec: PluginSpec) -> object:
         raise ParameterError(
             f"'{spec.name}' needs a value for {', '.join(missing)}, as in '{spec.name}({missing[0]}=...)'"
         )
-    try:
-        return plugin(**values)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, DynaTreeError) and not isinstance(error, ParameterError):
-            raise
-        raise ParameterError(f"'{spec}': {error}") from error
-    except DynaTreeError:
-        raise
-    except Exception as error:  # others' code
-        raise PluginLoadError(
-            f"'{spec}' cannot be made, its constructor raised {type(error).__name__}: {error}; repair or uninstall its "
-            "package"
-        ) from error
+    with others_code(lambda error: _not_made(spec, error)):
+        return cast(object, plugin(**values))
+
+
+def _not_made(spec: PluginSpec, error: BaseException) -> DynaTreeError:
+    """What a constructor's error is to those who wrote the stack: its values are wrong, or its package is."""
+    if isinstance(error, DynaTreeError) and not isinstance(error, ParameterError):
+        return error
+    if isinstance(error, TypeError | ValueError):
+        return ParameterError(f"'{spec}': {error}")
+    return PluginLoadError(
+        f"'{spec}' cannot be made, its constructor raised {raised(error)}; repair or uninstall its package"
+    )
 
 
 def _copied(name: str, policy: object) -> object:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, TypeVar
 
 import attrs
@@ -43,6 +43,7 @@ from dynatree_core.errors import (
     OutOfMemoryError,
     ParameterError,
 )
+from dynatree_core.foreign import others_code, raised
 from dynatree_core.metrics import summarise
 from dynatree_core.model_state import without_gradients
 from dynatree_core.plugins import build_drafter, build_stack
@@ -126,7 +127,7 @@ class Session:
         if not isinstance(prefix_cache, PrefixCache | None):
             raise ParameterError(f"prefix_cache must be a PrefixCache, got {prefix_cache!r:.60}")
         self.on_error = on_error
-        self._callers_errors: list[Exception] = []  # raised by what the caller has given, so nobody else's fault
+        self._callers_errors: list[BaseException] = []  # raised by what the caller has given, so nobody else's fault
         if on_prefill is not None:
             on_prefill = _noting(on_prefill, self._callers_errors)
         self.device: torch.device = target.device  # type: ignore[assignment]
@@ -430,30 +431,28 @@ def _as_drafter(drafter: nn.Module | Drafter | str | None) -> Drafter | None:
     return ModelDrafter(drafter)
 
 
-def _noting(callback: Callable[[int, int], None], errors: list[Exception]) -> Callable[[int, int], None]:
+def _noting(callback: Callable[[int, int], None], errors: list[BaseException]) -> Callable[[int, int], None]:
     """The callback, which leaves in the list what it raises."""
 
     def noted(done: int, total: int) -> None:
         try:
             callback(done, total)
-        except Exception as error:
+        except BaseException as error:  # an exit too: it is no fault of the drafter
             errors.append(error)
             raise
 
     return noted
 
 
-@contextmanager
-def _blame_drafter(name: str | None, *but: type[Exception], callers_errors: Sequence[Exception] = ()) -> Iterator[None]:
-    as_they_are: tuple[type[Exception], ...] = (DrafterError, *but)
-    try:
-        yield
-    except as_they_are:
-        raise
-    except Exception as error:
+def _blame_drafter(
+    name: str | None, *but: type[Exception], callers_errors: Sequence[BaseException] = ()
+) -> AbstractContextManager[None]:
+    def blame(error: BaseException) -> BaseException:
         if any(error is one for one in callers_errors):
-            raise
-        raise DrafterError(f"drafter '{name}' raised {type(error).__name__}: {error}") from error
+            return error
+        return DrafterError(f"drafter '{name}' raised {raised(error)}")
+
+    return others_code(blame, DrafterError, *but)
 
 
 def _costs_of(

@@ -10,8 +10,9 @@ import functools
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import attrs
@@ -28,6 +29,7 @@ from dynatree_core.errors import (
     PolicyError,
     nearest_match,
 )
+from dynatree_core.foreign import others_code, raised
 from dynatree_core.records import Frontier, StepReport
 from dynatree_core.tree import TokenTree
 
@@ -36,6 +38,8 @@ __all__ = ["BranchFactor", "PolicyStack", "hook_names", "implemented_hooks"]
 # what the drafter or the target did wrong while a policy looked at the frontier is not the policy's fault
 _NOT_THE_POLICY = (DrafterError, ForwardPassError, NonFiniteLogitsError, OutOfMemoryError)
 _DECLARED = type(attrs.field())  # what attrs replaces when it makes a class
+_MARK = f"{hookspecs.PROJECT_NAME}_impl"  # the attribute in which pluggy's marker leaves its options
+_OF_PYTHON = (FunctionType, MethodType, classmethod, staticmethod)  # what pluggy takes for a hook
 
 
 @attrs.frozen(eq=False)
@@ -170,11 +174,11 @@ def _register(name: str, policy: object) -> list[pluggy.HookCaller]:
         )
     manager = _manager()
     try:
-        manager.register(policy, name=name)
+        manager.register(_shown(policy), name=name)
         manager.check_pending()
     except (pluggy.PluginValidationError, ValueError) as error:
         raise PolicyError(f"policy '{name}' cannot be used: {_explain(error)}") from error
-    callers = manager.get_hookcallers(policy) or []
+    callers = manager.get_hookcallers(manager.get_plugin(name)) or []
     _refuse_unmade(name, policy)
     _refuse_unmarked(name, policy, {caller.name for caller in callers})
     if not callers:
@@ -195,6 +199,45 @@ def _register(name: str, policy: object) -> list[pluggy.HookCaller]:
                     "never passes an argument that has one; remove the default"
                 )
     return callers
+
+
+def _shown(policy: object) -> Any:
+    """What pluggy is shown: the policy itself, or its hooks as functions of Python where it is a compiled class.
+
+    pluggy takes no other functions for hooks. Those of Cython have a signature and marks, but a type of their own.
+    """
+    marks = {name: _mark(inspect.getattr_static(policy, name, None)) for name in dir(type(policy))}
+    hooks = {name: mark for name, mark in marks.items() if mark is not None}
+    compiled = {name for name in hooks if not isinstance(inspect.getattr_static(policy, name), _OF_PYTHON)}
+    if not compiled:
+        return policy
+    shown = SimpleNamespace(**{name: getattr(policy, name) for name in hooks})
+    for name in compiled:
+        function = _python_function(getattr(policy, name), hooks[name].get("specname") or name)
+        setattr(function, _MARK, hooks[name])
+        setattr(shown, name, function)
+    return shown
+
+
+def _mark(attribute: object) -> dict[str, Any] | None:
+    """What `hookimpl` has left on a function."""
+    mark = getattr(attribute, _MARK, None) if callable(attribute) else None
+    return mark if isinstance(mark, dict) else None
+
+
+def _python_function(method: Callable[..., Any], hook: str) -> Callable[..., Any]:
+    """A function of Python that passes the same arguments on; the hook's own where the method does not tell any."""
+    try:
+        parameters = list(inspect.signature(method).parameters.values())
+    except (ValueError, TypeError):
+        specified = vars(hookspecs).get(hook)
+        parameters = list(inspect.signature(specified).parameters.values()) if specified is not None else []
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    # a default is refused later, whatever it is
+    declared = [name if p.default is p.empty else f"{name}=None" for name, p in zip(names, parameters, strict=False)]
+    passed = ", ".join(f"{name}={name}" for name in names)
+    function: Callable[..., Any] = eval(f"lambda {', '.join(declared)}: method({passed})", {"method": method})
+    return function
 
 
 def _refuse_unmade(name: str, policy: object) -> None:
@@ -241,15 +284,11 @@ def _has_default(function: Callable[..., Any]) -> bool:
     return any(parameter.default is not inspect.Parameter.empty for parameter in parameters)
 
 
-@contextmanager
-def _blame(name: str, hook: str) -> Iterator[None]:
+def _blame(name: str, hook: str) -> AbstractContextManager[None]:
     """Turn whatever a policy raises into a PolicyError that names it."""
-    try:
-        yield
-    except _NOT_THE_POLICY:
-        raise
-    except Exception as error:
-        raise PolicyError(f"policy '{name}', hook {hook}: raised {type(error).__name__}: {error}") from error
+    return others_code(
+        lambda error: PolicyError(f"policy '{name}', hook {hook}: raised {raised(error)}"), *_NOT_THE_POLICY
+    )
 
 
 def _check_tensor(

@@ -15,15 +15,24 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dynatree_core.errors import ModelLoadError, VocabularyMismatchError
+from dynatree_core.files import unreadable, whole_file, write_text
 from dynatree_core.model_state import is_plain
+from dynatree_core.tensor_files import load_tensors, save_tensors
 
-__all__ = ["WEIGHTS", "RestrictedHead", "SharedEmbedding", "is_student", "load_student", "new_student", "save_student"]
+__all__ = [
+    "WEIGHTS",
+    "RestrictedHead",
+    "SharedEmbedding",
+    "is_student",
+    "load_student",
+    "new_student",
+    "read_card",
+    "save_student",
+]
 
 WEIGHTS = "student.safetensors"
 CARD = "student.json"  # what target it was made for, and how
@@ -122,16 +131,26 @@ def save_student(student: PreTrainedModel, folder: Path, dtype: torch.dtype, car
     folder.mkdir(parents=True, exist_ok=True)
     parts: Any = student  # transformers leaves some of its functions unannotated
     head = parts.get_output_embeddings()
-    own = {name: weight.to(dtype).contiguous() for name, weight in student.state_dict().items()}
-    student.config.to_json_file(folder / "config.json")
-    save_file({**own, HEAD_IDS: head.token_ids.int().contiguous()}, folder / WEIGHTS)
+    own = {name: weight.to(dtype) for name, weight in student.state_dict().items()}
+    with whole_file(folder / "config.json") as draft:
+        student.config.to_json_file(draft)
+    save_tensors({**own, HEAD_IDS: head.token_ids.int()}, folder / WEIGHTS)
     sizes = {"vocab_size": parts.get_input_embeddings().num_embeddings, "hidden_size": int(head.weight.shape[1])}
-    (folder / CARD).write_text(json.dumps({"format": FORMAT, **sizes, **card}, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / CARD, json.dumps({"format": FORMAT, **sizes, **card}, indent=2) + "\n")
 
 
 def is_student(folder: Path) -> bool:
     """Whether a folder holds a student, rather than a model that stands alone."""
     return (folder / CARD).is_file()
+
+
+def read_card(folder: Path) -> dict[str, Any] | None:
+    """What `save_student` has left of a student; None where it made no such folder."""
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return card if isinstance(card, dict) and {"format", "vocab_size", "hidden_size"} <= set(card) else None
 
 
 def load_student(folder: Path, target: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -141,13 +160,18 @@ def load_student(folder: Path, target: PreTrainedModel, dtype: torch.dtype) -> P
         ModelLoadError: the folder holds no student, or a damaged one.
         VocabularyMismatchError: the target is not one that it can be used with.
     """
+    if (closed := unreadable(folder / CARD, folder / "config.json", folder / WEIGHTS)) is not None:
+        raise ModelLoadError(
+            f"the drafter in '{folder}' must be one that this user may read, got {closed}; let its owner run `chmod -R "
+            f"a+rX {folder}`, or choose another drafter"
+        )
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         config = AutoConfig.from_pretrained(str(folder))
-        weights = load_file(folder / WEIGHTS)
+        weights = load_tensors(folder / WEIGHTS, advice="make it again")
         head_ids = weights.pop(HEAD_IDS)
         made_for = card["vocab_size"], card["hidden_size"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ModelLoadError) as error:
         raise _damaged(folder, error) from error
     table: Any = target.get_input_embeddings()
     got = tuple(table.weight.shape)

@@ -31,10 +31,11 @@ settings.load_profile(os.environ.get("DYNATREE_HYPOTHESIS_PROFILE", "default"))
 
 @pytest.fixture(autouse=True, scope="session")
 def costs_of_these_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Costs of the tests' models are kept for one run, and not among the user's."""
+    """Costs of the tests' models, and what was read of plugins, are kept for one run, and not among the user's."""
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("costs")
+        folder, plugins = tmp_path_factory.mktemp("costs"), tmp_path_factory.mktemp("plugins")
         patch.setattr("dynatree_core.costs.folder", lambda: folder)
+        patch.setattr("dynatree_core.remembered.folder", lambda: plugins)
         yield
 
 

@@ -424,8 +424,16 @@ def test_a_length_that_is_given_twice_counts_once(pair, tmp_path):
 
 def test_a_folder_that_is_a_file_is_refused(pair, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="can be written"):
+    with pytest.raises(InputError, match="goes to a folder, got"):
         run("scalability", pair, tmp_path / "file")
+
+
+def test_a_folder_of_somebody_elses_is_refused(pair, tmp_path):
+    (tmp_path / RECORDS_FILE).write_text("a record of mine, without an end")
+    with pytest.raises(InputError, match="`dynatree bench` writes must go to a folder that is new, empty"):
+        run("scalability", pair, tmp_path)
+    assert (tmp_path / RECORDS_FILE).read_text() == "a record of mine, without an end"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_time_limit_leaves_whole_prompts_for_later(pair, tmp_path):

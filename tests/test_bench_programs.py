@@ -120,17 +120,17 @@ def test_a_target_without_a_tokenizer_reads_no_prompts():
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
     code, said = ended("runners", "--out", tmp_path, "--from", tmp_path / "none.json")
     assert code == 1
-    assert re.fullmatch(r"dynatree: error: \[Errno 2\] .*none\.json'\n", said)
+    assert re.fullmatch(r"dynatree: error: No such file or directory: .*none\.json\n", said)
 
 
 def test_results_can_be_written_or_not(tmp_path):
-    check_writable(tmp_path / "new" / "results.json")
+    check_writable(tmp_path / "new" / "results.json", "it")
     assert not list((tmp_path / "new").iterdir())
-    (tmp_path / "old.json").write_text("old")
-    check_writable(tmp_path / "old.json")
-    assert (tmp_path / "old.json").read_text() == "old"
-    with pytest.raises(InputError, match=f"got {tmp_path} .*choose another"):
-        check_writable(tmp_path)
+    (tmp_path / "old.json").write_text("old results of it")
+    check_writable(tmp_path / "old.json", "it")
+    assert (tmp_path / "old.json").read_text() == "old results of it"
+    with pytest.raises(InputError, match=f"got {tmp_path}, .*choose another"):
+        check_writable(tmp_path, "it")
 
 
 def test_no_context_is_measured_twice():

@@ -182,7 +182,7 @@ def test_without_a_prefix_cache(say: Callable[..., Ran]) -> None:
 def test_what_is_no_question(say: Callable[..., Ran]) -> None:
     assert say().out == say("", "  ", "\t").out == ""
     ran = say("abc", b"caf\xe9\n", "def\r")
-    assert ran.code == 0
+    assert ran.code == 1, "a script has to be told that a line failed"
     assert len(summaries(ran)) == 2
     assert "a line must be UTF-8 text" in ran.err
     assert say("abc", b"def").out == say("abc", "def").out, "the last line may lack its end"
@@ -204,7 +204,7 @@ def test_reset_begins_anew(say: Callable[..., Ran], folders: SimpleNamespace) ->
 
 def test_policy_changes_from_the_next_answer_on(say: Callable[..., Ran]) -> None:
     ran = say("abc", "/policy", "/policy autoregressive", "def", "/policy", "/policy atoregressive", "ghi")
-    assert ran.code == 0
+    assert ran.code == 1
     assert [found[2] for found in summaries(ran)][1:] == ["1.00", "1.00"]
     lines = ran.err.splitlines()
     assert lines[1] == "policy phase3"
@@ -259,7 +259,7 @@ def test_a_target_without_a_template(say: Callable[..., Ran], folders: SimpleNam
 
 def test_a_template_that_refuses(say: Callable[..., Ran], folders: SimpleNamespace) -> None:
     ran = say("abc", target=folders.strict, args=("--system", "x"))
-    assert (ran.code, ran.out) == (0, "")
+    assert (ran.code, ran.out) == (1, "")
     assert is_one_error_line(ran, "a conversation of system, user", "roles must alternate")
     assert len(summaries(say("abc", "def", target=folders.strict))) == 2
 
@@ -267,13 +267,16 @@ def test_a_template_that_refuses(say: Callable[..., Ran], folders: SimpleNamespa
 def test_the_end_of_the_context(say: Callable[..., Ran], folders: SimpleNamespace) -> None:
     """Answers get what is left; then there is a kind word, and room again after /reset."""
     ran = say("abc", "d" * 40, "ghi", "/reset", "abc", target=folders.short, args=("--max-new-tokens", 30))
-    assert ran.code == 0
+    assert ran.code == 1
     first, second, third = summaries(ran)
     assert (first[1], third[1]) == ("30", "30")
     assert 0 < int(second[1]) < 30
     assert int(second[1]) + int(second[4]) == 120
     assert "must fit the context of 120 tokens with room for an answer" in ran.err
     assert "/reset begins a new conversation" in ran.err
+    alone = say("d" * 200, target=folders.short)
+    assert "shorten the text" in alone.err
+    assert "/reset" not in alone.err, "nothing is gained by it"
 
 
 @pytest.mark.parametrize("spec", ["{}", "model(model='{}')", "model(model='{}')+prompt_lookup"])

@@ -45,6 +45,7 @@ from dynatree_core import session as session_module
 from dynatree_core.cli import main
 from dynatree_core.console import REPLACEMENT, Answer, Comparison, IncrementalText, report_table
 from dynatree_core.embedded import EmbeddedModel
+from dynatree_core.exits import UNREAD
 from dynatree_core.student import new_student, save_student
 
 SAMPLES = ["naïve café", "日本語の文字", "🌲🌳 trees 🎄", "größer", "плавать", "a b  c\n\td", "👩‍👩‍👧"]
@@ -647,7 +648,10 @@ def test_calibrate_where_nothing_can_be_kept(
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["generate"], ["policies"], ["drafters"], ["new-policy"], ["models"], ["models", "install"], ["calibrate"]],
+    [
+        *([], ["generate"], ["policies"], ["drafters"], ["new-policy"], ["new-drafter"], ["models"]),
+        *(["models", "install"], ["calibrate"], ["completion"]),
+    ],
 )
 def test_help(dynatree: Dynatree, command: list[str]) -> None:
     ran = dynatree(*command, "--help")
@@ -887,6 +891,7 @@ def test_a_reader_that_leaves_is_no_error(folders: SimpleNamespace) -> None:
     process.stdout.close()
     process.stdout = None
     _, err = process.communicate(timeout=120)
+    assert process.returncode == UNREAD
     assert err == b""
 
 
@@ -1115,33 +1120,25 @@ def test_models(
     assert ("dynatree models install" in ran.out) == (not converted)
 
 
-@pytest.mark.parametrize(
-    ("installed", "converted", "steps"),
-    [(False, False, ["install", "path"]), (True, False, ["path"]), (False, True, ["path"])],
-)
-def test_models_install(
-    dynatree: Dynatree,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    installed: bool,
-    converted: bool,
-    steps: list[str],
-) -> None:
-    done: list[str] = []
+def test_models_names_the_damage(dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = attrs.evolve(embedded_model(tmp_path, installed=False, converted=False), damage="weights are missing")
+    monkeypatch.setattr("dynatree_core.embedded.describe", lambda: model)
+    ran = dynatree("models")
+    assert (ran.code, ran.err) == (0, "")
+    assert "no: weights are missing" in ran.out
+    assert "dynatree models install" in ran.out
 
-    def path(*, progress: Callable[[str], None]) -> Path:
+
+def test_models_install(dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def make_ready(*, progress: Callable[[str], None]) -> Path:
         progress("converting")
-        done.append("path")
         return tmp_path
 
-    model = embedded_model(tmp_path, installed=installed, converted=converted)
+    model = embedded_model(tmp_path, installed=True, converted=False)
     monkeypatch.setattr("dynatree_core.embedded.describe", lambda: model)
-    monkeypatch.setattr("dynatree_core.embedded.install", lambda: done.append("install"))
-    monkeypatch.setattr("dynatree_core.embedded.path", path)
+    monkeypatch.setattr("dynatree_core.embedded.make_ready", make_ready)
     ran = dynatree("models", "install")
-    assert (ran.code, ran.err) == (0, "")
-    assert done == steps
-    assert str(tmp_path) in ran.out
+    assert (ran.code, ran.out, ran.err) == (0, f"Tiny is ready in {tmp_path}\n", "")
 
 
 # ---- the audit -----------------------------------------------------------------------------------------------

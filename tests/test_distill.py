@@ -31,6 +31,7 @@ from dynatree_bench.distill.train import (
     collate,
     divergence,
     frequent_tokens,
+    load_checkpoint,
     scored_logits,
     train,
 )
@@ -39,8 +40,9 @@ from dynatree_core import build_drafter, generate, load_model
 from dynatree_core.architectures import EXACT_FAMILIES
 from dynatree_core.cli_prompts import PromptPicks
 from dynatree_core.drafters.model import ModelDrafter
-from dynatree_core.errors import InputError, PluginLoadError
+from dynatree_core.errors import InputError, ModelLoadError, PluginLoadError
 from dynatree_core.student import new_student, save_student
+from dynatree_core.tensor_files import save_tensors
 from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
 
 WORDS = [*"abcdefghijklmnopqrstuvwxyz", " ", ".", "\n", "<s>", "</s>", "<u>", "<a>", "?", "!", "{", "}"]
@@ -135,6 +137,38 @@ def test_another_request_does_not_mix_with_what_is_there(target_folder, text_fil
     assert (tmp_path / "drafter" / "student.safetensors").read_bytes() == weights[0]
     with pytest.raises(InputError, match="another request"):
         command(*request, "--seed", 7)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(target_folder, text_file, tmp_path, monkeypatch):
+    """The target's own folder above all: its config.json and README.md have the names of ours."""
+    own, project, drafter = tmp_path / "own", tmp_path / "project", tmp_path / "drafter"
+    shutil.copytree(target_folder, own)
+    project.mkdir()
+    (project / "README.md").write_text("mine")
+    # of another target, and without what a run could go on with
+    save_student(new_student(tiny_model("llama"), [0], torch.arange(8)), drafter, torch.float32, {"target": "other"})
+    monkeypatch.setattr("dynatree_bench.distill.run.load_model", lambda *args, **options: pytest.fail("loaded"))
+    for out in (own, project, drafter):
+        before = contents(out)
+        with pytest.raises(InputError, match=rf"`dynatree distill` writes must go to .* got {out}, which holds"):
+            command(*options(own, text_file, out))
+        assert contents(out) == before
+
+
+def test_damaged_work_says_what_to_delete(tmp_path):
+    (tmp_path / "shard.safetensors").write_bytes(b"\0" * 64)
+    with pytest.raises(ModelLoadError, match=r"shard\.safetensors must hold tensors .*; delete it, and the same"):
+        read_shard(tmp_path / "shard.safetensors")
+    save_tensors({"odd": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ModelLoadError, match=r"other\.safetensors must hold .*token_ids.*, got odd; delete it"):
+        read_shard(tmp_path / "other.safetensors")
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK\3\4 cut off")
+    with pytest.raises(ModelLoadError, match=r"checkpoint\.pt must hold a checkpoint .*; delete it, and the training"):
+        load_checkpoint(tmp_path / "checkpoint.pt", torch.device("cpu"))
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):

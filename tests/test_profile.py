@@ -10,7 +10,8 @@ import click.testing
 import pytest
 from test_distill import target_folder  # noqa: F401  # a fixture
 
-from dynatree_bench.profile import profile
+from dynatree_bench.machine import check_writable
+from dynatree_bench.profile import PROGRAM, profile
 from dynatree_bench.profile_cli import profile as command
 from dynatree_core.errors import InputError
 from dynatree_core.testing.models import perturbed, tiny_model
@@ -41,7 +42,7 @@ def test_more_iterations_than_there_is_room_for() -> None:
 def test_a_trace_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("dynatree_bench.profile.Session", lambda *asked, **named: pytest.fail("it began"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"a file that can be written, got .*trace\.json .*choose another"):
+    with pytest.raises(InputError, match=r"a file that can be written, got .*trace\.json, .*choose another"):
         profile(tiny_model("llama"), None, [1], trace=tmp_path / "file" / "trace.json")
 
 
@@ -57,3 +58,7 @@ def test_the_command(target_folder: Path, tmp_path: Path) -> None:  # noqa: F811
     done = click.testing.CliRunner().invoke(command, traced, catch_exceptions=False)
     assert "open it in" in done.output
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    check_writable(tmp_path / "trace.json", PROGRAM)  # a later run may replace it
+    (tmp_path / "mine.json").write_text('{"traceEvents": []}')
+    with pytest.raises(InputError, match=r"new, empty or made by it, got .*mine"):
+        check_writable(tmp_path / "mine.json", PROGRAM)

@@ -35,6 +35,7 @@ from dynatree_core import (
     plugins,
     testing,
 )
+from dynatree_core.advice import pip_install
 from dynatree_core.errors import ParameterError, PolicyError
 from dynatree_core.testing import (
     PolicyMachine,
@@ -474,7 +475,7 @@ import pytest
 sys.exit(pytest.main(["-p", "no:hypothesispytest", "--assert=plain", "--dynatree-policy", "fixed"]))
 """
     done = in_python(program, cwd=tmp_path)
-    hint = "needs hypothesis, which is not installed: python -m pip install 'dynatree[testing]'"
+    hint = f"needs hypothesis, which is not installed: {pip_install('dynatree[testing]')}"
     assert f"dynatree_core.testing.assert_lossless {hint}" in done.stdout
     assert hint in done.stderr
     assert (done.returncode, "Traceback" in done.stderr) == (4, False)

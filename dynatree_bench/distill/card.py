@@ -20,6 +20,7 @@ from dynatree_bench.distill.request import Request
 from dynatree_bench.distill.teacher import Shard
 from dynatree_bench.figures import BLUE, GREY, VERMILION
 from dynatree_bench.machine import source_commit
+from dynatree_core.files import whole_file, write_text
 
 __all__ = ["Report", "write_card"]
 
@@ -67,8 +68,8 @@ def write_card(folder: Path, report: Report) -> None:
         "level_costs": [attrs.asdict(cost) for cost in report.costs],
         "course": report.course,
     }
-    (folder / "report.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card_text(report), encoding="utf-8")
+    write_text(folder / "report.json", json.dumps(numbers, indent=1) + "\n")
+    write_text(folder / "README.md", card_text(report))
     draw_calibration(report, folder / "calibration.png")
     draw_course(report, folder / "training.png")
 
@@ -176,4 +177,5 @@ def _save(figure: Any, file: Path, report: Report, what: str) -> None:
     found = report.provenance
     caption = f"{report.target}, {what}\ndynatree {found['versions']['dynatree']}, {found['device']}, {found['date']}"
     figure.supxlabel(caption, fontsize=7, color=GREY)
-    figure.savefig(file)
+    with whole_file(file) as draft:
+        figure.savefig(draft)

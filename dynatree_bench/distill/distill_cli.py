@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
+from dynatree_core.advice import pip_install
 from dynatree_core.cli_models import FiniteRange
 from dynatree_core.cli_prompts import PromptPicks, Typed, prompt_options
+from dynatree_core.completion import complete_model
 from dynatree_core.errors import PluginLoadError
 
 __all__ = ["distill"]
@@ -32,7 +34,12 @@ COUNT, ONE_OR_MORE = click.IntRange(min=0), click.IntRange(min=1)
 
 
 @click.command()
-@click.option("--target", metavar="ID|PATH", help="Model that the drafter is for.  [default: the embedded one]")
+@click.option(
+    "--target",
+    metavar="ID|PATH",
+    shell_complete=complete_model,
+    help="Model that the drafter is for.  [default: the embedded one]",
+)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -71,7 +78,12 @@ COUNT, ONE_OR_MORE = click.IntRange(min=0), click.IntRange(min=1)
     help="Questions that it thinks up itself.",
 )
 @click.option(
-    "--question", "questions", type=Typed(), multiple=True, help="With {text} where a passage goes.  [default: eight]"
+    "--question",
+    "questions",
+    type=Typed(),
+    multiple=True,
+    callback=lambda context, option, given: _with_places(given),
+    help="With {text} where a passage goes.  [default: eight]",
 )
 @click.option(
     "--opening", "openings", type=Typed(), multiple=True, help="How it begins questions of its own.  [default: sixteen]"
@@ -141,7 +153,7 @@ def distill(
         from dynatree_bench.distill.train import TrainingPlan
     except ModuleNotFoundError as error:
         raise PluginLoadError(
-            f"`dynatree distill` needs {error.name}, which is not installed: pip install 'dynatree[bench]'"
+            f"`dynatree distill` needs {error.name}, which is not installed: {pip_install('dynatree[bench]')}"
         ) from error
 
     try:
@@ -161,3 +173,10 @@ def distill(
     )
     training = TrainingPlan(num_epochs, batch_tokens=batch_tokens, learning_rate=learning_rate, seed=seed)
     make_drafter(Request(target, device, threads, teaching, batches, chosen, num_outputs, training), out)
+
+
+def _with_places(questions: tuple[str, ...]) -> tuple[str, ...]:
+    for question in questions:
+        if "{text}" not in question:
+            raise click.BadParameter(f"must have {{text}} where a passage goes, got '{question}'")
+    return questions

@@ -78,7 +78,9 @@ def chat_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int
         InputError: the tokenizer has no chat template.
     """
     if tokenizer.chat_template is None:
-        raise InputError("--self-prompts needs a target with a chat template, got none; use --text instead")
+        raise InputError(
+            "--self-prompts needs a target with a chat template, got none; use --self-prompts 0, and --text"
+        )
     text = str(
         tokenizer.apply_chat_template(
             [{"role": "user", "content": _USER_WORDS}], tokenize=False, add_generation_prompt=True

@@ -16,7 +16,7 @@ from dynatree_bench.distill.card import Report, write_card
 from dynatree_bench.distill.evaluate import Agreement, agreement, level_costs
 from dynatree_bench.distill.material import Material
 from dynatree_bench.distill.request import Request
-from dynatree_bench.distill.teach import Taught, teach
+from dynatree_bench.distill.teach import TEACHING, Taught, is_request, teach
 from dynatree_bench.distill.teacher import read_shard
 from dynatree_bench.distill.train import frequent_tokens, train
 from dynatree_core import embedded
@@ -24,11 +24,13 @@ from dynatree_core.architectures import vocab_size
 from dynatree_core.drafters.distilled import fast_dtype
 from dynatree_core.errors import InputError
 from dynatree_core.models import DEFAULT_MODEL, LoadedModel, load_model, resolve_device
-from dynatree_core.student import load_student, new_student, save_student
+from dynatree_core.outputs import check_out
+from dynatree_core.student import load_student, new_student, read_card, save_student
 
 __all__ = ["make_drafter"]
 
 WIDTHS = (1, 2, 4, 8, 16)
+WORK = "work"  # in the drafter's folder: what an interrupted run goes on with
 
 
 def make_drafter(request: Request, out: Path) -> Agreement:
@@ -44,8 +46,9 @@ def make_drafter(request: Request, out: Path) -> Agreement:
     console = Console(stderr=True, highlight=False)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
+    check_out(out, "`dynatree distill`", lambda folder: _is_own(folder, request))
     material = request.teaching.read()
-    work = out / "work"
+    work = out / WORK
     work.mkdir(parents=True, exist_ok=True)
     device = resolve_device(request.device)
     # the teacher reads and writes much faster where the device multiplies in bfloat16
@@ -69,7 +72,7 @@ def make_drafter(request: Request, out: Path) -> Agreement:
         )  # fmt: skip
     after = agreement(student, apart, torch.bfloat16)
     console.print(f"after it on {after.top1:.1%}; the target's choice is among the first three on {after.top3:.1%}")
-    name = f"{embedded.NAME} (the embedded default model)" if teacher.name == DEFAULT_MODEL else teacher.name
+    name = _told_target(teacher.name)
     card = {"target": name, "layers": list(request.layers), "num_outputs": request.num_outputs}
     save_student(student, out, torch.bfloat16, card)
     target = load_model(request.target, device=request.device)
@@ -79,6 +82,19 @@ def make_drafter(request: Request, out: Path) -> Agreement:
     drafter = f"distilled(path={str(out)!r})+prompt_lookup"
     console.print(f'the drafter is in {out}; use it with --drafter "{drafter}"', soft_wrap=True)  # to be copied whole
     return after
+
+
+def _is_own(folder: Path, request: Request) -> bool:
+    """Whether a folder holds a distillation: what a run goes on with, or a drafter of the same target."""
+    if is_request(folder / WORK / TEACHING):
+        return True  # which request it is, is seen to before anything is written
+    card = read_card(folder)
+    return card is not None and card.get("target") == _told_target(request.target)
+
+
+def _told_target(name: str | None) -> str:
+    """A target's name on a drafter's card."""
+    return f"{embedded.NAME} (the embedded default model)" if name in (None, DEFAULT_MODEL) else str(name)
 
 
 def _check(layers: Sequence[int], target: LoadedModel) -> None:
@@ -91,7 +107,7 @@ def _check(layers: Sequence[int], target: LoadedModel) -> None:
 def _taught(teacher: LoadedModel, request: Request, material: Material, work: Path, console: Console) -> Taught:
     with _bar("asking the target", console) as show:
         return teach(
-            teacher, request.teaching, work / "teaching",
+            teacher, request.teaching, work / TEACHING,
             lambda done, total, tokens: show(done, total, f"{tokens:,} tokens"),
             num_batches=request.num_batches, material=material,
         )  # fmt: skip

@@ -29,10 +29,12 @@ from dynatree_bench.machine import weights_sha256
 from dynatree_core.architectures import max_positions
 from dynatree_core.cli_prompts import PromptPicks
 from dynatree_core.errors import InputError
+from dynatree_core.files import write_text
 from dynatree_core.models import LoadedModel
 
-__all__ = ["Lesson", "Taught", "TeachingPlan", "end_ids", "teach"]
+__all__ = ["TEACHING", "Lesson", "Taught", "TeachingPlan", "end_ids", "is_request", "teach"]
 
+TEACHING = "teaching"  # folder of the shards, in that of the work
 REQUEST = "request.json"
 NO_MATTER = {"_name_or_path", "dtype", "transformers_version"}  # settings that do not change what a model says
 
@@ -191,11 +193,16 @@ def _within(plan: TeachingPlan, limit: int | None) -> TeachingPlan:
     )
 
 
+def is_request(folder: Path) -> bool:
+    """Whether a folder holds what a target said to some request."""
+    return (folder / REQUEST).is_file()
+
+
 def _claim(folder: Path, request: str) -> None:
     """Keep the request beside the shards, and refuse to mix those of two."""
     file = folder / REQUEST
     if not file.exists():
-        file.write_text(request, encoding="utf-8")
+        write_text(file, request)
     elif file.read_text(encoding="utf-8") != request:
         raise InputError(
             f"{folder} holds what was said to another request, or to one of another version (see {file}); repeat that "

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import attrs
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from dynatree_bench.distill.prompts import Prompt
 from dynatree_core.architectures import cache_argument
+from dynatree_core.errors import ModelLoadError
+from dynatree_core.tensor_files import load_tensors, save_tensors
 
 __all__ = ["Shard", "read_shard", "score", "write", "write_shard"]
 
@@ -123,13 +124,21 @@ def write(
 
 def write_shard(shard: Shard, file: Path) -> None:
     """Store a shard; the file is there whole or not at all."""
-    part = file.with_suffix(".part")
-    save_file({field.name: getattr(shard, field.name).contiguous() for field in attrs.fields(Shard)}, part)
-    part.replace(file)
+    save_tensors({field.name: getattr(shard, field.name) for field in attrs.fields(Shard)}, file)
 
 
 def read_shard(file: Path) -> Shard:
-    return Shard(**load_file(file))
+    """What was stored.
+
+    Raises:
+        ModelLoadError: the file is damaged; the message says that it is asked for again once it is deleted.
+    """
+    advice = "delete it, and the same command asks the target for it again"
+    tensors = load_tensors(file, advice=advice)
+    names = {field.name for field in attrs.fields(Shard)}
+    if set(tensors) != names:
+        raise ModelLoadError(f"{file} must hold {', '.join(sorted(names))}, got {', '.join(sorted(tensors))}; {advice}")
+    return Shard(**tensors)
 
 
 def _top(logits: Tensor) -> tuple[Tensor, Tensor]:

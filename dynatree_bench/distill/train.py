@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -27,8 +28,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dynatree_bench.distill.teacher import Shard
+from dynatree_core.errors import ModelLoadError
+from dynatree_core.files import whole_file
 
-__all__ = ["Batch", "TrainingPlan", "batches_of", "divergence", "fingerprint", "frequent_tokens", "train"]
+__all__ = [
+    "Batch",
+    "TrainingPlan",
+    "batches_of",
+    "divergence",
+    "fingerprint",
+    "frequent_tokens",
+    "load_checkpoint",
+    "train",
+]
 
 
 @attrs.frozen
@@ -182,7 +194,7 @@ def train(
     course: list[dict[str, float]] = []
     start = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        state = load_checkpoint(checkpoint, device)
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
         start, course = state["step"], state["course"]
@@ -230,6 +242,21 @@ def learning_rate(step: int, num_steps: int, plan: TrainingPlan) -> float:
 
 
 def _save(state: dict[str, Any], file: Path) -> None:
-    part = file.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(file)
+    with whole_file(file) as draft:
+        torch.save(state, draft)
+
+
+def load_checkpoint(file: Path, device: torch.device) -> dict[str, Any]:
+    """A checkpoint.
+
+    Raises:
+        ModelLoadError: it is damaged.
+    """
+    try:
+        found = torch.load(file, map_location=device, weights_only=True)
+        return {name: found[name] for name in ("student", "optimizer", "step", "course")}
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise ModelLoadError(
+            f"{file} must hold a checkpoint of this training, got {type(error).__name__}: {error}; delete it, and the "
+            "training begins anew"
+        ) from error

@@ -14,6 +14,8 @@ from typing import Any
 
 import lazy_loader
 
+from dynatree_core.advice import pip_install
+
 _load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
@@ -25,6 +27,6 @@ def __getattr__(name: str) -> Any:
             raise
         raise ModuleNotFoundError(
             f"dynatree_core.testing.{name} needs hypothesis, which is not installed: "
-            "python -m pip install 'dynatree[testing]'",
+            f"{pip_install('dynatree[testing]')}",
             name=error.name,
         ) from error

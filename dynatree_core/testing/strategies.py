@@ -181,13 +181,14 @@ def sound_plugins(group: str) -> list[str]:
 
     A warning tells of others: a fault of some package is none of the policy that is being tested.
     """
-    return list(_sound(group, tuple(entry for entries in plugin_table(group).values() for entry in entries)))
+    table = plugin_table(group)
+    return list(_sound(group, tuple(table), tuple(entry for entries in table.values() for entry in entries)))
 
 
 @functools.cache
-def _sound(group: str, installed: tuple[EntryPoint, ...]) -> tuple[str, ...]:
+def _sound(group: str, names: tuple[str, ...], installed: tuple[EntryPoint, ...]) -> tuple[str, ...]:
     sound = []
-    for name in dict.fromkeys(entry.name for entry in installed):
+    for name in names:
         try:
             if group == PRESETS or not required_parameters(load_plugin(group, name)):
                 build_stack(name)
