@@ -181,8 +181,8 @@ def load_student(folder: Path, target: PreTrainedModel, dtype: torch.dtype) -> P
             f"tokens of {made_for[1]} numbers, but this target has {got[0]} of {got[1]}; choose another drafter, such "
             "as prompt_lookup"
         )
-    _check_embeddings(target, head_ids)
     try:
+        _check_embeddings(target, head_ids)
         student = _assembled(config, target, head_ids, dtype)
         student.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()})
     except (RuntimeError, IndexError) as error:  # tensors that are missing or of another shape, tokens that are none
