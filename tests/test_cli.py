@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +25,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from dynatree_core import (
     Drafter,
@@ -93,17 +92,6 @@ def save_model(folder: Path, tokenizer: Any, *, seed: int = 0) -> Path:
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _libraries_speak_again() -> Iterator[None]:
-    """The command quietens libraries for its whole process, which here is that of other tests too."""
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers")]
-    levels = [logger.level for logger in loggers]
-    yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
-    transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(scope="module")
@@ -446,6 +434,7 @@ def test_json_comparison(generate: Dynatree) -> None:
     assert document["speedup"] == pytest.approx(document["tokens_per_second"] / baseline["tokens_per_second"])
 
 
+@pytest.mark.slow
 def test_json_is_all_that_a_process_prints_on_stdout(folders: SimpleNamespace) -> None:
     args = ["generate", *ON_CPU, "--json", "--compare", "--target", folders.plain, "--max-new-tokens", 4, "abc"]
     process = spawn(*args, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -783,6 +772,7 @@ def test_an_interrupt_while_loading(generate: Dynatree, monkeypatch: pytest.Monk
     assert ran.document["autoregressive"] is None
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_torch_is_imported(tmp_path: Path) -> None:
     """It leaves torch half imported, and a second import of it raises something else."""
     (tmp_path / "torch.py").write_text(
@@ -825,6 +815,7 @@ def spawn(*args: object, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=environment, **options)
 
 
+@pytest.mark.slow
 def test_sigint_in_a_pipe(folders: SimpleNamespace, generate: Dynatree) -> None:
     args = ("--ignore-eos", "--policy", "autoregressive", "--max-new-tokens", 15_000, "abc")
     process = spawn(
@@ -844,6 +835,7 @@ def test_sigint_in_a_pipe(folders: SimpleNamespace, generate: Dynatree) -> None:
     assert shown.startswith(whole) or whole.startswith(shown)
 
 
+@pytest.mark.slow
 def test_sigint_in_a_terminal(folders: SimpleNamespace) -> None:
     args = ("generate", "--target", folders.plain, "--drafter", folders.plain, "--policy", "linear", "--ignore-eos")
     master, slave = os.openpty()
@@ -879,6 +871,7 @@ def read_terminal(master: int) -> Iterator[bytes]:
         yield piece
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error(folders: SimpleNamespace) -> None:
     args = ("generate", "--target", folders.plain, "--ignore-eos", "--max-new-tokens", 15_000, "abc")
     process = spawn(*args, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -1141,7 +1134,10 @@ def test_models_install(
     ran = dynatree("models", "install")
     assert (ran.code, ran.err) == (0, "")
     assert done == steps
-    assert str(tmp_path) in ran.out
+    *times, last = ran.out.splitlines()
+    assert last == f"Tiny is ready in {tmp_path}"
+    told = ["llm-tiny 1.2 fetched"] * ("install" in steps) + ["Tiny converted"] * (not converted)
+    assert [re.sub(r" in \d+\.\d s$", "", line) for line in times] == told
 
 
 # ---- the audit -----------------------------------------------------------------------------------------------
