@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# processes that the tests are spread over
+JOBS ?= 2
 
-.PHONY: demo test lint fuzz mutants bench-smoke wheel clean
+.PHONY: demo test test-matrix lint fuzz mutants bench-smoke wheel lock clean
 
 demo: $(VENV)/installed  ## real text by tree speculative decoding, checked against plain decoding
 	$(BIN)/dynatree models install
@@ -13,7 +15,10 @@ demo: $(VENV)/installed  ## real text by tree speculative decoding, checked agai
 
 test: $(VENV)/installed  ## all tests; those on the default model want `dynatree models install`, which this does
 	$(BIN)/dynatree models install
-	$(BIN)/python -m pytest
+	DYNATREE_LOCKED=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-matrix: $(VENV)/installed  ## what depends on transformers, with its oldest supported, 5.23.0 and newest release
+	$(BIN)/python .ci/matrix.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -31,13 +36,14 @@ bench-smoke: $(VENV)/installed  ## what trees are worth on the default model, an
 	$(BIN)/python -m dynatree_bench.smoke
 
 wheel: $(VENV)/installed
-	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
+
+lock: $(VENV)/installed  ## constraints.txt anew, with the newest release of everything that is not held
+	$(BIN)/python .ci/lock.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "DynaTree needs Python 3.11 or newer, got " + sys.version)'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
-	touch $@
+	@$(PYTHON) .ci/set_up.py $(VENV)
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

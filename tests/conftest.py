@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -9,7 +10,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+from transformers.utils import logging as transformers_logging
 
+from dynatree_core.quiet import IMPORTED, quiet_imports
+
+quiet_imports()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
 warnings.filterwarnings("ignore", message=".*generation flags are not valid.*")
@@ -27,6 +32,24 @@ settings.register_profile("thorough", parent=settings.get_profile("default"), ma
 # no search for a simpler example: it is enough that one fails (tests/mutants.py)
 settings.register_profile("mutants", parent=settings.get_profile("default"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("DYNATREE_HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that take long run last: a fault in another is known sooner, and processes end at about the same time."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # else in their order
+
+
+@pytest.fixture(autouse=True)
+def libraries_speak_again() -> Iterator[None]:
+    """A command quietens libraries for its whole process, which here is that of the next test too."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers", *IMPORTED)]
+    levels = [logger.level for logger in loggers]
+    has_bars = transformers_logging.is_progress_bar_enabled()
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    if has_bars:
+        transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(autouse=True, scope="session")

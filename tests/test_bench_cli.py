@@ -73,6 +73,7 @@ def of_folders(folders):
     return (*models, "--dtype", "float64", "--workload", folders / "prompts.jsonl", "--max-new-tokens", 5)
 
 
+@pytest.mark.slow
 def test_help_and_list_need_no_torch():
     program = (
         "import sys; from dynatree_bench.bench_cli import bench; sys.exit('torch' in sys.modules or "

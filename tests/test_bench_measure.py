@@ -301,6 +301,7 @@ run_experiment(
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_redoes_nothing(pair, tmp_path, monkeypatch):
     out = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "-c", KILLED_RUN, str(out)], cwd=ROOT)

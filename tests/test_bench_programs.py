@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,17 +83,33 @@ def test_answers_are_kept_for_the_same_weights_only(target_folder, tmp_path, mon
 PROGRAMS = ("drafter_value", "long_context", "never_slower", "rehearse", "roofline", "runners")
 
 
-def ended(program: str, *arguments: object) -> tuple[int, str]:
-    """What `python -m` of it ends with: exit code and stderr."""
-    environment = os.environ | {"TERM": "dumb"}
-    command = [sys.executable, "-m", f"dynatree_bench.{program}", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.stdout == ""
-    return done.returncode, done.stderr
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs a program as `python -m` does, but in this process, which has torch: its exit code and stderr."""
+
+    def run(program: str, *arguments: object) -> tuple[int, str]:
+        monkeypatch.setenv("TERM", "dumb")
+        monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(Path(drafter_value.__file__).with_name(f"{program}.py")), run_name="__main__")
+        said = capfd.readouterr()
+        assert said.out == ""
+        return exit.value.code, said.err
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_process_says_one_line(tmp_path):
+    """What the other tests look at in their own process is all that a user sees: importing says nothing."""
+    command = [sys.executable, "-m", "dynatree_bench.rehearse", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"TERM": "dumb"})
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("dynatree: error: results need a file that can be written, got ")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_what_goes_wrong_is_one_line_and_comes_before_any_measurement(program, tmp_path):
+def test_what_goes_wrong_is_one_line_and_comes_before_any_measurement(program, tmp_path, ended):
     """No traceback, and no exit code that is a verdict."""
     (tmp_path / "file").write_text("")
     where = "--output" if program in ("never_slower", "rehearse") else "--out"
@@ -102,7 +120,7 @@ def test_what_goes_wrong_is_one_line_and_comes_before_any_measurement(program, t
     assert said.startswith("dynatree: error: results need a file that can be written, got ")
 
 
-def test_arguments_that_cannot_be_used_are_no_verdict(tmp_path):
+def test_arguments_that_cannot_be_used_are_no_verdict(tmp_path, ended):
     code, said = ended("never_slower", "--repeats", "0")
     assert code == 3
     assert "--repeats must be at least 1" in said
@@ -117,7 +135,7 @@ def test_a_target_without_a_tokenizer_reads_no_prompts():
         chat_ids(LoadedModel(tiny_model("llama"), None, "bare"), "Why?")
 
 
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, ended):
     code, said = ended("runners", "--out", tmp_path, "--from", tmp_path / "none.json")
     assert code == 1
     assert re.fullmatch(r"dynatree: error: No such file or directory: .*none\.json\n", said)

@@ -396,6 +396,7 @@ class Terminal:
         return self.process.wait(timeout=120), rest
 
 
+@pytest.mark.slow
 def test_a_conversation_in_a_terminal(folders: SimpleNamespace) -> None:
     """Ctrl-C stops a long answer; the conversation goes on, and ends by Ctrl-D."""
     terminal = Terminal("--target", folders.plain, "--max-new-tokens", 15_000, "--policy", "autoregressive")
@@ -415,6 +416,7 @@ def test_a_conversation_in_a_terminal(folders: SimpleNamespace) -> None:
     assert b"Traceback" not in rest
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_the_prompt_leaves_at_the_second_time(folders: SimpleNamespace) -> None:
     terminal = Terminal("--target", folders.plain)
     terminal.interrupt_input()

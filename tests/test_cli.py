@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +25,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from dynatree_core import (
     Drafter,
@@ -94,17 +93,6 @@ def save_model(folder: Path, tokenizer: Any, *, seed: int = 0) -> Path:
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _libraries_speak_again() -> Iterator[None]:
-    """The command quietens libraries for its whole process, which here is that of other tests too."""
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers")]
-    levels = [logger.level for logger in loggers]
-    yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
-    transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(scope="module")
@@ -447,6 +435,7 @@ def test_json_comparison(generate: Dynatree) -> None:
     assert document["speedup"] == pytest.approx(document["tokens_per_second"] / baseline["tokens_per_second"])
 
 
+@pytest.mark.slow
 def test_json_is_all_that_a_process_prints_on_stdout(folders: SimpleNamespace) -> None:
     args = ["generate", *ON_CPU, "--json", "--compare", "--target", folders.plain, "--max-new-tokens", 4, "abc"]
     process = spawn(*args, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -787,6 +776,7 @@ def test_an_interrupt_while_loading(generate: Dynatree, monkeypatch: pytest.Monk
     assert ran.document["autoregressive"] is None
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_torch_is_imported(tmp_path: Path) -> None:
     """It leaves torch half imported, and a second import of it raises something else."""
     (tmp_path / "torch.py").write_text(
@@ -829,6 +819,7 @@ def spawn(*args: object, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=environment, **options)
 
 
+@pytest.mark.slow
 def test_sigint_in_a_pipe(folders: SimpleNamespace, generate: Dynatree) -> None:
     args = ("--ignore-eos", "--policy", "autoregressive", "--max-new-tokens", 15_000, "abc")
     process = spawn(
@@ -848,6 +839,7 @@ def test_sigint_in_a_pipe(folders: SimpleNamespace, generate: Dynatree) -> None:
     assert shown.startswith(whole) or whole.startswith(shown)
 
 
+@pytest.mark.slow
 def test_sigint_in_a_terminal(folders: SimpleNamespace) -> None:
     args = ("generate", "--target", folders.plain, "--drafter", folders.plain, "--policy", "linear", "--ignore-eos")
     master, slave = os.openpty()
@@ -883,6 +875,7 @@ def read_terminal(master: int) -> Iterator[bytes]:
         yield piece
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error(folders: SimpleNamespace) -> None:
     args = ("generate", "--target", folders.plain, "--ignore-eos", "--max-new-tokens", 15_000, "abc")
     process = spawn(*args, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -1138,7 +1131,10 @@ def test_models_install(dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr("dynatree_core.embedded.describe", lambda: model)
     monkeypatch.setattr("dynatree_core.embedded.make_ready", make_ready)
     ran = dynatree("models", "install")
-    assert (ran.code, ran.out, ran.err) == (0, f"Tiny is ready in {tmp_path}\n", "")
+    assert (ran.code, ran.err) == (0, "")
+    *times, last = ran.out.splitlines()
+    assert last == f"Tiny is ready in {tmp_path}"
+    assert [re.sub(r": \d+\.\d s$", "", line) for line in times] == ["converting"]
 
 
 # ---- the audit -----------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ def test_import_direction(module):
     assert not {name for name in imported_names(module) if name.startswith(("pluggy._", "transformers.models"))}
 
 
+@pytest.mark.slow
 def test_each_module_imports_alone():
     """Each in a process of its own, in which only what is not ours was loaded before, to save the time."""
     program = """

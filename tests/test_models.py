@@ -410,6 +410,7 @@ def append(log: Path, message: str) -> None:
         stream.write(message.split()[0] + "\n")
 
 
+@pytest.mark.slow
 def test_of_two_processes_at_once_only_one_converts(source: Path, tmp_path: Path) -> None:
     folder, log = tmp_path / "model", tmp_path / "log"
 
@@ -431,6 +432,7 @@ def test_of_two_processes_at_once_only_one_converts(source: Path, tmp_path: Path
     prepare_stand_in(source, folder, convert=refuse_to_convert)
 
 
+@pytest.mark.slow
 def test_process_killed_while_converting_is_relieved(source: Path, tmp_path: Path) -> None:
     folder, log = tmp_path / "model", tmp_path / "log"
     messages: list[str] = []

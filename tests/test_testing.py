@@ -446,6 +446,7 @@ def in_python(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedP
     )
 
 
+@pytest.mark.slow
 def test_pytest_without_our_options_loads_no_torch(tmp_path):
     (tmp_path / "test_empty.py").write_text(
         "import sys\n\ndef test_nothing_is_loaded():\n"
@@ -456,6 +457,7 @@ def test_pytest_without_our_options_loads_no_torch(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_without_hypothesis_the_kit_says_what_to_install(tmp_path):
     program = """
 import sys
@@ -501,6 +503,7 @@ def in_pytest(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return in_python("import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))", *arguments, cwd=cwd)
 
 
+@pytest.mark.slow
 def test_the_plugin_fails_the_way_the_docs_show(site):
     """In an empty folder; word for word, since what is shown there is the smallest counterexample."""
     chosen = "hook_contract or prints_back"
@@ -511,6 +514,7 @@ def test_the_plugin_fails_the_way_the_docs_show(site):
     assert said == shown
 
 
+@pytest.mark.slow
 def test_the_plugin_reports_each_property(site):
     options = ["--dynatree-policy", "fixed+plausible", "--dynatree-policy", "fixed(depth=3)"]
     options += ["--dynatree-drafter", "prompt_lookup", "--dynatree-examples", "3"]
@@ -528,6 +532,7 @@ def test_the_plugin_reports_each_property(site):
     assert "Traceback" not in done.stdout
 
 
+@pytest.mark.slow
 def test_an_unknown_name_is_a_mistake_of_the_command_line(tmp_path):
     done = in_pytest("--dynatree-policy", "phas3", cwd=tmp_path)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR

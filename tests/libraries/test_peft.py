@@ -12,7 +12,7 @@ from dynatree_core import PrefixCache, generate, hf
 from dynatree_core.errors import UnsupportedModelError
 from dynatree_core.testing.models import perturbed, tiny_model
 
-peft = pytest.importorskip("peft", reason="peft is not installed; `make test-libraries` brings it")
+peft = pytest.importorskip("peft", reason="peft is not installed; `make test` brings it")
 
 # PEFT calls what torch and transformers will take away
 pytestmark = [pytest.mark.filterwarnings("default::FutureWarning", "default::DeprecationWarning")]

@@ -56,9 +56,7 @@ def refused(model, found):
 
 
 class TestTorchAO:
-    quantization = pytest.importorskip(
-        "torchao.quantization", reason="torchao is not installed; `make test-libraries` brings it"
-    )
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed; `make test` brings it")
 
     def quantised(self, config, **options):
         model = fresh()
@@ -107,9 +105,7 @@ class TestTorchAO:
 
 
 class TestQuanto:
-    quanto = pytest.importorskip(
-        "optimum.quanto", reason="optimum-quanto is not installed; `make test-libraries` brings it"
-    )
+    quanto = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed; `make test` brings it")
 
     @pytest.mark.parametrize("weights", ["qint8", "qint4", "qint2"])
     def test_weights(self, weights):
