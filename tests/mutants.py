@@ -622,7 +622,7 @@ MUTANTS = (
         "what a processor has written into the text is lost",
         "dynatree_core/session.py",
         "if end > self._num_shown:",
-        "if end > (self._num_shown := min(self._num_shown, self.num_committed)):",
+        "self._num_shown = min(self._num_shown, self.num_committed)\n        if end > self._num_shown:",
         ("tests/test_hf.py::test_a_processor_that_writes_into_the_text",),
     ),
     Mutant(
