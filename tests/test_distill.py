@@ -214,8 +214,8 @@ def test_numbers_out_of_range_are_refused_at_once(wrong, tmp_path, monkeypatch):
 @pytest.mark.parametrize("layers", ["0,3", "-1"])
 def test_layers_that_the_target_lacks_are_refused_before_it_is_asked(layers, target_folder, text_file, tmp_path):
     with pytest.raises(InputError, match=r"--layers must be from 0 to 2 for .*, got \["):
-        command(*options(target_folder, text_file, tmp_path), "--layers", layers)
-    assert not list((tmp_path / "work").iterdir())
+        command(*options(target_folder, text_file, tmp_path / "drafter"), "--layers", layers)
+    assert not list((tmp_path / "drafter" / "work").iterdir())
 
 
 def test_a_short_context_is_kept_to(target_folder, text_file, tmp_path):
