@@ -31,6 +31,7 @@ from dynatree_bench.prompts import BUILT_IN
 from dynatree_bench.synthetic import MarkovSource
 from dynatree_core import InputError, LoadedModel, cli_models
 from dynatree_core.errors import nearest_match
+from dynatree_core.hub import unreachable_reason
 from dynatree_core.text.columns import TEXT, Prompt
 from dynatree_core.text.prompt_files import PASSAGE_CHARS, Prompts, prompts_of_rows, read_prompts
 from dynatree_core.text.reading import STANDARD_INPUT, is_url
@@ -224,6 +225,9 @@ def _from_hub(name: str, source: Source, picks: Picks) -> Workload:
             f"workload '{name}' comes from the hub through datasets, which is not installed; run "
             f"pip install 'dynatree[bench]'; or {advice}"
         ) from error
+    unreachable = unreachable_reason()
+    if unreachable is not None:
+        raise InputError(f"workload '{name}' cannot be read ({unreachable}); {advice}")
     try:
         # streaming reads what is needed only
         rows = iter(load_dataset(source.path, split=source.split, streaming=True, name=source.config))

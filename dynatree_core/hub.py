@@ -14,16 +14,19 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 
-__all__ = ["fetched_folder", "offline_reason"]
+__all__ = ["fetched_folder", "offline_reason", "unreachable_reason"]
 
 SECONDS = 2.0  # for the connection and an answer, the look-up of the address included
 
 
 def offline_reason() -> str | None:
     """Why nothing can be fetched from the hub, or None where it answers. Asked once a process."""
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    return _unreachable(constants.ENDPOINT)
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable_reason()
+
+
+def unreachable_reason() -> str | None:
+    """Why the hub does not answer; None where it does, or where it must not be asked and its clients say so at once."""
+    return None if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
 
 
 def fetched_folder(name: str) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 
 import datasets
 import pytest
@@ -271,3 +272,16 @@ def test_conversations_are_played_with_the_targets_own_answers(tmp_path):
     assert found[0] == encode(workload, chat)[0]
     answer = chat.tokenizer.decode(greedy(chat.model, first, 5))
     assert chat.tokenizer.decode(second) == f"<user>hello<assistant>{answer}<user>more<assistant>"
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    """One refused connection decides: datasets would try for half a minute."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.delenv(local_variable("gsm8k"), raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: pytest.fail("datasets was asked"))
+    for name in ("gsm8k", "owner/not-there:main:test:question"):
+        with pytest.raises(InputError, match=rf"cannot be read \({endpoint} cannot be reached.*FILE"):
+            load_workload(name)
