@@ -7,6 +7,8 @@ import os
 import warnings
 from collections.abc import Iterator
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out; read when the hub's client is imported
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
@@ -15,7 +17,6 @@ from transformers.utils import logging as transformers_logging
 from dynatree_core.quiet import IMPORTED, quiet_imports
 
 quiet_imports()
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
 warnings.filterwarnings("ignore", message=".*generation flags are not valid.*")
 

@@ -105,7 +105,8 @@ def test_a_process_says_one_line(tmp_path):
     command = [sys.executable, "-m", "dynatree_bench.rehearse", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"TERM": "dumb"})
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("dynatree: error: results need a file that can be written, got ")
+    wanted = "dynatree: error: what `python -m dynatree_bench.rehearse` writes goes to a file, got "
+    assert done.stderr.startswith(wanted)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -117,7 +118,8 @@ def test_what_goes_wrong_is_one_line_and_comes_before_any_measurement(program, t
     code, said = ended(program, where, tmp_path / "file" / "results", *prompts)
     assert code == (3 if program == "never_slower" else 2)
     assert said.count("\n") == 1
-    assert said.startswith("dynatree: error: results need a file that can be written, got ")
+    wanted = f"dynatree: error: what `python -m dynatree_bench.{program}` writes needs a file that can be written, got "
+    assert said.startswith(wanted)
 
 
 def test_arguments_that_cannot_be_used_are_no_verdict(tmp_path, ended):

@@ -237,7 +237,8 @@ def test_it_is_clean_under_this_projects_linter(kind, name, tmp_path):
 @pytest.mark.slow
 def test_they_are_clean_under_this_projects_type_checker(tmp_path):
     """One run for all names: the first reads the types of torch, which takes half a minute; two at once would both."""
-    folders = [write_package(kind, name, tmp_path / kind.word) for kind in (POLICY, DRAFTER) for name in NAMES]
+    names = [(kind, f"{kind.word}-{name}") for kind in (POLICY, DRAFTER) for name in NAMES]
+    folders = [write_package(kind, name, tmp_path) for kind, name in names]
     files = [str(path) for folder in folders for path in sorted(folder.rglob("*.py"))]
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml")]
     assert f"no issues found in {len(files)} source files" in in_subprocess([*command, *files], *folders)
