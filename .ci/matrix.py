@@ -31,10 +31,14 @@ PART = (
     "test_hf",
     "test_hf_rows",
     "test_lossless",
+    "test_model_state",
     "test_packed",
     "test_prefix_cache",
+    "test_row_probe",
     "test_settings",
     "test_sink_cache",
+    "test_transformers_cache",
+    "test_wrappers",
 )
 PIP = (sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet")
 
