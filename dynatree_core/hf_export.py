@@ -79,8 +79,9 @@ def write_folder(out: Path, source: Path, target: str, chosen: Chosen, *, is_lin
     record = {"made_by": MADE_BY, "target": target, **attrs.asdict(chosen), "files": sorted({*names, *earlier})}
     write_text(out / RECORD, json.dumps(record, indent=2) + "\n")  # first: what follows is known to be ours
     for name in earlier:
-        if name != RECORD.as_posix():
-            (out / name).unlink(missing_ok=True)  # a link is not written through
+        old = out / name
+        if name != RECORD.as_posix() and (old.is_symlink() or old.is_file()):
+            old.unlink()  # a link is not written through
     for file in files:
         _take(file, out / file.name, is_linked=is_linked and file.suffix in _WEIGHTS)
     write_text(out / LOOP, program(chosen))
@@ -121,7 +122,7 @@ def _take(file: Path, place: Path, *, is_linked: bool) -> None:
     if is_linked:
         place.symlink_to(os.path.realpath(file))
         return
-    if file.suffix == ".json":
+    if file.name.endswith("config.json"):
         settings = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(settings, dict) and settings.pop("auto_map", None) is not None:
             # with trust_remote_code transformers would load the model's own program, which is not the one checked here

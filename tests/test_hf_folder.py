@@ -309,7 +309,7 @@ def test_a_record_that_was_changed_reaches_no_other_folder(source, tmp_path):
     write_folder(tmp_path / "out", source, "tiny", CHOSEN)
     (tmp_path / "precious").write_text("mine")
     record = tmp_path / "out" / "custom_generate" / "dynatree.json"
-    names = ["../precious", str(tmp_path / "precious"), 7]
+    names = ["../precious", str(tmp_path / "precious"), "custom_generate", 7]
     record.write_text(json.dumps({**json.loads(record.read_text()), "files": names}))
     write_folder(tmp_path / "out", source, "tiny", CHOSEN)
     assert (tmp_path / "precious").read_text() == "mine"
