@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # processes that the tests are spread over
 JOBS ?= 2
 
-.PHONY: demo test test-matrix lint fuzz mutants bench-smoke wheel lock clean
+.PHONY: demo test test-matrix test-clients lint fuzz mutants bench-smoke wheel lock clean
 
 demo: $(VENV)/installed  ## real text by tree speculative decoding, checked against plain decoding
 	$(BIN)/dynatree models install
@@ -19,6 +19,9 @@ test: $(VENV)/installed  ## all tests; those on the default model want `dynatree
 
 test-matrix: $(VENV)/installed  ## what depends on transformers, with its oldest supported, 5.23.0 and newest release
 	$(BIN)/python .ci/matrix.py
+
+test-clients: $(VENV)/installed  ## transformers serve, lm-eval, LangChain, LlamaIndex, in an environment of their own
+	$(BIN)/python .ci/clients.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ PART = (
     "test_architectures",
     "test_cache",
     "test_hf",
+    "test_hf_folder",
     "test_hf_rows",
     "test_lossless",
     "test_model_state",

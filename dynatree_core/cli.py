@@ -53,6 +53,7 @@ from dynatree_core.errors import (
 )
 from dynatree_core.exits import FAILED, INTERRUPTED, end_process, without_exits
 from dynatree_core.foreign import others_code, raised
+from dynatree_core.hf_export_cli import hf_folder
 from dynatree_core.quiet import quiet_imports
 from dynatree_core.scaffold_cli import new_drafter, new_policy
 
@@ -668,7 +669,7 @@ def _list_plugins(rows: Sequence[PluginRow], as_json: bool) -> None:
         Console(highlight=False).print(console.plugin_listing(rows))
 
 
-for _command in (new_policy, new_drafter, completion, doctor):
+for _command in (new_policy, new_drafter, hf_folder, completion, doctor):
     _dynatree.add_command(_command)
 
 

@@ -2,7 +2,7 @@
 
 generate() reads its arguments, makes logits processors and stopping criteria of them, and then calls the function here
 in place of its own decoding loop. What it keeps to itself is a tokenizer and stop strings: they go through
-`generate_with`, which has its signature.
+`generate_with`, which has its signature. `FOLDER` is the same for `custom_generate=FOLDER, trust_remote_code=True`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -38,7 +39,9 @@ from dynatree_core.transformers_cache import check_kept_as_is, leave_rows, take_
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["generate", "generate_with"]
+__all__ = ["FOLDER", "generate", "generate_with"]
+
+FOLDER = str(Path(__file__).with_name("hf_folder"))  # by transformers' convention for decoding loops in a folder
 
 # ways of decoding that are not tree decoding -> the value that asks for none of it
 _REFUSED = {
@@ -288,13 +291,18 @@ def generate_with(
     """
     with _ended(streamer, only_after_errors=True) as streamer:
         criteria = StoppingCriteriaList(stopping_criteria or ())
-        for config in (settings.get("generation_config"), model.generation_config):
-            if stop_strings is None and config is not None:
-                stop_strings = config.stop_strings
+        configs = [one for one in (settings.get("generation_config"), model.generation_config) if one is not None]
+        for config in configs:
+            stop_strings = config.stop_strings if stop_strings is None else stop_strings
         if stop_strings is not None:
             if tokenizer is None:
                 raise ParameterError("stop_strings need the target's tokenizer, got none; give it as tokenizer=...")
             criteria.append(StopStringCriteria(tokenizer, stop_strings))
+        if settings.get("cache_implementation") == "paged":
+            raise ParameterError(
+                "cache_implementation must be one of generate()'s own loops, got 'paged', continuous batching without "
+                "trees; leave it out, or decode without custom_generate"
+            )
         for config in (settings, vars(settings.get("generation_config") or model.generation_config)):
             if config.get("token_healing"):
                 raise ParameterError(
@@ -307,9 +315,11 @@ def generate_with(
         # the class's own: a folder with this as custom_generate puts it on the model in the place of generate
         own = getattr(type(model), "generate", None)
         transformers_generate = model.generate if own is None else partial(own, model)
-        # generate() does not hand its tokenizer on, so it is asked for no stop strings
+        # generate() does not hand its tokenizer on, so it is asked for no stop strings; where there are none nothing is
+        # said, since it warns of settings beside a config
+        unasked = {"stop_strings": None} if any(config.stop_strings is not None for config in configs) else {}
         return transformers_generate(  # type: ignore[no-any-return]
-            inputs, custom_generate=decode, stopping_criteria=criteria, stop_strings=None, **settings
+            inputs, custom_generate=decode, stopping_criteria=criteria, **unasked, **settings
         )
 
 

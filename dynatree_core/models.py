@@ -30,7 +30,15 @@ from dynatree_core import embedded, hub
 from dynatree_core.errors import ModelLoadError, ParameterError
 from dynatree_core.files import unreadable
 
-__all__ = ["DEFAULT_MODEL", "LoadedModel", "check_model_name", "load_model", "resolve_device", "vocabularies_match"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "LoadedModel",
+    "check_model_name",
+    "load_model",
+    "model_folder",
+    "resolve_device",
+    "vocabularies_match",
+]
 
 DEFAULT_MODEL = "default"
 
@@ -110,6 +118,23 @@ def check_model_name(name: str | None) -> None:
             f"before, got no folder of that name, no such model in the local cache, and no connection: {reason}; check "
             "the id and the network, give a folder, or no name for the default model"
         )
+
+
+def model_folder(name: str | None) -> Path:
+    """Where the files are that `load_model` has loaded.
+
+    Raises:
+        ModelLoadError: there is no such folder.
+    """
+    name = DEFAULT_MODEL if name is None else name
+    if name == DEFAULT_MODEL or _is_path(name):
+        return Path(_location(name, True, None))
+    fetched = hub.fetched_folder(name)
+    if fetched is None:
+        raise ModelLoadError(
+            f"the files of '{name}' must be in the hub's local cache once it is loaded, got none there; give a folder"
+        )
+    return fetched
 
 
 def vocabularies_match(target: PreTrainedTokenizerBase | None, drafter: PreTrainedTokenizerBase | None) -> bool | None:

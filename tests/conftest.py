@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out; read when the hub's client is imported
 
@@ -33,6 +34,12 @@ settings.register_profile("thorough", parent=settings.get_profile("default"), ma
 # no search for a simpler example: it is enough that one fails (tests/mutants.py)
 settings.register_profile("mutants", parent=settings.get_profile("default"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("DYNATREE_HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The tests of clients run where they are asked for (`make test-clients`)."""
+    is_asked_for = any("clients" in Path(argument.partition("::")[0]).parts for argument in config.args)
+    return True if collection_path == Path(__file__).parent / "clients" and not is_asked_for else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
+import clients
 import lock
 import matrix
 import pytest
@@ -132,3 +133,17 @@ def test_the_readme_names_the_releases_that_are_tested():
     readme, pinned = (lock.ROOT / "README.md").read_text("utf-8"), lock.read(lock.LOCK.read_text("utf-8"))
     assert f"`make test` runs with torch {pinned['torch']} and transformers {pinned['transformers']}." in readme
     assert [release for release in matrix.BETWEEN if release not in readme] == []
+
+
+def test_the_clients_leave_torch_and_transformers_as_they_are():
+    assert any(one.startswith("lm-eval") for one in clients.requirements())
+    assert [line.partition("==")[0] for line in clients.kept().splitlines()] == ["torch", "transformers"]
+
+
+def test_clients_that_cannot_be_installed_end_with_the_reason(monkeypatch, capsys):
+    def failing():
+        raise subprocess.CalledProcessError(3, "pip")
+
+    monkeypatch.setattr(clients, "install", failing)
+    assert clients.main([]) == 2
+    assert "must be installed by pip, which ended with 3" in capsys.readouterr().out

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from dynatree_core import PrefixCache, generate, hf
 from dynatree_core.errors import UnsupportedModelError
+from dynatree_core.hf_export import Chosen, write_folder
 from dynatree_core.testing.models import perturbed, tiny_model
 
 peft = pytest.importorskip("peft", reason="peft is not installed; `make test` brings it")
@@ -45,6 +48,35 @@ def test_learned_prompts_are_refused(kind):
     assert generate(base, None, PROMPT, max_new_tokens=8).token_ids == tokens(base.generate(**ASKED))[:8]
     with model.disable_adapter():
         assert generate(model, None, PROMPT, max_new_tokens=8).token_ids == tokens(base.generate(**ASKED))[:8]
+
+
+@pytest.fixture
+def from_folder(tmp_path, monkeypatch):
+    """The target as transformers loads it from a folder with trees: its `generate` is ours."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    tiny_model("llama").save_pretrained(tmp_path / "target")
+    write_folder(tmp_path / "trees", tmp_path / "target", "tiny", Chosen("prompt_lookup", "fixed(depth=3)"))
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "trees", trust_remote_code=True).eval()
+
+
+def test_adapters_and_the_folder(from_folder):
+    plain = tokens(tiny_model("llama").generate(**ASKED))
+    model = peft.get_peft_model(from_folder, ADAPTERS["LoRA"]())
+    shake(model)
+    model.double().eval()
+    expected = tokens(type(from_folder).generate(from_folder, **ASKED))
+    assert expected != plain
+    folder = {"custom_generate": hf.FOLDER, "trust_remote_code": True}
+    assert tokens(model.generate(**ASKED)) == tokens(model.generate(**ASKED, **folder)) == expected
+    with model.disable_adapter():
+        assert tokens(model.generate(**ASKED)) == tokens(model.generate(**ASKED, **folder)) == plain
+
+
+def test_learned_prompts_are_refused_by_the_folder(from_folder):
+    model = peft.get_peft_model(from_folder, PROMPTS["prompt tuning"]()).eval()
+    with pytest.raises(UnsupportedModelError, match=r"learned prompt|prepare_inputs_for_generation of its own"):
+        model.generate(**ASKED)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

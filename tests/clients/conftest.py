@@ -1,0 +1,68 @@
+"""A tiny target and its folder with trees, for the clients. A file beside it tells how often the loop was called."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+import pytest
+from tiny_folder import save_tiny
+
+from dynatree_core.hf_export import LOOP, Chosen, write_folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What the clients' own packages warn of is no fault of this one."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.filterwarnings("default"), append=False)  # a test's own come after it
+
+
+@attrs.frozen
+class Served:
+    """The same target twice, by plain decoding and by trees."""
+
+    plain: Path
+    trees: Path
+    calls: Path  # a line for each call of the folder's loop, in whatever process
+
+    @property
+    def num_calls(self) -> int:
+        """How often the loop of `trees` was called so far."""
+        return len(self.calls.read_text().splitlines()) if self.calls.exists() else 0
+
+
+NOTING = """
+
+_counted = generate
+
+
+def generate(*positional, model, **arguments):
+    with open({calls!r}, "a") as file:
+        print("called", file=file)
+    return _counted(*positional, model=model, **arguments)
+"""
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    place = tmp_path_factory.mktemp("served")
+    plain = save_tiny(place / "plain")
+    found = Served(plain, place / "trees", place / "calls.txt")
+    write_folder(found.trees, plain, "tiny", Chosen("prompt_lookup", "fixed(depth=3)"))
+    with (found.trees / LOOP).open("a") as program:
+        program.write(NOTING.format(calls=str(found.calls)))
+    with pytest.MonkeyPatch.context() as patch:  # transformers copies programs of folders into a cache
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(place / "modules"))
+        patch.setattr(sys, "path", [*sys.path])
+        yield found
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """For a client in a process of its own: offline, with caches of its own."""
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **quiet, "TRANSFORMERS_VERBOSITY": "error"}
