@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -261,6 +262,21 @@ def test_pipelines_with_stop_strings_streamer_and_batches(plain, trees, used, is
     theirs("the cat", **asked, streamer=streams[0])
     mine("the cat", **asked, streamer=streams[1], **more)
     assert streams[0].text == streams[1].text != ""
+
+
+def test_copies_names_and_helpers(plain, trees, written, used):
+    """A copy has its own weights, a pipeline loads the folder by name, another model's generate may call ours."""
+    expected = plain.generate(PROMPT, **PLAIN).tolist()
+    copied = copy.deepcopy(trees)
+    torch.nn.init.zeros_(copied.lm_head.weight)
+    assert copied.generate(PROMPT, **PLAIN).tolist() == [[*PROMPT[0].tolist(), *[0] * 20]]
+    assert trees.generate(PROMPT, **PLAIN).tolist() == expected
+    assert len(used) == 2
+    named = pipeline("text-generation", model=str(written), trust_remote_code=True)
+    asked = {"do_sample": False, "max_new_tokens": 12}
+    assert named("the cat", **asked) == pipeline("text-generation", model=str(written))("the cat", **asked)
+    assert len(used) == 3
+    assert plain.generate(PROMPT, **PLAIN, assistant_model=trees).tolist() == expected
 
 
 # what is written
