@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -27,8 +28,9 @@ from transformers import (
 
 from dynatree_core import hf, hf_entry
 from dynatree_core.cli import main
-from dynatree_core.errors import DynaTreeError, ParameterError
+from dynatree_core.errors import DynaTreeError, ModelLoadError, ParameterError
 from dynatree_core.hf_export import Chosen, check_place, program, write_folder
+from dynatree_core.models import model_folder
 from dynatree_core.student import save_student
 from dynatree_core.testing.models import perturbed, tiny_model
 
@@ -263,6 +265,21 @@ def test_pipelines_with_stop_strings_streamer_and_batches(plain, trees, used, is
     assert streams[0].text == streams[1].text != ""
 
 
+def test_copies_names_and_helpers(plain, trees, written, used):
+    """A copy has its own weights, a pipeline loads the folder by name, another model's generate may call ours."""
+    expected = plain.generate(PROMPT, **PLAIN).tolist()
+    copied = copy.deepcopy(trees)
+    torch.nn.init.zeros_(copied.lm_head.weight)
+    assert copied.generate(PROMPT, **PLAIN).tolist() == [[*PROMPT[0].tolist(), *[0] * 20]]
+    assert trees.generate(PROMPT, **PLAIN).tolist() == expected
+    assert len(used) == 2
+    named = pipeline("text-generation", model=str(written), trust_remote_code=True)
+    asked = {"do_sample": False, "max_new_tokens": 12}
+    assert named("the cat", **asked) == pipeline("text-generation", model=str(written))("the cat", **asked)
+    assert len(used) == 3
+    assert plain.generate(PROMPT, **PLAIN, assistant_model=trees).tolist() == expected
+
+
 # what is written
 
 
@@ -414,3 +431,10 @@ def test_without_dynatree_the_folder_says_what_is_missing(written):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "needs the package dynatree in the environment" in done.stderr
+
+
+def test_where_a_models_files_are(source, monkeypatch):
+    monkeypatch.setattr("dynatree_core.hub.fetched_folder", lambda name: source if name == "owner/tiny" else None)
+    assert model_folder("owner/tiny") == model_folder(str(source)) == source
+    with pytest.raises(ModelLoadError, match="must be in the hub's local cache once it is loaded, got none"):
+        model_folder("owner/other")
