@@ -26,6 +26,7 @@ __all__ = [
     "canonical_name",
     "format_stack",
     "is_name",
+    "parameter_values",
     "parse_stack",
 ]
 
@@ -72,6 +73,16 @@ def canonical_name(name: str) -> str:
 def is_name(name: str) -> bool:
     """Whether a canonical name can be written in a stack string."""
     return re.fullmatch(r"[^\W\d]\w*", name) is not None
+
+
+def parameter_values(plugin: object) -> dict[str, ParameterValue]:
+    """The parameters of an attrs plugin as they are now; {} for a plain object, whose constructor's are not kept."""
+    kind = type(plugin)
+    if not attrs.has(kind):
+        return {}
+    fields = (field for field in attrs.fields(kind) if field.init)
+    values = {field.alias: getattr(plugin, field.name) for field in fields}
+    return {name: value for name, value in values.items() if isinstance(value, ParameterValue)}
 
 
 def format_stack(specs: Iterable[PluginSpec]) -> str:

@@ -37,8 +37,8 @@ def generate(
             "input_ids" and "attention_mask".
 
     Keyword Args:
-        policy: a stack's string such as "confidence(high=0.8)+history", a policy object, or a list of them;
-            "phase3" by default.
+        policy: a stack's string such as "confidence(high=0.8)+history", a policy object, a stack of `build_stack`, or a
+            list of these; "phase3" by default. Objects and stacks are copied, so they stay as they are.
         max_new_tokens: tokens to generate at most; 128 by default, 0 returns nothing.
         max_length: instead, tokens of prompt and output at most.
         eos_token_id: one id or several that end the generation and are part of it. None (default): those of

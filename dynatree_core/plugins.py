@@ -26,6 +26,7 @@ from dynatree_core.composition import (
     canonical_name,
     format_stack,
     is_name,
+    parameter_values,
     parse_stack,
 )
 from dynatree_core.distributions import entry_points, package_of
@@ -164,13 +165,14 @@ def build_stack(policy: str | object | Sequence[str | object]) -> PolicyStack:
     """A fresh stack for one session.
 
     Args:
-        policy: a stack's string, a policy object, or a list of both. Strings are built anew; objects are
-            copied, so that what one session learns is not seen by another.
+        policy: a stack's string, a policy object, a stack that was built before, a `PluginSpec`, or a list of these.
+            Strings are built anew; objects and stacks are copied as they are now, so that what one session learns is
+            not seen by another.
 
     Raises:
         StackSyntaxError, UnknownPluginError, ParameterError, PolicyError.
     """
-    from dynatree_core.stack import PolicyStack
+    from dynatree_core.stack import PolicyStack, copied_policy
 
     parts = list(policy) if isinstance(policy, list | tuple) else [policy]
     if not parts:
@@ -178,14 +180,23 @@ def build_stack(policy: str | object | Sequence[str | object]) -> PolicyStack:
     policies: dict[str, object] = {}
     texts = []
     for part in parts:
-        if isinstance(part, str):
-            specs = parse_stack(part)
+        if isinstance(part, PolicyStack):
+            mine = copy.deepcopy(part)
+            if not mine.policies:
+                raise StackSyntaxError(
+                    f"a policy stack must have at least one policy, got the stack '{part}' from which an error has "
+                    "taken them; build another one from its text"
+                )
+            texts.append(mine.text)
+            named = list(mine.policies.items())
+        elif isinstance(part, str | PluginSpec):
+            specs = parse_stack(str(part))
             texts.append(format_stack(specs))
             named = [(spec.name, _build(POLICIES, spec)) for given in specs for spec in expand_preset(given)]
         else:
             name = _policy_name(part)
-            texts.append(str(PluginSpec(name, None, _field_values(part))))
-            named = [(name, _copied(name, part))]
+            texts.append(str(PluginSpec(name, None, parameter_values(part))))
+            named = [(name, copied_policy(name, part))]
         for name, instance in named:
             if name in policies:
                 raise StackSyntaxError(f"a policy can stand in a stack once, got '{name}' twice in {policy!r}")
@@ -312,29 +323,9 @@ def _not_made(spec: PluginSpec, error: BaseException) -> DynaTreeError:
     )
 
 
-def _copied(name: str, policy: object) -> object:
-    try:
-        return copy.deepcopy(policy)
-    except (TypeError, RuntimeError) as error:  # the latter of a tensor that autograd follows
-        raise ParameterError(
-            f"policy '{name}' must be copyable, since every session has its own, but {error}; leave such state out of "
-            "it, or give it a __deepcopy__"
-        ) from error
-
-
 def _policy_name(policy: object) -> str:
     """A policy object's name: its `name` if that is a string, else its class's name in snake case."""
     if isinstance(policy, type):
         return policy.__name__
     name = getattr(policy, "name", None)
     return name if isinstance(name, str) else re.sub(r"(?<!^)(?=[A-Z])", "_", type(policy).__name__).lower()
-
-
-def _field_values(policy: object) -> dict[str, ParameterValue]:
-    """The parameters of an attrs policy; {} for a plain object, whose constructor's arguments are not kept."""
-    kind = type(policy)
-    if not attrs.has(kind):
-        return {}
-    fields = (field for field in attrs.fields(kind) if field.init)
-    values = {field.alias: getattr(policy, field.name) for field in fields}
-    return {name: value for name, value in values.items() if isinstance(value, ParameterValue)}

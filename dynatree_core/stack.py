@@ -6,6 +6,7 @@ has an author, and two sessions share no state. The rules by which answers combi
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
@@ -21,11 +22,13 @@ import torch
 from torch import Tensor
 
 from dynatree_core import hookspecs
+from dynatree_core.composition import PluginSpec, format_stack, parameter_values
 from dynatree_core.errors import (
     DrafterError,
     ForwardPassError,
     NonFiniteLogitsError,
     OutOfMemoryError,
+    ParameterError,
     PolicyError,
     nearest_match,
 )
@@ -33,7 +36,7 @@ from dynatree_core.foreign import others_code, raised
 from dynatree_core.records import Frontier, StepReport
 from dynatree_core.tree import TokenTree
 
-__all__ = ["BranchFactor", "PolicyStack", "hook_names", "implemented_hooks"]
+__all__ = ["BranchFactor", "PolicyStack", "copied_policy", "hook_names", "implemented_hooks"]
 
 # what the drafter or the target did wrong while a policy looked at the frontier is not the policy's fault
 _NOT_THE_POLICY = (DrafterError, ForwardPassError, NonFiniteLogitsError, OutOfMemoryError)
@@ -69,6 +72,9 @@ def implemented_hooks(policy: object) -> list[str]:
 class PolicyStack:
     """Policies by name, in the order of the stack: the rightmost decides widths.
 
+    A deep copy has policies of its own, a shallow one the same policies. Both, and what is pickled, begin as the
+    policies are then.
+
     Args:
         policies: name -> policy. The stack takes them as they are and may see them change.
         text: the canonical spelling, for reports.
@@ -80,6 +86,7 @@ class PolicyStack:
     def __init__(self, policies: Mapping[str, object], text: str) -> None:
         self.policies = dict(policies)
         self.text = text
+        self._values = self._current_values()  # what the text says
         # hook -> [(policy, its caller)], in the order in which they are asked
         self.callers: defaultdict[str, list[tuple[str, pluggy.HookCaller]]] = defaultdict(list)
         for name, policy in self.policies.items():
@@ -92,6 +99,27 @@ class PolicyStack:
 
     def __str__(self) -> str:
         return self.text
+
+    def __copy__(self) -> PolicyStack:
+        return PolicyStack(self.policies, self._current_text())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PolicyStack:
+        policies = {name: copied_policy(name, policy, memo) for name, policy in self.policies.items()}
+        return PolicyStack(policies, self._current_text())
+
+    def __reduce__(self) -> tuple[type[PolicyStack], tuple[dict[str, object], str]]:
+        # the callers reach the very policies that they were made for, so they are made anew
+        return PolicyStack, (self.policies, self._current_text())
+
+    def _current_text(self) -> str:
+        """The text; once a parameter was set, one that says the parameters as they are."""
+        values = self._current_values()
+        if values == self._values:
+            return self.text
+        return format_stack(PluginSpec(name, None, parameters) for name, parameters in values.items())
+
+    def _current_values(self) -> dict[str, dict[str, Any]]:
+        return {name: parameter_values(policy) for name, policy in self.policies.items()}
 
     def find(self, name: str) -> Any | None:
         """The policy of that name in this stack, or None. Its parameters may be set; they are checked."""
@@ -158,6 +186,21 @@ class PolicyStack:
     def silenced(self) -> PolicyStack:
         """A stack of the same name that nobody speaks in: what a session falls back to."""
         return PolicyStack({}, self.text)
+
+
+def copied_policy(name: str, policy: object, memo: dict[int, Any] | None = None) -> object:
+    """A deep copy of a policy.
+
+    Raises:
+        ParameterError: it holds what cannot be copied.
+    """
+    try:
+        return copy.deepcopy(policy, memo)
+    except (TypeError, RuntimeError) as error:  # the latter of a tensor that autograd follows
+        raise ParameterError(
+            f"policy '{name}' must be copyable, since every session has its own, but {error}; leave such state out of "
+            "it, or give it a __deepcopy__"
+        ) from error
 
 
 def _manager() -> pluggy.PluginManager:
