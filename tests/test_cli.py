@@ -522,7 +522,7 @@ def test_a_registered_drafter_with_parameters(generate: Dynatree) -> None:
 def test_a_misspelt_drafter_is_told_before_anything_is_loaded(dynatree: Dynatree) -> None:
     ran = dynatree("generate", "--target", "/nowhere", "--drafter", "promptlookup", "abc")
     assert ran.code == 2
-    assert is_one_error_line(ran, "did you mean 'prompt_lookup'", "known are: distilled, model, prompt_lookup, union")
+    assert is_one_error_line(ran, "did you mean 'prompt_lookup'", "known are: adapter_off, distilled, model")
 
 
 def test_a_drafter_that_is_neither_registered_nor_a_model(
@@ -532,9 +532,7 @@ def test_a_drafter_that_is_neither_registered_nor_a_model(
     (tmp_path / "xyz").mkdir()
     ran = generate("--drafter", "xyz", "abc")
     assert ran.code == 1
-    assert is_one_error_line(
-        ran, "cannot load 'xyz'", "or name an installed drafter: distilled, model, prompt_lookup, union"
-    )
+    assert is_one_error_line(ran, "cannot load 'xyz'", "or name an installed drafter: adapter_off, distilled, model")
 
 
 def test_vocabularies_that_disagree(generate: Dynatree, folders: SimpleNamespace) -> None:

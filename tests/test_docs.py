@@ -393,8 +393,12 @@ def test_every_parameter_of_a_policy_is_explained():
 
 def test_every_parameter_of_a_drafter_is_explained():
     for name in of_this_package(DRAFTERS):
+        expected = parameters(DRAFTERS, name)
+        if not expected:
+            assert f"\n## {name}\n" in (DOCS / "drafters.md").read_text(encoding="utf-8")
+            continue
         rows = table(DOCS / "drafters.md", "parameter", "default", "meaning", under=f"## {name}")
-        assert {code_words(row["parameter"])[0]: row["default"] for row in rows} == parameters(DRAFTERS, name)
+        assert {code_words(row["parameter"])[0]: row["default"] for row in rows} == expected
 
 
 def test_every_field_of_a_report_is_explained():
