@@ -1,4 +1,4 @@
-"""PEFT's adapters: a model without its own, which shares the weights of the model that has them.
+"""PEFT's adapters: the model inside PEFT's wrapper, and a model without its adapters, which shares its weights.
 
 PEFT turns adapters off by a flag on each of its layers, which every user of the model sees, in other threads too. So no
 flag is touched here. The model without adapters is a second set of module objects around the same parameters, in which
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dynatree_core.errors import ParameterError
 from dynatree_core.model_state import state_of
 
-__all__ = ["without_adapters"]
+__all__ = ["inside_peft_wrapper", "is_peft_wrapper", "without_adapters"]
 
 
 @attrs.frozen(eq=False)
@@ -35,6 +35,22 @@ class _Entry:
 
 _entries: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+
+
+def is_peft_wrapper(model: object) -> bool:
+    """Whether it is one of PEFT's models around another one, with adapters of one kind or of several."""
+    if "peft" not in sys.modules:  # then nobody can have made one
+        return False
+    peft: Any = importlib.import_module("peft")
+    return isinstance(model, peft.PeftModel | peft.PeftMixedModel)
+
+
+def inside_peft_wrapper(model: Any) -> nn.Module:
+    """The model that PEFT's wrapper holds, with the adapters in its layers: also where all adapters were deleted."""
+    tuners: Any = importlib.import_module("peft.tuners.tuners_utils")
+    held = model.base_model  # a learned prompt has no layers to put anything in, so there it is the model itself
+    inside: nn.Module = held.model if isinstance(held, tuners.BaseTuner) else held
+    return inside
 
 
 def without_adapters(model: nn.Module) -> nn.Module:

@@ -21,6 +21,7 @@ __all__ = ["can_infer", "foreign_parts", "is_plain", "is_untouched", "state_of",
 # classes whose rows do not depend on each other, or whose families are compared with plain passes in the tests
 _KNOWN = ("torch.nn.modules.", "transformers.", "dynatree_core.", "torch._dynamo.")
 _MAX_DEPTH = 4  # of containers in attributes: deeper ones are told apart by identity
+_WRAPPED = ("base_layer", "original_module")  # where a layer of PEFT's has the one that it is around
 _NO_STATE = frozenset(vars(nn.Module())) - {"training"}  # torch's own attributes of a module, which are read otherwise
 
 
@@ -77,14 +78,21 @@ def state_of(model: nn.Module, *, reads_weights: bool = True) -> Hashable:
     """What is compared to see whether a model was changed.
 
     Single numbers that were changed through `.data`, which counts no changes, may be missed: of each row one is looked
-    at, on a CPU. So may what an object holds that is an attribute of a module, or a variable that a hook reads.
+    at, on a CPU; of adapters on any device. So may what an object holds that is an attribute of a module, or a variable
+    that a hook reads.
 
     Args:
         model: the model.
-        reads_weights: whether to look at numbers at all, which takes most of the time: 15 of 20 ms for 135 million
-            parameters. Without, changes of weights are seen only where torch counts them.
+        reads_weights: whether to look at the numbers of all weights, which takes most of the time: 15 of 20 ms for 135
+            million parameters. Without, only those of adapters are looked at, which are few and change while the model
+            is in use: PEFT's `hotswap_adapter` writes them through `.data`. Changes of others are seen only where torch
+            counts them.
     """
-    weights = [_tensor_state(tensor, reads_weights) for tensor in _tensors(model)]
+    adapters = {id(tensor) for tensor in _adapter_tensors(model)}
+    weights = [
+        _tensor_state(tensor, True, waits=True) if id(tensor) in adapters else _tensor_state(tensor, reads_weights)
+        for tensor in _tensors(model)
+    ]
     modules = [
         (id(part), _plain_attributes(part), _hooks(part._forward_hooks), _hooks(part._forward_pre_hooks))
         for part in model.modules()
@@ -98,6 +106,19 @@ def state_of(model: nn.Module, *, reads_weights: bool = True) -> Hashable:
         config._attn_implementation,
         config.to_json_string(use_diff=False),
     )
+
+
+def _adapter_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """What layers hold beside the one that they wrap, as PEFT's do."""
+    for part in filter(_is_around_a_layer, model.modules()):
+        yield from (tensor for tensor in (*part._parameters.values(), *part._buffers.values()) if tensor is not None)
+        for name, held in part.named_children():
+            if name not in _WRAPPED and not _is_around_a_layer(held):  # one that is has its own turn
+                yield from _tensors(held)
+
+
+def _is_around_a_layer(part: nn.Module) -> bool:
+    return any(name in part._modules for name in _WRAPPED)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -148,11 +169,13 @@ def _is_data(value: object) -> bool:
     return value is None or isinstance(value, int | float | str)
 
 
-def _tensor_state(tensor: Tensor, reads_weights: bool = True) -> Hashable:
+def _tensor_state(tensor: Tensor, reads_weights: bool = True, *, waits: bool = False) -> Hashable:
+    """What is compared of a tensor; its numbers on a CPU, and on another device if that may be waited for."""
     if not is_plain(tensor):
-        return id(tensor), tuple(_tensor_state(inner, reads_weights) for inner in _inner_tensors(tensor))
+        return id(tensor), tuple(_tensor_state(inner, reads_weights, waits=waits) for inner in _inner_tensors(tensor))
     version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, _sample(tensor) if reads_weights else None
+    is_read = reads_weights and (waits or tensor.device.type == "cpu")
+    return tensor.data_ptr(), version, _sample(tensor) if is_read else None
 
 
 def _inner_tensors(tensor: Any) -> list[Tensor]:
@@ -168,8 +191,8 @@ def _sample(tensor: Tensor) -> int:
 
     Neither changes through `.data` are counted in a tensor's version, nor those of tensors made in inference mode.
     """
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+    if tensor.device.type == "meta" or tensor.layout != torch.strided:
         return 0
     stride = max(tensor.shape[-1] - 1, 1) if tensor.ndim > 1 else 1
     numbers = tensor.detach().reshape(-1)[::stride].clone(memory_format=torch.contiguous_format)
-    return zlib.crc32(numbers.view(torch.uint8).numpy().tobytes())
+    return zlib.crc32(numbers.cpu().view(torch.uint8).numpy().tobytes())

@@ -55,8 +55,8 @@ class PrefixCache:
     it.
 
     Rows belong to a model object as it was: device, dtype, attention, adapters, hooks, attributes of its modules and
-    changes of weights that torch counts are compared. Call `clear` after changing weights through `.data`, or what a
-    hook reads.
+    changes of weights that torch counts are compared, and the numbers of adapters. Call `clear` after changing other
+    weights through `.data`, or what a hook reads.
 
     Args:
         max_bytes: what all kept buffers may take up together. A generation that is larger is not kept.

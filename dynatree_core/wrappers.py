@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from dynatree_core.adapters import inside_peft_wrapper, is_peft_wrapper
 from dynatree_core.architectures import check_causal_lm
 from dynatree_core.errors import UnsupportedModelError
 
@@ -57,18 +58,20 @@ def plain_model(model: nn.Module, role: str, *, is_trusted: bool = False) -> nn.
 
 def _unwrapped(model: Any, role: str) -> nn.Module:
     """The model inside PEFT's wrapper, whose layers hold the adapters."""
-    if not callable(getattr(model, "get_base_model", None)) or not getattr(model, "peft_config", None):
+    if not is_peft_wrapper(model):
         _refuse_counting_adapters(model, role)
         return model  # type: ignore[no-any-return]
-    config = getattr(model, "active_peft_config", None)
-    is_prompt = bool(getattr(config, "is_prompt_learning", False))
-    if is_prompt and "forward" not in vars(model):  # disable_adapter() puts the base model's forward there
+    active = [model.active_adapter] if isinstance(model.active_adapter, str) else model.active_adapter
+    # an adapter that was deleted may still be named as the active one
+    prompts = [model.peft_config[name] for name in active if name in model.peft_config]
+    config = next((config for config in prompts if config.is_prompt_learning), None)
+    if config is not None and "forward" not in vars(model):  # disable_adapter() puts the base model's forward there
         raise UnsupportedModelError(
             f"the {role}'s adapter ({type(config).__name__}) is a learned prompt, which PEFT puts before the text in "
             "its own forward and generate, and tree decoding does not; use the model's own generate, or decode without "
             "the adapter by giving get_base_model()"
         )
-    base: nn.Module = model.get_base_model()
+    base = inside_peft_wrapper(model)
     _refuse_counting_adapters(base, role)
     return base
 
