@@ -74,6 +74,7 @@ def _by_dynatree(pair: Pair, cell: Cell, prompt_ids: Sequence[int], eos: Sequenc
         max_new_tokens=cell.max_new_tokens,
         eos_token_id=list(eos),
         inherit_settings=False,
+        tokenizer=pair.target.tokenizer,
         **cell.method.options,
     )
     reports = list(run(session))
@@ -114,7 +115,10 @@ def replay(pair: Pair, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> R
     """
     ids = torch.tensor([*prompt_ids, *token_ids], device=pair.target.model.device)
     vocab = vocab_size(pair.target.model)
-    plan = DraftPlan(vocab, ids.numel(), MAX_BRANCH, ids.device, StageClock(ids.device), pair.target.model)
+    target = pair.target
+    plan = DraftPlan(
+        vocab, ids.numel(), MAX_BRANCH, ids.device, StageClock(ids.device), target.model, tokenizer=target.tokenizer
+    )
     state = pair.drafter.start(plan)
     ranks, probabilities = [], []
     with torch.inference_mode():

@@ -59,7 +59,7 @@ def profile(
     ids = encode_prompt(prompt, tokenizer)
     given = {name: value for name, value in options.items() if value is not None}
     with console.spinner(f"decoding {iterations} iterations twice"):
-        found = measure(loaded.model, source, ids, num_iterations=iterations, trace=trace, **given)
+        found = measure(loaded.model, source, ids, num_iterations=iterations, trace=trace, tokenizer=tokenizer, **given)
     if as_json:
         click.echo(json.dumps(attrs.asdict(found)))
         return

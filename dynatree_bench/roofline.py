@@ -303,6 +303,7 @@ def _decoded(pair: Pair, way: Way, prompt: list[int], tokens: int) -> dict[str, 
         eos_token_id=[],
         inherit_settings=False,
         runner=way.runner,
+        tokenizer=pair.target.tokenizer,
     )
     seconds = [step.seconds for step in run(session)]
     report = session.result().report

@@ -101,6 +101,7 @@ class Chat:
             prefix_cache=self.prefix_cache,
             on_prefill=on_prefill,
             seed=None if self.seed is None else self.seed + len(self.results),
+            tokenizer=self.tokenizer,
             **self.options,
         )
 

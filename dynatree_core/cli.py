@@ -449,7 +449,7 @@ def _chat(
         warpers = {"temperature": temperature, "top_p": top_p}
         options |= {"do_sample": True, **{name: value for name, value in warpers.items() if value is not None}}
     if stop_strings:
-        options |= {"stop_strings": list(stop_strings), "tokenizer": tokenizer}
+        options["stop_strings"] = list(stop_strings)
     prefix_cache = PrefixCache(max_bytes=cache_megabytes * 10**6)
     conversation = Chat(
         target=loaded,
@@ -583,7 +583,7 @@ def _audit(
             cases = [Case(encode_prompt(text, tokenizer, is_chat))]
         source = load_drafter(drafter, loaded).model if source is None else source
     precise = load(target, device, reference_dtype).model if reference_dtype is not None else None
-    options["eos_token_id"] = [] if ignore_eos else None
+    options |= {"eos_token_id": [] if ignore_eos else None, "tokenizer": tokenizer}
     audits = audit_cases(loaded.model, source, cases, options, precise)
     found = {**document(audits), "target": target or "default", **_where(loaded)}
     if as_json:
@@ -621,7 +621,15 @@ def calibrate(
     if source is None:
         source = ModelDrafter(load_drafter(drafter, loaded).model)
     with warnings.catch_warnings(record=True) as caught, console.spinner(f"measuring {rounds} rounds"):
-        costs = measured_costs(loaded.model, source, runner=runner, rounds=rounds, patience=math.inf, is_anew=True)
+        costs = measured_costs(
+            loaded.model,
+            source,
+            runner=runner,
+            rounds=rounds,
+            patience=math.inf,
+            is_anew=True,
+            tokenizer=loaded.tokenizer,
+        )
     for warning in caught:
         console.complain("warning", str(warning.message))
     if as_json:
@@ -727,8 +735,9 @@ class _Job:
         if self.drafter is None:
             self.drafter = load_drafter(self.drafter_name, self.target).model
         self.options = {name: value for name, value in settings.items() if value is not None}
+        self.options["tokenizer"] = self.tokenizer  # stop strings and some drafters look at text
         if stop_strings:
-            self.options |= {"stop_strings": list(stop_strings), "tokenizer": self.tokenizer}
+            self.options["stop_strings"] = list(stop_strings)
         if ignore_eos:
             self.options["eos_token_id"] = []
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -35,6 +35,9 @@ from dynatree_core.model_state import without_gradients
 from dynatree_core.records import CostModel, StepFunction
 from dynatree_core.runner import ModelRunner, drafters_runner, runner_for
 from dynatree_core.tree import TokenTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["folder", "isotonic", "measured_costs"]
 
@@ -66,6 +69,7 @@ def measured_costs(
     rounds: int = ROUNDS,
     patience: float = PATIENCE,
     is_anew: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> CostModel:
     """The costs of iterations with this target and this drafter, measured now where they are not known yet.
 
@@ -76,6 +80,7 @@ def measured_costs(
         rounds: how often each point is measured, after a first time to warm up.
         patience: seconds after which no further round is begun, be there fewer.
         is_anew: measure whatever is known.
+        tokenizer: the target's, for a drafter that looks at text.
     """
     effort = (rounds, patience)
     of_target = _recalled(
@@ -91,8 +96,8 @@ def measured_costs(
         of_it = _identity(model, beside) | {"drafter": "model" if isinstance(drafter, ModelDrafter) else str(drafter)}
         levels = _recalled(
             of_it,
-            lambda: _measure_drafter(drafter, target, beside, *effort),
-            _one_level(drafter, target, beside),
+            lambda: _measure_drafter(drafter, target, beside, tokenizer, *effort),
+            _one_level(drafter, target, beside, tokenizer),
             is_anew,
         )["draft"]
     return CostModel(
@@ -196,9 +201,16 @@ def _measure_target(target: nn.Module, runner: str, rounds: int, patience: float
     return {"verify": {"at": list(ROWS), "seconds": isotonic(list(seconds.values()))}, "rest": rest}
 
 
-def _measure_drafter(drafter: Drafter, target: nn.Module, runner: str, rounds: int, patience: float) -> dict[str, Any]:
+def _measure_drafter(
+    drafter: Drafter,
+    target: nn.Module,
+    runner: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    rounds: int,
+    patience: float,
+) -> dict[str, Any]:
     with without_gradients(target, *models_of(drafter)):
-        bench = _DrafterBench(drafter, target, runner)
+        bench = _DrafterBench(drafter, target, runner, tokenizer)
         seconds = _interleaved({width: lambda width=width: bench.level(width) for width in WIDTHS}, rounds, patience)  # type: ignore[misc]
     return {"draft": {"at": list(WIDTHS), "seconds": isotonic(list(seconds.values()))}}
 
@@ -214,12 +226,14 @@ def _one_row(target: nn.Module, runner: str) -> Callable[[], float]:
     return probe
 
 
-def _one_level(drafter: Drafter, target: nn.Module, runner: str) -> Callable[[], float]:
+def _one_level(
+    drafter: Drafter, target: nn.Module, runner: str, tokenizer: PreTrainedTokenizerBase | None
+) -> Callable[[], float]:
     """The same for a drafter: another one may have come under its name."""
 
     def probe() -> float:
         with without_gradients(target, *models_of(drafter)):
-            bench = _DrafterBench(drafter, target, runner)
+            bench = _DrafterBench(drafter, target, runner, tokenizer)
             return min(bench.level(1) for _ in range(4))
 
     return probe
@@ -268,12 +282,16 @@ class _TargetBench:
 class _DrafterBench:
     """A drafter in a generation of its own."""
 
-    def __init__(self, drafter: Drafter, target: nn.Module, runner: str) -> None:
+    def __init__(
+        self, drafter: Drafter, target: nn.Module, runner: str, tokenizer: PreTrainedTokenizerBase | None
+    ) -> None:
         self.device: torch.device = target.device  # type: ignore[assignment]
         num_prefix = min(map(_prefix_len, [target, *models_of(drafter)]))
         clock = StageClock(self.device)
         size = vocab_size(target)
-        plan = DraftPlan(size, num_prefix + 2, max(WIDTHS), self.device, clock, target, runner=runner)
+        plan = DraftPlan(
+            size, num_prefix + 2, max(WIDTHS), self.device, clock, target, runner=runner, tokenizer=tokenizer
+        )
         # a text that repeats nothing: where prompt lookup knows enough, a model beside it is not asked
         self.committed_ids = torch.arange(num_prefix, device=self.device) % size
         self.state = drafter.start(plan)

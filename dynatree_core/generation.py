@@ -49,7 +49,7 @@ def generate(
         inherit_settings: whether the target's own generation config fills what is still open, as in `generate`.
         logits_processor: a list of `transformers.LogitsProcessor`.
         stopping_criteria: a list of `transformers.StoppingCriteria`.
-        tokenizer: the target's, needed with stop_strings.
+        tokenizer: the target's, needed with stop_strings and by drafters that look at text.
         do_sample: draw tokens instead of taking the best; with temperature, top_k, top_p, min_p and others, as in
             `generate`. False by default, whatever the target's generation config says.
         seed: of a random generator for this generation. None: torch's global one is used, as by `generate`; with

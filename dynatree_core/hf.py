@@ -135,7 +135,8 @@ def generate(
         policy: as in `dynatree_core.generate`.
         streamer: one of transformers', which gets the tokens of each decode step when they are committed, and its end
             also where an error ends the generation. generate() keeps its own to itself: it is looked up in the caller.
-        options: of `dynatree_core.generate`, such as {"tau": 0.1, "max_nodes": 64, "on_error": "fallback"}.
+        options: of `dynatree_core.generate`, such as {"tau": 0.1, "max_nodes": 64, "on_error": "fallback"}, or
+            {"tokenizer": tokenizer} for a drafter that looks at text: generate() hands its own tokenizer on to nobody.
         model_kwargs: attention mask, positions, cache, and what generate() prepares for its own loop.
 
     Returns:
@@ -277,7 +278,7 @@ def generate_with(
         policy: as in `dynatree_core.generate`.
         streamer: one of transformers', which gets the prompt, then the tokens of each step when they are committed.
         options: as in `generate`.
-        tokenizer: the target's, needed with stop strings.
+        tokenizer: the target's, needed with stop strings and by drafters that look at text.
         stop_strings: texts behind which the output ends; None: those of the generation config, if it has any.
         stopping_criteria: more of them.
         settings: whatever else generate() takes.
@@ -300,6 +301,8 @@ def generate_with(
                     "token_healing changes the prompt before the first token, which is not done here; give the prompt "
                     "that model.heal_tokens(inputs, tokenizer) makes, and leave the setting out"
                 )
+        if tokenizer is not None:
+            options = {"tokenizer": tokenizer, **(options or {})}
         decode = partial(generate, drafter=drafter, policy=policy, streamer=streamer, options=options)
         # the class's own: a folder with this as custom_generate puts it on the model in the place of generate
         own = getattr(type(model), "generate", None)

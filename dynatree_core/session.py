@@ -211,7 +211,7 @@ class Session:
         self._models = [target, *(models_of(source) if source is not None else ())]
         self.drafter_name = None if source is None else str(source)
         # what iterations take here; reports and frontiers keep it, so it must not hold the session
-        self.measure_costs = _costs_of(target, source, runner, self.clock, self.drafter_name)
+        self.measure_costs = _costs_of(target, source, runner, self.clock, self.drafter_name, tokenizer)
         self.draft_state: DraftState | None = None
         if source is not None:
             plan = DraftPlan(
@@ -225,6 +225,7 @@ class Session:
                 prefix=self.prefix,
                 runner=drafters_runner(runner),
                 on_prefill=on_prefill,
+                tokenizer=tokenizer,
             )
             try:
                 with self.blame_drafter(InputError):
@@ -456,7 +457,12 @@ def _blame_drafter(
 
 
 def _costs_of(
-    target: nn.Module, drafter: Drafter | None, runner: str, clock: StageClock, drafter_name: str | None
+    target: nn.Module,
+    drafter: Drafter | None,
+    runner: str,
+    clock: StageClock,
+    drafter_name: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> Callable[[], CostModel]:
     """What gives the costs of iterations: measured at the first call, if nobody has before on this machine.
 
@@ -466,7 +472,7 @@ def _costs_of(
     @functools.cache
     def measure() -> CostModel:
         with clock.leave_out(), _blame_drafter(drafter_name, ForwardPassError, OutOfMemoryError):
-            return measured_costs(target, drafter, runner=runner)
+            return measured_costs(target, drafter, runner=runner, tokenizer=tokenizer)
 
     return measure
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
@@ -18,6 +19,9 @@ from dynatree_core.prefix_cache import PrefixReuse
 from dynatree_core.records import Proposals
 from dynatree_core.sink_cache import SinkWindow
 from dynatree_core.tree import TokenTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["DraftPlan", "DraftState", "Drafter", "padded_proposals"]
 
@@ -36,6 +40,8 @@ class DraftPlan:
     prefix: PrefixReuse | None = None  # rows of earlier generations, for a drafter that has a cache like the target's
     runner: str = "eager"  # how forward passes of a model are to be computed; "auto" is chosen for each model
     on_prefill: Callable[[int, int], None] | None = None  # who wants to know how far a long prefill is: rows done, all
+    # the target's, for a drafter that looks at text; None where the caller has given none
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 class Drafter(abc.ABC):

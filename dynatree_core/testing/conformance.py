@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -33,6 +33,9 @@ from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import VOCAB, reference, tiny_model
 from dynatree_core.testing.text import format_tree
 from dynatree_core.tree import TokenTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "DRAFTER_PROPERTIES",
@@ -91,6 +94,7 @@ def assert_drafter_contract(
     deterministic: bool = True,
     vocab_size: int = VOCAB,
     target: nn.Module | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     max_examples: int = 50,
 ) -> None:
     """A drafter's proposals have the right form whatever tree it is asked about, and it forgets what was not accepted.
@@ -103,6 +107,7 @@ def assert_drafter_contract(
         deterministic: whether to compare with a fresh state; False for a drafter that draws random numbers.
         vocab_size: token ids that the target knows.
         target: the model that the drafter is told of; None: a tiny one.
+        tokenizer: what it is told of the text; None: nothing.
         max_examples: generations to try.
 
     Raises:
@@ -110,7 +115,8 @@ def assert_drafter_contract(
     """
     source = _as_drafter(drafter)
     cpu = torch.device("cpu")
-    plan = DraftPlan(vocab_size, 64, 32, cpu, StageClock(cpu), tiny_model("llama") if target is None else target)
+    target = tiny_model("llama") if target is None else target
+    plan = DraftPlan(vocab_size, 64, 32, cpu, StageClock(cpu), target, tokenizer=tokenizer)
 
     @given(
         prompt=st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=14),
