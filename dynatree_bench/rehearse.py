@@ -138,9 +138,9 @@ class Prices:
 
         def priced(flat: FlatTrees, *arguments: Any, stage: str, **options: Any) -> Tensor:
             if stage == "verify":
-                self.seconds += self.costs.tree_seconds(flat.num_rows - 1, [])
+                self.seconds += self.costs.iteration_seconds(flat.num_rows - 1, [])
             elif stage == "draft_forward":
-                self.seconds += self.costs.draft(flat.num_rows)
+                self.seconds += self.costs.drafter_level_seconds(flat.num_rows)
                 self.num_passes += 1
             return forward(flat, *arguments, stage=stage, **options)
 
@@ -198,7 +198,7 @@ def rehearse(target: nn.Module, drafter: Drafter, text: Text, policy: str, costs
         report.num_drafted_nodes,
         prices.num_passes,
         prices.seconds,
-        report.num_new_tokens * costs.plain_seconds(),
+        report.num_new_tokens * costs.plain_step_seconds(),
     )
 
 

@@ -634,7 +634,12 @@ def calibrate(
     for warning in caught:
         console.complain("warning", str(warning.message))
     if as_json:
-        document = {"target": target or "default", "drafter": drafter, **_where(loaded), "costs": attrs.asdict(costs)}
+        shown = {"verify": costs.target_pass_seconds, "draft": costs.drafter_level_seconds}
+        measured = {
+            **{name: attrs.asdict(seconds) for name, seconds in shown.items()},
+            "rest_seconds": costs.rest_seconds,
+        }
+        document = {"target": target or "default", "drafter": drafter, **_where(loaded), "costs": measured}
         click.echo(json.dumps(document))
     else:
         Console(highlight=False).print(console.cost_table(costs))

@@ -250,13 +250,16 @@ def cost_table(costs: CostModel) -> Table:
     table.add_column("what", no_wrap=True)
     for heading in ("count", "ms", "of a pass"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for what, seconds in (("target's pass, by rows", costs.verify), ("drafter's level, by nodes", costs.draft)):
+    for what, seconds in (
+        ("target's pass, by rows", costs.target_pass_seconds),
+        ("drafter's level, by nodes", costs.drafter_level_seconds),
+    ):
         for count, at_count in zip(seconds.at, seconds.seconds, strict=True):
-            cells = (str(count), f"{1000 * at_count:.2f}", f"{at_count / costs.verify(1):.2f}")
+            cells = (str(count), f"{1000 * at_count:.2f}", f"{at_count / costs.target_pass_seconds(1):.2f}")
             table.add_row(what, *cells, end_section=count == seconds.at[-1])
             what = ""
     rest = costs.rest_seconds
-    table.add_row("rest of an iteration", "", f"{1000 * rest:.2f}", f"{rest / costs.verify(1):.2f}")
+    table.add_row("rest of an iteration", "", f"{1000 * rest:.2f}", f"{rest / costs.target_pass_seconds(1):.2f}")
     return table
 
 

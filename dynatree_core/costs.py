@@ -101,8 +101,8 @@ def measured_costs(
             is_anew,
         )["draft"]
     return CostModel(
-        verify=StepFunction(tuple(of_target["verify"]["at"]), tuple(of_target["verify"]["seconds"])),
-        draft=StepFunction(tuple(levels["at"]), tuple(levels["seconds"])),
+        target_pass_seconds=StepFunction(tuple(of_target["verify"]["at"]), tuple(of_target["verify"]["seconds"])),
+        drafter_level_seconds=StepFunction(tuple(levels["at"]), tuple(levels["seconds"])),
         rest_seconds=of_target["rest"],
     )
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 from torch import Tensor
 
+from dynatree_core.renamed import under_new_names, warn_of_old_name
 from dynatree_core.tree import TokenTree
 
 __all__ = [
@@ -40,7 +42,7 @@ class Limits:
 
 @attrs.frozen
 class StepFunction:
-    """Seconds by a count, measured at some counts and as high up to each as there; beyond the last a straight line."""
+    """Seconds by a count: between measured counts those of the next larger one, beyond the last proportional to it."""
 
     at: tuple[int, ...]  # ascending
     seconds: tuple[float, ...]  # non-decreasing
@@ -55,21 +57,52 @@ class StepFunction:
         return self.seconds[-1] * count / self.at[-1]
 
 
+_OLD_COSTS = {"verify": "target_pass_seconds", "draft": "drafter_level_seconds"}
+
+
 @attrs.frozen
 class CostModel:
     """What an iteration takes on this machine, in seconds."""
 
-    verify: StepFunction  # a target's pass, by rows: drafted nodes and the root
-    draft: StepFunction  # a drafter's level, by the nodes whose children it proposes
+    target_pass_seconds: StepFunction  # by the rows of the pass: drafted nodes and the root
+    drafter_level_seconds: StepFunction  # by the nodes of the level, whose children the drafter proposes
     rest_seconds: float  # making, laying out and committing a small tree
 
-    def plain_seconds(self) -> float:
+    if not TYPE_CHECKING:  # a type checker knows the new names only
+
+        def __init__(self, *args: Any, **named: Any) -> None:
+            self.__attrs_init__(*args, **under_new_names(named, _OLD_COSTS, "CostModel"))
+
+    def plain_step_seconds(self) -> float:
         """A step without drafting."""
-        return self.verify(1) + self.rest_seconds
+        return self.target_pass_seconds(1) + self.rest_seconds
+
+    def iteration_seconds(self, num_drafted: int, level_widths: Sequence[int]) -> float:
+        """An iteration: the drafter looks at levels of so many nodes each, the target verifies the drafted nodes."""
+        drafting = sum(map(self.drafter_level_seconds, level_widths))
+        return self.target_pass_seconds(1 + num_drafted) + drafting + self.rest_seconds
+
+    @property
+    def verify(self) -> StepFunction:
+        """Old name of `target_pass_seconds`."""
+        warn_of_old_name("CostModel.verify", "target_pass_seconds")
+        return self.target_pass_seconds
+
+    @property
+    def draft(self) -> StepFunction:
+        """Old name of `drafter_level_seconds`."""
+        warn_of_old_name("CostModel.draft", "drafter_level_seconds")
+        return self.drafter_level_seconds
+
+    def plain_seconds(self) -> float:
+        """Old name of `plain_step_seconds`."""
+        warn_of_old_name("CostModel.plain_seconds", "plain_step_seconds")
+        return self.plain_step_seconds()
 
     def tree_seconds(self, num_drafted: int, widths: Sequence[int]) -> float:
-        """An iteration that verifies so many drafted nodes after the drafter has looked at levels of these widths."""
-        return self.verify(1 + num_drafted) + sum(map(self.draft, widths)) + self.rest_seconds
+        """Old name of `iteration_seconds`."""
+        warn_of_old_name("CostModel.tree_seconds", "iteration_seconds")
+        return self.iteration_seconds(num_drafted, widths)
 
 
 # for frontiers that no session has made: a row adds a hundredth of a pass, and a level takes a tenth
@@ -145,6 +178,12 @@ class Frontier:
 
     @property
     def is_asked(self) -> bool:
+        """Old name of `is_drafter_asked`."""
+        warn_of_old_name("Frontier.is_asked", "is_drafter_asked")
+        return self.is_drafter_asked
+
+    @property
+    def is_drafter_asked(self) -> bool:
         """Whether anybody has looked at the proposals, so that the drafter was asked about this level."""
         try:
             object.__getattribute__(self, "proposals")  # which does not make what is not there

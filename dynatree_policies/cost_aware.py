@@ -47,7 +47,7 @@ CPU_NUMBERS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whate
 
 def level_seconds(costs: CostModel, width: int, *, is_free: bool = False) -> float:
     """A level over so many nodes: the drafter's pass, unless it did without, and what the host does besides."""
-    return (0.0 if is_free else costs.draft(width)) + LEVEL_SHARE * costs.plain_seconds()
+    return (0.0 if is_free else costs.drafter_level_seconds(width)) + LEVEL_SHARE * costs.plain_step_seconds()
 
 
 @attrs.define
@@ -143,16 +143,16 @@ class CostAware:
     def on_iteration_end(self, report: StepReport) -> None:
         self.estimator.observe(report)
         # another policy may have ended the tree before anybody looked, or have decided the widths afterwards
-        asked = [frontier for frontier in self.levels if frontier.is_asked]
+        asked = [frontier for frontier in self.levels if frontier.is_drafter_asked]
         if not asked:
             self._learn_look(None)
         if self.costs is not None:
-            seconds = self.costs.tree_seconds(report.tree.num_drafted, [])
+            seconds = self.costs.iteration_seconds(report.tree.num_drafted, [])
             for level in asked:
                 seconds += level_seconds(self.costs, level.width, is_free=level.proposals.is_free)
             self.tokens = MEMORY * self.tokens + len(report.token_ids)
             self.seconds = MEMORY * self.seconds + seconds
-            won = len(report.token_ids) - seconds / self.costs.plain_seconds()
+            won = len(report.token_ids) - seconds / self.costs.plain_step_seconds()
             self.account = min(self.account + won + MAX_LOSS, RESERVE)
         if report.num_accepted >= self.depth_limit:
             self.depth_limit *= 2
@@ -188,7 +188,7 @@ class CostAware:
     def _rate(self, costs: CostModel) -> float:
         """λ: tokens a second of late, as many at least as without drafting."""
         lately = self.tokens / self.seconds if self.seconds > 0 else 0.0
-        return max(lately, 1 / costs.plain_seconds())
+        return max(lately, 1 / costs.plain_step_seconds())
 
     def _wins(self, accepted: Tensor, num_before: int, rate: float, costs: CostModel, levels_left: int) -> Tensor:
         """[nodes + 1] float32: tokens that the first 0, 1, 2, … of some nodes win, less what the seconds are worth.
@@ -212,7 +212,7 @@ class CostAware:
     def _seconds(self, costs: CostModel, num_rows: int) -> tuple[Tensor, Tensor]:
         """[rows] of the target's pass and of a level over 0, 1, 2, … rows, so many at least."""
         if self._tables is None or self._tables[0] is not costs or len(self._tables[1]) < num_rows:
-            verify = torch.tensor([costs.verify(rows) for rows in range(2 * num_rows)], **CPU_NUMBERS)
+            verify = torch.tensor([costs.target_pass_seconds(rows) for rows in range(2 * num_rows)], **CPU_NUMBERS)
             growth = torch.tensor([level_seconds(costs, width) for width in range(2 * num_rows)], **CPU_NUMBERS)
             self._tables = costs, verify, growth
         return self._tables[1:]

@@ -210,7 +210,7 @@ class Planner:
 
         def seconds(size: int, levels: int) -> float:
             width = math.ceil((size - 1) / (levels - 1))
-            return costs.tree_seconds(size - 1, [1] + [width] * (levels - 2))
+            return costs.iteration_seconds(size - 1, [1] + [width] * (levels - 2))
 
         return self._best_by(seconds)
 

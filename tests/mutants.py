@@ -453,8 +453,8 @@ MUTANTS = (
     Mutant(
         "levels of a free drafter are free",
         "dynatree_policies/cost_aware.py",
-        "return (0.0 if is_free else costs.draft(width)) + LEVEL_SHARE * costs.plain_seconds()",
-        "return 0.0 if is_free else costs.draft(width)",
+        "return (0.0 if is_free else costs.drafter_level_seconds(width)) + LEVEL_SHARE * costs.plain_step_seconds()",
+        "return 0.0 if is_free else costs.drafter_level_seconds(width)",
         ("tests/test_cost_aware.py::test_a_level_is_not_free_where_the_drafter_is",),
     ),
     Mutant(

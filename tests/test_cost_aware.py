@@ -127,7 +127,7 @@ def test_what_drafting_may_lose_is_bounded(iterations, a_row, a_level):
                 tree = tree.grow(torch.tensor([0]), torch.tensor([1]), torch.tensor([claim]).log())
         path = (1,) if is_right and tree.num_drafted else ()
         policy.on_iteration_end(StepReport(0, tree, Verdict(path, path, (1,) * (1 + len(path)))))
-        losses.append(seconds + costs.tree_seconds(tree.num_drafted, []) - 1 - len(path))
+        losses.append(seconds + costs.iteration_seconds(tree.num_drafted, []) - 1 - len(path))
     assert sum(losses) <= STAKE + MAX_LOSS * len(losses) + max(losses) + 1e-6
     assert len(losses) < 300 or any(losses[200:])  # it is tried again
 
@@ -218,7 +218,7 @@ def test_depth_doubles_when_a_tree_is_accepted_in_full():
 
 
 def test_acceptance_is_remembered_from_one_generation_to_the_next(tmp_path, monkeypatch):
-    monkeypatch.setattr("dynatree_core.session.measured_costs", lambda *models, runner: linear_costs(1.0, 0.01, 0.01))
+    monkeypatch.setattr("dynatree_core.session.measured_costs", lambda *_, **__: linear_costs(1.0, 0.01, 0.01))
     file, target, drafter = tmp_path / "acceptance.json", tiny_model("llama"), perturbed("llama", noise=0.02)
     seen = []
     for _ in range(2):
@@ -232,7 +232,7 @@ def test_acceptance_is_remembered_from_one_generation_to_the_next(tmp_path, monk
 
 @pytest.mark.parametrize("beside", [[], ["governor"]])
 def test_a_policy_object_remembers_what_its_copies_have_learnt(tmp_path, monkeypatch, beside):
-    monkeypatch.setattr("dynatree_core.session.measured_costs", lambda *models, runner: linear_costs(1.0, 0.01, 0.01))
+    monkeypatch.setattr("dynatree_core.session.measured_costs", lambda *_, **__: linear_costs(1.0, 0.01, 0.01))
     policy, target, drafter = CostAware(remember=str(tmp_path / "file")), tiny_model("llama"), perturbed("llama")
     seen = []
     for _ in range(3):
@@ -292,8 +292,8 @@ def price(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[CostModel, torc
         return add
 
     def set_up(costs: CostModel, target: torch.nn.Module, drafter: torch.nn.Module) -> None:
-        monkeypatch.setattr("dynatree_core.session.measured_costs", lambda *models, runner: costs)
-        for model, seconds in ((target, costs.verify), (drafter, costs.draft)):
+        monkeypatch.setattr("dynatree_core.session.measured_costs", lambda *_, **__: costs)
+        for model, seconds in ((target, costs.target_pass_seconds), (drafter, costs.drafter_level_seconds)):
             handles.append(model.register_forward_pre_hook(charge(seconds), with_kwargs=True))
 
     yield set_up

@@ -57,9 +57,9 @@ def test_a_step_function_is_as_high_as_its_next_point():
 
 def test_the_costs_of_an_iteration():
     model = CostModel(StepFunction((1, 8), (1.0, 2.0)), StepFunction((1, 4), (0.1, 0.3)), 0.05)
-    assert model.plain_seconds() == pytest.approx(1.05)
-    assert model.tree_seconds(0, []) == pytest.approx(1.05)
-    assert model.tree_seconds(7, [1, 3]) == pytest.approx(2.0 + 0.1 + 0.3 + 0.05)
+    assert model.plain_step_seconds() == pytest.approx(1.05)
+    assert model.iteration_seconds(0, []) == pytest.approx(1.05)
+    assert model.iteration_seconds(7, [1, 3]) == pytest.approx(2.0 + 0.1 + 0.3 + 0.05)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def test_what_is_measured(folder, priced):
     priced.price(target, lambda rows: 1.0 + 0.1 * rows)
     priced.price(drafter, lambda rows: 0.2 + 0.01 * rows)
     model = measured_costs(target, ModelDrafter(drafter), patience=1e9)
-    assert model.verify == StepFunction(ROWS, pytest.approx([1.0 + 0.1 * rows for rows in ROWS]))
-    assert model.draft == StepFunction(WIDTHS, pytest.approx([0.2 + 0.01 * width for width in WIDTHS]))
+    assert model.target_pass_seconds == StepFunction(ROWS, pytest.approx([1.0 + 0.1 * rows for rows in ROWS]))
+    assert model.drafter_level_seconds == StepFunction(WIDTHS, pytest.approx([0.2 + 0.01 * width for width in WIDTHS]))
     assert model.rest_seconds == 0.0  # no pass is in it
 
 
@@ -92,37 +92,37 @@ def test_a_model_is_measured_where_a_union_asks_it(folder, priced):
     priced.price(drafter, lambda rows: 0.2 + 0.01 * rows)
     union = UnionDrafter([ModelDrafter(drafter), build_drafter("prompt_lookup")])
     model = measured_costs(target, union, patience=1e9)
-    assert model.draft == StepFunction(WIDTHS, pytest.approx([0.2 + 0.01 * width for width in WIDTHS]))
+    assert model.drafter_level_seconds == StepFunction(WIDTHS, pytest.approx([0.2 + 0.01 * width for width in WIDTHS]))
 
 
 def test_a_short_context_of_a_model_in_a_union(folder):
     short = copy.deepcopy(perturbed("llama"))
     short.config.max_position_embeddings = 20
     union = UnionDrafter([ModelDrafter(short), build_drafter("prompt_lookup")])
-    assert measured_costs(tiny_model("llama"), union).draft(1) > 0
+    assert measured_costs(tiny_model("llama"), union).drafter_level_seconds(1) > 0
 
 
 def test_a_round_that_was_slow_does_not_count(folder, priced):
     target = tiny_model("llama")
     slow = iter([9.0] * 8 + [0.0] * 7 + [5.0] * 7)  # the prefill, the round to warm up, and the last one
     priced.price(target, lambda rows: 1.0 + next(slow, 0.0))
-    assert measured_costs(target, None, patience=1e9).verify(1) == 1.0
+    assert measured_costs(target, None, patience=1e9).target_pass_seconds(1) == 1.0
 
 
 def test_a_slow_machine_makes_do_with_fewer_rounds(folder, priced):
     target = tiny_model("llama")
     priced.price(target, lambda rows: 100.0)
-    assert measured_costs(target, None).verify(1) == 100.0
+    assert measured_costs(target, None).target_pass_seconds(1) == 100.0
     assert priced.num_passes <= len(ROWS) + 5  # a prefill, a round, and a few more for the rest
 
 
 def test_without_a_drafter_levels_are_free(folder):
-    assert measured_costs(tiny_model("llama"), None).draft(16) == 0.0
+    assert measured_costs(tiny_model("llama"), None).drafter_level_seconds(16) == 0.0
 
 
 def test_a_registered_drafter_is_measured(folder):
     model = measured_costs(tiny_model("llama"), build_drafter("prompt_lookup"))
-    assert 0 < model.draft(1) <= model.draft(32)
+    assert 0 < model.drafter_level_seconds(1) <= model.drafter_level_seconds(32)
 
 
 def test_measurements_are_kept(folder, priced, monkeypatch):
@@ -140,8 +140,8 @@ def test_measurements_are_kept(folder, priced, monkeypatch):
     assert measured_costs(target, None) == first  # another one finds it, and a pass takes about as long still
     price[0] = 2.0
     monkeypatch.setattr(costs, "_known", {})
-    assert measured_costs(target, None).verify(1) == 2.0  # not any more
-    assert measured_costs(target, None, is_anew=True).verify(1) == 2.0
+    assert measured_costs(target, None).target_pass_seconds(1) == 2.0  # not any more
+    assert measured_costs(target, None, is_anew=True).target_pass_seconds(1) == 2.0
 
 
 def test_another_drafter_under_the_same_name_is_noticed(folder, priced, monkeypatch):
@@ -153,7 +153,7 @@ def test_another_drafter_under_the_same_name_is_noticed(folder, priced, monkeypa
         priced.price(drafter, lambda rows, price=price: price)
         monkeypatch.setattr(costs, "_known", {})
         union = UnionDrafter([ModelDrafter(drafter), lookup])
-        found.append((str(union), measured_costs(target, union).draft(1)))
+        found.append((str(union), measured_costs(target, union).drafter_level_seconds(1)))
     assert found[0][0] == found[1][0]
     assert [price for _, price in found] == pytest.approx([0.2, 0.6])
 
@@ -170,7 +170,7 @@ def test_what_another_version_kept_is_not_used(folder, priced, monkeypatch, dama
     file.write_text("no json" if damage == "text" else json.dumps(kept))
     price[0] = 1.25
     monkeypatch.setattr(costs, "_known", {})
-    assert measured_costs(target, None).verify(1) == 1.25
+    assert measured_costs(target, None).target_pass_seconds(1) == 1.25
 
 
 def test_models_are_told_apart_by_shape_and_dtype(folder):
@@ -186,7 +186,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(costs, "folder", lambda: tmp_path / "file" / "costs")
     monkeypatch.setattr(costs, "_known", {})
     with pytest.warns(RuntimeWarning, match="measured costs cannot be kept"):
-        assert measured_costs(tiny_model("llama"), None).verify(1) > 0
+        assert measured_costs(tiny_model("llama"), None).target_pass_seconds(1) > 0
 
 
 def test_nothing_is_measured_unless_a_policy_asks(folder):
@@ -202,7 +202,7 @@ def test_the_time_of_a_measurement_counts_nowhere(folder, priced):
     class Asks:
         @hookimpl
         def should_expand(self, frontier) -> bool:
-            assert frontier.costs.verify(1) == 1.0
+            assert frontier.costs.target_pass_seconds(1) == 1.0
             return frontier.depth < 2
 
     session = Session(target, drafter, [1, 2, 3], policy=Asks(), max_new_tokens=9, tau=0.0)
@@ -213,6 +213,10 @@ def test_the_time_of_a_measurement_counts_nowhere(folder, priced):
 
 
 def test_nominal_costs_rise_with_rows():
-    assert NOMINAL_COSTS.verify(1) == 1.0
-    assert NOMINAL_COSTS.verify(1) < NOMINAL_COSTS.verify(2) < NOMINAL_COSTS.verify(200)
-    assert NOMINAL_COSTS.draft(1) == NOMINAL_COSTS.draft(100) == 0.1
+    assert NOMINAL_COSTS.target_pass_seconds(1) == 1.0
+    assert (
+        NOMINAL_COSTS.target_pass_seconds(1)
+        < NOMINAL_COSTS.target_pass_seconds(2)
+        < NOMINAL_COSTS.target_pass_seconds(200)
+    )
+    assert NOMINAL_COSTS.drafter_level_seconds(1) == NOMINAL_COSTS.drafter_level_seconds(100) == 0.1

@@ -78,13 +78,13 @@ def test_passes_cost_what_the_cost_model_says():
         # each level was looked at but the deepest; the root's pass has the accepted one of those too
         rows = [1 + (last_accepted == 2), *report.tree.level_sizes[1:-1]]
         rows = rows if report.tree.num_drafted else []
-        expected += COSTS.tree_seconds(report.tree.num_drafted, rows)
+        expected += COSTS.iteration_seconds(report.tree.num_drafted, rows)
         num_levels += len(rows)
         last_accepted = report.num_accepted
     found = rehearse.rehearse(tiny_model("llama"), DRAFTERS["model"], text, policy, COSTS)
     assert found.seconds == pytest.approx(expected)
     assert (found.num_passes, found.num_tokens) == (num_levels, 20)
-    assert found.plain_seconds == pytest.approx(20 * COSTS.plain_seconds())
+    assert found.plain_seconds == pytest.approx(20 * COSTS.plain_step_seconds())
 
 
 def test_what_a_model_was_left_out_of_is_paid_for_once_it_is_asked():
@@ -109,7 +109,7 @@ def test_what_a_model_was_left_out_of_is_paid_for_once_it_is_asked():
     assert any(asked[3:])
     decoding = rows[-prices.num_passes :]
     assert decoding[0] >= 12, "the copied tokens go through it at once"
-    assert prices.seconds == pytest.approx(sum(map(COSTS.draft, decoding)))
+    assert prices.seconds == pytest.approx(sum(map(COSTS.drafter_level_seconds, decoding)))
 
 
 def test_a_text_that_the_policy_does_not_reach_is_an_error(monkeypatch):
@@ -120,7 +120,7 @@ def test_a_text_that_the_policy_does_not_reach_is_an_error(monkeypatch):
 
 def test_policies_hear_the_priced_seconds():
     drafter, text = DRAFTERS["model"], known_text([1, 2, 3], 30)
-    dear = attrs.evolve(COSTS, draft=StepFunction((1,), (50.0,)))
+    dear = attrs.evolve(COSTS, drafter_level_seconds=StepFunction((1,), (50.0,)))
     cheap, priced_out = (
         rehearse.rehearse(tiny_model("llama"), drafter, text, "fixed+governor", costs) for costs in (COSTS, dear)
     )

@@ -415,7 +415,7 @@ def test_end_tokens_of_any_kind(kind):
 
 
 def test_a_drafter_that_refuses_while_costs_are_measured_is_not_the_policys_fault(monkeypatch):
-    def refused(*models, runner):
+    def refused(*_, **__):
         raise InputError("one generation at a time")
 
     monkeypatch.setattr("dynatree_core.session.measured_costs", refused)
@@ -483,4 +483,4 @@ def test_a_session_goes_without_the_garbage_collector():
         assert gone() is None
     finally:
         gc.enable()
-    assert reports[0].costs.plain_seconds() > 0
+    assert reports[0].costs.plain_step_seconds() > 0
