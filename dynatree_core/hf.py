@@ -8,6 +8,7 @@ in place of its own decoding loop. What it keeps to itself is a tokenizer and st
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -224,6 +225,13 @@ def _several_rows(asked: _Asked) -> Tensor | GenerateDecoderOnlyOutput:
             ends.append(session.sampler.state())
             session.sampler.restore(max(zip(rows, ends, strict=True), key=lambda pair: pair[0].numel())[1])
     sequences: Any = joined(rows, asked.config).to(asked.input_ids.device)
+    if asked.config.return_dict_in_generate and asked.cache is not None:
+        warnings.warn(
+            "the result of several sequences has no cache, since each of them had one of its own; give one prompt a "
+            "call, or use_cache=False",
+            RuntimeWarning,
+            stacklevel=4,
+        )
     return GenerateDecoderOnlyOutput(sequences=sequences) if asked.config.return_dict_in_generate else sequences
 
 

@@ -53,7 +53,7 @@ MAX_STATES = 16  # of one model that are remembered
 MAX_NAMED = 3  # parts in a message
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, str | None]] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = threading.RLock()  # a hook of the model that is tried may run another one
 
 
 def refuse_dependent_rows(model: nn.Module, caller: nn.Module) -> None:

@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import sys
+import threading
 
 import pytest
 import torch
@@ -315,6 +316,21 @@ def test_a_hook_that_counts_is_asked_once_and_one_that_steers_again():
     assert len(seen) == num_passes
     strength["of last row"] = 0.5
     assert "depend on their place" in row_fault(model)
+
+
+def test_a_hook_may_generate_by_another_model():
+    other, model = with_layer(torch.tanh), copy.deepcopy(tiny_model("llama"))
+    texts = []
+
+    def ask(part, args, out):
+        texts.append(generate(other, None, PROMPT, max_new_tokens=2).token_ids)
+
+    model.model.layers[0].register_forward_hook(ask)
+    asking = threading.Thread(target=row_fault, args=(model,), daemon=True)
+    asking.start()
+    asking.join(timeout=120)  # it would wait for ever
+    assert not asking.is_alive()
+    assert texts[0] == greedy(other, PROMPT, 2)
 
 
 def test_a_drafter_may_mix_its_rows():
