@@ -76,7 +76,7 @@ def generate(
         on_error: "raise" (default), or "fallback" to go on autoregressively, with a warning, after a policy or a
             drafter failed.
         trust_model: whether to take a target as it is that has code of somebody's own. By default one is asked, once
-            and by some ten short passes, whether its rows are independent of each other, and refused if they are not;
+            and by some 30 short passes, whether its rows are independent of each other, and refused if they are not;
             see docs/models.md.
 
     Returns:

@@ -8,6 +8,7 @@ in place of its own decoding loop. What it keeps to itself is a tokenizer and st
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -55,6 +57,7 @@ _REFUSED = {
 _CACHES = ("cache", "past_key_values")  # the argument's name from transformers 5.24.0 on, and before
 # what generate() prepares for its own loop and a session makes for itself
 _NOT_NEEDED = {"use_cache", "logits_to_keep", "cache_position", "position_ids", "attention_mask", *_CACHES}
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
 # arguments of generate() that it hands to no custom loop -> what to do instead
 _KEPT_BACK = {
     "assistant_model": "give the small model as drafter=",
@@ -226,6 +229,13 @@ def _several_rows(asked: _Asked) -> Tensor | GenerateDecoderOnlyOutput:
             ends.append(session.sampler.state())
             session.sampler.restore(max(zip(rows, ends, strict=True), key=lambda pair: pair[0].numel())[1])
     sequences: Any = joined(rows, asked.config).to(asked.input_ids.device)
+    if asked.config.return_dict_in_generate and asked.cache is not None:
+        warnings.warn(
+            "the result of several sequences has no cache, since each of them had one of its own; give one prompt a "
+            "call, or use_cache=False",
+            RuntimeWarning,
+            stacklevel=4,
+        )
     return GenerateDecoderOnlyOutput(sequences=sequences) if asked.config.return_dict_in_generate else sequences
 
 
@@ -312,9 +322,9 @@ def generate_with(
         if tokenizer is not None:
             options = {"tokenizer": tokenizer, **(options or {})}
         decode = partial(generate, drafter=drafter, policy=policy, streamer=streamer, options=options)
-        # the class's own: a folder with this as custom_generate puts it on the model in the place of generate
-        own = getattr(type(model), "generate", None)
-        transformers_generate = model.generate if own is None else partial(own, model)
+        # a folder with this as custom_generate puts it, as a partial, on the model in the place of generate
+        is_folders = isinstance(getattr(model, "__dict__", {}).get("generate"), partial)
+        transformers_generate = partial(type(model).generate, model) if is_folders else model.generate
         # generate() does not hand its tokenizer on, so it is asked for no stop strings; where there are none nothing is
         # said, since it warns of settings beside a config
         unasked = {"stop_strings": None} if any(config.stop_strings is not None for config in configs) else {}
@@ -329,11 +339,11 @@ def _callers_arguments(model: nn.Module) -> Mapping[str, Any]:
     There is no public way to them; without, a streamer would get nothing and never end.
     """
     frame = inspect.currentframe()
-    for _ in range(2):
-        frame = frame.f_back if frame is not None else None
-    if frame is None or frame.f_code.co_name != "generate" or frame.f_locals.get("self") is not model:
-        return {}
-    return {name: frame.f_locals.get(name) for name in ("streamer", *_KEPT_BACK)}
+    while frame is not None:  # there may be functions of the caller's between, such as a lambda or a decorator
+        if frame.f_code is _GENERATE and frame.f_locals.get("self") is model:
+            return {name: frame.f_locals.get(name) for name in ("streamer", *_KEPT_BACK)}
+        frame = frame.f_back
+    return {}
 
 
 class _EndedOnce:
@@ -397,6 +407,10 @@ def _check(asked: _Asked, streamer: Any) -> None:
         )
     if asked.cache is not None:
         check_kept_as_is(asked.cache)
+        if asked.config.use_cache is False and _is_callers_cache(asked):
+            raise ParameterError(
+                "a cache is used and filled here, got one beside use_cache=False; leave one of them out"
+            )
     if asked.num_rows > 1:
         check_rows(asked.config, asked.processors, asked.criteria, streamer, is_cache_callers=_is_callers_cache(asked))
 

@@ -54,9 +54,10 @@ class PrefixCache:
     stay, as many as fit; a text that another one continues is not kept twice. Sessions of several threads may share
     it.
 
-    Rows belong to a model object as it was: device, dtype, attention, adapters, hooks, attributes of its modules and
-    changes of weights that torch counts are compared, and the numbers of adapters. Call `clear` after changing other
-    weights through `.data`, or what a hook reads.
+    Rows belong to a model object as it was: device, dtype, attention, adapters, hooks and the variables that these
+    read, attributes of its modules, and changes of weights that torch counts are compared, and the numbers of adapters.
+    Call `clear` after changing other weights through `.data`, or what a hook reads from a file or a library. What a
+    hook reads is not looked at where it also keeps what it sees, such as a count of its calls.
 
     Args:
         max_bytes: what all kept buffers may take up together. A generation that is larger is not kept.
@@ -87,20 +88,21 @@ class PrefixCache:
         with self._lock:
             self._entries = []
 
-    def take(self, model: nn.Module, token_ids: Tensor, cache: TreeCache) -> int:
+    def take(self, model: nn.Module, token_ids: Tensor, cache: TreeCache, *, is_drafter: bool = False) -> int:
         """Copy what is known of a text's first tokens into a cache that is still empty.
 
         Args:
             model: whose cache it is.
             token_ids: [tokens] int64, the text.
             cache: of one batch row.
+            is_drafter: whether the rows are for drafts alone, which may be wrong: what hooks read is not looked at.
 
         Returns:
             How many rows the cache has now.
         """
         text = token_ids.cpu()
         with self._lock:
-            alike = self._of(model)
+            alike = self._of(model, is_drafter)
             best = max(alike, key=lambda entry: entry.num_common(text), default=None)
             num_common = best.num_common(text) if best is not None else 0
             if best is None or num_common == 0:
@@ -110,13 +112,14 @@ class PrefixCache:
         return num_common
 
     @torch.inference_mode()
-    def keep(self, model: nn.Module, token_ids: Tensor, cache: TreeCache) -> None:
+    def keep(self, model: nn.Module, token_ids: Tensor, cache: TreeCache, *, is_drafter: bool = False) -> None:
         """Keep a copy of a cache's committed rows, if they fit.
 
         Args:
             model: whose cache it is.
             token_ids: [at least as many as there are rows] int64, the text.
             cache: of one batch row.
+            is_drafter: as for `take`.
         """
         text = token_ids[: cache.length].to("cpu", copy=True)
         num_bytes = cache.length * (cache.row_bytes + text.element_size())
@@ -124,7 +127,7 @@ class PrefixCache:
             return
         with self._lock:
             self._entries = [entry for entry in self._entries if entry.model() is not None]
-            alike = self._of(model)
+            alike = self._of(model, is_drafter)
             longer = [entry for entry in alike if entry.num_common(text) == text.numel()]
             shorter = [entry for entry in alike if entry.num_common(text) == entry.token_ids.numel()]
             gone = longer[-1:] or shorter
@@ -135,12 +138,12 @@ class PrefixCache:
             while sum(entry.num_bytes for entry in entries) + num_bytes > self.max_bytes:
                 del entries[0]
             self._entries = entries  # before memory is asked for
-            kept = _Entry(weakref.ref(model, self._forget_dead), _way_of(model), text, *cache.copied())
+            kept = _Entry(weakref.ref(model, self._forget_dead), _way_of(model, is_drafter), text, *cache.copied())
             self._entries = [*entries, kept]
 
-    def _of(self, model: nn.Module) -> list[_Entry]:
+    def _of(self, model: nn.Module, is_drafter: bool) -> list[_Entry]:
         """The texts that this model, as it is now, has rows of."""
-        way = _way_of(model)
+        way = _way_of(model, is_drafter)
         return [entry for entry in self._entries if entry.model() is model and entry.made_as == way]
 
     def _forget_dead(self, model: weakref.ref[nn.Module]) -> None:
@@ -148,26 +151,29 @@ class PrefixCache:
             self._entries = [entry for entry in self._entries if entry.model is not model]
 
 
-def _way_of(model: nn.Module) -> Hashable:
+def _way_of(model: nn.Module, is_drafter: bool) -> Hashable:
     """What can be changed about a model object, or around it, so that its rows come out otherwise."""
     device: torch.device = model.device  # type: ignore[assignment]
     is_autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if is_autocast else model.dtype
-    return device, model.dtype, dtype, state_of(model, reads_weights=False)
+    return device, model.dtype, dtype, state_of(model, reads_weights=False, reads_code=not is_drafter)
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class PrefixReuse:
     """One session's use of a prefix cache, for the caches of its models."""
 
     prefix_cache: PrefixCache
     _models: dict[TreeCache, nn.Module] = attrs.field(factory=dict, init=False)
     _ways: dict[TreeCache, Hashable] = attrs.field(factory=dict, init=False)  # how the models were at the beginning
+    _targets: TreeCache | None = attrs.field(default=None, init=False)
 
     def add(self, model: nn.Module, cache: TreeCache) -> None:
         """Have a model's cache take part; the target's first."""
+        if self._targets is None:
+            self._targets = cache
         self._models[cache] = model
-        self._ways[cache] = _way_of(model)
+        self._ways[cache] = _way_of(model, cache is not self._targets)
 
     def hold_only(self, cache: TreeCache) -> None:
         """Let go of all caches but this one."""
@@ -181,7 +187,9 @@ class PrefixReuse:
             cache: it has been added.
             token_ids: [tokens] int64, what it is to be filled with.
         """
-        return self.prefix_cache.take(self._models[cache], token_ids, cache) if cache.length == 0 else 0
+        if cache.length > 0:
+            return 0
+        return self.prefix_cache.take(self._models[cache], token_ids, cache, is_drafter=cache is not self._targets)
 
     def keep(self, committed_ids: Tensor) -> None:
         """Keep the rows of all caches. Where not all fit, the target's matter most: they come last.
@@ -190,5 +198,6 @@ class PrefixReuse:
             committed_ids: [committed] int64, of which each cache has rows of the first.
         """
         for cache, model in reversed(self._models.items()):
-            if _way_of(model) == self._ways[cache]:  # or some rows are of another adapter than others
-                self.prefix_cache.keep(model, committed_ids, cache)
+            is_drafter = cache is not self._targets
+            if _way_of(model, is_drafter) == self._ways[cache]:  # or some rows are of another adapter than others
+                self.prefix_cache.keep(model, committed_ids, cache, is_drafter=is_drafter)

@@ -5,13 +5,13 @@ many there are. The families of `EXACT_FAMILIES` are shown to be so. Somebody's 
 activations that are quantised by one scale for all rows, observers that go on counting, hooks that look at the last row
 or at the number of rows, adapters that count tokens from the end. It would change the text without an error.
 
-So such a model is asked once, with some ten passes of at most two dozen rows over random tokens:
+So such a model is asked once, by some 30 passes over random tokens. All but one have at most two dozen rows:
 
-- the same tree twice, and with other tokens in the rows that a row may not see: bit for bit the same logits;
-- a tree against passes of one row, and these against passes in the order of transformers' own generate (the whole
-  prompt at once, then one row each): the same logits up to rounding. What rounding does to this model is measured by
-  passes of one row whose cached keys and values are moved by a few units in the last place, since low-precision
-  activations amplify it.
+- the same tree first and last, and with other tokens in the rows that a row may not see: bit for bit the same logits;
+- trees, one as large as they get, against passes of one row, and these against passes in the order of transformers' own
+  generate (the whole prompt at once, then one row each): the same logits up to rounding. What rounding does to this
+  model is measured by passes of one row whose cached keys and values are moved by a few units in the last place, since
+  low-precision activations amplify it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from dynatree_core.architectures import cache_argument, max_positions, vocab_size
+from dynatree_core.arguments import DEFAULT_MAX_NODES
 from dynatree_core.cache import TreeCache
 from dynatree_core.clock import StageClock
+from dynatree_core.comparable import comparable, noting_hooks_that_keep
 from dynatree_core.errors import ForwardPassError, UnsupportedModelError
 from dynatree_core.flatten import flatten
-from dynatree_core.model_state import foreign_parts, state_of, without_gradients
+from dynatree_core.model_state import foreign_parts, hooks_of, state_of, without_gradients
 from dynatree_core.runner import ModelRunner
 from dynatree_core.tree import TokenTree
 
@@ -41,6 +43,7 @@ __all__ = ["refuse_dependent_rows", "row_fault"]
 
 PREFIX = 20  # committed tokens, fewer where the context is shorter
 NUM_NODES = 6  # of the tree
+WIDE_ROWS = 1 + DEFAULT_MAX_NODES  # as many as a tree has at most, unless the caller allows more
 NUM_OTHERS = 3  # trees with other tokens in the hidden rows
 NUM_NOISES = 4  # passes that measure what rounding does
 NOISE_UNITS = 64  # how far these move keys and values, in units of the last place
@@ -50,7 +53,7 @@ MAX_STATES = 16  # of one model that are remembered
 MAX_NAMED = 3  # parts in a message
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, str | None]] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = threading.RLock()  # a hook of the model that is tried may run another one
 
 
 def refuse_dependent_rows(model: nn.Module, caller: nn.Module) -> None:
@@ -82,28 +85,32 @@ def row_fault(model: nn.Module, caller: nn.Module | None = None) -> str | None:
     caller = model if caller is None else caller
     if next(foreign_parts(caller), None) is None:
         return None
-    state = id(caller), state_of(model)
     with _lock:
         known = _known.setdefault(model, {})
-        if state not in known:
-            while len(known) >= MAX_STATES:
-                del known[next(iter(known))]
-            # random layers of somebody's own must not move the generators that sampling draws from
-            device: torch.device = model.device  # type: ignore[assignment]
-            with torch.random.fork_rng([device] if device.type == "cuda" else []), without_gradients(model, caller):
-                known[state] = _asked(model, caller)
-        return known[state]
+        state = comparable(caller), state_of(model, reads_code=True)
+        if state in known:
+            return known[state]
+        # random layers of somebody's own must not move the generators that sampling draws from
+        device: torch.device = model.device  # type: ignore[assignment]
+        unmoved = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with unmoved, without_gradients(model, caller), noting_hooks_that_keep(hooks_of(model)):
+            fault = _asked(model, caller)
+        while len(known) >= MAX_STATES:
+            del known[next(iter(known))]
+        known[comparable(caller), state_of(model, reads_code=True)] = fault
+        return fault
 
 
 def _asked(model: nn.Module, caller: nn.Module) -> str | None:
     probe = _Probe.of(model)
     try:
         tree = probe.tree_logits(probe.tree(0))
-        again = probe.tree_logits(probe.tree(0))
         others = [probe.tree_logits(probe.tree(1 + other)) for other in range(NUM_OTHERS)]
         stepwise = probe.stepwise_logits()
         usual = probe.usual_logits(caller)
         noise = max(_off(stepwise, probe.stepwise_logits(noise=1 + seed)) for seed in range(NUM_NOISES))
+        wide = probe.tree_logits(probe.wide_tree())
+        again = probe.tree_logits(probe.tree(0))  # at the end: what counts calls or has seen a token shows by then
     except ForwardPassError as error:
         return f"a trial of a few passes failed: {error}"
     if stepwise.isnan().any():
@@ -118,7 +125,11 @@ def _asked(model: nn.Module, caller: nn.Module) -> str | None:
             f"(logits move by {moved:.2g})"
         )
     bound = max(NOISE_MARGIN * noise, ROUNDING_UNITS * unit)
-    pairs = {"rows of a tree and passes of one row": tree, "passes of one row and transformers' own passes": usual}
+    pairs = {
+        "rows of a tree and passes of one row": tree,
+        f"rows of a pass of {WIDE_ROWS} rows and passes of one row": wide,
+        "passes of one row and transformers' own passes": usual,
+    }
     for name, logits in pairs.items():
         if not (deviation := _off(stepwise, logits)) <= bound:
             return (
@@ -166,14 +177,16 @@ class _Probe:
     def tree(self, choice: int) -> TokenTree:
         """The root, its child between two others, and a child of each of these."""
         before, behind, below, last = self.hidden[choice]
-        device = self.prefix.device
+        tree = self._level(TokenTree.root(self._one(self.root)), [0, 0, 0], [before, self.child, behind])
+        return self._level(tree, [1, 3], [below, last])
 
-        def level(tree: TokenTree, parents: list[int], token_ids: list[int]) -> TokenTree:
-            logprob = torch.full((len(parents),), -1.0, device=device)
-            return tree.grow(torch.tensor(parents, device=device), torch.tensor(token_ids, device=device), logprob)
-
-        tree = level(TokenTree.root(self._one(self.root)), [0, 0, 0], [before, self.child, behind])
-        return level(tree, [1, 3], [below, last])
+    def wide_tree(self) -> TokenTree:
+        """The root and so many children that a pass has as many rows as any."""
+        draw = random.Random(1)
+        tree = TokenTree.root(self._one(self.root))
+        children = [draw.randrange(vocab_size(self.model)) for _ in range(WIDE_ROWS - 1)]
+        children[1] = self.child
+        return self._level(tree, [0] * len(children), children)
 
     def tree_logits(self, tree: TokenTree) -> Tensor:
         runner, cache = self._prefilled()
@@ -211,9 +224,15 @@ class _Probe:
                 raise ForwardPassError(f"{type(error).__name__}: {error}") from error
         return torch.stack(rows)
 
+    def _level(self, tree: TokenTree, parents: list[int], token_ids: list[int]) -> TokenTree:
+        """The tree with one more level."""
+        device = self.prefix.device
+        logprob = torch.full((len(parents),), -1.0, device=device)
+        return tree.grow(torch.tensor(parents, device=device), torch.tensor(token_ids, device=device), logprob)
+
     def _prefilled(self) -> tuple[ModelRunner, TreeCache]:
         runner = ModelRunner(self.model, StageClock(self.prefix.device))
-        cache = TreeCache(self.prefix.numel() + NUM_NODES)
+        cache = TreeCache(self.prefix.numel() + WIDE_ROWS)
         runner.prefill(self.prefix, cache)
         return runner, cache
 

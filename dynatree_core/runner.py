@@ -162,6 +162,11 @@ class ModelRunner:
         arguments = self._arguments(flat, cache, last_row_only)
         with _named_failure(flat), self.clock.measure(stage, on_device=True):
             logits: Tensor = self.model(**arguments).logits
+            if not last_row_only and logits.shape[1] != flat.num_rows:
+                raise ForwardPassError(
+                    f"a model must give logits for each of a pass's {flat.num_rows} rows, got {logits.shape[1]}; take "
+                    "off the model what drops the others"
+                )
         return logits[:, -1:] if last_row_only else logits
 
     def _called(self, flat: FlatTrees, cache: Cache, last_row_only: bool) -> Tensor:

@@ -57,7 +57,7 @@ from dynatree_core.sink_cache import SinkCache, SinkWindow, refuse_beside
 from dynatree_core.stack import PolicyStack
 from dynatree_core.stopping import stopping_criteria as criteria_of
 from dynatree_core.tree import TokenTree
-from dynatree_core.wrappers import plain_model
+from dynatree_core.wrappers import plain_model, refuse_own_generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,6 +122,8 @@ class Session:
         **settings: object,
     ) -> None:
         given_target, target = target, plain_model(target, "target", is_trusted=trust_model)
+        if inherit_settings and not trust_model:  # or it is the target's generate that has called
+            refuse_own_generate(target)
         if on_error not in ("raise", "fallback"):
             raise ParameterError(f"on_error must be 'raise' or 'fallback', got {on_error!r}")
         if not isinstance(prefix_cache, PrefixCache | None):
@@ -319,7 +321,13 @@ class Session:
         fulfilled = []
         if self.stopping_criteria:
             text = self.text_with(token_ids)
+            last_id = int(text[0, -1])
             fulfilled = [criterion.reason for criterion in self.stopping_criteria if criterion(text)]
+            if not fulfilled and int(text[0, -1]) != last_id:  # generate() would go on from it
+                raise ParameterError(
+                    "a stopping criterion must leave the last token as it is, since the target has gone on "
+                    f"from it already, got {int(text[0, -1])} in the place of {last_id}; write into a copy of input_ids"
+                )
         if token_ids[-1] in self.eos_token_ids:
             return "eos"
         if len(token_ids) >= self.num_tokens_left:

@@ -59,7 +59,8 @@ def take_rows(cache: Any, own: TreeCache, num_text: int) -> int:
         How many rows there are.
 
     Raises:
-        ParameterError: more rows than the text without its last token, or rows that were dropped.
+        ParameterError: more rows than the text without its last token, rows of several sequences, or rows that were
+            dropped.
     """
     num_rows = int(cache.get_seq_length())
     if num_rows == 0:
@@ -70,6 +71,11 @@ def take_rows(cache: Any, own: TreeCache, num_text: int) -> int:
             f"{num_text} tokens; give the whole text as input_ids, or crop the cache"
         )
     layers = [layer for layer in cache.layers if layer.is_initialized]
+    num_sequences = {layer.keys.shape[0] for layer in layers}
+    if num_sequences != {1}:
+        raise ParameterError(
+            f"a cache with rows must hold those of one sequence, got {', '.join(map(str, num_sequences))}; leave it out"
+        )
     kept = [min(layer.keys.shape[2], num_rows) for layer in layers]
     if not all(kept_rows == num_rows for kept_rows in kept):
         raise ParameterError(

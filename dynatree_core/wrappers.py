@@ -6,6 +6,7 @@ made without these methods, so a model is taken only where they are transformers
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import nn
 
 from dynatree_core.adapters import inside_peft_wrapper, is_peft_wrapper
 from dynatree_core.architectures import check_causal_lm
+from dynatree_core.authorship import function_of, is_others
 from dynatree_core.errors import UnsupportedModelError
 
-__all__ = ["plain_model"]
+__all__ = ["plain_model", "refuse_own_generate"]
 
 # methods by which a model decides what generate() feeds it, keeps of a pass, or makes of the logits
 _GENERATION_METHODS = (
@@ -30,6 +32,26 @@ _GENERATION_METHODS = (
     "_get_logits_processor",
     "_get_stopping_criteria",
 )
+
+
+def refuse_own_generate(model: Any) -> None:
+    """Refuse a target whose generate() is somebody's own, where that is not what called.
+
+    transformers puts the one of a model's folder on the model, as a partial that knows the model: it is asked for by
+    whoever calls the model's generate.
+
+    Raises:
+        UnsupportedModelError: what its generate() does is not done here.
+    """
+    plain = getattr(model, "_orig_mod", model)
+    method = getattr(plain, "generate", None)
+    if method is None or isinstance(method, functools.partial):
+        return
+    if is_others(method) or not _is_inherited(plain, "generate", method):
+        raise UnsupportedModelError(
+            f"the target ({type(plain).__name__}) has a generate of its own, which is not called here; call it with "
+            "custom_generate=dynatree_core.hf.generate, or, if it changes nothing, give trust_model=True"
+        )
 
 
 def plain_model(model: nn.Module, role: str, *, is_trusted: bool = False) -> nn.Module:
@@ -101,16 +123,12 @@ def _own_generation_method(model: Any) -> str | None:
         method = getattr(model, name, None)
         if method is None:
             continue
-        theirs = [
-            vars(part)[name]
-            for part in type(model).__mro__
-            if name in vars(part) and part.__module__.startswith(("transformers.", "dynatree_"))
-        ]
-        if not any(getattr(method, "__func__", method) is _function(one) for one in theirs):
+        if is_others(method) or not _is_inherited(model, name, method):
             return name
     return None
 
 
-def _function(method: Any) -> Any:
-    """What a class's attribute is once it is looked up: a static method is wrapped."""
-    return getattr(method, "__func__", method)
+def _is_inherited(model: Any, name: str, method: Any) -> bool:
+    """Whether a method is one that the model's classes have under this name, and no stand-in."""
+    theirs = (vars(part)[name] for part in type(model).__mro__ if name in vars(part))
+    return any(function_of(method) is function_of(one) for one in theirs)

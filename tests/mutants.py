@@ -466,9 +466,9 @@ MUTANTS = (
     ),
     Mutant(
         "changes of weights that nobody counts are overlooked",
-        "dynatree_core/model_state.py",
-        "return tensor.data_ptr(), version, _sample(tensor) if reads_weights else None",
-        "return tensor.data_ptr(), version",
+        "dynatree_core/comparable.py",
+        "return place, version, _sample(tensor) if reads_numbers else None",
+        "return place, version",
         ("tests/test_packed.py::test_changed_weights_are_noticed",),
     ),
     Mutant(
@@ -579,21 +579,35 @@ MUTANTS = (
     Mutant(
         "a model that was probed is never probed again",
         "dynatree_core/row_probe.py",
-        "state = id(caller), state_of(model)",
-        "state = id(caller)",
+        "if state in known:\n            return known[state]",
+        "if known:\n            return next(iter(known.values()))",
         ("tests/test_row_probe.py::test_a_model_is_asked_once_for_each_state",),
+    ),
+    Mutant(
+        "what has come to stand at an address counts as what was there",
+        "dynatree_core/comparable.py",
+        "self._held: object = weakref.ref(thing)",
+        "self._held: object = (weakref.ref(thing), id(thing))[1]",
+        ("tests/test_model_state.py::test_what_comes_to_stand_at_an_address_is_another_thing",),
+    ),
+    Mutant(
+        "replaced functions of classes are not looked at",
+        "dynatree_core/authorship.py",
+        "if isinstance(function, _FUNCTIONS) and is_others(function):",
+        "if False:",
+        ("tests/test_row_probe.py::test_functions_that_were_replaced_are_found",),
     ),
     Mutant(
         "kept rows cross adapters",
         "dynatree_core/prefix_cache.py",
-        "return device, model.dtype, dtype, state_of(model, reads_weights=False)",
+        "return device, model.dtype, dtype, state_of(model, reads_weights=False, reads_code=not is_drafter)",
         "return device, model.dtype, dtype, model.config._attn_implementation",
         ("tests/test_model_state.py::test_kept_rows_do_not_cross_a_change",),
     ),
     Mutant(
         "rows of two adapters are kept as those of one",
         "dynatree_core/prefix_cache.py",
-        "if _way_of(model) == self._ways[cache]:",
+        "if _way_of(model, is_drafter) == self._ways[cache]:",
         "if True:",
         ("tests/test_model_state.py::test_rows_of_a_generation_that_saw_two_adapters_are_not_kept",),
     ),
@@ -628,8 +642,8 @@ MUTANTS = (
     Mutant(
         "a streamer that generate() keeps to itself gets nothing",
         "dynatree_core/hf.py",
-        "for _ in range(2):",
-        "for _ in range(1):",
+        "if frame.f_code is _GENERATE and",
+        "if False and",
         ("tests/test_hf.py::test_a_streamer_given_to_generate_itself",),
     ),
     Mutant(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import pytest
@@ -266,6 +267,55 @@ def test_a_streamer_given_to_generate_itself(tokenizer, skip_prompt):
     expected = TARGET.generate(PROMPT, **PLAIN, streamer=theirs)
     assert TARGET.generate(PROMPT, **PLAIN, streamer=mine, **TREES).tolist() == expected.tolist()
     assert mine.text == theirs.text != ""
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def called(*args, **given):
+        return function(*args, **given)
+
+    return called
+
+
+@pytest.mark.parametrize("between", [decorated, lambda f: lambda *args, **given: f(*args, **given), functools.partial])
+def test_a_streamer_given_to_generate_around_a_function_of_ones_own(tokenizer, between):
+    streamer = TextIteratorStreamer(tokenizer, timeout=60)
+    result = TARGET.generate(PROMPT, **PLAIN, streamer=streamer, custom_generate=between(hf.generate))
+    assert "".join(streamer) == tokenizer.decode(result[0])
+
+
+class Replacing(StoppingCriteria):
+    """Puts another token in the place of the last one, or of one before it."""
+
+    def __init__(self, back, num_tokens):
+        self.back, self.num_tokens = back, num_tokens
+
+    def __call__(self, input_ids, scores, **others):
+        is_done = input_ids.shape[1] >= self.num_tokens
+        if is_done or self.back > 1:
+            input_ids[0, -self.back] = 7
+        return torch.tensor([is_done])
+
+
+@pytest.mark.parametrize("back", [1, 2, 3])
+def test_a_criterion_that_writes_into_the_text(back):
+    """What it writes before the last token is shown from then on; the last one may be replaced where the text ends."""
+    expected = TARGET.generate(PROMPT.clone(), **PLAIN, stopping_criteria=[Replacing(back, 9)])
+    result = TARGET.generate(PROMPT.clone(), **PLAIN, stopping_criteria=[Replacing(back, 9)], **TREES)
+    assert result.tolist() == expected.tolist()
+
+
+def test_a_criterion_that_replaces_the_last_token_of_a_text_that_goes_on_is_refused():
+    def replace(input_ids, scores, **others):
+        input_ids[0, -1] = (input_ids[0, -1] + 1) % VOCAB
+        return torch.tensor([False])
+
+    for decode in (
+        lambda: TARGET.generate(PROMPT.clone(), **PLAIN, stopping_criteria=[replace], **TREES),
+        lambda: generate(TARGET, DRAFTER, PROMPT, stopping_criteria=[replace]),
+    ):
+        with pytest.raises(ParameterError, match="must leave the last token as it is"):
+            decode()
 
 
 class Raising(LogitsProcessor):

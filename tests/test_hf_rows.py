@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,7 +62,11 @@ def test_several_answers_to_one_prompt(num):
 
 def test_a_dict_of_several():
     expected = TARGET.generate(PROMPTS, **PLAIN, return_dict_in_generate=True)
-    result = TARGET.generate(PROMPTS, **PLAIN, return_dict_in_generate=True, **TREES)
+    with pytest.warns(RuntimeWarning, match="the result of several sequences has no cache"):
+        result = TARGET.generate(PROMPTS, **PLAIN, return_dict_in_generate=True, **TREES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TARGET.generate(PROMPTS, **PLAIN, return_dict_in_generate=True, use_cache=False, **TREES)
     assert result.sequences.tolist() == expected.sequences.tolist()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 
 import pytest
 import torch
@@ -84,6 +85,92 @@ def test_kept_rows_do_not_cross_a_change(change):
     result = generate(model, None, PROMPT, max_new_tokens=8, prefix_cache=cache)
     assert result.report.num_reused_tokens == 0
     assert result.token_ids == greedy(model, PROMPT, 8)
+
+
+def with_scaled(layer, scale):
+    """The layer with an output that a function of its own scales."""
+    layer.register_forward_hook(lambda part, args, out: out * scale["of values"])
+
+
+def scaled_by_object(layer, scale):
+    class Scaler:
+        def __init__(self):
+            self.scale = scale
+
+        def hook(self, part, args, out):
+            return out * self.scale["of values"]
+
+    layer.register_forward_hook(Scaler().hook)
+
+
+@pytest.mark.parametrize("attach", [with_scaled, scaled_by_object])
+def test_kept_rows_do_not_cross_a_change_of_what_a_hook_reads(attach):
+    model, layer = adapted()
+    scale = {"of values": 1.0}
+    attach(layer, scale)
+    cache = PrefixCache()
+    for value, num_reused in ((1.0, 0), (1.0, 4), (2.5, 0), (2.5, 4)):
+        scale["of values"] = value
+        result = generate(model, None, PROMPT, max_new_tokens=8, prefix_cache=cache)
+        assert result.token_ids == greedy(model, PROMPT, 8)
+        assert result.report.num_reused_tokens == num_reused
+
+
+def test_a_hook_that_records_leaves_kept_rows_as_they_are():
+    model, layer = adapted()
+    shapes = []
+    layer.register_forward_hook(lambda part, args, out: shapes.append(out.shape))
+    cache = PrefixCache()
+    for num_reused in (0, 4, 4):
+        result = generate(model, None, PROMPT, max_new_tokens=8, prefix_cache=cache)
+        assert result.report.num_reused_tokens == num_reused
+
+
+def replace_weight(layer, scale):
+    numbers = (layer.inner.weight.detach() * scale).tolist()
+    del layer.inner.weight
+    layer.inner.weight = nn.Parameter(torch.tensor(numbers, dtype=torch.float64))
+
+
+def replace_data(layer, scale):
+    numbers = (layer.inner.weight.detach() * scale).tolist()
+    layer.inner.weight.data = torch.empty(0, dtype=torch.float64)
+    layer.inner.weight.data = torch.tensor(numbers, dtype=torch.float64)
+
+
+def replace_adapter(layer, scale):
+    layer.shifts["a"].data.mul_(scale)
+
+
+def replace_module(layer, scale):
+    class Scaled(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        @property
+        def weight(self):
+            return self.inner.weight
+
+        def forward(self, rows):
+            return self.inner(rows) * scale
+
+    inner = getattr(layer.inner, "inner", layer.inner)
+    layer.inner = None
+    gc.collect()
+    layer.inner = Scaled(inner)
+
+
+@pytest.mark.parametrize("change", [replace_weight, replace_data, replace_adapter, replace_module])
+def test_what_comes_to_stand_at_an_address_is_another_thing(change):
+    """Memory is given again at once: a tensor or a module made behind another one often has its address."""
+    model, layer = adapted()
+    cache = PrefixCache()
+    for scale in (2.0, 0.3, 4.0, 0.2, 7.0):
+        change(layer, scale)
+        result = generate(model, None, PROMPT, max_new_tokens=8, prefix_cache=cache)
+        assert result.token_ids == greedy(model, PROMPT, 8)
+        assert result.report.num_reused_tokens == 0
 
 
 def test_an_adapter_that_comes_back_finds_its_rows():

@@ -162,3 +162,15 @@ def test_a_cache_that_is_asked_for_by_name(implementation):
         own.cache_implementation = None
     static_asked = TARGET.generate(PROMPT, **PLAIN, cache_implementation="static", **TREES)
     assert static_asked.tolist() == TARGET.generate(PROMPT, **PLAIN).tolist()
+
+
+def test_a_cache_of_several_sequences_is_refused_beside_one_prompt():
+    cache = dynamic(TARGET)
+    TARGET(PROMPT[:, :4].repeat(2, 1), use_cache=True, **{cache_argument(TARGET): cache})
+    with pytest.raises(ParameterError, match="must hold those of one sequence, got 2"):
+        TARGET.generate(PROMPT, **PLAIN, **{cache_argument(TARGET): cache}, **TREES)
+
+
+def test_a_cache_beside_use_cache_false_is_refused():
+    with pytest.raises(ParameterError, match="got one beside use_cache=False"):
+        TARGET.generate(PROMPT, **PLAIN, use_cache=False, **{cache_argument(TARGET): dynamic(TARGET)}, **TREES)

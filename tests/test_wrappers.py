@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import GenerationMixin, LlamaForCausalLM
 
 from dynatree_core import generate, hf
 from dynatree_core.architectures import cache_argument, forward_parameters
@@ -59,6 +59,49 @@ def test_a_method_that_was_replaced_on_the_model_is_refused(wrap):
         model.generate(torch.tensor([PROMPT]), max_new_tokens=4, custom_generate=hf.generate)
     model.prepare_inputs_for_generation = before  # put back, as PEFT does after its generate
     assert plain_model(model, "target") is model
+
+
+@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("owner", [LlamaForCausalLM, GenerationMixin])
+def test_a_method_that_was_replaced_on_a_class_of_transformers_is_refused(name, owner, monkeypatch):
+    theirs = getattr(owner, name, None)
+    if theirs is None:
+        pytest.skip(f"{owner.__name__} has no {name} in this version")
+    monkeypatch.setattr(owner, name, functools.wraps(theirs)(lambda *args, **given: theirs(*args, **given)))
+    with pytest.raises(UnsupportedModelError, match=f"has a {name} of its own"):
+        plain_model(tiny_model("llama"), "target")
+
+
+def penalised(theirs):
+    return lambda *args, **given: theirs(*args, **{**given, "repetition_penalty": 3.0})
+
+
+def on_the_model(monkeypatch):
+    model = copy.deepcopy(tiny_model("llama"))
+    model.generate = penalised(model.generate)
+    return model
+
+
+def on_a_class_of_ones_own(monkeypatch):
+    return as_class(type("Own", (LlamaForCausalLM,), {"generate": penalised(LlamaForCausalLM.generate)}))
+
+
+def on_transformers_class(monkeypatch):
+    monkeypatch.setattr(GenerationMixin, "generate", penalised(GenerationMixin.generate))
+    return copy.deepcopy(tiny_model("llama"))
+
+
+@pytest.mark.parametrize("make", [on_the_model, on_a_class_of_ones_own, on_transformers_class])
+def test_a_generate_of_ones_own_is_called_or_refused(make, monkeypatch):
+    plain = greedy(tiny_model("llama"), PROMPT, 16)
+    model, prompt = make(monkeypatch), torch.tensor([PROMPT])
+    expected = model.generate(prompt, max_new_tokens=16).tolist()
+    assert expected[0][len(PROMPT) :] != plain
+    assert model.generate(prompt, max_new_tokens=16, custom_generate=hf.generate).tolist() == expected
+    assert hf.generate_with(model, prompt, max_new_tokens=16).tolist() == expected
+    with pytest.raises(UnsupportedModelError, match=r"has a generate of its own.*custom_generate=dynatree_core\.hf"):
+        generate(model, None, PROMPT, max_new_tokens=16)
+    assert generate(model, None, PROMPT, max_new_tokens=16, trust_model=True).token_ids == plain
 
 
 def test_methods_of_transformers_own_models_are_fine():

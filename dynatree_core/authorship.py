@@ -1,0 +1,85 @@
+"""Whose code a model runs: transformers', torch's and ours, or somebody else's.
+
+Classes of somebody else are found by their module. So are functions, also where they have taken the place of a
+method of a class, of a function that a model's module calls, of an attention function or of one of torch's: that is
+how many speed-up packages come into a model.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+__all__ = ["Replacement", "function_of", "is_known_class", "is_others", "replacements"]
+
+_PACKAGES = frozenset({"torch", "transformers", "dynatree_core", "dynatree_policies", "dynatree_bench"})
+# whose decorators and helpers transformers' models use
+_HELPERS = frozenset({"accelerate", "kernels"}) | sys.stdlib_module_names - {"__main__"}
+_MODELS = "transformers.models."
+# torch's layers of which each row of the output is made of the same row of the input; torch has others, such as
+# GRU, TransformerEncoderLayer or InstanceNorm1d
+_ROW_BY_ROW = frozenset(
+    {nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.Dropout, nn.Module}
+    | {nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Sequential}
+    | {nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.Softplus, nn.ELU}
+)
+_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, staticmethod, classmethod)
+
+
+@attrs.frozen(eq=False)
+class Replacement:
+    """A function of somebody else's in the place of one that a model runs."""
+
+    place: str  # such as "transformers.models.llama.modeling_llama.LlamaMLP.forward"
+    function: Any
+
+
+def is_known_class(kind: type) -> bool:
+    """Whether a module of this class is transformers' or ours, or one of torch's that keeps rows apart."""
+    return kind in _ROW_BY_ROW or kind.__module__.startswith(("transformers.", "dynatree_core.", "torch._dynamo."))
+
+
+def is_others(function: Any) -> bool:
+    """Whether somebody else than transformers, torch and this package has written a function, or what wraps it."""
+    function = function_of(function)
+    names = [getattr(function, "__module__", None)]
+    if isinstance(function, types.FunctionType):
+        names.append(function.__globals__.get("__name__"))  # functools.wraps copies the module's name
+    return any(name is None or name.partition(".")[0] not in _PACKAGES | _HELPERS for name in names)
+
+
+def function_of(method: Any) -> Any:
+    """The function of a method, and of what @staticmethod and @classmethod make; all else as it is."""
+    return getattr(method, "__func__", method)
+
+
+def replacements(model: nn.Module) -> Iterator[Replacement]:
+    """Functions of somebody else's that the model runs as if they were transformers' or torch's."""
+    kinds = dict.fromkeys(type(part) for part in model.modules())
+    classes = dict.fromkeys(base for kind in kinds for base in kind.__mro__)
+    for kind in classes:
+        names = vars(kind) if kind.__module__.startswith(_MODELS) else ("forward", "__call__")
+        if is_known_class(kind) or kind.__module__.startswith("torch."):
+            yield from _in(kind, f"{kind.__module__}.{kind.__qualname__}", names)
+    for name in sorted({kind.__module__ for kind in classes if kind.__module__.startswith(_MODELS)}):
+        yield from _in(sys.modules[name], name, vars(sys.modules[name]))
+    config: Any = model.config
+    attention = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+    if attention is not None and is_others(attention):
+        yield Replacement(f"ALL_ATTENTION_FUNCTIONS['{config._attn_implementation}']", attention)
+    yield from _in(nn.functional, "torch.nn.functional", vars(nn.functional))
+    yield from _in(torch, "torch", ("matmul", "bmm", "softmax"))
+
+
+def _in(owner: Any, where: str, names: Any) -> Iterator[Replacement]:
+    for name in names:
+        function = vars(owner).get(name)
+        if isinstance(function, _FUNCTIONS) and is_others(function):
+            yield Replacement(f"{where}.{name}", function)
