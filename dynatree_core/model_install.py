@@ -23,7 +23,8 @@ def install_default_model() -> None:
             show(step)
 
         folder = embedded.make_ready(progress=begin)
-    ends = [*(start for _, start in steps[1:]), time.monotonic()]
+    ends = [start for _, start in steps[1:]]
+    ends += [time.monotonic()] if steps else []  # nothing was to be done, often
     for (step, start), end in zip(steps, ends, strict=True):
         click.echo(f"{step}: {end - start:.1f} s")
     click.echo(f"{model.name} is ready in {folder}")

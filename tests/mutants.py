@@ -467,8 +467,8 @@ MUTANTS = (
     Mutant(
         "changes of weights that nobody counts are overlooked",
         "dynatree_core/comparable.py",
-        "return place, version, _sample(tensor) if reads_numbers else None",
-        "return place, version",
+        "return place, version, _sample(tensor) if is_read else None",
+        "return place, version, None",
         ("tests/test_packed.py::test_changed_weights_are_noticed",),
     ),
     Mutant(

@@ -1133,6 +1133,9 @@ def test_models_install(dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch, tmp
     *times, last = ran.out.splitlines()
     assert last == f"Tiny is ready in {tmp_path}"
     assert [re.sub(r": \d+\.\d s$", "", line) for line in times] == ["converting"]
+    monkeypatch.setattr("dynatree_core.embedded.make_ready", lambda *, progress: tmp_path)
+    ran = dynatree("models", "install")
+    assert (ran.code, ran.out, ran.err) == (0, f"Tiny is ready in {tmp_path}\n", "")
 
 
 # ---- the audit -----------------------------------------------------------------------------------------------
