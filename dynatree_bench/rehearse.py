@@ -172,6 +172,7 @@ def known_session(target: nn.Module, drafter: Drafter, text: Text, policy: str) 
         policy=policy,
         max_new_tokens=text.max_new_tokens,
         eos_token_id=list(text.end_ids),
+        trust_model=True,  # it says what comes next in one text, whatever stands in other rows
     )
 
 

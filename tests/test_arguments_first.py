@@ -34,8 +34,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def unexpected(*args: object, **options: object) -> None:
         raise AssertionError(f"a model was loaded, or the hub asked: {args}")
 
+    # these first: a module that is imported while the function is replaced would keep the replacement
+    for module in ("dynatree_bench.pairs", "dynatree_bench.distill.run", "dynatree_core.drafters.model"):
+        monkeypatch.setattr(f"{module}.load_model", unexpected)
     monkeypatch.setattr("dynatree_core.models.load_model", unexpected)
-    monkeypatch.setattr("dynatree_bench.pairs.load_model", unexpected)
     monkeypatch.setattr("dynatree_core.hub._unreachable", unexpected)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 

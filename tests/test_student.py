@@ -176,7 +176,8 @@ def test_bfloat16_where_the_device_has_it(monkeypatch):
 
 
 def test_there_is_a_drafter_of_each_kind_here():
-    assert set(drafter_of_each_kind(tiny_model("llama"))) == set(plugin_table(DRAFTERS))
+    for_adapted_targets = {"adapter_off"}  # see tests/libraries/test_adapter_off.py
+    assert set(drafter_of_each_kind(tiny_model("llama"))) == set(plugin_table(DRAFTERS)) - for_adapted_targets
 
 
 @pytest.mark.parametrize("kind", ["distilled", "union"])
