@@ -9,8 +9,8 @@ autoregressive decoding of the same width. Meanwhile the machine is watched.
 
 Output: a row for each way.
 
-Command: python -m dynatree_bench.fixed_width [--dtype T] [--quantise NAME] [--prompts FILE.jsonl] [--per-kind N]
-[--max-new-tokens N]
+Command: python -m dynatree_bench.fixed_width [--dtype T] [--quantise NAME] [--layers N] [--prompts FILE.jsonl]
+[--per-kind N] [--max-new-tokens N]
 """
 
 from __future__ import annotations
@@ -79,12 +79,14 @@ def main() -> None:
     kinds = load_prompts(arguments.prompts, arguments.per_kind)
     prompts = [prompt for group in kinds.values() for prompt in group]
     default = load_model(None, device="cpu", dtype=arguments.dtype)
+    if arguments.layers is not None:
+        default.model.model.layers = default.model.model.layers[: arguments.layers]
     if arguments.quantise:
         quantise(default.model, arguments.quantise)
     console.print(runtime())
     console.print(
-        f"{arguments.dtype}, {arguments.quantise or 'not quantised'}, drafter {DRAFTER}, {len(prompts)} prompts, "
-        f"{arguments.max_new_tokens} new tokens at most"
+        f"{arguments.dtype}, {arguments.quantise or 'not quantised'}, {arguments.layers or 'all'} layers, drafter "
+        f"{DRAFTER}, {len(prompts)} prompts, {arguments.max_new_tokens} new tokens at most"
     )
     meter = LoadMeter()
     runs = measure(default, prompts, arguments.max_new_tokens)
@@ -149,6 +151,7 @@ def _parse_arguments() -> argparse.Namespace:
     description = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m dynatree_bench.fixed_width", description=description)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--layers", type=int, help="only the first layers, for quantisation that is slow here")
     parser.add_argument("--quantise", choices=sorted(QUANTISERS), help="quantise the model by this library and method")
     return parsed_arguments(parser, max_new_tokens=32)
 
