@@ -45,7 +45,7 @@ from dynatree_core.errors import (
 )
 from dynatree_core.foreign import others_code, raised
 from dynatree_core.metrics import summarise
-from dynatree_core.model_state import without_gradients
+from dynatree_core.model_state import can_infer
 from dynatree_core.plugins import build_drafter, build_stack
 from dynatree_core.prefix_cache import PrefixCache, PrefixReuse
 from dynatree_core.processors import logits_processors
@@ -210,7 +210,8 @@ class Session:
             self.prefix.add(target, self.cache)
         self.num_reused_tokens = 0  # of the prompt, whose rows came from the prefix cache
         source = _as_drafter(drafter)
-        self._models = [target, *(models_of(source) if source is not None else ())]
+        models = [target, *(models_of(source) if source is not None else ())]
+        self._can_infer = all(map(can_infer, models))  # asked once: it looks at every weight
         self.drafter_name = None if source is None else str(source)
         # what iterations take here; reports and frontiers keep it, so it must not hold the session
         self.measure_costs = _costs_of(target, source, runner, self.clock, self.drafter_name, tokenizer)
@@ -392,7 +393,7 @@ class Session:
 
     def without_gradients(self) -> AbstractContextManager[None]:
         """A context for the session's passes: torch's inference mode, where the models' weights can be used in it."""
-        return without_gradients(*self._models)
+        return torch.inference_mode() if self._can_infer else torch.no_grad()
 
     def rollback(self) -> None:
         """Forget an iteration that failed; the committed tokens and their cache rows stay."""
