@@ -23,7 +23,7 @@ HEADER = f"""\
 # What `make demo`, `make test` and `.ci/run` install, and what the tests are run with: every package of the extra
 # `dev`, by Python {MADE_ON}. Not requirements of the package: those are ranges, in pyproject.toml.
 # `make lock` writes this file anew with the newest releases; a line with "held:" keeps its version.
-# The default model's package has its version in dynatree_core/embedded.py.
+# The default model's package has its version in dynatree_core/models/embedded.py.
 """
 _LINE = re.compile(r"(?P<name>[\w.-]+)==(?P<version>\S+)(?:\s+# held: (?P<reason>.+))?")
 

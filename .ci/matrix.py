@@ -110,7 +110,7 @@ def install(release: str) -> Path:
         if lacking := unmet(folder):
             print(f"  and {', '.join(lacking)}", flush=True)
             subprocess.run([*PIP, "--upgrade", "--target", str(folder), *lacking], check=True)
-        quiet = "from dynatree_core.quiet import quiet_imports; quiet_imports(); import transformers"
+        quiet = "from dynatree_core.cli.quiet import quiet_imports; quiet_imports(); import transformers"
         check = f"{quiet}; transformers.LlamaForCausalLM; assert transformers.__version__ == '{release}'"
         subprocess.run([sys.executable, "-c", check], check=True, env=first_on_the_path(folder), cwd=FOLDER)
         (folder / "complete").touch()

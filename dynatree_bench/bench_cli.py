@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Experiment, Form
-from dynatree_core import console
 from dynatree_core.advice import pip_install
-from dynatree_core.cli_checks import check_names
-from dynatree_core.cli_models import USUAL_DRAFTERS
-from dynatree_core.cli_prompts import CountOrAll
-from dynatree_core.completion import complete_drafter, complete_model, complete_policy
+from dynatree_core.cli import console
+from dynatree_core.cli.checks import check_names
+from dynatree_core.cli.completion import complete_drafter, complete_model, complete_policy
+from dynatree_core.cli.model_options import USUAL_DRAFTERS
+from dynatree_core.cli.prompt_options import CountOrAll
 from dynatree_core.errors import InputError, PluginLoadError
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ from dynatree_bench.statistics import (
     replayed_texts,
     summaries,
 )
-from dynatree_core.files import whole_file
+from dynatree_core.files.writing import whole_file
 
 __all__ = ["FIGURES", "Plot", "draw", "provenance"]
 

@@ -31,7 +31,7 @@ from dynatree_bench.machine import LoadMeter, idle_or_busy, runtime
 from dynatree_bench.prompts import chat_ids, in_turns, load_prompts, parsed_arguments
 from dynatree_bench.quantised import QUANTISERS, quantise
 from dynatree_core import GenerationResult, LoadedModel, Session, load_model, run
-from dynatree_core.exits import end_process
+from dynatree_core.cli.exits import end_process
 
 DRAFTER = "prompt_lookup"
 # column -> what it stands for

@@ -37,13 +37,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dynatree_bench.machine import BUSY_PERCENT, LoadMeter, check_writable, idle_or_busy, provenance
-from dynatree_core import InputError, LoadedModel, Session, TokenTree, embedded, load_model, run
-from dynatree_core.architectures import cache_argument
-from dynatree_core.cache import TreeCache
-from dynatree_core.exits import end_process
-from dynatree_core.files import whole_file, write_text
-from dynatree_core.flatten import flatten
-from dynatree_core.runner import ModelRunner
+from dynatree_core import InputError, LoadedModel, Session, TokenTree, load_model, run
+from dynatree_core.cache.tree_cache import TreeCache
+from dynatree_core.cli.exits import end_process
+from dynatree_core.files.writing import whole_file, write_text
+from dynatree_core.models import embedded
+from dynatree_core.models.architectures import cache_argument
+from dynatree_core.runners.runner import ModelRunner
+from dynatree_core.tree.flatten import flatten
 
 PROGRAM = "python -m dynatree_bench.long_context"
 DRAFTER = "prompt_lookup"

@@ -24,7 +24,7 @@ import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from dynatree_core.errors import InputError
-from dynatree_core.outputs import check_out
+from dynatree_core.files.outputs import check_out
 
 __all__ = [
     "BUSY_PERCENT",

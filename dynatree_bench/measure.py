@@ -78,10 +78,10 @@ from dynatree_bench.workloads import (
     some_of,
 )
 from dynatree_core import DynaTreeError, InputError, build_stack
-from dynatree_core.architectures import vocab_size
 from dynatree_core.errors import nearest_match
-from dynatree_core.outputs import check_out
-from dynatree_core.runner import runner_for
+from dynatree_core.files.outputs import check_out
+from dynatree_core.models.architectures import vocab_size
+from dynatree_core.runners.runner import runner_for
 
 __all__ = ["Options", "check_results", "checked_methods", "run_experiment"]
 

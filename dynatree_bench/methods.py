@@ -22,10 +22,10 @@ from dynatree_bench.machine import now
 from dynatree_bench.pairs import MethodError, Pair
 from dynatree_bench.records import Replay, Steps, Trials
 from dynatree_core import DraftPlan, GenerationReport, Session, StepReport, TokenTree, run
-from dynatree_core.architectures import vocab_size
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters.union import possible_proposals
-from dynatree_core.records import Proposals
+from dynatree_core.models.architectures import vocab_size
+from dynatree_core.tree.frontier import Proposals
 
 __all__ = ["Chunks", "Output", "decode", "replay"]
 

@@ -51,9 +51,9 @@ from dynatree_core import (
     load_model,
     parse_stack,
 )
-from dynatree_core.cli_models import load_drafter, registered_drafter
-from dynatree_core.exits import end_process
-from dynatree_core.files import write_text
+from dynatree_core.cli.exits import end_process
+from dynatree_core.cli.model_options import load_drafter, registered_drafter
+from dynatree_core.files.writing import write_text
 
 POLICIES = ("phase3", "phase3+governor", "cost_aware", "cost_aware+governor")
 STEPPING_ASIDE = {"governor", "cost_aware"}  # policies that notice when drafting does not pay

@@ -14,12 +14,12 @@ from dynatree_bench.machine import weights_sha256
 from dynatree_bench.records import ModelInfo
 from dynatree_bench.synthetic import MarkovSource, synthetic_pair
 from dynatree_core import Drafter, LoadedModel, load_model
-from dynatree_core.cli_models import check_drafter_model, registered_drafter, usual_drafter
+from dynatree_core.cli.model_options import check_drafter_model, registered_drafter, usual_drafter
 from dynatree_core.drafters.distilled import DistilledDrafter, fast_dtype
 from dynatree_core.drafters.model import ModelDrafter, restricted_ids
 from dynatree_core.errors import InputError, VocabularyMismatchError
-from dynatree_core.models import check_model_name, resolve_device, vocabularies_match
-from dynatree_core.student import HEAD_IDS
+from dynatree_core.models.load import check_model_name, resolve_device, vocabularies_match
+from dynatree_core.models.student import HEAD_IDS
 
 __all__ = ["MethodError", "Pair", "drafter_info", "load_pair", "load_synthetic", "model_info"]
 

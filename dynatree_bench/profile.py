@@ -18,7 +18,7 @@ from dynatree_bench.machine import check_writable
 from dynatree_core import Session, decode_step, prefill
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.errors import InputError
-from dynatree_core.files import whole_file
+from dynatree_core.files.writing import whole_file
 
 __all__ = ["Operator", "Profile", "profile", "shown"]
 

@@ -10,10 +10,10 @@ import attrs
 import click
 from rich.console import Console
 
-from dynatree_core import console
-from dynatree_core.cli import generate
-from dynatree_core.cli_checks import check_names, check_settings, checkable
-from dynatree_core.cli_models import encode_prompt, load, load_drafter, tokenizer_of
+from dynatree_core.cli import console
+from dynatree_core.cli.checks import check_names, check_settings, checkable
+from dynatree_core.cli.main import generate
+from dynatree_core.cli.model_options import encode_prompt, load, load_drafter, tokenizer_of
 
 __all__ = ["profile"]
 

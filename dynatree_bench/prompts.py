@@ -15,7 +15,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import Progress
 
-from dynatree_core import LoadedModel, cli_models
+from dynatree_core import LoadedModel
+from dynatree_core.cli import model_options as cli_models
 from dynatree_core.text.prompt_files import read_prompts
 
 __all__ = ["BUILT_IN", "chat_ids", "in_turns", "load_prompts", "parsed_arguments"]

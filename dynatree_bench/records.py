@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import attrs
 
 from dynatree_core.errors import InputError
-from dynatree_core.files import write_text
+from dynatree_core.files.writing import write_text
 
 __all__ = [
     "SCHEMA",

@@ -45,15 +45,15 @@ from dynatree_bench.never_slower import make_drafter
 from dynatree_bench.prompts import chat_ids, load_prompts, parsed_arguments
 from dynatree_bench.statistics import PooledRatio, ratio_of_sums
 from dynatree_core import CostModel, Drafter, DraftPlan, DraftState, Session, generate, load_model, run
-from dynatree_core.architectures import vocab_size
+from dynatree_core.cli.exits import end_process
 from dynatree_core.clock import StageClock
 from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
 from dynatree_core.drafters.union import UnionDrafter, UnionState
-from dynatree_core.exits import end_process
-from dynatree_core.files import write_text
-from dynatree_core.records import FlatTrees
-from dynatree_core.runner import ModelRunner
+from dynatree_core.files.writing import write_text
+from dynatree_core.models.architectures import vocab_size
+from dynatree_core.runners.runner import ModelRunner
+from dynatree_core.tree.flatten import FlatTrees
 
 POLICIES = ("phase1", "phase3", "cost_aware")
 GRID = tuple(

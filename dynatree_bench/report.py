@@ -44,8 +44,8 @@ from dynatree_bench.statistics import (
     summaries,
 )
 from dynatree_core import InputError, parse_stack
-from dynatree_core.files import write_text
-from dynatree_core.outputs import check_out
+from dynatree_core.files.outputs import check_out
+from dynatree_core.files.writing import write_text
 from dynatree_policies.fixed import Fixed
 from dynatree_policies.linear import Linear
 

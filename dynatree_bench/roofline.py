@@ -50,10 +50,10 @@ from dynatree_bench.pairs import Pair, load_synthetic
 from dynatree_bench.runners import CONTEXT, ROWS, filled, finish, pass_seconds, plot_over_rows, quartiles
 from dynatree_bench.synthetic import SHAPES, MarkovSource, let_follow, rank_acceptance
 from dynatree_core import InputError, Session, run
-from dynatree_core.captured import can_capture
-from dynatree_core.exits import end_process
-from dynatree_core.files import write_text
-from dynatree_core.packed import can_pack
+from dynatree_core.cli.exits import end_process
+from dynatree_core.files.writing import write_text
+from dynatree_core.runners.cudagraph import can_capture
+from dynatree_core.runners.packed import can_pack
 from dynatree_policies.sequoia import Sequoia
 
 PROGRAM = "python -m dynatree_bench.roofline"

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 
 from dynatree_bench.experiments import Method
 from dynatree_bench.pairs import Pair
+from dynatree_core.cache.sink_cache import SinkCache, SinkWindow
 from dynatree_core.errors import InputError, ParameterError, UnsupportedModelError
-from dynatree_core.sink_cache import SinkCache, SinkWindow
 
 __all__ = ["reason_against", "runnable"]
 

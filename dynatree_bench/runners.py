@@ -33,14 +33,14 @@ from rich.table import Table
 from dynatree_bench.figures import BLUE, GREY, ORANGE, SKY, VERMILION
 from dynatree_bench.machine import BUSY_PERCENT, LoadMeter, check_writable, idle_or_busy, now, provenance
 from dynatree_core import load_model
-from dynatree_core.cache import TreeCache
+from dynatree_core.cache.tree_cache import TreeCache
+from dynatree_core.cli.exits import end_process
 from dynatree_core.clock import StageClock
-from dynatree_core.exits import end_process
-from dynatree_core.files import whole_file, write_text
-from dynatree_core.flatten import flatten
-from dynatree_core.packed import can_pack
-from dynatree_core.runner import ModelRunner
-from dynatree_core.tree import TokenTree
+from dynatree_core.files.writing import whole_file, write_text
+from dynatree_core.runners.packed import can_pack
+from dynatree_core.runners.runner import ModelRunner
+from dynatree_core.tree.flatten import flatten
+from dynatree_core.tree.token_tree import TokenTree
 
 PROGRAM = "python -m dynatree_bench.runners"
 ROWS = (1, 2, 4, 8, 16, 32, 64)

@@ -34,7 +34,7 @@ from rich.table import Table
 from dynatree_bench.machine import LoadMeter, idle_or_busy, runtime
 from dynatree_bench.prompts import BUILT_IN, chat_ids, in_turns, load_prompts, parsed_arguments
 from dynatree_core import GenerationResult, LoadedModel, generate, load_model
-from dynatree_core.exits import end_process
+from dynatree_core.cli.exits import end_process
 
 BASELINE = "autoregressive"
 METHODS = (BASELINE, "fixed", "phase3")

@@ -29,7 +29,7 @@ import numpy as np
 from dynatree_bench.experiments import REFERENCE_AXES
 from dynatree_bench.machine import BUSY_PERCENT
 from dynatree_bench.records import OutputRecord, Results, Steps, Trials
-from dynatree_core.metrics import repetition
+from dynatree_core.engine.metrics import repetition
 
 __all__ = [
     "BASELINE",

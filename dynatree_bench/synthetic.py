@@ -157,7 +157,7 @@ class MarkovHead(nn.Module):
     the vocabulary's length, which are small beside any model, without a transfer to the host.
     """
 
-    is_replayable = True  # it only tells the device what to do (dynatree_core.captured)
+    is_replayable = True  # it only tells the device what to do (dynatree_core.runners.cudagraph)
     next_ids: Tensor  # [vocab] int64
     rank: Tensor  # [vocab] int64
     choice_logits: Tensor  # [vocab, choices] float32
@@ -252,7 +252,7 @@ def synthetic_pair(
 def let_follow(source: MarkovSource, target: Any, drafter: Any) -> None:
     """Let the models of a synthetic pair say from now on what another source of the same vocabulary size says.
 
-    The tables are overwritten where they are: a recorded pass goes on reading them (dynatree_core.captured).
+    The tables are overwritten where they are: a recorded pass goes on reading them (dynatree_core.runners.cudagraph).
     """
     num_choices = drafter.markov_head.choice_logits.shape[1]
     for model, head in zip((target, drafter), _heads(source, num_choices), strict=True):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dynatree_bench.workloads import EncodedPrompt, Workload, is_wrapped
-from dynatree_core import LoadedModel, cli_models, generate
-from dynatree_core.console import decode_text
+from dynatree_core import LoadedModel, generate
+from dynatree_core.cli import model_options as cli_models
+from dynatree_core.cli.console import decode_text
 
 __all__ = ["played"]
 

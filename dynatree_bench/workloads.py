@@ -29,9 +29,10 @@ import attrs
 
 from dynatree_bench.prompts import BUILT_IN
 from dynatree_bench.synthetic import MarkovSource
-from dynatree_core import InputError, LoadedModel, cli_models
+from dynatree_core import InputError, LoadedModel
+from dynatree_core.cli import model_options as cli_models
 from dynatree_core.errors import nearest_match
-from dynatree_core.hub import unreachable_reason
+from dynatree_core.models.hub import unreachable_reason
 from dynatree_core.text.columns import TEXT, Prompt
 from dynatree_core.text.prompt_files import PASSAGE_CHARS, Prompts, prompts_of_rows, read_prompts
 from dynatree_core.text.reading import STANDARD_INPUT, is_url

@@ -4,6 +4,16 @@ The public names are listed in `__init__.pyi` and loaded when they are first use
 its help, and be interrupted, without waiting seconds for torch and transformers.
 """
 
+from typing import Any
+
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+from dynatree_core import moved
+
+_public, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+moved.install()
+
+
+def __getattr__(name: str) -> Any:
+    return moved.left_name(name) if name in moved.LEFT else _public(name)

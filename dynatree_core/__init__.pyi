@@ -1,32 +1,25 @@
-from .acceptance import AcceptanceEstimator
 from .audit import AuditReport, Rounding, audit_generation, audit_output
-from .cache import TreeCache
-from .composition import PluginSpec, format_stack, parse_stack
-from .decode import decode_step, prefill
+from .cache.prefix_cache import PrefixCache
+from .cache.sink_cache import SinkWindow
+from .cost_model import CostModel, StepFunction
 from .drafters.base import Drafter, DraftPlan, DraftState
+from .drafters.build import build_drafter
+from .engine.decode import decode_step, prefill
+from .engine.session import Session
 from .errors import DynaTreeError, InputError
 from .generation import generate, run, stream
-from .hookspecs import hookimpl
-from .models import LoadedModel, load_model
-from .params import choice, count, fraction
-from .plugins import build_drafter, build_stack
-from .prefix_cache import PrefixCache
-from .records import (
-    CostModel,
-    Frontier,
-    GenerationReport,
-    GenerationResult,
-    Limits,
-    Proposals,
-    StepFunction,
-    StepReport,
-    StepStats,
-    Verdict,
-)
-from .session import Session
-from .sink_cache import SinkCache, SinkWindow
-from .stack import PolicyStack
-from .tree import TokenTree
+from .models.load import LoadedModel, load_model
+from .plugins.params import choice, count, fraction
+from .plugins.spec import PluginSpec, format_stack, parse_stack
+from .policy.acceptance import AcceptanceEstimator
+from .policy.build import build_stack
+from .policy.hookspecs import hookimpl
+from .policy.stack import PolicyStack
+from .report import GenerationReport, GenerationResult, StepStats
+from .request.limits import Limits
+from .tree.frontier import Frontier, Proposals
+from .tree.token_tree import TokenTree
+from .tree.verdict import StepReport, Verdict
 
 __all__ = [
     "AcceptanceEstimator",
@@ -48,13 +41,11 @@ __all__ = [
     "Proposals",
     "Rounding",
     "Session",
-    "SinkCache",
     "SinkWindow",
     "StepFunction",
     "StepReport",
     "StepStats",
     "TokenTree",
-    "TreeCache",
     "Verdict",
     "audit_generation",
     "audit_output",

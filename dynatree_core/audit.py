@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
-from dynatree_core.architectures import cache_argument, forward_parameters
-from dynatree_core.arguments import checked_prompt
 from dynatree_core.drafters.base import Drafter
+from dynatree_core.engine.row_probe import row_fault
+from dynatree_core.engine.session import Session
 from dynatree_core.errors import NonFiniteLogitsError, ParameterError, PromptError
-from dynatree_core.flatten import flatten
 from dynatree_core.generation import run
-from dynatree_core.records import GenerationResult
-from dynatree_core.row_probe import row_fault
-from dynatree_core.runner import PREFILL_CHUNK
-from dynatree_core.session import Session
-from dynatree_core.tree import TokenTree
-from dynatree_core.wrappers import plain_model
+from dynatree_core.models.architectures import cache_argument, forward_parameters
+from dynatree_core.models.wrappers import plain_model
+from dynatree_core.report import GenerationResult
+from dynatree_core.request.arguments import checked_prompt
+from dynatree_core.runners.runner import PREFILL_CHUNK
+from dynatree_core.tree.flatten import flatten
+from dynatree_core.tree.token_tree import TokenTree
 
 __all__ = ["AuditReport", "Difference", "LogitPair", "Rounding", "audit_generation", "audit_output", "judge"]
 
@@ -120,7 +120,7 @@ class AuditReport:
     deviations: dict[str, float]  # way -> the largest change of a gap from transformers' one-row passes
     misread: tuple[int, ...] = ()  # positions whose token is not the choice of the run's own logits
     ending: str | None = None  # what is wrong with where the output ends
-    row_fault: str | None = None  # why trees cannot be exact on this model, see `dynatree_core.row_probe`
+    row_fault: str | None = None  # why trees cannot be exact on this model, see `dynatree_core.engine.row_probe`
 
     @property
     def verdict(self) -> str:

@@ -22,19 +22,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dynatree_core.architectures import max_positions, vocab_size
-from dynatree_core.cache import TreeCache
+from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
+from dynatree_core.cost_model import CostModel, StepFunction
 from dynatree_core.drafters.base import Drafter, DraftPlan
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import models_of
-from dynatree_core.embedded import cache_root
-from dynatree_core.files import write_text
-from dynatree_core.flatten import flatten
-from dynatree_core.model_state import without_gradients
-from dynatree_core.records import CostModel, StepFunction
-from dynatree_core.runner import ModelRunner, drafters_runner, runner_for
-from dynatree_core.tree import TokenTree
+from dynatree_core.files.folders import cache_root
+from dynatree_core.files.writing import write_text
+from dynatree_core.models.architectures import max_positions, vocab_size
+from dynatree_core.models.state import without_gradients
+from dynatree_core.runners.runner import ModelRunner, drafters_runner, runner_for
+from dynatree_core.tree.flatten import flatten
+from dynatree_core.tree.token_tree import TokenTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

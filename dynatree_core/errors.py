@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dynatree_core.records import GenerationResult
+    from dynatree_core.report import GenerationResult
 
 __all__ = [
     "CacheError",

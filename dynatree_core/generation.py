@@ -8,12 +8,13 @@ from typing import Any
 import attrs
 from torch import Tensor, nn
 
-from dynatree_core.decode import decode_step, prefill
 from dynatree_core.drafters.base import Drafter
+from dynatree_core.engine.decode import decode_step, prefill
+from dynatree_core.engine.session import Session
 from dynatree_core.errors import DrafterError, DynaTreeError, NonFiniteLogitsError, PolicyError
-from dynatree_core.records import GenerationResult, StepReport
-from dynatree_core.runner import is_out_of_memory, out_of_memory
-from dynatree_core.session import Session
+from dynatree_core.report import GenerationResult
+from dynatree_core.runners.runner import is_out_of_memory, out_of_memory
+from dynatree_core.tree.verdict import StepReport
 
 __all__ = ["generate", "run", "stream"]
 

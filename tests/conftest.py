@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from transformers.utils import logging as transformers_logging
 
-from dynatree_core.quiet import IMPORTED, quiet_imports
+from dynatree_core.cli.quiet import IMPORTED, quiet_imports
 
 quiet_imports()
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
@@ -66,7 +66,7 @@ def costs_of_these_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     with pytest.MonkeyPatch.context() as patch:
         folder, plugins = tmp_path_factory.mktemp("costs"), tmp_path_factory.mktemp("plugins")
         patch.setattr("dynatree_core.costs.folder", lambda: folder)
-        patch.setattr("dynatree_core.remembered.folder", lambda: plugins)
+        patch.setattr("dynatree_core.plugins.remembered.folder", lambda: plugins)
         yield
 
 

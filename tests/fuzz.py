@@ -28,8 +28,8 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers.utils import logging
 
-from dynatree_core.architectures import EXACT_FAMILIES
-from dynatree_core.arguments import HONOURED_SETTINGS
+from dynatree_core.models.architectures import EXACT_FAMILIES
+from dynatree_core.request.arguments import HONOURED_SETTINGS
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.conformance import Case, cases, check_case, without_database
 

@@ -9,6 +9,7 @@ ought to notice it run there. Exit code 1: a mutant survived, or the tests fail 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -26,7 +27,8 @@ from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("dynatree_core", "dynatree_policies", "tests", "pyproject.toml")
+PACKAGES = ("dynatree_core", "dynatree_policies")
+COPIED = (*PACKAGES, "tests", "pyproject.toml")
 TIME_LIMIT = 300  # seconds for the tests of one mutant, which need a few
 
 
@@ -35,20 +37,33 @@ class Mutant:
     """One deliberate bug."""
 
     name: str
-    file: str
-    old: str  # stands there once
+    old: str  # stands once in all files, wherever that is
     new: str
     tests: tuple[str, ...]  # what ought to notice it
 
+    def file(self, root: Path = ROOT) -> Path:
+        """The file that has the old text, relative to the folder.
+
+        Raises:
+            ValueError: no file has it, or it stands there more than once.
+        """
+        found = {path: text.count(self.old) for path, text in _sources(root) if self.old in text}
+        if sum(found.values()) != 1:
+            raise ValueError(
+                f"mutant '{self.name}': its old text must stand once in the packages, got it in "
+                f"{', '.join(f'{path} ({count})' for path, count in found.items()) or 'no file'}; adapt the table"
+            )
+        return next(iter(found))
+
     def source(self, root: Path = ROOT) -> str:
         """The file with the bug in it."""
-        text = (root / self.file).read_text(encoding="utf-8")
-        count = text.count(self.old)
-        if count != 1:
-            raise ValueError(
-                f"mutant '{self.name}': its old text must stand in {self.file} once, got {count} times; adapt the table"
-            )
-        return text.replace(self.old, self.new)
+        return (root / self.file(root)).read_text(encoding="utf-8").replace(self.old, self.new)
+
+
+@functools.cache
+def _sources(root: Path) -> list[tuple[Path, str]]:
+    files = [path for package in PACKAGES for path in sorted((root / package).rglob("*.py"))]
+    return [(path.relative_to(root), path.read_text(encoding="utf-8")) for path in files]
 
 
 TREE = "tests/test_tree.py::test_growth_keeps_the_invariants"
@@ -71,58 +86,50 @@ MUTANTS = (
     # mask
     Mutant(
         "a node does not see itself",
-        "dynatree_core/tree.py",
         "mask.diagonal().fill_(True)",
         "mask.diagonal()[:nodes].fill_(True)",
         (TREE,),
     ),
     Mutant(
         "siblings see each other",
-        "dynatree_core/tree.py",
         "mask[nodes:, :nodes] = self.ancestor_mask[parent]",
         "mask[nodes:, :nodes] = self.ancestor_mask[parent]\n        mask[nodes:, nodes:] = parent[:, None] == parent",
         (TREE,),
     ),
     Mutant(
         "padding rows are seen",
-        "dynatree_core/flatten.py",
         "visible[row, nodes:, prefix_len + nodes : prefix_len + rows].diagonal().fill_(True)",
         "visible[row, :, prefix_len + nodes : prefix_len + rows] = True",
         (FLATTEN,),
     ),
     Mutant(
         "a drafted node sees its whole level",
-        "dynatree_core/flatten.py",
         "visible = torch.cat([prefix, tree.ancestor_mask[first:, 1:]], dim=1)",
         "visible = torch.cat([prefix, tree.ancestor_mask[first:, 1:] | (tree.depth[1:] == tree.max_depth)], dim=1)",
         (LEVEL, DRAFTS),
     ),
     Mutant(
         "the window counts slots",
-        "dynatree_core/architectures.py",
-        "distance = flat.position_ids[:, :, None] - flat.slot_positions[:, None, :]",
+        "distance = flat.position_ids[:, :, None] - flat.slot_positions[:, None, :]\n            visible",
         "slots = torch.arange(visible.shape[-1], device=visible.device)\n"
-        "            distance = (slots[-visible.shape[1] :, None] - slots)[None]",
+        "            distance = (slots[-visible.shape[1] :, None] - slots)[None]\n            visible",
         ("tests/test_architectures.py::test_one_tree_pass_equals_a_pass_per_path[mistral-None]",),
     ),
     # positions
     Mutant(
         "positions count slots",
-        "dynatree_core/flatten.py",
         "position_ids[row, :nodes] = tree.depth + prefix_len",
         "position_ids[row, :nodes] = torch.arange(nodes, device=device) + prefix_len",
         (FLATTEN,),
     ),
     Mutant(
         "the drafter's positions are one too high",
-        "dynatree_core/flatten.py",
         "node_positions = tree.depth[1:] + (prefix_len - 1)",
         "node_positions = tree.depth[1:] + prefix_len",
         (LEVEL, DRAFTS),
     ),
     Mutant(
         "padding is text",
-        "dynatree_core/session.py",
         "self.prompt_ids = given_ids[self.num_padding :]",
         "self.prompt_ids, self.num_padding = given_ids, 0",
         (PADDING,),
@@ -130,63 +137,54 @@ MUTANTS = (
     # commit
     Mutant(
         "a commit takes the row before",
-        "dynatree_core/cache.py",
         "source = torch.tensor(moved, device=self.keys[0].device) + start",
         "source = torch.tensor(moved, device=self.keys[0].device) + start - 1",
         (CACHE,),
     ),
     Mutant(
         "a commit gathers keys only",
-        "dynatree_core/cache.py",
         "for buffer in (*self.keys, *self.values):",
         "for buffer in self.keys:",
         ("tests/test_cache.py::TestCacheMachine",),
     ),
     Mutant(
         "a commit leaves the lengths",
-        "dynatree_core/cache.py",
         "self.lengths = [length + len(path) for length, path in zip(self.lengths, paths, strict=True)]",
         "pass",
         (CACHE,),
     ),
     Mutant(
         "a rollback keeps the block",
-        "dynatree_core/cache.py",
         "self._block_lens = [0] * len(self._block_lens)",
         "pass",
         (CACHE,),
     ),
     Mutant(
         "a commit forgets the last accepted node",
-        "dynatree_core/commit.py",
         "[[0, *verdict.path[:num_cached]]]",
         "[[0, *verdict.path[: num_cached - 1]]]",
         (LOSSLESS,),
     ),
     Mutant(
         "the drafter keeps what was rejected",
-        "dynatree_core/drafters/model.py",
         "[node - 1 for node in draft_path if node <= self.cache.block_len]",
         "list(range(self.cache.block_len))",
         (DRAFTS,),
     ),
     Mutant(
         "a pruned tree forgets where it was drafted",
-        "dynatree_core/tree.py",
         "draft_index=self.draft_index[index],",
         "draft_index=torch.arange(index.numel(), device=self.device),",
         ("tests/test_tree.py::test_pruning_keeps_the_invariants",),
     ),
     Mutant(
         "a step is recorded after the cache",
-        "dynatree_core/commit.py",
         "    session.record(report)\n    session.cache.commit([[0, *verdict.path[:num_cached]]])\n",
         "    session.cache.commit([[0, *verdict.path[:num_cached]]])\n    session.record(report)\n",
         ("tests/test_faults.py::test_interrupt[commit, after]",),
     ),
     Mutant(
         "a layer is added key by key",
-        "dynatree_core/cache.py",
         "keys, values = [*self.keys, self._allocate(key_states)], [*self.values, self._allocate(value_states)]",
         "self.keys.append(self._allocate(key_states))\n"
         "        keys, values = self.keys, [*self.values, self._allocate(value_states)]",
@@ -195,7 +193,6 @@ MUTANTS = (
     # prefix cache
     Mutant(
         "rows beyond the common prefix are taken",
-        "dynatree_core/prefix_cache.py",
         "cache.load(best.keys, best.values, num_common)",
         "num_common = min(text.numel(), best.token_ids.numel())\n"
         "        cache.load(best.keys, best.values, num_common)",
@@ -203,56 +200,48 @@ MUTANTS = (
     ),
     Mutant(
         "common tokens behind a difference count",
-        "dynatree_core/prefix_cache.py",
         "(self.token_ids[:num] == token_ids[:num]).cumprod(0).sum()",
         "(self.token_ids[:num] == token_ids[:num]).sum()",
         (CHAT,),
     ),
     Mutant(
         "the text is kept by the session's own buffer",
-        "dynatree_core/prefix_cache.py",
         'token_ids[: cache.length].to("cpu", copy=True)',
         "token_ids[: cache.length].cpu()",
         ("tests/test_prefix_cache.py::test_a_text_is_kept_once", CHAT),
     ),
     Mutant(
         "rows are kept where they are",
-        "dynatree_core/cache.py",
         "return tuple(states.clone(memory_format=torch.contiguous_format) for states in rows)",
         "return tuple(rows)",
         ("tests/test_prefix_cache.py::test_no_two_sessions_share_buffers",),
     ),
     Mutant(
         "any model's rows will do",
-        "dynatree_core/prefix_cache.py",
         "if entry.model() is model and entry.made_as == way",
         "if entry.made_as == way",
         ("tests/test_prefix_cache.py::test_models_are_told_apart",),
     ),
     Mutant(
         "rows of another precision will do",
-        "dynatree_core/prefix_cache.py",
         "if entry.model() is model and entry.made_as == way",
         "if entry.model() is model",
         ("tests/test_prefix_cache.py::test_a_model_that_was_changed_in_place",),
     ),
     Mutant(
         "rows at other positions will do",
-        "dynatree_core/session.py",
         "is_reusable = positions is None and exact is None",
         "is_reusable = exact is None",
         ("tests/test_prefix_cache.py::test_rows_that_a_plain_prefill_would_not_make",),
     ),
     Mutant(
         "the bound is exceeded by what comes last",
-        "dynatree_core/prefix_cache.py",
         "sum(entry.num_bytes for entry in entries) + num_bytes > self.max_bytes",
         "sum(entry.num_bytes for entry in entries) > self.max_bytes",
         (CHAT, "tests/test_prefix_cache.py::test_the_least_recently_used_text_goes"),
     ),
     Mutant(
         "use does not count as use",
-        "dynatree_core/prefix_cache.py",
         "self._entries = [*(entry for entry in self._entries if entry is not best), best]",
         "pass",
         ("tests/test_prefix_cache.py::test_the_least_recently_used_text_goes",),
@@ -260,56 +249,48 @@ MUTANTS = (
     # sinks and window
     Mutant(
         "sinks stand one place too near",
-        "dynatree_core/sink_cache.py",
         "turns = places + (self.next_place - self.option.num_tokens + 1)",
         "turns = places + (self.next_place - self.option.num_tokens + 2)",
         (SINKS,),
     ),
     Mutant(
         "a row sees the sinks of the rows above it too",
-        "dynatree_core/sink_cache.py",
         "(flat.position_ids - self.next_place)[:, :, None] == owners",
         "(flat.position_ids - self.next_place)[:, :, None] >= owners",
         (SINKS,),
     ),
     Mutant(
         "a window of one token more",
-        "dynatree_core/sink_cache.py",
         "window = (flat.visible & (distance < self.option.window))[:, :, first:]",
         "window = (flat.visible & (distance <= self.option.window))[:, :, first:]",
         (SINKS,),
     ),
     Mutant(
         "the window moves without its keys being turned",
-        "dynatree_core/sink_cache.py",
         "keys[:, :, target] = _turned(keys[:, :, source], cos[0], -sin[0])",
         "keys[:, :, target] = keys[:, :, source].clone()",
         (SINKS,),
     ),
     Mutant(
         "a turn scales the keys once more",
-        "dynatree_core/sink_cache.py",
         "return cos[0, :, None] / scaling, sin[0, :, None] / scaling",
         "return cos[0, :, None], sin[0, :, None]",
         ("tests/test_sink_cache.py::test_every_rotary_scaling[yarn]",),
     ),
     Mutant(
         "a tree crosses the point where the window is turned back",
-        "dynatree_core/session.py",
         "min(self.limits.max_depth, self.num_tokens_left - 1, self.cache.max_places - 1)",
         "min(self.limits.max_depth, self.num_tokens_left - 1)",
         (f"{SINK_TREES}[llama-option1]",),
     ),
     Mutant(
         "a cache that was being turned back is taken as it is",
-        "dynatree_core/sink_cache.py",
         "self._sinks, self._num_turned_back, self._rows.lengths = [], 0, [self._front]\n        end",
         "self._sinks, self._num_turned_back, self._rows.lengths = then\n        end",
         ("tests/test_sink_cache.py::test_a_turn_that_is_broken_off_is_done_again",),
     ),
     Mutant(
         "a drafter of a bounded cache follows tokens that it has skipped",
-        "dynatree_core/drafters/model.py",
         "            self.cache.truncate(0)\n            self.num_skipped",
         "            self.num_skipped",
         (f"{SINK_TREES}[gpt_neox-option0]",),
@@ -317,56 +298,48 @@ MUTANTS = (
     # verification
     Mutant(
         "the bonus token is the root's",
-        "dynatree_core/verify.py",
         "top_token[deepest], has_nan",
         "top_token[0], has_nan",
         (WALK,),
     ),
     Mutant(
         "a node is accepted without its ancestors",
-        "dynatree_core/verify.py",
         "is_alive = ~(tree.ancestor_mask & ~matches).any(dim=1)",
         "is_alive = matches",
         (WALK,),
     ),
     Mutant(
         "float64 logits are not rounded",
-        "dynatree_core/verify.py",
-        "logits = logits.float()",
-        "pass",
+        "logits = logits.float()\n    top_logit",
+        "pass\n    top_logit",
         ("tests/test_verify.py::test_ties_are_broken_as_generate_does",),
     ),
     Mutant(
         "processors do not see the last token",
-        "dynatree_core/verify.py",
         "text = session.text_with(before)",
         "text = session.text_with(before[:-1])",
         (PROCESSORS,),
     ),
     Mutant(
         "processors act on the root only",
-        "dynatree_core/verify.py",
         "scores = session.logits_processors(text, own_logits)",
         "scores = own_logits if before else session.logits_processors(text, own_logits)",
         (PROCESSORS,),
     ),
     Mutant(
         "a token of a broken step is chosen anew",
-        "dynatree_core/verify.py",
         "choices = session.pending.choices\n",
         "choices = session.pending.choices\n        del choices[len(chosen) :]\n",
         ("tests/test_faults.py::test_a_callers_own_processor_or_criterion[criterion]",),
     ),
     Mutant(
         "what a broken step chose beyond the next one's tree is lost",
-        "dynatree_core/session.py",
         "pending = self.pending.behind(len(report.token_ids))",
         "pending = Pending()",
         ("tests/test_sampling.py::test_a_session_that_goes_on_with_shallower_trees_draws_the_same",),
     ),
     Mutant(
         "padding is penalised",
-        "dynatree_core/processors.py",
         "RepetitionPenaltyLogitsProcessor(config.repetition_penalty, num_padding or None)",
         "RepetitionPenaltyLogitsProcessor(config.repetition_penalty)",
         ("tests/test_settings.py::test_padding_is_not_penalised",),
@@ -374,35 +347,30 @@ MUTANTS = (
     # stopping
     Mutant(
         "a token too many after a stop",
-        "dynatree_core/verify.py",
         "return Verdict(verdict.path[:end], verdict.draft_path[:end], verdict.token_ids[:end], reason)",
         "return Verdict(verdict.path[:end], verdict.draft_path[:end], verdict.token_ids[: end + 1], reason)",
         (LOSSLESS,),
     ),
     Mutant(
         "an end token within a path is passed over",
-        "dynatree_core/verify.py",
         "if reason is not None:\n            return Verdict(verdict.path[:end]",
         "if reason and end == len(verdict.token_ids):\n            return Verdict(verdict.path[:end]",
         (LOSSLESS,),
     ),
     Mutant(
         "a token more than max_new_tokens",
-        "dynatree_core/session.py",
         "if len(token_ids) >= self.num_tokens_left:",
         "if len(token_ids) > self.num_tokens_left:",
         (LOSSLESS, STOPPING),
     ),
     Mutant(
         "trees deeper than what is left",
-        "dynatree_core/session.py",
         "min(self.limits.max_depth, self.num_tokens_left - 1, self.cache.max_places - 1)",
         "min(self.limits.max_depth, self.cache.max_places - 1)",
         ("tests/test_lossless.py::test_the_end_of_the_context",),
     ),
     Mutant(
         "criteria are asked once a step",
-        "dynatree_core/session.py",
         "        if self.stopping_criteria:\n",
         "        if self.stopping_criteria and len(token_ids) == 1:\n",
         (STOPPING,),
@@ -410,301 +378,258 @@ MUTANTS = (
     # trees that pay
     Mutant(
         "the governor goes on losing",
-        "dynatree_policies/governor.py",
         "return is_known and self.account >= self._expected_loss()",
         "return is_known",
         ("tests/test_governor.py::test_a_useless_drafter_loses_no_more_than_the_bound",),
     ),
     Mutant(
         "the governor is asked last",
-        "dynatree_policies/governor.py",
         "@hookimpl(tryfirst=True)",
         "@hookimpl",
         ("tests/test_governor.py::test_it_is_asked_before_a_policy_that_looks_at_the_drafter",),
     ),
     Mutant(
         "best first expands too little",
-        "dynatree_policies/best_first.py",
         "rivals.topk(min(self.nodes, rivals.numel()))",
         "rivals.topk(min(self.nodes // 2 + 1, rivals.numel()))",
         ("tests/test_tree_policies.py::test_best_first_verifies_the_best_of_all_paths",),
     ),
     Mutant(
         "every rank is planned as the first",
-        "dynatree_policies/sequoia.py",
         "for p in reversed(self.acceptance):",
         "for p in [self.acceptance[0]] * len(self.acceptance):",
         ("tests/test_tree_policies.py::test_sequoia_reproduces_published_trees",),
     ),
     Mutant(
         "rejected nodes judge their children",
-        "dynatree_core/acceptance.py",
         "judged = is_accepted[tree.parent[1:]]",
         "judged = torch.ones_like(is_accepted[1:])",
         ("tests/test_acceptance.py::test_only_children_of_accepted_nodes_are_judged",),
     ),
     Mutant(
         "seconds are worth nothing",
-        "dynatree_policies/cost_aware.py",
         "return (gained * per_node[:, None] - rate * seconds).amax(dim=0)",
         "return (gained * per_node[:, None] - 0 * seconds).amax(dim=0)",
         ("tests/test_cost_aware.py::test_a_child_is_worth_its_row",),
     ),
     Mutant(
         "levels of a free drafter are free",
-        "dynatree_policies/cost_aware.py",
         "return (0.0 if is_free else costs.drafter_level_seconds(width)) + LEVEL_SHARE * costs.plain_step_seconds()",
         "return 0.0 if is_free else costs.drafter_level_seconds(width)",
         ("tests/test_cost_aware.py::test_a_level_is_not_free_where_the_drafter_is",),
     ),
     Mutant(
         "noise is drafted whatever it has lost",
-        "dynatree_policies/cost_aware.py",
         "frontier.depth >= min(self.max_depth, self.depth_limit) or self.account < 0",
         "frontier.depth >= min(self.max_depth, self.depth_limit)",
         ("tests/test_cost_aware.py::test_what_drafting_may_lose_is_bounded",),
     ),
     Mutant(
         "changes of weights that nobody counts are overlooked",
-        "dynatree_core/comparable.py",
         "return place, version, _sample(tensor) if is_read else None",
         "return place, version, None",
         ("tests/test_packed.py::test_changed_weights_are_noticed",),
     ),
     Mutant(
         "loading a student draws random numbers",
-        "dynatree_core/student.py",
         'with torch.random.fork_rng([target.device] if target.device.type == "cuda" else []):',
         "if True:",
         ("tests/test_student.py::test_loading_draws_no_random_numbers",),
     ),
     Mutant(
         "reports hold their session",
-        "dynatree_core/commit.py",
-        "measure=session.measure_costs",
-        "measure=lambda: session.measure_costs()",
+        "verdict, measure=session.measure_costs",
+        "verdict, measure=lambda: session.measure_costs()",
         ("tests/test_session.py::test_a_session_goes_without_the_garbage_collector",),
     ),
     Mutant(
         "old costs are believed",
-        "dynatree_core/costs.py",
         "return not before / STALE_FACTOR <= seconds <= before * STALE_FACTOR",
         "return False",
         ("tests/test_costs.py::test_measurements_are_kept",),
     ),
     Mutant(
         "measuring costs is part of an iteration",
-        "dynatree_core/clock.py",
         "self._left_out += time.perf_counter() - begin",
         "pass",
         ("tests/test_costs.py::test_the_time_of_a_measurement_counts_nowhere",),
     ),
     Mutant(
         "changed weights stay packed as they were",
-        "dynatree_core/packed.py",
-        "if entry is None or entry.state != state:",
-        "if entry is None:",
+        "if entry is None or entry.state != state:\n            entry = _Entry(_packed_copy",
+        "if entry is None:\n            entry = _Entry(_packed_copy",
         ("tests/test_packed.py::test_changed_weights_are_noticed",),
     ),
     Mutant(
         "packed layers know no autocast",
-        "dynatree_core/packed.py",
         'if rows.dtype != self.product.packed.dtype or torch.is_autocast_enabled("cpu"):',
         "if rows.dtype != self.product.packed.dtype:",
         ("tests/test_packed.py::test_autocast_is_obeyed",),
     ),
     Mutant(
         "attention is renamed for families that branch on its name",
-        "dynatree_core/packed.py",
         'if twin.config._attn_implementation == "sdpa" and twin._supports_attention_backend:',
         'if twin.config._attn_implementation == "sdpa":',
         ("tests/test_packed.py::test_a_packed_pass_is_the_plain_pass_up_to_rounding",),
     ),
     Mutant(
         "GPT-2's matrices are packed as they lie",
-        "dynatree_core/packed.py",
         "layer.weight.t() if type(layer) is Conv1D else layer.weight for",
         "layer.weight for",
         ("tests/test_packed.py::test_a_packed_pass_is_the_plain_pass_up_to_rounding",),
     ),
     Mutant(
         "a product is taken for that of any rows",
-        "dynatree_core/packed.py",
         "if last is None or last[0] is not rows:",
         "if last is None:",
         ("tests/test_packed.py::test_each_layer_of_a_product_gets_its_own_rows",),
     ),
     Mutant(
         "threads may see each other's product",
-        "dynatree_core/packed.py",
         "return last[1][layer]",
         "return (self._last or last)[1][layer]",
         ("tests/test_packed.py::test_threads_share_a_product",),
     ),
     Mutant(
         "layers that are not alike are one product",
-        "dynatree_core/packed.py",
         "and len(set(map(_kind, layers))) == 1:",
         "and True:",
         ("tests/test_packed.py::test_only_layers_alike_are_one_product",),
     ),
     Mutant(
         "packing changes the model itself",
-        "dynatree_core/packed.py",
         "twin: Any = copy.deepcopy(model, as_they_are)",
         "twin: Any = model",
         ("tests/test_packed.py::test_the_model_is_shared_and_not_changed",),
     ),
     Mutant(
         "models with hooks are packed",
-        "dynatree_core/model_state.py",
         "if any(not is_fine(hook) for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())):",
         "if False:",
         ("tests/test_packed.py::test_what_auto_chooses",),
     ),
     Mutant(
         "rows that see each other's numbers are not found",
-        "dynatree_core/row_probe.py",
         "moved = max(_off(tree, other) for other in others)",
         "moved = 0.0",
         ("tests/test_row_probe.py::test_rows_that_depend_on_others_are_refused",),
     ),
     Mutant(
         "rows that depend on their place are not found",
-        "dynatree_core/row_probe.py",
         "if not (deviation := _off(stepwise, logits)) <= bound:",
         "if not (deviation := _off(stepwise, logits)) <= 1e9:",
         ("tests/test_row_probe.py::test_rows_that_depend_on_others_are_refused",),
     ),
     Mutant(
         "a model that was probed is never probed again",
-        "dynatree_core/row_probe.py",
         "if state in known:\n            return known[state]",
         "if known:\n            return next(iter(known.values()))",
         ("tests/test_row_probe.py::test_a_model_is_asked_once_for_each_state",),
     ),
     Mutant(
         "what has come to stand at an address counts as what was there",
-        "dynatree_core/comparable.py",
         "self._held: object = weakref.ref(thing)",
         "self._held: object = (weakref.ref(thing), id(thing))[1]",
         ("tests/test_model_state.py::test_what_comes_to_stand_at_an_address_is_another_thing",),
     ),
     Mutant(
         "replaced functions of classes are not looked at",
-        "dynatree_core/authorship.py",
         "if isinstance(function, _FUNCTIONS) and is_others(function):",
         "if False:",
         ("tests/test_row_probe.py::test_functions_that_were_replaced_are_found",),
     ),
     Mutant(
         "kept rows cross adapters",
-        "dynatree_core/prefix_cache.py",
         "return device, model.dtype, dtype, state_of(model, reads_weights=False, reads_code=not is_drafter)",
         "return device, model.dtype, dtype, model.config._attn_implementation",
         ("tests/test_model_state.py::test_kept_rows_do_not_cross_a_change",),
     ),
     Mutant(
         "rows of two adapters are kept as those of one",
-        "dynatree_core/prefix_cache.py",
         "if _way_of(model, is_drafter) == self._ways[cache]:",
         "if True:",
         ("tests/test_model_state.py::test_rows_of_a_generation_that_saw_two_adapters_are_not_kept",),
     ),
     Mutant(
         "a generation method of one's own is bypassed",
-        "dynatree_core/wrappers.py",
         "method = None if is_trusted else _own_generation_method(plain)",
         "method = None",
         ("tests/test_wrappers.py::test_a_method_of_a_class_of_ones_own_is_refused",),
     ),
     Mutant(
         "a caller's cache gets the rows that it holds again",
-        "dynatree_core/transformers_cache.py",
         "cache.update(*(_padded(rows, num_padding)[:, :, num_held:] for rows in (layer_keys, layer_values)), index)",
         "cache.update(*(_padded(rows, num_padding) for rows in (layer_keys, layer_values)), index)",
         ("tests/test_transformers_cache.py::test_a_text_goes_on_from_a_cache",),
     ),
     Mutant(
         "every row of a batch draws the first row's numbers",
-        "dynatree_core/sampling.py",
         "generator=self._generator)[self._row]",
         "generator=self._generator)[0]",
         ("tests/test_hf_rows.py::test_several_answers_to_one_prompt",),
     ),
     Mutant(
         "what a processor has written into the text is lost",
-        "dynatree_core/session.py",
         "if end > self._num_shown:",
         "self._num_shown = min(self._num_shown, self.num_committed)\n        if end > self._num_shown:",
         ("tests/test_hf.py::test_a_processor_that_writes_into_the_text",),
     ),
     Mutant(
         "a streamer that generate() keeps to itself gets nothing",
-        "dynatree_core/hf.py",
         "if frame.f_code is _GENERATE and",
         "if False and",
         ("tests/test_hf.py::test_a_streamer_given_to_generate_itself",),
     ),
     Mutant(
         "buffers of a cache belong to inference mode",
-        "dynatree_core/cache.py",
         "with torch.inference_mode(False):",
         "if True:",
         ("tests/test_model_state.py::test_weights_that_inference_mode_cannot_use",),
     ),
     Mutant(
         "nodes of a level that was skipped are never forwarded",
-        "dynatree_core/drafters/model.py",
         "flat = flatten_level(tree, self.cache.length, self.cache.block_len)",
         "flat = flatten_level(tree, self.cache.length)",
         ("tests/test_drafters.py::test_a_model_may_be_asked_about_some_levels_only",),
     ),
     Mutant(
         "a model catches up at the root only",
-        "dynatree_core/drafters/model.py",
         "is_behind = self.cache.length < followed.numel()",
         "is_behind = tree.max_depth == 0",
         ("tests/test_drafters.py::test_a_model_that_was_left_out_says_what_a_new_one_says",),
     ),
     Mutant(
         "what a model catches up on is not committed",
-        "dynatree_core/drafters/model.py",
         "        self.cache.commit([range(flat.num_rows)])\n        return logits",
         "        return logits",
         ("tests/test_drafters.py::test_a_model_that_was_left_out_says_what_a_new_one_says",),
     ),
     Mutant(
         "recorded passes write where they were recorded",
-        "dynatree_core/captured.py",
         "torch.clamp(self._order + start, max=start + rows - 1, out=self._written)",
         "self._written = torch.clamp(self._order + start, max=start + rows - 1)",
         (RECORDED,),
     ),
     Mutant(
         "padding rows of recorded passes write behind the block",
-        "dynatree_core/captured.py",
         "torch.clamp(self._order + start, max=start + rows - 1, out=self._written)",
         "torch.add(self._order, start, out=self._written)",
         ("tests/test_captured.py::test_the_last_slot_can_be_filled",),
     ),
     Mutant(
         "what an earlier pass saw stays in a recorded mask",
-        "dynatree_core/captured.py",
         "own.visible[:, :, slots:] = False",
         "pass",
         ("tests/test_captured.py::test_a_cache_that_was_cut_shows_no_more_than_it_has",),
     ),
     Mutant(
         "a recorded pass returns the buffer of all replays",
-        "dynatree_core/captured.py",
         "(logits[:, -1:] if self.shape.last_row_only else logits[:, :rows]).clone()",
         "(logits[:, -1:] if self.shape.last_row_only else logits[:, :rows])",
         ("tests/test_captured.py::test_logits_stay_when_the_next_pass_comes",),
     ),
     Mutant(
         "a replay is believed whatever it says",
-        "dynatree_core/captured.py",
         "if not off <= TOLERANCE[cache.keys[0].dtype]:",
         "if False:",
         ("tests/test_captured.py::test_rows_that_do_not_arrive_are_noticed",),
@@ -759,7 +684,7 @@ def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
 
 def outcome(folder: Path, mutant: Mutant) -> tuple[bool, str]:
     """Whether a test noticed the mutant, and which one."""
-    path = folder / mutant.file
+    path = folder / mutant.file(folder)
     before = path.read_text(encoding="utf-8")
     path.write_text(mutant.source(folder), encoding="utf-8")
     try:
@@ -786,7 +711,7 @@ def main(only_list: bool, only: tuple[str, ...]) -> None:
     if only_list:
         table = Table("mutant", "file", "tests")
         for mutant in mutants:
-            table.add_row(mutant.name, mutant.file, escape("\n".join(mutant.tests)))
+            table.add_row(mutant.name, str(mutant.file()), escape("\n".join(mutant.tests)))
         console.print(table)
         return
 

@@ -9,7 +9,7 @@ from dynatree_core.drafters.base import Drafter
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import PromptLookupDrafter
 from dynatree_core.drafters.union import UnionDrafter
-from dynatree_core.student import new_student
+from dynatree_core.models.student import new_student
 from dynatree_core.testing.models import VOCAB, perturbed
 
 HEAD_IDS = torch.arange(0, VOCAB, 2)  # every other token

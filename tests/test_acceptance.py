@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dynatree_core import AcceptanceEstimator, StepReport, TokenTree, Verdict
-from dynatree_core.acceptance import KEPT
 from dynatree_core.errors import InputError
+from dynatree_core.policy.acceptance import KEPT
 
 
 def predict(estimator: AcceptanceEstimator, prob: float, rank: int = 0, depth: int = 1) -> float:

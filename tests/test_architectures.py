@@ -20,12 +20,11 @@ from transformers import (
 )
 
 from dynatree_core import generate
-from dynatree_core.architectures import EXACT_FAMILIES, attention_layout, check_causal_lm, max_positions
-from dynatree_core.cache import TreeCache
+from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import ContextLimitError, UnsupportedModelError
-from dynatree_core.flatten import flatten
-from dynatree_core.runner import PREFILL_CHUNK, ModelRunner
+from dynatree_core.models.architectures import EXACT_FAMILIES, attention_layout, check_causal_lm, max_positions
+from dynatree_core.runners.runner import PREFILL_CHUNK, ModelRunner
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import (
     CONFIGS,
@@ -39,7 +38,8 @@ from dynatree_core.testing.models import (
     tiny_model,
     tiny_variant,
 )
-from dynatree_core.tree import TokenTree
+from dynatree_core.tree.flatten import flatten
+from dynatree_core.tree.token_tree import TokenTree
 
 
 def test_every_exact_family_is_tested():

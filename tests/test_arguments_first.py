@@ -16,12 +16,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dynatree_core import hub
 from dynatree_core.cli import main
-from dynatree_core.cli_models import check_drafter_name
+from dynatree_core.cli.model_options import check_drafter_name
 from dynatree_core.errors import ModelLoadError, UnknownPluginError
-from dynatree_core.models import check_model_name, load_model
-from dynatree_core.plugins import build_stack, check_stack_names
+from dynatree_core.models import hub
+from dynatree_core.models.load import check_model_name, load_model
+from dynatree_core.plugins.presets import check_stack_names
+from dynatree_core.policy.build import build_stack
 
 ROOT = Path(__file__).parents[1]
 ABSENT = ("--target", "owner/name")  # on a hub that must not be asked
@@ -38,7 +39,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     for module in ("dynatree_bench.pairs", "dynatree_bench.distill.run", "dynatree_core.drafters.model"):
         monkeypatch.setattr(f"{module}.load_model", unexpected)
     monkeypatch.setattr("dynatree_core.models.load_model", unexpected)
-    monkeypatch.setattr("dynatree_core.hub._unreachable", unexpected)
+    monkeypatch.setattr("dynatree_core.models.hub._unreachable", unexpected)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
     def ran(*args: object) -> tuple[object, str]:
@@ -170,7 +171,7 @@ def test_a_hub_that_hangs_up_is_asked_once(broken_hub: Endpoint) -> None:
 
 def test_a_hub_that_is_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     endpoint = Endpoint(hangs_up=False)
-    monkeypatch.setattr("dynatree_core.hub.SECONDS", 0.2)
+    monkeypatch.setattr("dynatree_core.models.hub.SECONDS", 0.2)
     assert (hub._unreachable(endpoint.url) or "").startswith(endpoint.url)
     assert len(endpoint.taken) <= 1
     endpoint.close()
@@ -180,7 +181,7 @@ def test_a_look_up_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) ->
     done = threading.Event()
     session = type("Session", (), {"head": lambda self, url, timeout: done.wait(60)})()
     monkeypatch.setattr("huggingface_hub.get_session", lambda: session)
-    monkeypatch.setattr("dynatree_core.hub.SECONDS", 0.1)
+    monkeypatch.setattr("dynatree_core.models.hub.SECONDS", 0.1)
     assert hub._unreachable("http://hung") == "http://hung does not answer within 0.1 s"
     done.set()
 

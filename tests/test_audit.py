@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from dynatree_core import Rounding, TreeCache, audit_generation, audit_output
-from dynatree_core import decode as decode_module
-from dynatree_core import session as session_module
+from dynatree_core import Rounding, audit_generation, audit_output
 from dynatree_core.audit import AUTOREGRESSIVE, STEPWISE, VERIFIED, WHOLE, _spacing, judge
+from dynatree_core.cache import TreeCache
+from dynatree_core.engine import decode as decode_module
+from dynatree_core.engine import session as session_module
 from dynatree_core.errors import ContextLimitError, NonFiniteLogitsError, ParameterError, PromptError
 from dynatree_core.testing.models import CONFIGS, CONTEXT, VOCAB, greedy, perturbed, tiny_model
 from dynatree_core.testing.strategies import families, model_seeds, prompts, stacks

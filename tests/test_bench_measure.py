@@ -34,10 +34,10 @@ from dynatree_core.drafters.base import Drafter, padded_proposals
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.errors import PolicyError
-from dynatree_core.records import StepReport, Verdict
-from dynatree_core.student import save_student
+from dynatree_core.models.student import save_student
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
-from dynatree_core.tree import TokenTree
+from dynatree_core.tree.token_tree import TokenTree
+from dynatree_core.tree.verdict import StepReport, Verdict
 
 ROOT = Path(__file__).parents[1]
 SMALL = Options(quick=True, num_prompts=3, max_new_tokens=[6])

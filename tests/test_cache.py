@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transformers import DynamicCache
 
-from dynatree_core.architectures import cache_argument
-from dynatree_core.cache import TreeCache
+from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import CacheError
-from dynatree_core.flatten import flatten
-from dynatree_core.runner import ModelRunner
+from dynatree_core.models.architectures import cache_argument
+from dynatree_core.runners.runner import ModelRunner
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import tiny_model
+from dynatree_core.tree.flatten import flatten
 
 
 class CacheMachine(RuleBasedStateMachine):

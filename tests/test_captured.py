@@ -22,17 +22,19 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dynatree_bench.synthetic import synthetic_pair
-from dynatree_core import captured, generate, runner
-from dynatree_core.architectures import EXACT_FAMILIES
-from dynatree_core.cache import TreeCache
-from dynatree_core.captured import MAX_ROWS, CapturedPasses, is_replayable, rounded_rows, rounded_slots
+from dynatree_core import generate
+from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import CacheError, ParameterError
-from dynatree_core.flatten import flatten
-from dynatree_core.runner import ModelRunner, drafters_runner, runner_for
+from dynatree_core.models.architectures import EXACT_FAMILIES
+from dynatree_core.runners import cudagraph as captured
+from dynatree_core.runners import runner
+from dynatree_core.runners.cudagraph import MAX_ROWS, CapturedPasses, is_replayable, rounded_rows, rounded_slots
+from dynatree_core.runners.runner import ModelRunner, drafters_runner, runner_for
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import CONTEXT, greedy, perturbed, tiny_model, tiny_variant
-from dynatree_core.tree import TokenTree
+from dynatree_core.tree.flatten import flatten
+from dynatree_core.tree.token_tree import TokenTree
 
 CPU = torch.device("cpu")
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]

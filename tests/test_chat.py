@@ -31,11 +31,12 @@ from test_cli import (
     spawn,
 )
 
-from dynatree_core import PrefixCache, StepReport, console, generate, hookimpl, load_model, runner
-from dynatree_core.chat import Chat, answer
-from dynatree_core.cli import main
-from dynatree_core.console import Answer, PrefillBar, decode_text
+from dynatree_core import PrefixCache, StepReport, generate, hookimpl, load_model
+from dynatree_core.cli import console, main
+from dynatree_core.cli.chat import Chat, answer
+from dynatree_core.cli.console import Answer, PrefillBar, decode_text
 from dynatree_core.errors import ContextLimitError, PolicyError
+from dynatree_core.runners import runner
 
 # as many checkpoints' own: a system's message may stand first, and roles alternate
 STRICT = (

@@ -35,17 +35,17 @@ from dynatree_core import (
     Session,
     StepReport,
     TokenTree,
-    cli,
     count,
     hookimpl,
 )
-from dynatree_core import plugins as plugins_module
-from dynatree_core import session as session_module
 from dynatree_core.cli import main
-from dynatree_core.console import REPLACEMENT, Answer, Comparison, IncrementalText, report_table
-from dynatree_core.embedded import EmbeddedModel
-from dynatree_core.exits import UNREAD
-from dynatree_core.student import new_student, save_student
+from dynatree_core.cli import main as cli
+from dynatree_core.cli.console import REPLACEMENT, Answer, Comparison, IncrementalText, report_table
+from dynatree_core.cli.exits import UNREAD
+from dynatree_core.engine import session as session_module
+from dynatree_core.models.embedded import EmbeddedModel
+from dynatree_core.models.student import new_student, save_student
+from dynatree_core.plugins import registry as plugins_module
 
 SAMPLES = ["naïve café", "日本語の文字", "🌲🌳 trees 🎄", "größer", "плавать", "a b  c\n\td", "👩‍👩‍👧"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -258,7 +258,7 @@ def test_only_the_answer_is_on_stdout_and_the_numbers_on_stderr(generate: Dynatr
 def test_the_default_target_is_the_embedded_model(
     dynatree: Dynatree, folders: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dynatree_core import models as models_module
+    from dynatree_core.models import load as models_module
 
     load, names = models_module.load_model, []
 
@@ -790,7 +790,7 @@ def test_an_interrupt_while_torch_is_imported(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_elsewhere(dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynatree_core.embedded.describe", lambda: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("dynatree_core.models.embedded.describe", lambda: signal.raise_signal(signal.SIGINT))
     ran = dynatree("models")
     assert (ran.code, ran.out) == (130, "")
     assert "Traceback" not in ran.err
@@ -811,7 +811,7 @@ def test_an_interrupt_while_a_step_is_shown_waits_for_its_end(capfd: pytest.Capt
 
 def spawn(*args: object, **options: Any) -> subprocess.Popen[bytes]:
     """The command in a process of its own."""
-    code = "from dynatree_core.cli import main; main()"
+    code = "from dynatree_core.cli.main import main; main()"
     environment = {**os.environ, "TERM": "xterm", **options.pop("env", {})}
     environment.pop("NO_COLOR", None)
     return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=environment, **options)
@@ -1101,7 +1101,7 @@ def test_models(
     dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, installed: bool, converted: bool
 ) -> None:
     model = embedded_model(tmp_path, installed=installed, converted=converted)
-    monkeypatch.setattr("dynatree_core.embedded.describe", lambda: model)
+    monkeypatch.setattr("dynatree_core.models.embedded.describe", lambda: model)
     ran = dynatree("models")
     assert (ran.code, ran.err) == (0, "")
     for detail in ("Tiny", "llm-tiny 1.2", "Apache-2.0", str(tmp_path)):
@@ -1113,7 +1113,7 @@ def test_models(
 
 def test_models_names_the_damage(dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = attrs.evolve(embedded_model(tmp_path, installed=False, converted=False), damage="weights are missing")
-    monkeypatch.setattr("dynatree_core.embedded.describe", lambda: model)
+    monkeypatch.setattr("dynatree_core.models.embedded.describe", lambda: model)
     ran = dynatree("models")
     assert (ran.code, ran.err) == (0, "")
     assert "no: weights are missing" in ran.out
@@ -1126,14 +1126,14 @@ def test_models_install(dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch, tmp
         return tmp_path
 
     model = embedded_model(tmp_path, installed=True, converted=False)
-    monkeypatch.setattr("dynatree_core.embedded.describe", lambda: model)
-    monkeypatch.setattr("dynatree_core.embedded.make_ready", make_ready)
+    monkeypatch.setattr("dynatree_core.models.embedded.describe", lambda: model)
+    monkeypatch.setattr("dynatree_core.models.embedded.make_ready", make_ready)
     ran = dynatree("models", "install")
     assert (ran.code, ran.err) == (0, "")
     *times, last = ran.out.splitlines()
     assert last == f"Tiny is ready in {tmp_path}"
     assert [re.sub(r": \d+\.\d s$", "", line) for line in times] == ["converting"]
-    monkeypatch.setattr("dynatree_core.embedded.make_ready", lambda *, progress: tmp_path)
+    monkeypatch.setattr("dynatree_core.models.embedded.make_ready", lambda *, progress: tmp_path)
     ran = dynatree("models", "install")
     assert (ran.code, ran.out, ran.err) == (0, f"Tiny is ready in {tmp_path}\n", "")
 
@@ -1323,7 +1323,7 @@ def test_audit_wants_one_source(audit: Dynatree, tmp_path: Path) -> None:
 def test_an_interrupted_audit_tells_what_it_has(
     audit: Dynatree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dynatree_core import audit_cli as audit_cli_module
+    from dynatree_core.cli import audit_report as audit_cli_module
 
     real, done = audit_cli_module.audit_generation, []
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from click.shell_completion import ShellComplete
 
-from dynatree_core import cli
-from dynatree_core import plugins as registry
 from dynatree_core.cli import main
-from dynatree_core.plugins import DRAFTERS, POLICIES, PRESETS, plugin_table
+from dynatree_core.cli import main as cli
+from dynatree_core.plugins import registry as registry
+from dynatree_core.plugins.registry import DRAFTERS, POLICIES, PRESETS, plugin_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,7 +73,7 @@ def test_settings_with_few_values_are_offered() -> None:
 def test_what_is_installed_later_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint("zelkova", "nowhere:Zelkova", POLICIES)
     found = plugin_table(POLICIES) | {"zelkova": [entry]}
-    monkeypatch.setattr("dynatree_core.completion.plugin_table", lambda group: found if group == POLICIES else {})
+    monkeypatch.setattr("dynatree_core.cli.completion.plugin_table", lambda group: found if group == POLICIES else {})
     assert names("generate", "--policy", "z") == ["zelkova"]
     assert "zelkova" not in registry.plugin_table(POLICIES)
 

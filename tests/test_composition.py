@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynatree_core import PluginSpec, build_drafter, build_stack, format_stack, hookimpl, parse_stack
-from dynatree_core import plugins as registry
 from dynatree_core.errors import (
     ParameterError,
     PluginConflictError,
@@ -19,7 +18,9 @@ from dynatree_core.errors import (
     StackSyntaxError,
     UnknownPluginError,
 )
-from dynatree_core.plugins import expand_preset, load_plugin, plugin_parameters
+from dynatree_core.plugins import registry as registry
+from dynatree_core.plugins.presets import expand_preset
+from dynatree_core.plugins.registry import load_plugin, plugin_parameters
 from dynatree_core.testing import strategies as ours
 
 names = st.from_regex(r"[A-Za-z_][A-Za-z_0-9]{0,8}", fullmatch=True)

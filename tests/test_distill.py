@@ -37,12 +37,12 @@ from dynatree_bench.distill.train import (
 )
 from dynatree_bench.drafter_value import replayed
 from dynatree_core import build_drafter, generate, load_model
-from dynatree_core.architectures import EXACT_FAMILIES
-from dynatree_core.cli_prompts import PromptPicks
+from dynatree_core.cli.prompt_options import PromptPicks
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import InputError, ModelLoadError, PluginLoadError
-from dynatree_core.student import new_student, save_student
-from dynatree_core.tensor_files import save_tensors
+from dynatree_core.files.tensors import save_tensors
+from dynatree_core.models.architectures import EXACT_FAMILIES
+from dynatree_core.models.student import new_student, save_student
 from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
 
 WORDS = [*"abcdefghijklmnopqrstuvwxyz", " ", ".", "\n", "<s>", "</s>", "<u>", "<a>", "?", "!", "{", "}"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import inspect
 import io
 import itertools
@@ -25,14 +26,15 @@ import pytest
 import torch
 
 import dynatree_core
-from dynatree_core import Frontier, GenerationReport, StepReport, StepStats, TokenTree, embedded, errors
-from dynatree_core import hookspecs as specs
-from dynatree_core.architectures import EXACT_FAMILIES
-from dynatree_core.cli import _dynatree
-from dynatree_core.plugins import DRAFTERS, POLICIES, PRESETS, load_plugin, plugin_table, plugin_variants
-from dynatree_core.scaffold import POLICY, package_files
-from dynatree_core.sink_cache import ROTARY_FAMILIES
-from dynatree_core.stack import hook_names
+from dynatree_core import Frontier, GenerationReport, StepReport, StepStats, TokenTree, errors
+from dynatree_core.cache.sink_cache import ROTARY_FAMILIES
+from dynatree_core.cli.main import _dynatree
+from dynatree_core.cli.scaffold import POLICY, package_files
+from dynatree_core.models import embedded
+from dynatree_core.models.architectures import EXACT_FAMILIES
+from dynatree_core.plugins.registry import DRAFTERS, POLICIES, PRESETS, load_plugin, plugin_table, plugin_variants
+from dynatree_core.policy import hookspecs as specs
+from dynatree_core.policy.stack import hook_names
 from dynatree_core.testing.models import REFUSED, ROPES, VARIANTS, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +50,7 @@ FENCE = re.compile(r"^(?:<!-- (?P<marker>[^\n]+) -->\n+)?```(?P<language>\w+)\n(
 class Block:
     """A fenced block, with what the HTML comment before it says about it.
 
-    `real-model`: needs the default model. `output`: what the snippet before it prints. `source: FILE NAME`: a quote
+    `real-model`: needs the default model. `output`: what the snippet before it prints. `source: NAME`: a quote
     of that function or class. `file: NAME`: belongs to a plugin that the page's snippets may use. `generated: POLICY
     FILE NAME`: a quote of what `dynatree new-policy POLICY` writes, of the whole file without a name, of the list of
     files without a file; the snippets may use that policy too.
@@ -104,11 +106,11 @@ def expected_outputs(page: Path) -> dict[int, Block]:
 
 
 def quoted_source(marker: str) -> str:
-    """What `source: FILE NAME` or `generated: POLICY FILE NAME` quotes."""
+    """What `source: NAME` or `generated: POLICY FILE NAME` quotes."""
     kind, *words = marker.split()
     if kind == "source:":
-        file, name = words
-        return definition((ROOT / file).read_text(encoding="utf-8"), name)
+        (name,) = words
+        return definition(code_with(name), name)
     files = package_files(POLICY, words[0])
     match words[1:]:
         case []:
@@ -118,6 +120,24 @@ def quoted_source(marker: str) -> str:
         case [file, name]:
             return definition(files[file], name)
     raise ValueError(f"a quote is 'generated: POLICY FILE NAME', got '{marker}'")
+
+
+@functools.cache
+def quotable_code() -> list[tuple[str, set[str]]]:
+    """Every file that may be quoted, and what it defines."""
+    folders = ("dynatree_core", "dynatree_policies", "dynatree_bench", "docs/examples", "tests")
+    files = [
+        file for folder in folders for file in sorted((ROOT / folder).rglob("*.py")) if "templates" not in file.parts
+    ]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    return [(text, {getattr(node, "name", "") for node in ast.parse(text).body}) for text in texts]
+
+
+def code_with(name: str) -> str:
+    """The one file that defines a function or class."""
+    found = [text for text, names in quotable_code() if name.partition(".")[0] in names]
+    assert len(found) == 1, f"a quoted name must be defined in one file, got '{name}' in {len(found)}"
+    return found[0]
 
 
 def definition(code: str, name: str) -> str:
@@ -218,7 +238,7 @@ def test_quoted_code_is_the_code(page):
 
 
 def test_decode_step_is_quoted():
-    assert "source: dynatree_core/decode.py decode_step" in {block.marker for block in blocks(DOCS / "architecture.md")}
+    assert "source: decode_step" in {block.marker for block in blocks(DOCS / "architecture.md")}
 
 
 # commands
@@ -313,7 +333,7 @@ def test_every_hook_has_a_heading_and_a_test(hook):
     signature = f"{hook}({', '.join(inspect.signature(getattr(specs, hook)).parameters)})"
     page = (DOCS / "hooks.md").read_text(encoding="utf-8")
     assert f"\n## {signature}\n" in page
-    assert f"<!-- source: dynatree_core/hookspecs.py {hook} -->" in page
+    assert f"<!-- source: {hook} -->" in page
     tests = [file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("*.py")]
     assert any(re.search(rf"^def test_hook_{hook}\b", text, re.M) for text in tests)
 

@@ -15,9 +15,9 @@ import psutil
 import pytest
 import torch
 
-from dynatree_core import doctor, embedded
-from dynatree_core.catalogue import PluginRow
-from dynatree_core.cli import main
+from dynatree_core.cli import doctor, main
+from dynatree_core.cli.catalogue import PluginRow
+from dynatree_core.models import embedded
 
 ROOT = Path(__file__).parents[1]
 OF_TORCH = {
@@ -105,8 +105,8 @@ def test_torch_is_asked_in_a_process_of_its_own() -> None:
 def test_the_runner_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     model = SimpleNamespace(size=10**9)
     monkeypatch.setattr(embedded, "describe", lambda: model)
-    monkeypatch.setattr("dynatree_core.packed.can_pack", lambda model: True)
-    monkeypatch.setattr("dynatree_core.runner.can_pack", lambda model: True)
+    monkeypatch.setattr("dynatree_core.runners.packed.can_pack", lambda model: True)
+    monkeypatch.setattr("dynatree_core.runners.runner.can_pack", lambda model: True)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5 * 10**9))
     assert doctor._runner("cpu")["name"] == "packed"
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * 10**9))
@@ -114,8 +114,8 @@ def test_the_runner_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
         "name": "eager",
         "reason": "packed copies of 1.0 GB are more than a quarter of the 3.0 GB of free memory",
     }
-    monkeypatch.setattr("dynatree_core.packed.can_pack", lambda model: False)
-    monkeypatch.setattr("dynatree_core.runner.can_pack", lambda model: False)
+    monkeypatch.setattr("dynatree_core.runners.packed.can_pack", lambda model: False)
+    monkeypatch.setattr("dynatree_core.runners.runner.can_pack", lambda model: False)
     told = doctor._runner("cpu")
     assert told["name"] == "eager"
     assert "needs an x86-64 CPU" in told["reason"]

@@ -28,14 +28,14 @@ from dynatree_core import (
     run,
     stream,
 )
-from dynatree_core import plugins as registry
-from dynatree_core.chat import Chat
+from dynatree_core.cache.prefix_cache import PrefixCache
 from dynatree_core.cli import main
+from dynatree_core.cli.chat import Chat
 from dynatree_core.drafters.base import padded_proposals
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.errors import ParameterError
-from dynatree_core.models import LoadedModel
-from dynatree_core.prefix_cache import PrefixCache
+from dynatree_core.models.load import LoadedModel
+from dynatree_core.plugins import registry as registry
 from dynatree_core.testing import assert_drafter_contract
 from dynatree_core.testing.models import VOCAB, tiny_model
 

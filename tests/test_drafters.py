@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from transformers import LlamaModel
 
 from dynatree_core import DraftPlan, Frontier, Proposals, Session, TokenTree, build_drafter, generate, hookimpl, run
+from dynatree_core.cache.sink_cache import SinkWindow
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import DRAFTED_EVIDENCE, UNSEEN_WEIGHT
 from dynatree_core.errors import ModelLoadError, ParameterError, UnsupportedModelError
-from dynatree_core.sink_cache import SinkWindow
 from dynatree_core.testing import assert_drafter_contract
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.conformance import DRAFTER_PROPERTIES

@@ -21,7 +21,7 @@ import torch
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
 
 from dynatree_core import build_stack, generate
-from dynatree_core.plugins import POLICIES, load_plugin, plugin_parameters, plugin_table
+from dynatree_core.plugins.registry import POLICIES, load_plugin, plugin_parameters, plugin_table
 
 site = Path(sys.argv[1])
 [entry] = plugin_table(POLICIES)["rerank"]

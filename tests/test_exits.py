@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dynatree_core.exits import FAILED, INTERRUPTED, MISUSED, STATUSES, UNREAD
+from dynatree_core.cli.exits import FAILED, INTERRUPTED, MISUSED, STATUSES, UNREAD
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "exit-statuses.md"
@@ -26,7 +26,7 @@ def ended(code: str, *redirections: str) -> tuple[int, str, str]:
     program = (
         "import errno, os, signal, sys, click\n"
         "from dynatree_core.errors import DynaTreeError, InputError\n"
-        "from dynatree_core.exits import end_process, without_exits\n"
+        "from dynatree_core.cli.exits import end_process, without_exits\n"
         "def command():\n"
         + "".join(f"    {line}\n" for line in code.splitlines())
         + "end_process(without_exits(command))\n"
@@ -107,7 +107,7 @@ def test_a_full_disk_behind_standard_output_is_named() -> None:
 
 CLICK = """
 import sys, time, click
-from dynatree_core.exits import end_process, without_exits
+from dynatree_core.cli.exits import end_process, without_exits
 
 @click.command()
 def command():
@@ -141,7 +141,7 @@ def test_standard_output_holds_what_is_ours_alone() -> None:
 
 
 def test_a_prompt_from_closed_standard_input() -> None:
-    command = f'exec "{sys.executable}" -c "from dynatree_core.cli import main; main()" generate - <&-'
+    command = f'exec "{sys.executable}" -c "from dynatree_core.cli.main import main; main()" generate - <&-'
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (MISUSED, "")
     assert "standard input must be open, but it is closed" in done.stderr

@@ -27,11 +27,12 @@ from test_settings import Countdown, Grudge
 
 import dynatree_core
 import dynatree_policies
-from dynatree_core import PrefixCache, Session, hookimpl, run, runner
+from dynatree_core import PrefixCache, Session, hookimpl, run
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import PromptLookupDrafter
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.errors import DrafterError, DynaTreeError, ForwardPassError, OutOfMemoryError, PolicyError
+from dynatree_core.runners import runner
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
 
 # copies, since hooks are put on them

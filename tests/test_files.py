@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from dynatree_bench.machine import check_writable
 from dynatree_bench.records import INFO_FILE, LOCK_FILE, is_run
 from dynatree_core.errors import InputError, ModelLoadError
-from dynatree_core.files import DRAFT, share, unreadable, whole_file, write_text
-from dynatree_core.models import load_model
-from dynatree_core.outputs import check_out
-from dynatree_core.student import load_student, new_student, save_student
-from dynatree_core.tensor_files import load_tensors, save_tensors
+from dynatree_core.files.outputs import check_out
+from dynatree_core.files.tensors import load_tensors, save_tensors
+from dynatree_core.files.writing import DRAFT, share, unreadable, whole_file, write_text
+from dynatree_core.models.load import load_model
+from dynatree_core.models.student import load_student, new_student, save_student
 from dynatree_core.testing.models import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -137,7 +137,7 @@ def test_a_text_is_written_as_it_is(tmp_path: Path) -> None:
 CODE = """
 import os, sys
 from pathlib import Path
-from dynatree_core.files import unreadable
+from dynatree_core.files.writing import unreadable
 if os.geteuid() == 0:
     os.setgid(65534), os.setuid(65534)
 print(unreadable(*map(Path, sys.argv[1:])))

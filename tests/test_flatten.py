@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_tree import ancestors
 
-from dynatree_core.flatten import flatten, flatten_chain, flatten_level
 from dynatree_core.testing import strategies as ours
+from dynatree_core.tree.flatten import flatten, flatten_chain, flatten_level
 
 
 @given(st.lists(st.tuples(ours.trees(), st.integers(0, 7)), min_size=1, max_size=3), st.integers(0, 12))

@@ -26,12 +26,13 @@ from transformers import (
     pipeline,
 )
 
-from dynatree_core import hf, hf_entry
+from dynatree_core import hf
 from dynatree_core.cli import main
 from dynatree_core.errors import DynaTreeError, ModelLoadError, ParameterError
-from dynatree_core.hf_export import Chosen, check_place, program, write_folder
-from dynatree_core.models import model_folder
-from dynatree_core.student import save_student
+from dynatree_core.hf import entry as hf_entry
+from dynatree_core.hf.export import Chosen, check_place, program, write_folder
+from dynatree_core.models.load import model_folder
+from dynatree_core.models.student import save_student
 from dynatree_core.testing.models import perturbed, tiny_model
 
 PROMPT = torch.tensor([[1, 2, 3, 1, 2, 3, 1]])
@@ -434,7 +435,9 @@ def test_without_dynatree_the_folder_says_what_is_missing(written):
 
 
 def test_where_a_models_files_are(source, monkeypatch):
-    monkeypatch.setattr("dynatree_core.hub.fetched_folder", lambda name: source if name == "owner/tiny" else None)
+    monkeypatch.setattr(
+        "dynatree_core.models.hub.fetched_folder", lambda name: source if name == "owner/tiny" else None
+    )
     assert model_folder("owner/tiny") == model_folder(str(source)) == source
     with pytest.raises(ModelLoadError, match="must be in the hub's local cache once it is loaded, got none"):
         model_folder("owner/other")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, LogitsProcessor, StoppingCriteria, TextStreamer
 
 from dynatree_core import hf
-from dynatree_core.architectures import cache_argument
 from dynatree_core.errors import ParameterError, PromptError
+from dynatree_core.models.architectures import cache_argument
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import perturbed, tiny_model
 

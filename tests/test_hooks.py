@@ -10,7 +10,7 @@ import torch
 
 from dynatree_core import Frontier, StepReport, TokenTree, build_stack, count, generate, hookimpl
 from dynatree_core.errors import DrafterError, PolicyError
-from dynatree_core.stack import PolicyStack, hook_names, implemented_hooks
+from dynatree_core.policy.stack import PolicyStack, hook_names, implemented_hooks
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
 
 TARGET, DRAFTER, PROMPT = tiny_model("llama"), perturbed("llama"), [1, 2, 3]

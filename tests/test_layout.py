@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import importlib
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+
+from dynatree_core import moved
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("dynatree_core", "dynatree_policies", "dynatree_bench")
@@ -19,18 +24,58 @@ MODULES = sorted(
 )
 
 
-def imported_names(module: str) -> set[str]:
-    """Every `a.b.c` that a module imports, as `a.b.c` or `a.b.c.name`."""
+def imported_names(module: str, *, at_run_time: bool = False) -> set[str]:
+    """Every `a.b.c` that a module imports, as `a.b.c` or `a.b.c.name`; `at_run_time` leaves out `if TYPE_CHECKING`."""
     path = ROOT.joinpath(*module.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in tree.body:
+        if at_run_time and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} has a relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
+
+
+# rooms of dynatree_core, a folder or a file each: a room may import from those above it, never from below
+ROOMS = (
+    *("moved", "advice", "renamed", "clock", "cost_model", "report", "errors"),
+    *("files", "plugins", "tree", "models", "cache", "runners", "policy", "drafters", "request", "costs", "engine"),
+    *("generation", "audit", "hf", "text", "cli", "testing", "__main__"),
+)
+
+
+def core_imports(module: str, *, at_run_time: bool = False) -> set[str]:
+    """The modules of the core that a module imports anywhere, without itself."""
+    names = {name for name in imported_names(module, at_run_time=at_run_time) if name.startswith("dynatree_core.")}
+    found = {name if name in MODULES else name.rpartition(".")[0] for name in names}
+    return found - {module, "dynatree_core"}
+
+
+def test_rooms_import_downward_only():
+    wrong = []
+    for module in MODULES:
+        package, _, inside = module.partition(".")
+        if package != "dynatree_core" or not inside:
+            continue
+        room = inside.split(".")[0]
+        assert room in ROOMS, f"{module} is in no room; add it to the list, above those that import it"
+        for name in core_imports(module):
+            if ROOMS.index(name.split(".")[1]) > ROOMS.index(room):
+                wrong.append(f"{module} imports {name}")
+    assert wrong == []
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {
+        module: core_imports(module, at_run_time=True) for module in MODULES if module.startswith("dynatree_core.")
+    }
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the circle
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -69,6 +114,42 @@ for module in sys.argv[1:]:
     modules = [module for module in MODULES if not module.endswith("__main__")]
     done = subprocess.run([sys.executable, "-c", program, *modules], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+PACKAGES_NOW = [old for old in moved.MOVED if (ROOT / "dynatree_core" / old).is_dir()]
+
+
+@pytest.mark.parametrize("old", [old for old in moved.MOVED if old not in PACKAGES_NOW])
+def test_an_old_module_path_warns_and_has_the_modules_names(old, monkeypatch):
+    monkeypatch.delitem(sys.modules, f"dynatree_core.{old}", raising=False)
+    with pytest.warns(
+        DeprecationWarning, match=f"dynatree_core.{old} has moved to dynatree_core.{moved.MOVED[old][0]}"
+    ):
+        module = importlib.import_module(f"dynatree_core.{old}")
+    assert set(new_names(old)) <= set(vars(module))
+
+
+@pytest.mark.parametrize("old", PACKAGES_NOW)
+def test_a_package_with_an_old_modules_name_has_the_modules_names(old):
+    package = importlib.import_module(f"dynatree_core.{old}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # those that are not public there warn
+        assert [name for name in new_names(old) if not hasattr(package, name)] == []
+
+
+def new_names(old: str) -> list[str]:
+    """The public names of the modules that an old one has become."""
+    return [name for new in moved.MOVED[old] for name in importlib.import_module(f"dynatree_core.{new}").__all__]
+
+
+def test_names_that_left_the_root_warn():
+    import dynatree_core
+    from dynatree_core.cache import TreeCache
+
+    with pytest.warns(DeprecationWarning, match="dynatree_core.TreeCache has moved to dynatree_core.cache.TreeCache"):
+        assert dynatree_core.TreeCache is TreeCache
+    with pytest.raises(AttributeError):
+        dynatree_core.TreeCach  # noqa: B018
 
 
 def test_public_names_exist_and_are_documented():

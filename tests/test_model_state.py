@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from dynatree_core import PrefixCache, generate
-from dynatree_core.model_state import can_infer, foreign_parts, is_untouched, state_of
+from dynatree_core.models.state import can_infer, foreign_parts, is_untouched, state_of
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
 
 PROMPT = [1, 2, 3, 4, 5]

@@ -37,10 +37,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dynatree_core import embedded
 from dynatree_core.advice import pip_install
 from dynatree_core.errors import DefaultModelError, ModelLoadError, ParameterError
-from dynatree_core.models import load_model, vocabularies_match
+from dynatree_core.models import embedded
+from dynatree_core.models.load import load_model, vocabularies_match
 
 WEIGHTS = "model.safetensors"
 SOURCE_BYTES = b"the bytes of a model"

@@ -21,18 +21,18 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dynatree_core import generate
-from dynatree_core.architectures import EXACT_FAMILIES
-from dynatree_core.cache import TreeCache
-from dynatree_core.cli import _dynatree
+from dynatree_core.cache.tree_cache import TreeCache
+from dynatree_core.cli.main import _dynatree
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import ParameterError
-from dynatree_core.flatten import flatten
-from dynatree_core.packed import ATTENTION, can_pack, grouped_attention, pack, packed_bytes
-from dynatree_core.runner import RUNNERS, ModelRunner, runner_for
-from dynatree_core.student import new_student
+from dynatree_core.models.architectures import EXACT_FAMILIES
+from dynatree_core.models.student import new_student
+from dynatree_core.runners.packed import ATTENTION, can_pack, grouped_attention, pack, packed_bytes
+from dynatree_core.runners.runner import RUNNERS, ModelRunner, runner_for
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
+from dynatree_core.tree.flatten import flatten
 
 CPU = torch.device("cpu")
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]

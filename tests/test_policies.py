@@ -11,7 +11,7 @@ import torch
 
 from dynatree_core import Frontier, Proposals, StepReport, TokenTree, Verdict, build_stack
 from dynatree_core.errors import ParameterError
-from dynatree_core.plugins import plugin_variants
+from dynatree_core.plugins.registry import plugin_variants
 from dynatree_policies.confidence import Confidence
 from dynatree_policies.dynamic_depth import DynamicDepth
 from dynatree_policies.history import History

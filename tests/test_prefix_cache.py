@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from dynatree_core import PrefixCache, Session, TreeCache, generate, run, runner, stream
-from dynatree_core.architectures import cache_argument
+from dynatree_core import PrefixCache, Session, generate, run, stream
+from dynatree_core.cache import TreeCache
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import DrafterError, ForwardPassError, ParameterError
+from dynatree_core.models.architectures import cache_argument
+from dynatree_core.runners import runner
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import greedy, perturbed, reference, tiny_model
 

@@ -24,9 +24,10 @@ from dynatree_bench.rehearse import (
     relative,
     searched,
 )
-from dynatree_core import CostModel, Session, StepFunction, build_drafter, embedded, run
+from dynatree_core import CostModel, Session, StepFunction, build_drafter, run
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter
+from dynatree_core.models import embedded
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import attrs
 import pytest
 
-from dynatree_core import embedded
-from dynatree_core import plugins as registry
-from dynatree_core.catalogue import PluginRow, plugin_rows
 from dynatree_core.cli import main
+from dynatree_core.cli.catalogue import PluginRow, plugin_rows
 from dynatree_core.errors import DefaultModelError
-from dynatree_core.plugins import DRAFTERS, POLICIES, PRESETS
-from dynatree_core.remembered import Memory
+from dynatree_core.models import embedded
+from dynatree_core.plugins import registry as registry
+from dynatree_core.plugins.registry import DRAFTERS, POLICIES, PRESETS
+from dynatree_core.plugins.remembered import Memory
 
 POLICY = '''
 from dynatree_core import hookimpl
@@ -41,7 +41,7 @@ class Shoot:
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of what is remembered, empty."""
     folder = tmp_path / "cache" / "plugins"
-    monkeypatch.setattr("dynatree_core.remembered.folder", lambda: folder)
+    monkeypatch.setattr("dynatree_core.plugins.remembered.folder", lambda: folder)
     return folder
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dynatree_core import CostModel, Frontier, Proposals, StepFunction, TokenTree
-from dynatree_core.records import NOMINAL_COSTS
+from dynatree_core.cost_model import NOMINAL_COSTS
 
 VERIFY, DRAFT = StepFunction((1, 8), (1.0, 2.0)), StepFunction((1, 4), (0.1, 0.3))
 COSTS = CostModel(VERIFY, DRAFT, 0.05)

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dynatree_core import generate, row_probe
+from dynatree_core import generate
 from dynatree_core.audit import audit_generation
+from dynatree_core.engine import row_probe
+from dynatree_core.engine.row_probe import row_fault
 from dynatree_core.errors import UnsupportedModelError
-from dynatree_core.row_probe import row_fault
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
 

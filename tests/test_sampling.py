@@ -14,8 +14,8 @@ from students import drafter_of_each_kind
 
 from dynatree_core import Session, generate, run
 from dynatree_core.errors import ParameterError
-from dynatree_core.plugins import DRAFTERS, POLICIES, PRESETS, plugin_table
-from dynatree_core.sampling import Sampler
+from dynatree_core.plugins.registry import DRAFTERS, POLICIES, PRESETS, plugin_table
+from dynatree_core.request.sampling import Sampler
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import perturbed, reference, tiny_model
 

@@ -10,8 +10,8 @@ import pytest
 from packages import ROOT, in_subprocess, install, run_tests_of
 
 from dynatree_core.cli import main
+from dynatree_core.cli.scaffold import DRAFTER, POLICY, TEMPLATES, Kind, package_files, write_package
 from dynatree_core.errors import InputError
-from dynatree_core.scaffold import DRAFTER, POLICY, TEMPLATES, Kind, package_files, write_package
 
 KINDS = pytest.mark.parametrize("kind", [POLICY, DRAFTER], ids=lambda kind: kind.word)
 NAMES = ["x", "prob_mass", "width_by_nucleus_of_the_draft"]  # one word, several, and lines that grow long
@@ -141,7 +141,7 @@ from pathlib import Path
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
 
 from dynatree_core import build_stack, generate
-from dynatree_core.plugins import POLICIES, load_plugin, plugin_parameters, plugin_table
+from dynatree_core.plugins.registry import POLICIES, load_plugin, plugin_parameters, plugin_table
 
 site, readme = map(Path, sys.argv[1:])
 [entry] = plugin_table(POLICIES)["prob_mass"]
@@ -170,7 +170,7 @@ from pathlib import Path
 from dynatree_core.testing.models import greedy, tiny_model
 
 from dynatree_core import generate
-from dynatree_core.plugins import DRAFTERS, load_plugin, plugin_parameters, plugin_table
+from dynatree_core.plugins.registry import DRAFTERS, load_plugin, plugin_parameters, plugin_table
 
 site, readme = map(Path, sys.argv[1:])
 [entry] = plugin_table(DRAFTERS)["prob_mass"]

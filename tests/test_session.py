@@ -12,6 +12,7 @@ import torch
 
 from dynatree_core import Drafter, Proposals, Session, decode_step, generate, hookimpl, prefill, run
 from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
+from dynatree_core.engine.metrics import repetition
 from dynatree_core.errors import (
     CacheError,
     ContextLimitError,
@@ -25,7 +26,6 @@ from dynatree_core.errors import (
     UnsupportedModelError,
     VocabularyMismatchError,
 )
-from dynatree_core.metrics import repetition
 from dynatree_core.testing.models import CONTEXT, VOCAB, greedy, perturbed, tiny_model
 from dynatree_core.testing.strategies import HostileDrafter
 
@@ -418,7 +418,7 @@ def test_a_drafter_that_refuses_while_costs_are_measured_is_not_the_policys_faul
     def refused(*_, **__):
         raise InputError("one generation at a time")
 
-    monkeypatch.setattr("dynatree_core.session.measured_costs", refused)
+    monkeypatch.setattr("dynatree_core.engine.session.measured_costs", refused)
     with pytest.raises(DrafterError, match="drafter 'prompt_lookup' raised InputError: one generation at a time"):
         generate(TARGET, "prompt_lookup", PROMPT, policy="cost_aware")
 

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Cache
 
-from dynatree_core import Session, generate, hf, run, runner, sink_cache
-from dynatree_core.architectures import cache_argument
+from dynatree_core import Session, generate, hf, run
 from dynatree_core.audit import audit_generation
+from dynatree_core.cache import sink_cache
+from dynatree_core.cache.sink_cache import ROTARY_FAMILIES, SinkCache, SinkWindow
 from dynatree_core.errors import (
     CacheError,
     ContextLimitError,
@@ -21,11 +22,12 @@ from dynatree_core.errors import (
     ParameterError,
     UnsupportedModelError,
 )
-from dynatree_core.flatten import flatten_chain
-from dynatree_core.sink_cache import ROTARY_FAMILIES, SinkCache, SinkWindow
+from dynatree_core.models.architectures import cache_argument
+from dynatree_core.runners import runner
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import CONTEXT, ROPES, perturbed, tiny_model
 from dynatree_core.testing.strategies import HostileDrafter, HostilePolicy
+from dynatree_core.tree.flatten import flatten_chain
 
 EXAMPLES = settings().max_examples  # as the profile of conftest.py says
 PROMPT = [5, 6, 7, 5, 6, 8, 1]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dynatree_core import PluginSpec, Session, build_stack, count, generate, hf, hookimpl, parse_stack, run
 from dynatree_core.errors import DrafterError, ParameterError, StackSyntaxError
-from dynatree_core.stack import PolicyStack
+from dynatree_core.policy.stack import PolicyStack
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import perturbed, tiny_model
 

@@ -19,8 +19,8 @@ from dynatree_core.drafters.distilled import DistilledDrafter, fast_dtype
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter, backed_off
 from dynatree_core.errors import ModelLoadError, ParameterError, VocabularyMismatchError
-from dynatree_core.plugins import DRAFTERS, plugin_table
-from dynatree_core.student import CARD, WEIGHTS, is_student, load_student, new_student, save_student
+from dynatree_core.models.student import CARD, WEIGHTS, is_student, load_student, new_student, save_student
+from dynatree_core.plugins.registry import DRAFTERS, plugin_table
 from dynatree_core.testing import assert_drafter_contract, assert_lossless
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model

@@ -32,11 +32,11 @@ from dynatree_core import (
     count,
     fraction,
     hookimpl,
-    plugins,
     testing,
 )
 from dynatree_core.advice import pip_install
 from dynatree_core.errors import ParameterError, PolicyError
+from dynatree_core.plugins import registry as plugins
 from dynatree_core.testing import (
     PolicyMachine,
     assert_drafter_contract,
@@ -390,7 +390,7 @@ def test_values_that_do_not_go_together_are_not_drawn(monkeypatch):
         def branch_factor(self, frontier: Frontier) -> int:
             return self.low
 
-    monkeypatch.setattr("dynatree_core.plugins.load_plugin", lambda group, name: Ordered)
+    monkeypatch.setattr("dynatree_core.plugins.registry.load_plugin", lambda group, name: Ordered)
     monkeypatch.setattr(ours, "load_plugin", lambda group, name: Ordered)
     spec = find(ours.policy_specs("fixed"), lambda spec: spec.parameters.get("low", 1) > 2)
     assert spec == PluginSpec("fixed", None, {"low": 3, "high": 3})

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynatree_core import Frontier, Session, TokenTree, hookimpl
-from dynatree_core.draft import draft
+from dynatree_core.engine.draft import draft
 from dynatree_core.errors import TreeError
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import tiny_model

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynatree_core import TokenTree
+from dynatree_core.engine.verify import longest_match
 from dynatree_core.errors import NonFiniteLogitsError
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import VOCAB
-from dynatree_core.verify import longest_match
 
 
 def walk(tree: TokenTree, best: list[int]) -> tuple[list[int], list[int]]:

@@ -11,10 +11,10 @@ import torch
 from transformers import GenerationMixin, LlamaForCausalLM
 
 from dynatree_core import generate, hf
-from dynatree_core.architectures import cache_argument, forward_parameters
 from dynatree_core.errors import UnsupportedModelError
+from dynatree_core.models.architectures import cache_argument, forward_parameters
+from dynatree_core.models.wrappers import _GENERATION_METHODS, plain_model
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
-from dynatree_core.wrappers import _GENERATION_METHODS, plain_model
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 FOUND = [name for name in _GENERATION_METHODS if hasattr(LlamaForCausalLM, name)]

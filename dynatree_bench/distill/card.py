@@ -20,7 +20,7 @@ from dynatree_bench.distill.request import Request
 from dynatree_bench.distill.teacher import Shard
 from dynatree_bench.figures import BLUE, GREY, VERMILION
 from dynatree_bench.machine import source_commit
-from dynatree_core.files import whole_file, write_text
+from dynatree_core.files.writing import whole_file, write_text
 
 __all__ = ["Report", "write_card"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from dynatree_core.advice import pip_install
-from dynatree_core.cli_models import FiniteRange
-from dynatree_core.cli_prompts import PromptPicks, Typed, prompt_options
-from dynatree_core.completion import complete_model
+from dynatree_core.cli.completion import complete_model
+from dynatree_core.cli.model_options import FiniteRange
+from dynatree_core.cli.prompt_options import PromptPicks, Typed, prompt_options
 from dynatree_core.errors import PluginLoadError
 
 __all__ = ["distill"]

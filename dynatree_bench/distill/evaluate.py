@@ -20,11 +20,11 @@ from dynatree_bench.distill.teacher import Shard
 from dynatree_bench.distill.train import batches_of, collate, scored_logits
 from dynatree_bench.formulas import chain_tokens, fixed_tokens
 from dynatree_bench.machine import now
-from dynatree_core.architectures import max_positions
-from dynatree_core.cache import TreeCache
+from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
-from dynatree_core.flatten import flatten_chain
-from dynatree_core.runner import ModelRunner
+from dynatree_core.models.architectures import max_positions
+from dynatree_core.runners.runner import ModelRunner
+from dynatree_core.tree.flatten import flatten_chain
 
 __all__ = ["Agreement", "LevelCost", "agreement", "level_costs"]
 

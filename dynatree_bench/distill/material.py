@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import attrs
 from transformers import PreTrainedTokenizerBase
 
-from dynatree_core.cli_models import encode_messages
-from dynatree_core.cli_prompts import PromptPicks
+from dynatree_core.cli.model_options import encode_messages
+from dynatree_core.cli.prompt_options import PromptPicks
 from dynatree_core.text.columns import Prompt
 
 __all__ = ["Material", "encoded", "read_given"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import attrs
 from transformers import PreTrainedTokenizerBase
 
-from dynatree_core.cli_models import encode_prompt
+from dynatree_core.cli.model_options import encode_prompt
 from dynatree_core.errors import InputError
 from dynatree_core.text.passages import cut
 from dynatree_core.text.prompt_files import read_documents

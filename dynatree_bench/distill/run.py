@@ -19,13 +19,13 @@ from dynatree_bench.distill.request import Request
 from dynatree_bench.distill.teach import TEACHING, Taught, is_request, teach
 from dynatree_bench.distill.teacher import read_shard
 from dynatree_bench.distill.train import frequent_tokens, train
-from dynatree_core import embedded
-from dynatree_core.architectures import vocab_size
 from dynatree_core.drafters.distilled import fast_dtype
 from dynatree_core.errors import InputError
-from dynatree_core.models import DEFAULT_MODEL, LoadedModel, load_model, resolve_device
-from dynatree_core.outputs import check_out
-from dynatree_core.student import load_student, new_student, read_card, save_student
+from dynatree_core.files.outputs import check_out
+from dynatree_core.models import embedded
+from dynatree_core.models.architectures import vocab_size
+from dynatree_core.models.load import DEFAULT_MODEL, LoadedModel, load_model, resolve_device
+from dynatree_core.models.student import load_student, new_student, read_card, save_student
 
 __all__ = ["make_drafter"]
 

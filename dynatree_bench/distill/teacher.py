@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from dynatree_bench.distill.prompts import Prompt
-from dynatree_core.architectures import cache_argument
 from dynatree_core.errors import ModelLoadError
-from dynatree_core.tensor_files import load_tensors, save_tensors
+from dynatree_core.files.tensors import load_tensors, save_tensors
+from dynatree_core.models.architectures import cache_argument
 
 __all__ = ["Shard", "read_shard", "score", "write", "write_shard"]
 

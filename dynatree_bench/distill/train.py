@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from dynatree_bench.distill.teacher import Shard
 from dynatree_core.errors import ModelLoadError
-from dynatree_core.files import whole_file
+from dynatree_core.files.writing import whole_file
 
 __all__ = [
     "Batch",

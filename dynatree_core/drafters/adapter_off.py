@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import attrs
 
-from dynatree_core.adapters import without_adapters
 from dynatree_core.drafters.base import Drafter, DraftPlan
 from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
+from dynatree_core.models.adapters import without_adapters
 
 __all__ = ["AdapterOffDrafter"]
 

@@ -14,11 +14,11 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from dynatree_core.cache.prefix_cache import PrefixReuse
+from dynatree_core.cache.sink_cache import SinkWindow
 from dynatree_core.clock import StageClock
-from dynatree_core.prefix_cache import PrefixReuse
-from dynatree_core.records import Proposals
-from dynatree_core.sink_cache import SinkWindow
-from dynatree_core.tree import TokenTree
+from dynatree_core.tree.frontier import Proposals
+from dynatree_core.tree.token_tree import TokenTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

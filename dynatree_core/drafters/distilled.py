@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dynatree_core.composition import PluginSpec
 from dynatree_core.drafters.base import Drafter, DraftPlan
 from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
 from dynatree_core.errors import ModelLoadError, ParameterError
-from dynatree_core.student import WEIGHTS, is_student, load_student
+from dynatree_core.models.student import WEIGHTS, is_student, load_student
+from dynatree_core.plugins.spec import PluginSpec
 
 __all__ = ["EMBEDDED_STUDENT", "DistilledDrafter"]
 

@@ -12,17 +12,17 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from dynatree_core.architectures import max_positions, num_embeddings, vocab_size
-from dynatree_core.cache import TreeCache
+from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, padded_proposals
 from dynatree_core.errors import ContextLimitError, ParameterError, VocabularyMismatchError
-from dynatree_core.flatten import flatten_chain, flatten_level
-from dynatree_core.models import load_model
-from dynatree_core.records import FlatTrees, Proposals
-from dynatree_core.runner import PREFILL_CHUNK, ModelRunner
-from dynatree_core.student import RestrictedHead
-from dynatree_core.tree import TokenTree
-from dynatree_core.wrappers import plain_model
+from dynatree_core.models.architectures import max_positions, num_embeddings, vocab_size
+from dynatree_core.models.load import load_model
+from dynatree_core.models.student import RestrictedHead
+from dynatree_core.models.wrappers import plain_model
+from dynatree_core.runners.runner import PREFILL_CHUNK, ModelRunner
+from dynatree_core.tree.flatten import FlatTrees, flatten_chain, flatten_level
+from dynatree_core.tree.frontier import Proposals
+from dynatree_core.tree.token_tree import TokenTree
 
 __all__ = ["ModelDrafter"]
 

@@ -12,11 +12,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from dynatree_core.composition import PluginSpec
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, padded_proposals
-from dynatree_core.params import count
-from dynatree_core.records import Proposals
-from dynatree_core.tree import TokenTree
+from dynatree_core.plugins.params import count
+from dynatree_core.plugins.spec import PluginSpec
+from dynatree_core.tree.frontier import Proposals
+from dynatree_core.tree.token_tree import TokenTree
 
 __all__ = ["PromptLookupDrafter"]
 

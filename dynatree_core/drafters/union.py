@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, padded_proposals
+from dynatree_core.drafters.build import build_drafters
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import ParameterError
-from dynatree_core.records import Proposals
-from dynatree_core.tree import TokenTree
+from dynatree_core.tree.frontier import Proposals
+from dynatree_core.tree.token_tree import TokenTree
 
 __all__ = ["UnionDrafter", "models_of", "possible_proposals"]
 
@@ -38,8 +39,6 @@ class UnionDrafter(Drafter):
 
     def __init__(self, of: str | Sequence[Drafter]) -> None:
         if isinstance(of, str):
-            from dynatree_core.plugins import build_drafters  # it looks drafters up, this one among them
-
             of = build_drafters(of)
         if len(of) < 2:
             raise ParameterError(f"a union needs at least two drafters, as in 'distilled+prompt_lookup', got {len(of)}")

@@ -21,18 +21,20 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from torch import Tensor, nn
 
 from dynatree_core.clock import StageClock
-from dynatree_core.composition import format_stack, parse_stack
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
+from dynatree_core.drafters.build import build_drafter
 from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.engine.session import Session
 from dynatree_core.generation import run
-from dynatree_core.plugins import build_drafter, build_stack
-from dynatree_core.records import Frontier, Proposals, StepReport
-from dynatree_core.session import Session
-from dynatree_core.stack import PolicyStack
+from dynatree_core.plugins.spec import format_stack, parse_stack
+from dynatree_core.policy.build import build_stack
+from dynatree_core.policy.stack import PolicyStack
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import VOCAB, reference, tiny_model
 from dynatree_core.testing.text import format_tree
-from dynatree_core.tree import TokenTree
+from dynatree_core.tree.frontier import Frontier, Proposals
+from dynatree_core.tree.token_tree import TokenTree
+from dynatree_core.tree.verdict import StepReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -46,8 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--dynatree-examples must be at least 1")
     if not policies and not drafters:
         return
+    from dynatree_core.drafters.build import build_drafter
     from dynatree_core.errors import DynaTreeError
-    from dynatree_core.plugins import build_drafter, build_stack
+    from dynatree_core.policy.build import build_stack
 
     try:
         from dynatree_core.testing import assert_lossless  # noqa: F401 (it says what is missing)

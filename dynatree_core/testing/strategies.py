@@ -29,23 +29,23 @@ from dynatree_core import (
     Verdict,
     hookimpl,
 )
-from dynatree_core.composition import format_stack, parse_stack
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import PromptLookupDrafter
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.errors import DynaTreeError, ParameterError
-from dynatree_core.params import DOMAIN
-from dynatree_core.plugins import (
+from dynatree_core.plugins.params import DOMAIN
+from dynatree_core.plugins.presets import expand_preset
+from dynatree_core.plugins.registry import (
     POLICIES,
     PRESETS,
-    build_stack,
-    expand_preset,
     load_plugin,
     plugin_parameters,
     plugin_table,
     plugin_variants,
     required_parameters,
 )
+from dynatree_core.plugins.spec import format_stack, parse_stack
+from dynatree_core.policy.build import build_stack
 from dynatree_core.testing.models import VOCAB, perturbed, tiny_model
 from dynatree_core.testing.text import format_tree
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection
 
-from dynatree_core.tree import TokenTree
+from dynatree_core.tree.token_tree import TokenTree
 
 __all__ = ["format_tree"]
 

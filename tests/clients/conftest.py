@@ -11,7 +11,7 @@ import attrs
 import pytest
 from tiny_folder import save_tiny
 
-from dynatree_core.hf_export import LOOP, Chosen, write_folder
+from dynatree_core.hf.export import LOOP, Chosen, write_folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

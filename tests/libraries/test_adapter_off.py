@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from dynatree_core import PrefixCache, Session, build_drafter, generate, hf, run
-from dynatree_core.adapters import without_adapters
 from dynatree_core.errors import DrafterError, ForwardPassError, ParameterError
-from dynatree_core.runner import ModelRunner
+from dynatree_core.models.adapters import without_adapters
+from dynatree_core.runners.runner import ModelRunner
 from dynatree_core.testing import assert_drafter_contract
 from dynatree_core.testing.models import tiny_model
 

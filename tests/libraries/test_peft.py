@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from dynatree_core import PrefixCache, generate, hf
 from dynatree_core.errors import UnsupportedModelError
-from dynatree_core.hf_export import Chosen, write_folder
+from dynatree_core.hf.export import Chosen, write_folder
 from dynatree_core.testing.models import perturbed, tiny_model
 
 peft = pytest.importorskip("peft", reason="peft is not installed; `make test` brings it")

@@ -9,7 +9,7 @@ import torch
 from transformers.integrations import peft as integration
 
 from dynatree_core import PrefixCache, generate, hf
-from dynatree_core.model_state import state_of
+from dynatree_core.models.state import state_of
 from dynatree_core.testing.models import perturbed, tiny_model
 
 peft = pytest.importorskip("peft", reason="peft is not installed; `make test` brings it")

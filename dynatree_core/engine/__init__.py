@@ -1,0 +1,1 @@
+"""The engine: the stages of a decode step, and the state of a generation."""

@@ -1,0 +1,26 @@
+"""Commit: keep the accepted path's rows in both caches, forget the rest, append the tokens."""
+
+from __future__ import annotations
+
+from dynatree_core.engine.session import Session
+from dynatree_core.tree.token_tree import TokenTree
+from dynatree_core.tree.verdict import StepReport, Verdict
+
+__all__ = ["commit"]
+
+
+def commit(session: Session, tree: TokenTree, verdict: Verdict) -> StepReport:
+    """Make the verdict permanent.
+
+    The drafter comes last: should it fail, the tokens are committed and counted.
+    """
+    report = StepReport(session.num_iterations, tree, verdict, measure=session.measure_costs)
+    # the root and all new tokens but the last are cached now; the last one is the next root
+    num_cached = len(verdict.token_ids) - 1
+    # tokens first: should this be broken off, a cache that lacks rows is filled again when the session goes on
+    session.record(report)
+    session.cache.commit([[0, *verdict.path[:num_cached]]])
+    if session.draft_state is not None:
+        with session.blame_drafter():
+            session.draft_state.commit(verdict.draft_path[:num_cached])
+    return report

@@ -1,0 +1,20 @@
+"""Feedback: tell the policies how their tree did."""
+
+from __future__ import annotations
+
+import attrs
+
+from dynatree_core.engine.session import Session
+from dynatree_core.tree.verdict import StepReport
+
+__all__ = ["feedback"]
+
+
+def feedback(session: Session, report: StepReport) -> StepReport:
+    """Call the policies' `on_iteration_end`. The step is committed and counted already, should one of them fail.
+
+    The verdict was read from the device, so the host's clock has seen all of the step's passes.
+    """
+    report = session.last_report = attrs.evolve(report, seconds=session.clock.since("decode"))
+    session.stack.on_iteration_end(report)
+    return report

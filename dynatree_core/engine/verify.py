@@ -1,0 +1,132 @@
+"""Verify: which drafted nodes the target agrees with, and where the generation stops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynatree_core.engine.session import Session
+from dynatree_core.errors import NonFiniteLogitsError
+from dynatree_core.tree.token_tree import TokenTree
+from dynatree_core.tree.verdict import Verdict
+
+__all__ = ["follow", "longest_match", "verify"]
+
+
+def verify(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
+    """The path that the target follows in the tree, with its tokens, up to where the generation stops.
+
+    Args:
+        session: says when to stop, and which logits processors there are.
+        tree: the tree that was verified.
+        logits: [nodes, vocab], the target's output at each node, in the tree's order.
+
+    Raises:
+        NonFiniteLogitsError: a logit on the path is NaN.
+    """
+    if session.logits_processors or session.sampler is not None:
+        return follow(session, tree, logits)
+    return _until_stop(session, longest_match(tree, logits))
+
+
+def follow(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
+    """Walk down from the root, choosing a token at each node as generate() would, while a child carries it.
+
+    Logits processors see each node with its own path, and are called for each emitted token once, in order, with one
+    row, as by generate(): what they count or remember stays right. It costs a transfer to the host for each token.
+    A token that was chosen in a step that was broken off is not chosen again.
+    """
+    parents, token_ids, draft_index = torch.stack([tree.parent, tree.token_ids, tree.draft_index]).tolist()
+    children = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, token_ids, strict=True))}
+    path: list[int] = []
+    chosen: list[int] = []
+    node = 0
+    while True:
+        choices = session.pending.choices
+        if len(chosen) == len(choices):
+            choices.append(_choose(session, chosen, logits[node : node + 1]))
+        chosen.append(choices[len(chosen)])
+        child = children.get((node, chosen[-1]))
+        if child is not None:
+            path.append(child)
+        reason = session.reason_to_stop(chosen)
+        if child is None or reason is not None:
+            return Verdict(tuple(path), tuple(draft_index[i] for i in path), tuple(chosen), reason)
+        node = child
+
+
+def _choose(session: Session, before: list[int], logits: Tensor) -> int:
+    """The token behind these new ones, by the target's logits [1, vocab] there, processors, and chance where asked."""
+    own_logits = logits.to(torch.float32, copy=True)  # a processor may write into it
+    text = session.text_with(before)  # [1, tokens]
+    scores = session.logits_processors(text, own_logits)  # type: ignore[arg-type]  # transformers says LongTensor
+    top_score, token = scores.max(dim=-1)
+    # where nothing is possible, or something infinitely likely, there is no law to draw from
+    is_broken = top_score.isnan() if session.sampler is None else ~top_score.isfinite()
+    is_nan, best = torch.cat([is_broken.long(), token]).tolist()
+    _check_number(bool(is_nan))
+    if session.sampler is None:
+        return int(best)
+    session.pending.draws[len(before) :] = [session.sampler.state()]
+    return int(session.sampler.draw(scores))
+
+
+def _until_stop(session: Session, verdict: Verdict) -> Verdict:
+    """The verdict, cut after the first token at which the generation stops."""
+    for end in range(1, len(verdict.token_ids) + 1):
+        reason = session.reason_to_stop(verdict.token_ids[:end])
+        if reason is not None:
+            return Verdict(verdict.path[:end], verdict.draft_path[:end], verdict.token_ids[:end], reason)
+    return verdict
+
+
+def longest_match(tree: TokenTree, logits: Tensor) -> Verdict:
+    """Accept the deepest path of which every token is the target's argmax at its parent.
+
+    A node is alive when it and all its ancestors match: one comparison and one reduction with the
+    ancestor mask, no loop over nodes. Greedy decoding leaves one alive node a level at most, since siblings
+    have different tokens; were there two, either carries the same text.
+
+    Args:
+        tree: the tree that was verified.
+        logits: [nodes, vocab], the target's output at each node, in the tree's order.
+
+    Returns:
+        The accepted path and its tokens, with the target's argmax after the last of them as bonus token.
+
+    Raises:
+        NonFiniteLogitsError: a logit on the accepted path is NaN.
+    """
+    if logits.dtype == torch.float64:
+        # generate() chooses in float32; two float64 logits that are one float32 number tie there, and must tie here
+        logits = logits.float()
+    top_logit, top_token = logits.max(dim=-1)  # [nodes]; max() puts NaN above every number
+    matches = torch.ones_like(tree.token_ids, dtype=torch.bool)
+    matches[1:] = tree.token_ids[1:] == top_token[tree.parent[1:]]
+    is_alive = ~(tree.ancestor_mask & ~matches).any(dim=1)
+    deepest = torch.where(is_alive, tree.depth, -1).argmax()
+    # a stable sort brings the path's nodes to the front, by depth, without asking the device how many they are
+    levels = tree.max_depth + 1
+    path = torch.argsort((~tree.ancestor_mask[deepest]).byte(), stable=True)[:levels]
+    # off the path NaN does no harm: a wrong draft may overflow where the target's own text never goes
+    has_nan = (top_logit.isnan() & tree.ancestor_mask[deepest]).any()
+    outcome = torch.cat(
+        [
+            torch.stack([tree.depth[deepest], top_token[deepest], has_nan]),
+            path,
+            tree.draft_index[path],
+            tree.token_ids[path],
+        ]
+    ).tolist()  # the one transfer to the host
+    num_accepted, bonus_token_id, is_broken = outcome[:3]
+    _check_number(bool(is_broken))
+    nodes, draft_nodes, token_ids = (outcome[3 + i * levels :][1 : num_accepted + 1] for i in range(3))
+    return Verdict(tuple(nodes), tuple(draft_nodes), (*token_ids, bonus_token_id))
+
+
+def _check_number(is_nan: bool) -> None:
+    if is_nan:
+        raise NonFiniteLogitsError(
+            "the target's logits must be numbers, got NaN or, when sampling, nothing finite at the top; its weights "
+            "may be damaged, a processor may leave no token, or half precision overflows: try float32 or bfloat16"
+        )

@@ -1,0 +1,421 @@
+"""Tree decoding through transformers' own door: `model.generate(..., custom_generate=dynatree_core.hf.generate)`.
+
+generate() reads its arguments, makes logits processors and stopping criteria of them, and then calls the function here
+in place of its own decoding loop. What it keeps to itself is a tokenizer and stop strings: they go through
+`generate_with`, which has its signature. `FOLDER` is the same for `custom_generate=FOLDER, trust_remote_code=True`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from dynatree_core.cache.transformers_cache import check_kept_as_is, leave_rows, take_rows
+from dynatree_core.cache.tree_cache import TreeCache
+from dynatree_core.drafters.base import Drafter
+from dynatree_core.engine.session import Session
+from dynatree_core.errors import ParameterError
+from dynatree_core.generation import run
+from dynatree_core.hf.rows import check_rows, joined, processors_of_row
+from dynatree_core.models.architectures import cache_argument
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["FOLDER", "generate", "generate_with"]
+
+FOLDER = str(Path(__file__).with_name("folder"))  # by transformers' convention for decoding loops in a folder
+
+# ways of decoding that are not tree decoding -> the value that asks for none of it
+_REFUSED = {
+    "num_beams": 1,
+    "guidance_scale": 1,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+_CACHES = ("cache", "past_key_values")  # the argument's name from transformers 5.24.0 on, and before
+# what generate() prepares for its own loop and a session makes for itself
+_NOT_NEEDED = {"use_cache", "logits_to_keep", "cache_position", "position_ids", "attention_mask", *_CACHES}
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+# arguments of generate() that it hands to no custom loop -> what to do instead
+_KEPT_BACK = {
+    "assistant_model": "give the small model as drafter=",
+    "synced_gpus": "leave it out: tree decoding runs in one process",
+}
+
+
+class _Recorder(LogitsProcessor):
+    """Changes nothing, and keeps the scores that it sees: one [1, vocab] for each emitted token."""
+
+    def __init__(self) -> None:
+        self.scores: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.scores.append(scores.clone())
+        return scores
+
+
+@attrs.frozen(eq=False)
+class _Asked:
+    """What generate() has made of its arguments, and the options of tree decoding."""
+
+    model: nn.Module
+    input_ids: Tensor  # [rows, tokens]
+    config: GenerationConfig
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    drafter: nn.Module | Drafter | str | None
+    policy: str | object | Sequence[str | object]
+    options: Mapping[str, Any]
+    model_kwargs: Mapping[str, Any]
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences to generate."""
+        return self.input_ids.shape[0]
+
+    def of_row(self, name: str, row: int) -> Tensor | None:
+        """The mask or the positions of one row, [1, tokens]."""
+        values: Tensor | None = self.model_kwargs.get(name)
+        return values[row : row + 1] if values is not None and values.shape[0] == self.num_rows else values
+
+    @property
+    def cache(self) -> Any:
+        """The caller's cache, or the empty one that generate() has made; None where there is none."""
+        return next((self.model_kwargs[name] for name in _CACHES if self.model_kwargs.get(name) is not None), None)
+
+    @property
+    def is_cache_wanted(self) -> bool:
+        """Whether somebody will look at the cache behind the generation."""
+        # transformers marks a caller's cache from the version on in which it renamed the argument
+        is_marked = cache_argument(self.model) == "cache"
+        is_callers = getattr(self.cache, "_is_user_defined", not is_marked)
+        return self.cache is not None and bool(is_callers or self.config.return_dict_in_generate)
+
+
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    generation_config: GenerationConfig | None = None,
+    drafter: nn.Module | Drafter | str | None = "prompt_lookup",
+    policy: str | object | Sequence[str | object] = "phase3",
+    streamer: Any = None,
+    options: Mapping[str, Any] | None = None,
+    **model_kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """For `model.generate(**inputs, custom_generate=generate, drafter=..., policy=...)`; not to be called otherwise.
+
+    Several sequences, by a batch of prompts or `num_return_sequences`, are generated one after the other, with the
+    tokens that generate() gives them (`dynatree_core.hf.rows`).
+
+    Args:
+        model: the target.
+        input_ids: the prompts, [rows, tokens], padded at their left.
+        logits_processor: made by generate(), warpers of sampling included.
+        stopping_criteria: made by generate().
+        generation_config: made by generate().
+        drafter: as in `dynatree_core.generate`.
+        policy: as in `dynatree_core.generate`.
+        streamer: one of transformers', which gets the tokens of each decode step when they are committed, and its end
+            also where an error ends the generation. generate() keeps its own to itself: it is looked up in the caller.
+        options: of `dynatree_core.generate`, such as {"tau": 0.1, "max_nodes": 64, "on_error": "fallback"}, or
+            {"tokenizer": tokenizer} for a drafter that looks at text: generate() hands its own tokenizer on to nobody.
+        model_kwargs: attention mask, positions, cache, and what generate() prepares for its own loop.
+
+    Returns:
+        Prompts and new tokens, [rows, tokens]; a `GenerateDecoderOnlyOutput` with `return_dict_in_generate`, with one
+        [1, vocab] a new token in `scores` and `logits` where they are asked for, and the cache filled.
+
+    Raises:
+        ParameterError: a way of decoding that is not tree decoding, or a cache that cannot be taken over.
+        DynaTreeError: what failed while running.
+    """
+    callers = _callers_arguments(model)
+    is_shown_prompt = streamer is None  # generate() has shown it to its own streamer
+    streamer = callers.get("streamer") if streamer is None else streamer
+    with _ended(streamer) as streamer:
+        for name, advice in _KEPT_BACK.items():
+            if callers.get(name):
+                kind = type(callers[name]).__name__
+                raise ParameterError(f"generate() hands {name} on to no custom loop, got one ({kind}); {advice}")
+        asked = _Asked(
+            model,
+            input_ids,
+            generation_config or GenerationConfig(),  # type: ignore[no-untyped-call]
+            LogitsProcessorList(logits_processor or ()),
+            StoppingCriteriaList(stopping_criteria or ()),
+            drafter,
+            policy,
+            options or {},
+            model_kwargs,
+        )
+        _check(asked, streamer)
+        if streamer is not None and not is_shown_prompt:
+            streamer.put(input_ids.cpu())
+        return _one_row(asked, streamer) if asked.num_rows == 1 else _several_rows(asked)
+
+
+def _one_row(asked: _Asked, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput:
+    config = asked.config
+    raw, processed = _Recorder(), _Recorder()
+    processors = [
+        *([raw] if config.output_logits else []),
+        *asked.processors,
+        *([processed] if config.output_scores else []),
+    ]
+    criteria: Sequence[Any] = asked.criteria
+    if config.return_dict_in_generate and config.output_scores:
+        criteria = [_with_scores(criterion, processed.scores) for criterion in asked.criteria]
+    session = _session(asked, 0, processors, criteria)
+    if asked.cache is not None and asked.cache.get_seq_length() > 0:
+        _begin_with(session, asked)
+    for report in run(session):
+        if streamer is not None:
+            for token_id in report.token_ids:
+                streamer.put(torch.tensor([token_id]))
+    if asked.is_cache_wanted and isinstance(session.cache, TreeCache):
+        leave_rows(asked.cache, session.cache, session.num_padding)
+    sequences = session.text.to(asked.input_ids.device)
+    if not config.return_dict_in_generate:
+        return sequences
+    fields: dict[str, Any] = {"sequences": sequences}
+    if config.output_scores:
+        fields["scores"] = tuple(scores.clone() for scores in processed.scores)  # recorded in inference mode
+    if config.output_logits:
+        fields["logits"] = tuple(scores.clone() for scores in raw.scores)
+    if isinstance(session.cache, TreeCache):
+        fields[cache_argument(asked.model)] = asked.cache
+    return GenerateDecoderOnlyOutput(**fields)
+
+
+def _several_rows(asked: _Asked) -> Tensor | GenerateDecoderOnlyOutput:
+    """One row after the other; with sampling each draws what generate() draws for it in the batch."""
+    rows: list[Tensor] = []
+    began: Tensor | None = None  # where the random generator stood: every row begins there
+    ends: list[Tensor] = []  # where each row has left it; a batch leaves it where the longest does
+    for row in range(asked.num_rows):
+        session = _session(asked, row, processors_of_row(asked.processors, row), asked.criteria)
+        if session.sampler is not None:
+            began = session.sampler.state() if began is None else began
+            session.sampler.restore(began)
+            session.sampler.draw_for(row, asked.num_rows)
+        for _ in run(session):
+            pass
+        rows.append(session.text[0])
+        if session.sampler is not None:
+            ends.append(session.sampler.state())
+            session.sampler.restore(max(zip(rows, ends, strict=True), key=lambda pair: pair[0].numel())[1])
+    sequences: Any = joined(rows, asked.config).to(asked.input_ids.device)
+    if asked.config.return_dict_in_generate and asked.cache is not None:
+        warnings.warn(
+            "the result of several sequences has no cache, since each of them had one of its own; give one prompt a "
+            "call, or use_cache=False",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return GenerateDecoderOnlyOutput(sequences=sequences) if asked.config.return_dict_in_generate else sequences
+
+
+def _session(asked: _Asked, row: int, processors: list[Any], criteria: Sequence[Any]) -> Session:
+    return Session(
+        asked.model,
+        asked.drafter,
+        asked.input_ids[row : row + 1],
+        policy=asked.policy,
+        # the caller's criterion may have taken the place of the config's
+        max_length=asked.criteria.max_length or asked.config.max_length,
+        eos_token_id=[],  # it is among the criteria
+        attention_mask=asked.of_row("attention_mask", row),
+        position_ids=asked.of_row("position_ids", row),
+        logits_processor=processors,
+        stopping_criteria=criteria,
+        generation_config=_only_sampling(asked.config.do_sample),
+        inherit_settings=False,  # generate() has made processors and criteria of them
+        **asked.options,
+    )
+
+
+def _begin_with(session: Session, asked: _Asked) -> None:
+    """Take over the rows of the caller's cache."""
+    beside = [name for name in ("cache", "exact", "prefix_cache") if asked.options.get(name) is not None]
+    if beside or session.num_padding or not isinstance(session.cache, TreeCache):
+        raise ParameterError(
+            f"a cache that holds rows cannot be taken over beside {', '.join(beside) or 'padding'}; leave one of them "
+            "out"
+        )
+    take_rows(asked.cache, session.cache, asked.input_ids.shape[1])
+
+
+def generate_with(
+    model: Any,
+    inputs: Tensor | None = None,
+    *,
+    drafter: nn.Module | Drafter | str | None = "prompt_lookup",
+    policy: str | object | Sequence[str | object] = "phase3",
+    streamer: Any = None,
+    options: Mapping[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    stop_strings: str | list[str] | None = None,
+    stopping_criteria: Sequence[StoppingCriteria] | None = None,
+    **settings: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """`model.generate` with trees: its arguments and its result, with `tokenizer` and `stop_strings` too.
+
+    Args:
+        model: the target.
+        inputs: the prompts, [rows, tokens], unless they are among the settings as `input_ids`.
+        drafter: as in `dynatree_core.generate`.
+        policy: as in `dynatree_core.generate`.
+        streamer: one of transformers', which gets the prompt, then the tokens of each step when they are committed.
+        options: as in `generate`.
+        tokenizer: the target's, needed with stop strings and by drafters that look at text.
+        stop_strings: texts behind which the output ends; None: those of the generation config, if it has any.
+        stopping_criteria: more of them.
+        settings: whatever else generate() takes.
+
+    Raises:
+        ParameterError: stop strings without a tokenizer, or what `generate` refuses.
+    """
+    with _ended(streamer, only_after_errors=True) as streamer:
+        criteria = StoppingCriteriaList(stopping_criteria or ())
+        configs = [one for one in (settings.get("generation_config"), model.generation_config) if one is not None]
+        for config in configs:
+            stop_strings = config.stop_strings if stop_strings is None else stop_strings
+        if stop_strings is not None:
+            if tokenizer is None:
+                raise ParameterError("stop_strings need the target's tokenizer, got none; give it as tokenizer=...")
+            criteria.append(StopStringCriteria(tokenizer, stop_strings))
+        if settings.get("cache_implementation") == "paged":
+            raise ParameterError(
+                "cache_implementation must be one of generate()'s own loops, got 'paged', continuous batching without "
+                "trees; leave it out, or decode without custom_generate"
+            )
+        for config in (settings, vars(settings.get("generation_config") or model.generation_config)):
+            if config.get("token_healing"):
+                raise ParameterError(
+                    "token_healing changes the prompt before the first token, which is not done here; give the prompt "
+                    "that model.heal_tokens(inputs, tokenizer) makes, and leave the setting out"
+                )
+        if tokenizer is not None:
+            options = {"tokenizer": tokenizer, **(options or {})}
+        decode = partial(generate, drafter=drafter, policy=policy, streamer=streamer, options=options)
+        # a folder with this as custom_generate puts it, as a partial, on the model in the place of generate
+        is_folders = isinstance(getattr(model, "__dict__", {}).get("generate"), partial)
+        transformers_generate = partial(type(model).generate, model) if is_folders else model.generate
+        # generate() does not hand its tokenizer on, so it is asked for no stop strings; where there are none nothing is
+        # said, since it warns of settings beside a config
+        unasked = {"stop_strings": None} if any(config.stop_strings is not None for config in configs) else {}
+        return transformers_generate(  # type: ignore[no-any-return]
+            inputs, custom_generate=decode, stopping_criteria=criteria, **unasked, **settings
+        )
+
+
+def _callers_arguments(model: nn.Module) -> Mapping[str, Any]:
+    """The arguments of the generate() that calls `generate`, which hands some of them to no custom loop.
+
+    There is no public way to them; without, a streamer would get nothing and never end.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:  # there may be functions of the caller's between, such as a lambda or a decorator
+        if frame.f_code is _GENERATE and frame.f_locals.get("self") is model:
+            return {name: frame.f_locals.get(name) for name in ("streamer", *_KEPT_BACK)}
+        frame = frame.f_back
+    return {}
+
+
+class _EndedOnce:
+    """A streamer that is ended once, however often it is told."""
+
+    def __init__(self, streamer: Any) -> None:
+        self._streamer = streamer
+        self._is_ended = False
+
+    def put(self, value: Tensor) -> None:
+        self._streamer.put(value)
+
+    def end(self) -> None:
+        if not self._is_ended:
+            self._is_ended = True
+            self._streamer.end()
+
+
+@contextmanager
+def _ended(streamer: Any, *, only_after_errors: bool = False) -> Iterator[_EndedOnce | None]:
+    """End a streamer however the block ends: who waits for its tokens would wait for ever."""
+    once = streamer if streamer is None or isinstance(streamer, _EndedOnce) else _EndedOnce(streamer)
+    is_done = False
+    try:
+        yield once
+        is_done = True
+    finally:
+        if once is not None and not (is_done and only_after_errors):
+            once.end()
+
+
+def _with_scores(criterion: StoppingCriteria, scores: list[Tensor]) -> Callable[[Tensor, Any], Any]:
+    """The criterion, which is told the scores of all new tokens so far, as by generate() where it keeps them."""
+    return lambda input_ids, _: criterion(input_ids, tuple(scores))
+
+
+def _only_sampling(do_sample: bool | None) -> GenerationConfig:
+    """Settings that say how to choose, and nothing about logits: top_k=0 is none, where None would be the default."""
+    settings: dict[str, Any] = {"do_sample": True, "top_k": 0} if do_sample else {}
+    return GenerationConfig(**settings)  # type: ignore[no-untyped-call]
+
+
+def _check(asked: _Asked, streamer: Any) -> None:
+    for name, neutral in _REFUSED.items():
+        value = getattr(asked.config, name, None)
+        if value not in (None, neutral):
+            raise ParameterError(
+                f"tree decoding has no {name}, got {value!r}; leave it out, or decode without custom_generate"
+            )
+    unknown = [name for name, value in asked.model_kwargs.items() if name not in _NOT_NEEDED and value is not None]
+    if unknown:
+        raise ParameterError(f"tree decoding cannot hand {', '.join(unknown)} on to the model; leave it out")
+    num_tokens = asked.input_ids.shape[1]
+    described = [asked.model_kwargs[name] for name in ("attention_mask", "position_ids") if name in asked.model_kwargs]
+    lengths = {value.shape[-1] for value in described if value is not None}
+    lengths |= {getattr(asked.config, "_mask_length", num_tokens)}  # where generate() has dropped a mask of ones
+    if lengths != {num_tokens}:
+        raise ParameterError(
+            f"input_ids must be the whole text, what a cache holds of it included, got {num_tokens} tokens and a mask "
+            f"or positions for {max(lengths)}"
+        )
+    if asked.cache is not None:
+        check_kept_as_is(asked.cache)
+        if asked.config.use_cache is False and _is_callers_cache(asked):
+            raise ParameterError(
+                "a cache is used and filled here, got one beside use_cache=False; leave one of them out"
+            )
+    if asked.num_rows > 1:
+        check_rows(asked.config, asked.processors, asked.criteria, streamer, is_cache_callers=_is_callers_cache(asked))
+
+
+def _is_callers_cache(asked: _Asked) -> bool:
+    return asked.cache is not None and (
+        bool(getattr(asked.cache, "_is_user_defined", False)) or asked.cache.get_seq_length() > 0
+    )

@@ -1,0 +1,278 @@
+"""Which models take a tree mask, and in which form. What is not known to be exact is refused, not tried.
+
+Each family named here was compared in float64: one pass over a tree against separate passes over each of its
+paths (tests/test_architectures.py does it again for every one of them).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+from dynatree_core.errors import UnsupportedModelError
+from dynatree_core.tree.flatten import FlatTrees
+
+__all__ = [
+    "EXACT_FAMILIES",
+    "AttentionLayout",
+    "attention_layout",
+    "cache_argument",
+    "check_causal_lm",
+    "forward_parameters",
+    "max_positions",
+    "num_embeddings",
+    "vocab_size",
+]
+
+# as in a configuration's layer_types
+_FULL = "full_attention"
+_SLIDING = "sliding_attention"
+
+# How a family lets its layers look back: "all" the way; within config.sliding_window if there is one, in "every" layer;
+# or by "layer" as config.layer_types says, with a mask for each type. A setting that a family ignores is ignored here.
+# model type -> which; each passes a 4-D mask through to every layer
+EXACT_FAMILIES = {
+    "cohere": "all",
+    "cohere2": "layer",
+    "deepseek_v3": "all",
+    "falcon": "all",
+    "gemma": "all",
+    "gemma2": "layer",
+    "gemma3_text": "layer",
+    "glm4": "all",
+    "gpt2": "all",
+    "gpt_neox": "all",
+    "gpt_oss": "layer",
+    "gptj": "all",
+    "granite": "all",
+    "llama": "all",
+    "ministral3": "every",
+    "mistral": "every",
+    "mixtral": "every",
+    "olmo": "all",
+    "olmo2": "all",
+    "olmo3": "layer",
+    "olmoe": "all",
+    "opt": "all",
+    "phi": "all",
+    "phi3": "every",
+    "qwen2": "layer",
+    "qwen2_moe": "layer",
+    "qwen3": "layer",
+    "qwen3_moe": "every",
+    "smollm3": "layer",
+    "stablelm": "all",
+    "starcoder2": "every",
+}
+
+_GENERATE = "; decode it with its own generate"
+_ALIBI = "its ALiBi position biases follow the order of the cache, not the positions in the tree" + _GENERATE
+# model type -> why not, where its configuration does not tell
+_REASONS = {
+    "bloom": _ALIBI,
+    "gpt_neo": "its local layers cut the mask by the order of the cache, not by the positions in the tree" + _GENERATE,
+}
+
+
+@attrs.frozen
+class AttentionLayout:
+    """How one model wants its masks."""
+
+    windows: dict[str, int | None]  # layer type -> how far back it sees, itself counted; None: all the way
+    is_mapping: bool  # one mask a layer type in a dict, rather than one mask for all layers
+    is_additive: bool  # eager attention adds a float mask to the scores; SDPA takes a boolean one
+
+    def masks(self, flat: FlatTrees, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+        """The `attention_mask` argument for the model's forward, [batch, 1, rows, slots] each.
+
+        Windows are measured in positions: slots of a tree are not in the order of positions.
+        """
+        masks = {kind: self._mask(flat, window, dtype) for kind, window in self.windows.items()}
+        return masks if self.is_mapping else next(iter(masks.values()))
+
+    def _mask(self, flat: FlatTrees, window: int | None, dtype: torch.dtype) -> Tensor:
+        visible = flat.visible
+        if window is not None:
+            distance = flat.position_ids[:, :, None] - flat.slot_positions[:, None, :]
+            visible = visible & (distance < window)
+        if self.is_additive:  # SDPA with a float mask of another dtype than the queries is silently wrong
+            visible = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+        return visible[:, None]
+
+
+def attention_layout(model: nn.Module) -> AttentionLayout:
+    """How the model wants its masks.
+
+    Raises:
+        UnsupportedModelError: the attention implementation takes no tree mask.
+    """
+    config: Any = model.config
+    implementation = config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"tree attention needs attn_implementation 'sdpa' or 'eager', which take a mask for every pair of tokens, "
+            f"got '{implementation}'; load the model with attn_implementation='sdpa'"
+        )
+    is_additive = implementation == "eager"
+    looks_back = EXACT_FAMILIES[config.model_type]
+    if looks_back == "layer":
+        kinds = sorted(set(config.layer_types))
+        windows = {kind: config.sliding_window if kind == _SLIDING else None for kind in kinds}
+    else:
+        windows = {"all": config.sliding_window if looks_back == "every" else None}
+    return AttentionLayout(windows, is_mapping=looks_back == "layer", is_additive=is_additive)
+
+
+def check_causal_lm(model: nn.Module, role: str) -> None:
+    """Refuse a model on which tree decoding is not known to be exact.
+
+    Args:
+        role: "target" or "drafter", for the message.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "model_type"):
+        raise UnsupportedModelError(
+            f"the {role} must be a transformers causal language model, got {type(model).__name__}; "
+            "load it with AutoModelForCausalLM.from_pretrained"
+        )
+    reason = _reason_against(model, config)
+    if reason:
+        raise UnsupportedModelError(
+            f"the {role} ({type(model).__name__}, model type '{config.model_type}') "
+            f"cannot be decoded with trees: {reason}"
+        )
+
+
+def _reason_against(model: nn.Module, config: Any) -> str | None:
+    model_type = config.model_type
+    kinds = set(getattr(config, "layer_types", None) or ())
+    dropping = [name for name, part in model.named_modules() if part.training and _drops(part)]
+    if model.training or dropping:
+        where = f" in {dropping[0]}" if dropping and not model.training else ""
+        return f"it is in training mode{where}, where dropout makes its output random; call model.eval() first"
+    if getattr(config, "is_encoder_decoder", False):
+        return f"it is an encoder-decoder, and only decoder-only models are supported{_GENERATE}"
+    if getattr(model, "_is_stateful", False) or "conv" in kinds:
+        return (
+            "it carries a state from token to token (recurrent, convolutional or compressed), which can neither branch "
+            "at a node nor take rejected tokens back" + _GENERATE
+        )
+    if getattr(config, "text_config", None) is not None:
+        return "it wraps its text model together with others; take that out of it and pass it alone"
+    if _sees_later_tokens(config):
+        return "its tokens see later ones, so a text cannot be decoded from its cache; choose a causal model"
+    if any(_mixes_rows(type(part)) for part in model.modules()):
+        return (
+            "its activations are quantised by what is in all rows of a pass, so what a node says depends on the nodes "
+            "beside it; quantise the weights alone"
+        )
+    devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
+    if len(devices) > 1:
+        return f"its weights are on {', '.join(devices)}; load it on one device"
+    if model.get_output_embeddings() is None:  # type: ignore[operator]
+        return "it has no language-modelling head; load it with AutoModelForCausalLM.from_pretrained"
+    if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):  # Falcon, MPT
+        return _ALIBI
+    if kinds - {_FULL, _SLIDING}:
+        names = ", ".join(sorted(kinds - {_FULL, _SLIDING}))
+        return f"what its layers of type {names} look back to is not known for trees{_GENERATE}"
+    if model_type in _REASONS:
+        return _REASONS[model_type]
+    if model_type not in EXACT_FAMILIES:
+        return f"it has not been shown to be exact there; known to be: {', '.join(EXACT_FAMILIES)}"
+    if "position_ids" not in forward_parameters(model):
+        return "its forward takes no position_ids, so siblings could not share a position"
+    return None
+
+
+def _drops(part: Any) -> bool:
+    """Whether a module drops numbers at random while it is in training mode."""
+    shares = (getattr(part, name, 0) for name in ("p", "attention_dropout", "dropout_p"))
+    return any(isinstance(share, float) and share > 0 for share in shares)
+
+
+def _mixes_rows(layer: type) -> bool:
+    """Whether a quantised layer looks at all rows: for one scale, or for columns that stand out (LLM.int8)."""
+    is_dynamic = layer.__module__.startswith("torch.ao.nn.quantized.dynamic")
+    return is_dynamic or (layer.__module__.startswith("bitsandbytes.") and layer.__name__ == "Linear8bitLt")
+
+
+def _sees_later_tokens(config: Any) -> bool:
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    return is_encoder or bool(getattr(config, "use_bidirectional_attention", None))
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """Positions up to which the model is exact, its context limit; None when its configuration names none.
+
+    Some rotary embeddings change all their frequencies once a text is longer than a limit, so that cached keys no
+    longer fit. Dynamic scaling does so beyond `max_position_embeddings`, longrope already beyond the original length.
+    Yarn never does; many of its configurations keep the original length as `max_position_embeddings`, so there the
+    limit is what it stretches that to.
+    """
+    config: Any = model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # flat, or by layer type
+        kind, original = parameters.get("rope_type"), parameters.get("original_max_position_embeddings")
+        if kind == "longrope":
+            limit = min((length for length in (limit, original) if length), default=None)
+        elif kind == "yarn" and limit and original and parameters.get("factor"):
+            limit = max(limit, int(original * parameters["factor"]))
+    return int(limit) if limit else None
+
+
+def vocab_size(model: nn.Module) -> int:
+    """Number of token ids that the model's head gives a logit to, padding included.
+
+    Where a wrapper of somebody's own, such as a LoRA layer, hides the head's matrix, the configuration says it.
+    """
+    return _num_rows(model.get_output_embeddings(), model)  # type: ignore[operator]
+
+
+def num_embeddings(model: nn.Module) -> int:
+    """Number of token ids that the model can read."""
+    return _num_rows(model.get_input_embeddings(), model)  # type: ignore[operator]
+
+
+def _num_rows(table: Any, model: nn.Module) -> int:
+    if hasattr(table, "weight"):
+        return int(table.weight.shape[0])
+    config: Any = model.config
+    return int(getattr(table, "num_embeddings", config.vocab_size))
+
+
+def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The named arguments of the model's forward.
+
+    A forward that hands `**kwargs` on takes what the forward of its base class takes, too: those are looked up along
+    the model's classes. `torch.compile` wraps the whole model, and its own signature says nothing.
+    """
+    plain: Any = getattr(model, "_orig_mod", model)
+    own = [vars(plain)["forward"]] if "forward" in vars(plain) else []
+    inherited = [vars(part)["forward"] for part in type(plain).__mro__ if "forward" in vars(part)]
+    found: dict[str, inspect.Parameter] = {}
+    for forward in (*own, *inherited):
+        parameters = inspect.signature(forward).parameters
+        found |= {name: parameter for name, parameter in parameters.items() if name not in found}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return found
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name of the argument by which the model's forward takes a cache.
+
+    That is `cache` from transformers 5.24.0 on, where `past_key_values` warns until it goes in 5.40, and
+    `past_key_values` before. The outermost forward that names one of them decides.
+    """
+    return next((name for name in forward_parameters(model) if name in ("cache", "past_key_values")), "cache")

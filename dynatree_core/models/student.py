@@ -1,0 +1,237 @@
+"""A student: a small model made for one target, whose token embeddings it shares.
+
+What is stored is what is its own: a few layers and a list of the tokens that it can say. Its input embeddings are the
+target's, looked up where they are; its head holds the target's rows for those tokens. So it is small on disk, and a
+level of a tree does not cost a product with the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from dynatree_core.errors import ModelLoadError, VocabularyMismatchError
+from dynatree_core.files.tensors import load_tensors, save_tensors
+from dynatree_core.files.writing import unreadable, whole_file, write_text
+from dynatree_core.models.state import is_plain
+
+__all__ = [
+    "WEIGHTS",
+    "RestrictedHead",
+    "SharedEmbedding",
+    "is_student",
+    "load_student",
+    "new_student",
+    "read_card",
+    "save_student",
+]
+
+WEIGHTS = "student.safetensors"
+CARD = "student.json"  # what target it was made for, and how
+FORMAT = 1
+HEAD_IDS = "head_ids"  # among the weights: [outputs] int32, the token of each output
+
+
+class SharedEmbedding(nn.Module):
+    """The target's input embeddings, in the student's dtype. Nothing is copied, and nothing here can be trained."""
+
+    def __init__(self, table: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        # in a tuple, so that it is no part of the student: neither moved, stored nor trained
+        self._table: tuple[Any] = (table,)
+        self.dtype = dtype
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedEmbedding:
+        return self  # there is nothing of its own to copy
+
+    @property
+    def num_embeddings(self) -> int:
+        """Token ids that it knows."""
+        return int(self._table[0].weight.shape[0])
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        embedded: Tensor = self._table[0](token_ids)
+        return embedded.detach().to(self.dtype)
+
+
+class RestrictedHead(nn.Module):
+    """The rows of the target's head for some of its tokens: logits [..., outputs] instead of [..., vocab]."""
+
+    token_ids: Tensor  # [outputs] int64, ascending
+    weight: Tensor  # [outputs, hidden]
+    bias: Tensor | None  # [outputs]
+
+    def __init__(self, head: Any, token_ids: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        rows = token_ids.long()
+        weight = _numbers(head.weight.detach())
+        bias: Tensor | None = getattr(head, "bias", None)
+        # not persistent: made from the target again whenever the student is loaded
+        self.register_buffer("token_ids", rows.to(weight.device), persistent=False)
+        self.register_buffer("weight", weight[rows].to(dtype), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach()[rows].to(dtype), persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, self.weight, self.bias)
+
+
+def _numbers(weight: Any) -> Tensor:
+    """A matrix whose rows can be picked; a quantised one is of a class that can only say all its numbers at once."""
+    if is_plain(weight) or not hasattr(weight, "dequantize"):
+        return weight  # type: ignore[no-any-return]
+    numbers: Tensor = weight.dequantize()
+    return numbers
+
+
+def new_student(
+    target: PreTrainedModel, layers: Sequence[int], head_ids: Tensor, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A student that begins as some of its target's layers, one behind the other, in eval mode.
+
+    Args:
+        target: a causal language model; it is not changed.
+        layers: which of its layers, counted from 0.
+        head_ids: [outputs] the tokens that the student can say.
+        dtype: of the student.
+
+    Raises:
+        ValueError: layers that the target does not have.
+    """
+    num_layers = int(target.config.num_hidden_layers)
+    if not layers or not all(0 <= layer < num_layers for layer in layers):
+        raise ValueError(f"the student's layers must be from 0 to {num_layers - 1}, got {list(layers)}")
+    config = copy.deepcopy(target.config)
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in layers]
+    student = _assembled(config, target, head_ids, dtype)
+    [stack] = [name for name, part in target.named_modules() if isinstance(part, nn.ModuleList)]
+    weights = dict(target.state_dict())
+    own = {}
+    for name in student.state_dict():
+        source = name
+        if name.startswith(f"{stack}."):
+            index, _, rest = name.removeprefix(f"{stack}.").partition(".")
+            source = f"{stack}.{layers[int(index)]}.{rest}"
+        own[name] = weights[source].to(dtype)
+    student.load_state_dict(own)
+    return student.eval()  # type: ignore[no-any-return, no-untyped-call]  # transformers leaves it unannotated
+
+
+def save_student(student: PreTrainedModel, folder: Path, dtype: torch.dtype, card: Mapping[str, Any]) -> None:
+    """Store what is the student's own: configuration, layers, the tokens of its head, and a card with what it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: Any = student  # transformers leaves some of its functions unannotated
+    head = parts.get_output_embeddings()
+    own = {name: weight.to(dtype) for name, weight in student.state_dict().items()}
+    with whole_file(folder / "config.json") as draft:
+        student.config.to_json_file(draft)
+    save_tensors({**own, HEAD_IDS: head.token_ids.int()}, folder / WEIGHTS)
+    sizes = {"vocab_size": parts.get_input_embeddings().num_embeddings, "hidden_size": int(head.weight.shape[1])}
+    write_text(folder / CARD, json.dumps({"format": FORMAT, **sizes, **card}, indent=2) + "\n")
+
+
+def is_student(folder: Path) -> bool:
+    """Whether a folder holds a student, rather than a model that stands alone."""
+    return (folder / CARD).is_file()
+
+
+def read_card(folder: Path) -> dict[str, Any] | None:
+    """What `save_student` has left of a student; None where it made no such folder."""
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return card if isinstance(card, dict) and {"format", "vocab_size", "hidden_size"} <= set(card) else None
+
+
+def load_student(folder: Path, target: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A stored student with its target's embeddings, on the target's device, ready to draft.
+
+    Raises:
+        ModelLoadError: the folder holds no student, or a damaged one.
+        VocabularyMismatchError: the target is not one that it can be used with.
+    """
+    if (closed := unreadable(folder / CARD, folder / "config.json", folder / WEIGHTS)) is not None:
+        raise ModelLoadError(
+            f"the drafter in '{folder}' must be one that this user may read, got {closed}; let its owner run `chmod -R "
+            f"a+rX {folder}`, or choose another drafter"
+        )
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        config = AutoConfig.from_pretrained(str(folder))
+        weights = load_tensors(folder / WEIGHTS, advice="make it again")
+        head_ids = weights.pop(HEAD_IDS)
+        made_for = card["vocab_size"], card["hidden_size"]
+    except (OSError, ValueError, KeyError, TypeError, ModelLoadError) as error:
+        raise _damaged(folder, error) from error
+    table: Any = target.get_input_embeddings()
+    got = tuple(table.weight.shape)
+    if made_for != got:
+        raise VocabularyMismatchError(
+            f"the drafter in '{folder}' shares the embeddings of its target, {card.get('target')}: {made_for[0]} "
+            f"tokens of {made_for[1]} numbers, but this target has {got[0]} of {got[1]}; choose another drafter, such "
+            "as prompt_lookup"
+        )
+    try:
+        _check_embeddings(target, head_ids)
+        student = _assembled(config, target, head_ids, dtype)
+        student.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()})
+    except (RuntimeError, IndexError) as error:  # tensors that are missing or of another shape, tokens that are none
+        raise _damaged(folder, error) from error
+    return student.eval()  # type: ignore[no-any-return, no-untyped-call]  # transformers leaves it unannotated
+
+
+def _check_embeddings(target: Any, head_ids: Tensor) -> None:
+    """Refuse a target whose embeddings or head cannot be read row by row.
+
+    Raises:
+        VocabularyMismatchError: naming their class.
+    """
+    device = target.device
+    try:
+        target.get_input_embeddings()(head_ids[:1].long().to(device))
+        _numbers(target.get_output_embeddings().weight)[head_ids[:1].long().to(device)]
+    except (RuntimeError, TypeError, AttributeError) as error:  # NotImplementedError among them
+        tables = target.get_input_embeddings(), target.get_output_embeddings()
+        kinds = " and ".join(sorted({type(getattr(table, "weight", table)).__name__ for table in tables}))
+        came = textwrap.shorten(str(error), 120, placeholder=" …")
+        raise VocabularyMismatchError(
+            f"a distilled drafter reads rows of its target's embeddings and head, which are {kinds} here and cannot be "
+            f"read so ({type(error).__name__}: {came}); leave these two layers as they are when quantising, or use the "
+            "drafter prompt_lookup"
+        ) from error
+
+
+def _damaged(folder: Path, error: Exception) -> ModelLoadError:
+    came = textwrap.shorten(str(error), 160, placeholder=" …")
+    return ModelLoadError(
+        f"cannot load the drafter in '{folder}': expected a folder made by `dynatree distill`, got "
+        f"{type(error).__name__} ({came}); make it again, or choose another drafter"
+    )
+
+
+def _assembled(
+    config: PreTrainedConfig, target: PreTrainedModel, head_ids: Tensor, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model of this configuration with random layers, the target's embeddings, and a head for some tokens."""
+    config = copy.deepcopy(config)
+    # tables as small as can be: they are replaced at once
+    config.vocab_size, config.tie_word_embeddings = 1, False
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None  # ids beyond such a table are complained of
+    auto: Any = AutoModelForCausalLM  # transformers leaves some of its functions unannotated
+    source: Any = target
+    # sampling without a seed draws from the same generators as the random layers, which are replaced as well
+    with torch.random.fork_rng([target.device] if target.device.type == "cuda" else []):
+        student = auto.from_config(config, dtype=dtype).to(target.device)
+    student.set_input_embeddings(SharedEmbedding(source.get_input_embeddings(), dtype))
+    student.set_output_embeddings(RestrictedHead(source.get_output_embeddings(), head_ids.to(target.device), dtype))
+    return cast(PreTrainedModel, student)

@@ -1,0 +1,110 @@
+"""Module paths of version 0.1 that have moved into rooms: still importable in this version, with a warning."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+__all__ = ["LEFT", "MOVED", "install", "left_name", "names_of"]
+
+MOVED: dict[str, tuple[str, ...]] = {  # old module of dynatree_core -> where its names are now
+    "cache": ("cache.tree_cache",),
+    "models": ("models.load",),
+    "plugins": ("plugins.registry", "plugins.presets", "policy.build", "drafters.build"),
+    "tree": ("tree.token_tree",),
+    "records": ("report", "cost_model", "tree.frontier", "tree.flatten", "tree.verdict", "request.limits"),
+    "composition": ("plugins.spec",),
+    "distributions": ("plugins.distributions",),
+    "foreign": ("plugins.foreign",),
+    "params": ("plugins.params",),
+    "flatten": ("tree.flatten",),
+    "architectures": ("models.architectures",),
+    "embedded": ("models.embedded", "files.folders"),
+    "model_state": ("models.state",),
+    "student": ("models.student",),
+    "wrappers": ("models.wrappers",),
+    "prefix_cache": ("cache.prefix_cache",),
+    "sink_cache": ("cache.sink_cache",),
+    "captured": ("runners.cudagraph",),
+    "packed": ("runners.packed",),
+    "runner": ("runners.runner",),
+    "acceptance": ("policy.acceptance",),
+    "hookspecs": ("policy.hookspecs",),
+    "stack": ("policy.stack",),
+    "arguments": ("request.arguments",),
+    "processors": ("request.processors",),
+    "sampling": ("request.sampling",),
+    "stopping": ("request.stopping",),
+    "commit": ("engine.commit",),
+    "decode": ("engine.decode",),
+    "draft": ("engine.draft",),
+    "feedback": ("engine.feedback",),
+    "metrics": ("engine.metrics",),
+    "prune": ("engine.prune",),
+    "row_probe": ("engine.row_probe",),
+    "session": ("engine.session",),
+    "verify": ("engine.verify",),
+    "hf_entry": ("hf.entry",),
+    "hf_export": ("hf.export",),
+    "chat": ("cli.chat",),
+    "console": ("cli.console",),
+    "scaffold": ("cli.scaffold",),
+}
+LEFT = {"SinkCache": "cache", "TreeCache": "cache"}  # names that were in the root -> the room that has them
+PACKAGE = "dynatree_core"
+
+
+def install() -> None:
+    """Have old module paths imported from where their names are now."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())  # last: it is asked for what nobody has
+
+
+def names_of(old: str) -> Callable[[str], Any]:
+    """A `__getattr__` for a package that has the name of an old module: the module's names, with a warning."""
+
+    def __getattr__(name: str) -> Any:
+        for module in _new_modules(old) if not name.startswith("__") else ():
+            if hasattr(module, name):
+                _warn(f"{PACKAGE}.{old}.{name}", f"{module.__name__}.{name}", 3)
+                return getattr(module, name)
+        raise AttributeError(f"module '{PACKAGE}.{old}' has no attribute '{name}'")
+
+    return __getattr__
+
+
+def left_name(name: str) -> Any:
+    """A name that was among the public ones of the root, with a warning."""
+    room = f"{PACKAGE}.{LEFT[name]}"
+    _warn(f"{PACKAGE}.{name}", f"{room}.{name}", 2)
+    return getattr(importlib.import_module(room), name)
+
+
+class _Finder:
+    """Finds the old modules, and loads each as a module with the names that it had."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        package, _, old = name.rpartition(".")
+        return ModuleSpec(name, self) if package == PACKAGE and old in MOVED else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None  # the usual one
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = _new_modules(module.__name__.rpartition(".")[2])
+        _warn(module.__name__, " and ".join(one.__name__ for one in new), 2)
+        for one in new:
+            vars(module).update({name: getattr(one, name) for name in one.__all__})
+
+
+def _new_modules(old: str) -> list[ModuleType]:
+    return [importlib.import_module(f"{PACKAGE}.{new}") for new in MOVED[old]]
+
+
+def _warn(old: str, new: str, level: int) -> None:
+    warnings.warn(f"{old} has moved to {new}; import it from there", DeprecationWarning, stacklevel=level + 1)

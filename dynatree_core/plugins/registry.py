@@ -1,0 +1,198 @@
+"""Finding and making plugins: policies, presets and drafters that installed packages provide.
+
+Discovery is global (entry points); activity is not: every session gets instances of its own. The built-in
+plugins come through the same door as anyone else's.
+
+What is installed can be asked without torch, which is imported where a plugin is made.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import defaultdict
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint
+from typing import Any, cast
+
+from dynatree_core.errors import (
+    DynaTreeError,
+    ParameterError,
+    PluginConflictError,
+    PluginLoadError,
+    UnknownPluginError,
+    nearest_match,
+)
+from dynatree_core.plugins.distributions import entry_points, package_of
+from dynatree_core.plugins.foreign import others_code, raised
+from dynatree_core.plugins.spec import (
+    NAME_RULE,
+    ParameterValue,
+    PluginSpec,
+    canonical_name,
+    is_name,
+)
+
+__all__ = [
+    "DRAFTERS",
+    "POLICIES",
+    "PRESETS",
+    "check_policy_name",
+    "load_plugin",
+    "make_plugin",
+    "plugin_parameters",
+    "plugin_table",
+    "plugin_variants",
+    "required_parameters",
+]
+
+POLICIES = "dynatree.policies"  # entry-point group: name -> policy class
+PRESETS = "dynatree.presets"  # name -> a stack string
+DRAFTERS = "dynatree.drafters"  # name -> Drafter class
+
+
+@functools.cache
+def plugin_table(group: str) -> dict[str, list[EntryPoint]]:
+    """Everything that is installed under a group, by name; more than one entry for a name is a conflict.
+
+    Names are as stack strings have them: an entry point `my-policy` is called `my_policy`. Read once per process: it
+    costs milliseconds, and a package installed while a program runs is not seen by it.
+    """
+    table: defaultdict[str, list[EntryPoint]] = defaultdict(list)
+    for entry_point in sorted(entry_points(group=group), key=lambda entry: entry.name):
+        table[canonical_name(entry_point.name)].append(entry_point)
+    return dict(table)
+
+
+def load_plugin(group: str, name: str) -> Any:
+    """The object behind a name.
+
+    Raises:
+        UnknownPluginError: nobody provides it; the message lists the known names and the nearest.
+        PluginConflictError: two packages provide it.
+        PluginLoadError: its package cannot be imported, or has something else there.
+    """
+    table, name = plugin_table(group), canonical_name(name)
+    if name not in table:
+        kind = group.rpartition(".")[2]
+        raise UnknownPluginError(
+            f"'{name}' is not among the installed {kind}{nearest_match(name, table)}; known are: {', '.join(table)}"
+        )
+    entry, *others = table[name]
+    if others:
+        sources = " and ".join(f"{package_of(one)[0]} ({one.value})" for one in table[name])
+        raise PluginConflictError(f"a plugin's name must be unique, but '{name}' comes from {sources}; uninstall one")
+    if not is_name(name):
+        raise PluginLoadError(
+            f"a plugin's name must be one that can be written in a stack, {NAME_RULE}, got '{entry.name}' of "
+            f"{package_of(entry)[0]}; rename its entry point"
+        )
+    with others_code(
+        lambda error: PluginLoadError(
+            f"'{name}' is installed but cannot be imported ({entry.value}: {raised(error)}); repair or uninstall it"
+        )
+    ):
+        plugin = entry.load()
+    is_right, wanted = (isinstance(plugin, str), "a string") if group == PRESETS else (callable(plugin), "a class")
+    if not is_right:
+        raise PluginLoadError(
+            f"'{name}' of {group} must be {wanted}, got {type(plugin).__name__} ({entry.value}); repair the "
+            "entry point or uninstall it"
+        )
+    return plugin
+
+
+def plugin_parameters(plugin: type) -> dict[str, ParameterValue]:
+    """A plugin's parameters with their defaults, from its constructor's signature; None where one is required.
+
+    {} for a compiled class that does not tell its signature: its constructor takes or refuses what is given.
+    """
+    return {p.name: None if p.default is p.empty else p.default for p in _parameters(plugin)}
+
+
+def required_parameters(plugin: type) -> list[str]:
+    """The parameters that have no default."""
+    return [p.name for p in _parameters(plugin) if p.default is p.empty]
+
+
+def _parameters(plugin: type) -> list[inspect.Parameter]:
+    """Those that have a name of their own; none where the signature is not known."""
+    signature = _signature(plugin)
+    if signature is None:
+        return []
+    return [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _signature(plugin: type) -> inspect.Signature | None:
+    """None for a compiled class that does not tell it, such as an extension type of Cython."""
+    try:
+        return inspect.signature(plugin)
+    except (ValueError, TypeError):
+        return None
+
+
+def plugin_variants(plugin: type) -> Mapping[str, Mapping[str, ParameterValue]]:
+    """A plugin's named parameter sets: its class attribute `variants`, if it has one.
+
+    Raises:
+        PluginLoadError: it is something else.
+    """
+    variants = getattr(plugin, "variants", {})
+    if not isinstance(variants, Mapping) or not all(isinstance(values, Mapping) for values in variants.values()):
+        raise PluginLoadError(
+            f"{plugin.__name__}.variants must map names to parameters, got {type(variants).__name__}; annotate it as "
+            "ClassVar or not at all, since attrs makes a field of anything else"
+        )
+    return variants
+
+
+def check_policy_name(name: str) -> None:
+    """Refuse a name that no installed policy has.
+
+    Raises:
+        UnknownPluginError.
+    """
+    if name not in plugin_table(POLICIES):
+        known = [*plugin_table(POLICIES), *plugin_table(PRESETS)]
+        raise UnknownPluginError(
+            f"'{name}' is not an installed policy or preset{nearest_match(name, known)}; known are: {', '.join(known)}"
+        )
+
+
+def make_plugin(group: str, spec: PluginSpec) -> object:
+    """An instance of a plugin: the class's defaults, then the variant's values, then those of the string."""
+    if group == POLICIES:
+        check_policy_name(spec.name)
+    plugin = load_plugin(group, spec.name)
+    variants = plugin_variants(plugin)
+    if spec.variant is not None and spec.variant not in variants:
+        raise UnknownPluginError(
+            f"'{spec.name}' has no variant '{spec.variant}'{nearest_match(spec.variant, variants)}; "
+            f"known are: {', '.join(variants) or 'none'}"
+        )
+    known_parameters, is_told = plugin_parameters(plugin), _signature(plugin) is not None
+    for name in spec.parameters:
+        if is_told and name not in known_parameters:
+            raise ParameterError(
+                f"'{spec.name}' has no parameter '{name}'{nearest_match(name, known_parameters)}; "
+                f"known are: {', '.join(known_parameters) or 'none'}"
+            )
+    values = {**variants.get(spec.variant or "", {}), **spec.parameters}
+    missing = [name for name in required_parameters(plugin) if name not in values]
+    if missing:
+        raise ParameterError(
+            f"'{spec.name}' needs a value for {', '.join(missing)}, as in '{spec.name}({missing[0]}=...)'"
+        )
+    with others_code(lambda error: _not_made(spec, error)):
+        return cast(object, plugin(**values))
+
+
+def _not_made(spec: PluginSpec, error: BaseException) -> DynaTreeError:
+    """What a constructor's error is to those who wrote the stack: its values are wrong, or its package is."""
+    if isinstance(error, DynaTreeError) and not isinstance(error, ParameterError):
+        return error
+    if isinstance(error, TypeError | ValueError):
+        return ParameterError(f"'{spec}': {error}")
+    return PluginLoadError(
+        f"'{spec}' cannot be made, its constructor raised {raised(error)}; repair or uninstall its package"
+    )

@@ -1,0 +1,1 @@
+"""Policies: the hooks, and the stack that asks them."""

@@ -1,0 +1,146 @@
+"""How likely a drafted token is to be accepted, given that its parent is: the drafter's word, corrected by experience.
+
+A beta-binomial estimate in three steps, each of which takes the one before it as its prior: nodes of a like draft
+probability, of these the nodes of the same rank among their siblings, of these the nodes of a like depth. With h of n
+such nodes accepted and a prior mean m it is (w·m + h) / (w + n), the mean of the posterior if the prior weighs as much
+as w observations. Where nothing was observed it is the drafter's own probability.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import json
+import math
+from pathlib import Path
+
+import attrs
+import torch
+from torch import Tensor
+
+from dynatree_core.errors import InputError
+from dynatree_core.files.writing import unreadable, write_text
+from dynatree_core.tree.verdict import StepReport
+
+__all__ = ["KEPT", "AcceptanceEstimator"]
+
+KEPT = 64.0  # observations of a cell that a file can stand for
+_FORMAT = 1
+
+# borders between draft probabilities that are alike, on a scale that is even in ln(p / (1 − p))
+_BORDERS = tuple(math.log(p) for p in (0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97))
+_DEEP = (1, 2, 4)
+_RANKS, _DEPTHS = 4, 4  # told apart: rank 0, 1, 2 and beyond; depth 1, 2, 3 to 4, and beyond
+_STEPS = ((len(_BORDERS) + 1,), (len(_BORDERS) + 1, _RANKS), (len(_BORDERS) + 1, _RANKS, _DEPTHS))
+
+
+def _no_counts() -> list[Tensor]:
+    return [torch.zeros(2, *shape, dtype=torch.float32) for shape in _STEPS]
+
+
+@attrs.define(eq=False)
+class AcceptanceEstimator:
+    """Learns from verdicts, and predicts for children that may be drafted.
+
+    A policy keeps one in a field of its own: `attrs.field(factory=AcceptanceEstimator, init=False)`.
+    """
+
+    weights: tuple[float, float, float] = (8.0, 16.0, 16.0)  # of each step's prior, in observations
+    counts: list[Tensor] = attrs.field(factory=_no_counts, init=False, repr=False)  # of each step: accepted, judged
+    # [2, cells]: slope and offset of the estimate over the draft probability, which follow from the counts; None: anew
+    _line: Tensor | None = attrs.field(default=None, init=False, repr=False)
+
+    def predict(self, logprob: Tensor, rank: Tensor, depth: Tensor | int) -> Tensor:
+        """Probabilities that nodes are accepted if their parents are.
+
+        Args:
+            logprob: natural log of the draft probability given the parent, of any shape; -inf gives 0.
+            rank: place among the siblings from 0 on, of a shape that fits.
+            depth: of the nodes, 1 for children of the root.
+        """
+        if self._line is None or self._line.device != logprob.device:
+            self._line = self._estimate().to(logprob.device)
+        slope, offset = self._line.unbind()
+        cell = self._cell(logprob, rank, depth)
+        estimate = slope[cell] * logprob.exp().clamp(max=1) + offset[cell]
+        return torch.where(logprob > -torch.inf, estimate, 0)
+
+    def observe(self, report: StepReport) -> None:
+        """Count a step's verdict: the target has judged the children of each accepted node.
+
+        A step in which the generation stops is left out, since nothing is known of what would have come.
+        """
+        tree = report.tree
+        if tree.num_drafted == 0 or report.verdict.stop_reason is not None:
+            return
+        is_accepted = torch.zeros(tree.num_nodes, dtype=torch.float32, device=tree.device)
+        is_accepted[[0, *report.verdict.path]] = 1
+        judged = is_accepted[tree.parent[1:]]  # 1 for the children of accepted nodes
+        cell = self._cell(tree.logprob[1:], tree.rank[1:], tree.depth[1:])
+        outcomes = torch.stack([judged * is_accepted[1:], judged])
+        self.counts = [counts.to(tree.device) for counts in self.counts]
+        for counts, finer in zip(self.counts, (_RANKS * _DEPTHS, _DEPTHS, 1), strict=True):
+            counts.flatten(1).index_add_(1, cell // finer, outcomes)
+        self._line = None
+
+    def save(self, path: Path) -> None:
+        """Keep what was observed in a file (JSON), which is there whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        counts = [counts.tolist() for counts in self.counts]
+        write_text(path, json.dumps({"format": _FORMAT, "counts": counts}) + "\n")
+
+    def load(self, path: Path) -> None:
+        """Begin with what `save` has kept: cells that were judged more than `KEPT` times count as if that often.
+
+        So the share that was accepted is remembered, and another text is noticed within some `KEPT` verdicts.
+
+        Raises:
+            InputError: the file is not one of these.
+        """
+        if (closed := unreadable(path)) is not None:
+            raise InputError(f"acceptance counts must be in a file that may be read, got {closed}; `chmod a+r` it")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            counts = [torch.tensor(step, dtype=torch.float32) for step in found["counts"]]
+            is_ours = found["format"] == _FORMAT and [step.shape for step in counts] == [
+                (2, *shape) for shape in _STEPS
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} must hold acceptance counts that were saved before, got {error!r}; delete it to begin anew"
+            ) from error
+        if not is_ours or not all(bool((step >= 0).all() and (step[0] <= step[1]).all()) for step in counts):
+            raise InputError(f"{path} must hold acceptance counts of this version, got others; delete it to begin anew")
+        self.counts = [step * (KEPT / step[1].clamp(min=KEPT)) for step in counts]
+        self._line = None
+
+    def _estimate(self) -> Tensor:
+        """[2, cells]: each step takes the mean before it to (w·mean + accepted) / (w + judged), so all are a line."""
+        device = self.counts[0].device
+        slope = torch.ones(_STEPS[0], dtype=torch.float32, device=device)
+        offset = torch.zeros((), dtype=torch.float32, device=device)
+        for weight, (accepted, judged) in zip(self.weights, self.counts, strict=True):
+            if accepted.ndim > 1:
+                slope, offset = slope[..., None], offset[..., None]
+            share = weight / (weight + judged)
+            slope, offset = share * slope, share * offset + accepted / (weight + judged)
+        return torch.stack([slope.flatten(), offset.flatten()])
+
+    def _cell(self, logprob: Tensor, rank: Tensor, depth: Tensor | int) -> Tensor:
+        """Which nodes are alike by draft probability, rank and depth: the number of a cell of the last step."""
+        borders, deep = _on(logprob.device)
+        alike = torch.bucketize(logprob.contiguous(), borders)
+        if isinstance(depth, Tensor):
+            depth_class: Tensor | int = torch.bucketize(depth, deep)
+        else:
+            depth_class = bisect.bisect_left(_DEEP, depth)
+        return (alike * _RANKS + rank.clamp(max=_RANKS - 1)) * _DEPTHS + depth_class
+
+
+@functools.cache
+def _on(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The borders between probabilities and between depths, where the trees are."""
+    return torch.tensor(_BORDERS, dtype=torch.float32, device=device), torch.tensor(_DEEP, device=device)

@@ -1,0 +1,140 @@
+"""What changes the target's logits before a token is chosen: transformers' logits processors, as generate() has them.
+
+They act in generate()'s order, each node of a tree being judged with its own path (see verify.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    GenerationConfig,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from dynatree_core.errors import ParameterError
+from dynatree_core.request.arguments import merged
+
+__all__ = ["logits_processors"]
+
+
+def logits_processors(
+    config: GenerationConfig,
+    own: list[LogitsProcessor],
+    *,
+    eos_token_ids: frozenset[int],
+    num_prompt: int,
+    num_padding: int,
+    max_length: int,
+    vocab: int,
+    device: torch.device,
+) -> LogitsProcessorList:
+    """The processors that the settings ask for, the caller's own, then those of sampling, as `generate` has them.
+
+    Args:
+        config: the settings.
+        own: the caller's processors; one of them takes the place of one of the same class that the settings ask for.
+        eos_token_ids: tokens that end the generation.
+        num_prompt: tokens of the prompt, padding included.
+        num_padding: padding tokens at its left, on which there is no repetition penalty.
+        max_length: tokens of prompt and output at most.
+        vocab: size of the vocabulary.
+        device: where the logits are.
+
+    Raises:
+        ParameterError: a setting has a value that its processor refuses.
+    """
+    eos = torch.tensor(sorted(eos_token_ids), device=device) if eos_token_ids else None
+    try:
+        asked = _from_settings(config, eos, num_prompt, num_padding, max_length, str(device))
+        last = _for_sampling(config, str(device)) if config.do_sample else []
+        if config.watermarking_config is not None:
+            last.append(config.watermarking_config.construct_processor(vocab, str(device)))
+        if config.renormalize_logits:
+            last.append(LogitNormalization())
+    except (TypeError, ValueError) as error:
+        raise ParameterError(f"a setting of the generation cannot be used: {error}") from error
+    return LogitsProcessorList([*merged(asked, own), *last])
+
+
+def _from_settings(
+    config: GenerationConfig,
+    eos: torch.Tensor | None,
+    num_prompt: int,
+    num_padding: int,
+    max_length: int,
+    device: str,
+) -> list[LogitsProcessor]:
+    processors: list[LogitsProcessor] = []
+    if config.sequence_bias is not None:
+        processors.append(SequenceBiasLogitsProcessor(config.sequence_bias))
+    if config.repetition_penalty not in (None, 1):
+        processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty, num_padding or None))
+    if config.no_repeat_ngram_size:
+        processors.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+    if config.bad_words_ids is not None:
+        processors.append(NoBadWordsLogitsProcessor(config.bad_words_ids, eos))
+    if config.min_length and config.min_new_tokens is None and eos is not None:  # generate() lets the latter win
+        processors.append(MinLengthLogitsProcessor(config.min_length, eos, device=device))
+    if config.min_new_tokens and eos is not None:
+        processors.append(MinNewTokensLengthLogitsProcessor(num_prompt, config.min_new_tokens, eos, device=device))
+    if config.forced_bos_token_id is not None:
+        processors.append(ForcedBOSTokenLogitsProcessor(config.forced_bos_token_id))
+    if config.forced_eos_token_id is not None:
+        processors.append(ForcedEOSTokenLogitsProcessor(max_length, config.forced_eos_token_id, device=device))
+    if config.remove_invalid_values:
+        processors.append(InfNanRemoveLogitsProcessor())
+    if config.exponential_decay_length_penalty is not None:
+        if eos is None:
+            raise ValueError("exponential_decay_length_penalty needs an end token, got none")
+        processors.append(ExponentialDecayLengthPenalty(config.exponential_decay_length_penalty, eos, num_prompt))
+    if config.suppress_tokens is not None:
+        processors.append(SuppressTokensLogitsProcessor(config.suppress_tokens, device=device))
+    if config.begin_suppress_tokens is not None:
+        # a forced first token is not the one to be suppressed, but the one after it
+        begin = num_prompt + (num_prompt == 1 and config.forced_bos_token_id is not None)
+        processors.append(SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, begin, device=device))
+    return processors
+
+
+def _for_sampling(config: GenerationConfig, device: str) -> list[LogitsProcessor]:
+    """What reshapes the distribution that a token is drawn from."""
+    processors: list[LogitsProcessor] = []
+    if config.temperature not in (None, 1):
+        processors.append(TemperatureLogitsWarper(config.temperature))
+    if config.top_h is not None:
+        processors.append(TopHLogitsWarper(config.top_h))
+    if config.top_k not in (None, 0):
+        processors.append(TopKLogitsWarper(config.top_k))
+    if config.top_p is not None and config.top_p < 1:
+        processors.append(TopPLogitsWarper(config.top_p))
+    if config.min_p is not None:
+        processors.append(MinPLogitsWarper(config.min_p))
+    if config.typical_p is not None and config.typical_p < 1:
+        processors.append(TypicalLogitsWarper(config.typical_p))
+    if config.epsilon_cutoff:
+        processors.append(EpsilonLogitsWarper(config.epsilon_cutoff))
+    if config.eta_cutoff:
+        processors.append(EtaLogitsWarper(config.eta_cutoff, device=device))
+    return processors

@@ -1,0 +1,1 @@
+"""Runners: how a forward pass is computed."""

@@ -1,0 +1,255 @@
+"""The `packed` runner: a model whose linear layers multiply with weights laid out for few rows, for CPUs.
+
+A decode step multiplies each weight matrix with a handful of rows. The usual matrix product takes the matrix as it
+lies, which costs a pass over two rows nearly twice what one row costs. oneDNN can lay a matrix out once, in blocks as
+its kernels read them; then eight rows cost little more than one, which is what a tree needs. It is what
+torch.compile does with frozen weights on a CPU, without the minutes of compiling.
+
+Layers that read the same rows, such as those for queries, keys and values, are one matrix and one product.
+
+Over a long context attention is the larger part. Under a mask transformers repeats the keys and values of grouped heads
+for every query head in each layer; here the kernel is told that they are grouped, with the same result to the last bit.
+
+The model itself is not changed. The packed one is a second set of module objects around the same parameters, with a
+copy of each matrix, so it takes up as much memory again. It is kept as long as the model is, and made anew when weights
+were changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+import threading
+import weakref
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.pytorch_utils import Conv1D
+
+from dynatree_core.errors import ParameterError
+from dynatree_core.models.state import is_plain, state_of
+from dynatree_core.models.student import RestrictedHead
+
+__all__ = ["can_pack", "is_packed", "pack", "packed_bytes"]
+
+ATTENTION = "dynatree_grouped"  # under which transformers knows grouped_attention
+
+# layers of one module that read the same rows, by their names in transformers. Names alone decide nothing: layers get
+# their share of a product only for the very rows that it was computed for
+READ_THE_SAME = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+# rows that the layout is chosen for; measured with 1, 8 and 16, which is as good, and better than 1 for any number
+ROWS_HINT = 8
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers' "sdpa" computes, without repeating the keys and values of grouped heads.
+
+    Args:
+        module: the attention layer.
+        query: [batch, heads, rows, head_dim]
+        key, value: [batch, key heads, slots, head_dim]
+        attention_mask: [batch, 1, rows, slots] bool; anything else is left to transformers.
+        dropout, scaling: of the layer.
+        others: what some families pass on besides.
+
+    Returns:
+        [batch, rows, heads, head_dim], and no attention weights.
+    """
+    unusual = others.get("position_bias"), others.get("softcap")
+    if attention_mask is None or any(other is not None for other in unusual):
+        usual: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+        return usual
+    seen = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )
+    return seen.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, grouped_attention)
+
+
+class _Product:
+    """The packed copy of the matrices of layers, one below the other, and their product with the last rows."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        matrices = [layer.weight.t() if type(layer) is Conv1D else layer.weight for layer in layers]
+        self.num_outputs = [matrix.shape[0] for matrix in matrices]
+        matrix = torch.cat(matrices) if len(layers) > 1 else matrices[0].contiguous()  # [outputs, inputs]
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(matrix, ROWS_HINT)  # opaque to everything but oneDNN
+        self.bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+        # one tuple, so that threads never see the rows of one pass with the product of another
+        self._last: tuple[Tensor, tuple[Tensor, ...]] | None = None
+
+    def of(self, rows: Tensor, layer: int) -> Tensor:
+        """The product of rows [..., inputs] with one layer's matrix: computed for all when the first of them asks."""
+        if len(self.num_outputs) == 1:
+            return self._computed(rows)
+        last = self._last
+        if last is None or last[0] is not rows:
+            last = self._last = rows, torch.split_with_sizes(self._computed(rows), self.num_outputs, dim=-1)
+        if layer == len(self.num_outputs) - 1:
+            self._last = None  # all have it
+        return last[1][layer]
+
+    def _computed(self, rows: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
+        return product
+
+
+class _Packed(nn.Module):
+    """A linear layer whose matrix is in a packed product."""
+
+    product: _Product
+    place: int  # among the layers of the product
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if rows.dtype != self.product.packed.dtype or torch.is_autocast_enabled("cpu"):
+            plain: Tensor = super().forward(rows)
+            return plain
+        return self.product.of(rows, self.place)
+
+
+class _PackedLinear(_Packed, nn.Linear):
+    pass
+
+
+class _PackedHead(_Packed, RestrictedHead):
+    pass
+
+
+class _PackedConv1D(_Packed, Conv1D):  # GPT-2's linear layer
+    pass
+
+
+_KINDS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: _PackedLinear,
+    RestrictedHead: _PackedHead,
+    Conv1D: _PackedConv1D,
+}
+
+
+@attrs.frozen(eq=False)
+class _Entry:
+    """The packed copy of one model, and how that model was then."""
+
+    model: nn.Module
+    state: Hashable
+
+
+_entries: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Whether a model has linear layers that oneDNN packs here.
+
+    That is on an x86-64 CPU, for others have not been tried, with plain tensors in float32 or, where the CPU multiplies
+    in it, bfloat16.
+    """
+    device: torch.device = model.device  # type: ignore[assignment]
+    onednn: Any = torch.backends.mkldnn  # torch leaves it unannotated
+    is_known = platform.machine().lower() in ("x86_64", "amd64")
+    has_kernels = is_known and onednn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    is_here = all(_is_here(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    return device.type == "cpu" and has_kernels and is_here and any(map(_is_packable, model.modules()))
+
+
+def _is_here(tensor: Tensor) -> bool:
+    """Whether it is plain numbers in this machine's memory."""
+    return is_plain(tensor) and tensor.device.type == "cpu" and tensor.layout == torch.strided
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """What the packed copies of a model's matrices take up."""
+    layers: list[Any] = [layer for layer in model.modules() if _is_packable(layer)]
+    return sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """The packed copy of a model, made at the first call: a second for each four gigabytes.
+
+    Sessions and threads share it. It is made anew when weights were changed in place or are others, when a module was
+    replaced, when a plain attribute of a module or the configuration was changed, and when another attention was
+    chosen; what may be missed says `dynatree_core.models.state`.
+
+    Raises:
+        ParameterError: something on the model cannot be copied.
+    """
+    with _lock:
+        state = state_of(model)
+        entry = _entries.get(model)
+        if entry is None or entry.state != state:
+            entry = _Entry(_packed_copy(model), state)
+            _entries[model] = entry
+        return entry.model
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether there is a packed copy of a model already, as it was at some time."""
+    with _lock:
+        return model in _entries
+
+
+@torch.no_grad()
+def _packed_copy(model: nn.Module) -> nn.Module:
+    # whatever is in the memo is taken as it is, not copied
+    as_they_are = {id(part): part for part in (*model.parameters(), *model.buffers())}
+    try:
+        twin: Any = copy.deepcopy(model, as_they_are)
+    except Exception as error:  # of whatever somebody has put on a module
+        raise ParameterError(
+            f"the packed runner copies the model's modules with all that is on them, which failed: {error}; take that "
+            "off, or use runner='eager'"
+        ) from error
+    # families that do not look attention up by its name, such as Falcon, know "sdpa" only
+    if twin.config._attn_implementation == "sdpa" and twin._supports_attention_backend:
+        twin.config._attn_implementation = ATTENTION
+    for layers in _products(twin):
+        product = _Product(layers)
+        for place, layer in enumerate(layers):
+            layer.__class__ = _KINDS[type(layer)]
+            layer.product, layer.place = product, place
+    packed: nn.Module = twin
+    return packed
+
+
+def _products(model: nn.Module) -> list[list[Any]]:
+    """The layers that can be packed, those together that read the same rows."""
+    together: list[list[Any]] = []
+    for part in model.modules():
+        for names in READ_THE_SAME:
+            layers = [getattr(part, name, None) for name in names]
+            if all(map(_is_packable, layers)) and len(set(map(_kind, layers))) == 1:
+                together.append(layers)
+    done = {id(layer) for layers in together for layer in layers}
+    return together + [[part] for part in model.modules() if _is_packable(part) and id(part) not in done]
+
+
+def _kind(layer: Any) -> Hashable:
+    """What layers must have in common to be one product."""
+    return type(layer), layer.weight.shape[-1], layer.weight.dtype, layer.bias is None
+
+
+def _is_packable(layer: Any) -> bool:
+    if type(layer) not in _KINDS:  # a class of its own may multiply in its own way
+        return False
+    dtype: torch.dtype = layer.weight.dtype
+    has_bfloat16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or has_bfloat16

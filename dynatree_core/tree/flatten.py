@@ -1,0 +1,106 @@
+"""Flatten and mask: lay trees out breadth first for one forward pass.
+
+A node sees the committed prefix, its own ancestors and itself. Its position is the number of committed
+tokens before the root plus its depth, so siblings share a position whatever slot they stand in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from dynatree_core.tree.token_tree import TokenTree
+
+__all__ = ["FlatTrees", "flatten", "flatten_chain", "flatten_level"]
+
+
+@attrs.frozen(eq=False)
+class FlatTrees:
+    """Trees laid out for one forward pass; one batch row a tree, padded to the longest."""
+
+    token_ids: Tensor  # [batch, rows] int64
+    position_ids: Tensor  # [batch, rows] int64
+    visible: Tensor  # [batch, rows, slots] bool: which cache slots a row attends to
+    slot_positions: Tensor  # [batch, slots] int64: the position of the token that a slot holds
+    num_places: int  # different positions that the rows have, from that of the first row on
+
+    @property
+    def num_rows(self) -> int:
+        return self.token_ids.shape[1]
+
+
+def flatten(
+    trees: Sequence[TokenTree], prefix_lens: Sequence[int], *, min_rows: int = 0, min_slots: int = 0
+) -> FlatTrees:
+    """Lay out whole trees, the root as row 0, for the target.
+
+    Args:
+        trees: one tree a batch row.
+        prefix_lens: committed rows in the cache of each batch row; the root is not among them.
+        min_rows: rows of the pass at least.
+        min_slots: cache slots that the mask spans at least; those behind the rows are seen by nobody.
+
+    Returns:
+        Rows and slots are padded to the longest. A padding row sees only itself (a row that sees nothing
+        is NaN after softmax), and nothing else sees it.
+    """
+    batch, device = len(trees), trees[0].device
+    rows = max(min_rows, *(tree.num_nodes for tree in trees))
+    slots = max(min_slots, max(prefix_lens) + rows)
+    token_ids = torch.zeros(batch, rows, dtype=torch.int64, device=device)
+    position_ids = torch.zeros(batch, rows, dtype=torch.int64, device=device)
+    visible = torch.zeros(batch, rows, slots, dtype=torch.bool, device=device)
+    slot_positions = torch.arange(slots, device=device).repeat(batch, 1)
+    for row, (tree, prefix_len) in enumerate(zip(trees, prefix_lens, strict=True)):
+        nodes = tree.num_nodes
+        token_ids[row, :nodes] = tree.token_ids
+        position_ids[row, :nodes] = tree.depth + prefix_len
+        visible[row, :nodes, :prefix_len] = True
+        visible[row, :nodes, prefix_len : prefix_len + nodes] = tree.ancestor_mask
+        if nodes < rows:
+            visible[row, nodes:, prefix_len + nodes : prefix_len + rows].diagonal().fill_(True)
+        slot_positions[row, prefix_len : prefix_len + nodes] = position_ids[row, :nodes]
+    num_places = 1 + max(tree.max_depth for tree in trees)
+    return FlatTrees(token_ids, position_ids, visible, slot_positions, num_places)
+
+
+def flatten_chain(token_ids: Tensor, prefix_len: int) -> FlatTrees:
+    """Lay out consecutive tokens [rows] behind `prefix_len` cached ones: a plain causal block."""
+    rows, device = token_ids.numel(), token_ids.device
+    slot_positions = torch.arange(prefix_len + rows, device=device)
+    position_ids = slot_positions[prefix_len:]
+    visible = slot_positions <= position_ids[:, None]
+    return FlatTrees(token_ids[None], position_ids[None], visible[None], slot_positions[None], num_places=rows)
+
+
+def flatten_level(tree: TokenTree, prefix_len: int, num_cached: int | None = None) -> FlatTrees:
+    """Lay out a growing tree's last level for the drafter, and levels before it that it has not seen.
+
+    The drafter's cache holds `prefix_len` committed rows, the root among them, and behind them drafted nodes in their
+    order.
+
+    Args:
+        tree: the tree so far.
+        prefix_len: committed rows.
+        num_cached: drafted nodes in the cache, whole levels; None: all but those of the last level.
+    """
+    first = tree.last_level.start if num_cached is None else 1 + num_cached
+    rows = tree.num_nodes - first
+    prefix = torch.ones(rows, prefix_len, dtype=torch.bool, device=tree.device)
+    visible = torch.cat([prefix, tree.ancestor_mask[first:, 1:]], dim=1)
+    node_positions = tree.depth[1:] + (prefix_len - 1)
+    prefix_positions = torch.arange(prefix_len, device=tree.device)
+    num_places, places_rows = 0, 0
+    while places_rows < rows:
+        num_places += 1
+        places_rows += tree.level_sizes[-num_places]
+    return FlatTrees(
+        token_ids=tree.token_ids[first:][None],
+        position_ids=node_positions[first - 1 :][None],
+        visible=visible[None],
+        slot_positions=torch.cat([prefix_positions, node_positions])[None],
+        num_places=num_places,
+    )

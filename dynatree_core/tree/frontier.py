@@ -1,0 +1,120 @@
+"""The deepest level of a growing tree, and what a drafter proposes for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import attrs
+import torch
+from torch import Tensor
+
+from dynatree_core.cost_model import NOMINAL_COSTS, CostModel
+from dynatree_core.renamed import warn_of_old_name
+from dynatree_core.tree.token_tree import TokenTree
+
+__all__ = ["Frontier", "Proposals"]
+
+
+@attrs.frozen(eq=False)
+class Proposals:
+    """A drafter's distribution over the children of each frontier node, best first.
+
+    Where a drafter knows fewer than k children, the rest has a log-probability of -inf and any valid token id.
+    """
+
+    token_ids: Tensor  # [width, k] int64
+    logprobs: Tensor  # [width, k] float32, natural log, descending along k
+    is_free: bool = False  # made without the models that the drafter usually asks, as by a union that knew enough
+
+
+@attrs.frozen(eq=False)
+class Frontier:
+    """The deepest level of a growing tree, as a policy sees it.
+
+    Depth, tree and path probabilities are at hand. What the drafter says about the children
+    (`top_token_ids`, `top_logprobs`, `confidence`, `entropy`) costs one drafter pass over the level, made when
+    a policy first looks; a level that is turned down by its depth alone costs nothing.
+    """
+
+    tree: TokenTree
+    iteration: int  # 0 for the first decode step of the session
+    nodes_left: int  # drafted nodes that the budget still allows
+    max_branch: int  # the largest branch factor that can be served
+    _propose: Callable[[], Proposals] = attrs.field(repr=False)
+    _measure: Callable[[], CostModel] = attrs.field(default=lambda: NOMINAL_COSTS, repr=False)
+
+    @cached_property
+    def costs(self) -> CostModel:
+        """What passes take on this machine; the first look on a machine measures it, which takes seconds."""
+        return self._measure()
+
+    @property
+    def width(self) -> int:
+        """Number of frontier nodes."""
+        return self.tree.level_sizes[-1]
+
+    @property
+    def depth(self) -> int:
+        """Depth of the frontier nodes, the same for all: 0 when the frontier is the root."""
+        return self.tree.max_depth
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[width] int64."""
+        return self.tree.token_ids[self.tree.last_level]
+
+    @property
+    def logprob(self) -> Tensor:
+        """[width] float32: log of each node's own draft probability given its parent."""
+        return self.tree.logprob[self.tree.last_level]
+
+    @property
+    def cum_logprob(self) -> Tensor:
+        """[width] float32: log of each node's path probability."""
+        return self.tree.cum_logprob[self.tree.last_level]
+
+    @cached_property
+    def proposals(self) -> Proposals:
+        """What the drafter proposes as children; the first look runs the drafter over this level."""
+        return self._propose()
+
+    @property
+    def is_asked(self) -> bool:
+        """Old name of `is_drafter_asked`."""
+        warn_of_old_name("Frontier.is_asked", "is_drafter_asked")
+        return self.is_drafter_asked
+
+    @property
+    def is_drafter_asked(self) -> bool:
+        """Whether anybody has looked at the proposals, so that the drafter was asked about this level."""
+        try:
+            object.__getattribute__(self, "proposals")  # which does not make what is not there
+        except AttributeError:
+            return False
+        return True
+
+    @property
+    def top_token_ids(self) -> Tensor:
+        """[width, k] int64: each node's most probable children, best first."""
+        return self.proposals.token_ids
+
+    @property
+    def top_logprobs(self) -> Tensor:
+        """[width, k] float32: log-probabilities of the children, descending; -inf where there is none."""
+        return self.proposals.logprobs
+
+    @cached_property
+    def confidence(self) -> Tensor:
+        """[width] float32 in [0, 1]: the drafter's top-1 probability at each node."""
+        return self.top_logprobs[:, 0].exp()
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """[width] float32, nats: entropy of the top-k children with the rest of the vocabulary as one outcome.
+
+        A lower bound of the full distribution's entropy, and defined alike for every drafter.
+        """
+        probs = self.top_logprobs.exp()
+        rest = (1 - probs.sum(dim=1)).clamp(min=0)
+        return -(torch.xlogy(probs, probs).sum(dim=1) + torch.xlogy(rest, rest))
