@@ -241,14 +241,14 @@ def audit_generation(
     options = {"generation_config": _plain(target), "inherit_settings": False, **options, "trust_model": True}
     target, caller = plain_model(target, "target"), target
     session = Session(target, drafter, prompt_ids, **sizes, **options)
-    if session.logits_processors or session.sampler is not None:
+    if session.request.logits_processors or session.sampler is not None:
         raise ParameterError(
             "an audit compares the target's own logits, got settings that change them or draw from them; leave them "
             "out, or compare two generations with one seed"
         )
     # of the prompt without its padding, and with the end tokens that the session has
     alike = {name: options[name] for name in ("exact", "max_nodes", "runner") if name in options}
-    sizes["eos_token_id"] = sorted(session.eos_token_ids)
+    sizes["eos_token_id"] = sorted(session.request.eos_token_ids)
     reference = _reference(target, session.prompt_ids, **alike, **sizes)
     forward = session.target.forward
     last_pass: list[Tensor] = []
@@ -265,7 +265,7 @@ def audit_generation(
         rows.append(last_pass[0][0, chosen_at])
     result = session.result()
     verified = torch.cat(rows) if rows else None
-    limit = None if session.stopping_criteria else max_new_tokens
+    limit = None if session.request.stopping_criteria else max_new_tokens
     return result, _audit(target, caller, reference, result.token_ids, limit, verified=verified, precise=precise)
 
 
@@ -365,7 +365,7 @@ def _audit(
                 f"the target's logits must be numbers to be compared, got NaN in those computed '{way}'; its weights "
                 "may be damaged, or half precision overflows: try float32 or bfloat16"
             )
-    ending = _fault_of_ending(output, reference.eos_token_ids, max_new_tokens)
+    ending = _fault_of_ending(output, reference.request.eos_token_ids, max_new_tokens)
     num_rows = reference.pass_shape.get("min_rows", 1)
     return judge(output, ways, num_rows=num_rows, ending=ending, row_fault=row_fault(target, caller))
 

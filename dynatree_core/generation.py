@@ -173,9 +173,9 @@ def _step_without_draft(session: Session) -> StepReport:
     """
     session.rollback()
     session.cache.wipe()
-    limits = session.limits
-    session.limits = attrs.evolve(limits, max_depth=0)
+    sequence, limits = session.sequence, session.sequence.limits
+    sequence.limits = attrs.evolve(limits, max_depth=0)
     try:
         return decode_step(session)
     finally:
-        session.limits = limits
+        sequence.limits = limits

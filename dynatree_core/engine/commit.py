@@ -18,7 +18,7 @@ def commit(session: Session, tree: TokenTree, verdict: Verdict) -> StepReport:
     # the root and all new tokens but the last are cached now; the last one is the next root
     num_cached = len(verdict.token_ids) - 1
     # tokens first: should this be broken off, a cache that lacks rows is filled again when the session goes on
-    session.record(report)
+    session.sequence.record(report)
     session.cache.commit([[0, *verdict.path[:num_cached]]])
     if session.draft_state is not None:
         with session.blame_drafter():

@@ -24,7 +24,7 @@ __all__ = ["draft"]
 def draft(session: Session) -> TokenTree:
     """The tree that the session's policies and drafter make of the committed tokens; the root alone, if nothing."""
     tree = TokenTree.root(session.committed_ids[-1:].clone())
-    while tree.max_depth < session.depth_limit and tree.num_drafted < session.limits.max_nodes:
+    while tree.max_depth < session.depth_limit and tree.num_drafted < session.sequence.limits.max_nodes:
         grown = _grow_level(session, tree)
         if grown is None:
             break
@@ -34,7 +34,7 @@ def draft(session: Session) -> TokenTree:
 
 def _grow_level(session: Session, tree: TokenTree) -> TokenTree | None:
     """The tree with one more level, or None when the policies or the drafter end it here."""
-    limits = session.limits
+    limits = session.sequence.limits
     nodes_left = limits.max_nodes - tree.num_drafted
     frontier = Frontier(
         tree,
@@ -66,8 +66,8 @@ def _admitted_scores(session: Session, frontier: Frontier, expand: Tensor | bool
     wanted = branch.wanted if isinstance(branch.wanted, int) else branch.wanted[:, None]
     scores = frontier.cum_logprob[:, None] + frontier.top_logprobs
     is_admitted = rank < wanted
-    if session.limits.tau > 0:
-        is_admitted = is_admitted & (scores >= math.log(session.limits.tau))
+    if session.sequence.limits.tau > 0:
+        is_admitted = is_admitted & (scores >= math.log(session.sequence.limits.tau))
     if isinstance(expand, Tensor):
         is_admitted = is_admitted & expand[:, None]
     return torch.where(is_admitted, scores, -torch.inf)

@@ -15,6 +15,7 @@ def feedback(session: Session, report: StepReport) -> StepReport:
 
     The verdict was read from the device, so the host's clock has seen all of the step's passes.
     """
-    report = session.last_report = attrs.evolve(report, seconds=session.clock.since("decode"))
+    report = attrs.evolve(report, seconds=session.clock.since("decode"))
+    session.sequence.replace_last_report(report)
     session.stack.on_iteration_end(report)
     return report

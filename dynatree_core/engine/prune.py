@@ -22,4 +22,4 @@ def prune(session: Session, tree: TokenTree) -> TokenTree:
     keep = session.stack.keep_nodes(tree)
     if keep is not None:
         tree = tree.subtree(tree.close_under_ancestors(keep))
-    return tree.first_chain() if session.is_fixed_width else tree
+    return tree.first_chain() if session.request.is_fixed_width else tree

@@ -24,7 +24,7 @@ def verify(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
     Raises:
         NonFiniteLogitsError: a logit on the path is NaN.
     """
-    if session.logits_processors or session.sampler is not None:
+    if session.request.logits_processors or session.sampler is not None:
         return follow(session, tree, logits)
     return _until_stop(session, longest_match(tree, logits))
 
@@ -42,14 +42,14 @@ def follow(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
     chosen: list[int] = []
     node = 0
     while True:
-        choices = session.pending.choices
+        choices = session.sequence.pending.choices
         if len(chosen) == len(choices):
             choices.append(_choose(session, chosen, logits[node : node + 1]))
         chosen.append(choices[len(chosen)])
         child = children.get((node, chosen[-1]))
         if child is not None:
             path.append(child)
-        reason = session.reason_to_stop(chosen)
+        reason = session.sequence.reason_to_stop(chosen)
         if child is None or reason is not None:
             return Verdict(tuple(path), tuple(draft_index[i] for i in path), tuple(chosen), reason)
         node = child
@@ -58,8 +58,8 @@ def follow(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
 def _choose(session: Session, before: list[int], logits: Tensor) -> int:
     """The token behind these new ones, by the target's logits [1, vocab] there, processors, and chance where asked."""
     own_logits = logits.to(torch.float32, copy=True)  # a processor may write into it
-    text = session.text_with(before)  # [1, tokens]
-    scores = session.logits_processors(text, own_logits)  # type: ignore[arg-type]  # transformers says LongTensor
+    text = session.sequence.text_with(before)  # [1, tokens]
+    scores = session.request.logits_processors(text, own_logits)  # type: ignore[arg-type]  # transformers says LongTensor
     top_score, token = scores.max(dim=-1)
     # where nothing is possible, or something infinitely likely, there is no law to draw from
     is_broken = top_score.isnan() if session.sampler is None else ~top_score.isfinite()
@@ -67,14 +67,14 @@ def _choose(session: Session, before: list[int], logits: Tensor) -> int:
     _check_number(bool(is_nan))
     if session.sampler is None:
         return int(best)
-    session.pending.draws[len(before) :] = [session.sampler.state()]
+    session.sequence.pending.draws[len(before) :] = [session.sampler.state()]
     return int(session.sampler.draw(scores))
 
 
 def _until_stop(session: Session, verdict: Verdict) -> Verdict:
     """The verdict, cut after the first token at which the generation stops."""
     for end in range(1, len(verdict.token_ids) + 1):
-        reason = session.reason_to_stop(verdict.token_ids[:end])
+        reason = session.sequence.reason_to_stop(verdict.token_ids[:end])
         if reason is not None:
             return Verdict(verdict.path[:end], verdict.draft_path[:end], verdict.token_ids[:end], reason)
     return verdict

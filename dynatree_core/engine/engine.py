@@ -1,0 +1,222 @@
+"""The engine: a target, a drafter, and all that generations with them share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dynatree_core.cache.prefix_cache import PrefixCache, PrefixReuse
+from dynatree_core.cache.sink_cache import SinkCache
+from dynatree_core.cache.tree_cache import TreeCache
+from dynatree_core.clock import StageClock
+from dynatree_core.cost_model import CostModel
+from dynatree_core.costs import measured_costs
+from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
+from dynatree_core.drafters.build import build_drafter
+from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.drafters.union import models_of
+from dynatree_core.engine.row_probe import refuse_dependent_rows
+from dynatree_core.errors import DrafterError, ForwardPassError, OutOfMemoryError, ParameterError
+from dynatree_core.models.architectures import vocab_size
+from dynatree_core.models.state import can_infer
+from dynatree_core.models.wrappers import plain_model
+from dynatree_core.plugins.foreign import others_code, raised
+from dynatree_core.request.request import Options, Request
+from dynatree_core.runners.runner import ModelRunner, drafters_runner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Engine"]
+
+ENGINE_OPTIONS = ("costs", "now", "prefix_cache", "runner", "tokenizer", "trust_model")
+MAX_FREE_CACHES = 2  # as many as have memory without a generation
+CAPACITY_STEP = 256  # slots: a cache is made a little larger than asked, so that it suits the next generation too
+
+
+class Engine:
+    """What computes generations: models, runners, cache memory, measured costs and kept prefixes.
+
+    One engine serves one generation after another (`Session.on`). What it has made for one, such as the memory of a
+    cache, is there for the next. It looks at its models once; tell it by `refresh` when one was changed. `generate`,
+    `stream` and `Session` make an engine for each call, and so see every change.
+
+    Args:
+        target: a transformers causal language model in eval mode.
+        drafter: a model with the target's vocabulary, a registered drafter's name, a Drafter, or None.
+        runner: how forward passes are computed, as in `dynatree_core.generate`.
+        tokenizer: the target's, for stop strings and for drafters that look at text.
+        prefix_cache: for prompts that begin as earlier ones did.
+        trust_model: whether to take a target with code of somebody's own as it is.
+        costs: what iterations take; None: it is measured where a policy asks.
+        now: seconds since any moment, for the times in reports; None: the host's clock.
+
+    Raises:
+        InputError: a model or an argument that cannot be used.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        drafter: nn.Module | Drafter | str | None = None,
+        *,
+        runner: str = "auto",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        prefix_cache: PrefixCache | None = None,
+        trust_model: bool = False,
+        costs: CostModel | None = None,
+        now: Callable[[], float] | None = None,
+    ) -> None:
+        if not isinstance(prefix_cache, PrefixCache | None):
+            raise ParameterError(f"prefix_cache must be a PrefixCache, got {prefix_cache!r:.60}")
+        self.caller = target  # as the caller knows it, such as PEFT's wrapper
+        self.target = plain_model(target, "target", is_trusted=trust_model)
+        self.device: torch.device = self.target.device  # type: ignore[assignment]
+        self.vocab_size = vocab_size(self.target)
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.prefix_cache = prefix_cache
+        self.trust_model = trust_model
+        self._given_drafter = drafter
+        self._given_costs = costs
+        self._now = now
+        self.refresh()
+
+    @functools.cached_property
+    def drafter(self) -> Drafter | None:
+        """Made when a generation first needs it, since it may load a model."""
+        given = self._given_drafter
+        if given is None or isinstance(given, Drafter):
+            return given
+        return build_drafter(given) if isinstance(given, str) else ModelDrafter(given)
+
+    @property
+    def drafter_name(self) -> str | None:
+        return None if self.drafter is None else str(self.drafter)
+
+    def refresh(self) -> None:
+        """Look at the models anew when the next generation begins: one of them was changed."""
+        self._is_admitted = False
+        self._can_infer = True
+        self._free: list[TreeCache] = []  # no generation uses them
+        self._costs: dict[str, CostModel] = {}  # by the name of the runner
+
+    def admit(self) -> None:
+        """See, once, that the target's rows are independent of each other.
+
+        Raises:
+            UnsupportedModelError: they are not.
+        """
+        if self._is_admitted:
+            return
+        if not self.trust_model:
+            refuse_dependent_rows(self.target, self.caller)
+        self._can_infer = all(map(can_infer, [self.target, *models_of(self.drafter)]))
+        self._is_admitted = True
+
+    def request(self, input_ids: Tensor | Sequence[int] | Mapping[str, Tensor], **options: Any) -> Request:
+        """Read and check what is asked of one generation.
+
+        Args:
+            input_ids: the prompt.
+            options: those of `dynatree_core.generate` that are not the engine's own.
+
+        Raises:
+            InputError: something that cannot be used.
+        """
+        return Request.parse(
+            self.target,
+            input_ids,
+            Options.named(options),
+            caller=self.caller,
+            tokenizer=self.tokenizer,
+            trust_model=self.trust_model,
+            other_options=ENGINE_OPTIONS,
+        )
+
+    def without_gradients(self) -> AbstractContextManager[None]:
+        """A context for passes: torch's inference mode, where the models' weights can be used in it."""
+        return torch.inference_mode() if self._can_infer else torch.no_grad()
+
+    # what a generation takes from it
+
+    def new_clock(self) -> StageClock:
+        return StageClock(self.device, self._now)
+
+    def new_runner(
+        self, request: Request, clock: StageClock, on_prefill: Callable[[int, int], None] | None
+    ) -> ModelRunner:
+        """What computes the target's passes of one generation."""
+        return ModelRunner(self.target, clock, request.positions, on_prefill, self._runner_of(request.is_fixed_width))
+
+    def new_cache(self, request: Request) -> TreeCache | SinkCache:
+        """An empty cache for the target's rows of one generation."""
+        if request.kept is not None:
+            return SinkCache(self.target, request.kept, request.limits.max_nodes)
+        capacity = request.num_tokens + max(request.limits.max_nodes, request.pass_rows)
+        return TreeCache(capacity, is_zeroed=request.is_fixed_width)
+
+    def new_prefix(self, request: Request, cache: TreeCache | SinkCache) -> PrefixReuse | None:
+        """The use that one generation makes of the prefix cache; None where its rows are not those of others."""
+        if self.prefix_cache is None or not request.can_reuse_prefix:
+            return None
+        assert isinstance(cache, TreeCache), "a cache that moves has no part in it"
+        prefix = PrefixReuse(self.prefix_cache)
+        prefix.add(self.target, cache)
+        return prefix
+
+    def start_drafter(
+        self,
+        request: Request,
+        clock: StageClock,
+        prefix: PrefixReuse | None,
+        on_prefill: Callable[[int, int], None] | None,
+    ) -> DraftState | None:
+        """The drafter in one generation; None without one."""
+        if self.drafter is None:
+            return None
+        return self.drafter.start(
+            DraftPlan(
+                self.vocab_size,
+                request.num_tokens,
+                request.limits.max_nodes,
+                self.device,
+                clock,
+                self.target,
+                request.kept,
+                prefix=prefix,
+                runner=drafters_runner(self._runner_of(request.is_fixed_width)),
+                on_prefill=on_prefill,
+                tokenizer=self.tokenizer,
+            )
+        )
+
+    def costs(self, is_fixed_width: bool, clock: StageClock) -> CostModel:
+        """What iterations take, measured at the first call if nobody has before on this machine.
+
+        Args:
+            is_fixed_width: whether every pass has one shape.
+            clock: of the generation that asks, to which the time of measuring does not count.
+        """
+        if self._given_costs is not None:
+            return self._given_costs
+        runner = self._runner_of(is_fixed_width)
+        if runner not in self._costs:
+            with clock.leave_out(), others_code(self._blamed, DrafterError, ForwardPassError, OutOfMemoryError):
+                self._costs[runner] = measured_costs(self.target, self.drafter, runner=runner, tokenizer=self.tokenizer)
+        return self._costs[runner]
+
+    def _runner_of(self, is_fixed_width: bool) -> str:
+        """The runner by name. With passes of one shape "auto" is the plain one.
+
+        Its products round each row alike wherever it stands, as was measured (docs/audit.md).
+        """
+        return "eager" if is_fixed_width and self.runner == "auto" else self.runner
+
+    def _blamed(self, error: BaseException) -> BaseException:
+        return DrafterError(f"drafter '{self.drafter_name}' raised {raised(error)}")

@@ -1,0 +1,228 @@
+"""The request: all that a caller asks of one generation, read and checked before anything runs.
+
+`Options` has a field for each thing that can be asked, as it was given. `Request.parse` holds it against a target and
+makes a `Request` of it: plain values, of which nothing changes while the text is generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+
+from dynatree_core.cache.sink_cache import SinkWindow, refuse_beside
+from dynatree_core.errors import ParameterError
+from dynatree_core.models.architectures import forward_parameters, max_positions, vocab_size
+from dynatree_core.models.wrappers import refuse_own_generate
+from dynatree_core.policy.build import build_stack
+from dynatree_core.policy.stack import PolicyStack
+from dynatree_core.request.arguments import (
+    checked_list,
+    checked_positions,
+    checked_prompt,
+    checked_seed,
+    end_token_ids,
+    fixed_width,
+    guessed_mask,
+    new_token_limit,
+    num_padding,
+    refuse_other_inputs,
+    resolved_limits,
+    settings_of,
+)
+from dynatree_core.request.limits import Limits
+from dynatree_core.request.processors import logits_processors
+from dynatree_core.request.stopping import Criterion
+from dynatree_core.request.stopping import stopping_criteria as criteria_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Options", "Request"]
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Options:
+    """What can be asked of one generation, as it is given; `dynatree_core.generate` says what each means."""
+
+    policy: str | object | Sequence[str | object] = "phase3"
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    attention_mask: Tensor | Sequence[int] | None = None
+    position_ids: Tensor | Sequence[int] | None = None
+    generation_config: GenerationConfig | None = None
+    inherit_settings: bool = True
+    logits_processor: Sequence[LogitsProcessor] | None = None
+    stopping_criteria: Sequence[StoppingCriteria] | None = None
+    seed: int | None = None
+    tau: float | None = None
+    max_nodes: int | None = None
+    max_depth: int | None = None
+    max_branch: int = 16
+    cache: str | None = None
+    exact: str | None = None
+    on_prefill: Callable[[int, int], None] | None = None
+    on_error: str = "raise"
+    settings: Mapping[str, object] = attrs.field(factory=dict)  # generate()'s own, by name
+
+    @classmethod
+    def named(cls, options: Mapping[str, Any]) -> Options:
+        """Those that have a field, and the rest as `generate`'s settings."""
+        names = set(OPTION_NAMES)
+        settings = {name: value for name, value in options.items() if name not in names}
+        return cls(**{name: value for name, value in options.items() if name in names}, settings=settings)
+
+
+OPTION_NAMES = tuple(field.name for field in attrs.fields(Options) if field.name != "settings")
+
+
+@attrs.frozen(eq=False)
+class Request:
+    """One generation that is asked of one target. Good for one sequence: processors and criteria may remember calls."""
+
+    given_ids: tuple[int, ...]  # the prompt as it was given, with its padding
+    num_padding: int  # of these, at the left
+    positions: tuple[int, ...] | None  # of the prompt without padding, where they are not 0, 1, 2, …
+    max_new_tokens: int
+    eos_token_ids: frozenset[int]
+    do_sample: bool
+    seed: int | None  # None: torch's global generator
+    logits_processors: LogitsProcessorList
+    stopping_criteria: Sequence[Criterion]
+    stack: PolicyStack
+    limits: Limits
+    kept: SinkWindow | None  # all that the cache keeps of the text, if that is bounded
+    pass_rows: int  # rows that every verification pass has at least
+    is_fixed_width: bool  # whether every verification pass has one shape
+    on_prefill: Callable[[int, int], None] | None
+    on_error: str  # "raise" or "fallback"
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The prompt without its padding."""
+        return self.given_ids[self.num_padding :]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and output, at most."""
+        return len(self.given_ids) - self.num_padding + self.max_new_tokens
+
+    @property
+    def can_reuse_prefix(self) -> bool:
+        """Whether rows of other generations are this one's: at other positions, or in passes of one shape, they differ.
+
+        Where every pass has one shape, rows of passes of other shapes may be rounded otherwise.
+        """
+        return self.positions is None and not self.is_fixed_width and self.kept is None
+
+    @classmethod
+    def parse(
+        cls,
+        target: nn.Module,
+        input_ids: Tensor | Sequence[int] | Mapping[str, Tensor],
+        options: Options,
+        *,
+        caller: nn.Module | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        trust_model: bool = False,
+        other_options: Sequence[str] = (),
+    ) -> Request:
+        """Read and check what is asked; nothing is run.
+
+        Args:
+            target: the model that computes the text.
+            input_ids: the prompt, [tokens] or [1, tokens], or what a tokenizer returns.
+            options: the rest.
+            caller: what the caller knows as the target, such as PEFT's wrapper around it; its generation config counts.
+            tokenizer: the target's.
+            trust_model: whether a `generate` of somebody's own on the target is taken to change nothing.
+            other_options: names that can be given beside these, for the hint in an error message.
+
+        Raises:
+            InputError: something that cannot be used.
+        """
+        if options.inherit_settings and not trust_model:  # or it is the target's generate that has called
+            refuse_own_generate(target)
+        if options.on_error not in ("raise", "fallback"):
+            raise ParameterError(f"on_error must be 'raise' or 'fallback', got {options.on_error!r}")
+        vocab = vocab_size(target)
+        attention_mask, position_ids = options.attention_mask, options.position_ids
+        if isinstance(input_ids, Mapping):  # what a tokenizer returns
+            attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
+            position_ids = input_ids.get("position_ids") if position_ids is None else position_ids
+            refuse_other_inputs(input_ids, forward_parameters(target))
+            input_ids = input_ids.get("input_ids", ())
+        given_ids = checked_prompt(input_ids, vocab)
+        config = settings_of(
+            (target if caller is None else caller) if options.inherit_settings else None,
+            options.generation_config,
+            options.settings,
+            (*OPTION_NAMES, *other_options),
+        )
+        eos_token_ids = end_token_ids(config, options.eos_token_id)
+        if attention_mask is None and isinstance(input_ids, Tensor):  # what generate() takes too; a list is all text
+            attention_mask = guessed_mask(given_ids, config.pad_token_id, eos_token_ids)
+        padding = num_padding(attention_mask, len(given_ids))
+        positions = checked_positions(position_ids, len(given_ids))
+        positions = positions and positions[padding:]
+        if positions == [*range(len(given_ids) - padding)]:
+            positions = None  # those that it has anyway
+        kept = SinkWindow.parse(options.cache)
+        if kept is not None:
+            refuse_beside(kept, options.exact, positions)
+        max_new_tokens = new_token_limit(
+            *_asked_length(options),
+            len(given_ids),
+            len(given_ids) - padding if positions is None else max(positions) + 1,
+            max_positions(target) if kept is None else None,
+        )
+        device: torch.device = target.device  # type: ignore[assignment]
+        processors = logits_processors(
+            config,
+            checked_list("logits_processor", options.logits_processor, LogitsProcessor),
+            eos_token_ids=eos_token_ids,
+            num_prompt=len(given_ids),
+            num_padding=padding,
+            max_length=len(given_ids) + max_new_tokens,
+            vocab=vocab,
+            device=device,
+        )
+        seed = checked_seed(options.seed) if config.do_sample else None
+        own_criteria = checked_list("stopping_criteria", options.stopping_criteria, StoppingCriteria)
+        criteria = criteria_of(config, own_criteria, tokenizer)
+        if any(type(criterion) is EosTokenCriteria for criterion in own_criteria):
+            eos_token_ids = frozenset()  # the caller's own says where texts end
+        stack = build_stack(options.policy)
+        pass_rows, max_nodes = fixed_width(options.exact, options.max_nodes)
+        limits = resolved_limits(stack, options.max_depth, max_nodes, options.tau, options.max_branch, vocab)
+        return cls(
+            given_ids=tuple(given_ids),
+            num_padding=padding,
+            positions=None if positions is None else tuple(positions),
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos_token_ids,
+            do_sample=config.do_sample,
+            seed=seed,
+            logits_processors=processors,
+            stopping_criteria=criteria,
+            stack=stack,
+            limits=limits,
+            kept=kept,
+            pass_rows=pass_rows,
+            is_fixed_width=options.exact is not None,
+            on_prefill=options.on_prefill,
+            on_error=options.on_error,
+        )
+
+
+def _asked_length(options: Options) -> tuple[int | None, int | None]:
+    """New tokens and tokens in all, as they are asked for: in the call, else in the given configuration."""
+    config = options.generation_config
+    if options.max_new_tokens is not None or options.max_length is not None or config is None:
+        return options.max_new_tokens, options.max_length
+    return config.max_new_tokens, config.max_length if config.max_new_tokens is None else None
