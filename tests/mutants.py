@@ -179,8 +179,8 @@ MUTANTS = (
     ),
     Mutant(
         "a step is recorded after the cache",
-        "    session.record(report)\n    session.cache.commit([[0, *verdict.path[:num_cached]]])\n",
-        "    session.cache.commit([[0, *verdict.path[:num_cached]]])\n    session.record(report)\n",
+        "    session.sequence.record(report)\n    session.cache.commit([[0, *verdict.path[:num_cached]]])\n",
+        "    session.cache.commit([[0, *verdict.path[:num_cached]]])\n    session.sequence.record(report)\n",
         ("tests/test_faults.py::test_interrupt[commit, after]",),
     ),
     Mutant(
@@ -230,8 +230,8 @@ MUTANTS = (
     ),
     Mutant(
         "rows at other positions will do",
-        "is_reusable = positions is None and exact is None",
-        "is_reusable = exact is None",
+        "return self.positions is None and not self.is_fixed_width and",
+        "return not self.is_fixed_width and",
         ("tests/test_prefix_cache.py::test_rows_that_a_plain_prefill_would_not_make",),
     ),
     Mutant(
@@ -279,8 +279,8 @@ MUTANTS = (
     ),
     Mutant(
         "a tree crosses the point where the window is turned back",
-        "min(self.limits.max_depth, self.num_tokens_left - 1, self.cache.max_places - 1)",
-        "min(self.limits.max_depth, self.num_tokens_left - 1)",
+        "min(self.sequence.limits.max_depth, self.sequence.num_tokens_left - 1, self.cache.max_places - 1)",
+        "min(self.sequence.limits.max_depth, self.sequence.num_tokens_left - 1)",
         (f"{SINK_TREES}[llama-option1]",),
     ),
     Mutant(
@@ -316,26 +316,26 @@ MUTANTS = (
     ),
     Mutant(
         "processors do not see the last token",
-        "text = session.text_with(before)",
-        "text = session.text_with(before[:-1])",
+        "text = session.sequence.text_with(before)",
+        "text = session.sequence.text_with(before[:-1])",
         (PROCESSORS,),
     ),
     Mutant(
         "processors act on the root only",
-        "scores = session.logits_processors(text, own_logits)",
-        "scores = own_logits if before else session.logits_processors(text, own_logits)",
+        "scores = session.request.logits_processors(text, own_logits)",
+        "scores = own_logits if before else session.request.logits_processors(text, own_logits)",
         (PROCESSORS,),
     ),
     Mutant(
         "a token of a broken step is chosen anew",
-        "choices = session.pending.choices\n",
-        "choices = session.pending.choices\n        del choices[len(chosen) :]\n",
+        "choices = session.sequence.pending.choices\n",
+        "choices = session.sequence.pending.choices\n        del choices[len(chosen) :]\n",
         ("tests/test_faults.py::test_a_callers_own_processor_or_criterion[criterion]",),
     ),
     Mutant(
         "what a broken step chose beyond the next one's tree is lost",
-        "pending = self.pending.behind(len(report.token_ids))",
-        "pending = Pending()",
+        "self.pending.behind(len(report.token_ids)),",
+        "Pending(),",
         ("tests/test_sampling.py::test_a_session_that_goes_on_with_shallower_trees_draws_the_same",),
     ),
     Mutant(
@@ -365,14 +365,14 @@ MUTANTS = (
     ),
     Mutant(
         "trees deeper than what is left",
-        "min(self.limits.max_depth, self.num_tokens_left - 1, self.cache.max_places - 1)",
-        "min(self.limits.max_depth, self.cache.max_places - 1)",
+        "min(self.sequence.limits.max_depth, self.sequence.num_tokens_left - 1, self.cache.max_places - 1)",
+        "min(self.sequence.limits.max_depth, self.cache.max_places - 1)",
         ("tests/test_lossless.py::test_the_end_of_the_context",),
     ),
     Mutant(
         "criteria are asked once a step",
-        "        if self.stopping_criteria:\n",
-        "        if self.stopping_criteria and len(token_ids) == 1:\n",
+        "        if self.request.stopping_criteria:\n",
+        "        if self.request.stopping_criteria and len(token_ids) == 1:\n",
         (STOPPING,),
     ),
     # trees that pay

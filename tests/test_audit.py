@@ -16,7 +16,6 @@ from dynatree_core import Rounding, audit_generation, audit_output
 from dynatree_core.audit import AUTOREGRESSIVE, STEPWISE, VERIFIED, WHOLE, _spacing, judge
 from dynatree_core.cache import TreeCache
 from dynatree_core.engine import decode as decode_module
-from dynatree_core.engine import session as session_module
 from dynatree_core.errors import ContextLimitError, NonFiniteLogitsError, ParameterError, PromptError
 from dynatree_core.testing.models import CONFIGS, CONTEXT, VOCAB, greedy, perturbed, tiny_model
 from dynatree_core.testing.strategies import families, model_seeds, prompts, stacks
@@ -164,7 +163,7 @@ def test_a_cache_that_keeps_wrong_rows_is_a_bug(dtype, monkeypatch):
         def commit(self, paths):
             super().commit([range(len(path)) for path in paths])
 
-    monkeypatch.setattr(session_module, "TreeCache", Careless)
+    monkeypatch.setattr("dynatree_core.engine.engine.TreeCache", Careless)
     drafter = perturbed("llama", noise=0.02)
     _, report = audit_generation(tiny("llama", dtype), drafter, PROMPT, policy=WIDE, max_new_tokens=40)
     assert report.verdict == "bug"

@@ -130,7 +130,7 @@ def test_what_was_drawn_in_a_step_that_failed_is_drawn_again(step, monkeypatch):
     options = {"policy": "fixed(tau=0.0)", "max_new_tokens": 24, "do_sample": True, "temperature": 0.7, "seed": 3}
     expected = generate(TARGET, DRAFTER, PROMPT, **options).token_ids
     session = Session(TARGET, DRAFTER, PROMPT, **options)
-    record = session.record
+    record = session.sequence.record
 
     def interrupted(report):
         if session.num_iterations == step:
@@ -138,7 +138,7 @@ def test_what_was_drawn_in_a_step_that_failed_is_drawn_again(step, monkeypatch):
             raise KeyboardInterrupt
         record(report)
 
-    monkeypatch.setattr(session, "record", interrupted)
+    monkeypatch.setattr(session.sequence, "record", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(run(session))
     list(run(session))
@@ -151,18 +151,18 @@ def test_a_session_that_goes_on_with_shallower_trees_draws_the_same():
     expected = generate(TARGET, None, PROMPT, policy="autoregressive", **options).token_ids
     for step in range(6):
         session = Session(TARGET, TARGET, PROMPT, policy="fixed(depth=6,tau=0.0)", **options)
-        record = session.record
+        record = session.sequence.record
 
         def interrupted(report, session=session, record=record, step=step):
             if session.num_iterations == step:
                 raise KeyboardInterrupt
             record(report)
 
-        session.record = interrupted
+        session.sequence.record = interrupted
         with pytest.raises(KeyboardInterrupt):
             list(run(session))
-        session.record = record
-        session.limits = attrs.evolve(session.limits, max_depth=1)
+        session.sequence.record = record
+        session.sequence.limits = attrs.evolve(session.limits, max_depth=1)
         list(run(session))
         assert session.new_token_ids == expected
 

@@ -173,7 +173,7 @@ def test_the_budget_keeps_the_most_probable_of_a_level():
     with torch.inference_mode():
         tree = draft(session)
     assert tree.level_sizes == (1, 3, 2)
-    session.limits = type(session.limits)(max_depth=4, max_nodes=1000, tau=0.0, max_branch=5)
+    session.sequence.limits = type(session.limits)(max_depth=4, max_nodes=1000, tau=0.0, max_branch=5)
     with torch.inference_mode():
         whole = draft(session)
     best = whole.cum_logprob[4:13].topk(2).values
