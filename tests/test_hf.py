@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 
 import pytest
@@ -364,6 +365,50 @@ def test_stop_strings(tokenizer):
         own.stop_strings = None
     given |= {"generation_config": GenerationConfig(stop_strings=[text[4:6]])}
     assert hf.generate_with(TARGET, PROMPT, drafter=DRAFTER, **given).tolist() == expected.tolist()
+
+
+def renamed(function):
+    """A function of somebody's own around ours, which names what it takes."""
+
+    def called(model, input_ids, tokenizer=None, **given):
+        return function(model, input_ids, tokenizer=tokenizer, **given)
+
+    called.__signature__ = inspect.signature(function)
+    return called
+
+
+@pytest.mark.parametrize("around", [lambda function: function, functools.partial, decorated, renamed])
+@pytest.mark.parametrize("is_in_config", [False, True])
+def test_stop_strings_given_to_generate_itself(tokenizer, around, is_in_config):
+    """generate() takes the tokenizer for itself, and needs it for them before it calls a loop."""
+    stop = {"stop_strings": [tokenizer.decode(TARGET.generate(PROMPT, **PLAIN)[0, 3:])[4:6]]}
+    asked = {**PLAIN, "tokenizer": tokenizer}
+    asked |= {"generation_config": GenerationConfig(**stop)} if is_in_config else stop
+    expected = TARGET.generate(PROMPT, **asked)
+    assert expected.shape[1] < 23
+    assert (
+        TARGET.generate(PROMPT, **{**asked, **TREES, "custom_generate": around(hf.generate)}).tolist()
+        == expected.tolist()
+    )
+
+
+def test_a_pipelines_stop_sequence(tokenizer):
+    pipe = pipeline("text-generation", model=TARGET, tokenizer=tokenizer)
+    asked = {"max_new_tokens": 12, "return_full_text": False, "do_sample": False}
+    [full] = pipe("the cat", **asked)
+    asked["stop_sequence"] = full["generated_text"][4:6]
+    expected = pipe("the cat", **asked)
+    assert len(expected[0]["generated_text"]) < len(full["generated_text"])
+    assert pipe("the cat", **asked, **TREES) == expected
+
+
+def test_the_signature_is_read_by_others_without_effect(tokenizer):
+    def read(generation_mode_kwargs, kwargs):
+        return list(inspect.signature(hf.generate).parameters)
+
+    asked = {}
+    assert read({"tokenizer": tokenizer}, asked)[-2:] == ["tokenizer", "model_kwargs"]
+    assert asked == {}
 
 
 def test_pipeline(tokenizer):

@@ -1,13 +1,12 @@
 """Tree decoding through transformers' own door: `model.generate(..., custom_generate=dynatree_core.hf.generate)`.
 
 generate() reads its arguments, makes logits processors and stopping criteria of them, and then calls the function here
-in place of its own decoding loop. What it keeps to itself is a tokenizer and stop strings: they go through
-`generate_with`, which has its signature. `FOLDER` is the same for `custom_generate=FOLDER, trust_remote_code=True`.
+in place of its own decoding loop. What it keeps from a function is looked up in `kept_back`. `generate_with` has the
+arguments of generate() itself, and `FOLDER` is the same for `custom_generate=FOLDER, trust_remote_code=True`.
 """
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -35,6 +33,7 @@ from dynatree_core.drafters.base import Drafter
 from dynatree_core.engine.session import Session
 from dynatree_core.errors import ParameterError
 from dynatree_core.generation import run
+from dynatree_core.hf.kept_back import WITHOUT_A_WAY, SignatureWithTokenizer, callers_arguments
 from dynatree_core.hf.rows import check_rows, joined, processors_of_row
 from dynatree_core.models.architectures import cache_argument
 
@@ -57,12 +56,6 @@ _REFUSED = {
 _CACHES = ("cache", "past_key_values")  # the argument's name from transformers 5.24.0 on, and before
 # what generate() prepares for its own loop and a session makes for itself
 _NOT_NEEDED = {"use_cache", "logits_to_keep", "cache_position", "position_ids", "attention_mask", *_CACHES}
-_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
-# arguments of generate() that it hands to no custom loop -> what to do instead
-_KEPT_BACK = {
-    "assistant_model": "give the small model as drafter=",
-    "synced_gpus": "leave it out: tree decoding runs in one process",
-}
 
 
 class _Recorder(LogitsProcessor):
@@ -124,6 +117,7 @@ def generate(
     policy: str | object | Sequence[str | object] = "phase3",
     streamer: Any = None,
     options: Mapping[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """For `model.generate(**inputs, custom_generate=generate, drafter=..., policy=...)`; not to be called otherwise.
@@ -141,8 +135,8 @@ def generate(
         policy: as in `dynatree_core.generate`.
         streamer: one of transformers', which gets the tokens of each decode step when they are committed, and its end
             also where an error ends the generation. generate() keeps its own to itself: it is looked up in the caller.
-        options: of `dynatree_core.generate`, such as {"tau": 0.1, "max_nodes": 64, "on_error": "fallback"}, or
-            {"tokenizer": tokenizer} for a drafter that looks at text: generate() hands its own tokenizer on to nobody.
+        options: of `dynatree_core.generate`, such as {"tau": 0.1, "max_nodes": 64, "on_error": "fallback"}.
+        tokenizer: the target's, which generate() needs for stop strings; drafters that look at text get it too.
         model_kwargs: attention mask, positions, cache, and what generate() prepares for its own loop.
 
     Returns:
@@ -153,11 +147,11 @@ def generate(
         ParameterError: a way of decoding that is not tree decoding, or a cache that cannot be taken over.
         DynaTreeError: what failed while running.
     """
-    callers = _callers_arguments(model)
+    callers = callers_arguments(model)
     is_shown_prompt = streamer is None  # generate() has shown it to its own streamer
     streamer = callers.get("streamer") if streamer is None else streamer
     with _ended(streamer) as streamer:
-        for name, advice in _KEPT_BACK.items():
+        for name, advice in WITHOUT_A_WAY.items():
             if callers.get(name):
                 kind = type(callers[name]).__name__
                 raise ParameterError(f"generate() hands {name} on to no custom loop, got one ({kind}); {advice}")
@@ -169,13 +163,21 @@ def generate(
             StoppingCriteriaList(stopping_criteria or ()),
             drafter,
             policy,
-            options or {},
+            _with_tokenizer(options, tokenizer),
             model_kwargs,
         )
         _check(asked, streamer)
         if streamer is not None and not is_shown_prompt:
             streamer.put(input_ids.cpu())
         return _one_row(asked, streamer) if asked.num_rows == 1 else _several_rows(asked)
+
+
+# generate() reads the function's signature, and this one hands it back the tokenizer
+generate.__signature__ = SignatureWithTokenizer.from_callable(generate)  # type: ignore[attr-defined]
+
+
+def _with_tokenizer(options: Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerBase | None) -> Mapping[str, Any]:
+    return {**({} if tokenizer is None else {"tokenizer": tokenizer}), **(options or {})}
 
 
 def _one_row(asked: _Asked, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput:
@@ -319,31 +321,17 @@ def generate_with(
                     "token_healing changes the prompt before the first token, which is not done here; give the prompt "
                     "that model.heal_tokens(inputs, tokenizer) makes, and leave the setting out"
                 )
-        if tokenizer is not None:
-            options = {"tokenizer": tokenizer, **(options or {})}
+        options = _with_tokenizer(options, tokenizer)
         decode = partial(generate, drafter=drafter, policy=policy, streamer=streamer, options=options)
         # a folder with this as custom_generate puts it, as a partial, on the model in the place of generate
         is_folders = isinstance(getattr(model, "__dict__", {}).get("generate"), partial)
         transformers_generate = partial(type(model).generate, model) if is_folders else model.generate
-        # generate() does not hand its tokenizer on, so it is asked for no stop strings; where there are none nothing is
-        # said, since it warns of settings beside a config
+        # their criterion is made above; where there are none nothing is said, since generate() warns of settings beside
+        # a config
         unasked = {"stop_strings": None} if any(config.stop_strings is not None for config in configs) else {}
         return transformers_generate(  # type: ignore[no-any-return]
             inputs, custom_generate=decode, stopping_criteria=criteria, **unasked, **settings
         )
-
-
-def _callers_arguments(model: nn.Module) -> Mapping[str, Any]:
-    """The arguments of the generate() that calls `generate`, which hands some of them to no custom loop.
-
-    There is no public way to them; without, a streamer would get nothing and never end.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:  # there may be functions of the caller's between, such as a lambda or a decorator
-        if frame.f_code is _GENERATE and frame.f_locals.get("self") is model:
-            return {name: frame.f_locals.get(name) for name in ("streamer", *_KEPT_BACK)}
-        frame = frame.f_back
-    return {}
 
 
 class _EndedOnce:
