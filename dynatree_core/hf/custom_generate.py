@@ -268,7 +268,9 @@ def _begin_with(session: Session, asked: _Asked) -> None:
             f"a cache that holds rows cannot be taken over beside {', '.join(beside) or 'padding'}; leave one of them "
             "out"
         )
-    take_rows(asked.cache, session.cache, asked.input_ids.shape[1])
+    model: Any = asked.model
+    dtype = None if torch.is_autocast_enabled(model.device.type) else model.dtype
+    take_rows(asked.cache, session.cache, asked.input_ids.shape[1], dtype)
 
 
 def generate_with(
