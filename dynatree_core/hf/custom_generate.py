@@ -35,6 +35,7 @@ from dynatree_core.errors import ParameterError
 from dynatree_core.generation import run
 from dynatree_core.hf.kept_back import WITHOUT_A_WAY, SignatureWithTokenizer, callers_arguments
 from dynatree_core.hf.rows import check_rows, joined, processors_of_row
+from dynatree_core.models.adapters import adapters_of_rows
 from dynatree_core.models.architectures import cache_argument
 
 if TYPE_CHECKING:
@@ -386,6 +387,13 @@ def _check(asked: _Asked, streamer: Any) -> None:
     unknown = [name for name, value in asked.model_kwargs.items() if name not in _NOT_NEEDED and value is not None]
     if unknown:
         raise ParameterError(f"tree decoding cannot hand {', '.join(unknown)} on to the model; leave it out")
+    adapters = adapters_of_rows(asked.model)
+    if adapters is not None and len(adapters) != 1:
+        raise ParameterError(
+            f"adapter_names must name one adapter, since rows are decoded one after the other, got "
+            f"{', '.join(adapters)}; give the prompts of each adapter a call of their own, with the model loaded anew, "
+            "since PEFT keeps to these names after an error"
+        )
     num_tokens = asked.input_ids.shape[1]
     described = [asked.model_kwargs[name] for name in ("attention_mask", "position_ids") if name in asked.model_kwargs]
     lengths = {value.shape[-1] for value in described if value is not None}
