@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,14 @@ from dynatree_core.engine.session import Session
 from dynatree_core.errors import ParameterError
 from dynatree_core.generation import run
 from dynatree_core.hf.kept_back import WITHOUT_A_WAY, SignatureWithTokenizer, callers_arguments
-from dynatree_core.hf.rows import check_rows, joined, processors_of_row
+from dynatree_core.hf.rows import (
+    check_rows,
+    has_end_token,
+    joined,
+    looks_at_all_rows,
+    pad_id_of,
+    processors_of_row,
+)
 from dynatree_core.models.adapters import adapters_of_rows
 from dynatree_core.models.architectures import cache_argument
 
@@ -170,7 +177,10 @@ def generate(
         _check(asked, streamer)
         if streamer is not None and not is_shown_prompt:
             streamer.put(input_ids.cpu())
-        return _one_row(asked, streamer) if asked.num_rows == 1 else _several_rows(asked)
+        if asked.num_rows == 1:
+            return _one_row(asked, streamer)
+        sequences = (_rows_in_step if looks_at_all_rows(asked.criteria) else _rows_in_turn)(asked)
+        return _several(asked, sequences.to(input_ids.device))
 
 
 # generate() reads the function's signature, and this one hands it back the tokenizer
@@ -214,7 +224,7 @@ def _one_row(asked: _Asked, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput
     return GenerateDecoderOnlyOutput(**fields)
 
 
-def _several_rows(asked: _Asked) -> Tensor | GenerateDecoderOnlyOutput:
+def _rows_in_turn(asked: _Asked) -> Tensor:
     """One row after the other; with sampling each draws what generate() draws for it in the batch."""
     rows: list[Tensor] = []
     began: Tensor | None = None  # where the random generator stood: every row begins there
@@ -231,7 +241,37 @@ def _several_rows(asked: _Asked) -> Tensor | GenerateDecoderOnlyOutput:
         if session.sampler is not None:
             ends.append(session.sampler.state())
             session.sampler.restore(max(zip(rows, ends, strict=True), key=lambda pair: pair[0].numel())[1])
-    sequences: Any = joined(rows, asked.config).to(asked.input_ids.device)
+    return joined(rows, pad_id_of(asked.config))
+
+
+def _rows_in_step(asked: _Asked) -> Tensor:
+    """All rows together, token by token, with criteria that are asked about the batch as generate() asks them.
+
+    A row's tokens depend on no other row, so only the end is found in step: a row is decoded as far as it is needed.
+    """
+    with ExitStack() as stack:
+        rows = []  # per row: its tokens, one after the other
+        for row in range(asked.num_rows):
+            session = _session(asked, row, processors_of_row(asked.processors, row), [])
+            rows.append(stack.enter_context(closing(token for report in run(session) for token in report.token_ids)))
+        text, pad_id = asked.input_ids, pad_id_of(asked.config)
+        is_open = torch.ones(asked.num_rows, dtype=torch.bool, device=text.device)
+        has_end = has_end_token(asked.criteria)
+        while is_open.any():
+            goes_on = is_open.tolist() if has_end else [True] * asked.num_rows
+            tokens = [next(row) if goes else pad_id for row, goes in zip(rows, goes_on, strict=True)]
+            text = torch.cat([text, text.new_tensor(tokens)[:, None]], dim=1)  # [rows, tokens]
+            shown = text.clone()
+            is_open &= ~asked.criteria(shown, None)  # type: ignore[arg-type]
+            if not torch.equal(shown, text):
+                raise ParameterError(
+                    "a stopping criterion of several sequences must leave their text as it is, got one that writes "
+                    "into it; write into a copy of input_ids"
+                )
+    return text
+
+
+def _several(asked: _Asked, sequences: Any) -> Tensor | GenerateDecoderOnlyOutput:
     if asked.config.return_dict_in_generate and asked.cache is not None:
         warnings.warn(
             "the result of several sequences has no cache, since each of them had one of its own; give one prompt a "
@@ -411,6 +451,11 @@ def _check(asked: _Asked, streamer: Any) -> None:
             )
     if asked.num_rows > 1:
         check_rows(asked.config, asked.processors, asked.criteria, streamer, is_cache_callers=_is_callers_cache(asked))
+        if isinstance(asked.drafter, Drafter) and looks_at_all_rows(asked.criteria):
+            raise ParameterError(
+                "several sequences with stopping criteria of one's own are decoded together, and each needs a drafter "
+                f"of its own, got one {type(asked.drafter).__name__}; give its name or the small model"
+            )
 
 
 def _is_callers_cache(asked: _Asked) -> bool:
