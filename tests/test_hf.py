@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+from decimal import Decimal
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +26,7 @@ from transformers import (
 )
 
 from dynatree_core import PrefixCache, generate, hf
-from dynatree_core.errors import DynaTreeError, ParameterError
+from dynatree_core.errors import DynaTreeError, ParameterError, PromptError
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import VOCAB, perturbed, tiny_model
 
@@ -69,6 +71,8 @@ class Ten(StoppingCriteria):
         {"logits_processor": [No()]},
         {"stopping_criteria": [Ten()]},
         {"max_time": 0.0},
+        {"max_time": Decimal(0)},
+        {"max_time": numpy.float32(0)},
         {"stopping_criteria": [MaxLengthCriteria(11)]},
         {"stopping_criteria": [MaxLengthCriteria(31)]},
         {"stopping_criteria": [EosTokenCriteria([4, 11, 30])]},
@@ -400,6 +404,13 @@ def test_a_pipelines_stop_sequence(tokenizer):
     expected = pipe("the cat", **asked)
     assert len(expected[0]["generated_text"]) < len(full["generated_text"])
     assert pipe("the cat", **asked, **TREES) == expected
+
+
+def test_a_pipeline_that_pads_at_the_right_is_refused(tokenizer):
+    pipe = pipeline("text-generation", model=TARGET, tokenizer=tokenizer)  # which sets the left side
+    pipe.tokenizer.padding_side = "right"
+    with pytest.raises(PromptError, match="padded at its left only"):
+        pipe(["the cat", "a hen in the barn"], batch_size=2, max_new_tokens=4, do_sample=False, **TREES)
 
 
 def test_the_signature_is_read_by_others_without_effect(tokenizer):

@@ -205,5 +205,12 @@ def test_a_streamer_of_several_is_refused_and_ended():
 def test_padding_behind_a_prompt_is_refused():
     """generate() goes on behind the padding tokens, of which the model has never seen such a place."""
     asked = {**PLAIN, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])}
-    with pytest.raises(PromptError, match="padded at its left only"):
-        TARGET.generate(PROMPTS, **asked, **TREES)
+    folder = {"custom_generate": hf.FOLDER, "trust_remote_code": True}
+    for call in (
+        lambda: TARGET.generate(PROMPTS, **asked, **TREES),
+        lambda: TARGET.generate(PROMPTS, **asked, **TREES, stopping_criteria=[Stop()]),
+        lambda: TARGET.generate(PROMPTS, **asked, **folder),
+        lambda: hf.generate_with(TARGET, PROMPTS, **asked),
+    ):
+        with pytest.raises(PromptError, match="padded at its left only"):
+            call()

@@ -262,7 +262,7 @@ def _rows_in_step(asked: _Asked) -> Tensor:
             tokens = [next(row) if goes else pad_id for row, goes in zip(rows, goes_on, strict=True)]
             text = torch.cat([text, text.new_tensor(tokens)[:, None]], dim=1)  # [rows, tokens]
             shown = text.clone()
-            is_open &= ~asked.criteria(shown, None)  # type: ignore[arg-type]
+            is_open &= ~asked.criteria(shown, None)
             if not torch.equal(shown, text):
                 raise ParameterError(
                     "a stopping criterion of several sequences must leave their text as it is, got one that writes "

@@ -58,7 +58,7 @@ def adapters_of_rows(model: nn.Module) -> list[str] | None:
     if "peft" not in sys.modules:
         return None
     # PEFT hands them to its layers by a hook on each, for as long as the call lasts
-    hooks = (hook for part in model.modules() for hook in part._forward_pre_hooks.values())
+    hooks: Iterator[Any] = (hook for part in model.modules() for hook in part._forward_pre_hooks.values())
     names = (hook.keywords["adapter_names"] for hook in hooks if "adapter_names" in getattr(hook, "keywords", ()))
     return next(names, None)
 
