@@ -143,10 +143,10 @@ def test_through_transformers(tokenizer, phrases, told):
     target = tiny_model("llama")
     asked = {"attention_mask": torch.ones_like(PROMPT), "drafter": drafter, **OPTIONS}
     assert torch.equal(hf.generate_with(target, PROMPT, tokenizer=tokenizer, **asked), output)
-    given = {"custom_generate": hf.generate, "options": {"tokenizer": tokenizer}}
-    assert torch.equal(target.generate(PROMPT, **given, **asked), output)
+    for given in ({"options": {"tokenizer": tokenizer}}, {"tokenizer": tokenizer}):
+        assert torch.equal(target.generate(PROMPT, custom_generate=hf.generate, **given, **asked), output)
     assert all(one is tokenizer for one in told)
-    assert len(told) == 2
+    assert len(told) == 3
     with pytest.raises(ParameterError, match="phrases needs the target's tokenizer, got none"):
         target.generate(PROMPT, custom_generate=hf.generate, **asked)
 
