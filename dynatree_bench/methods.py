@@ -23,7 +23,6 @@ from dynatree_bench.pairs import MethodError, Pair
 from dynatree_bench.records import Replay, Steps, Trials
 from dynatree_core import DraftPlan, GenerationReport, Session, StepReport, TokenTree, run
 from dynatree_core.clock import StageClock
-from dynatree_core.drafters.union import possible_proposals
 from dynatree_core.models.architectures import vocab_size
 from dynatree_core.tree.frontier import Proposals
 
@@ -119,13 +118,13 @@ def replay(pair: Pair, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> R
     plan = DraftPlan(
         vocab, ids.numel(), MAX_BRANCH, ids.device, StageClock(ids.device), target.model, tokenizer=target.tokenizer
     )
-    state = pair.drafter.start(plan)
+    state = pair.drafter.begin(plan)
     ranks, probabilities = [], []
     with torch.inference_mode():
         state.prefill(ids[: len(prompt_ids) - 1])
         for i, token in enumerate(token_ids, start=len(prompt_ids)):
             root = TokenTree.root(ids[i - 1 : i].clone())
-            possible = possible_proposals(state, ids[:i], root, min(MAX_BRANCH, vocab))
+            possible = state.possible_proposals(ids[:i], root, min(MAX_BRANCH, vocab))
             state.commit(())
             rank, probability = min((_place(proposals, token) for proposals in possible), key=lambda place: place[0])
             ranks.append(rank if probability > 0 else -1)
