@@ -129,8 +129,8 @@ def drafter_info(pair: Pair) -> ModelInfo | None:
             dtype=str(own.dtype).removeprefix("torch."),
             num_parameters=sum(map(math.prod, shapes)),
         )
-    others = [model for model in pair.drafter.models(pair.target.model) if model is not pair.target.model]
-    return model_info(others[0], str(pair.drafter)) if others else None
+    models = [model for model in pair.drafter.models(pair.target.model) if model is not pair.target.model]
+    return next((model_info(one, str(pair.drafter)) for one in models if isinstance(one, PreTrainedModel)), None)
 
 
 def model_info(model: PreTrainedModel, name: str | None = None) -> ModelInfo:

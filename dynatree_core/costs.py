@@ -78,7 +78,7 @@ def measured_costs(
         patience: seconds after which no further round is begun, be there fewer.
         is_anew: measure whatever is known.
         tokenizer: the target's, for a drafter that looks at text.
-        known: what this process has measured or read for this target, which is read and written; None: nothing.
+        known: what is kept of this target, as `DraftPlan.store`; what was measured is looked up there and added.
     """
     effort = (rounds, patience)
     known = {} if known is None else known
@@ -94,8 +94,8 @@ def measured_costs(
         beside = drafters_runner(runner)
         levels = _recalled(
             _identity_of_levels(drafter, target, beside),
-            lambda: _measure_drafter(drafter, target, beside, tokenizer, *effort),
-            _one_level(drafter, target, beside, tokenizer),
+            lambda: _measure_drafter(drafter, target, beside, tokenizer, known, *effort),
+            _one_level(drafter, target, beside, tokenizer, known),
             is_anew,
             known,
         )["draft"]
@@ -219,11 +219,12 @@ def _measure_drafter(
     target: nn.Module,
     runner: str,
     tokenizer: PreTrainedTokenizerBase | None,
+    store: MutableMapping[Hashable, Any],
     rounds: int,
     patience: float,
 ) -> dict[str, Any]:
     with without_gradients(target, *drafter.models(target)):
-        bench = _DrafterBench(drafter, target, runner, tokenizer)
+        bench = _DrafterBench(drafter, target, runner, tokenizer, store)
         seconds = _interleaved({width: lambda width=width: bench.level(width) for width in WIDTHS}, rounds, patience)  # type: ignore[misc]
     return {"draft": {"at": list(WIDTHS), "seconds": isotonic(list(seconds.values()))}}
 
@@ -240,13 +241,17 @@ def _one_row(target: nn.Module, runner: str) -> Callable[[], float]:
 
 
 def _one_level(
-    drafter: Drafter, target: nn.Module, runner: str, tokenizer: PreTrainedTokenizerBase | None
+    drafter: Drafter,
+    target: nn.Module,
+    runner: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    store: MutableMapping[Hashable, Any],
 ) -> Callable[[], float]:
     """The same for a drafter: another one may have taken its name."""
 
     def probe() -> float:
         with without_gradients(target, *drafter.models(target)):
-            bench = _DrafterBench(drafter, target, runner, tokenizer)
+            bench = _DrafterBench(drafter, target, runner, tokenizer, store)
             return min(bench.level(1) for _ in range(4))
 
     return probe
@@ -296,14 +301,27 @@ class _DrafterBench:
     """A drafter in a generation of its own."""
 
     def __init__(
-        self, drafter: Drafter, target: nn.Module, runner: str, tokenizer: PreTrainedTokenizerBase | None
+        self,
+        drafter: Drafter,
+        target: nn.Module,
+        runner: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        store: MutableMapping[Hashable, Any],
     ) -> None:
         self.device: torch.device = target.device  # type: ignore[assignment]
         num_prefix = min(_prefix_len(target), _room(drafter.context_limit(target)))
         clock = StageClock(self.device)
         size = vocab_size(target)
         plan = DraftPlan(
-            size, num_prefix + 2, max(WIDTHS), self.device, clock, target, runner=runner, tokenizer=tokenizer
+            size,
+            num_prefix + 2,
+            max(WIDTHS),
+            self.device,
+            clock,
+            target,
+            runner=runner,
+            tokenizer=tokenizer,
+            store=store,
         )
         # a text that repeats nothing, since a union does not ask its model where prompt lookup knows enough
         self.committed_ids = torch.arange(num_prefix, device=self.device) % size

@@ -321,6 +321,7 @@ def test_benches_and_chats(small, folder):
     info = drafter_info(pair)
     assert info is not None
     assert (info.name, info.num_parameters) == (str(small), sum(one.numel() for one in small.model.parameters()))
+    assert drafter_info(Pair(pair.target, build_drafter("bigram"))) is None, "it has no configuration to be named by"
     assert pair.drafter_model is None, "only a drafter of the class 'model' is one that transformers could draft with"
     output = greedy(target, PROMPT, 12)
     as_model = Pair(pair.target, as_built_in(small))

@@ -10,6 +10,7 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import attrs
 import pytest
 import torch
 from hypothesis import given
@@ -19,6 +20,7 @@ from students import HEAD_IDS, drafter_of_each_kind, tiny_student
 
 from dynatree_core import DraftPlan, Proposals, TokenTree, build_drafter, generate
 from dynatree_core.clock import StageClock
+from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.base import Drafter, DraftState, padded_proposals
 from dynatree_core.drafters.distilled import DistilledDrafter, fast_dtype
 from dynatree_core.drafters.model import ModelDrafter
@@ -183,6 +185,30 @@ def test_a_student_goes_with_its_target(tmp_path):
     del target, student
     gc.collect()
     assert [one() for one in held] == [None, None]
+
+
+def test_a_student_that_is_kept_may_be_used_in_any_mode(tmp_path):
+    """Also if costs were measured first, which is done in inference mode: such tensors count no changes."""
+    target = tiny_model("llama")
+    save_student(tiny_student(target), tmp_path, torch.float32, {"target": "tiny"})
+    plan = DraftPlan(VOCAB, 64, 32, CPU, StageClock(CPU), target)
+    with torch.inference_mode():
+        state = DistilledDrafter(str(tmp_path)).start(plan)
+    assert not any(tensor.is_inference() for tensor in state.runner.model.state_dict(keep_vars=True).values())
+
+
+def test_costs_are_measured_with_the_student_that_generations_use(tmp_path, monkeypatch):
+    monkeypatch.setattr("dynatree_core.costs.folder", lambda: tmp_path / "costs")
+    target, loaded = tiny_model("llama"), []
+    save_student(tiny_student(target), tmp_path, torch.float32, {"target": "tiny"})
+    load = load_student
+    monkeypatch.setattr(
+        "dynatree_core.drafters.distilled.load_student", lambda *given: loaded.append(given) or load(*given)
+    )
+    known = {}
+    measured_costs(target, DistilledDrafter(str(tmp_path)), rounds=1, patience=0.0, known=known)
+    DistilledDrafter(str(tmp_path)).start(attrs.evolve(plan_for(target), store=known))
+    assert len(loaded) == 1
 
 
 def test_threads_that_begin_at_once_load_a_student_once(tmp_path, monkeypatch):

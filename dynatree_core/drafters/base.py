@@ -7,6 +7,7 @@ in the `DraftState` that it starts for each session.
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -141,7 +142,7 @@ class OwnWeights:
 class DraftState(abc.ABC):
     """A drafter in one generation."""
 
-    # True if `propose` may be called for a level whose parent level was skipped, and for none of a tree's levels
+    # true if `propose` may be called for a level whose parent level was skipped, or for no level of a tree at all
     can_skip_levels = False
 
     @abc.abstractmethod
@@ -228,7 +229,7 @@ class _ElsewhereState(DraftState):
 
 def device_of(model: nn.Module) -> torch.device | None:
     """The device of a model's first tensor; None if it has no tensor."""
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
+    return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
 
 
 def padded_proposals(token_ids: Tensor, logprobs: Tensor, k: int) -> Proposals:

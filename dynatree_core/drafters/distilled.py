@@ -63,7 +63,7 @@ class DistilledDrafter(Drafter):
         weights, dtype = self.folder / WEIGHTS, self._dtype_on(plan.device)
         written = weights.stat().st_mtime_ns if weights.exists() else None
         key = ("distilled", weights.resolve(), written, dtype, plan.device)
-        with _loading:
+        with _loading, torch.inference_mode(False):  # a later generation may run in another mode than this one
             if key not in plan.store:
                 plan.store[key] = load_student(self.folder, cast(PreTrainedModel, plan.target), dtype)
         return ModelDraftState(plan.store[key], plan)
