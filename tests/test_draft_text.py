@@ -158,10 +158,11 @@ def test_without_a_tokenizer_it_refuses(phrases):
 
 def test_a_drafter_is_measured_with_it(tokenizer, phrases, told, tmp_path, monkeypatch):
     monkeypatch.setattr(costs, "folder", lambda: tmp_path)
-    monkeypatch.setattr(costs, "_known", {})
     drafter, output = phrases
     options = {"policy": [Prices()], "max_new_tokens": 4, "tokenizer": tokenizer}
-    assert generate(tiny_model("llama"), drafter, PROMPT, **options).token_ids == output[0, 8:12].tolist()
+    assert (
+        generate(copy.deepcopy(tiny_model("llama")), drafter, PROMPT, **options).token_ids == output[0, 8:12].tolist()
+    )
     assert len(told) > 1
     assert all(one is tokenizer for one in told)
 
