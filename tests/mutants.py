@@ -130,8 +130,8 @@ MUTANTS = (
     ),
     Mutant(
         "padding is text",
-        "self.prompt_ids = given_ids[self.num_padding :]",
-        "self.prompt_ids, self.num_padding = given_ids, 0",
+        "return self.given_ids[self.num_padding :]",
+        "return self.given_ids",
         (PADDING,),
     ),
     # commit

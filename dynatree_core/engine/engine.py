@@ -17,9 +17,8 @@ from dynatree_core.clock import StageClock
 from dynatree_core.cost_model import CostModel
 from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
-from dynatree_core.drafters.build import build_drafter
-from dynatree_core.drafters.model import ModelDrafter
-from dynatree_core.drafters.union import models_of
+from dynatree_core.drafters.build import as_drafter
+from dynatree_core.engine.kept import kept_of
 from dynatree_core.engine.row_probe import refuse_dependent_rows
 from dynatree_core.errors import DrafterError, ForwardPassError, OutOfMemoryError, ParameterError
 from dynatree_core.models.architectures import vocab_size
@@ -90,10 +89,7 @@ class Engine:
     @functools.cached_property
     def drafter(self) -> Drafter | None:
         """Made when a generation first needs it, since it may load a model."""
-        given = self._given_drafter
-        if given is None or isinstance(given, Drafter):
-            return given
-        return build_drafter(given) if isinstance(given, str) else ModelDrafter(given)
+        return as_drafter(self._given_drafter)
 
     @property
     def drafter_name(self) -> str | None:
@@ -102,7 +98,7 @@ class Engine:
     def refresh(self) -> None:
         """Look at the models anew when the next generation begins: one of them was changed."""
         self._is_admitted = False
-        self._can_infer = True
+        self._can_infer: dict[nn.Module, bool] = {}  # asked once: it looks at every weight
         self._free: list[TreeCache] = []  # no generation uses them
         self._costs: dict[str, CostModel] = {}  # by the name of the runner
 
@@ -116,8 +112,11 @@ class Engine:
             return
         if not self.trust_model:
             refuse_dependent_rows(self.target, self.caller)
-        self._can_infer = all(map(can_infer, [self.target, *models_of(self.drafter)]))
+        self._note_models([self.target])
         self._is_admitted = True
+
+    def _note_models(self, models: Sequence[nn.Module]) -> None:
+        self._can_infer |= {model: can_infer(model) for model in models if model not in self._can_infer}
 
     def request(self, input_ids: Tensor | Sequence[int] | Mapping[str, Tensor], **options: Any) -> Request:
         """Read and check what is asked of one generation.
@@ -141,7 +140,7 @@ class Engine:
 
     def without_gradients(self) -> AbstractContextManager[None]:
         """A context for passes: torch's inference mode, where the models' weights can be used in it."""
-        return torch.inference_mode() if self._can_infer else torch.no_grad()
+        return torch.inference_mode() if all(self._can_infer.values()) else torch.no_grad()
 
     # what a generation takes from it
 
@@ -180,7 +179,7 @@ class Engine:
         """The drafter in one generation; None without one."""
         if self.drafter is None:
             return None
-        return self.drafter.start(
+        state = self.drafter.begin(
             DraftPlan(
                 self.vocab_size,
                 request.num_tokens,
@@ -193,8 +192,11 @@ class Engine:
                 runner=drafters_runner(self._runner_of(request.is_fixed_width)),
                 on_prefill=on_prefill,
                 tokenizer=self.tokenizer,
+                store=kept_of(self.target),
             )
         )
+        self._note_models(self.drafter.models(self.target))
+        return state
 
     def costs(self, is_fixed_width: bool, clock: StageClock) -> CostModel:
         """What iterations take, measured at the first call if nobody has before on this machine.
@@ -208,7 +210,9 @@ class Engine:
         runner = self._runner_of(is_fixed_width)
         if runner not in self._costs:
             with clock.leave_out(), others_code(self._blamed, DrafterError, ForwardPassError, OutOfMemoryError):
-                self._costs[runner] = measured_costs(self.target, self.drafter, runner=runner, tokenizer=self.tokenizer)
+                self._costs[runner] = measured_costs(
+                    self.target, self.drafter, runner=runner, tokenizer=self.tokenizer, known=kept_of(self.target)
+                )
         return self._costs[runner]
 
     def _runner_of(self, is_fixed_width: bool) -> str:
