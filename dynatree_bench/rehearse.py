@@ -52,7 +52,8 @@ from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
 from dynatree_core.drafters.union import UnionDrafter, UnionState
 from dynatree_core.files.writing import write_text
 from dynatree_core.models.architectures import vocab_size
-from dynatree_core.runners.runner import ModelRunner
+from dynatree_core.runners.base import PassOutput
+from dynatree_core.runners.passes import Passes
 from dynatree_core.tree.flatten import FlatTrees
 
 POLICIES = ("phase1", "phase3", "cost_aware")
@@ -132,11 +133,11 @@ class Prices:
     seconds: float = 0.0
     num_passes: int = 0  # of models that draft
 
-    def charge(self, runner: ModelRunner) -> None:
-        """Have each pass of a runner cost something; those of a prompt are free."""
-        forward = runner.forward
+    def charge(self, passes: Passes) -> None:
+        """Have each pass cost something; those of a prompt are free."""
+        forward = passes.forward
 
-        def priced(flat: FlatTrees, *arguments: Any, stage: str, **options: Any) -> Tensor:
+        def priced(flat: FlatTrees, *arguments: Any, stage: str, **options: Any) -> PassOutput:
             if stage == "verify":
                 self.seconds += self.costs.iteration_seconds(flat.num_rows - 1, [])
             elif stage == "draft_forward":
@@ -144,7 +145,7 @@ class Prices:
                 self.num_passes += 1
             return forward(flat, *arguments, stage=stage, **options)
 
-        runner.forward = priced  # type: ignore[method-assign]
+        passes.forward = priced  # type: ignore[method-assign]
 
 
 def told_of(drafter: Drafter, target: nn.Module) -> Drafter:
@@ -184,8 +185,8 @@ def rehearse(target: nn.Module, drafter: Drafter, text: Text, policy: str, costs
     """
     session, prices = known_session(target, drafter, text, policy), Prices(costs)
     prices.charge(session.target)
-    for runner in _runners(session.draft_state):
-        prices.charge(runner)
+    for passes in _passes(session.draft_state):
+        prices.charge(passes)
     session.clock, session.measure_costs = StageClock(session.device, now=lambda: prices.seconds), lambda: costs
     for _ in run(session):
         pass
@@ -203,11 +204,11 @@ def rehearse(target: nn.Module, drafter: Drafter, text: Text, policy: str, costs
     )
 
 
-def _runners(state: DraftState | None) -> list[ModelRunner]:
+def _passes(state: DraftState | None) -> list[Passes]:
     """Of the models that draft."""
     if isinstance(state, UnionState):
-        return [runner for part in state.states for runner in _runners(part)]
-    return [state.runner] if isinstance(state, ModelDraftState) else []
+        return [passes for part in state.states for passes in _passes(part)]
+    return [state.passes] if isinstance(state, ModelDraftState) else []
 
 
 def ratio(found: Iterable[Rehearsal]) -> float:

@@ -106,7 +106,6 @@ def test_the_runner_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     model = SimpleNamespace(size=10**9)
     monkeypatch.setattr(embedded, "describe", lambda: model)
     monkeypatch.setattr("dynatree_core.runners.packed.can_pack", lambda model: True)
-    monkeypatch.setattr("dynatree_core.runners.runner.can_pack", lambda model: True)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5 * 10**9))
     assert doctor._runner("cpu")["name"] == "packed"
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * 10**9))
@@ -115,7 +114,6 @@ def test_the_runner_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
         "reason": "packed copies of 1.0 GB are more than a quarter of the 3.0 GB of free memory",
     }
     monkeypatch.setattr("dynatree_core.runners.packed.can_pack", lambda model: False)
-    monkeypatch.setattr("dynatree_core.runners.runner.can_pack", lambda model: False)
     told = doctor._runner("cpu")
     assert told["name"] == "eager"
     assert "needs an x86-64 CPU" in told["reason"]

@@ -12,14 +12,15 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, padded_proposals
 from dynatree_core.errors import ContextLimitError, ParameterError, VocabularyMismatchError
 from dynatree_core.models.architectures import max_positions, num_embeddings, vocab_size
+from dynatree_core.models.kept import kept_of
 from dynatree_core.models.load import load_model
 from dynatree_core.models.student import RestrictedHead
 from dynatree_core.models.wrappers import plain_model
-from dynatree_core.runners.runner import PREFILL_CHUNK, ModelRunner
+from dynatree_core.runners.choice import make_runner
+from dynatree_core.runners.passes import PREFILL_CHUNK, Passes
 from dynatree_core.tree.flatten import FlatTrees, flatten_chain, flatten_level
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
@@ -80,9 +81,10 @@ class ModelDraftState(DraftState):
     can_skip_levels = True
 
     def __init__(self, model: nn.Module, num_followed: int, plan: DraftPlan) -> None:
-        self.runner = ModelRunner(model, plan.clock, on_prefill=plan.on_prefill, name=plan.runner)
-        self.cache = TreeCache(num_followed + plan.max_nodes)
-        self.prefix = plan.prefix
+        runner = make_runner(model, plan.runner, kept=kept_of(model))
+        self.passes = Passes(runner, plan.clock, on_prefill=plan.on_prefill)
+        self.cache = runner.new_cache(num_followed + plan.max_nodes)
+        self.prefix = plan.prefix if self.cache.has_all_rows else None
         if self.prefix is not None:
             self.prefix.add(model, self.cache)
         self.kept = plan.kept
@@ -98,7 +100,7 @@ class ModelDraftState(DraftState):
             # by the target's ids: of any two texts with the same, this model has the same rows
             self.prefix.fill(self.cache, committed_ids)
         followed = self._followed(committed_ids)
-        self.runner.prefill(self._own(followed[self.cache.length :]), self.cache)
+        self.passes.prefill(self._own(followed[self.cache.length :]), self.cache)
         self.num_settled = self.cache.length
 
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
@@ -118,7 +120,7 @@ class ModelDraftState(DraftState):
     def _catch_up(self, followed: Tensor) -> Tensor:
         """Put the tokens that it has not seen through the model, the root last; its logits [1, outputs]."""
         if followed.numel() - self.cache.length > PREFILL_CHUNK:  # it was left out for long, or begins anew
-            self.runner.prefill(self._own(followed[self.cache.length : -1]), self.cache, stage="draft_forward")
+            self.passes.prefill(self._own(followed[self.cache.length : -1]), self.cache, stage="draft_forward")
         self.num_settled = self.cache.length
         flat = flatten_chain(followed[self.num_settled :], self.num_settled)
         logits = self._forward(flat, last_row_only=True)
@@ -127,7 +129,7 @@ class ModelDraftState(DraftState):
 
     def _forward(self, flat: FlatTrees, *, last_row_only: bool = False) -> Tensor:
         flat = attrs.evolve(flat, token_ids=self._own(flat.token_ids))
-        return self.runner.forward(flat, self.cache, stage="draft_forward", last_row_only=last_row_only)[0]
+        return self.passes.forward(flat, self.cache, stage="draft_forward", last_row_only=last_row_only).logits[0]
 
     def commit(self, draft_path: tuple[int, ...]) -> None:
         # node i stands in block row i − 1, the root being committed; the deepest nodes may not have been forwarded

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.cache.prefix_cache import PrefixCache, PrefixReuse
 from dynatree_core.cache.sink_cache import SinkCache, SinkWindow, refuse_beside
-from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.cost_model import CostModel
 from dynatree_core.costs import measured_costs
@@ -35,6 +35,7 @@ from dynatree_core.errors import (
     ParameterError,
 )
 from dynatree_core.models.architectures import forward_parameters, max_positions, vocab_size
+from dynatree_core.models.kept import kept_of
 from dynatree_core.models.state import can_infer
 from dynatree_core.models.wrappers import plain_model, refuse_own_generate
 from dynatree_core.plugins.foreign import others_code, raised
@@ -58,7 +59,8 @@ from dynatree_core.request.arguments import (
 from dynatree_core.request.processors import logits_processors
 from dynatree_core.request.sampling import Sampler
 from dynatree_core.request.stopping import stopping_criteria as criteria_of
-from dynatree_core.runners.runner import ModelRunner, drafters_runner, is_out_of_memory
+from dynatree_core.runners.choice import drafters_runner, make_runner
+from dynatree_core.runners.passes import Passes, is_out_of_memory
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
 from dynatree_core.tree.verdict import StepReport
@@ -196,11 +198,18 @@ class Session:
         num_tokens = len(self.prompt_ids) + self.max_new_tokens
         if exact is not None and runner == "auto":
             runner = "eager"  # whose products round each row alike wherever it stands, as was measured (docs/audit.md)
-        own_positions = positions and positions[self.num_padding :]
-        self.target = ModelRunner(target, self.clock, own_positions, on_prefill, runner)
+        chosen = make_runner(target, runner, kept=kept_of(target))
+        if chosen.has_own_cache and kept is not None:
+            raise ParameterError(
+                f"the {chosen.name} runner has a cache of its own, got cache='{kept}' beside it; leave one of them out"
+            )
+        own_positions = None
+        if positions is not None:
+            own_positions = torch.tensor(positions[self.num_padding :], device=self.device)
+        self.target = Passes(chosen, self.clock, positions=own_positions, on_prefill=on_prefill)
         self.is_fixed_width = exact is not None
-        self.cache: TreeCache | SinkCache = (
-            TreeCache(num_tokens + max(self.limits.max_nodes, pass_rows), is_zeroed=self.is_fixed_width)
+        self.cache: KeyValueCache = (
+            chosen.new_cache(num_tokens + max(self.limits.max_nodes, pass_rows), is_zeroed=self.is_fixed_width)
             if kept is None
             else SinkCache(target, kept, self.limits.max_nodes)
         )
@@ -209,7 +218,7 @@ class Session:
         # rows at other positions or in a cache that moves are others, and passes of another shape may round otherwise
         is_reusable = positions is None and exact is None
         self.prefix: PrefixReuse | None = None
-        if prefix_cache is not None and is_reusable and isinstance(self.cache, TreeCache):
+        if prefix_cache is not None and is_reusable and self.cache.has_all_rows:
             self.prefix = PrefixReuse(prefix_cache)
             self.prefix.add(target, self.cache)
         self.num_reused_tokens = 0  # of the prompt, whose rows came from the prefix cache
@@ -379,7 +388,6 @@ class Session:
     def reuse_prefix(self) -> None:
         """Copy what the prefix cache knows of the prompt into the target's cache, which is filled from the start."""
         if self.prefix is not None:
-            assert isinstance(self.cache, TreeCache), "a cache that moves has no part in it"
             self.num_reused_tokens += self.prefix.fill(self.cache, self.committed_ids[:-1])
 
     def keep_prefix(self) -> None:
@@ -416,7 +424,7 @@ class Session:
         warnings.warn(f"drafting is off for the rest of this generation: {error}", RuntimeWarning, stacklevel=4)
         self.cache.rollback()
         self.draft_state = None
-        if self.prefix is not None and isinstance(self.cache, TreeCache):
+        if self.prefix is not None:
             self.prefix.hold_only(self.cache)  # the drafter may have found no memory
         self.stack = self.stack.silenced()
 
@@ -437,7 +445,7 @@ class Session:
         report = summarise(
             policy=str(self.stack),
             drafter=self.drafter_name,
-            runner=self.target.name,
+            runner=self.target.runner.computed_by,
             num_prompt_tokens=len(self.prompt_ids),
             num_reused_tokens=self.num_reused_tokens,
             token_ids=self.new_token_ids,
