@@ -67,14 +67,14 @@ def grouped_attention(
 
     Args:
         module: the attention layer.
-        query: [batch, heads, rows, head_dim]
-        key, value: [batch, key heads, slots, head_dim]
-        attention_mask: [batch, 1, rows, slots] bool; anything else is left to transformers.
+        query: [lanes, heads, rows, head_dim]
+        key, value: [lanes, key heads, slots, head_dim]
+        attention_mask: [lanes, 1, rows, slots] bool; anything else is left to transformers.
         dropout, scaling: of the layer.
         others: what some families pass on besides.
 
     Returns:
-        [batch, rows, heads, head_dim], and no attention weights.
+        [lanes, rows, heads, head_dim], and no attention weights.
     """
     unusual = others.get("position_bias"), others.get("softcap")
     if attention_mask is None or any(other is not None for other in unusual):
