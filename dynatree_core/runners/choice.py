@@ -13,6 +13,7 @@ from dynatree_core.plugins.registry import RUNNERS, check_runner_name, load_plug
 from dynatree_core.plugins.spec import canonical_name
 from dynatree_core.runners.base import Kept, Runner
 from dynatree_core.runners.eager import EagerRunner
+from dynatree_core.runners.passes import is_out_of_memory
 
 __all__ = ["drafters_runner", "load_runner", "make_runner", "runner_for"]
 
@@ -67,7 +68,7 @@ def runner_for(model: nn.Module, name: str, *, kept: Kept | None = None) -> str:
             preferences[known] = _preference(known, model, {} if kept is None else kept)
         except DynaTreeError as error:
             warnings.warn(f"runner='auto' leaves out '{known}': {error}", RuntimeWarning, stacklevel=3)
-    return max(preferences, key=lambda known: preferences[known])
+    return max(preferences, key=lambda known: preferences[known], default=EagerRunner.name)
 
 
 def drafters_runner(name: str) -> str:
@@ -97,11 +98,14 @@ def _preference(name: str, model: nn.Module, kept: Kept) -> int:
 
 
 def _named(name: str) -> AbstractContextManager[None]:
-    """Turn whatever a runner's class raises into an error that names it."""
-    return others_code(
-        lambda error: PluginLoadError(
+    """Turn whatever a runner's class raises into an error that names it, but for memory that is not there."""
+
+    def blame(error: BaseException) -> BaseException:
+        if isinstance(error, Exception) and is_out_of_memory(error):
+            return error
+        return PluginLoadError(
             f"the {name} runner must say whether it can run a model and be made for one that it can, but raised "
             f"{raised(error)}; repair or uninstall its package"
-        ),
-        DynaTreeError,
-    )
+        )
+
+    return others_code(blame, DynaTreeError)
