@@ -15,7 +15,8 @@ import psutil
 import pytest
 import torch
 
-from dynatree_core.cli import doctor, main
+from dynatree_core.cli import doctor
+from dynatree_core.cli.main import main
 from dynatree_core.cli.catalogue import PluginRow
 from dynatree_core.models import embedded
 

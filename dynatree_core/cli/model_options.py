@@ -61,7 +61,7 @@ class FiniteRange(click.FloatRange):
         return number
 
 
-class RunnerName(click.ParamType):
+class RunnerName(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.4
     """The name of an installed runner, or "auto"."""
 
     name = "runner"
