@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from dynatree_core.cli import doctor
-from dynatree_core.cli.main import main
 from dynatree_core.cli.catalogue import PluginRow
+from dynatree_core.cli.main import main
 from dynatree_core.models import embedded
 
 ROOT = Path(__file__).parents[1]
