@@ -71,7 +71,7 @@ def test_all_parts_are_found_out(run: Run) -> None:
     assert found["versions"]["torch"] == torch.__version__
     assert found["system"]["logical_cores"] == psutil.cpu_count()
     assert {one["name"] for one in found["plugins"]} >= {"phase3", "confidence", "prompt_lookup"}
-    assert {one["kind"] for one in found["plugins"]} == {"preset", "policy", "drafter"}
+    assert {one["kind"] for one in found["plugins"]} == {"preset", "policy", "drafter", "runner"}
 
 
 @pytest.mark.usefixtures("quick")
