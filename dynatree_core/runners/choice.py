@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import AbstractContextManager
 
+import torch
 from torch import nn
 
 from dynatree_core.errors import DynaTreeError, ParameterError, PluginLoadError
@@ -71,9 +72,16 @@ def runner_for(model: nn.Module, name: str, *, kept: Kept | None = None) -> str:
     return max(preferences, key=lambda known: preferences[known], default=EagerRunner.name)
 
 
-def drafters_runner(name: str) -> str:
-    """The runner of a drafter's model beside a target with this one, which may not be there for the drafter's model."""
-    return name if name in ("eager", "cudagraph") else "auto"
+def drafters_runner(name: str, device: torch.device | None = None) -> str:
+    """The runner for the drafter's model beside a target with this one.
+
+    Args:
+        name: the target's runner. What is neither `eager` nor `cudagraph` becomes `auto`, since it may not support the
+            drafter's model.
+        device: the drafter's device, if it is not the target's. `cudagraph` becomes `auto` where that is no GPU.
+    """
+    is_without_gpu = device is not None and device.type != "cuda"
+    return "auto" if name not in ("eager", "cudagraph") or (name == "cudagraph" and is_without_gpu) else name
 
 
 def load_runner(name: str) -> type[Runner]:
