@@ -38,12 +38,13 @@ from rich.table import Table
 
 from dynatree_bench.machine import BUSY_PERCENT, LoadMeter, check_writable, idle_or_busy, provenance
 from dynatree_core import InputError, LoadedModel, Session, TokenTree, load_model, run
-from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.cli.exits import end_process
 from dynatree_core.files.writing import whole_file, write_text
 from dynatree_core.models import embedded
 from dynatree_core.models.architectures import cache_argument
-from dynatree_core.runners.runner import ModelRunner
+from dynatree_core.models.kept import kept_of
+from dynatree_core.runners.choice import make_runner
+from dynatree_core.runners.passes import Passes
 from dynatree_core.tree.flatten import flatten
 
 PROGRAM = "python -m dynatree_bench.long_context"
@@ -225,9 +226,10 @@ def _jobs(
 @torch.inference_mode()
 def _our_pass(default: LoadedModel, source: Session, rows: int, name: str) -> float:
     """Seconds of a verification pass over a tree of so many nodes, with its mask; nothing is committed."""
-    tree, runner = _tree(rows), ModelRunner(default.model, source.clock, name=name)
+    passes = Passes(make_runner(default.model, name, kept=kept_of(default.model)), source.clock)
+    tree = _tree(rows)
     start = time.perf_counter()
-    runner.forward(flatten([tree], [source.cache.next_place]), source.cache, stage="verify")
+    passes.forward(flatten([tree], [source.cache.next_place]), source.cache, stage="verify")
     seconds = time.perf_counter() - start
     source.cache.rollback()
     return seconds
@@ -236,9 +238,8 @@ def _our_pass(default: LoadedModel, source: Session, rows: int, name: str) -> fl
 @torch.inference_mode()
 def _bare_pass(default: LoadedModel, source: Session, rows: int) -> float:
     """Seconds of the model's forward pass as anyone calls it: no mask and no tree, over the same rows of the cache."""
-    assert isinstance(source.cache, TreeCache), "a cache that moves is not asked"
+    assert source.cache.has_all_rows, "a cache that moves is not asked"
     first = source.cache.length
-    source.cache.min_slots = 0  # of the mask of an earlier pass; here the model makes its own
     positions = torch.arange(first, first + rows)[None]
     start = time.perf_counter()
     default.model(

@@ -81,7 +81,8 @@ from dynatree_core import DynaTreeError, InputError, build_stack
 from dynatree_core.errors import nearest_match
 from dynatree_core.files.outputs import check_out
 from dynatree_core.models.architectures import vocab_size
-from dynatree_core.runners.runner import runner_for
+from dynatree_core.models.kept import kept_of
+from dynatree_core.runners.choice import runner_for
 
 __all__ = ["Options", "check_results", "checked_methods", "run_experiment"]
 
@@ -419,7 +420,7 @@ def _run_info(
             **options.picks.settings(),
             "replay": options.with_replay,
             "cores": psutil.cpu_count() or 1,
-            "runner": runner_for(model, "auto"),
+            "runner": runner_for(model, "auto", kept=kept_of(model)),
             **({} if source is None else {"acceptance": source.acceptance, "decay": source.decay}),
         },
         notes=notes,

@@ -23,8 +23,8 @@ from dynatree_bench.pairs import MethodError, Pair
 from dynatree_bench.records import Replay, Steps, Trials
 from dynatree_core import DraftPlan, GenerationReport, Session, StepReport, TokenTree, run
 from dynatree_core.clock import StageClock
-from dynatree_core.engine.kept import kept_of
 from dynatree_core.models.architectures import vocab_size
+from dynatree_core.models.kept import kept_of
 from dynatree_core.models.state import without_gradients
 from dynatree_core.tree.frontier import Proposals
 

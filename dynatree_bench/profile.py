@@ -99,7 +99,7 @@ def profile(
     return Profile(
         num_iterations=num_iterations,
         tokens_per_iteration=tokens / num_iterations,
-        runner=clocked.target.name,
+        runner=clocked.target.runner.computed_by,
         stages={
             "drafter's passes": spent["draft_forward"],
             "the drafter's rest": spent["draft"] - spent["draft_forward"],

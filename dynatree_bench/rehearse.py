@@ -49,10 +49,11 @@ from dynatree_core.cli.exits import end_process
 from dynatree_core.clock import StageClock
 from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.build import as_drafter
-from dynatree_core.engine.kept import kept_of
 from dynatree_core.files.writing import write_text
 from dynatree_core.models.architectures import vocab_size
-from dynatree_core.runners.runner import ModelRunner
+from dynatree_core.models.kept import kept_of
+from dynatree_core.runners.base import PassOutput
+from dynatree_core.runners.passes import Passes
 from dynatree_core.tree.flatten import FlatTrees
 
 POLICIES = ("phase1", "phase3", "cost_aware")
@@ -141,11 +142,11 @@ class Prices:
     seconds: float = 0.0
     num_passes: int = 0  # of models that draft
 
-    def charge(self, runner: ModelRunner) -> None:
-        """Have each pass of a runner cost something; those of a prompt are free."""
-        forward = runner.forward
+    def charge(self, passes: Passes) -> None:
+        """Have each pass cost something; those of a prompt are free."""
+        forward = passes.forward
 
-        def priced(flat: FlatTrees, *arguments: Any, stage: str, **options: Any) -> Tensor:
+        def priced(flat: FlatTrees, *arguments: Any, stage: str, **options: Any) -> PassOutput:
             if stage == "verify":
                 self.seconds += self.costs.iteration_seconds(flat.num_rows - 1, [])
             elif stage == "draft_forward":
@@ -153,7 +154,7 @@ class Prices:
                 self.num_passes += 1
             return forward(flat, *arguments, stage=stage, **options)
 
-        runner.forward = priced  # type: ignore[method-assign]
+        passes.forward = priced  # type: ignore[method-assign]
 
 
 def known_session(target: nn.Module, drafter: Drafter, text: Text, policy: str) -> Session:
@@ -186,8 +187,8 @@ def rehearse(target: nn.Module, drafter: Drafter, text: Text, policy: str, costs
     """
     session, prices = known_session(target, drafter, text, policy), Prices(costs)
     prices.charge(session.target)
-    for runner in session.draft_state.runners() if session.draft_state is not None else ():
-        prices.charge(runner)
+    for passes in session.draft_state.runners() if session.draft_state is not None else ():
+        prices.charge(passes)
     session.clock, session.measure_costs = StageClock(session.device, now=lambda: prices.seconds), lambda: costs
     for _ in run(session):
         pass

@@ -33,12 +33,14 @@ from rich.table import Table
 from dynatree_bench.figures import BLUE, GREY, ORANGE, SKY, VERMILION
 from dynatree_bench.machine import BUSY_PERCENT, LoadMeter, check_writable, idle_or_busy, now, provenance
 from dynatree_core import load_model
-from dynatree_core.cache.tree_cache import TreeCache
+from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.cli.exits import end_process
 from dynatree_core.clock import StageClock
 from dynatree_core.files.writing import whole_file, write_text
+from dynatree_core.models.kept import kept_of
+from dynatree_core.runners.choice import make_runner
 from dynatree_core.runners.packed import can_pack
-from dynatree_core.runners.runner import ModelRunner
+from dynatree_core.runners.passes import Passes
 from dynatree_core.tree.flatten import flatten
 from dynatree_core.tree.token_tree import TokenTree
 
@@ -80,7 +82,7 @@ def main() -> None:
 
 
 def _measured(arguments: argparse.Namespace) -> Results:
-    ways: dict[str, tuple[ModelRunner, TreeCache]] = {}
+    ways: dict[str, tuple[Passes, KeyValueCache]] = {}
     for dtype in DTYPES:
         loaded = load_model(arguments.target, device="cpu", dtype=dtype)
         for name in ("eager", "packed"):
@@ -92,8 +94,8 @@ def _measured(arguments: argparse.Namespace) -> Results:
     meter = LoadMeter()
     for turn in track(range(rounds + 1), console=Console(stderr=True), transient=True, description="measuring"):
         for count in rows:
-            for way, (runner, cache) in ways.items():
-                seconds = pass_seconds(runner, cache, count)
+            for way, (passes, cache) in ways.items():
+                seconds = pass_seconds(passes, cache, count)
                 if turn:  # the first round allocates and chooses kernels
                     found[way][str(count)].append(seconds)
     return Results(
@@ -109,16 +111,17 @@ def _measured(arguments: argparse.Namespace) -> Results:
 
 
 @torch.inference_mode()
-def filled(model: torch.nn.Module, name: str) -> tuple[ModelRunner, TreeCache]:
-    """A runner with a cache that has the prompt's rows."""
+def filled(model: torch.nn.Module, name: str) -> tuple[Passes, KeyValueCache]:
+    """A runner's passes with a cache that has the prompt's rows."""
     device: Any = model.device
-    runner, cache = ModelRunner(model, StageClock(device), name=name), TreeCache(CONTEXT + max(ROWS))
-    runner.prefill(torch.arange(CONTEXT, device=device), cache)
-    return runner, cache
+    runner = make_runner(model, name, kept=kept_of(model))
+    passes, cache = Passes(runner, StageClock(device)), runner.new_cache(CONTEXT + max(ROWS))
+    passes.prefill(torch.arange(CONTEXT, device=device), cache)
+    return passes, cache
 
 
 @torch.inference_mode()
-def pass_seconds(runner: ModelRunner, cache: TreeCache, rows: int) -> float:
+def pass_seconds(passes: Passes, cache: KeyValueCache, rows: int) -> float:
     """Seconds of a pass over a root and its children; nothing is committed."""
     device = cache.keys[0].device
     tree = TokenTree.root(torch.zeros(1, dtype=torch.int64, device=device))
@@ -127,7 +130,7 @@ def pass_seconds(runner: ModelRunner, cache: TreeCache, rows: int) -> float:
         tree = tree.grow(parents, torch.arange(rows - 1, device=device), torch.full((rows - 1,), -1.0, device=device))
     flat = flatten([tree], [cache.length])
     start = now(device)
-    runner.forward(flat, cache, stage="measured")
+    passes.forward(flat, cache, stage="measured")
     seconds = now(device) - start
     cache.rollback()
     return seconds

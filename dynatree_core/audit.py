@@ -26,7 +26,8 @@ from dynatree_core.models.architectures import cache_argument, forward_parameter
 from dynatree_core.models.wrappers import plain_model
 from dynatree_core.report import GenerationResult
 from dynatree_core.request.arguments import checked_prompt
-from dynatree_core.runners.runner import PREFILL_CHUNK
+from dynatree_core.runners.base import PassOutput
+from dynatree_core.runners.passes import PREFILL_CHUNK
 from dynatree_core.tree.flatten import flatten
 from dynatree_core.tree.token_tree import TokenTree
 
@@ -251,10 +252,10 @@ def audit_generation(
     sizes["eos_token_id"] = sorted(session.request.eos_token_ids)
     reference = _reference(target, session.prompt_ids, **alike, **sizes)
     forward = session.target.forward
-    last_pass: list[Tensor] = []
+    last_pass: list[PassOutput] = []
     rows: list[Tensor] = []
 
-    def recorded(*arguments: Any, **options: Any) -> Tensor:
+    def recorded(*arguments: Any, **options: Any) -> PassOutput:
         last_pass[:] = [forward(*arguments, **options)]
         return last_pass[0]
 
@@ -262,7 +263,7 @@ def audit_generation(
     for report in run(session):
         # the token after a node was chosen by that node's logits
         chosen_at = [0, *report.verdict.path][: len(report.token_ids)]
-        rows.append(last_pass[0][0, chosen_at])
+        rows.append(last_pass[0].logits[0, chosen_at])
     result = session.result()
     verified = torch.cat(rows) if rows else None
     limit = None if session.request.stopping_criteria else max_new_tokens
@@ -372,13 +373,13 @@ def _audit(
 
 def _autoregressive_logits(session: Session, output: list[int]) -> Tensor:
     """[positions, vocab], by passes over one token each, as the session would make them."""
-    ids = _text(session.target.model, [*session.prompt_ids, *output])[0]
+    ids = torch.tensor([*session.prompt_ids, *output], device=session.device)
     start = len(session.prompt_ids) - 1
     session.target.prefill(ids[:start], session.cache)
     rows = []
     for root in torch.split(ids[start:-1], 1):
         flat = flatten([TokenTree.root(root)], [session.cache.length], **session.pass_shape)
-        rows.append(session.target.forward(flat, session.cache, stage="verify")[0, 0])
+        rows.append(session.target.forward(flat, session.cache, stage="verify").logits[0, 0])
         session.cache.commit([[0]])
     return torch.stack(rows)
 

@@ -22,15 +22,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.cost_model import CostModel, StepFunction
 from dynatree_core.drafters.base import Drafter, DraftPlan, device_of
 from dynatree_core.files.folders import cache_root
 from dynatree_core.files.writing import write_text
 from dynatree_core.models.architectures import max_positions, vocab_size
+from dynatree_core.models.kept import kept_of
 from dynatree_core.models.state import without_gradients
-from dynatree_core.runners.runner import ModelRunner, drafters_runner, runner_for
+from dynatree_core.runners.choice import drafters_runner, make_runner, runner_for
+from dynatree_core.runners.passes import Passes
 from dynatree_core.tree.flatten import flatten
 from dynatree_core.tree.token_tree import TokenTree
 
@@ -189,7 +190,11 @@ def _identity(model: nn.Module, runner: str) -> dict[str, Any]:
         attention, dtype = None, None
     else:
         settings = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER}
-        attention, dtype, runner = config._attn_implementation, model.dtype, runner_for(model, runner)
+        attention, dtype, runner = (
+            config._attn_implementation,
+            model.dtype,
+            runner_for(model, runner, kept=kept_of(model)),
+        )
     name = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else platform.machine()
     return {
         "model": type(model).__name__,
@@ -273,15 +278,16 @@ class _TargetBench:
     def __init__(self, target: nn.Module, runner: str) -> None:
         self.device: torch.device = target.device  # type: ignore[assignment]
         self.num_prefix = _prefix_len(target)
-        self.runner = ModelRunner(target, StageClock(self.device), name=runner)
-        self.cache = TreeCache(self.num_prefix + max(ROWS))
-        self.runner.prefill(torch.zeros(self.num_prefix, dtype=torch.int64, device=self.device), self.cache)
+        made = make_runner(target, runner, kept=kept_of(target))
+        self.passes = Passes(made, StageClock(self.device))
+        self.cache = made.new_cache(self.num_prefix + max(ROWS))
+        self.passes.prefill(torch.zeros(self.num_prefix, dtype=torch.int64, device=self.device), self.cache)
 
     def verify(self, rows: int) -> float:
         """Seconds of a pass over a root and its children."""
         flat = flatten([_star(rows - 1, self.device)], [self.num_prefix])
         with _stopwatch(self.device) as seconds:
-            self.runner.forward(flat, self.cache, stage="calibrate")[0].argmax(dim=-1)
+            self.passes.forward(flat, self.cache, stage="calibrate").logits[0].argmax(dim=-1)
         self.cache.rollback()
         return seconds[0]
 
@@ -290,7 +296,7 @@ class _TargetBench:
         rows = 8
         with _stopwatch(self.device) as seconds:
             flat = flatten([_star(rows - 1, self.device)], [self.num_prefix])
-        self.runner.forward(flat, self.cache, stage="calibrate")
+        self.passes.forward(flat, self.cache, stage="calibrate")
         with _stopwatch(self.device) as commit_seconds:
             self.cache.commit([[0, rows - 1]])
         self.cache.truncate(self.num_prefix)

@@ -13,7 +13,7 @@ from dynatree_core.engine.decode import decode_step, prefill
 from dynatree_core.engine.session import Session
 from dynatree_core.errors import DrafterError, DynaTreeError, NonFiniteLogitsError, PolicyError
 from dynatree_core.report import GenerationResult
-from dynatree_core.runners.runner import is_out_of_memory, out_of_memory
+from dynatree_core.runners.passes import is_out_of_memory, out_of_memory
 from dynatree_core.tree.verdict import StepReport
 
 __all__ = ["generate", "run", "stream"]

@@ -33,7 +33,7 @@ MOVED: dict[str, tuple[str, ...]] = {  # old module of dynatree_core -> where it
     "sink_cache": ("cache.sink_cache",),
     "captured": ("runners.cudagraph",),
     "packed": ("runners.packed",),
-    "runner": ("runners.runner",),
+    "runner": ("runners.choice", "runners.passes"),
     "acceptance": ("policy.acceptance",),
     "hookspecs": ("policy.hookspecs",),
     "stack": ("policy.stack",),

@@ -98,8 +98,8 @@ MUTANTS = (
     ),
     Mutant(
         "padding rows are seen",
-        "visible[row, nodes:, prefix_len + nodes : prefix_len + rows].diagonal().fill_(True)",
-        "visible[row, :, prefix_len + nodes : prefix_len + rows] = True",
+        "visible[lane, nodes:, prefix_len + nodes : prefix_len + rows].diagonal().fill_(True)",
+        "visible[lane, :, prefix_len + nodes : prefix_len + rows] = True",
         (FLATTEN,),
     ),
     Mutant(
@@ -118,8 +118,8 @@ MUTANTS = (
     # positions
     Mutant(
         "positions count slots",
-        "position_ids[row, :nodes] = tree.depth + prefix_len",
-        "position_ids[row, :nodes] = torch.arange(nodes, device=device) + prefix_len",
+        "position_ids[lane, :nodes] = tree.depth + prefix_len",
+        "position_ids[lane, :nodes] = torch.arange(nodes, device=device) + prefix_len",
         (FLATTEN,),
     ),
     Mutant(
@@ -190,6 +190,18 @@ MUTANTS = (
         "        keys, values = self.keys, [*self.values, self._allocate(value_states)]",
         ("tests/test_cache.py::test_an_allocation_that_fails_adds_no_layer",),
     ),
+    Mutant(
+        "a lane is cut that others decode in",
+        "        elif self.block_len > 0:\n            raise CacheError(",
+        "        elif self.block_len > self.capacity:\n            raise CacheError(",
+        ("tests/test_cache.py::TestCacheMachine",),
+    ),
+    Mutant(
+        "rows are loaded into the first lane",
+        "buffer[lane, :, :length] = rows[0, :, :length]",
+        "buffer[0, :, :length] = rows[0, :, :length]",
+        ("tests/test_cache.py::TestCacheMachine",),
+    ),
     # prefix cache
     Mutant(
         "rows beyond the common prefix are taken",
@@ -230,8 +242,8 @@ MUTANTS = (
     ),
     Mutant(
         "rows at other positions will do",
-        "return self.positions is None and not self.is_fixed_width and",
-        "return not self.is_fixed_width and",
+        "return self.positions is None and not self.is_fixed_width",
+        "return not self.is_fixed_width",
         ("tests/test_prefix_cache.py::test_rows_that_a_plain_prefill_would_not_make",),
     ),
     Mutant(
@@ -456,8 +468,8 @@ MUTANTS = (
     ),
     Mutant(
         "changed weights stay packed as they were",
-        "if entry is None or entry.state != state:\n            entry = _Entry(_packed_copy",
-        "if entry is None:\n            entry = _Entry(_packed_copy",
+        "if not isinstance(runner, cls) or runner._state != state_of(model):",
+        "if not isinstance(runner, cls):",
         ("tests/test_packed.py::test_changed_weights_are_noticed",),
     ),
     Mutant(
@@ -624,9 +636,21 @@ MUTANTS = (
     ),
     Mutant(
         "a recorded pass returns the buffer of all replays",
-        "(logits[:, -1:] if self.shape.last_row_only else logits[:, :rows]).clone()",
-        "(logits[:, -1:] if self.shape.last_row_only else logits[:, :rows])",
+        "PassOutput(logits.clone(), None if output.hidden is None",
+        "PassOutput(logits, None if output.hidden is None",
         ("tests/test_captured.py::test_logits_stay_when_the_next_pass_comes",),
+    ),
+    Mutant(
+        "graphs of a model that was changed are replayed",
+        "if not isinstance(graphs, _Graphs) or graphs.state != state:",
+        "if not isinstance(graphs, _Graphs):",
+        ("tests/test_captured.py::test_a_generation_that_gets_a_cache_replays_its_graphs",),
+    ),
+    Mutant(
+        "a recorded pass keeps the positions of a prompt",
+        "if own.model_positions is not None and flat.model_positions is not None:",
+        "if False:",
+        ("tests/test_captured.py::test_positions_of_a_prompt_are_an_input_of_the_graph",),
     ),
     Mutant(
         "a replay is believed whatever it says",

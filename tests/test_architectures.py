@@ -24,7 +24,8 @@ from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import ContextLimitError, UnsupportedModelError
 from dynatree_core.models.architectures import EXACT_FAMILIES, attention_layout, check_causal_lm, max_positions
-from dynatree_core.runners.runner import PREFILL_CHUNK, ModelRunner
+from dynatree_core.runners.eager import EagerRunner
+from dynatree_core.runners.passes import PREFILL_CHUNK, Passes
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import (
     CONFIGS,
@@ -66,10 +67,10 @@ def check_a_tree_path_by_path(model: Any) -> None:
     tolerance = 1e-4 if model.config._attn_implementation == "eager" else 1e-10
     prefix = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]  # longer than the sliding windows
     tree = bushy_tree()
-    runner, cache = ModelRunner(model, StageClock(torch.device("cpu"))), TreeCache(64)
+    passes, cache = Passes(EagerRunner(model), StageClock(torch.device("cpu"))), TreeCache(64)
     with torch.inference_mode():
-        runner.prefill(torch.tensor(prefix), cache)
-        logits = runner.forward(flatten([tree], [cache.length]), cache, stage="verify")[0]
+        passes.prefill(torch.tensor(prefix), cache)
+        logits = passes.forward(flatten([tree], [cache.length]), cache, stage="verify").logits[0]
         for node in range(tree.num_nodes):
             path = tree.token_ids[tree.ancestor_mask[node]].tolist()
             alone = model(input_ids=torch.tensor([prefix + path])).logits[0, -1]
@@ -87,10 +88,10 @@ def test_one_tree_pass_equals_a_pass_per_path(name, attention):
 @given(tree=ours.trees(), prefix=st.lists(ours.token_ids, max_size=12))
 def test_one_tree_pass_equals_a_pass_per_path_for_random_trees(family, tree, prefix):
     model = tiny_model(family)
-    runner, cache = ModelRunner(model, StageClock(torch.device("cpu"))), TreeCache(64)
+    passes, cache = Passes(EagerRunner(model), StageClock(torch.device("cpu"))), TreeCache(64)
     with torch.inference_mode():
-        runner.prefill(torch.tensor(prefix, dtype=torch.int64), cache)
-        logits = runner.forward(flatten([tree], [cache.length]), cache, stage="verify")[0]
+        passes.prefill(torch.tensor(prefix, dtype=torch.int64), cache)
+        logits = passes.forward(flatten([tree], [cache.length]), cache, stage="verify").logits[0]
         for node in range(tree.num_nodes):
             path = tree.token_ids[tree.ancestor_mask[node]].tolist()
             alone = model(input_ids=torch.tensor([prefix + path])).logits[0, -1]

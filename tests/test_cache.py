@@ -13,14 +13,15 @@ from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import CacheError
 from dynatree_core.models.architectures import cache_argument
-from dynatree_core.runners.runner import ModelRunner
+from dynatree_core.runners.eager import EagerRunner
+from dynatree_core.runners.passes import Passes
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import tiny_model
 from dynatree_core.tree.flatten import flatten
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Two batch rows of different lengths, driven by random trees, commits and rollbacks.
+    """Two lanes of different lengths, driven by random trees, commits and rollbacks, cut, freed and filled by rows.
 
     The naive model beside it is the committed tokens alone: their rows are computed anew for each check.
     """
@@ -28,33 +29,34 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(family=st.sampled_from(["llama", "gpt_neox", "mistral"]))
     def start(self, family):
         self.model = tiny_model(family)
-        self.runner = ModelRunner(self.model, StageClock(torch.device("cpu")))
-        self.cache = TreeCache(80, batch=2)
+        self.passes = Passes(EagerRunner(self.model), StageClock(torch.device("cpu")))
+        self.cache = TreeCache(80, lanes=2)
         self.texts = [[], []]
+        self.joined = set()
         self.trees = None
 
     @precondition(lambda self: self.trees is None and max(map(len, self.texts)) < 40)
     @rule(trees=st.tuples(ours.trees(max_depth=4, max_width=4), ours.trees(max_depth=4, max_width=4)))
     def append(self, trees):
-        """A forward pass over one tree a batch row; the roots are new tokens here."""
+        """A forward pass over one tree a lane; the roots are new tokens here."""
         self.trees = trees
         with torch.inference_mode():
-            logits = self.runner.forward(flatten(trees, self.cache.lengths), self.cache, stage="verify")
-        for row, tree in enumerate(trees):
+            logits = self.passes.forward(flatten(trees, self.cache.lengths), self.cache, stage="verify").logits
+        for lane, tree in enumerate(trees):
             node = tree.num_nodes - 1
-            text = [*self.texts[row], *tree.token_ids[tree.ancestor_mask[node]].tolist()]
+            text = [*self.texts[lane], *tree.token_ids[tree.ancestor_mask[node]].tolist()]
             expected = self.model(input_ids=torch.tensor([text])).logits[0, -1]
-            torch.testing.assert_close(logits[row, node], expected, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(logits[lane, node], expected, rtol=1e-9, atol=1e-9)
 
     @precondition(lambda self: self.trees is not None)
     @rule(data=st.data())
     def commit(self, data):
         paths = []
-        for row, tree in enumerate(self.trees):
+        for lane, tree in enumerate(self.trees):
             node = data.draw(st.integers(0, tree.num_nodes - 1))
             path = tree.ancestor_mask[node].nonzero().flatten().tolist()[: data.draw(st.integers(0, 5))]
             paths.append(path)
-            self.texts[row] += tree.token_ids[path].tolist()
+            self.texts[lane] += tree.token_ids[path].tolist()
         self.cache.commit(paths)
         self.trees = None
 
@@ -63,6 +65,50 @@ class CacheMachine(RuleBasedStateMachine):
     def rollback(self):
         self.cache.rollback()
         self.trees = None
+
+    @precondition(lambda self: self.trees is not None)
+    @rule(lane=st.integers(0, 1))
+    def one_lane_does_not_change_within_a_step(self, lane):
+        for change in (
+            lambda: self.cache.truncate(0, lane),
+            lambda: self.cache.free(lane),
+            lambda: self.cache.load([], [], 0, lane),
+        ):
+            with pytest.raises(CacheError, match="rows of one lane change between two steps only"):
+                change()
+
+    @rule(lane=st.sampled_from([None, 0, 1]), length=st.integers(0, 30))
+    def truncate(self, lane, length):
+        if lane is not None and self.trees is not None:
+            return  # it is refused
+        self.cache.truncate(length, lane)
+        self.texts = [text[:length] if lane in (None, one) else text for one, text in enumerate(self.texts)]
+        self.trees = None
+
+    @precondition(lambda self: self.trees is None)
+    @rule(source=st.integers(0, 1), lane=st.integers(0, 1), data=st.data())
+    def load(self, source, lane, data):
+        """A lane begins with rows of its own or of the other one."""
+        length = data.draw(st.integers(0, len(self.texts[source])))
+        self.cache.load(*self.cache.copied(source), length, lane)
+        self.texts[lane] = self.texts[source][:length]
+
+    @rule()
+    def join(self):
+        if len(self.joined) == 2:
+            with pytest.raises(CacheError, match="has 2 lanes, and all are taken"):
+                self.cache.join()
+            return
+        lane = self.cache.join()
+        assert lane == min({0, 1} - self.joined)
+        self.joined.add(lane)
+
+    @precondition(lambda self: self.trees is None)
+    @rule(lane=st.integers(0, 1))
+    def free(self, lane):
+        self.cache.free(lane)
+        self.joined.discard(lane)
+        self.texts[lane] = []
 
     @invariant()
     def lengths_are_the_texts(self):
@@ -74,7 +120,7 @@ class CacheMachine(RuleBasedStateMachine):
     def rows_are_those_of_a_plain_pass(self):
         if not hasattr(self, "cache") or self.trees is not None:
             return
-        for row, text in enumerate(self.texts):
+        for lane, text in enumerate(self.texts):
             if not text:
                 continue
             plain = DynamicCache()  # no config: the layers keep all rows, also where attention slides
@@ -82,7 +128,7 @@ class CacheMachine(RuleBasedStateMachine):
                 self.model(input_ids=torch.tensor([text]), **{cache_argument(self.model): plain})
             for layer, expected in enumerate(plain.layers):
                 for ours_, theirs in ((self.cache.keys, expected.keys), (self.cache.values, expected.values)):
-                    torch.testing.assert_close(ours_[layer][row, :, : len(text)], theirs[0], rtol=1e-9, atol=1e-9)
+                    torch.testing.assert_close(ours_[layer][lane, :, : len(text)], theirs[0], rtol=1e-9, atol=1e-9)
 
 
 TestCacheMachine = CacheMachine.TestCase

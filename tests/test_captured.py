@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,9 +29,10 @@ from dynatree_core.clock import StageClock
 from dynatree_core.errors import CacheError, ParameterError
 from dynatree_core.models.architectures import EXACT_FAMILIES
 from dynatree_core.runners import cudagraph as captured
-from dynatree_core.runners import runner
-from dynatree_core.runners.cudagraph import MAX_ROWS, CapturedPasses, is_replayable, rounded_rows, rounded_slots
-from dynatree_core.runners.runner import ModelRunner, drafters_runner, runner_for
+from dynatree_core.runners.base import PassOutput
+from dynatree_core.runners.choice import drafters_runner, make_runner, runner_for
+from dynatree_core.runners.cudagraph import MAX_ROWS, CudaGraphRunner, is_replayable, rounded_rows, rounded_slots
+from dynatree_core.runners.passes import Passes
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import CONTEXT, greedy, perturbed, tiny_model, tiny_variant
 from dynatree_core.tree.flatten import flatten
@@ -39,7 +41,7 @@ from dynatree_core.tree.token_tree import TokenTree
 CPU = torch.device("cpu")
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
 SLOTS = 16  # the smallest number of slots in these tests, so that short texts come to several
-Run = Callable[[], Tensor]
+Run = Callable[[], PassOutput]
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -53,15 +55,29 @@ class Count:
 
 def traced(run: Run) -> Run:
     """The pass as torch's tracer sees it, with all that Python computes fixed, and one output for all replays."""
-    trace: Any = make_fx(lambda: run(), tracing_mode="real")()
-    output = torch.zeros_like(run())
-    return lambda: output.copy_(trace())
+    trace: Any = make_fx(lambda: tensors(run()), tracing_mode="real")()
+    return into_one_output(lambda: PassOutput(*trace()), run())
 
 
 def repeated(run: Run) -> Run:
     """The pass computed anew each time, into one output: much sooner made than a trace."""
-    output = torch.zeros_like(run())
-    return lambda: output.copy_(run())
+    return into_one_output(run, run())
+
+
+def tensors(output: PassOutput) -> list[Tensor]:
+    return [tensor for tensor in (output.logits, output.hidden) if tensor is not None]
+
+
+def into_one_output(run: Run, like: PassOutput) -> Run:
+    """The function, which returns the same tensors each time."""
+    output = PassOutput(*map(torch.zeros_like, tensors(like)))
+
+    def replay() -> PassOutput:
+        for own, new in zip(tensors(output), tensors(run()), strict=True):
+            own.copy_(new)
+        return output
+
+    return replay
 
 
 @contextlib.contextmanager
@@ -73,7 +89,7 @@ def on_the_cpu(record: Callable[[Run], Run] = repeated) -> Iterator[Count]:
         replay = record(run)
         count.recorded += 1
 
-        def counted() -> Tensor:
+        def counted() -> PassOutput:
             count.replayed += 1
             return replay()
 
@@ -81,7 +97,7 @@ def on_the_cpu(record: Callable[[Run], Run] = repeated) -> Iterator[Count]:
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        patch.setattr(runner, "can_capture", lambda model: True)
+        patch.setattr(captured, "can_capture", lambda model: True)
         patch.setattr(captured._Recorder, "recorded", recorded)
         patch.setattr(captured, "MIN_SLOTS", SLOTS)
         yield count
@@ -91,22 +107,27 @@ class Both:
     """The same passes by two runners, each with a cache of its own."""
 
     def __init__(self, model: nn.Module, capacity: int = 96, device: torch.device = CPU) -> None:
-        self.runners = [ModelRunner(model, StageClock(device), name=name) for name in ("eager", "cudagraph")]
+        self.runners = [make_runner(model, name) for name in ("eager", "cudagraph")]
+        self.passes = [Passes(runner, StageClock(device)) for runner in self.runners]
         self.caches = [TreeCache(capacity), TreeCache(capacity)]
 
     @torch.inference_mode()
     def prefill(self, token_ids: list[int], device: torch.device = CPU) -> None:
-        for one, cache in zip(self.runners, self.caches, strict=True):
+        for one, cache in zip(self.passes, self.caches, strict=True):
             one.prefill(torch.tensor(token_ids, device=device), cache)
 
     @torch.inference_mode()
-    def check_pass(self, tree: TokenTree, *, last_row_only: bool = False, tolerance: float = 1e-9) -> None:
-        """The same logits up to rounding, and the same rows in the caches."""
+    def check_pass(
+        self, tree: TokenTree, *, last_row_only: bool = False, hidden: bool = False, tolerance: float = 1e-9
+    ) -> None:
+        """The same logits and hidden states up to rounding, and the same rows in the caches."""
+        options = {"stage": "verify", "last_row_only": last_row_only, "hidden": hidden}
         plain, ours = (
-            one.forward(flatten([tree], [cache.length]), cache, stage="verify", last_row_only=last_row_only)
-            for one, cache in zip(self.runners, self.caches, strict=True)
+            one.forward(flatten([tree], [cache.length]), cache, **options)
+            for one, cache in zip(self.passes, self.caches, strict=True)
         )
-        torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+        assert (ours.hidden is not None) == (plain.hidden is not None) == hidden
+        torch.testing.assert_close(tensors(ours), tensors(plain), rtol=tolerance, atol=tolerance)
         self.check_caches(tolerance)
 
     def check_caches(self, tolerance: float = 1e-9) -> None:
@@ -149,7 +170,9 @@ def test_a_trace_of_a_pass_does_what_the_pass_does(name):
     assert (count.recorded, count.replayed) == (1, 4)
 
 
-passes = st.lists(st.tuples(ours.trees(max_depth=4, max_width=4), st.booleans(), st.integers(0, 30)), max_size=12)
+passes = st.lists(
+    st.tuples(ours.trees(max_depth=4, max_width=4), st.booleans(), st.booleans(), st.integers(0, 30)), max_size=12
+)
 
 
 @settings(max_examples=20)
@@ -159,12 +182,12 @@ def test_any_passes_are_the_plain_ones(family, prompt, passes):
     with on_the_cpu():
         both = Both(tiny_model(family), capacity=200)
         both.prefill(prompt)
-        for tree, last_row_only, place in passes:
+        for tree, last_row_only, hidden, place in passes:
             for _ in range(3):  # plain, recorded and, if it was the first of its shape, replayed
-                both.check_pass(tree, last_row_only=last_row_only)
+                both.check_pass(tree, last_row_only=last_row_only, hidden=hidden)
                 for cache in both.caches:
                     cache.rollback()
-            both.check_pass(tree, last_row_only=last_row_only)
+            both.check_pass(tree, last_row_only=last_row_only, hidden=hidden)
             both.commit(tree.ancestor_mask[place % tree.num_nodes].nonzero().flatten().tolist())
             both.check_caches()
 
@@ -204,12 +227,12 @@ def test_logits_stay_when_the_next_pass_comes():
     with on_the_cpu():
         both = Both(tiny_model("llama"))
         both.prefill(PROMPT)
-        ours_, cache = both.runners[1], both.caches[1]
+        ours_, cache = both.passes[1], both.caches[1]
         seen = []
         for token in range(5):
             flat = flatten([TokenTree.root(torch.tensor([token]))], [cache.length])
             with torch.inference_mode():
-                logits = ours_.forward(flat, cache, stage="verify")
+                logits = ours_.forward(flat, cache, stage="verify").logits
             seen.append((logits, logits.clone()))
             cache.commit([[0]])
         assert all(torch.equal(logits, then) for logits, then in seen)
@@ -244,7 +267,7 @@ def test_a_drafters_levels_are_replayed():
 
 
 def test_other_caches_and_modes_run_as_they_are():
-    passes, tree = CapturedPasses(), TokenTree.root(torch.tensor([1]))
+    passes, tree = CudaGraphRunner(tiny_model("llama")), TokenTree.root(torch.tensor([1]))
     with on_the_cpu() as count:
         moving = [
             generate(tiny_model("llama"), None, PROMPT, max_new_tokens=30, runner=name, cache="sinks=2,window=8")
@@ -252,12 +275,12 @@ def test_other_caches_and_modes_run_as_they_are():
         ]
         assert moving[0].token_ids == moving[1].token_ids
         assert count.recorded == 0
-    cache, two = TreeCache(200), TreeCache(200, batch=2)
+    cache, two = TreeCache(200), TreeCache(200, lanes=2)
     flat = flatten([tree], [0])
     assert not passes.takes(flat, cache), "the first pass makes the buffers"
     with torch.inference_mode():
         for one, trees in ((cache, [tree]), (two, [tree, tree])):
-            ModelRunner(tiny_model("llama"), StageClock(CPU)).forward(flatten(trees, one.lengths), one, stage="verify")
+            make_runner(tiny_model("llama"), "eager").forward(one.prepare(flatten(trees, one.lengths)), one)
             assert not passes.takes(flat, one), "there may be layers without buffers"
             one.commit([[0] for _ in trees])
     assert passes.takes(flat, cache)
@@ -267,8 +290,76 @@ def test_other_caches_and_modes_run_as_they_are():
         assert not passes.takes(flat, cache)
 
 
+def test_a_generation_that_gets_a_cache_replays_its_graphs():
+    """Until the model is another, or the cache is gone."""
+    model, kept, caches, tree = (
+        copy.deepcopy(tiny_model("llama")),
+        {},
+        [TreeCache(64)],
+        TokenTree.root(torch.tensor([7])),
+    )
+
+    def generation(passes: int) -> tuple[int, int]:
+        [cache] = caches
+        cache.truncate(0)
+        runner = make_runner(model, "cudagraph", kept=kept)
+        plain, other = make_runner(model, "eager"), TreeCache(64)
+        with torch.inference_mode():
+            for one, rows in ((runner, cache), (plain, other)):
+                Passes(one, StageClock(CPU)).prefill(torch.tensor(PROMPT), rows)
+            for _ in range(passes):
+                found, expected = (
+                    one.forward(rows.prepare(flatten([tree], [rows.length])), rows).logits
+                    for one, rows in ((runner, cache), (plain, other))
+                )
+                torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+                cache.commit([[0]])
+                other.commit([[0]])
+        return count.recorded, count.replayed
+
+    with on_the_cpu() as count:
+        assert generation(3) == (1, 2), "plain, recorded and compared with a replay, replayed"
+        assert generation(3) == (1, 5)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(-1)
+        assert generation(3) == (2, 7)
+        graphs = kept["cudagraph"]._by_cache
+        assert len(graphs) == 1
+        caches.clear()
+        gc.collect()
+        assert len(graphs) == 0
+
+
+def test_positions_of_a_prompt_are_an_input_of_the_graph():
+    positions, tree = torch.tensor([0, 0, 1, 5, 6, 7, 8, 20, 21, 22, 23]), TokenTree.root(torch.tensor([7]))
+    with on_the_cpu() as count:
+        both = Both(tiny_model("llama"))
+        both.prefill(PROMPT)
+        for turn in range(6):
+            for one in both.passes:
+                one.positions = positions + turn if turn % 2 else None
+            both.check_pass(tree)
+            both.commit([0])
+    assert (count.recorded, count.replayed) == (2, 4)
+
+
+def test_rows_that_are_loaded_are_seen_by_the_same_graph():
+    """As those that a prefix cache knows."""
+    with on_the_cpu() as count:
+        both = Both(tiny_model("llama"))
+        both.prefill(PROMPT)
+        for _ in range(3):
+            both.check_pass(TokenTree.root(torch.tensor([1])))
+            both.commit([0])
+        for cache in both.caches:
+            cache.load(*cache.copied(), 7)
+        for _ in range(3):
+            both.check_pass(TokenTree.root(torch.tensor([2])))
+            both.commit([0])
+    assert (count.recorded, count.replayed) == (1, 5)
+
+
 def test_buffers_that_were_replaced_are_noticed():
-    """A prefix cache loads rows into buffers of their own."""
     with on_the_cpu() as count:
         both = Both(tiny_model("llama"))
         both.prefill(PROMPT)
@@ -277,7 +368,8 @@ def test_buffers_that_were_replaced_are_noticed():
             both.commit([0])
         assert count.replayed == 2
         for cache in both.caches:
-            cache.load(*cache.copied(), 7)
+            cache.truncate(7)
+            cache.keys, cache.values = ([rows.clone() for rows in buffers] for buffers in (cache.keys, cache.values))
         for _ in range(3):
             both.check_pass(TokenTree.root(torch.tensor([2])))
             both.commit([0])
@@ -290,12 +382,12 @@ def refused(run: Run) -> Run:
 
 def stale(run: Run) -> Run:
     """A replay that says what it said when it was recorded, though it writes its rows."""
-    output = run().clone().roll(1, dims=-1)
+    output = PassOutput(run().logits.clone().roll(1, dims=-1))
     return lambda: (run(), output)[1]
 
 
 def undefined(run: Run) -> Run:
-    return lambda: run() * float("nan")
+    return lambda: PassOutput(run().logits * float("nan"))
 
 
 @pytest.mark.parametrize(
@@ -324,23 +416,24 @@ def test_rows_that_do_not_arrive_are_noticed():
     cache = TreeCache(64)
 
     def lost(run: Run) -> Run:
-        def replay() -> Tensor:
-            logits = run()
+        def replay() -> PassOutput:
+            output = run()
             for keys in cache.keys:
                 keys[:, :, cache.length :] = 0
-            return logits
+            return output
 
         return replay
 
     tree = TokenTree.root(torch.tensor([7]))
     with on_the_cpu(lost), torch.inference_mode():
-        one = ModelRunner(tiny_model("llama"), StageClock(CPU), name="cudagraph")
+        runner = make_runner(tiny_model("llama"), "cudagraph")
+        one = Passes(runner, StageClock(CPU))
         one.prefill(torch.tensor(PROMPT), cache)
         one.forward(flatten([tree], [cache.length]), cache, stage="verify")
         cache.rollback()
         with pytest.warns(RuntimeWarning, match="was off by 1 of the largest"):
             one.forward(flatten([tree], [cache.length]), cache, stage="verify")
-    assert one.name == "eager"
+    assert runner.computed_by == "eager"
 
 
 @pytest.mark.parametrize("family", ASKING)
@@ -352,7 +445,7 @@ def test_a_model_that_asks_the_device_runs_as_it_is(family):
 
 
 def test_there_is_none_on_a_cpu():
-    with pytest.raises(ParameterError, match="is for models on a CUDA GPU, got one on cpu; move it there, or use"):
+    with pytest.raises(ParameterError, match="is for models on a CUDA GPU, got one on cpu; use runner='auto'"):
         generate(tiny_model("llama"), None, [1, 2], runner="cudagraph")
 
 
@@ -362,7 +455,7 @@ def test_which_models_may_be_replayed():
     hook = model.model.layers[1].register_forward_hook(lambda *_: None)
     assert not is_replayable(model)
     with on_the_cpu(), pytest.warns(RuntimeWarning, match="a part of the model has code of its own"):
-        assert ModelRunner(model, StageClock(CPU), name="cudagraph").name == "eager"
+        assert make_runner(model, "cudagraph").name == "eager"
     hook.remove()
     model.lm_head.forward = model.lm_head.forward
     assert not is_replayable(model)
@@ -384,8 +477,8 @@ def test_synthetic_pairs_say_that_they_may_be_replayed():
 def test_nobody_gets_it_who_did_not_ask():
     with on_the_cpu():
         assert runner_for(single("llama", torch.float16), "auto") == "eager"
-    assert [drafters_runner(name) for name in ("auto", "eager", "packed", "cudagraph")] == [
-        "auto", "eager", "auto", "cudagraph",
+    assert [drafters_runner(name) for name in ("auto", "eager", "packed", "cudagraph", "mine")] == [
+        "auto", "eager", "auto", "cudagraph", "auto",
     ]  # fmt: skip
 
 
@@ -406,10 +499,9 @@ def test_replays_on_a_gpu_are_plain_passes(family, dtype):
     for token in range(200):  # over a border of slots
         both.check_pass(TokenTree.root(torch.tensor([token % 30], device=device)), tolerance=tolerance)
         both.commit([0])
-    assert both.runners[1].name == "cudagraph"
-    passes = both.runners[1]._captured
-    assert passes is not None
-    assert sum(one.replay is not None for one in passes._passes.values()) >= 2
+    assert both.runners[1].computed_by == "cudagraph"
+    passes = both.runners[1]._graphs.of(both.caches[1])
+    assert sum(one.replay is not None for one in passes.by_shape.values()) >= 2
 
 
 @needs_cuda

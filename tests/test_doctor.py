@@ -15,8 +15,9 @@ import psutil
 import pytest
 import torch
 
-from dynatree_core.cli import doctor, main
+from dynatree_core.cli import doctor
 from dynatree_core.cli.catalogue import PluginRow
+from dynatree_core.cli.main import main
 from dynatree_core.models import embedded
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +71,7 @@ def test_all_parts_are_found_out(run: Run) -> None:
     assert found["versions"]["torch"] == torch.__version__
     assert found["system"]["logical_cores"] == psutil.cpu_count()
     assert {one["name"] for one in found["plugins"]} >= {"phase3", "confidence", "prompt_lookup"}
-    assert {one["kind"] for one in found["plugins"]} == {"preset", "policy", "drafter"}
+    assert {one["kind"] for one in found["plugins"]} == {"preset", "policy", "drafter", "runner"}
 
 
 @pytest.mark.usefixtures("quick")
@@ -106,7 +107,6 @@ def test_the_runner_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     model = SimpleNamespace(size=10**9)
     monkeypatch.setattr(embedded, "describe", lambda: model)
     monkeypatch.setattr("dynatree_core.runners.packed.can_pack", lambda model: True)
-    monkeypatch.setattr("dynatree_core.runners.runner.can_pack", lambda model: True)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5 * 10**9))
     assert doctor._runner("cpu")["name"] == "packed"
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * 10**9))
@@ -115,7 +115,6 @@ def test_the_runner_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
         "reason": "packed copies of 1.0 GB are more than a quarter of the 3.0 GB of free memory",
     }
     monkeypatch.setattr("dynatree_core.runners.packed.can_pack", lambda model: False)
-    monkeypatch.setattr("dynatree_core.runners.runner.can_pack", lambda model: False)
     told = doctor._runner("cpu")
     assert told["name"] == "eager"
     assert "needs an x86-64 CPU" in told["reason"]

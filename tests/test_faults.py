@@ -32,7 +32,7 @@ from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import PromptLookupDrafter
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.errors import DrafterError, DynaTreeError, ForwardPassError, OutOfMemoryError, PolicyError
-from dynatree_core.runners import runner
+from dynatree_core.runners import passes
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
 
 # copies, since hooks are put on them
@@ -117,7 +117,7 @@ IN_SESSION: dict[str, Callable[[Session, Fault], Where]] = {
     for owner, name in [
         (lambda session: session.target, "prefill"),
         (lambda session: session.target, "forward"),
-        (lambda session: session, "record"),
+        (lambda session: session.sequence, "record"),
         (lambda session: session.cache, "commit"),
         (lambda session: session.cache, "rollback"),
         (lambda session: session.stack, "keep_nodes"),
@@ -226,7 +226,7 @@ def test_target(place, call, chunk, error, on_error):
     """Over the prompt, in one pass or several, and over trees. Without its target nothing goes on."""
     fault, session = Fault(error, call), new_session(on_error=on_error)
     named = ForwardPassError if isinstance(error, OSError) else OutOfMemoryError
-    with mock.patch.object(runner, "PREFILL_CHUNK", chunk):
+    with mock.patch.object(passes, "PREFILL_CHUNK", chunk):
         check_strike(session, fault, IN_TARGET[place](session, fault), named, "a forward pass of ", str(error))
 
 
@@ -305,7 +305,7 @@ def test_policy(hook, call, drafter, error):
 def test_interrupt(place, call, chunk):
     """Ctrl-C within a step: what was committed is right, and so is what comes when the session goes on."""
     fault, session = Fault(KeyboardInterrupt(), call), new_session()
-    with mock.patch.object(runner, "PREFILL_CHUNK", chunk):
+    with mock.patch.object(passes, "PREFILL_CHUNK", chunk):
         check_strike(session, fault, INTERRUPTS[place](session, fault), KeyboardInterrupt)
 
 

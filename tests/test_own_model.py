@@ -197,7 +197,7 @@ def test_rows_of_other_weights_are_not_reused(small):
 
 
 def test_a_long_prompt_is_read_in_chunks_with_progress(small, monkeypatch):
-    monkeypatch.setattr("dynatree_core.runners.runner.PREFILL_CHUNK", 4)
+    monkeypatch.setattr("dynatree_core.runners.passes.PREFILL_CHUNK", 4)
     told: list[list[tuple[int, int]]] = []
     for drafter in (small, as_built_in(small)):
         told.append([])

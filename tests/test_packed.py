@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import click
 import psutil
 import pytest
 import torch
@@ -25,11 +26,14 @@ from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.cli.main import _dynatree
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters.model import ModelDrafter
-from dynatree_core.errors import ParameterError
+from dynatree_core.errors import ParameterError, UnknownPluginError
 from dynatree_core.models.architectures import EXACT_FAMILIES
+from dynatree_core.models.kept import kept_of
 from dynatree_core.models.student import new_student
-from dynatree_core.runners.packed import ATTENTION, can_pack, grouped_attention, pack, packed_bytes
-from dynatree_core.runners.runner import RUNNERS, ModelRunner, runner_for
+from dynatree_core.plugins.registry import runner_names
+from dynatree_core.runners.choice import make_runner, runner_for
+from dynatree_core.runners.packed import ATTENTION, PackedRunner, can_pack, grouped_attention, packed_bytes
+from dynatree_core.runners.passes import Passes
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
 from dynatree_core.tree.flatten import flatten
@@ -55,10 +59,15 @@ pytestmark = needs_kernels
 
 def tree_logits(model: nn.Module, name: str) -> torch.Tensor:
     """[nodes, vocab] of one pass over a tree behind a prompt."""
-    runner, cache = ModelRunner(model, StageClock(CPU), name=name), TreeCache(64)
+    passes, cache = Passes(make_runner(model, name, kept=kept_of(model)), StageClock(CPU)), TreeCache(64)
     with torch.inference_mode():
-        runner.prefill(torch.tensor(PROMPT), cache)
-        return runner.forward(flatten([bushy_tree()], [cache.length]), cache, stage="verify")[0]
+        passes.prefill(torch.tensor(PROMPT), cache)
+        return passes.forward(flatten([bushy_tree()], [cache.length]), cache, stage="verify").logits[0]
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """The packed copy that a generation with this model gets."""
+    return PackedRunner.make(model, kept_of(model)).twin
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -327,19 +336,26 @@ def test_what_auto_chooses(monkeypatch):
     assert runner_for(model, "auto") == "eager"
     assert runner_for(model, "packed") == "packed", "it was asked for"
     pack(model)
-    assert runner_for(model, "auto") == "packed", "there is a copy already"
+    assert runner_for(model, "auto", kept=kept_of(model)) == "packed", "there is a copy already"
 
 
 def test_runners_that_there_are_not():
-    with pytest.raises(ParameterError, match="runner must be one of auto, eager, packed, cudagraph, got 'compiled'"):
+    with pytest.raises(UnknownPluginError, match="must be one of auto, cudagraph, eager, packed, got 'compiled'"):
         generate(single("llama"), None, [1, 2], runner="compiled")
+    with pytest.raises(UnknownPluginError, match="did you mean 'packed'"):
+        generate(single("llama"), None, [1, 2], runner="paked")
+    with pytest.raises(UnknownPluginError, match="got None"):
+        generate(single("llama"), None, [1, 2], runner=None)
     with pytest.raises(ParameterError, match=r"got torch\.float64 on cpu, .*; use runner='auto'"):
         generate(tiny_model("llama"), None, [1, 2], runner="packed")
 
 
 def test_the_command_line_has_the_same_names():
     [option] = [option for option in _dynatree.commands["generate"].params if option.name == "runner"]
-    assert tuple(option.type.choices) == RUNNERS
+    assert option.make_metavar(click.Context(_dynatree)) == f"[{'|'.join(runner_names())}]"
+    assert [option.type.convert(name, option, None) for name in runner_names()] == runner_names()
+    with pytest.raises(click.BadParameter, match="did you mean 'packed'"):
+        option.type.convert("paked", option, None)
 
 
 def test_reports_say_which():

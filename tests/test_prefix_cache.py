@@ -20,7 +20,7 @@ from dynatree_core.cache import TreeCache
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import DrafterError, ForwardPassError, ParameterError
 from dynatree_core.models.architectures import cache_argument
-from dynatree_core.runners import runner
+from dynatree_core.runners import passes
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import greedy, perturbed, reference, tiny_model
 
@@ -86,7 +86,7 @@ def test_turns_of_a_conversation(data):
     texts = [data.draw(ours.prompts)]
     chunk = data.draw(st.sampled_from([2, 7, 256]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "PREFILL_CHUNK", chunk)
+        patch.setattr(passes, "PREFILL_CHUNK", chunk)
         for _ in range(data.draw(st.integers(2, 5))):
             before = data.draw(st.sampled_from(texts))
             prompt = before[: data.draw(st.integers(0, len(before)))] + data.draw(ours.prompts)
@@ -449,7 +449,7 @@ def test_on_every_device(device):
 
 
 def test_progress(monkeypatch):
-    monkeypatch.setattr(runner, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(passes, "PREFILL_CHUNK", 4)
     told = []
     cache = PrefixCache()
     prompt = list(range(12))
@@ -469,15 +469,15 @@ def test_progress(monkeypatch):
 
 def test_a_drafter_that_catches_up_is_no_prefill(monkeypatch):
     """In a cache that moves a drafter begins anew from time to time, amid the answer."""
-    monkeypatch.setattr(runner, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(passes, "PREFILL_CHUNK", 4)
     monkeypatch.setattr("dynatree_core.drafters.model.PREFILL_CHUNK", 4)
-    told, stages, forward = [], [], runner.ModelRunner.forward
+    told, stages, forward = [], [], passes.Passes.forward
 
     def noted(self, *arguments, stage, **options):
         stages.append(stage)
         return forward(self, *arguments, stage=stage, **options)
 
-    monkeypatch.setattr(runner.ModelRunner, "forward", noted)
+    monkeypatch.setattr(passes.Passes, "forward", noted)
     generate(
         TARGET,
         DRAFTER,
@@ -493,7 +493,7 @@ def test_a_drafter_that_catches_up_is_no_prefill(monkeypatch):
 
 
 def test_an_interrupt_of_the_prefill_keeps_the_chunks_that_were_done(monkeypatch):
-    monkeypatch.setattr(runner, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(passes, "PREFILL_CHUNK", 4)
     cache, prompt = PrefixCache(), list(range(12))
 
     def interrupt(done, num_tokens):
@@ -510,7 +510,7 @@ def test_an_interrupt_of_the_prefill_keeps_the_chunks_that_were_done(monkeypatch
 
 @pytest.mark.parametrize("on_error", ["raise", "fallback"])
 def test_what_a_callback_raises_is_nobody_elses_fault(monkeypatch, on_error):
-    monkeypatch.setattr(runner, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(passes, "PREFILL_CHUNK", 4)
 
     class Cancelled(Exception):
         pass

@@ -15,6 +15,7 @@ from dynatree_core import Session, generate, hf, run
 from dynatree_core.audit import audit_generation
 from dynatree_core.cache import sink_cache
 from dynatree_core.cache.sink_cache import ROTARY_FAMILIES, SinkCache, SinkWindow
+from dynatree_core.clock import StageClock
 from dynatree_core.errors import (
     CacheError,
     ContextLimitError,
@@ -23,7 +24,9 @@ from dynatree_core.errors import (
     UnsupportedModelError,
 )
 from dynatree_core.models.architectures import cache_argument
-from dynatree_core.runners import runner
+from dynatree_core.runners import passes
+from dynatree_core.runners.base import PassOutput
+from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import CONTEXT, ROPES, perturbed, tiny_model
 from dynatree_core.testing.strategies import HostileDrafter, HostilePolicy
@@ -97,11 +100,11 @@ def autoregressive(model: Any, prompt: list[int], length: int, option: SinkWindo
     seen = []
     forward = session.target.forward
 
-    def record(*args: Any, stage: str, **options: Any) -> torch.Tensor:
-        logits = forward(*args, stage=stage, **options)
+    def record(*args: Any, stage: str, **options: Any) -> PassOutput:
+        output = forward(*args, stage=stage, **options)
         if stage == "verify":
-            seen.append(logits[0, 0])
-        return logits
+            seen.append(output.logits[0, 0])
+        return output
 
     session.target.forward = record
     for _ in run(session):
@@ -157,7 +160,7 @@ def test_trees_equal_autoregressive_decoding(family, drafter, policy, generation
     drafters = {"itself": model, "noisy": perturbed("llama"), "gpt2": tiny_model("gpt2")}
     limits = {**limits, "max_nodes": min(limits.get("max_nodes", 40), 40)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "PREFILL_CHUNK", chunk)
+        patch.setattr(passes, "PREFILL_CHUNK", chunk)
         check(model, drafters.get(drafter, drafter), policy, **generation, **limits)
 
 
@@ -267,10 +270,11 @@ def test_half_precision():
 
 def run_chain(model: Any, cache: SinkCache, text: list[int]) -> torch.Tensor:
     """The logits of the last token of a text, through the cache."""
-    target = runner.ModelRunner(model, runner.StageClock(torch.device("cpu")))
+    target = passes.Passes(EagerRunner(model), StageClock(torch.device("cpu")))
     with torch.inference_mode():
         target.prefill(torch.tensor(text[:-1]), cache)
-        return target.forward(flatten_chain(torch.tensor(text[-1:]), cache.next_place), cache, stage="verify")[0, 0]
+        flat = flatten_chain(torch.tensor(text[-1:]), cache.next_place)
+        return target.forward(flat, cache, stage="verify").logits[0, 0]
 
 
 def test_through_model_generate():

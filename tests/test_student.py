@@ -25,8 +25,8 @@ from dynatree_core.drafters.base import Drafter, DraftState, padded_proposals
 from dynatree_core.drafters.distilled import DistilledDrafter, fast_dtype
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter, backed_off
-from dynatree_core.engine.kept import kept_of
 from dynatree_core.errors import ModelLoadError, ParameterError, VocabularyMismatchError
+from dynatree_core.models.kept import kept_of
 from dynatree_core.models.student import CARD, WEIGHTS, is_student, load_student, new_student, save_student
 from dynatree_core.plugins.registry import DRAFTERS, plugin_table
 from dynatree_core.testing import assert_drafter_contract, assert_lossless
@@ -165,12 +165,12 @@ def test_the_distilled_drafter_by_name(tmp_path):
 def test_a_student_is_loaded_once_a_target(tmp_path):
     first, second = tiny_model("llama"), perturbed("llama", noise=0.1)
     save_student(tiny_student(first), tmp_path, torch.float32, {"target": "tiny"})
-    models = [DistilledDrafter(str(tmp_path)).start(plan_for(t)).runner.model for t in (first, second, first)]
+    models = [DistilledDrafter(str(tmp_path)).start(plan_for(t)).passes.runner.model for t in (first, second, first)]
     assert models[0] is models[2] is not models[1]
-    assert DistilledDrafter(str(tmp_path), "float64").start(plan_for(first)).runner.model is not models[0]
+    assert DistilledDrafter(str(tmp_path), "float64").start(plan_for(first)).passes.runner.model is not models[0]
     save_student(tiny_student(second), tmp_path, torch.float32, {"target": "tiny"})
     os.utime(tmp_path / WEIGHTS, ns=(0, 0))
-    assert DistilledDrafter(str(tmp_path)).start(plan_for(first)).runner.model is not models[0]
+    assert DistilledDrafter(str(tmp_path)).start(plan_for(first)).passes.runner.model is not models[0]
 
 
 def test_a_student_goes_with_its_target(tmp_path):
@@ -325,7 +325,7 @@ def test_a_model_is_not_asked_where_the_last_drafter_knows_enough(probability, a
     union = UnionDrafter([drafter, Sure(probability)])
     state = (UnionDrafter([union, Sure(0.01)]) if is_nested else union).start(plan_for(target))
     model = (state.states[0] if is_nested else state).states[0]
-    model.runner.forward = counted(model.runner.forward, passes)
+    model.passes.forward = counted(model.passes.forward, passes)
     text = torch.tensor([1, 2, 3])
     tree = TokenTree.root(text[-1:])
     with torch.inference_mode():

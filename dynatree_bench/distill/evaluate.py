@@ -20,10 +20,11 @@ from dynatree_bench.distill.teacher import Shard
 from dynatree_bench.distill.train import batches_of, collate, scored_logits
 from dynatree_bench.formulas import chain_tokens, fixed_tokens
 from dynatree_bench.machine import now
-from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.models.architectures import max_positions
-from dynatree_core.runners.runner import ModelRunner
+from dynatree_core.models.kept import kept_of
+from dynatree_core.runners.choice import make_runner
+from dynatree_core.runners.passes import Passes
 from dynatree_core.tree.flatten import flatten_chain
 
 __all__ = ["Agreement", "LevelCost", "agreement", "level_costs"]
@@ -125,15 +126,16 @@ def level_costs(
     def text(num_tokens: int) -> Tensor:
         return words[torch.randint(words.numel(), (num_tokens,), generator=generator)].to(device)
 
-    runners = [ModelRunner(model, StageClock(device), name="auto") for model in (target, student)]
-    caches = [TreeCache(context + max(*widths, 1)) for _ in runners]
-    for runner, cache in zip(runners, caches, strict=True):
-        runner.prefill(text(context), cache)
+    runners = [make_runner(model, "auto", kept=kept_of(model)) for model in (target, student)]
+    both = [Passes(runner, StageClock(device)) for runner in runners]
+    caches = [runner.new_cache(context + max(*widths, 1)) for runner in runners]
+    for passes, cache in zip(both, caches, strict=True):
+        passes.prefill(text(context), cache)
 
     def seconds(which: int, width: int) -> float:
         flat = flatten_chain(text(width), context)
         start = now(device)
-        runners[which].forward(flat, caches[which], stage="measured")
+        both[which].forward(flat, caches[which], stage="measured")
         spent = now(device) - start
         caches[which].rollback()
         return spent

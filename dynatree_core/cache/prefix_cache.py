@@ -15,7 +15,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from dynatree_core.cache.tree_cache import TreeCache
+from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.errors import ParameterError
 from dynatree_core.models.state import state_of
 from dynatree_core.plugins.params import as_python
@@ -88,13 +88,13 @@ class PrefixCache:
         with self._lock:
             self._entries = []
 
-    def take(self, model: nn.Module, token_ids: Tensor, cache: TreeCache, *, is_drafter: bool = False) -> int:
+    def take(self, model: nn.Module, token_ids: Tensor, cache: KeyValueCache, *, is_drafter: bool = False) -> int:
         """Copy what is known of a text's first tokens into a cache that is still empty.
 
         Args:
             model: whose cache it is.
             token_ids: [tokens] int64, the text.
-            cache: of one batch row.
+            cache: with one lane and all rows.
             is_drafter: whether the rows are for drafts alone, which may be wrong: what hooks read is not looked at.
 
         Returns:
@@ -112,13 +112,13 @@ class PrefixCache:
         return num_common
 
     @torch.inference_mode()
-    def keep(self, model: nn.Module, token_ids: Tensor, cache: TreeCache, *, is_drafter: bool = False) -> None:
+    def keep(self, model: nn.Module, token_ids: Tensor, cache: KeyValueCache, *, is_drafter: bool = False) -> None:
         """Keep a copy of a cache's committed rows, if they fit.
 
         Args:
             model: whose cache it is.
             token_ids: [at least as many as there are rows] int64, the text.
-            cache: of one batch row.
+            cache: with one lane and all rows.
             is_drafter: as for `take`.
         """
         text = token_ids[: cache.length].to("cpu", copy=True)
@@ -164,23 +164,23 @@ class PrefixReuse:
     """One session's use of a prefix cache, for the caches of its models."""
 
     prefix_cache: PrefixCache
-    _models: dict[TreeCache, nn.Module] = attrs.field(factory=dict, init=False)
-    _ways: dict[TreeCache, Hashable] = attrs.field(factory=dict, init=False)  # how the models were at the beginning
-    _targets: TreeCache | None = attrs.field(default=None, init=False)
+    _models: dict[KeyValueCache, nn.Module] = attrs.field(factory=dict, init=False)
+    _ways: dict[KeyValueCache, Hashable] = attrs.field(factory=dict, init=False)  # how the models were at the beginning
+    _targets: KeyValueCache | None = attrs.field(default=None, init=False)
 
-    def add(self, model: nn.Module, cache: TreeCache) -> None:
+    def add(self, model: nn.Module, cache: KeyValueCache) -> None:
         """Have a model's cache take part; the target's first."""
         if self._targets is None:
             self._targets = cache
         self._models[cache] = model
         self._ways[cache] = _way_of(model, cache is not self._targets)
 
-    def hold_only(self, cache: TreeCache) -> None:
+    def hold_only(self, cache: KeyValueCache) -> None:
         """Let go of all caches but this one."""
         for other in [held for held in self._models if held is not cache]:
             del self._models[other], self._ways[other]
 
-    def fill(self, cache: TreeCache, token_ids: Tensor) -> int:
+    def fill(self, cache: KeyValueCache, token_ids: Tensor) -> int:
         """Copy rows into one of the caches, unless it has any; how many rows were copied.
 
         Args:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.errors import CacheError, ParameterError, UnsupportedModelError
 from dynatree_core.models.architectures import attention_layout, max_positions
@@ -109,8 +110,8 @@ def refuse_beside(option: SinkWindow, exact: str | None, positions: Sequence[int
         )
 
 
-class SinkCache(Cache):
-    """Sinks and window of one text, with the stages' view of a `TreeCache`.
+class SinkCache(Cache, KeyValueCache):
+    """Sinks and window of one text. It has one lane.
 
     Its rows are a TreeCache's, in which slot `front + place` holds the row of that place. The copies of the sinks are
     written over the rows that have just left the window, so that a pass sees one block without a gap.
@@ -133,6 +134,7 @@ class SinkCache(Cache):
         self._step = _step(model, option)
         self._front = option.sinks * min(self._step, MAX_PLACES)  # slots before place 0, for copies
         self._rows = TreeCache(self._front + option.num_tokens + self._step + max_nodes)
+        self.capacity = self._rows.capacity  # it does not depend on the text
         self._rows.lengths = [self._front]
         self._num_turned_back = 0  # positions by which the window's keys were turned back so far
         self._sinks: list[tuple[Tensor, Tensor]] = []  # per layer, keys and values [1, heads, sinks, head_dim]
@@ -151,9 +153,9 @@ class SinkCache(Cache):
         return self._num_turned_back + self.next_place
 
     @property
-    def capacity(self) -> int:
-        """Rows that there is memory for; it does not depend on the text."""
-        return self._rows.capacity
+    def block_len(self) -> int:
+        """Undecided rows behind the committed ones."""
+        return self._rows.block_len
 
     @property
     def max_places(self) -> int:
@@ -233,6 +235,26 @@ class SinkCache(Cache):
         """Forget the block and clear the slots behind the committed rows, where NaN would go through any mask."""
         self._rows.wipe()
         self._move_on()
+
+    def truncate(self, length: int, lane: int | None = None) -> None:
+        """Forget the block, and all committed rows.
+
+        Raises:
+            CacheError: some are to stay, of which the window may have left the first ones.
+        """
+        if length > 0:
+            raise CacheError(f"a cache that moves can be emptied only, got {length} rows to stay; decode without it")
+        self._rows.rollback()
+        self._sinks, self._num_turned_back, self._rows.lengths = [], 0, [self._front]
+
+    def join(self) -> int:
+        """Take the lane."""
+        return self._rows.join()
+
+    def free(self, lane: int) -> None:
+        """Forget all rows, and give the lane back."""
+        self._rows.free(lane)
+        self.truncate(0)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Rows that the next pass finds before its own; asked by models that are given no positions."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
-from dynatree_core.cache.tree_cache import TreeCache
+from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.errors import ParameterError
 
 __all__ = ["check_kept_as_is", "leave_rows", "take_rows"]
@@ -47,12 +47,12 @@ def check_kept_as_is(cache: Any) -> None:
         )
 
 
-def take_rows(cache: Any, own: TreeCache, num_text: int, dtype: torch.dtype | None) -> int:
+def take_rows(cache: Any, own: KeyValueCache, num_text: int, dtype: torch.dtype | None) -> int:
     """Begin an empty cache of a session with the rows that a caller's cache holds.
 
     Args:
         cache: the caller's, for which `check_kept_as_is` is true.
-        own: of one batch row.
+        own: with one lane and all rows.
         num_text: tokens of the text that the rows are the first of.
         dtype: of the model's own rows; None under autocast, where keys and values may have different ones.
 
@@ -94,12 +94,12 @@ def take_rows(cache: Any, own: TreeCache, num_text: int, dtype: torch.dtype | No
 
 
 @torch.no_grad()
-def leave_rows(cache: Any, own: TreeCache, num_padding: int) -> None:
+def leave_rows(cache: Any, own: KeyValueCache, num_padding: int) -> None:
     """Append to a caller's cache the rows of a session's that it does not hold yet.
 
     Args:
         cache: the caller's; it holds the first rows, or none.
-        own: the session's, of one batch row.
+        own: the session's, with one lane and all rows.
         num_padding: padding tokens at the prompt's left, for which a session has no rows and generate() has. They are
             zero here: whoever goes on hides them with the same mask.
     """

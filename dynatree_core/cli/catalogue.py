@@ -1,4 +1,4 @@
-"""What is known of the installed plugins without using them, for `dynatree policies` and `dynatree drafters`.
+"""What is known of the installed plugins without using them, for `dynatree policies`, `drafters` and `doctor`.
 
 What needs torch is imported where a plugin is read whose facts are not remembered.
 """
@@ -22,6 +22,7 @@ from dynatree_core.plugins.registry import (
     DRAFTERS,
     POLICIES,
     PRESETS,
+    RUNNERS,
     load_plugin,
     plugin_parameters,
     plugin_table,
@@ -33,7 +34,7 @@ from dynatree_core.plugins.spec import PluginSpec, format_stack
 
 __all__ = ["PluginRow", "plugin_rows"]
 
-_KIND = {POLICIES: "policy", PRESETS: "preset", DRAFTERS: "drafter"}
+_KIND = {POLICIES: "policy", PRESETS: "preset", DRAFTERS: "drafter", RUNNERS: "runner"}
 
 _is_text = attrs.validators.instance_of(str)
 _is_list = attrs.validators.deep_iterable(_is_text, attrs.validators.instance_of(list))
@@ -46,7 +47,7 @@ class PluginRow:
     """What is known of one plugin without using it."""
 
     name: str
-    kind: str  # "policy", "preset" or "drafter"
+    kind: str  # "policy", "preset", "drafter" or "runner"
     package: str
     version: str
     description: str = attrs.field(default="", validator=_is_text)
@@ -120,6 +121,11 @@ def _look_into(group: str, name: str) -> Iterator[tuple[str, Any]]:
         yield "expands_to", expanded
         return
     yield "description", next(iter(str(plugin.__doc__ or "").strip().splitlines()), "")
+    if group == RUNNERS:
+        from dynatree_core.runners.choice import load_runner
+
+        load_runner(name)  # that it is one
+        return
     yield "required", required_parameters(plugin)
     yield "parameters", plugin_parameters(plugin)
     yield "variants", {variant: dict(values) for variant, values in plugin_variants(plugin).items()}

@@ -28,7 +28,7 @@ import psutil
 from dynatree_core.cli.catalogue import plugin_rows
 from dynatree_core.files.folders import cache_root
 from dynatree_core.models import embedded
-from dynatree_core.plugins.registry import DRAFTERS, POLICIES, PRESETS, plugin_table
+from dynatree_core.plugins.registry import DRAFTERS, POLICIES, PRESETS, RUNNERS, plugin_table
 
 __all__ = ["examine", "probe", "without_secrets"]
 
@@ -186,8 +186,8 @@ def _runner(device: str) -> dict[str, str]:
     """What `auto` chooses for the default model here, and why: a model of its kind and little size is asked about."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from dynatree_core.runners.packed import can_pack
-    from dynatree_core.runners.runner import MAX_SHARE_OF_MEMORY, runner_for
+    from dynatree_core.runners.choice import runner_for
+    from dynatree_core.runners.packed import MAX_SHARE_OF_MEMORY, can_pack
 
     config = LlamaConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
@@ -215,7 +215,7 @@ def _runner(device: str) -> dict[str, str]:
 
 
 def _plugins(problems: list[str], *, is_torch_here: bool) -> list[dict[str, Any]]:
-    groups = (PRESETS, POLICIES, DRAFTERS)
+    groups = (PRESETS, POLICIES, DRAFTERS, RUNNERS)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if is_torch_here:

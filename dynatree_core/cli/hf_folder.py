@@ -14,6 +14,7 @@ from dynatree_core.cli.completion import complete_drafter, complete_model, compl
 from dynatree_core.cli.model_options import USUAL_DRAFTERS, load, usual_drafter
 from dynatree_core.errors import InputError, ParameterError, nearest_match
 from dynatree_core.models import embedded
+from dynatree_core.plugins.registry import check_runner_name
 from dynatree_core.plugins.spec import format_stack, parse_stack
 
 if TYPE_CHECKING:
@@ -106,9 +107,10 @@ def _option(text: str) -> tuple[str, Any]:
         read: Any = ast.literal_eval(value)
     except (ValueError, SyntaxError):
         read = value  # a word, such as fallback
-    allowed = {"on_error": ("raise", "fallback"), "runner": ("auto", "eager", "packed", "cudagraph")}.get(name)
-    if allowed is not None and read not in allowed:
-        raise ParameterError(f"{name} must be one of {', '.join(allowed)}, got '{value}'")
+    if name == "runner":
+        check_runner_name(read)
+    if name == "on_error" and read not in ("raise", "fallback"):
+        raise ParameterError(f"on_error must be one of raise, fallback, got '{value}'")
     return name, read
 
 

@@ -38,6 +38,7 @@ from dynatree_core.cli.hf_folder import hf_folder
 from dynatree_core.cli.model_options import (
     USUAL_DRAFTERS,
     FiniteRange,
+    RunnerName,
     encode_prompt,
     load,
     load_drafter,
@@ -198,7 +199,7 @@ def _dynatree(context: click.Context) -> None:
 )
 @click.option(
     "--runner",
-    type=click.Choice(["auto", "eager", "packed", "cudagraph"]),
+    type=RunnerName(),
     default="auto",
     show_default=True,
     help="How passes are computed; auto: packed on a CPU, else eager.",

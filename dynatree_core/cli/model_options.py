@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from dynatree_core.cli import console
 from dynatree_core.errors import (
@@ -24,7 +25,7 @@ from dynatree_core.errors import (
     VocabularyMismatchError,
     nearest_match,
 )
-from dynatree_core.plugins.registry import DRAFTERS, plugin_table
+from dynatree_core.plugins.registry import DRAFTERS, check_runner_name, plugin_table, runner_names
 from dynatree_core.plugins.spec import canonical_name, parse_stack
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "USUAL_DRAFTERS",
     "FiniteRange",
+    "RunnerName",
     "chat_ids",
     "check_drafter_model",
     "check_drafter_name",
@@ -57,6 +59,25 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
+
+
+class RunnerName(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.4
+    """The name of an installed runner, or "auto"."""
+
+    name = "runner"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            check_runner_name(value)
+        except UnknownPluginError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(runner_names())}]"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in runner_names() if name.startswith(incomplete)]
 
 
 def tokenizer_of(target: LoadedModel) -> PreTrainedTokenizerBase:

@@ -21,7 +21,8 @@ from dynatree_core.cache.sink_cache import SinkWindow
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import ContextLimitError
 from dynatree_core.models.architectures import max_positions
-from dynatree_core.runners.runner import ModelRunner, drafters_runner
+from dynatree_core.runners.choice import drafters_runner
+from dynatree_core.runners.passes import Passes
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
 
@@ -181,8 +182,8 @@ class DraftState(abc.ABC):
         """All that `propose` may answer about a root. There are several where the answer depends on other nodes."""
         return [self.propose(committed_ids, tree, k)]
 
-    def runners(self) -> Sequence[ModelRunner]:
-        """The runners of its models' passes, for programs that count or price them."""
+    def runners(self) -> Sequence[Passes]:
+        """The passes of its models, for programs that count or price them."""
         return ()
 
 
@@ -211,7 +212,7 @@ class _ElsewhereState(DraftState):
         possible = self.state.possible_proposals(self._copied(committed_ids), tree.to(self.device), k)
         return [self._back(proposals) for proposals in possible]
 
-    def runners(self) -> Sequence[ModelRunner]:
+    def runners(self) -> Sequence[Passes]:
         return self.state.runners()
 
     def _copied(self, committed_ids: Tensor) -> Tensor:

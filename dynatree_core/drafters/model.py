@@ -14,14 +14,15 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, padded_proposals
 from dynatree_core.errors import ParameterError, VocabularyMismatchError
 from dynatree_core.models.architectures import num_embeddings, vocab_size
+from dynatree_core.models.kept import kept_of
 from dynatree_core.models.load import load_model
 from dynatree_core.models.student import RestrictedHead
 from dynatree_core.models.wrappers import plain_model
-from dynatree_core.runners.runner import PREFILL_CHUNK, ModelRunner
+from dynatree_core.runners.choice import make_runner
+from dynatree_core.runners.passes import PREFILL_CHUNK, Passes
 from dynatree_core.tree.flatten import FlatTrees, flatten_chain, flatten_level
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
@@ -87,9 +88,10 @@ class ModelDraftState(DraftState):
             raise ParameterError("the drafter must be on a device that computes, got meta; load its weights")
         if restricted_ids(model) is None:
             check_vocabularies(plan.vocab_size, vocab_size(model))
-        self.runner = ModelRunner(model, plan.clock, on_prefill=plan.on_prefill, name=plan.runner)
-        self.cache = TreeCache(plan.num_followed + plan.max_nodes)
-        self.prefix = plan.prefix
+        runner = make_runner(model, plan.runner, kept=kept_of(model))
+        self.passes = Passes(runner, plan.clock, on_prefill=plan.on_prefill)
+        self.cache = runner.new_cache(plan.num_followed + plan.max_nodes)
+        self.prefix = plan.prefix if self.cache.has_all_rows else None
         if self.prefix is not None:
             self.prefix.add(model, self.cache)
         self.kept = plan.kept
@@ -105,7 +107,7 @@ class ModelDraftState(DraftState):
             # by the target's ids: of any two texts with the same, this model has the same rows
             self.prefix.fill(self.cache, committed_ids)
         followed = self._followed(committed_ids)
-        self.runner.prefill(self._own(followed[self.cache.length :]), self.cache)
+        self.passes.prefill(self._own(followed[self.cache.length :]), self.cache)
         self.num_settled = self.cache.length
 
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
@@ -125,7 +127,7 @@ class ModelDraftState(DraftState):
     def _catch_up(self, followed: Tensor) -> Tensor:
         """Run the model over the tokens that it has not seen, the root last; the root's logits [1, outputs]."""
         if followed.numel() - self.cache.length > PREFILL_CHUNK:  # many levels were skipped, or it begins anew
-            self.runner.prefill(self._own(followed[self.cache.length : -1]), self.cache, stage="draft_forward")
+            self.passes.prefill(self._own(followed[self.cache.length : -1]), self.cache, stage="draft_forward")
         self.num_settled = self.cache.length
         flat = flatten_chain(followed[self.num_settled :], self.num_settled)
         logits = self._forward(flat, last_row_only=True)
@@ -134,7 +136,7 @@ class ModelDraftState(DraftState):
 
     def _forward(self, flat: FlatTrees, *, last_row_only: bool = False) -> Tensor:
         flat = attrs.evolve(flat, token_ids=self._own(flat.token_ids))
-        return self.runner.forward(flat, self.cache, stage="draft_forward", last_row_only=last_row_only)[0]
+        return self.passes.forward(flat, self.cache, stage="draft_forward", last_row_only=last_row_only).logits[0]
 
     def commit(self, draft_path: tuple[int, ...]) -> None:
         # node i stands in block row i − 1, the root being committed; the deepest nodes may not have been forwarded
@@ -144,8 +146,8 @@ class ModelDraftState(DraftState):
     def rollback(self) -> None:
         self.cache.truncate(self.num_settled)
 
-    def runners(self) -> Sequence[ModelRunner]:
-        return (self.runner,)
+    def runners(self) -> Sequence[Passes]:
+        return (self.passes,)
 
     def _followed(self, committed_ids: Tensor) -> Tensor:
         """The tokens that are in the cache or go there next; empties the cache where too many have to leave it."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, OwnWeights, padded_proposals
 from dynatree_core.drafters.build import build_drafters
 from dynatree_core.errors import ParameterError
-from dynatree_core.runners.runner import ModelRunner
+from dynatree_core.runners.passes import Passes
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
 
@@ -104,7 +104,7 @@ class UnionState(DraftState):
             ways = [*((*heard, one) for heard in ways for one in asked), *skipped]
         return [_combined(heard, k) for heard in ways]
 
-    def runners(self) -> Sequence[ModelRunner]:
+    def runners(self) -> Sequence[Passes]:
         return [runner for state in self.states for runner in state.runners()]
 
     def commit(self, draft_path: tuple[int, ...]) -> None:

@@ -36,7 +36,7 @@ def decode_step(session: Session) -> StepReport:
     tree = draft(session)  # rooted at the last committed token
     tree = prune(session, tree)  # what the policies think worth verifying
     flat = flatten([tree], [session.cache.next_place], **session.pass_shape)  # ids, positions, who sees whom
-    logits = session.target.forward(flat, session.cache, stage="verify")[0, : tree.num_nodes]  # [nodes, vocab]
-    verdict = verify(session, tree, logits)  # accepted path and bonus token, up to a stop
+    output = session.target.forward(flat, session.cache, stage="verify")  # a row a node, and padding
+    verdict = verify(session, tree, output.logits[0, : tree.num_nodes])  # accepted path and bonus token, up to a stop
     report = commit(session, tree, verdict)  # keep the path's cache rows, append the tokens
     return feedback(session, report)  # tell the policies

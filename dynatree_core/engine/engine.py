@@ -10,23 +10,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.cache.prefix_cache import PrefixCache, PrefixReuse
 from dynatree_core.cache.sink_cache import SinkCache
-from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.cost_model import CostModel
 from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
 from dynatree_core.drafters.build import as_drafter
-from dynatree_core.engine.kept import kept_of
 from dynatree_core.engine.row_probe import refuse_dependent_rows
 from dynatree_core.errors import DrafterError, ForwardPassError, OutOfMemoryError, ParameterError
 from dynatree_core.models.architectures import vocab_size
+from dynatree_core.models.kept import kept_of
 from dynatree_core.models.state import can_infer
 from dynatree_core.models.wrappers import plain_model
 from dynatree_core.plugins.foreign import others_code, raised
 from dynatree_core.request.request import Options, Request
-from dynatree_core.runners.runner import ModelRunner, drafters_runner
+from dynatree_core.runners.base import Runner
+from dynatree_core.runners.choice import drafters_runner, make_runner
+from dynatree_core.runners.passes import Passes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["Engine"]
 
 ENGINE_OPTIONS = ("costs", "now", "prefix_cache", "runner", "tokenizer", "trust_model")
-MAX_FREE_CACHES = 2  # as many as have memory without a generation
-CAPACITY_STEP = 256  # slots: a cache is made a little larger than asked, so that it suits the next generation too
 
 
 class Engine:
@@ -99,7 +99,7 @@ class Engine:
         """Look at the models anew when the next generation begins: one of them was changed."""
         self._is_admitted = False
         self._can_infer: dict[nn.Module, bool] = {}  # asked once: it looks at every weight
-        self._free: list[TreeCache] = []  # no generation uses them
+        self._runners: dict[str, Runner] = {}  # by the name that was asked for
         self._costs: dict[str, CostModel] = {}  # by the name of the runner
 
     def admit(self) -> None:
@@ -147,24 +147,40 @@ class Engine:
     def new_clock(self) -> StageClock:
         return StageClock(self.device, self._now)
 
-    def new_runner(
-        self, request: Request, clock: StageClock, on_prefill: Callable[[int, int], None] | None
-    ) -> ModelRunner:
-        """What computes the target's passes of one generation."""
-        return ModelRunner(self.target, clock, request.positions, on_prefill, self._runner_of(request.is_fixed_width))
+    def runner_for(self, request: Request) -> Runner:
+        """What computes the target's passes; made for the first generation that needs it."""
+        name = self._runner_of(request.is_fixed_width)
+        if name not in self._runners:
+            self._runners[name] = make_runner(self.target, name, kept=kept_of(self.target))
+        return self._runners[name]
 
-    def new_cache(self, request: Request) -> TreeCache | SinkCache:
-        """An empty cache for the target's rows of one generation."""
+    def new_passes(self, request: Request, clock: StageClock, on_prefill: Callable[[int, int], None] | None) -> Passes:
+        """The target's passes of one generation."""
+        runner, positions = self.runner_for(request), request.positions
+        own_positions = None if positions is None else torch.tensor(positions, device=self.device)
+        return Passes(runner, clock, positions=own_positions, on_prefill=on_prefill)
+
+    def new_cache(self, request: Request) -> KeyValueCache:
+        """An empty cache for the target's rows of one generation.
+
+        Raises:
+            ParameterError: the runner has a cache of its own, which cannot be bounded.
+        """
+        runner = self.runner_for(request)
+        if request.kept is not None and runner.has_own_cache:
+            raise ParameterError(
+                f"the {runner.name} runner has a cache of its own, got cache='{request.kept}' beside it; leave one of "
+                "them out"
+            )
         if request.kept is not None:
             return SinkCache(self.target, request.kept, request.limits.max_nodes)
         capacity = request.num_tokens + max(request.limits.max_nodes, request.pass_rows)
-        return TreeCache(capacity, is_zeroed=request.is_fixed_width)
+        return runner.new_cache(capacity, is_zeroed=request.is_fixed_width)
 
-    def new_prefix(self, request: Request, cache: TreeCache | SinkCache) -> PrefixReuse | None:
+    def new_prefix(self, request: Request, cache: KeyValueCache) -> PrefixReuse | None:
         """The use that one generation makes of the prefix cache; None where its rows are not those of others."""
-        if self.prefix_cache is None or not request.can_reuse_prefix:
+        if self.prefix_cache is None or not (request.can_reuse_prefix and cache.has_all_rows):
             return None
-        assert isinstance(cache, TreeCache), "a cache that moves has no part in it"
         prefix = PrefixReuse(self.prefix_cache)
         prefix.add(self.target, cache)
         return prefix

@@ -35,7 +35,8 @@ from dynatree_core.models.architectures import cache_argument, max_positions, vo
 from dynatree_core.models.comparable import comparable, noting_hooks_that_keep
 from dynatree_core.models.state import foreign_parts, hooks_of, state_of, without_gradients
 from dynatree_core.request.arguments import DEFAULT_MAX_NODES
-from dynatree_core.runners.runner import ModelRunner
+from dynatree_core.runners.eager import EagerRunner
+from dynatree_core.runners.passes import Passes
 from dynatree_core.tree.flatten import flatten
 from dynatree_core.tree.token_tree import TokenTree
 
@@ -189,13 +190,13 @@ class _Probe:
         return self._level(tree, [0] * len(children), children)
 
     def tree_logits(self, tree: TokenTree) -> Tensor:
-        runner, cache = self._prefilled()
+        passes, cache = self._prefilled()
         flat = flatten([tree], [cache.next_place])
-        return runner.forward(flat, cache, stage="probe")[0, [0, 2]]
+        return passes.forward(flat, cache, stage="probe").logits[0, [0, 2]]
 
     def stepwise_logits(self, noise: int | None = None) -> Tensor:
         """By passes of one row each; with noise, behind keys and values that are a little off."""
-        runner, cache = self._prefilled()
+        passes, cache = self._prefilled()
         if noise is not None:
             generator = torch.Generator().manual_seed(noise)
             for buffer in (*cache.keys, *cache.values):
@@ -205,7 +206,7 @@ class _Probe:
         rows_of = []
         for token_id in (self.root, self.child):
             flat = flatten([TokenTree.root(self._one(token_id))], [cache.next_place])
-            rows_of.append(runner.forward(flat, cache, stage="probe")[0, -1])
+            rows_of.append(passes.forward(flat, cache, stage="probe").logits[0, -1])
             cache.commit([[0]])
         return torch.stack(rows_of)
 
@@ -230,11 +231,11 @@ class _Probe:
         logprob = torch.full((len(parents),), -1.0, device=device)
         return tree.grow(torch.tensor(parents, device=device), torch.tensor(token_ids, device=device), logprob)
 
-    def _prefilled(self) -> tuple[ModelRunner, TreeCache]:
-        runner = ModelRunner(self.model, StageClock(self.prefix.device))
+    def _prefilled(self) -> tuple[Passes, TreeCache]:
+        passes = Passes(EagerRunner(self.model), StageClock(self.prefix.device))
         cache = TreeCache(self.prefix.numel() + WIDE_ROWS)
-        runner.prefill(self.prefix, cache)
-        return runner, cache
+        passes.prefill(self.prefix, cache)
+        return passes, cache
 
     def _one(self, token_id: int) -> Tensor:
         return torch.tensor([token_id], device=self.prefix.device)

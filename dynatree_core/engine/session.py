@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
-from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.drafters.base import Drafter, DraftState
 from dynatree_core.engine.engine import ENGINE_OPTIONS, Engine
 from dynatree_core.engine.metrics import summarise
@@ -24,7 +23,7 @@ from dynatree_core.report import GenerationResult, StepStats
 from dynatree_core.request.limits import Limits
 from dynatree_core.request.request import Request
 from dynatree_core.request.sampling import Sampler
-from dynatree_core.runners.runner import is_out_of_memory
+from dynatree_core.runners.passes import is_out_of_memory
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
 from dynatree_core.tree.verdict import StepReport
@@ -68,7 +67,7 @@ class Session:
         self._callers_errors: list[BaseException] = []  # raised by what the caller has given, so nobody else's fault
         on_prefill = request.on_prefill and _noting(request.on_prefill, self._callers_errors)
         self.clock = engine.new_clock()
-        self.target = engine.new_runner(request, self.clock, on_prefill)
+        self.target = engine.new_passes(request, self.clock, on_prefill)
         self.cache = engine.new_cache(request)
         # of every verification pass at least, so that all passes round alike
         self.pass_shape = (
@@ -206,7 +205,6 @@ class Session:
     def reuse_prefix(self) -> None:
         """Copy what the prefix cache knows of the prompt into the target's cache, which is filled from the start."""
         if self.prefix is not None:
-            assert isinstance(self.cache, TreeCache), "a cache that moves has no part in it"
             self.num_reused_tokens += self.prefix.fill(self.cache, self.committed_ids[:-1])
 
     def keep_prefix(self) -> None:
@@ -241,7 +239,7 @@ class Session:
         warnings.warn(f"drafting is off for the rest of this generation: {error}", RuntimeWarning, stacklevel=4)
         self.cache.rollback()
         self.sequence.draft_state = None
-        if self.prefix is not None and isinstance(self.cache, TreeCache):
+        if self.prefix is not None:
             self.prefix.hold_only(self.cache)  # the drafter may have found no memory
         self.sequence.stack = self.stack.silenced()
 
@@ -259,7 +257,7 @@ class Session:
         report = summarise(
             policy=str(self.stack),
             drafter=self.drafter_name,
-            runner=self.target.name,
+            runner=self.target.runner.computed_by,
             num_prompt_tokens=len(self.request.prompt_ids),
             num_reused_tokens=self.num_reused_tokens,
             token_ids=self.new_token_ids,

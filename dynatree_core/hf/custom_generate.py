@@ -28,7 +28,6 @@ from transformers import (
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from dynatree_core.cache.transformers_cache import check_kept_as_is, leave_rows, take_rows
-from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.engine.session import Session
 from dynatree_core.errors import ParameterError
@@ -209,7 +208,7 @@ def _one_row(asked: _Asked, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput
         if streamer is not None:
             for token_id in report.token_ids:
                 streamer.put(torch.tensor([token_id]))
-    if asked.is_cache_wanted and isinstance(session.cache, TreeCache):
+    if asked.is_cache_wanted and session.cache.has_all_rows:
         leave_rows(asked.cache, session.cache, session.num_padding)
     sequences = session.text.to(asked.input_ids.device)
     if not config.return_dict_in_generate:
@@ -219,7 +218,7 @@ def _one_row(asked: _Asked, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput
         fields["scores"] = tuple(scores.clone() for scores in processed.scores)  # recorded in inference mode
     if config.output_logits:
         fields["logits"] = tuple(scores.clone() for scores in raw.scores)
-    if isinstance(session.cache, TreeCache):
+    if session.cache.has_all_rows:
         fields[cache_argument(asked.model)] = asked.cache
     return GenerateDecoderOnlyOutput(**fields)
 
@@ -304,7 +303,7 @@ def _session(asked: _Asked, row: int, processors: list[Any], criteria: Sequence[
 def _begin_with(session: Session, asked: _Asked) -> None:
     """Take over the rows of the caller's cache."""
     beside = [name for name in ("cache", "exact", "prefix_cache") if asked.options.get(name) is not None]
-    if beside or session.num_padding or not isinstance(session.cache, TreeCache):
+    if beside or session.num_padding or not session.cache.has_all_rows:
         raise ParameterError(
             f"a cache that holds rows cannot be taken over beside {', '.join(beside) or 'padding'}; leave one of them "
             "out"

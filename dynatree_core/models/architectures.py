@@ -89,7 +89,7 @@ class AttentionLayout:
     is_additive: bool  # eager attention adds a float mask to the scores; SDPA takes a boolean one
 
     def masks(self, flat: FlatTrees, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-        """The `attention_mask` argument for the model's forward, [batch, 1, rows, slots] each.
+        """The `attention_mask` argument for the model's forward, [lanes, 1, rows, slots] each.
 
         Windows are measured in positions: slots of a tree are not in the order of positions.
         """

@@ -37,18 +37,22 @@ __all__ = [
     "DRAFTERS",
     "POLICIES",
     "PRESETS",
+    "RUNNERS",
     "check_policy_name",
+    "check_runner_name",
     "load_plugin",
     "make_plugin",
     "plugin_parameters",
     "plugin_table",
     "plugin_variants",
     "required_parameters",
+    "runner_names",
 ]
 
 POLICIES = "dynatree.policies"  # entry-point group: name -> policy class
 PRESETS = "dynatree.presets"  # name -> a stack string
 DRAFTERS = "dynatree.drafters"  # name -> Drafter class
+RUNNERS = "dynatree.runners"  # name -> Runner class
 
 
 @functools.cache
@@ -156,6 +160,24 @@ def check_policy_name(name: str) -> None:
         known = [*plugin_table(POLICIES), *plugin_table(PRESETS)]
         raise UnknownPluginError(
             f"'{name}' is not an installed policy or preset{nearest_match(name, known)}; known are: {', '.join(known)}"
+        )
+
+
+def runner_names() -> list[str]:
+    """What may be named as a runner: the installed ones, and "auto", which chooses among them."""
+    return ["auto", *plugin_table(RUNNERS)]
+
+
+def check_runner_name(name: str) -> None:
+    """Refuse a name that is none of a runner.
+
+    Raises:
+        UnknownPluginError.
+    """
+    known = runner_names()
+    if not isinstance(name, str) or canonical_name(name) not in known:
+        raise UnknownPluginError(
+            f"runner must be one of {', '.join(known)}, got {name!r}{nearest_match(str(name), known)}"
         )
 
 

@@ -118,7 +118,7 @@ class Request:
 
         Where every pass has one shape, rows of passes of other shapes may be rounded otherwise.
         """
-        return self.positions is None and not self.is_fixed_width and self.kept is None
+        return self.positions is None and not self.is_fixed_width
 
     @classmethod
     def parse(

@@ -8,10 +8,11 @@ gets inputs that stay where they are, and its shape is rounded up to one of a fe
   So a padding row writes what is there anyway, and no slot is used up.
 - Slots of the cache are shown up to the next of a few numbers. Those behind the block are hidden by the mask.
 
-The keys and values are those of the session's own `TreeCache`; here they are written by index and not by slice.
+Keys and values are written into the cache's own buffers, by index and not by slice. So a graph belongs to one cache. It
+goes with the cache, and a generation that gets an earlier one's cache replays the earlier one's graphs.
 
 Whether a model can be recorded shows when it is tried. So the first replay of each shape is compared with a plain pass
-over the same rows: logits, keys and values. Where anything fails the session warns and goes on with plain passes.
+over the same rows: logits, keys and values. Where anything fails the runner warns and goes on with plain passes.
 """
 
 from __future__ import annotations
@@ -19,21 +20,23 @@ from __future__ import annotations
 import gc
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, final
 
 import attrs
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from dynatree_core.cache.sink_cache import SinkCache
-from dynatree_core.cache.tree_cache import TreeCache
-from dynatree_core.models.state import can_infer, is_untouched
+from dynatree_core.cache.base import KeyValueCache
+from dynatree_core.models.state import can_infer, is_untouched, state_of
+from dynatree_core.runners.base import Kept, PassOutput, Runner
+from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.tree.flatten import FlatTrees
 
-__all__ = ["CapturedPasses", "can_capture", "is_replayable", "rounded_rows", "rounded_slots"]
+__all__ = ["CudaGraphRunner", "can_capture", "is_replayable", "rounded_rows", "rounded_slots"]
 
 MAX_ROWS = 128  # of a pass that is recorded; larger ones keep the device busy without
 MIN_SLOTS = 256
@@ -42,8 +45,7 @@ MIN_SLOTS = 256
 # of other shapes round otherwise. A replay that went wrong is as far off as two texts are
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.05, torch.bfloat16: 0.15}
 
-# computes a pass over rows and a cache: logits [1, rows or 1, vocab]
-Call = Callable[[FlatTrees, Cache, bool], Tensor]
+Run = Callable[[], PassOutput]
 
 _recording = threading.Lock()  # a process can record one graph at a time
 
@@ -85,10 +87,12 @@ class Shape:
     rows: int
     slots: int
     last_row_only: bool
+    hidden: bool
+    has_positions: bool  # whether the model is told other positions than the rows' own
 
 
 class _SlotCache(Cache):
-    """A model's view of a TreeCache's buffers in a pass that writes its rows by index."""
+    """A model's view of a cache's buffers in a pass that writes its rows by index."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], slots: int, written: Tensor) -> None:
         super().__init__(layers=[])
@@ -116,28 +120,33 @@ class _StaticPass:
     """A pass of one shape whose inputs stay where they are.
 
     Attributes:
-        replay: launches what was recorded and returns the logits, always the same tensor; None before.
+        replay: launches what was recorded and returns its output, always the same tensors; None before.
     """
 
-    def __init__(self, shape: Shape, cache: TreeCache) -> None:
+    def __init__(self, shape: Shape, cache: KeyValueCache) -> None:
         self.shape = shape
         device = cache.keys[0].device
+        positions = torch.zeros(1, shape.rows, dtype=torch.int64, device=device) if shape.has_positions else None
         self._flat = FlatTrees(
             token_ids=torch.zeros(1, shape.rows, dtype=torch.int64, device=device),
             position_ids=torch.zeros(1, shape.rows, dtype=torch.int64, device=device),
             visible=torch.zeros(1, shape.rows, shape.slots, dtype=torch.bool, device=device),
             slot_positions=torch.zeros(1, shape.slots, dtype=torch.int64, device=device),
             num_places=shape.rows,
+            model_positions=positions,
         )
         self._order = torch.arange(shape.rows, device=device)
         self._written = self._order.clone()  # [rows] int64: the slots of the rows
         self._cache = _SlotCache(cache.keys, cache.values, shape.slots, self._written)
-        self.replay: Callable[[], Tensor] | None = None
+        self.replay: Run | None = None
 
     def fill(self, flat: FlatTrees, start: int) -> None:
         """Take over the rows, which are to be written at the slots from `start` on."""
         rows, slots, own = flat.num_rows, flat.visible.shape[-1], self._flat
-        for ours, theirs in ((own.token_ids, flat.token_ids), (own.position_ids, flat.position_ids)):
+        inputs = [(own.token_ids, flat.token_ids), (own.position_ids, flat.position_ids)]
+        if own.model_positions is not None and flat.model_positions is not None:
+            inputs.append((own.model_positions, flat.model_positions))
+        for ours, theirs in inputs:
             ours[:, :rows] = theirs
             ours[:, rows:] = theirs[:, -1:]
         own.visible[:, :rows, :slots] = flat.visible
@@ -146,104 +155,141 @@ class _StaticPass:
         own.slot_positions[:, :slots] = flat.slot_positions
         torch.clamp(self._order + start, max=start + rows - 1, out=self._written)
 
-    def run(self, call: Call) -> Tensor:
-        """Compute the pass: logits [1, rows or 1, vocab]."""
-        return call(self._flat, self._cache, self.shape.last_row_only)
+    def run(self, plain: EagerRunner) -> PassOutput:
+        """Compute the pass."""
+        shape = self.shape
+        return plain.forward(self._flat, self._cache, hidden=shape.hidden, last_row_only=shape.last_row_only)
 
-    def own(self, logits: Tensor, rows: int) -> Tensor:
-        """A copy of the logits that are not of padding rows, for the next replay overwrites them."""
-        return (logits[:, -1:] if self.shape.last_row_only else logits[:, :rows]).clone()
+    def own(self, output: PassOutput, rows: int) -> PassOutput:
+        """A copy of what is not of padding rows, for the next replay overwrites it."""
+        logits = output.logits if self.shape.last_row_only else output.logits[:, :rows]
+        return PassOutput(logits.clone(), None if output.hidden is None else output.hidden[:, :rows].clone())
 
 
-class CapturedPasses:
-    """The recorded passes over one cache.
+@final
+class CudaGraphRunner(Runner):
+    """Records the passes of a model.
 
     A shape that comes for the first time is computed without recording, for it may be the only time.
+
+    Args:
+        model: the model.
+        graphs: where recorded passes are kept, by the cache that they write to.
 
     Attributes:
         failure: why no pass is recorded any more, or None.
     """
 
-    def __init__(self) -> None:
-        self.failure: str | None = None
-        self._keys: list[Tensor] | None = None  # the cache's buffers that the passes below write to
-        self._passes: dict[Shape, _StaticPass] = {}
-        self._recorder = _Recorder()
+    name = "cudagraph"
 
-    def takes(self, flat: FlatTrees, cache: TreeCache | SinkCache) -> bool:
-        """Whether a pass over these rows is to be computed here."""
+    def __init__(self, model: nn.Module, graphs: _Graphs | None = None) -> None:
+        self.failure: str | None = None
+        self._plain = EagerRunner(model)
+        self._graphs = _Graphs(None) if graphs is None else graphs
+
+    @classmethod
+    def reason_against(cls, model: nn.Module) -> str | None:
+        return None if can_capture(model) else f"is for models on a CUDA GPU, got one on {model.device}"
+
+    @classmethod
+    def reason_for_eager(cls, model: nn.Module) -> str | None:
+        if is_replayable(model):
+            return None
+        return (
+            "a part of the model has code of its own (a class, a hook or a forward), which a CUDA graph could not "
+            "repeat, so passes run one kernel at a time"
+        )
+
+    @classmethod
+    def make(cls, model: nn.Module, kept: Kept) -> CudaGraphRunner:
+        """The runner of a model, with the graphs of earlier generations where the model is as it was."""
+        state, graphs = state_of(model), kept.get(cls.name)
+        if not isinstance(graphs, _Graphs) or graphs.state != state:
+            graphs = kept[cls.name] = _Graphs(state)
+        return cls(model, graphs)
+
+    @property
+    def computed_by(self) -> str:
+        return self.name if self.failure is None else self._plain.name
+
+    def forward(
+        self,
+        flat: FlatTrees,
+        cache: KeyValueCache,
+        *,
+        hidden: bool = False,
+        last_row_only: bool = False,
+        is_prompt: bool = False,
+    ) -> PassOutput:
+        """One pass, as `Runner.forward`: recorded, replayed or neither.
+
+        Raises:
+            CacheError: the rows do not fit.
+        """
+        if is_prompt or not self.takes(flat, cache):
+            return self._plain.forward(flat, cache, hidden=hidden, last_row_only=last_row_only)
+        with torch.inference_mode():
+            return self._replayed(flat, cache, hidden, last_row_only)
+
+    def takes(self, flat: FlatTrees, cache: KeyValueCache) -> bool:
+        """Whether a pass over these rows can be one that is recorded."""
         return (
             self.failure is None
-            and isinstance(cache, TreeCache)
+            and cache.can_record
             and cache.length > 0  # the first pass makes the buffers of all layers, unless it fails midway
             and flat.token_ids.shape[0] == 1
             and flat.num_rows <= MAX_ROWS
             and not torch.is_autocast_enabled(flat.token_ids.device.type)
         )
 
-    @torch.inference_mode()
-    def logits(self, call: Call, flat: FlatTrees, cache: TreeCache, last_row_only: bool) -> Tensor:
-        """A pass, with what `call` computes: recorded, replayed or neither.
-
-        Args:
-            call: the model's pass, over a static input or over these rows.
-            flat: the rows, for which `takes` is true.
-            cache: the rows' keys and values are appended to its undecided block.
-            last_row_only: only the last row's logits are wanted.
-
-        Returns:
-            Logits [1, rows, vocab], or [1, 1, vocab].
-
-        Raises:
-            CacheError: the rows do not fit.
-            Exception: whatever the model raises.
-        """
+    def _replayed(self, flat: FlatTrees, cache: KeyValueCache, hidden: bool, last_row_only: bool) -> PassOutput:
         start = cache.reserve(flat.num_rows)
-        if self._keys is not cache.keys:
-            self._forget()
-            self._keys = cache.keys
+        passes = self._graphs.of(cache)
         slots = rounded_slots(flat.visible.shape[-1], cache.capacity)
-        shape = Shape(rounded_rows(flat.num_rows), slots, last_row_only)
-        static = self._passes.get(shape)
+        shape = Shape(rounded_rows(flat.num_rows), slots, last_row_only, hidden, flat.model_positions is not None)
+        static = passes.by_shape.get(shape)
         if static is not None and static.replay is None:
-            return self._recorded(static, call, flat, cache, start)
+            return self._recorded(static, passes.recorder, flat, cache, start)
         if static is None:
             static = _StaticPass(shape, cache)
             static.fill(flat, start)
-            logits = static.run(call)
-            self._passes[shape] = static
+            output = static.run(self._plain)
+            passes.by_shape[shape] = static
         else:
             assert static.replay is not None
             static.fill(flat, start)
-            logits = static.replay()
+            output = static.replay()
         cache.append(flat.num_rows)
-        return static.own(logits, flat.num_rows)
+        return static.own(output, flat.num_rows)
 
-    def _recorded(self, static: _StaticPass, call: Call, flat: FlatTrees, cache: TreeCache, start: int) -> Tensor:
-        """Record a pass and see whether a replay does the same as a plain one, whose logits are returned."""
+    def _recorded(
+        self, static: _StaticPass, recorder: _Recorder, flat: FlatTrees, cache: KeyValueCache, start: int
+    ) -> PassOutput:
+        """Record a pass and see whether a replay does the same as a plain one, whose output is returned."""
         block = [buffer[:, :, start : start + flat.num_rows] for buffer in (*cache.keys, *cache.values)]
         found: list[Tensor] = []
         replay, failure = None, None
         try:
             static.fill(flat, start)
-            replay = self._recorder.recorded(lambda: static.run(call), flat.token_ids.device)
+            replay = recorder.recorded(lambda: static.run(self._plain), flat.token_ids.device)
             for rows in block:
                 rows.zero_()  # what recording has written does not count
-            found = [static.own(replay(), flat.num_rows), *(rows.clone() for rows in block)]
+            found = [*_tensors(static.own(replay(), flat.num_rows)), *(rows.clone() for rows in block)]
         except RuntimeError as error:  # so CUDA and torch say what cannot be recorded; the warning below repeats it
             failure = f"{type(error).__name__}: {error}"
         # last, so that its keys and values are those that stay
-        expected = call(flat, cache, static.shape.last_row_only)
-        expected = expected[:, -1:] if static.shape.last_row_only else expected
+        shape = static.shape
+        expected = self._plain.forward(flat, cache, hidden=shape.hidden, last_row_only=shape.last_row_only)
         if failure is None:
-            off = float(torch.stack([_off(*pair) for pair in zip(found, [expected, *block], strict=True)]).amax())
+            pairs = zip(found, [*_tensors(expected), *block], strict=True)
+            off = float(torch.stack([_off(*pair) for pair in pairs]).amax())
             if not off <= TOLERANCE[cache.keys[0].dtype]:  # of the model; NaN is not either
                 failure = f"the first replay was off by {off:.2g} of the largest number"
         if failure is None:
             static.replay = replay
         else:
             self.failure = failure
-            self._forget()
+            self._graphs.forget(cache)
             warnings.warn(
                 f"a pass of {flat.num_rows} rows could not be recorded as a CUDA graph, so passes run one kernel at a "
                 f"time from here on ({failure}); use runner='eager' for this model",
@@ -252,8 +298,40 @@ class CapturedPasses:
             )
         return expected
 
-    def _forget(self) -> None:
-        self._keys, self._passes, self._recorder = None, {}, _Recorder()
+
+class _Graphs:
+    """The recorded passes of one model.
+
+    Args:
+        state: what the model was when they were recorded; whoever keeps them compares.
+    """
+
+    def __init__(self, state: Hashable) -> None:
+        self.state = state
+        self._by_cache: weakref.WeakKeyDictionary[KeyValueCache, _PassesOverCache] = weakref.WeakKeyDictionary()
+
+    def of(self, cache: KeyValueCache) -> _PassesOverCache:
+        """The recorded passes over one cache; none where its buffers are others than they were."""
+        found = self._by_cache.get(cache)
+        if found is None or found.keys is not cache.keys:
+            found = self._by_cache[cache] = _PassesOverCache(cache.keys)
+        return found
+
+    def forget(self, cache: KeyValueCache) -> None:
+        del self._by_cache[cache]
+
+
+class _PassesOverCache:
+    """The recorded passes over one cache; it must not hold the cache, with which it goes."""
+
+    def __init__(self, keys: list[Tensor]) -> None:
+        self.keys = keys  # the buffers that the passes write to
+        self.by_shape: dict[Shape, _StaticPass] = {}
+        self.recorder = _Recorder()
+
+
+def _tensors(output: PassOutput) -> list[Tensor]:
+    return [tensor for tensor in (output.logits, output.hidden) if tensor is not None]
 
 
 class _Recorder:
@@ -263,11 +341,11 @@ class _Recorder:
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
 
-    def recorded(self, run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    def recorded(self, run: Run, device: torch.device) -> Run:
         """Record what a function launches.
 
         Returns:
-            A function that launches it again and returns the same tensor each time.
+            A function that launches it again and returns the same tensors each time.
 
         Raises:
             RuntimeError: it waits for the device, which cannot be recorded, or anything else that CUDA refuses.
@@ -291,7 +369,7 @@ class _Recorder:
             ):
                 output = run()
 
-        def replay() -> Tensor:
+        def replay() -> PassOutput:
             graph.replay()
             return output
 

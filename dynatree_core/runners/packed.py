@@ -11,8 +11,7 @@ Over a long context attention is the larger part. Under a mask transformers repe
 for every query head in each layer; here the kernel is told that they are grouped, with the same result to the last bit.
 
 The model itself is not changed. The packed one is a second set of module objects around the same parameters, with a
-copy of each matrix, so it takes up as much memory again. It is kept as long as the model is, and made anew when weights
-were changed.
+copy of each matrix, so it takes up as much memory again. The next generation takes it too, unless weights were changed.
 """
 
 from __future__ import annotations
@@ -20,24 +19,31 @@ from __future__ import annotations
 import copy
 import platform
 import threading
-import weakref
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, final
 
-import attrs
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
+from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.errors import ParameterError
-from dynatree_core.models.state import is_plain, state_of
+from dynatree_core.models.architectures import attention_layout
+from dynatree_core.models.state import is_plain, is_untouched, state_of
 from dynatree_core.models.student import RestrictedHead
+from dynatree_core.runners.base import Kept, PassOutput, Runner
+from dynatree_core.runners.eager import EagerRunner
+from dynatree_core.tree.flatten import FlatTrees
 
-__all__ = ["can_pack", "is_packed", "pack", "packed_bytes"]
+__all__ = ["MAX_SHARE_OF_MEMORY", "PackedRunner", "can_pack", "packed_bytes"]
 
 ATTENTION = "dynatree_grouped"  # under which transformers knows grouped_attention
+
+# of the memory that is free, what the copies of a model's matrices may take up where nobody asked for them
+MAX_SHARE_OF_MEMORY = 0.25
 
 # layers of one module that read the same rows, by their names in transformers. Names alone decide nothing: layers get
 # their share of a product only for the very rows that it was computed for
@@ -61,14 +67,14 @@ def grouped_attention(
 
     Args:
         module: the attention layer.
-        query: [batch, heads, rows, head_dim]
-        key, value: [batch, key heads, slots, head_dim]
-        attention_mask: [batch, 1, rows, slots] bool; anything else is left to transformers.
+        query: [lanes, heads, rows, head_dim]
+        key, value: [lanes, key heads, slots, head_dim]
+        attention_mask: [lanes, 1, rows, slots] bool; anything else is left to transformers.
         dropout, scaling: of the layer.
         others: what some families pass on besides.
 
     Returns:
-        [batch, rows, heads, head_dim], and no attention weights.
+        [lanes, rows, heads, head_dim], and no attention weights.
     """
     unusual = others.get("position_bias"), others.get("softcap")
     if attention_mask is None or any(other is not None for other in unusual):
@@ -145,16 +151,71 @@ _KINDS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-@attrs.frozen(eq=False)
-class _Entry:
-    """The packed copy of one model, and how that model was then."""
-
-    model: nn.Module
-    state: Hashable
+_lock = threading.Lock()  # two threads that begin with one model pack it once
 
 
-_entries: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+@final
+class PackedRunner(Runner):
+    """Calls a packed copy of a model.
+
+    Args:
+        model: the model, which is copied: a second for each four gigabytes.
+
+    Attributes:
+        twin: the copy.
+
+    Raises:
+        ParameterError: something on the model cannot be copied.
+    """
+
+    name = "packed"
+
+    def __init__(self, model: nn.Module) -> None:
+        self._state: Hashable = state_of(model)
+        self.twin = _packed_copy(model)
+        self._passes = EagerRunner(self.twin, attention_layout(model))
+
+    @classmethod
+    def reason_against(cls, model: nn.Module) -> str | None:
+        if can_pack(model):
+            return None
+        return (
+            "is for models on an x86-64 CPU in float32, or bfloat16 where it multiplies in that, got "
+            f"{model.dtype} on {model.device}, {platform.machine()}"
+        )
+
+    @classmethod
+    def preference(cls, model: nn.Module, kept: Kept) -> int:
+        """2 for a model that is as transformers made it, if its copies leave most of the free memory free, else 0."""
+        if not is_untouched(model):
+            return 0
+        has_room = packed_bytes(model) < MAX_SHARE_OF_MEMORY * psutil.virtual_memory().available
+        return 2 if cls.name in kept or has_room else 0
+
+    @classmethod
+    def make(cls, model: nn.Module, kept: Kept) -> PackedRunner:
+        """The runner of a model, with the copy of an earlier generation where it still holds.
+
+        A copy is made anew when weights were changed in place or are others, when a module was replaced, when a plain
+        attribute of a module or the configuration was changed, and when another attention was chosen; what may be
+        missed says `dynatree_core.models.state`.
+        """
+        with _lock:
+            runner = kept.get(cls.name)
+            if not isinstance(runner, cls) or runner._state != state_of(model):
+                runner = kept[cls.name] = cls(model)
+            return runner
+
+    def forward(
+        self,
+        flat: FlatTrees,
+        cache: KeyValueCache,
+        *,
+        hidden: bool = False,
+        last_row_only: bool = False,
+        is_prompt: bool = False,
+    ) -> PassOutput:
+        return self._passes.forward(flat, cache, hidden=hidden, last_row_only=last_row_only)
 
 
 def can_pack(model: nn.Module) -> bool:
@@ -180,31 +241,6 @@ def packed_bytes(model: nn.Module) -> int:
     """What the packed copies of a model's matrices take up."""
     layers: list[Any] = [layer for layer in model.modules() if _is_packable(layer)]
     return sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-
-
-def pack(model: nn.Module) -> nn.Module:
-    """The packed copy of a model, made at the first call: a second for each four gigabytes.
-
-    Sessions and threads share it. It is made anew when weights were changed in place or are others, when a module was
-    replaced, when a plain attribute of a module or the configuration was changed, and when another attention was
-    chosen; what may be missed says `dynatree_core.models.state`.
-
-    Raises:
-        ParameterError: something on the model cannot be copied.
-    """
-    with _lock:
-        state = state_of(model)
-        entry = _entries.get(model)
-        if entry is None or entry.state != state:
-            entry = _Entry(_packed_copy(model), state)
-            _entries[model] = entry
-        return entry.model
-
-
-def is_packed(model: nn.Module) -> bool:
-    """Whether there is a packed copy of a model already, as it was at some time."""
-    with _lock:
-        return model in _entries
 
 
 @torch.no_grad()

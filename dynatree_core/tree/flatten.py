@@ -19,13 +19,14 @@ __all__ = ["FlatTrees", "flatten", "flatten_chain", "flatten_level"]
 
 @attrs.frozen(eq=False)
 class FlatTrees:
-    """Trees laid out for one forward pass; one batch row a tree, padded to the longest."""
+    """Trees laid out for one forward pass; a lane a tree, padded to the longest."""
 
-    token_ids: Tensor  # [batch, rows] int64
-    position_ids: Tensor  # [batch, rows] int64
-    visible: Tensor  # [batch, rows, slots] bool: which cache slots a row attends to
-    slot_positions: Tensor  # [batch, slots] int64: the position of the token that a slot holds
+    token_ids: Tensor  # [lanes, rows] int64
+    position_ids: Tensor  # [lanes, rows] int64
+    visible: Tensor  # [lanes, rows, slots] bool: which cache slots a row attends to
+    slot_positions: Tensor  # [lanes, slots] int64: the position of the token that a slot holds
     num_places: int  # different positions that the rows have, from that of the first row on
+    model_positions: Tensor | None = None  # [lanes, rows] int64: what the model is told in place of position_ids
 
     @property
     def num_rows(self) -> int:
@@ -38,8 +39,8 @@ def flatten(
     """Lay out whole trees, the root as row 0, for the target.
 
     Args:
-        trees: one tree a batch row.
-        prefix_lens: committed rows in the cache of each batch row; the root is not among them.
+        trees: one tree a lane.
+        prefix_lens: committed rows of each lane of the cache; the root is not among them.
         min_rows: rows of the pass at least.
         min_slots: cache slots that the mask spans at least; those behind the rows are seen by nobody.
 
@@ -47,22 +48,22 @@ def flatten(
         Rows and slots are padded to the longest. A padding row sees only itself (a row that sees nothing
         is NaN after softmax), and nothing else sees it.
     """
-    batch, device = len(trees), trees[0].device
+    lanes, device = len(trees), trees[0].device
     rows = max(min_rows, *(tree.num_nodes for tree in trees))
     slots = max(min_slots, max(prefix_lens) + rows)
-    token_ids = torch.zeros(batch, rows, dtype=torch.int64, device=device)
-    position_ids = torch.zeros(batch, rows, dtype=torch.int64, device=device)
-    visible = torch.zeros(batch, rows, slots, dtype=torch.bool, device=device)
-    slot_positions = torch.arange(slots, device=device).repeat(batch, 1)
-    for row, (tree, prefix_len) in enumerate(zip(trees, prefix_lens, strict=True)):
+    token_ids = torch.zeros(lanes, rows, dtype=torch.int64, device=device)
+    position_ids = torch.zeros(lanes, rows, dtype=torch.int64, device=device)
+    visible = torch.zeros(lanes, rows, slots, dtype=torch.bool, device=device)
+    slot_positions = torch.arange(slots, device=device).repeat(lanes, 1)
+    for lane, (tree, prefix_len) in enumerate(zip(trees, prefix_lens, strict=True)):
         nodes = tree.num_nodes
-        token_ids[row, :nodes] = tree.token_ids
-        position_ids[row, :nodes] = tree.depth + prefix_len
-        visible[row, :nodes, :prefix_len] = True
-        visible[row, :nodes, prefix_len : prefix_len + nodes] = tree.ancestor_mask
+        token_ids[lane, :nodes] = tree.token_ids
+        position_ids[lane, :nodes] = tree.depth + prefix_len
+        visible[lane, :nodes, :prefix_len] = True
+        visible[lane, :nodes, prefix_len : prefix_len + nodes] = tree.ancestor_mask
         if nodes < rows:
-            visible[row, nodes:, prefix_len + nodes : prefix_len + rows].diagonal().fill_(True)
-        slot_positions[row, prefix_len : prefix_len + nodes] = position_ids[row, :nodes]
+            visible[lane, nodes:, prefix_len + nodes : prefix_len + rows].diagonal().fill_(True)
+        slot_positions[lane, prefix_len : prefix_len + nodes] = position_ids[lane, :nodes]
     num_places = 1 + max(tree.max_depth for tree in trees)
     return FlatTrees(token_ids, position_ids, visible, slot_positions, num_places)
 

@@ -14,7 +14,9 @@ from torch import nn
 from dynatree_core import PrefixCache, Session, build_drafter, generate, hf, run
 from dynatree_core.errors import DrafterError, ForwardPassError, ParameterError
 from dynatree_core.models.adapters import without_adapters
-from dynatree_core.runners.runner import ModelRunner
+from dynatree_core.runners.choice import make_runner
+from dynatree_core.runners.eager import EagerRunner
+from dynatree_core.runners.passes import Passes
 from dynatree_core.testing import assert_drafter_contract
 from dynatree_core.testing.models import tiny_model
 
@@ -131,18 +133,18 @@ def test_it_follows_adapters_that_are_switched_trained_added_and_moved():
 def test_adapters_stay_on_when_a_pass_fails(monkeypatch, stage, fault):
     model = wrapped(ADAPTERS["LoRA"]())
     before, expected = flags(model), tokens(model.generate(**ASKED))
-    forward, num_passes = ModelRunner.forward, 0
+    forward, num_passes = Passes.forward, 0
 
     def failing(self, flat, cache, *, stage: str, last_row_only=False):
         nonlocal num_passes
         num_passes += stage == failing.stage
-        logits = forward(self, flat, cache, stage=stage, last_row_only=last_row_only)
+        output = forward(self, flat, cache, stage=stage, last_row_only=last_row_only)
         if stage == failing.stage and num_passes == 3:
             raise ForwardPassError("no") if fault is RuntimeError else fault
-        return logits
+        return output
 
     failing.stage = stage
-    monkeypatch.setattr(ModelRunner, "forward", failing)
+    monkeypatch.setattr(Passes, "forward", failing)
     session = Session(model, "adapter_off", PROMPT, **OPTIONS)
     with pytest.raises((KeyboardInterrupt, ForwardPassError, DrafterError)):
         session_to_its_end(session)
@@ -193,16 +195,19 @@ def test_a_prefix_cache_keeps_rows_with_and_without_adapters_apart():
 def test_every_runner_has_one_copy_of_the_drafters_weights(runner, monkeypatch):
     model = wrapped(ADAPTERS["LoRA"]()).float()
     expected = tokens(model.generate(**ASKED))
-    made, init = [], ModelRunner.__init__
+    made = []
 
-    def noting(self, given, *args, **kwargs):
-        init(self, given, *args, **kwargs)
-        made.append((given, self.model))
+    def noting(given, *args, **kwargs):
+        made.append((given, make_runner(given, *args, **kwargs)))
+        return made[-1][1]
 
-    monkeypatch.setattr(ModelRunner, "__init__", noting)
+    for module in ("drafters.model", "engine.session"):
+        monkeypatch.setattr(f"dynatree_core.{module}.make_runner", noting)
     assert generate(model, "adapter_off", PROMPT, runner=runner, **OPTIONS).token_ids == expected
     twin = without_adapters(model.get_base_model())
-    assert [used for given, used in made if given is twin] == [twin]
+    [used] = [used for given, used in made if given is twin]
+    assert isinstance(used, EagerRunner)
+    assert used.model is twin
     assert {id(given) for given, _ in made} == {id(twin), id(model.get_base_model())}
 
 

@@ -1,0 +1,110 @@
+"""The contract of a runner: one way to compute the passes of one model.
+
+A runner holds nothing of a generation, so that one generation after another may use it. What a generation adds, such as
+its clock, stands in `dynatree_core.runners.passes`. Runners are registered under the entry-point group
+`dynatree.runners`, the built-in ones like anyone else's; `dynatree_core.runners.choice` finds and makes them.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Hashable, MutableMapping
+from typing import Any, ClassVar
+
+import attrs
+from torch import Tensor, nn
+
+from dynatree_core.cache.base import KeyValueCache
+from dynatree_core.cache.tree_cache import TreeCache
+from dynatree_core.tree.flatten import FlatTrees
+
+__all__ = ["Kept", "PassOutput", "Runner"]
+
+# what is kept of one model from generation to generation, such as packed copies; it must not hold the model
+Kept = MutableMapping[Hashable, Any]
+
+
+@attrs.frozen(eq=False)
+class PassOutput:
+    """What a pass says."""
+
+    logits: Tensor  # [lanes, rows, vocab]; [lanes, 1, vocab] where only the last row's were asked for
+    hidden: Tensor | None = None  # [lanes, rows, hidden]: what goes into the head, where asked for
+
+
+class Runner(abc.ABC):
+    """One way to compute the passes of one model.
+
+    The class says which models it is for, and makes the runner of one. Threads may share a runner.
+
+    Attributes:
+        name: of its entry point.
+        has_own_cache: whether its passes take no other cache than that of `new_cache`.
+    """
+
+    name: ClassVar[str]
+    has_own_cache: ClassVar[bool] = False
+
+    @classmethod
+    def reason_against(cls, model: nn.Module) -> str | None:
+        """Why it cannot run a model here, behind "the NAME runner", such as "is for CPUs, got cuda"; None: it can."""
+        return None
+
+    @classmethod
+    def reason_for_eager(cls, model: nn.Module) -> str | None:
+        """Why the `eager` runner takes the place of this one, with a warning; None: it does not."""
+        return None
+
+    @classmethod
+    def preference(cls, model: nn.Module, kept: Kept) -> int:
+        """How good it is for a model that it can run: "auto" takes the runner with the most, and none with 0.
+
+        `eager` has 1, `packed` 2 where its copies fit.
+        """
+        return 0
+
+    @classmethod
+    @abc.abstractmethod
+    def make(cls, model: nn.Module, kept: Kept) -> Runner:
+        """The runner of a model as it is now; called when a generation begins.
+
+        Args:
+            model: the model; it is not changed.
+            kept: what earlier generations have left, and where to leave what is dear to make. It may be out of date:
+                compare `dynatree_core.models.state.state_of(model)`.
+
+        Raises:
+            ParameterError: it cannot be made after all. Where "auto" has chosen it, `eager` takes its place.
+        """
+
+    def new_cache(self, capacity: int, *, lanes: int = 1, is_zeroed: bool = False) -> KeyValueCache:
+        """A cache for its passes; the arguments are those of `TreeCache`."""
+        return TreeCache(capacity, lanes=lanes, is_zeroed=is_zeroed)
+
+    @abc.abstractmethod
+    def forward(
+        self,
+        flat: FlatTrees,
+        cache: KeyValueCache,
+        *,
+        hidden: bool = False,
+        last_row_only: bool = False,
+        is_prompt: bool = False,
+    ) -> PassOutput:
+        """One pass; the rows' keys and values are appended to the cache's undecided block.
+
+        Args:
+            flat: rows as the cache's `prepare` has returned them.
+            cache: the model's cache.
+            hidden: the hidden states of all rows are wanted too.
+            last_row_only: only the last row's logits are wanted.
+            is_prompt: it is part of a prefill, so no pass of its shape may come again.
+
+        Raises:
+            Exception: whatever the model raises.
+        """
+
+    @property
+    def computed_by(self) -> str:
+        """The name for reports: its own, or that of the runner that computes its passes by now."""
+        return self.name

@@ -1,0 +1,134 @@
+"""The `eager` runner: calls a transformers model as it is, through its public forward. The oracle for the others."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from dynatree_core.cache.base import KeyValueCache
+from dynatree_core.errors import ForwardPassError
+from dynatree_core.models.architectures import AttentionLayout, attention_layout, cache_argument, forward_parameters
+from dynatree_core.runners.base import Kept, PassOutput, Runner
+from dynatree_core.tree.flatten import FlatTrees
+
+__all__ = ["EagerRunner"]
+
+
+@final
+class EagerRunner(Runner):
+    """Calls a model.
+
+    Args:
+        model: it is not changed.
+        layout: how it wants its masks; None: as its configuration says.
+
+    Raises:
+        UnsupportedModelError: the model's attention takes no tree mask.
+    """
+
+    name = "eager"
+
+    def __init__(self, model: nn.Module, layout: AttentionLayout | None = None) -> None:
+        self.model = model
+        self._layout = layout or attention_layout(model)
+        self._dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+        # whether the head can be told to compute the last rows only, which saves most of a prefill's memory
+        parameters = forward_parameters(model)
+        self._can_skip_logits = "logits_to_keep" in parameters
+        self._cache_argument = cache_argument(model)
+        # a mixture of experts may be configured to compute its training loss, which does not take a 4-D mask
+        self._fixed_arguments = {"output_router_logits": False} if "output_router_logits" in parameters else {}
+
+    @classmethod
+    def preference(cls, model: nn.Module, kept: Kept) -> int:
+        return 1
+
+    @classmethod
+    def make(cls, model: nn.Module, kept: Kept) -> EagerRunner:
+        return cls(model)
+
+    def forward(
+        self,
+        flat: FlatTrees,
+        cache: KeyValueCache | Cache,
+        *,
+        hidden: bool = False,
+        last_row_only: bool = False,
+        is_prompt: bool = False,
+    ) -> PassOutput:
+        """One pass, as `Runner.forward`.
+
+        Raises:
+            ForwardPassError: logits are missing for some rows, or hidden states cannot be had.
+        """
+        arguments: dict[str, object] = {
+            "input_ids": flat.token_ids,
+            "attention_mask": self._layout.masks(flat, self._dtype),
+            "position_ids": flat.position_ids if flat.model_positions is None else flat.model_positions,
+            self._cache_argument: cache,
+            "use_cache": True,
+            **self._fixed_arguments,
+        }
+        if hidden:
+            head = _ListeningHead(self.model, last_row_only)
+            logits: Tensor = head.model(**arguments).logits
+            if head.heard is None or head.heard.shape[:2] != flat.token_ids.shape:
+                raise ForwardPassError(
+                    f"hidden states are what goes into a model's head, got a pass of {type(self.model).__name__} "
+                    "that does not call its head with all rows; take off what has replaced its forward"
+                )
+            output = PassOutput(logits, head.heard)
+        else:
+            if last_row_only and self._can_skip_logits:
+                arguments["logits_to_keep"] = 1
+            output = PassOutput(self.model(**arguments).logits)
+        if last_row_only:
+            return PassOutput(output.logits[:, -1:], output.hidden)
+        if output.logits.shape[1] != flat.num_rows:
+            raise ForwardPassError(
+                f"a model must give logits for each of a pass's {flat.num_rows} rows, got {output.logits.shape[1]}; "
+                "take off the model what drops the others"
+            )
+        return output
+
+
+class _ListeningHead(nn.Module):
+    """A model's head that keeps what goes into it, in a second module object with the same parts, for one pass.
+
+    transformers' own `output_hidden_states` would put hooks on the model that stay, and hooks of ours would be seen by
+    passes of other threads.
+
+    Attributes:
+        model: the second object.
+        heard: [lanes, rows, hidden], or None where the head was not called.
+    """
+
+    def __init__(self, model: nn.Module, last_row_only: bool) -> None:
+        super().__init__()
+        self.heard: Tensor | None = None
+        self._last_row_only = last_row_only
+        self._head = [model.get_output_embeddings()]  # type: ignore[operator]  # in a list: it is no part of this one
+        twin: Any = copy.copy(model)
+        own = [name for name, part in model.named_children() if part is self._head[0]]
+        twin._modules = {**model._modules, **dict.fromkeys(own, self)}
+        self._twin = [twin]
+
+    @property
+    def model(self) -> nn.Module:
+        twin: nn.Module = self._twin[0]
+        return twin
+
+    def forward(self, rows: Tensor) -> Tensor:
+        self.heard = rows
+        logits: Tensor = self._head[0](rows[:, -1:] if self._last_row_only else rows)
+        return logits
+
+    def __getattr__(self, name: str) -> Any:  # what a forward reads of its head, such as the weight's dtype
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_head"][0], name)

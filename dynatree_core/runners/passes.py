@@ -1,0 +1,119 @@
+"""The passes of one generation: what it adds to a runner, which knows of none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import attrs
+import torch
+from torch import Tensor
+
+from dynatree_core.cache.base import KeyValueCache
+from dynatree_core.clock import StageClock
+from dynatree_core.errors import DynaTreeError, ForwardPassError, OutOfMemoryError
+from dynatree_core.runners.base import PassOutput, Runner
+from dynatree_core.tree.flatten import FlatTrees, flatten_chain
+
+__all__ = ["PREFILL_CHUNK", "Passes", "is_out_of_memory", "out_of_memory"]
+
+# rows of one prefill pass: its mask and activations stay small beside the weights, matrix products stay efficient
+PREFILL_CHUNK = 256
+PREFILL = "prefill_forward"  # the clock's name of these passes, each of which has a shape of its own
+
+
+class Passes:
+    """A runner's passes in one generation.
+
+    Args:
+        runner: computes them.
+        clock: where their time goes.
+        positions: [tokens] int64 on the model's device, those of the prompt where they are not 0, 1, 2, …; later tokens
+            count on from the last of them.
+        on_prefill: called after each chunk of a prefill, with the rows that the cache has and those it will have.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        clock: StageClock,
+        *,
+        positions: Tensor | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.runner = runner
+        self.clock = clock
+        self.positions = positions
+        self.on_prefill = on_prefill
+
+    def forward(
+        self, flat: FlatTrees, cache: KeyValueCache, *, stage: str, last_row_only: bool = False, hidden: bool = False
+    ) -> PassOutput:
+        """One pass; the rows' keys and values are appended to the cache's undecided block.
+
+        Args:
+            flat: rows with positions and mask, spanning the cache's view.
+            cache: the model's cache.
+            stage: the clock's name for the time of this pass.
+            last_row_only: only the last row's logits are wanted.
+            hidden: the hidden states of all rows are wanted too.
+
+        Raises:
+            OutOfMemoryError: the device has no memory for the pass.
+            ForwardPassError: the model raised anything else.
+        """
+        flat = cache.prepare(flat)
+        if self.positions is not None:
+            flat = attrs.evolve(flat, model_positions=_at_places(self.positions, flat.position_ids))
+        with _named_failure(flat), self.clock.measure(stage, on_device=True):
+            return self.runner.forward(
+                flat, cache, hidden=hidden, last_row_only=last_row_only, is_prompt=stage == PREFILL
+            )
+
+    def prefill(self, token_ids: Tensor, cache: KeyValueCache, *, stage: str = PREFILL) -> None:
+        """Fill the cache with committed tokens [tokens], in chunks; their logits are not wanted.
+
+        With another stage than `PREFILL` it is no prompt, and nobody is told how far it is.
+        """
+        num_rows = cache.length + token_ids.numel()
+        while token_ids.numel() > 0:
+            chunk_len = min(PREFILL_CHUNK, cache.max_places)
+            chunk, token_ids = token_ids[:chunk_len], token_ids[chunk_len:]
+            self.forward(flatten_chain(chunk, cache.next_place), cache, stage=stage, last_row_only=True)
+            cache.commit([range(chunk.numel())])
+            if self.on_prefill is not None and stage == PREFILL:
+                self.on_prefill(cache.length, num_rows)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the device has no memory left."""
+    # torch.OutOfMemoryError is a CUDA allocator's; the CPU's raises a plain RuntimeError
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def out_of_memory(what: str, error: Exception) -> OutOfMemoryError:
+    """The error for something that has no memory left, with what to do."""
+    return OutOfMemoryError(
+        f"{what} needs more memory than the device has left; shorten the prompt, lower max_new_tokens or max_nodes "
+        f"({error})"
+    )
+
+
+def _at_places(positions: Tensor, places: Tensor) -> Tensor:
+    """What the model is told for places in the text [lanes, rows], of which `positions` says the first ones."""
+    last = positions.numel() - 1
+    return positions[places.clamp(max=last)] + (places - last).clamp(min=0)
+
+
+@contextmanager
+def _named_failure(flat: FlatTrees) -> Iterator[None]:
+    """Turn whatever a model raises into an error of ours, so that a generation ends with what it has committed."""
+    size = f"a forward pass of {flat.num_rows} rows over {flat.visible.shape[-1]} cache slots"
+    try:
+        yield
+    except DynaTreeError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(size, error) from error
+        raise ForwardPassError(f"{size} failed in the model: {type(error).__name__}: {error}") from error
