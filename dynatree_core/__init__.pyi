@@ -5,6 +5,7 @@ from .cost_model import CostModel, StepFunction
 from .drafters.base import Drafter, DraftPlan, DraftState
 from .drafters.build import build_drafter
 from .engine.decode import decode_step, prefill
+from .engine.observer import Observer, Outcome
 from .engine.session import Session
 from .errors import DynaTreeError, InputError
 from .generation import generate, run, stream
@@ -35,6 +36,8 @@ __all__ = [
     "InputError",
     "Limits",
     "LoadedModel",
+    "Observer",
+    "Outcome",
     "PluginSpec",
     "PolicyStack",
     "PrefixCache",

@@ -25,6 +25,7 @@ from dynatree_core.drafters.build import build_drafter
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import models_of
 from dynatree_core.engine.metrics import summarise
+from dynatree_core.engine.observer import Fault, Observer, Watch, observers_of
 from dynatree_core.engine.row_probe import refuse_dependent_rows
 from dynatree_core.errors import (
     DrafterError,
@@ -121,6 +122,7 @@ class Session:
         runner: str = "auto",
         prefix_cache: PrefixCache | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
+        observer: Observer | Sequence[Observer] | None = None,
         on_error: str = "raise",
         trust_model: bool = False,
         **settings: object,
@@ -190,6 +192,8 @@ class Session:
         pass_rows, max_nodes = fixed_width(exact, max_nodes)
         self.limits = resolved_limits(self.stack, max_depth, max_nodes, tau, max_branch, self.vocab_size)
         self.clock = StageClock(self.device)
+        observers = observers_of(observer)
+        self.observer = Watch(observers, self.clock) if observers else None  # None costs nothing
         if not trust_model:
             refuse_dependent_rows(target, given_target)
 
@@ -411,7 +415,7 @@ class Session:
 
     def fall_back(self, error: DynaTreeError) -> None:
         """After an error of a drafter or a policy: decode autoregressively from here on, or raise it, as asked."""
-        if self.on_error == "raise":
+        if self.on_error == "raise" or self.is_observers(error):
             raise error
         warnings.warn(f"drafting is off for the rest of this generation: {error}", RuntimeWarning, stacklevel=4)
         self.cache.rollback()
@@ -419,6 +423,16 @@ class Session:
         if self.prefix is not None and isinstance(self.cache, TreeCache):
             self.prefix.hold_only(self.cache)  # the drafter may have found no memory
         self.stack = self.stack.silenced()
+        self.report_fault(error, "fallback")
+
+    def report_fault(self, error: DynaTreeError, then: str) -> None:
+        """Tell the observers of an error, and what is done about it."""
+        if self.observer is not None and not self.is_observers(error):
+            self.observer.tell(Fault(self.num_iterations, error, then))
+
+    def is_observers(self, error: BaseException) -> bool:
+        """Whether an observer has raised this error, which is nobody else's fault."""
+        return self.observer is not None and self.observer.has_raised(error)
 
     def blame_drafter(self, *but: type[Exception]) -> AbstractContextManager[None]:
         """Turn whatever a drafter raises into a DrafterError that names it, but for these and the caller's own."""
