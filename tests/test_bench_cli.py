@@ -21,7 +21,7 @@ from dynatree_bench.memory_share import memory_sentence
 from dynatree_bench.records import OutputRecord, read_results
 from dynatree_bench.workloads import KNOWN, encode, load_workload
 from dynatree_core import InputError, LoadedModel
-from dynatree_core.cli import main
+from dynatree_core.cli.main import main
 from dynatree_core.cli.model_options import usual_drafter
 from dynatree_core.models import embedded
 from dynatree_core.testing.models import tiny_model

@@ -29,8 +29,8 @@ from dynatree_core import (
     stream,
 )
 from dynatree_core.cache.prefix_cache import PrefixCache
-from dynatree_core.cli import main
 from dynatree_core.cli.chat import Chat
+from dynatree_core.cli.main import main
 from dynatree_core.drafters.base import padded_proposals
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.errors import ParameterError
