@@ -159,7 +159,7 @@ class Observer:
         """The target has been asked. Told again if the step is interrupted before its tokens are committed."""
 
     def on_commit(self, commit: Commit) -> None:
-        """The step's tokens are committed. Told once for each step."""
+        """The step's tokens are committed. Told once; not at all if an error breaks the step off just then."""
 
     def on_fault(self, fault: Fault) -> None:
         """A policy, the drafter or a pass has failed."""
