@@ -42,9 +42,8 @@ from dynatree_core.cli.exits import end_process
 from dynatree_core.cli.model_options import encode_messages, tokenizer_of
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.drafters.build import build_drafter
-from dynatree_core.drafters.distilled import DistilledDrafter
 from dynatree_core.files.writing import write_text
-from dynatree_core.models.student import load_student
+from dynatree_core.models.student import is_student, load_student
 from dynatree_core.text.prompt_files import read_prompts
 
 DRAFTERS = ("distilled", "prompt_lookup", "distilled+prompt_lookup")
@@ -164,10 +163,10 @@ def _agreements(
 ) -> dict[str, dict[str, Agreement]]:
     """For drafters that are students, or have one: its agreement with the target, by category and over all."""
     found = {}
-    for name in drafters:
-        student = build_drafter(name)
-        if isinstance(student, DistilledDrafter):
-            loaded = load_student(student.folder, model, torch.float32)
+    weights = [own for name in drafters for own in build_drafter(name).own_weights(model.device)]
+    for name, folder in {own.drafter: own.folder for own in weights}.items():
+        if is_student(folder):
+            loaded = load_student(folder, model, torch.float32)
             by_category = {category: agreement(loaded, shards, torch.bfloat16) for category, shards in answers.items()}
             everything = [shard for shards in answers.values() for shard in shards]
             found[name] = by_category | {"all": agreement(loaded, everything, torch.bfloat16)}

@@ -48,8 +48,8 @@ from dynatree_core import CostModel, Drafter, DraftPlan, DraftState, Session, ge
 from dynatree_core.cli.exits import end_process
 from dynatree_core.clock import StageClock
 from dynatree_core.costs import measured_costs
-from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
-from dynatree_core.drafters.union import UnionDrafter, UnionState
+from dynatree_core.drafters.build import as_drafter
+from dynatree_core.engine.kept import kept_of
 from dynatree_core.files.writing import write_text
 from dynatree_core.models.architectures import vocab_size
 from dynatree_core.runners.runner import ModelRunner
@@ -120,8 +120,17 @@ class OfTarget(Drafter):
     def __str__(self) -> str:
         return str(self.drafter)
 
+    def models(self, target: nn.Module) -> Sequence[nn.Module]:
+        return self.drafter.models(self.target)
+
+    def context_limit(self, target: nn.Module) -> int | None:
+        return self.drafter.context_limit(self.target)
+
+    def runs_on(self, target: nn.Module) -> torch.device | None:
+        return self.drafter.runs_on(self.target)
+
     def start(self, plan: DraftPlan) -> DraftState:
-        return self.drafter.start(attrs.evolve(plan, target=self.target))
+        return self.drafter.start(attrs.evolve(plan, target=self.target, store=kept_of(self.target)))
 
 
 @attrs.define
@@ -147,13 +156,6 @@ class Prices:
         runner.forward = priced  # type: ignore[method-assign]
 
 
-def told_of(drafter: Drafter, target: nn.Module) -> Drafter:
-    """The drafter, each part of which sees the real target."""
-    if isinstance(drafter, UnionDrafter):
-        return UnionDrafter([told_of(part, target) for part in drafter.drafters])
-    return OfTarget(drafter, target)
-
-
 def known_session(target: nn.Module, drafter: Drafter, text: Text, policy: str) -> Session:
     """A session whose target says what is known.
 
@@ -167,7 +169,7 @@ def known_session(target: nn.Module, drafter: Drafter, text: Text, policy: str) 
     stand_in = KnownTarget([*text.prompt_ids, *text.new_ids], vocab_size(target), room)
     return Session(
         stand_in,
-        told_of(drafter, target),
+        OfTarget(drafter, target),
         list(text.prompt_ids),
         policy=policy,
         max_new_tokens=text.max_new_tokens,
@@ -184,7 +186,7 @@ def rehearse(target: nn.Module, drafter: Drafter, text: Text, policy: str, costs
     """
     session, prices = known_session(target, drafter, text, policy), Prices(costs)
     prices.charge(session.target)
-    for runner in _runners(session.draft_state):
+    for runner in session.draft_state.runners() if session.draft_state is not None else ():
         prices.charge(runner)
     session.clock, session.measure_costs = StageClock(session.device, now=lambda: prices.seconds), lambda: costs
     for _ in run(session):
@@ -201,13 +203,6 @@ def rehearse(target: nn.Module, drafter: Drafter, text: Text, policy: str, costs
         prices.seconds,
         report.num_new_tokens * costs.plain_step_seconds(),
     )
-
-
-def _runners(state: DraftState | None) -> list[ModelRunner]:
-    """Of the models that draft."""
-    if isinstance(state, UnionState):
-        return [runner for part in state.states for runner in _runners(part)]
-    return [state.runner] if isinstance(state, ModelDraftState) else []
 
 
 def ratio(found: Iterable[Rehearsal]) -> float:
@@ -270,8 +265,7 @@ def main() -> int:
         check_writable(arguments.output, "python -m dynatree_bench.rehearse")
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
     loaded = load_model(arguments.target, device="cpu", dtype=arguments.dtype)
-    target, made = loaded.model, make_drafter(arguments.drafter, loaded)
-    drafter = made if isinstance(made, Drafter) else ModelDrafter(made)
+    target, drafter = loaded.model, as_drafter(make_drafter(arguments.drafter, loaded))
     kinds = load_prompts(arguments.prompts, arguments.per_kind)
     prompts = [(kind, prompt) for kind, of_kind in kinds.items() for prompt in of_kind]
     grid = list(GRID) if arguments.grid else []

@@ -4,6 +4,7 @@ from .cache.sink_cache import SinkWindow
 from .cost_model import CostModel, StepFunction
 from .drafters.base import Drafter, DraftPlan, DraftState
 from .drafters.build import build_drafter
+from .drafters.model import ModelDraftState
 from .engine.decode import decode_step, prefill
 from .engine.observer import Observer, Outcome
 from .engine.session import Session
@@ -36,6 +37,7 @@ __all__ = [
     "InputError",
     "Limits",
     "LoadedModel",
+    "ModelDraftState",
     "Observer",
     "Outcome",
     "PluginSpec",

@@ -30,7 +30,7 @@ from dynatree_bench.records import RECORDS_FILE, MemoryInfo, read_records, read_
 from dynatree_bench.statistics import summaries
 from dynatree_bench.workloads import Picks
 from dynatree_core import InputError, LoadedModel, build_drafter, hookimpl
-from dynatree_core.drafters.base import Drafter, padded_proposals
+from dynatree_core.drafters.base import Drafter, DraftState, padded_proposals
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.errors import PolicyError
@@ -134,7 +134,7 @@ def test_records_hold_what_a_generation_says(pair, tmp_path):
 
 
 @attrs.frozen
-class Successors(Drafter):
+class Successors(Drafter, DraftState):
     """Proposes what it was told of a node's token with this share; its state is itself, since it remembers nothing."""
 
     known: dict[int, int]
