@@ -6,6 +6,7 @@ from .drafters.base import Drafter, DraftPlan, DraftState
 from .drafters.build import build_drafter
 from .drafters.model import ModelDraftState
 from .engine.decode import decode_step, prefill
+from .engine.observer import Observer, Outcome
 from .engine.session import Session
 from .errors import DynaTreeError, InputError
 from .generation import generate, run, stream
@@ -37,6 +38,8 @@ __all__ = [
     "Limits",
     "LoadedModel",
     "ModelDraftState",
+    "Observer",
+    "Outcome",
     "PluginSpec",
     "PolicyStack",
     "PrefixCache",

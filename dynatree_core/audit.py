@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
 from dynatree_core.drafters.base import Drafter
+from dynatree_core.engine.observer import Commit, Observer, Verification, observers_of
 from dynatree_core.engine.row_probe import row_fault
 from dynatree_core.engine.session import Session
 from dynatree_core.errors import NonFiniteLogitsError, ParameterError, PromptError
@@ -26,7 +27,6 @@ from dynatree_core.models.architectures import cache_argument, forward_parameter
 from dynatree_core.models.wrappers import plain_model
 from dynatree_core.report import GenerationResult
 from dynatree_core.request.arguments import checked_prompt
-from dynatree_core.runners.base import PassOutput
 from dynatree_core.runners.passes import PREFILL_CHUNK
 from dynatree_core.tree.flatten import flatten
 from dynatree_core.tree.token_tree import TokenTree
@@ -241,6 +241,8 @@ def audit_generation(
     # a target that a generation refuses, because its rows depend on each other, is judged here
     options = {"generation_config": _plain(target), "inherit_settings": False, **options, "trust_model": True}
     target, caller = plain_model(target, "target"), target
+    accepted = _AcceptedLogits()
+    options["observer"] = [accepted, *observers_of(options.get("observer"))]
     session = Session(target, drafter, prompt_ids, **sizes, **options)
     if session.request.logits_processors or session.sampler is not None:
         raise ParameterError(
@@ -251,23 +253,30 @@ def audit_generation(
     alike = {name: options[name] for name in ("exact", "max_nodes", "runner") if name in options}
     sizes["eos_token_id"] = sorted(session.request.eos_token_ids)
     reference = _reference(target, session.prompt_ids, **alike, **sizes)
-    forward = session.target.forward
-    last_pass: list[PassOutput] = []
-    rows: list[Tensor] = []
-
-    def recorded(*arguments: Any, **options: Any) -> PassOutput:
-        last_pass[:] = [forward(*arguments, **options)]
-        return last_pass[0]
-
-    session.target.forward = recorded  # type: ignore[method-assign]
-    for report in run(session):
-        # the token after a node was chosen by that node's logits
-        chosen_at = [0, *report.verdict.path][: len(report.token_ids)]
-        rows.append(last_pass[0].logits[0, chosen_at])
+    for _ in run(session):
+        pass
     result = session.result()
-    verified = torch.cat(rows) if rows else None
+    verified = torch.cat(accepted.rows) if accepted.rows else None
     limit = None if session.request.stopping_criteria else max_new_tokens
     return result, _audit(target, caller, reference, result.token_ids, limit, verified=verified, precise=precise)
+
+
+class _AcceptedLogits(Observer):
+    """Keeps the logits by which each committed token was chosen."""
+
+    wants_logits = True
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []  # [tokens of a step, vocab], one a step
+
+    def on_verify(self, verification: Verification) -> None:
+        assert verification.logits is not None
+        # the token after a node was chosen by that node's logits
+        verdict = verification.verdict
+        self._chosen_by = verification.logits[[0, *verdict.path][: len(verdict.token_ids)]]
+
+    def on_commit(self, commit: Commit) -> None:
+        self.rows.append(self._chosen_by)
 
 
 def judge(

@@ -16,7 +16,7 @@ class StageClock:
     """Adds up seconds by name.
 
     On CUDA a pass is measured with events on the stream, which neither wait for the device nor miss its work;
-    they are read when `seconds` is asked, which does wait.
+    they are read when `seconds` or `lap` is asked, which do wait.
 
     Args:
         device: where the passes run.
@@ -30,6 +30,7 @@ class StageClock:
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._begun: dict[str, float] = {}  # when the last block of a name began
         self._left_out = 0.0  # seconds that count for nothing, so far
+        self._lapped: dict[str, float] = {}  # totals at the last lap
 
     @contextmanager
     def measure(self, name: str, *, on_device: bool = False) -> Iterator[None]:
@@ -78,11 +79,22 @@ class StageClock:
     def _now(self) -> float:
         return (self._read or time.perf_counter)() - self._left_out
 
+    def lap(self) -> dict[str, float]:
+        """Seconds by name since the last lap, of the blocks that ended in it."""
+        self._read_events()
+        lapped, self._lapped = self._lapped, dict(self._seconds)
+        spent = {name: total - lapped.get(name, 0.0) for name, total in self._lapped.items()}
+        return {name: seconds for name, seconds in spent.items() if seconds}
+
     def seconds(self, name: str) -> float:
         """Total of all blocks of that name so far; 0.0 for a name never measured."""
+        self._read_events()
+        return self._seconds[name]
+
+    def _read_events(self) -> None:
+        """Add up what was measured on the device, for which it waits."""
         if self._events:
             torch.cuda.synchronize(self._device)
             for event_name, start, end in self._events:
                 self._seconds[event_name] += start.elapsed_time(end) / 1000  # ms to s
             self._events.clear()
-        return self._seconds[name]

@@ -74,6 +74,7 @@ def generate(
             of an earlier one and its output is not computed again.
         on_prefill: called after each chunk of the prompt, by the target and then by a model that drafts, with the
             tokens done and all of them.
+        observer: an `Observer`, or a list of them, that hears what happens in each iteration; see docs/watching.md.
         on_error: "raise" (default), or "fallback" to go on autoregressively, with a warning, after a policy or a
             drafter failed.
         trust_model: whether to take a target as it is that has code of somebody's own. By default one is asked, once
@@ -119,12 +120,14 @@ def run(session: Session) -> Iterator[StepReport]:
         yield from _steps(session)
     except DynaTreeError as error:
         error.partial = session.result("error")
+        session.report_fault(error, "ended")
         raise
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         named = out_of_memory("the generation", error)
         named.partial = session.result("error")
+        session.report_fault(named, "ended")
         raise named from error
 
 
@@ -154,9 +157,10 @@ def _step(session: Session) -> StepReport:
     try:
         try:
             return decode_step(session)
-        except NonFiniteLogitsError:
-            if session.depth_limit == 0:
+        except NonFiniteLogitsError as error:
+            if session.depth_limit == 0 or session.is_observers(error):
                 raise
+            session.report_fault(error, "root alone")
         return _step_without_draft(session)
     except (PolicyError, DrafterError) as error:
         session.fall_back(error)

@@ -455,6 +455,24 @@ MUTANTS = (
         ("tests/test_session.py::test_a_session_goes_without_the_garbage_collector",),
     ),
     Mutant(
+        "an observer is told the last reason",
+        "sorted(self._conditions.items(), reverse=True)",
+        "sorted(self._conditions.items())",
+        ("tests/test_observer.py::test_what_is_told_is_what_happened",),
+    ),
+    Mutant(
+        "an observer's error is the policy's fault",
+        'if self.on_error == "raise" or self.is_observers(error):',
+        'if self.on_error == "raise":',
+        ("tests/test_observer.py::test_an_observers_own_error_of_our_classes_is_nobody_elses_fault",),
+    ),
+    Mutant(
+        "an observer's time counts",
+        "        with self._clock.leave_out():\n            for observer",
+        "        if True:\n            for observer",
+        ("tests/test_observer.py::test_times",),
+    ),
+    Mutant(
         "old costs are believed",
         "return not before / STALE_FACTOR <= seconds <= before * STALE_FACTOR",
         "return False",

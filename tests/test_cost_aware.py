@@ -50,9 +50,9 @@ def root_frontier(probs: list[float], costs: CostModel, max_branch: int = 16) ->
 def widths(probs: list[float], costs: CostModel) -> int:
     stack = build_stack("cost_aware(max_depth=1)")
     frontier = root_frontier(probs, costs)
-    if stack.should_expand(frontier) is False:
+    if stack.should_expand(frontier).value is False:
         return 0
-    return stack.branch_factor(frontier).wanted.item()
+    return stack.branch_factor(frontier).value.item()
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_level_is_not_looked_at_where_the_drafter_is_too_dear():
         raise AssertionError("the drafter was asked")
 
     frontier = Frontier(TokenTree.root(torch.tensor([0])), 0, 64, 16, fail, lambda: linear_costs(1.0, 0.0, 0.9))
-    assert build_stack("cost_aware").should_expand(frontier) is False
+    assert build_stack("cost_aware").should_expand(frontier).value is False
 
 
 def test_a_level_is_not_free_where_the_drafter_is():
@@ -87,8 +87,8 @@ def test_one_dear_row_pays_with_a_chain_behind_it():
     assert widths([0.7], dear) == 0  # max_depth=1
     deep = build_stack("cost_aware")
     frontier = root_frontier([0.7], dear)
-    assert deep.should_expand(frontier) is True
-    assert deep.branch_factor(frontier).wanted.tolist() == [1]
+    assert deep.should_expand(frontier).value is True
+    assert deep.branch_factor(frontier).value.tolist() == [1]
 
 
 def test_what_does_not_pay_in_the_end_is_not_verified():
@@ -97,7 +97,7 @@ def test_what_does_not_pay_in_the_end_is_not_verified():
     tree = TokenTree.root(torch.tensor([0]))
     tree = tree.grow(torch.tensor([0, 0, 0]), torch.arange(3), torch.tensor([0.6, 0.31, 0.05]).log())
     tree = tree.grow(torch.tensor([1, 1]), torch.arange(2), torch.tensor([0.55, 0.4]).log())
-    assert stack.keep_nodes(tree).tolist()[1:] == [True, True, False, True, False]
+    assert stack.keep_nodes(tree).value.tolist()[1:] == [True, True, False, True, False]
 
 
 def test_the_rate_that_was_reached_is_what_more_tree_is_measured_by():
@@ -152,7 +152,7 @@ def test_looks_are_counted_where_another_policy_decides_widths(beside):
     costs, stack, num_looks, seconds = linear_costs(1.0, 0.02, 0.1), build_stack(f"cost_aware+{beside}"), 0, 0.0
     for _ in range(300):
         frontier, tree = root_frontier([0.99], costs), TokenTree.root(torch.tensor([0]))
-        if stack.should_expand(frontier) is not False:
+        if stack.should_expand(frontier).value is not False:
             stack.branch_factor(frontier)
             num_looks += 1
             tree = tree.grow(torch.tensor([0]), frontier.top_token_ids[0, :1], frontier.top_logprobs[0, :1])
@@ -175,7 +175,7 @@ def test_a_level_that_another_policy_turns_down_costs_nothing():
     )
     stack.find("cost_aware").look_value = 9.0
     for _ in range(20):
-        assert stack.should_expand(root_frontier([0.9], costs)) is False
+        assert stack.should_expand(root_frontier([0.9], costs)).value is False
         stack.on_iteration_end(StepReport(0, tree, Verdict((), (), (1,))))
     assert stack.find("cost_aware").account == pytest.approx(STAKE + 20 * MAX_LOSS)
 

@@ -26,10 +26,11 @@ import pytest
 import torch
 
 import dynatree_core
-from dynatree_core import Frontier, GenerationReport, StepReport, StepStats, TokenTree, errors
+from dynatree_core import Frontier, GenerationReport, Observer, Outcome, StepReport, StepStats, TokenTree, errors
 from dynatree_core.cache.sink_cache import ROTARY_FAMILIES
 from dynatree_core.cli.main import _dynatree
 from dynatree_core.cli.scaffold import POLICY, package_files
+from dynatree_core.engine import observer
 from dynatree_core.models import embedded
 from dynatree_core.models.architectures import EXACT_FAMILIES
 from dynatree_core.plugins.registry import DRAFTERS, POLICIES, PRESETS, load_plugin, plugin_table, plugin_variants
@@ -428,6 +429,19 @@ def test_every_field_of_a_report_is_explained():
     ]:
         shown = first_words(table(DOCS / "metrics.md", "field", "meaning", under=under))
         assert shown == [field.name for field in attrs.fields(record)]
+
+
+def test_what_an_observer_is_told_is_listed():
+    page = DOCS / "watching.md"
+    rows = table(page, "method", "told", "record", "its fields")
+    assert [code_words(row["method"])[0] for row in rows] == [name for name in vars(Observer) if name[:3] == "on_"]
+    for row in rows:
+        record = getattr(observer, code_words(row["record"])[0])
+        assert observer.HEARD_BY[record] == code_words(row["method"])[0]
+        shown = {name.strip() for name in code_words(row["its fields"]) if name.isidentifier()}
+        fields = {field.name for field in attrs.fields(record) if not field.name.startswith("_")}
+        assert fields | ({"outcomes"} if record is observer.Level else set()) <= shown
+    assert first_words(table(page, "`Outcome`", "the child")) == [outcome.name for outcome in Outcome]
 
 
 def test_what_a_hook_sees_is_listed():

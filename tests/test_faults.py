@@ -27,7 +27,7 @@ from test_settings import Countdown, Grudge
 
 import dynatree_core
 import dynatree_policies
-from dynatree_core import PrefixCache, Session, hookimpl, run
+from dynatree_core import Observer, PrefixCache, Session, hookimpl, run
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import PromptLookupDrafter
 from dynatree_core.drafters.union import UnionDrafter
@@ -353,6 +353,28 @@ def test_a_callers_own_processor_or_criterion(who, call, drafter, error):
     assert [text[len(PROMPT) :] for text in criterion.texts] == [expected[: i + 1] for i in range(len(expected))]
 
 
+class FailingObserver(Observer):
+    """Watches everything, and fails in one of its methods."""
+
+    wants_logits = True
+
+    def __init__(self, method: str, fault: Fault) -> None:
+        setattr(self, method, lambda record: fault())
+
+
+@pytest.mark.parametrize("method", ["on_prefill", "on_level", "on_prune", "on_verify", "on_commit"])
+@settings(max_examples=10)
+@given(calls, drafters, st.sampled_from([Cancelled("enough"), OSError("gone"), *NO_MEMORY]))
+def test_a_callers_own_observer(method, call, drafter, error):
+    """Its error is the caller's and comes as it is, with on_error="fallback" too."""
+    for on_error in ("raise", "fallback"):
+        fault = Fault(error, call)
+        session = new_session(drafter, observer=FailingObserver(method, fault), on_error=on_error)
+        named = OutOfMemoryError if error in NO_MEMORY else type(error)
+        check_strike(session, fault, contextlib.nullcontext(), named, str(error))
+        assert (session.draft_state is None) == (drafter is None)
+
+
 OURS = tuple(str(Path(package.__file__).parent) for package in (dynatree_core, dynatree_policies))
 # within these a caller's own processors and criteria are called: one with a memory would remember an interrupted call
 CALLS_THE_CALLERS_OWN = {"_choose", "_judge"}
@@ -389,13 +411,14 @@ def at_line(called: Callable[[str, str, int, FrameType], None]) -> Iterator[None
 
 
 def asked(kind: str) -> dict[str, object]:
-    """Options of a generation: none, a caller's processor and criterion with a memory, sampling, a moving window, or
-    a prefix cache that knows the beginning and another text."""
+    """Options of a generation: none, a caller's processor and criterion with a memory, sampling, a moving window, a
+    prefix cache that knows the beginning and another text, or an observer."""
     return {
         "greedy": {},
         "memory": {"logits_processor": [Grudge()], "stopping_criteria": [Countdown(11)]},
         "sampling": {"do_sample": True, "temperature": 0.6, "seed": 3},
         "sinks": {"cache": "sinks=2,window=3"},
+        "watched": {"observer": Observer()},
         "prefix": {"prefix_cache": knowing(PROMPT[:3], [9, 9]) if kind == "prefix" else None},
     }[kind]
 
@@ -429,7 +452,7 @@ def lines(drafter: object, kind: str) -> dict[tuple[str, str, int], list[int]]:
 @given(
     st.data(),
     drafters,
-    st.sampled_from(["greedy", "memory", "sampling", "sinks", "prefix"]),
+    st.sampled_from(["greedy", "memory", "sampling", "sinks", "prefix", "watched"]),
     st.sampled_from([KeyboardInterrupt(), *NO_MEMORY]),
     st.sampled_from(["raise", "fallback"]),
 )

@@ -64,7 +64,7 @@ def play(
     seconds, committed, drafted = 0.0, 0, []
     while committed < num_tokens:
         depth = 0
-        while depth < max_depth and stack.should_expand(Frontier(CHAINS[depth], len(drafted), 99, 16, fail)):
+        while depth < max_depth and stack.should_expand(Frontier(CHAINS[depth], len(drafted), 99, 16, fail)).value:
             depth += 1
         result = outcome(committed, depth) if depth else Outcome(0, plain(len(drafted)))
         path = tuple(range(1, result.num_accepted + 1))
@@ -143,7 +143,7 @@ def test_a_drafter_that_is_silent_and_costs_nothing_loses_nothing():
     """It stays on, so that what it knows later is not missed."""
     stack, drafted = build_stack("governor"), []
     for iteration in range(40):
-        drafted.append(bool(stack.should_expand(Frontier(CHAINS[0], iteration, 99, 16, fail))))
+        drafted.append(bool(stack.should_expand(Frontier(CHAINS[0], iteration, 99, 16, fail)).value))
         stack.on_iteration_end(StepReport(iteration, CHAINS[0], Verdict((), (), (1,)), 1.0))
     assert drafted == [False, False, *[True] * 32, False, *[True] * 5]  # one after every `refresh` goes without
 
@@ -166,7 +166,7 @@ def test_it_is_asked_before_a_policy_that_looks_at_the_drafter():
             return frontier.confidence > 0.5
 
     stack = build_stack([Looks(), "governor"])
-    assert stack.should_expand(Frontier(CHAINS[0], 0, 99, 16, fail)) is False
+    assert stack.should_expand(Frontier(CHAINS[0], 0, 99, 16, fail)).value is False
 
 
 # whole generations, on a clock that the models' forward passes move

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import attrs
+
+from dynatree_core.engine.observer import Commit
 from dynatree_core.engine.session import Session
 from dynatree_core.tree.token_tree import TokenTree
 from dynatree_core.tree.verdict import StepReport, Verdict
@@ -20,6 +23,9 @@ def commit(session: Session, tree: TokenTree, verdict: Verdict) -> StepReport:
     # tokens first: should this be broken off, a cache that lacks rows is filled again when the session goes on
     session.sequence.record(report)
     session.cache.commit([[0, *verdict.path[:num_cached]]])
+    if session.observer is not None:
+        so_far = attrs.evolve(report, seconds=session.clock.since("decode"))
+        session.observer.tell(Commit(so_far, session.clock.lap()))
     if session.draft_state is not None:
         with session.blame_drafter():
             session.draft_state.commit(verdict.draft_path[:num_cached])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import attrs
+
 from dynatree_core.engine.commit import commit
 from dynatree_core.engine.draft import draft
 from dynatree_core.engine.feedback import feedback
+from dynatree_core.engine.observer import Prefill
 from dynatree_core.engine.prune import prune
 from dynatree_core.engine.session import Session, timed, without_tracking
 from dynatree_core.engine.verify import verify
@@ -14,14 +17,32 @@ from dynatree_core.tree.verdict import StepReport
 __all__ = ["decode_step", "prefill"]
 
 
-@timed("prefill", on_device=True)
-@without_tracking
 def prefill(session: Session) -> None:
     """Fill both caches with the prompt but its last token, which is the first tree's root.
 
     What the prefix cache knows is copied. Rows that are there already stay: in a session that goes on after a break
     there is nothing left to fill.
     """
+    if session.observer is None:
+        _fill_caches(session)
+        return
+    begun = Prefill(
+        (*session.prompt_ids, *session.new_token_ids),
+        len(session.prompt_ids),
+        str(session.stack),
+        session.drafter_name,
+        session.limits,
+    )
+    session.observer.tell(begun)
+    session.clock.lap()
+    _fill_caches(session)
+    seconds = session.clock.lap()
+    session.observer.tell(attrs.evolve(begun, num_reused_tokens=session.num_reused_tokens, seconds=seconds))
+
+
+@timed("prefill", on_device=True)
+@without_tracking
+def _fill_caches(session: Session) -> None:
     session.reuse_prefix()
     session.target.prefill(session.committed_ids[session.cache.length : -1], session.cache)
     if session.draft_state is not None:

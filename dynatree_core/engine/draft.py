@@ -7,14 +7,18 @@ branch that would be cut is not worth drafting.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from dynatree_core.engine.observer import Level, Outcome
 from dynatree_core.engine.session import Session
 from dynatree_core.errors import DrafterError
-from dynatree_core.policy.stack import BranchFactor
+from dynatree_core.policy.stack import Decision
 from dynatree_core.tree.frontier import Frontier
 from dynatree_core.tree.token_tree import TokenTree
 
@@ -24,18 +28,24 @@ __all__ = ["draft"]
 def draft(session: Session) -> TokenTree:
     """The tree that the session's policies and drafter make of the committed tokens; the root alone, if nothing."""
     tree = TokenTree.root(session.committed_ids[-1:].clone())
-    while tree.max_depth < session.depth_limit and tree.num_drafted < session.sequence.limits.max_nodes:
-        grown = _grow_level(session, tree)
-        if grown is None:
-            break
-        tree = grown
-    return tree
+    while True:
+        level = _grow_level(session, tree)
+        if session.observer is not None:
+            session.observer.tell(level)
+        if level.grown is None:
+            return tree
+        tree = level.grown
 
 
-def _grow_level(session: Session, tree: TokenTree) -> TokenTree | None:
-    """The tree with one more level, or None when the policies or the drafter end it here."""
+def _grow_level(session: Session, tree: TokenTree) -> Level:
+    """The tree with one more level, or what ends it here: a limit, the policies or the drafter."""
     limits = session.sequence.limits
     nodes_left = limits.max_nodes - tree.num_drafted
+    level = functools.partial(Level, session.num_iterations, tree, nodes_left)
+    if tree.max_depth >= session.depth_limit:
+        return level("depth")
+    if nodes_left <= 0:
+        return level("nodes")
     frontier = Frontier(
         tree,
         session.num_iterations,
@@ -45,35 +55,44 @@ def _grow_level(session: Session, tree: TokenTree) -> TokenTree | None:
         measure=session.measure_costs,
     )
     expand = session.stack.should_expand(frontier)
-    if expand is False:
-        return None
+    if expand.value is False:
+        return level("expand", expand, proposals=frontier.proposals if frontier.is_drafter_asked else None)
     branch = session.stack.branch_factor(frontier)
-    if isinstance(branch.wanted, int) and branch.wanted == 0:
-        return None
-    scores = _admitted_scores(session, frontier, expand, branch)
+    if isinstance(branch.value, int) and branch.value == 0:
+        return level("width", expand, branch, frontier.proposals if frontier.is_drafter_asked else None)
+    scores = frontier.cum_logprob[:, None] + frontier.top_logprobs  # [width, k] of each proposed child's path
+    conditions = _conditions(session, frontier, expand, branch, scores)
+    scores = torch.where(functools.reduce(operator.and_, conditions.values()), scores, -torch.inf)
+    level = functools.partial(level, expand=expand, branch=branch, proposals=frontier.proposals, conditions=conditions)
     num_children = _checked_count(session, frontier, branch, scores)
     if num_children == 0:
-        return None
+        return level("refused")
     # the best of what fits, then back into breadth-first order
     chosen = scores.flatten().topk(min(num_children, nodes_left)).indices.sort().values
     parent = tree.last_level.start + chosen // limits.max_branch
-    return tree.grow(parent, frontier.top_token_ids.flatten()[chosen], frontier.top_logprobs.flatten()[chosen])
+    grown = tree.grow(parent, frontier.top_token_ids.flatten()[chosen], frontier.top_logprobs.flatten()[chosen])
+    return level(None, chosen=chosen, grown=grown)
 
 
-def _admitted_scores(session: Session, frontier: Frontier, expand: Tensor | bool, branch: BranchFactor) -> Tensor:
-    """[width, k]: cumulative log-probability of each proposed child, -inf where it is not to be."""
+def _conditions(
+    session: Session,
+    frontier: Frontier,
+    expand: Decision[Tensor | bool],
+    branch: Decision[Tensor | int],
+    scores: Tensor,
+) -> Mapping[Outcome, Tensor]:
+    """What a proposed child must meet, by its outcome where it does not; bools that broadcast to [width, k]."""
     rank = torch.arange(frontier.max_branch, device=frontier.tree.device)
-    wanted = branch.wanted if isinstance(branch.wanted, int) else branch.wanted[:, None]
-    scores = frontier.cum_logprob[:, None] + frontier.top_logprobs
-    is_admitted = rank < wanted
+    wanted = branch.value if isinstance(branch.value, int) else branch.value[:, None]
+    conditions = {Outcome.BEYOND_WIDTH: rank < wanted}
     if session.sequence.limits.tau > 0:
-        is_admitted = is_admitted & (scores >= math.log(session.sequence.limits.tau))
-    if isinstance(expand, Tensor):
-        is_admitted = is_admitted & expand[:, None]
-    return torch.where(is_admitted, scores, -torch.inf)
+        conditions[Outcome.BELOW_TAU] = scores >= math.log(session.sequence.limits.tau)
+    if isinstance(expand.value, Tensor):
+        conditions[Outcome.NOT_EXPANDED] = expand.value[:, None]
+    return conditions
 
 
-def _checked_count(session: Session, frontier: Frontier, branch: BranchFactor, scores: Tensor) -> int:
+def _checked_count(session: Session, frontier: Frontier, branch: Decision[Tensor | int], scores: Tensor) -> int:
     """How many children there are, learnt in the level's one transfer together with what went wrong.
 
     Raises:
@@ -86,11 +105,11 @@ def _checked_count(session: Session, frontier: Frontier, branch: BranchFactor, s
         *proposals.token_ids.aminmax(),
         (proposals.logprobs <= 1e-3).all(),  # False for NaN too; rounding may exceed log 1 = 0 a little
     ]
-    if isinstance(branch.wanted, Tensor):
-        checks += branch.wanted.aminmax()
+    if isinstance(branch.value, Tensor):
+        checks += branch.value.aminmax()
     num_children, min_id, max_id, is_sound, *widths = torch.stack(checks).tolist()
     if widths and not 0 <= widths[0] <= widths[1] <= frontier.max_branch:
-        session.stack.refuse_branch_factor(branch.policy, f"{widths[0]} to {widths[1]}", frontier.max_branch)
+        session.stack.refuse_branch_factor(branch.decider, f"{widths[0]} to {widths[1]}", frontier.max_branch)
     fault = None
     if not is_sound:
         fault = "log-probabilities must be numbers of at most 0"

@@ -6,7 +6,9 @@ probability only falls with depth, so a node below τ has no descendant above it
 
 from __future__ import annotations
 
+from dynatree_core.engine.observer import Pruning
 from dynatree_core.engine.session import Session
+from dynatree_core.policy.stack import Decision
 from dynatree_core.tree.token_tree import TokenTree
 
 __all__ = ["prune"]
@@ -17,9 +19,10 @@ def prune(session: Session, tree: TokenTree) -> TokenTree:
 
     With exact="fixed_width" it is the first chain of what is left, whose node at depth d stands in row d.
     """
-    if tree.num_drafted == 0:
-        return tree
-    keep = session.stack.keep_nodes(tree)
-    if keep is not None:
-        tree = tree.subtree(tree.close_under_ancestors(keep))
-    return tree.first_chain() if session.request.is_fixed_width else tree
+    keep = session.stack.keep_nodes(tree) if tree.num_drafted else Decision(None, {})
+    kept = tree if keep.value is None else tree.subtree(tree.close_under_ancestors(keep.value))
+    if session.request.is_fixed_width and kept.num_drafted:
+        kept = kept.first_chain()
+    if session.observer is not None:
+        session.observer.tell(Pruning(session.num_iterations, tree, keep, kept))
+    return kept

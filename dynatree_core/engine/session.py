@@ -15,6 +15,7 @@ from transformers import LogitsProcessorList
 from dynatree_core.drafters.base import Drafter, DraftState
 from dynatree_core.engine.engine import ENGINE_OPTIONS, Engine
 from dynatree_core.engine.metrics import summarise
+from dynatree_core.engine.observer import Fault, Watch, observers_of
 from dynatree_core.engine.sequence import Sequence as GenerationSequence
 from dynatree_core.errors import DrafterError, DynaTreeError, InputError
 from dynatree_core.plugins.foreign import others_code, raised
@@ -67,6 +68,8 @@ class Session:
         self._callers_errors: list[BaseException] = []  # raised by what the caller has given, so nobody else's fault
         on_prefill = request.on_prefill and _noting(request.on_prefill, self._callers_errors)
         self.clock = engine.new_clock()
+        observers = observers_of(request.observer)
+        self.observer = Watch(observers, self.clock) if observers else None  # None costs nothing
         self.target = engine.new_passes(request, self.clock, on_prefill)
         self.cache = engine.new_cache(request)
         # of every verification pass at least, so that all passes round alike
@@ -234,7 +237,7 @@ class Session:
 
     def fall_back(self, error: DynaTreeError) -> None:
         """After an error of a drafter or a policy: decode autoregressively from here on, or raise it, as asked."""
-        if self.request.on_error == "raise":
+        if self.request.on_error == "raise" or self.is_observers(error):
             raise error
         warnings.warn(f"drafting is off for the rest of this generation: {error}", RuntimeWarning, stacklevel=4)
         self.cache.rollback()
@@ -242,6 +245,16 @@ class Session:
         if self.prefix is not None:
             self.prefix.hold_only(self.cache)  # the drafter may have found no memory
         self.sequence.stack = self.stack.silenced()
+        self.report_fault(error, "fallback")
+
+    def report_fault(self, error: DynaTreeError, then: str) -> None:
+        """Tell the observers of an error, and what is done about it."""
+        if self.observer is not None and not self.is_observers(error):
+            self.observer.tell(Fault(self.num_iterations, error, then))
+
+    def is_observers(self, error: BaseException) -> bool:
+        """Whether an observer has raised this error, which is nobody else's fault."""
+        return self.observer is not None and self.observer.has_raised(error)
 
     def blame_drafter(self, *but: type[Exception]) -> AbstractContextManager[None]:
         """Turn whatever a drafter raises into a DrafterError that names it, but for these and the caller's own."""

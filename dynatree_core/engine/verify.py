@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dynatree_core.engine.observer import Verification
 from dynatree_core.engine.session import Session
 from dynatree_core.errors import NonFiniteLogitsError
 from dynatree_core.tree.token_tree import TokenTree
@@ -25,8 +26,13 @@ def verify(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
         NonFiniteLogitsError: a logit on the path is NaN.
     """
     if session.request.logits_processors or session.sampler is not None:
-        return follow(session, tree, logits)
-    return _until_stop(session, longest_match(tree, logits))
+        verdict = follow(session, tree, logits)
+    else:
+        verdict = _until_stop(session, longest_match(tree, logits))
+    if session.observer is not None:
+        wanted = logits if session.observer.wants_logits else None
+        session.observer.tell(Verification(session.num_iterations, tree, verdict, wanted))
+    return verdict
 
 
 def follow(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import FunctionType, MethodType, SimpleNamespace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import attrs
 import pluggy
@@ -37,7 +37,7 @@ from dynatree_core.tree.frontier import Frontier
 from dynatree_core.tree.token_tree import TokenTree
 from dynatree_core.tree.verdict import StepReport
 
-__all__ = ["BranchFactor", "PolicyStack", "copied_policy", "hook_names", "implemented_hooks"]
+__all__ = ["Decision", "PolicyStack", "copied_policy", "hook_names", "implemented_hooks"]
 
 # what the drafter or the target did wrong while a policy looked at the frontier is not the policy's fault
 _NOT_THE_POLICY = (DrafterError, ForwardPassError, NonFiniteLogitsError, OutOfMemoryError)
@@ -46,12 +46,23 @@ _MARK = f"{hookspecs.PROJECT_NAME}_impl"  # the attribute in which pluggy's mark
 _OF_PYTHON = (FunctionType, MethodType, classmethod, staticmethod)  # what pluggy takes for a hook
 
 
-@attrs.frozen(eq=False)
-class BranchFactor:
-    """How many children each frontier node gets, and who said so (None: nobody did)."""
+Value = TypeVar("Value", covariant=True)
 
-    wanted: Tensor | int  # int64 [width], or the same for all
-    policy: str | None
+
+@attrs.frozen(eq=False)
+class Decision(Generic[Value]):
+    """What a stack answers to one hook, and who voted what."""
+
+    value: Value
+    votes: Mapping[str, Tensor | int | None]  # policy -> its answer, in the order asked; who was not asked is not in it
+
+    def __bool__(self) -> bool:
+        raise TypeError("a decision is neither true nor false, got one in a condition; look at its `value`")
+
+    @property
+    def decider(self) -> str | None:
+        """The last policy that had an opinion; None where nobody had."""
+        return next((name for name in reversed([*self.votes]) if self.votes[name] is not None), None)
 
 
 @functools.cache  # every policy of every session is held against them
@@ -126,30 +137,31 @@ class PolicyStack:
         """The policy of that name in this stack, or None. Its parameters may be set; they are checked."""
         return self.policies.get(name)
 
-    def should_expand(self, frontier: Frontier) -> Tensor | bool:
+    def should_expand(self, frontier: Frontier) -> Decision[Tensor | bool]:
         """AND of all answers: one bool for all nodes, or bool [width]. After a plain False nobody else is asked."""
-        verdict: Tensor | bool = True
+        value: Tensor | bool = True
+        votes: dict[str, Tensor | int | None] = {}
         for name, call in self.callers["should_expand"]:
             with _blame(name, "should_expand"):
-                answers = call(frontier=frontier)
-            for answer in answers:
-                if answer is False:
-                    return False
-                if answer is True:
-                    continue
-                _check_tensor(answer, torch.bool, (frontier.width,), frontier.tree.device, name, "should_expand")
-                verdict = answer if verdict is True else verdict & answer
-        return verdict
+                answer = votes[name] = _only(call(frontier=frontier))
+            if answer is False:
+                return Decision(False, votes)
+            if answer is None or answer is True:
+                continue
+            _check_tensor(answer, torch.bool, (frontier.width,), frontier.tree.device, name, "should_expand")
+            value = answer if value is True else value & answer
+        return Decision(value, votes)
 
-    def branch_factor(self, frontier: Frontier) -> BranchFactor:
+    def branch_factor(self, frontier: Frontier) -> Decision[Tensor | int]:
         """The rightmost answer that is not None; one child where nobody has an opinion.
 
         The values of a tensor are not looked at here, which would cost a wait for the device: the caller
         checks them together with what else it transfers, and calls `refuse_branch_factor`.
         """
+        votes: dict[str, Tensor | int | None] = {}
         for name, call in self.callers["branch_factor"]:
             with _blame(name, "branch_factor"):
-                answer = call(frontier=frontier)
+                answer = votes[name] = call(frontier=frontier)
             if answer is None:
                 continue
             if isinstance(answer, int) and not isinstance(answer, bool):
@@ -157,8 +169,8 @@ class PolicyStack:
                     self.refuse_branch_factor(name, answer, frontier.max_branch)
             else:
                 _check_tensor(answer, torch.int64, (frontier.width,), frontier.tree.device, name, "branch_factor")
-            return BranchFactor(answer, name)
-        return BranchFactor(1, None)
+            return Decision(answer, votes)
+        return Decision(1, votes)
 
     def refuse_branch_factor(self, name: str | None, value: object, max_branch: int) -> None:
         """Raise the PolicyError for a branch factor out of range."""
@@ -167,16 +179,17 @@ class PolicyStack:
             f"{value}; a larger max_branch can be given to the session"
         )
 
-    def keep_nodes(self, tree: TokenTree) -> Tensor | None:
+    def keep_nodes(self, tree: TokenTree) -> Decision[Tensor | None]:
         """AND of all answers, bool [nodes]; None when no policy has an opinion."""
-        keep: Tensor | None = None
+        value: Tensor | None = None
+        votes: dict[str, Tensor | int | None] = {}
         for name, call in self.callers["keep_nodes"]:
             with _blame(name, "keep_nodes"):
-                answers = call(tree=tree)
-            for answer in answers:
+                answer = votes[name] = _only(call(tree=tree))
+            if answer is not None:
                 _check_tensor(answer, torch.bool, (tree.num_nodes,), tree.device, name, "keep_nodes")
-                keep = answer if keep is None else keep & answer
-        return keep
+                value = answer if value is None else value & answer
+        return Decision(value, votes)
 
     def on_iteration_end(self, report: StepReport) -> None:
         """Tell every policy that wants to know, in the order of the stack."""
@@ -187,6 +200,11 @@ class PolicyStack:
     def silenced(self) -> PolicyStack:
         """A stack of the same name that nobody speaks in: what a session falls back to."""
         return PolicyStack({}, self.text)
+
+
+def _only(answers: list[Any]) -> Any:
+    """One policy's answer, from pluggy's list, which leaves out None."""
+    return answers[0] if answers else None
 
 
 def copied_policy(name: str, policy: object, memo: dict[int, Any] | None = None) -> object:

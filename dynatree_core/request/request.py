@@ -67,6 +67,7 @@ class Options:
     cache: str | None = None
     exact: str | None = None
     on_prefill: Callable[[int, int], None] | None = None
+    observer: Any = None
     on_error: str = "raise"
     settings: Mapping[str, object] = attrs.field(factory=dict)  # generate()'s own, by name
 
@@ -100,6 +101,7 @@ class Request:
     pass_rows: int  # rows that every verification pass has at least
     is_fixed_width: bool  # whether every verification pass has one shape
     on_prefill: Callable[[int, int], None] | None
+    observer: Any  # one or several of `dynatree_core.engine.observer`, which checks them; None for none
     on_error: str  # "raise" or "fallback"
 
     @property
@@ -216,6 +218,7 @@ class Request:
             pass_rows=pass_rows,
             is_fixed_width=options.exact is not None,
             on_prefill=options.on_prefill,
+            observer=options.observer,
             on_error=options.on_error,
         )
 

@@ -318,14 +318,14 @@ class _Hooks:
     def widths(self, frontier: Frontier) -> list[int]:
         """How many children each frontier node gets, 0 where it is not expanded; [] if a plain False ends the tree."""
         with self.watch("hook should_expand", frontier.tree, frontier):
-            expand = self.stack.should_expand(frontier)
+            expand = self.stack.should_expand(frontier).value
         if expand is False:
             return []
         with self.watch("hook branch_factor", frontier.tree, frontier):
             branch = self.stack.branch_factor(frontier)
-        wanted = branch.wanted.tolist() if isinstance(branch.wanted, Tensor) else [branch.wanted] * frontier.width
+        wanted = branch.value.tolist() if isinstance(branch.value, Tensor) else [branch.value] * frontier.width
         if not 0 <= min(wanted) <= max(wanted) <= frontier.max_branch:
-            self.stack.refuse_branch_factor(branch.policy, f"{min(wanted)} to {max(wanted)}", frontier.max_branch)
+            self.stack.refuse_branch_factor(branch.decider, f"{min(wanted)} to {max(wanted)}", frontier.max_branch)
         is_expanded = expand.tolist() if isinstance(expand, Tensor) else [True] * frontier.width
         return [width if is_wanted else 0 for width, is_wanted in zip(wanted, is_expanded, strict=True)]
 
@@ -336,7 +336,7 @@ class _Hooks:
         if tree.num_drafted == 0:  # then nobody is asked
             return everything
         with self.watch("hook keep_nodes", tree):
-            keep = self.stack.keep_nodes(tree)
+            keep = self.stack.keep_nodes(tree).value
         return everything if keep is None else tree.close_under_ancestors(keep)
 
     @torch.inference_mode()
