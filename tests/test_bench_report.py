@@ -21,7 +21,7 @@ from dynatree_bench.published import compared, published
 from dynatree_bench.records import MethodInfo, Results, ResultsError, append_record, read_results, write_info
 from dynatree_bench.report import TABLES, report
 from dynatree_bench.statistics import summaries
-from dynatree_core.cli import main
+from dynatree_core.cli.main import main
 
 PLOTS = {plot.name: plot for plot in FIGURES}
 OWN = {  # the figure of each experiment

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_cli import (
+from command import (
     HIDE_CURSOR,
     ON_CPU,
     SHOW_CURSOR,
@@ -32,11 +32,15 @@ from test_cli import (
 )
 
 from dynatree_core import PrefixCache, StepReport, generate, hookimpl, load_model
-from dynatree_core.cli import console, main
-from dynatree_core.cli.chat import Chat, answer
-from dynatree_core.cli.console import Answer, PrefillBar, decode_text
+from dynatree_core.cli import console
+from dynatree_core.cli.chat_lines import answer, obey_or_answer
+from dynatree_core.cli.console import PrefillBar
+from dynatree_core.cli.main import main
+from dynatree_core.cli.screen import Answer
 from dynatree_core.errors import ContextLimitError, PolicyError
 from dynatree_core.runners import runner
+from dynatree_core.text.conversation import Conversation
+from dynatree_core.text.stream import decode_text
 
 # as many checkpoints' own: a system's message may stand first, and roles alternate
 STRICT = (
@@ -90,10 +94,10 @@ def say(
 
 
 @pytest.fixture
-def conversation(folders: SimpleNamespace) -> Chat:
+def conversation(folders: SimpleNamespace) -> Conversation:
     loaded = load_model(str(folders.plain), device="cpu", dtype="float64")
     assert loaded.tokenizer is not None
-    return Chat(
+    return Conversation(
         target=loaded,
         tokenizer=loaded.tokenizer,
         drafter="prompt_lookup",
@@ -281,8 +285,8 @@ def test_the_end_of_the_context(say: Callable[..., Ran], folders: SimpleNamespac
 
 
 @pytest.mark.parametrize("spec", ["{}", "model(model='{}')", "model(model='{}')+prompt_lookup"])
-def test_the_drafters_context_counts(conversation: Chat, folders: SimpleNamespace, spec: str) -> None:
-    conversation.set_drafter(spec.format(folders.short))
+def test_the_drafters_context_counts(conversation: Conversation, folders: SimpleNamespace, spec: str) -> None:
+    obey_or_answer(conversation, f"/drafter {spec.format(folders.short)}")
     assert conversation.context_limit == 120
     with pytest.raises(ContextLimitError, match="context of 120 tokens"):
         conversation.ask("a" * 120)
@@ -312,7 +316,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, num_steps: int) -> None:
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(
-    conversation: Chat, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """What there is of it is remembered, and its rows are reused."""
     conversation.policy = "autoregressive"
@@ -333,7 +337,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
 
 
 def test_ctrl_c_before_the_first_token(
-    conversation: Chat, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(runner, "PREFILL_CHUNK", 8)
     monkeypatch.setattr(PrefillBar, "__call__", lambda self, done, total: signal.raise_signal(signal.SIGINT))
@@ -351,7 +355,7 @@ class Failing:
             raise ValueError("enough")
 
 
-def test_an_error_within_an_answer(conversation: Chat) -> None:
+def test_an_error_within_an_answer(conversation: Conversation) -> None:
     conversation.policy = ["autoregressive", Failing()]  # type: ignore[assignment]
     with pytest.raises(PolicyError, match="enough"):
         answer(conversation, "abc")
