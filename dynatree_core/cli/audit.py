@@ -133,8 +133,8 @@ def _audit(
             )
         num_cases = len(cases)
     elif prompts is not None:
-        # one after another: a later turn's prompt holds the answers before it
-        cases = map(Case, asked(prompts, tokenizer, is_chat, is_played))
+        cases = map(Case, asked(prompts, tokenizer, is_chat, is_played))  # a later turn's prompt holds earlier answers
+        cases = cases if is_played else list(cases)  # a prompt that cannot be written is refused before the first audit
         num_cases = num_asked(prompts, is_played)
     else:
         assert text is not None, "there is one source"
