@@ -315,7 +315,7 @@ def test_every_option_for_results_is_checked() -> None:
 def test_every_file_is_written_in_one_way() -> None:
     """Nothing else opens files to write, names aside where it is meant."""
     meant = {
-        "files.py": 2,  # the way itself, and a probe
+        "writing.py": 2,  # the way itself, and a probe
         "streams.py": 1,  # the null device
         "records.py": 2,  # lines that are added to, and the torn one that is cut off
         "machine.py": 1,  # a probe
@@ -326,4 +326,4 @@ def test_every_file_is_written_in_one_way() -> None:
     )
     for path in sorted([*ROOT.glob("dynatree_bench/**/*.py"), *ROOT.glob("dynatree_core/**/*.py")]):
         found = len(writes.findall(path.read_text(encoding="utf-8")))
-        assert found <= meant.get(path.name, 1 if path.name == "tensor_files.py" else 0), path
+        assert found <= meant.get(path.name, 1 if path.name == "tensors.py" else 0), path
