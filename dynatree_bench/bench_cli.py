@@ -23,8 +23,8 @@ from dynatree_core.advice import pip_install
 from dynatree_core.cli import console
 from dynatree_core.cli.checks import check_names
 from dynatree_core.cli.completion import complete_drafter, complete_model, complete_policy
-from dynatree_core.cli.model_options import USUAL_DRAFTERS
-from dynatree_core.cli.prompt_options import CountOrAll
+from dynatree_core.cli.loading import USUAL_DRAFTERS
+from dynatree_core.cli.option_types import CountOrAll
 from dynatree_core.errors import InputError, PluginLoadError
 
 if TYPE_CHECKING:

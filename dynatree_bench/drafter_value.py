@@ -39,11 +39,11 @@ from dynatree_bench.machine import check_writable, provenance, weights_sha256
 from dynatree_bench.rehearse import Text, known_session
 from dynatree_core import Session, load_model, run
 from dynatree_core.cli.exits import end_process
-from dynatree_core.cli.model_options import encode_messages, tokenizer_of
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.drafters.build import build_drafter
 from dynatree_core.files.writing import write_text
 from dynatree_core.models.student import is_student, load_student
+from dynatree_core.text.prompt import encode_messages, tokenizer_of
 from dynatree_core.text.prompt_files import read_prompts
 
 DRAFTERS = ("distilled", "prompt_lookup", "distilled+prompt_lookup")

@@ -52,7 +52,7 @@ from dynatree_core import (
     parse_stack,
 )
 from dynatree_core.cli.exits import end_process
-from dynatree_core.cli.model_options import load_drafter, registered_drafter
+from dynatree_core.cli.loading import load_drafter, registered_drafter
 from dynatree_core.files.writing import write_text
 
 POLICIES = ("phase3", "phase3+governor", "cost_aware", "cost_aware+governor")

@@ -14,7 +14,7 @@ from dynatree_bench.machine import weights_sha256
 from dynatree_bench.records import ModelInfo
 from dynatree_bench.synthetic import MarkovSource, synthetic_pair
 from dynatree_core import Drafter, LoadedModel, load_model
-from dynatree_core.cli.model_options import check_drafter_model, registered_drafter, usual_drafter
+from dynatree_core.cli.loading import check_drafter_model, registered_drafter, usual_drafter
 from dynatree_core.drafters.model import ModelDrafter, restricted_ids
 from dynatree_core.errors import InputError, VocabularyMismatchError
 from dynatree_core.models.load import check_model_name, resolve_device, vocabularies_match

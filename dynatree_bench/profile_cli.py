@@ -12,16 +12,16 @@ from rich.console import Console
 
 from dynatree_core.cli import console
 from dynatree_core.cli.checks import check_names, check_settings, checkable
-from dynatree_core.cli.main import generate
-from dynatree_core.cli.model_options import encode_prompt, load, load_drafter, tokenizer_of
+from dynatree_core.cli.loading import load, load_drafter
+from dynatree_core.cli.options import JSON, MAX_DEPTH, MAX_NODES, MODEL_OPTIONS, POLICY, with_options
+from dynatree_core.text.prompt import encode_prompt, tokenizer_of
 
 __all__ = ["profile"]
 
-_SHARED = {"target", "drafter", "policy", "device", "dtype", "runner", "max_nodes", "max_depth", "as_json"}
 
-
-@click.command(params=[option for option in generate.params if option.name in _SHARED])
+@click.command()
 @click.argument("prompt", default="Why is the sky blue?")
+@with_options(*MODEL_OPTIONS, POLICY, MAX_NODES, MAX_DEPTH, JSON)
 @click.option("--iterations", type=click.IntRange(min=1), default=20, show_default=True, help="That are measured.")
 @click.option(
     "--trace",

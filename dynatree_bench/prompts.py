@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dynatree_core import LoadedModel
-from dynatree_core.cli import model_options as cli_models
+from dynatree_core.text.prompt import encode_prompt, tokenizer_of
 from dynatree_core.text.prompt_files import read_prompts
 
 __all__ = ["BUILT_IN", "chat_ids", "in_turns", "load_prompts", "parsed_arguments"]
@@ -124,4 +124,4 @@ def chat_ids(target: LoadedModel, prompt: str) -> list[int]:
     Raises:
         InputError: the target has no tokenizer.
     """
-    return cli_models.encode_prompt(prompt, cli_models.tokenizer_of(target))
+    return encode_prompt(prompt, tokenizer_of(target))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dynatree_bench.workloads import EncodedPrompt, Workload, is_wrapped
 from dynatree_core import LoadedModel, generate
-from dynatree_core.cli import model_options as cli_models
-from dynatree_core.cli.console import decode_text
+from dynatree_core.text.prompt import encode_messages, tokenizer_of
+from dynatree_core.text.stream import decode_text
 
 __all__ = ["played"]
 
@@ -28,12 +28,12 @@ def played(
         InputError: as `encode`, or a conversation that the target has no room for.
     """
     is_chat = is_wrapped(workload, loaded, is_chat)
-    tokenizer = cli_models.tokenizer_of(loaded)
+    tokenizer = tokenizer_of(loaded)
     prompts = []
     for prompt in workload.prompts:
         messages = prompt.messages
         for turn, later in enumerate((*prompt.later, None), start=1):
-            prompt_ids = cli_models.encode_messages(messages, tokenizer, is_chat)
+            prompt_ids = encode_messages(messages, tokenizer, is_chat)
             name = prompt.prompt_id if turn == 1 else f"{prompt.prompt_id}/turn-{turn}"
             prompts.append(EncodedPrompt(name, prompt.category, tuple(prompt_ids), workload.name))
             if later is not None:

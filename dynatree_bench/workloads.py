@@ -30,10 +30,10 @@ import attrs
 from dynatree_bench.prompts import BUILT_IN
 from dynatree_bench.synthetic import MarkovSource
 from dynatree_core import InputError, LoadedModel
-from dynatree_core.cli import model_options as cli_models
 from dynatree_core.errors import nearest_match
 from dynatree_core.models.hub import unreachable_reason
 from dynatree_core.text.columns import TEXT, Prompt
+from dynatree_core.text.prompt import encode_messages, tokenizer_of
 from dynatree_core.text.prompt_files import PASSAGE_CHARS, Prompts, prompts_of_rows, read_prompts
 from dynatree_core.text.reading import STANDARD_INPUT, is_url
 from dynatree_core.text.selection import of_categories, some_of
@@ -277,11 +277,11 @@ def encode(
         InputError: no tokenizer, no chat template where one is asked for, or no prompt that is long enough.
     """
     is_chat = is_wrapped(workload, loaded, False if is_chat is None and num_tokens is not None else is_chat)
-    tokenizer = cli_models.tokenizer_of(loaded)
+    tokenizer = tokenizer_of(loaded)
     encoded = [
         EncodedPrompt(
             prompt.prompt_id, prompt.category,
-            tuple(cli_models.encode_messages(prompt.messages, tokenizer, is_chat)), workload.name,
+            tuple(encode_messages(prompt.messages, tokenizer, is_chat)), workload.name,
         )
         for prompt in workload.prompts
     ]  # fmt: skip

@@ -359,7 +359,7 @@ def _audit(
     prompt = reference.prompt_ids
     if len(token_ids) == 0:
         raise PromptError("an output to audit must have at least one token, got none; generate some first")
-    output = checked_prompt(token_ids, reference.vocab_size)
+    output = checked_prompt(token_ids, reference.vocab_size, what="output")
     with reference.without_gradients():
         ways = {AUTOREGRESSIVE: _autoregressive_logits(reference, output)}
         if verified is not None:

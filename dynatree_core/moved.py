@@ -52,8 +52,8 @@ MOVED: dict[str, tuple[str, ...]] = {  # old module of dynatree_core -> where it
     "verify": ("engine.verify",),
     "hf_entry": ("hf.entry",),
     "hf_export": ("hf.export",),
-    "chat": ("cli.chat",),
-    "console": ("cli.console",),
+    "chat": ("cli.chat", "text.conversation"),
+    "console": ("cli.console", "cli.screen", "cli.generate_report", "text.stream"),
     "scaffold": ("cli.scaffold",),
 }
 LEFT = {"SinkCache": "cache", "TreeCache": "cache"}  # names that were in the root -> the room that has them
@@ -70,10 +70,10 @@ def names_of(old: str) -> Callable[[str], Any]:
     """A `__getattr__` for a package that has the name of an old module: the module's names, with a warning."""
 
     def __getattr__(name: str) -> Any:
-        # a submodule that is not loaded yet is asked for here first, and must not load others
-        is_module = name.startswith("__") or find_spec(f"{PACKAGE}.{old}.{name}") is not None
-        for module in _new_modules(old) if not is_module else ():
-            if name in module.__all__:
+        # `from package import submodule` asks here first, and must not import what the old module has become
+        is_name = not name.startswith("__") and find_spec(f"{PACKAGE}.{old}.{name}") is None
+        for module in _new_modules(old) if is_name else ():
+            if hasattr(module, name):
                 _warn(f"{PACKAGE}.{old}.{name}", f"{module.__name__}.{name}", 3)
                 return getattr(module, name)
         raise AttributeError(f"module '{PACKAGE}.{old}' has no attribute '{name}'")

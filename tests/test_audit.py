@@ -304,7 +304,7 @@ def test_what_cannot_be_audited():
         audit_output(target, PROMPT, [])
     with pytest.raises(PromptError, match="at least one token"):
         audit_output(target, [], PROMPT)
-    with pytest.raises(PromptError, match="from 0 to 36"):
+    with pytest.raises(PromptError, match="output tokens must be from 0 to 36"):
         audit_output(target, PROMPT, [VOCAB])
     with pytest.raises(ContextLimitError):
         audit_output(target, PROMPT, [1] * CONTEXT)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import attrs
 import pytest
-from test_cli import byte_level_tokenizer, for_transformers, save_model
+from command import byte_level_tokenizer, for_transformers, save_model
 from transformers import AutoTokenizer
 
 from dynatree_bench import bandwidth, bench_cli, figures, measure, methods, pairs
@@ -21,8 +21,8 @@ from dynatree_bench.memory_share import memory_sentence
 from dynatree_bench.records import OutputRecord, read_results
 from dynatree_bench.workloads import KNOWN, encode, load_workload
 from dynatree_core import InputError, LoadedModel
+from dynatree_core.cli.loading import usual_drafter
 from dynatree_core.cli.main import main
-from dynatree_core.cli.model_options import usual_drafter
 from dynatree_core.models import embedded
 from dynatree_core.testing.models import tiny_model
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import attrs
 import pytest
 import torch
+from command import byte_level_tokenizer, for_transformers
 from students import tiny_student
-from test_cli import byte_level_tokenizer, for_transformers
 
 from dynatree_bench import bandwidth, measure, methods, oracle, rivals, runnable
 from dynatree_bench.bandwidth import ReadSpeed, step_reads

@@ -8,7 +8,7 @@ import socket
 
 import datasets
 import pytest
-from test_cli import TEMPLATE, byte_level_tokenizer, for_transformers, save_model
+from command import TEMPLATE, byte_level_tokenizer, for_transformers, save_model
 
 from dynatree_bench.prompts import BUILT_IN
 from dynatree_bench.turns import played

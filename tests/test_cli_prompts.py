@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_cli import ON_CPU, Dynatree, dynatree, folders, generate, is_one_error_line
+from command import ON_CPU, Dynatree, dynatree, folders, generate, is_one_error_line
 
 __all__ = ["dynatree", "folders", "generate"]  # fixtures
 
@@ -171,3 +171,21 @@ def test_running_text_is_audited_without_the_chat_template(
         "audit", *ON_CPU, "--target", folders.chat, "--json", "--max-new-tokens", 2, "--prompts", tmp_path / "book"
     )
     assert ran.document["audits"][0]["prompt_ids"] == folders.tokenizer("Once upon a time").input_ids
+
+
+def test_each_turn_of_a_conversation_is_audited(
+    audit: Dynatree, dynatree: Dynatree, folders: SimpleNamespace, tmp_path: Path
+) -> None:
+    """The prompt of the second turn holds the answer to the first."""
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"question_id": 81, "turns": ["abc", "def"]}))
+    asked = ("--target", folders.chat, "--ignore-eos", "--json", "--max-new-tokens", 5, "--prompts", path, "--turns")
+    answers = documents(dynatree("generate", *ON_CPU, *asked).out)
+    ran = dynatree("audit", *ON_CPU, *asked)
+    assert (ran.code, ran.document["num_outputs"], ran.document["verdict"]) == (0, 2, "identical")
+    for answer, audited in zip(answers, ran.document["audits"], strict=True):
+        for name in ("id", "turn", "prompt", "prompt_ids", "token_ids"):
+            assert audited[name] == answer[name]
+    ran = audit("--turns", "abc")
+    assert ran.code == 2
+    assert is_one_error_line(ran, "--turns is about a file of prompts")

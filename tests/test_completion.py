@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from click.shell_completion import ShellComplete
 
-from dynatree_core.cli import main as cli
-from dynatree_core.cli.main import main
+from dynatree_core.cli.main import _dynatree, main
 from dynatree_core.plugins import registry as registry
 from dynatree_core.plugins.registry import DRAFTERS, POLICIES, PRESETS, plugin_table
 
@@ -22,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 def offered(*words: str) -> list[tuple[str, str]]:
     """Kind and value of each item for the last of the words."""
-    complete = ShellComplete(cli._dynatree, {}, "dynatree", "_DYNATREE_COMPLETE")
+    complete = ShellComplete(_dynatree, {}, "dynatree", "_DYNATREE_COMPLETE")
     *before, incomplete = words
     return [(item.type, item.value) for item in complete.get_completions(before, incomplete)]
 

@@ -37,7 +37,7 @@ from dynatree_bench.distill.train import (
 )
 from dynatree_bench.drafter_value import replayed
 from dynatree_core import build_drafter, generate, load_model
-from dynatree_core.cli.prompt_options import PromptPicks
+from dynatree_core.cli.prompts import PromptPicks
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import InputError, ModelLoadError, PluginLoadError
 from dynatree_core.files.tensors import save_tensors

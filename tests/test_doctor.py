@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from dynatree_core.cli import doctor
+from dynatree_core.cli import examine
 from dynatree_core.cli.catalogue import PluginRow
 from dynatree_core.cli.main import main
 from dynatree_core.models import embedded
@@ -29,8 +29,8 @@ OF_TORCH = {
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No process of its own, and no time to measure the load."""
-    monkeypatch.setattr(doctor, "_asked_of_torch", lambda: dict(OF_TORCH))
-    monkeypatch.setattr(doctor, "LOAD_SECONDS", 0.0)
+    monkeypatch.setattr(examine, "_asked_of_torch", lambda: dict(OF_TORCH))
+    monkeypatch.setattr(examine, "LOAD_SECONDS", 0.0)
 
 
 Run = Callable[..., tuple[object, str]]
@@ -97,7 +97,7 @@ def test_what_one_pastes(run: Run) -> None:
 
 
 def test_torch_is_asked_in_a_process_of_its_own() -> None:
-    found = doctor._asked_of_torch()
+    found = examine._asked_of_torch()
     assert set(found) == set(OF_TORCH)
     assert found["runner"]["name"] in ("packed", "eager")
     assert found["device"] == ("cuda" if torch.cuda.device_count() else "cpu")
@@ -108,14 +108,14 @@ def test_the_runner_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "describe", lambda: model)
     monkeypatch.setattr("dynatree_core.runners.packed.can_pack", lambda model: True)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5 * 10**9))
-    assert doctor._runner("cpu")["name"] == "packed"
+    assert examine._runner("cpu")["name"] == "packed"
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * 10**9))
-    assert doctor._runner("cpu") == {
+    assert examine._runner("cpu") == {
         "name": "eager",
         "reason": "packed copies of 1.0 GB are more than a quarter of the 3.0 GB of free memory",
     }
     monkeypatch.setattr("dynatree_core.runners.packed.can_pack", lambda model: False)
-    told = doctor._runner("cpu")
+    told = examine._runner("cpu")
     assert told["name"] == "eager"
     assert "needs an x86-64 CPU" in told["reason"]
 
@@ -155,7 +155,7 @@ def test_a_part_that_fails_is_a_problem(run: Run, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("quick")
 def test_a_plugin_that_is_refused_is_a_problem(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [PluginRow("good", "policy", "garden", "1"), PluginRow("weed", "policy", "garden", "1", error="no\nhooks")]
-    monkeypatch.setattr(doctor, "plugin_rows", lambda *groups: rows)
+    monkeypatch.setattr(examine, "plugin_rows", lambda *groups: rows)
     code, out = run()
     assert code == 1
     assert "garden 1: good\n" in out
@@ -209,4 +209,4 @@ def test_nothing_secret_is_shown(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_
 def test_where_there_is_no_home() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", "/")
-        assert doctor.without_secrets({"a": ["/srv/x", Path("/etc")], "n": 3}) == {"a": ["/srv/x", "/etc"], "n": 3}
+        assert examine.without_secrets({"a": ["/srv/x", Path("/etc")], "n": 3}) == {"a": ["/srv/x", "/etc"], "n": 3}

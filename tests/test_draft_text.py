@@ -29,7 +29,6 @@ from dynatree_core import (
     stream,
 )
 from dynatree_core.cache.prefix_cache import PrefixCache
-from dynatree_core.cli.chat import Chat
 from dynatree_core.cli.main import main
 from dynatree_core.drafters.base import padded_proposals
 from dynatree_core.drafters.union import UnionDrafter
@@ -38,6 +37,7 @@ from dynatree_core.models.load import LoadedModel
 from dynatree_core.plugins import registry as registry
 from dynatree_core.testing import assert_drafter_contract
 from dynatree_core.testing.models import VOCAB, tiny_model
+from dynatree_core.text.conversation import Conversation
 
 WORDS = [f"w{number}" for number in range(VOCAB)]
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -171,7 +171,7 @@ def test_chats_and_benches(tokenizer, phrases, told):
     drafter, output = phrases
     loaded = LoadedModel(tiny_model("llama"), tokenizer, "tiny")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    chat = Chat(
+    chat = Conversation(
         target=loaded, tokenizer=tokenizer, drafter=drafter, drafter_name="phrases", policy="linear(depth=2)",
         max_new_tokens=4, prefix_cache=PrefixCache(),
     )  # fmt: skip

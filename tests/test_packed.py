@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dynatree_core import generate
 from dynatree_core.cache.tree_cache import TreeCache
-from dynatree_core.cli.main import _dynatree
+from dynatree_core.cli.generate import generate as generate_command
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import ParameterError, UnknownPluginError
@@ -351,8 +351,8 @@ def test_runners_that_there_are_not():
 
 
 def test_the_command_line_has_the_same_names():
-    [option] = [option for option in _dynatree.commands["generate"].params if option.name == "runner"]
-    assert option.make_metavar(click.Context(_dynatree)) == f"[{'|'.join(runner_names())}]"
+    [option] = [option for option in generate_command.params if option.name == "runner"]
+    assert option.make_metavar(click.Context(generate_command)) == f"[{'|'.join(runner_names())}]"
     assert [option.type.convert(name, option, None) for name in runner_names()] == runner_names()
     with pytest.raises(click.BadParameter, match="did you mean 'packed'"):
         option.type.convert("paked", option, None)

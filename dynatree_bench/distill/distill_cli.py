@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from dynatree_core.advice import pip_install
-from dynatree_core.cli.completion import complete_model
-from dynatree_core.cli.model_options import FiniteRange
-from dynatree_core.cli.prompt_options import PromptPicks, Typed, prompt_options
+from dynatree_core.cli.option_types import FiniteRange, Typed
+from dynatree_core.cli.options import DEVICE, PICK_OPTIONS, TARGET, with_options
+from dynatree_core.cli.prompts import PromptPicks
 from dynatree_core.errors import PluginLoadError
 
 __all__ = ["distill"]
@@ -34,12 +34,7 @@ COUNT, ONE_OR_MORE = click.IntRange(min=0), click.IntRange(min=1)
 
 
 @click.command()
-@click.option(
-    "--target",
-    metavar="ID|PATH",
-    shell_complete=complete_model,
-    help="Model that the drafter is for.  [default: the embedded one]",
-)
+@TARGET
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -59,7 +54,7 @@ COUNT, ONE_OR_MORE = click.IntRange(min=0), click.IntRange(min=1)
     multiple=True,
     help="A file of prompts of your own of any kind (docs/files.md), answered by the target; may be repeated.",
 )
-@prompt_options(has_turns=False)
+@with_options(*PICK_OPTIONS)
 @click.option(
     "--read", "num_text_tokens", type=COUNT, default=250_000, show_default=True, help="Tokens of text the target reads."
 )
@@ -109,7 +104,7 @@ COUNT, ONE_OR_MORE = click.IntRange(min=0), click.IntRange(min=1)
     "--learning-rate", type=FiniteRange(min=0, min_open=True), default=2e-3, show_default=True, help="At its highest."
 )
 @click.option("--seed", default=0, show_default=True)
-@click.option("--device", help="cpu, cuda or cuda:N.  [default: CUDA where there is any]")
+@DEVICE
 @click.option("--threads", type=click.IntRange(min=1), help="Of the CPU.  [default: all]")
 def distill(
     target: str | None,

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import attrs
 from transformers import PreTrainedTokenizerBase
 
-from dynatree_core.cli.model_options import encode_messages
-from dynatree_core.cli.prompt_options import PromptPicks
+from dynatree_core.cli.prompts import PromptPicks
 from dynatree_core.text.columns import Prompt
+from dynatree_core.text.prompt import encode_messages
 
 __all__ = ["Material", "encoded", "read_given"]
 

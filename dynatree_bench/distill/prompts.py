@@ -15,9 +15,9 @@ from pathlib import Path
 import attrs
 from transformers import PreTrainedTokenizerBase
 
-from dynatree_core.cli.model_options import encode_prompt
 from dynatree_core.errors import InputError
 from dynatree_core.text.passages import cut
+from dynatree_core.text.prompt import encode_prompt
 from dynatree_core.text.prompt_files import read_documents
 
 __all__ = ["Prompt", "ask_prompts", "chat_prefix", "continue_prompts", "mixed", "read_passages"]

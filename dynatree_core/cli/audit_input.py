@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from dynatree_core.cli.model_options import encode_prompt
 from dynatree_core.errors import InputError, PromptError
+from dynatree_core.text.prompt import encode_prompt
 from dynatree_core.text.reading import first_fault, read_source
 from dynatree_core.text.tables import Row, read_json
 

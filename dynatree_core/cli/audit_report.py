@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dynatree_core.audit import AUTOREGRESSIVE, AuditReport, Difference, Rounding, audit_generation, audit_output
+from dynatree_core.cli.questions import Question
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.report import GenerationResult
 
@@ -25,10 +26,10 @@ WIDTH = 110  # where stdout is no terminal
 
 @attrs.frozen
 class Case:
-    """What is to be audited: a prompt to generate from, or an output that is there already."""
+    """What is to be audited: a question to answer, or an output that is there already."""
 
-    prompt_ids: list[int]
-    token_ids: list[int] | None = None
+    question: Question
+    token_ids: list[int] | None = None  # of the output
 
 
 @attrs.frozen
@@ -44,23 +45,27 @@ class Audit:
 def audit_cases(
     target: nn.Module,
     drafter: nn.Module | Drafter | None,
-    cases: Sequence[Case],
+    cases: Iterable[Case],
     options: Mapping[str, Any],
     precise: nn.Module | None,
+    *,
+    num_cases: int,
 ) -> list[Audit]:
     """Audit case by case; an interrupt keeps those that are done, if any is.
 
     All of them are judged by what was measured on them together, since a maximum over more positions is surer.
 
     Args:
+        cases: a case may come only after the one before has been answered, as the turns of a conversation do.
         options: of a generation; of those only `exact`, `max_nodes`, `eos_token_id` and `runner` matter for an output.
         precise: the target in a higher precision, or None.
     """
     audits: list[Audit] = []
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         try:
-            for case in progress.track(cases, description="auditing"):
+            for case in progress.track(cases, total=num_cases, description="auditing"):
                 audits.append(_audit(target, drafter, case, options, precise))
+                case.question.answered(audits[-1].token_ids)
         except KeyboardInterrupt:
             if not audits:
                 raise
@@ -75,12 +80,13 @@ def _audit(
     options: Mapping[str, Any],
     precise: nn.Module | None,
 ) -> Audit:
+    prompt_ids = case.question.prompt_ids
     if case.token_ids is None:
-        result, report = audit_generation(target, drafter, case.prompt_ids, precise=precise, **options)
+        result, report = audit_generation(target, drafter, prompt_ids, precise=precise, **options)
         return Audit(case, result.token_ids, report, result)
     names = ("exact", "max_nodes", "eos_token_id", "runner")
     kept = {name: options[name] for name in names if name in options}
-    return Audit(case, case.token_ids, audit_output(target, case.prompt_ids, case.token_ids, precise=precise, **kept))
+    return Audit(case, case.token_ids, audit_output(target, prompt_ids, case.token_ids, precise=precise, **kept))
 
 
 def document(audits: Sequence[Audit]) -> dict[str, Any]:
@@ -92,6 +98,7 @@ def document(audits: Sequence[Audit]) -> dict[str, Any]:
         "rounding": attrs.asdict(rounding),
         "audits": [
             {
+                **audit.case.question.about,
                 "verdict": audit.report.verdict,
                 "faults": list(audit.report.faults),
                 "num_tokens": audit.report.num_tokens,
@@ -111,7 +118,7 @@ def document(audits: Sequence[Audit]) -> dict[str, Any]:
                     for one in audit.report.differences
                 ],
                 "deviations": audit.report.deviations,
-                "prompt_ids": audit.case.prompt_ids,
+                "prompt_ids": audit.case.question.prompt_ids,
                 "token_ids": audit.token_ids,
             }
             for audit in audits
@@ -149,7 +156,7 @@ def show(audits: Sequence[Audit], tokenizer: PreTrainedTokenizerBase | None) -> 
     """Print each difference, or the first of each case where there are several, and what they amount to."""
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDTH)
     for number, audit in enumerate(audits):
-        lead = f"prompt {number + 1}: " if len(audits) > 1 else ""
+        lead = f"{audit.case.question.title or f'output {number + 1}'}: " if len(audits) > 1 else ""
         first = audit.report.first_difference
         if first is None and len(audits) == 1 and not audit.report.faults:
             console.print(f"identical to {_reference(audit.report)} ({audit.report.num_tokens} tokens)")

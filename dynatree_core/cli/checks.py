@@ -10,14 +10,14 @@ import platform
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dynatree_core.cli.model_options import check_drafter_model, check_drafter_name, registered_drafter
+from dynatree_core.cli.loading import check_drafter_model, check_drafter_name, registered_drafter
 from dynatree_core.errors import ParameterError
 from dynatree_core.plugins.presets import check_stack_names
 
 if TYPE_CHECKING:
     from dynatree_core.drafters.base import Drafter
 
-__all__ = ["check_names", "check_settings", "checkable"]
+__all__ = ["CHECKED", "check_names", "check_settings", "checkable"]
 
 CHECKED = ("runner", "exact", "cache", "tau", "max_nodes", "max_depth", "max_branch")
 

@@ -10,8 +10,9 @@ import attrs
 import click
 
 from dynatree_core.cli.checks import CHECKED, check_names, check_settings, checkable
-from dynatree_core.cli.completion import complete_drafter, complete_model, complete_policy
-from dynatree_core.cli.model_options import USUAL_DRAFTERS, load, usual_drafter
+from dynatree_core.cli.completion import complete_drafter
+from dynatree_core.cli.loading import USUAL_DRAFTERS, load, usual_drafter
+from dynatree_core.cli.options import POLICY, TARGET
 from dynatree_core.errors import InputError, ParameterError, nearest_match
 from dynatree_core.models import embedded
 from dynatree_core.plugins.registry import check_runner_name
@@ -27,12 +28,7 @@ OPTIONS = (*CHECKED, "on_error")  # of a session, those that can be written down
 
 @click.command("hf-folder")
 @click.argument("out", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
-@click.option(
-    "--target",
-    metavar="ID|PATH",
-    shell_complete=complete_model,
-    help="Model that the folder is for.  [default: the embedded one]",
-)
+@TARGET
 @click.option(
     "--drafter",
     metavar="NAME",
@@ -40,14 +36,7 @@ OPTIONS = (*CHECKED, "on_error")  # of a session, those that can be written down
     show_default=USUAL_DRAFTERS,
     help="Registered drafters joined by '+' (see `dynatree drafters`).",
 )
-@click.option(
-    "--policy",
-    metavar="STACK",
-    default="phase3",
-    shell_complete=complete_policy,
-    show_default=True,
-    help="How trees grow: a preset or policies joined by '+' (see `dynatree policies`).",
-)
+@POLICY
 @click.option(
     "--option",
     "options",

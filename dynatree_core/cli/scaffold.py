@@ -14,13 +14,14 @@ import shutil
 from pathlib import Path
 
 import attrs
+import click
 
 import dynatree_core
 from dynatree_core.errors import InputError
 from dynatree_core.files.writing import write_text
 from dynatree_core.plugins.registry import DRAFTERS, POLICIES, PRESETS, plugin_table
 
-__all__ = ["DRAFTER", "POLICY", "Kind", "next_steps", "package_files", "write_package"]
+__all__ = ["DRAFTER", "POLICY", "Kind", "new_drafter", "new_policy", "next_steps", "package_files", "write_package"]
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 
@@ -61,6 +62,45 @@ DRAFTER = Kind(
     commands="""dynatree drafters
   dynatree generate --compare --drafter {name} --policy "fixed(depth=3)" "Say ten times: I am a tree.\"""",
 )
+
+
+NAME = click.argument("name")
+PARENT = click.option(
+    "--dir",
+    "parent",
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=".",
+    help="Where the package's folder is made.  [default: here]",
+)
+
+
+@click.command("new-policy")
+@NAME
+@PARENT
+def new_policy(name: str, parent: Path) -> None:
+    """Write an installable package dynatree-NAME with a policy NAME, its tests and a README.
+
+    \b
+    Examples:
+      dynatree new-policy wide_root
+      dynatree new-policy --dir ~/policies wide_root
+    """
+    click.echo(next_steps(POLICY, write_package(POLICY, name, parent)))
+
+
+@click.command("new-drafter")
+@NAME
+@PARENT
+def new_drafter(name: str, parent: Path) -> None:
+    """Write an installable package dynatree-NAME with a drafter NAME, its tests and a README.
+
+    \b
+    Examples:
+      dynatree new-drafter last_words
+      dynatree new-drafter --dir ~/drafters last_words
+    """
+    click.echo(next_steps(DRAFTER, write_package(DRAFTER, name, parent)))
 
 
 def write_package(kind: Kind, name: str, parent: Path) -> Path:

@@ -91,8 +91,8 @@ _OTHER_SETTINGS: dict[str, object] = {
 _OTHER_CACHES = ("quantized", "offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked", "paged")
 
 
-def checked_prompt(input_ids: Tensor | Sequence[int], vocab: int) -> list[int]:
-    """The prompt as a list of ids.
+def checked_prompt(input_ids: Tensor | Sequence[int], vocab: int, *, what: str = "prompt") -> list[int]:
+    """The prompt as a list of ids, or an output that is checked alike; `what` names it where an id is out of range.
 
     Raises:
         PromptError: it is empty, not one sequence of integers, or outside the vocabulary.
@@ -116,7 +116,7 @@ def checked_prompt(input_ids: Tensor | Sequence[int], vocab: int) -> list[int]:
     prompt: list[int] = ids.tolist()
     if min(prompt) < 0 or max(prompt) >= vocab:
         raise PromptError(
-            f"prompt tokens must be from 0 to {vocab - 1}, the target's vocabulary, got {min(prompt)} to {max(prompt)}"
+            f"{what} tokens must be from 0 to {vocab - 1}, the target's vocabulary, got {min(prompt)} to {max(prompt)}"
         )
     return prompt
 

@@ -1,134 +1,40 @@
-"""The models that a command line names: loading them, with a word about what is being waited for.
+"""Models and drafters by the names of a command line: which one is meant, and loading it.
 
-torch and transformers, which take seconds to import, are imported when a model is asked for.
+torch and transformers take seconds to import, so they are imported when a model is loaded.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import click
-from click.shell_completion import CompletionItem
+from typing import TYPE_CHECKING
 
 from dynatree_core.cli import console
-from dynatree_core.errors import (
-    InputError,
-    ModelLoadError,
-    UnknownPluginError,
-    VocabularyMismatchError,
-    nearest_match,
-)
-from dynatree_core.plugins.registry import DRAFTERS, check_runner_name, plugin_table, runner_names
+from dynatree_core.errors import ModelLoadError, UnknownPluginError, VocabularyMismatchError, nearest_match
+from dynatree_core.plugins.registry import DRAFTERS, plugin_table
 from dynatree_core.plugins.spec import canonical_name, parse_stack
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from dynatree_core.drafters.base import Drafter
     from dynatree_core.models.load import LoadedModel
 
 __all__ = [
     "USUAL_DRAFTERS",
-    "FiniteRange",
-    "RunnerName",
-    "chat_ids",
     "check_drafter_model",
     "check_drafter_name",
-    "encode_messages",
-    "encode_prompt",
     "load",
     "load_drafter",
     "registered_drafter",
-    "tokenizer_of",
     "usual_drafter",
 ]
 
 
-class FiniteRange(click.FloatRange):
-    """A range of numbers, to which click itself counts NaN: that compares with no bound."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = float(super().convert(value, param, ctx))
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
-
-
-class RunnerName(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.4
-    """The name of an installed runner, or "auto"."""
-
-    name = "runner"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        try:
-            check_runner_name(value)
-        except UnknownPluginError as error:
-            self.fail(str(error), param, ctx)
-        return str(value)
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        return f"[{'|'.join(runner_names())}]"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in runner_names() if name.startswith(incomplete)]
-
-
-def tokenizer_of(target: LoadedModel) -> PreTrainedTokenizerBase:
-    if target.tokenizer is None:
-        raise InputError(
-            f"the target must come with a tokenizer to read a text, got none with '{target.name}'; save one in its "
-            "folder, or pass token ids to dynatree_core.generate"
-        )
-    return target.tokenizer
-
-
-def chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a conversation through the chat template, up to where the model's answer begins.
-
-    Raises:
-        InputError: the template does not take it, such as one without a place for a system's message.
-    """
-    from jinja2 import TemplateError
-
-    try:
-        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise InputError(
-            f"the model's chat template must take a conversation of {roles}, but refuses it: {error}"
-        ) from error
-    return list(tokenizer(text, add_special_tokens=False).input_ids)  # the template has written them
-
-
-def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, is_chat: bool | None = None) -> list[int]:
-    """The prompt's tokens, through the chat template if there is one or if it is asked for."""
-    return encode_messages([{"role": "user", "content": text}], tokenizer, is_chat)
-
-
-def encode_messages(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, is_chat: bool | None = None
-) -> list[int]:
-    """A conversation's tokens, through the chat template if there is one or if it is asked for.
-
-    Without a template it is read as one text, what was said with a blank line between.
-    """
-    has_template = tokenizer.chat_template is not None
-    if is_chat and not has_template:
-        raise InputError("--chat needs a target whose tokenizer has a chat template, got one without; use --raw")
-    if is_chat is False or not has_template:
-        return list(tokenizer("\n\n".join(message["content"] for message in messages)).input_ids)
-    return chat_ids(messages, tokenizer)
-
-
 def load(name: str | None, device: str | None, dtype: str) -> LoadedModel:
-    """Load a model, telling on a terminal what is being waited for."""
+    """Load a model; a terminal shows what is being waited for."""
     from dynatree_core.models.load import DEFAULT_MODEL, load_model
 
     _quiet_libraries()

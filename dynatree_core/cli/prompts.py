@@ -1,75 +1,20 @@
-"""What commands that read files of prompts have in common: their options, and the prompts that are asked for."""
+"""The prompts that a command is to take: typed, from standard input, or from a file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import attrs
 import click
 
 from dynatree_core.cli import console
+from dynatree_core.cli.option_types import ALL
 from dynatree_core.errors import PromptError
 from dynatree_core.text.prompt_files import Prompts, read_prompts
 from dynatree_core.text.reading import checked_text, read_standard_input
 from dynatree_core.text.selection import of_categories, some_of
 
-__all__ = ["ALL", "CountOrAll", "PromptPicks", "Typed", "prompt_options", "typed_prompt"]
-
-ALL = "all"
-
-
-class CountOrAll(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.4
-    """A number of at least 1, or "all"."""
-
-    name = "n|all"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value == ALL or isinstance(value, int):
-            return value if value == ALL else int(value)
-        if not (str(value).isdecimal() and int(value) >= 1):
-            self.fail(f"must be a number of at least 1, or 'all', got {value!r}", param, ctx)
-        return int(value)
-
-
-class Typed(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.4
-    """A text of an option, which no tokenizer may refuse."""
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return checked_text(str(value), param.opts[0] if param is not None else "a text")
-
-
-def prompt_options(*, has_turns: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The options that say which prompts of a file are taken."""
-    options = [
-        click.option("--column", metavar="NAME", help="Column of the prompts, where a file has several."),
-        click.option(
-            "--category", "categories", metavar="NAME", multiple=True, help="Prompts of it only; may be repeated."
-        ),
-        click.option(
-            "--num-prompts",
-            "--limit",
-            "num_prompts",
-            type=CountOrAll(),
-            metavar="N|all",
-            help="So many of them, from the categories in turn.  [default: all]",
-        ),
-    ]
-    if has_turns:
-        options.append(
-            click.option(
-                "--turns", "is_played", is_flag=True, help="Play conversations: answer each of the user's turns."
-            )
-        )
-
-    def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return add
+__all__ = ["PromptPicks", "typed_prompt"]
 
 
 @attrs.frozen

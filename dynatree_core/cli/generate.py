@@ -1,0 +1,117 @@
+"""`dynatree generate`: one prompt, or those of a file."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from dynatree_core.cli import console
+from dynatree_core.cli.checks import check_names
+from dynatree_core.cli.exits import DONE, INTERRUPTED
+from dynatree_core.cli.job import Job, Setup
+from dynatree_core.cli.option_types import FiniteRange
+from dynatree_core.cli.options import (
+    ANSWER_OPTIONS,
+    FILE_OPTIONS,
+    JSON,
+    LIMIT_OPTIONS,
+    MODEL_OPTIONS,
+    OUTPUT_OPTIONS,
+    POLICY,
+    with_options,
+)
+from dynatree_core.cli.prompts import PromptPicks, typed_prompt
+from dynatree_core.errors import DynaTreeError
+from dynatree_core.models import embedded
+
+__all__ = ["generate"]
+
+
+@click.command()
+@click.argument("prompt", metavar="PROMPT|-", required=False)
+@with_options(*MODEL_OPTIONS, POLICY, *OUTPUT_OPTIONS, *ANSWER_OPTIONS, *LIMIT_OPTIONS)
+@click.option("--max-time", type=FiniteRange(min=0), metavar="SECONDS", help="Stop when so much time has passed.")
+@click.option(
+    "--cache",
+    metavar="sinks=N,window=N",
+    help="Keep the first and the last tokens only (StreamingLLM), e.g. sinks=4,window=1024: for texts without end.",
+)
+@click.option("--compare", is_flag=True, help="Decode without drafting too; exit with 1 if tokens differ.")
+@with_options(*FILE_OPTIONS, JSON)
+def generate(
+    prompt: str | None,
+    target: str | None,
+    drafter: str,
+    policy: str,
+    as_json: bool,
+    compare: bool,
+    prompts_file: str | None,
+    column: str | None,
+    categories: tuple[str, ...],
+    num_prompts: int | str | None,
+    is_played: bool,
+    pick_seed: int | None,
+    is_chat: bool | None,
+    **request: Any,
+) -> int:
+    """Answer PROMPT, or what stands on standard input if PROMPT is `-`, or the prompts of a file.
+
+    The answer goes to standard output as it comes; in a terminal, what was drafted and accepted is green. The
+    numbers follow on standard error. With --prompts, --json prints a line for each answer.
+
+    \b
+    Examples:
+      dynatree generate "Why is the sky blue?"
+      dynatree generate --compare --max-new-tokens 64 "Say ten times: I am a tree."
+      dynatree generate --target ./big --drafter ./small "Once upon a time"
+      dynatree generate --json - < prompt.txt > answer.json
+      dynatree generate --json --prompts questions.jsonl > answers.jsonl
+    """
+    picks = PromptPicks(column, categories, num_prompts, is_played, pick_seed)
+    picks.check(prompt, prompts_file)
+    if compare and request["max_time"] is not None:
+        raise click.UsageError("--compare needs outputs of one length, and --max-time ends each at another token")
+    check_names(policy=policy, drafter=drafter)
+    if target in (None, "default"):
+        embedded.check_early()
+    # first: torch cannot be imported again, as a conclusion needs it, once an interrupt has left it half imported
+    importlib.import_module("dynatree_core.engine.session")
+    from dynatree_core.cli.questions import Question, asked, check_lengths
+    from dynatree_core.text.prompt import encode_prompt
+
+    setup = Setup(target, drafter, policy, as_json, compare)
+    job, exit_code, is_warm = Job(setup), DONE, False
+    try:
+        with console.warnings_in_one_line():
+            text = typed_prompt(prompt) if prompt is not None else ""
+            prompts = picks.read(prompts_file) if prompts_file is not None else None
+            loaded, tokenizer = setup.load(**request)
+            if prompts is None:
+                questions = iter([Question(encode_prompt(text, tokenizer, is_chat))])
+            else:
+                questions = asked(prompts, tokenizer, is_chat, is_played)
+                if request["cache"] is None:
+                    check_lengths(prompts, tokenizer, is_chat, loaded.model, request["max_new_tokens"])
+        for question in questions:
+            job = Job(setup, question)
+            with console.warnings_in_one_line():
+                job.open()
+                if compare and not is_warm:
+                    job.warm_up()
+                    is_warm = True
+                job.answer()
+                if compare:
+                    job.answer_without_drafting()
+            # another one takes its place first, so that an interrupt from here on concludes nothing twice
+            done, job = job, Job(setup)
+            exit_code = max(exit_code, done.conclude())
+    except KeyboardInterrupt:
+        job.conclude("interrupted")
+        return INTERRUPTED
+    except DynaTreeError:
+        if job.session is not None:
+            job.conclude("error")
+        raise
+    return exit_code

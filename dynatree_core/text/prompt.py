@@ -1,0 +1,72 @@
+"""A prompt's tokens, through the tokenizer's chat template where there is one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynatree_core.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dynatree_core.models.load import LoadedModel
+
+__all__ = ["chat_ids", "encode_messages", "encode_prompt", "tokenizer_of"]
+
+
+def tokenizer_of(target: LoadedModel) -> PreTrainedTokenizerBase:
+    """The target's tokenizer.
+
+    Raises:
+        InputError: it came without one.
+    """
+    if target.tokenizer is None:
+        raise InputError(
+            f"the target must come with a tokenizer to read a text, got none with '{target.name}'; save one in its "
+            "folder, or pass token ids to dynatree_core.generate"
+        )
+    return target.tokenizer
+
+
+def chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a conversation through the chat template, up to where the model's answer begins.
+
+    Raises:
+        InputError: the template refuses the conversation, for example because of a system message.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise InputError(
+            f"the model's chat template must take a conversation of {roles}, but refuses it: {error}"
+        ) from error
+    return list(tokenizer(text, add_special_tokens=False).input_ids)  # the template has written them
+
+
+def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, is_chat: bool | None = None) -> list[int]:
+    """The tokens of one user message, as `encode_messages` gives them."""
+    return encode_messages([{"role": "user", "content": text}], tokenizer, is_chat)
+
+
+def encode_messages(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, is_chat: bool | None = None
+) -> list[int]:
+    """The tokens of a conversation.
+
+    Args:
+        messages: each with `role` and `content`.
+        is_chat: True: through the chat template; False: as plain text, a blank line between messages; None: through
+            the template if the tokenizer has one.
+
+    Raises:
+        InputError: the template is asked for and the tokenizer has none, or the template refuses the conversation.
+    """
+    has_template = tokenizer.chat_template is not None
+    if is_chat and not has_template:
+        raise InputError("--chat needs a target whose tokenizer has a chat template, got one without; use --raw")
+    if is_chat is False or not has_template:
+        return list(tokenizer("\n\n".join(message["content"] for message in messages)).input_ids)
+    return chat_ids(messages, tokenizer)
