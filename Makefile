@@ -36,7 +36,7 @@ mutants: $(VENV)/installed  ## deliberate bugs, each of which the tests have to 
 
 bench-smoke: $(VENV)/installed  ## what trees are worth on the default model, and where the time goes
 	$(BIN)/dynatree models install
-	$(BIN)/python -m dynatree_bench.smoke
+	$(BIN)/python -m dynatree_bench.studies.smoke
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .

@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Experiment, Form
+from dynatree_bench.run.experiments import EXPERIMENTS, REFERENCE, Experiment, Form
 from dynatree_core.advice import pip_install
 from dynatree_core.cli import console
 from dynatree_core.cli.checks import check_names
@@ -28,9 +28,9 @@ from dynatree_core.cli.prompt_options import CountOrAll
 from dynatree_core.errors import InputError, PluginLoadError
 
 if TYPE_CHECKING:
-    from dynatree_bench.measure import Options
-    from dynatree_bench.pairs import Pair
-    from dynatree_bench.records import Results
+    from dynatree_bench.run.measure import Options
+    from dynatree_bench.run.pairs import Pair
+    from dynatree_bench.run.records import Results
 
 __all__ = ["bench"]
 
@@ -188,7 +188,7 @@ def run_all(**given: Any) -> int:
 )
 def write_report(folder: Path, out: Path | None) -> int:
     """Write tables and figures of a run, or of all runs in a folder."""
-    from dynatree_bench.report import report
+    from dynatree_bench.report.page import report
 
     with console.spinner("drawing"):
         page = report(folder, out)
@@ -253,11 +253,11 @@ def _run(
 ) -> int:
     check_names(drafter=drafter)
     try:
-        from dynatree_bench.measure import Options, check_results, run_experiment
-        from dynatree_bench.workloads import Picks
+        from dynatree_bench.data.workloads import Picks
+        from dynatree_bench.run.measure import Options, check_results, run_experiment
 
         if with_report:
-            import dynatree_bench.figures  # noqa: F401  # needs matplotlib: better missed now than after the run
+            import dynatree_bench.report.figures  # noqa: F401  # needs matplotlib: better missed now than after the run
     except ModuleNotFoundError as error:
         raise PluginLoadError(
             f"`dynatree bench` needs {error.name}, which is not installed: {pip_install('dynatree[bench]')}"
@@ -295,7 +295,7 @@ def _run(
 
 def _check(names: list[str], options: Options) -> None:
     """Find before a model is loaded what is wrong with the methods; of several experiments one may go without."""
-    from dynatree_bench.measure import checked_methods
+    from dynatree_bench.run.measure import checked_methods
 
     errors = []
     for name in names:
@@ -316,7 +316,7 @@ def _folder(out: Path | None, name: str, names: list[str], options: Options) -> 
 def _load(
     target: str | None, drafter: str | None, synthetic: str | None, device: str | None, dtype: str, seed: int
 ) -> Pair:
-    from dynatree_bench.pairs import load_pair, load_synthetic
+    from dynatree_bench.run.pairs import load_pair, load_synthetic
 
     logging.getLogger("transformers").setLevel(logging.ERROR)  # its notices would stand between ours
     if synthetic is not None and target is not None:
@@ -329,7 +329,7 @@ def _load(
 
 def _summarise(results: Results) -> bool:
     """Say what there is now, on stdout; whether an output of ours is wrong or missing."""
-    from dynatree_bench.memory_share import memory_sentence
+    from dynatree_bench.report.memory_share import memory_sentence
 
     own = {method.name for method in results.info.methods if method.kind == "dynatree"}
     is_bad = False
@@ -356,7 +356,7 @@ def _report(results: Results, *, with_report: bool) -> None:
         again = shlex.join(["dynatree", "bench", "report", str(results.folder)])
         click.echo(f"tables and figures of them: {again}")
         return
-    from dynatree_bench.report import report
+    from dynatree_bench.report.page import report
 
     with console.spinner("drawing"):
         page = report(results.folder)

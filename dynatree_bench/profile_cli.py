@@ -47,8 +47,8 @@ def profile(
       dynatree profile --policy "fixed(depth=4)" --runner eager --trace trace.json.gz
     """
     check_names(policy=options["policy"], drafter=drafter)
-    from dynatree_bench.profile import profile as measure
-    from dynatree_bench.profile import shown
+    from dynatree_bench.run.profile import profile as measure
+    from dynatree_bench.run.profile import shown
 
     limits = checkable(options)
     source: Any = check_settings(target=target, drafter=drafter, policy=options["policy"], device=device, **limits)

@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dynatree_bench import fixed_width, long_context, machine, never_slower, runners, smoke
-from dynatree_bench.prompts import BUILT_IN, WARM_UP_TOKENS, in_turns, load_prompts
+from dynatree_bench.data.prompts import BUILT_IN, WARM_UP_TOKENS, in_turns, load_prompts
+from dynatree_bench.run import machine
+from dynatree_bench.studies import fixed_width, long_context, never_slower, runners, smoke
 from dynatree_core import GenerationReport, GenerationResult, Session, StepStats, run
 from dynatree_core.models import embedded
 from dynatree_core.testing.models import tiny_model

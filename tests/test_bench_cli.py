@@ -14,14 +14,16 @@ import pytest
 from test_cli import byte_level_tokenizer, for_transformers, save_model
 from transformers import AutoTokenizer
 
-from dynatree_bench import bandwidth, bench_cli, figures, measure, methods, pairs
-from dynatree_bench.bandwidth import ReadSpeed
-from dynatree_bench.experiments import EXPERIMENTS, HF, RIVALS, chosen_methods
-from dynatree_bench.memory_share import memory_sentence
-from dynatree_bench.records import OutputRecord, read_results
-from dynatree_bench.workloads import KNOWN, encode, load_workload
+from dynatree_bench import bench_cli
+from dynatree_bench.data.workloads import KNOWN, encode, load_workload
+from dynatree_bench.report import figures
+from dynatree_bench.report.memory_share import memory_sentence
+from dynatree_bench.run import bandwidth, measure, methods, pairs
+from dynatree_bench.run.bandwidth import ReadSpeed
+from dynatree_bench.run.experiments import EXPERIMENTS, HF, RIVALS, chosen_methods
+from dynatree_bench.run.records import OutputRecord, read_results
 from dynatree_core import InputError, LoadedModel
-from dynatree_core.cli import main
+from dynatree_core.cli.main import main
 from dynatree_core.cli.model_options import usual_drafter
 from dynatree_core.models import embedded
 from dynatree_core.testing.models import tiny_model
@@ -296,8 +298,8 @@ def test_the_page_names_every_experiment_method_workload_and_field():
 
 
 def test_missing_libraries_are_named_with_the_line_to_run(bench, monkeypatch):
-    monkeypatch.delitem(sys.modules, "dynatree_bench.measure")
-    monkeypatch.setitem(sys.modules, "dynatree_bench.machine", None)
+    monkeypatch.delitem(sys.modules, "dynatree_bench.run.measure")
+    monkeypatch.setitem(sys.modules, "dynatree_bench.run.machine", None)
     ran = bench("main", "--quick")
     assert ran.code == 1
     assert "pip install 'dynatree[bench]'" in ran.err

@@ -19,16 +19,17 @@ import torch
 from students import tiny_student
 from test_cli import byte_level_tokenizer, for_transformers
 
-from dynatree_bench import bandwidth, measure, methods, oracle, rivals, runnable
-from dynatree_bench.bandwidth import ReadSpeed, step_reads
-from dynatree_bench.experiments import EXPERIMENTS, REFERENCE, Form, Method, cells, chosen_methods
-from dynatree_bench.machine import LoadMeter, source_commit, weights_sha256
-from dynatree_bench.measure import Options, run_experiment
-from dynatree_bench.methods import Output
-from dynatree_bench.pairs import MethodError, Pair
-from dynatree_bench.records import RECORDS_FILE, MemoryInfo, read_records, read_results
-from dynatree_bench.statistics import summaries
-from dynatree_bench.workloads import Picks
+from dynatree_bench.data.workloads import Picks
+from dynatree_bench.report import oracle
+from dynatree_bench.report.statistics import summaries
+from dynatree_bench.run import bandwidth, measure, methods, rivals, runnable
+from dynatree_bench.run.bandwidth import ReadSpeed, step_reads
+from dynatree_bench.run.experiments import EXPERIMENTS, REFERENCE, Form, Method, cells, chosen_methods
+from dynatree_bench.run.machine import LoadMeter, source_commit, weights_sha256
+from dynatree_bench.run.measure import Options, run_experiment
+from dynatree_bench.run.methods import Output
+from dynatree_bench.run.pairs import MethodError, Pair
+from dynatree_bench.run.records import RECORDS_FILE, MemoryInfo, read_records, read_results
 from dynatree_core import InputError, LoadedModel, build_drafter, hookimpl
 from dynatree_core.drafters.base import Drafter, padded_proposals
 from dynatree_core.drafters.model import ModelDrafter
@@ -286,8 +287,8 @@ def test_prompts_of_several_data_sets_come_in_turn(pair, tmp_path):
 KILLED_RUN = """
 import sys
 from pathlib import Path
-from dynatree_bench.measure import Options, run_experiment
-from dynatree_bench.pairs import Pair
+from dynatree_bench.run.measure import Options, run_experiment
+from dynatree_bench.run.pairs import Pair
 from dynatree_core import LoadedModel
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.testing.models import perturbed, tiny_model

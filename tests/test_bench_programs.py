@@ -17,13 +17,13 @@ import torch
 from rich.progress import Progress
 from test_distill import target_folder  # noqa: F401  # a fixture
 
-from dynatree_bench import drafter_value, long_context
+from dynatree_bench.data.prompts import chat_ids
 from dynatree_bench.distill.evaluate import Agreement
 from dynatree_bench.distill.teacher import Shard
-from dynatree_bench.drafter_value import Row, evenly, tables
-from dynatree_bench.machine import check_writable
-from dynatree_bench.pairs import load_synthetic
-from dynatree_bench.prompts import chat_ids
+from dynatree_bench.run.machine import check_writable
+from dynatree_bench.run.pairs import load_synthetic
+from dynatree_bench.studies import drafter_value, long_context
+from dynatree_bench.studies.drafter_value import Row, evenly, tables
 from dynatree_core import LoadedModel, generate, load_model
 from dynatree_core.errors import InputError
 from dynatree_core.testing.models import tiny_model
@@ -102,10 +102,10 @@ def ended(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
 @pytest.mark.slow
 def test_a_process_says_one_line(tmp_path):
     """What the other tests look at in their own process is all that a user sees: importing says nothing."""
-    command = [sys.executable, "-m", "dynatree_bench.rehearse", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "dynatree_bench.studies.rehearse", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"TERM": "dumb"})
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    wanted = "dynatree: error: what `python -m dynatree_bench.rehearse` writes goes to a file, got "
+    wanted = "dynatree: error: what `python -m dynatree_bench.studies.rehearse` writes goes to a file, got "
     assert done.stderr.startswith(wanted)
 
 
@@ -118,7 +118,8 @@ def test_what_goes_wrong_is_one_line_and_comes_before_any_measurement(program, t
     code, said = ended(program, where, tmp_path / "file" / "results", *prompts)
     assert code == (3 if program == "never_slower" else 2)
     assert said.count("\n") == 1
-    wanted = f"dynatree: error: what `python -m dynatree_bench.{program}` writes needs a file that can be written, got "
+    wanted = f"dynatree: error: what `python -m dynatree_bench.studies.{program}` writes needs a file that can be "
+    wanted += "written, got "
     assert said.startswith(wanted)
 
 

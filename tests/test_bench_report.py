@@ -13,14 +13,15 @@ import pytest
 from fake_results import READING, ROW, SOURCE, STEP, write_run
 from matplotlib.text import Text
 
-from dynatree_bench import figures
-from dynatree_bench.experiments import EXPERIMENTS, chosen_methods
-from dynatree_bench.figures import FIGURES, draw, provenance
-from dynatree_bench.memory_share import memory_sentence
-from dynatree_bench.published import compared, published
-from dynatree_bench.records import MethodInfo, Results, ResultsError, append_record, read_results, write_info
-from dynatree_bench.report import TABLES, report
-from dynatree_bench.statistics import summaries
+from dynatree_bench.data.published import published
+from dynatree_bench.report import figures
+from dynatree_bench.report.figures import FIGURES, draw, provenance
+from dynatree_bench.report.memory_share import memory_sentence
+from dynatree_bench.report.page import TABLES, report
+from dynatree_bench.report.shapes import compared
+from dynatree_bench.report.statistics import summaries
+from dynatree_bench.run.experiments import EXPERIMENTS, chosen_methods
+from dynatree_bench.run.records import MethodInfo, Results, ResultsError, append_record, read_results, write_info
 from dynatree_core.cli import main
 
 PLOTS = {plot.name: plot for plot in FIGURES}
@@ -83,7 +84,7 @@ def test_a_report_says_what_its_ratios_are_worth(runs, main_page, tmp_path, monk
     assert shares["hf generate"] == "", "it does not tell its iterations"
     results = read_results(runs / "main")
     before = attrs.evolve(results, info=attrs.evolve(results.info, memory=None))
-    monkeypatch.setattr("dynatree_bench.report.read_results", lambda folder: before)
+    monkeypatch.setattr("dynatree_bench.report.page.read_results", lambda folder: before)
     page = report(runs / "main", tmp_path)
     text = page.read_text(encoding="utf-8")
     assert "What a ratio is worth" not in text
@@ -124,7 +125,7 @@ def test_few_prompts_are_said(runs, tmp_path, monkeypatch):
     said = "The prompts are few (2): intervals of fewer than about 10 are too narrow"
     assert said in report(runs / "main", tmp_path / "few").read_text(encoding="utf-8")
     more = tuple(attrs.evolve(r, prompt_id=f"{r.prompt_id}-{i}") for i in range(5) for r in results.records)
-    monkeypatch.setattr("dynatree_bench.report.read_results", lambda folder: attrs.evolve(results, records=more))
+    monkeypatch.setattr("dynatree_bench.report.page.read_results", lambda folder: attrs.evolve(results, records=more))
     assert "The prompts are few" not in report(runs / "main", tmp_path / "more").read_text(encoding="utf-8")
 
 

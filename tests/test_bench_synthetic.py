@@ -11,8 +11,8 @@ import math
 import pytest
 import torch
 
-from dynatree_bench.formulas import fixed_tokens
-from dynatree_bench.synthetic import SHAPES, Shape, SyntheticPair, let_follow, rank_acceptance, synthetic_pair
+from dynatree_bench.data.synthetic import SHAPES, Shape, SyntheticPair, let_follow, rank_acceptance, synthetic_pair
+from dynatree_bench.report.formulas import fixed_tokens
 from dynatree_core import generate
 from dynatree_core.errors import InputError, NonFiniteLogitsError
 

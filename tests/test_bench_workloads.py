@@ -10,9 +10,9 @@ import datasets
 import pytest
 from test_cli import TEMPLATE, byte_level_tokenizer, for_transformers, save_model
 
-from dynatree_bench.prompts import BUILT_IN
-from dynatree_bench.turns import played
-from dynatree_bench.workloads import (
+from dynatree_bench.data.prompts import BUILT_IN
+from dynatree_bench.data.turns import played
+from dynatree_bench.data.workloads import (
     KNOWN,
     MAX_ROWS,
     PASSAGE_CHARS,

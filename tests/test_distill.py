@@ -35,7 +35,7 @@ from dynatree_bench.distill.train import (
     scored_logits,
     train,
 )
-from dynatree_bench.drafter_value import replayed
+from dynatree_bench.studies.drafter_value import replayed
 from dynatree_core import build_drafter, generate, load_model
 from dynatree_core.cli.prompt_options import PromptPicks
 from dynatree_core.drafters.model import ModelDrafter

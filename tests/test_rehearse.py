@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynatree_bench import rehearse
-from dynatree_bench.rehearse import (
+from dynatree_bench.studies import rehearse
+from dynatree_bench.studies.rehearse import (
     BEST,
     GRID,
     SEARCHED,

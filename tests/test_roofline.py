@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from dynatree_bench import roofline
-from dynatree_bench.bandwidth import ReadSpeed
-from dynatree_bench.formulas import tree_tokens
-from dynatree_bench.roofline import DECAY, DRAFTED, LEVELS, NUM_RANKS, Results, Way, acceptance_for, shape_for
-from dynatree_bench.synthetic import rank_acceptance
+from dynatree_bench.data.synthetic import rank_acceptance
+from dynatree_bench.report.formulas import tree_tokens
+from dynatree_bench.run.bandwidth import ReadSpeed
+from dynatree_bench.studies import roofline
+from dynatree_bench.studies.roofline import DECAY, DRAFTED, LEVELS, NUM_RANKS, Results, Way, acceptance_for, shape_for
 from dynatree_core import InputError
 from dynatree_core.testing.models import tiny_model
 
@@ -46,7 +46,7 @@ def test_of_a_generation_the_median_counts_without_its_first_steps():
 
 def test_steps_of_transformers_lie_between_tokens(monkeypatch):
     times = iter([0.0, 5.0, 6.0, 8.0, 8.5])  # the prompt, the first token, three more
-    monkeypatch.setattr("dynatree_bench.methods.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("dynatree_bench.run.methods.time.perf_counter", lambda: next(times))
     assert roofline._transformers_seconds(tiny_model("llama"), [1, 2, 3], 4) == [1.0, 2.0, 0.5]
 
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from dynatree_bench.distill.teacher import Shard
 from dynatree_bench.distill.train import batches_of, collate, scored_logits
-from dynatree_bench.formulas import chain_tokens, fixed_tokens
-from dynatree_bench.machine import now
+from dynatree_bench.report.formulas import chain_tokens, fixed_tokens
+from dynatree_bench.run.machine import now
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.models.architectures import max_positions

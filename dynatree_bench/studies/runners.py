@@ -10,7 +10,7 @@ the machine is watched.
 
 Output: a table, FOLDER/runners.json with all that was measured, FOLDER/runners.svg drawn from it.
 
-Command: python -m dynatree_bench.runners [--quick] [--rounds N] [--target ID|PATH] [--out FOLDER]
+Command: python -m dynatree_bench.studies.runners [--quick] [--rounds N] [--target ID|PATH] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dynatree_bench.figures import BLUE, GREY, ORANGE, SKY, VERMILION
-from dynatree_bench.machine import BUSY_PERCENT, LoadMeter, check_writable, idle_or_busy, now, provenance
+from dynatree_bench.report.figures import BLUE, GREY, ORANGE, SKY, VERMILION
+from dynatree_bench.run.machine import BUSY_PERCENT, LoadMeter, check_writable, idle_or_busy, now, provenance
 from dynatree_core import load_model
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.cli.exits import end_process
@@ -42,7 +42,7 @@ from dynatree_core.runners.runner import ModelRunner
 from dynatree_core.tree.flatten import flatten
 from dynatree_core.tree.token_tree import TokenTree
 
-PROGRAM = "python -m dynatree_bench.runners"
+PROGRAM = "python -m dynatree_bench.studies.runners"
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 256
 PLAIN = "float32 eager"
@@ -98,7 +98,7 @@ def _measured(arguments: argparse.Namespace) -> Results:
                     found[way][str(count)].append(seconds)
     return Results(
         {
-            **provenance("dynatree_bench.runners", torch.device("cpu")),
+            **provenance("dynatree_bench.studies.runners", torch.device("cpu")),
             "model": arguments.target or "SmolLM2-135M-Instruct",
             "context": CONTEXT,
             "rounds": rounds,
@@ -215,7 +215,7 @@ def finish(figure: Any, axes: Any, what: str, said: dict[str, Any], path: Path, 
 
 def _parse_arguments() -> argparse.Namespace:
     description = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.runners", description=description)
+    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.studies.runners", description=description)
     parser.add_argument("--quick", action="store_true", help="few rows, once: to see that it runs")
     parser.add_argument("--rounds", type=int, default=15, help="times that everything is measured (default: 15)")
     parser.add_argument("--target", help="hub id or folder (default: the embedded model)")

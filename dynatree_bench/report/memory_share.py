@@ -6,9 +6,9 @@ at the speed at which the run found the memory to be read ÷ the time of an iter
 
 from __future__ import annotations
 
-from dynatree_bench.bandwidth import share_of_bandwidth
-from dynatree_bench.records import MemoryInfo, Results
-from dynatree_bench.statistics import BASELINE, HF_BASELINE, is_busy, iteration_seconds
+from dynatree_bench.report.statistics import BASELINE, HF_BASELINE, iteration_seconds
+from dynatree_bench.run.bandwidth import share_of_bandwidth
+from dynatree_bench.run.records import MemoryInfo, Results, is_busy
 
 __all__ = ["memory_sentence", "memory_share"]
 

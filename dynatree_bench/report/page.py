@@ -1,6 +1,6 @@
 """Tables (Markdown and CSV) and figures from the results of a run alone.
 
-    from dynatree_bench.report import report
+    from dynatree_bench.report.page import report
     report(Path("bench-results/main"))
 
 docs/benchmarks.md says how to read them.
@@ -16,12 +16,12 @@ from typing import Any
 
 import attrs
 
-from dynatree_bench.formulas import best_chain, best_tree_speedup, chain_tokens
-from dynatree_bench.memory_share import memory_sentence, memory_share
-from dynatree_bench.oracle import CostTable, cost_table, score
-from dynatree_bench.published import compared, published
-from dynatree_bench.records import INFO_FILE, OutputRecord, Results, ResultsError, is_run, read_results
-from dynatree_bench.statistics import (
+from dynatree_bench.data.published import published
+from dynatree_bench.report.formulas import best_chain, best_tree_speedup, chain_tokens
+from dynatree_bench.report.memory_share import memory_sentence, memory_share
+from dynatree_bench.report.oracle import CostTable, cost_table, score
+from dynatree_bench.report.shapes import compared
+from dynatree_bench.report.statistics import (
     BASELINE,
     HF_BASELINE,
     MIN_BIN,
@@ -40,8 +40,16 @@ from dynatree_bench.statistics import (
     pooled_ratio,
     rank_shares,
     replayed_texts,
-    run_warnings,
     summaries,
+)
+from dynatree_bench.run.records import (
+    INFO_FILE,
+    OutputRecord,
+    Results,
+    ResultsError,
+    is_run,
+    read_results,
+    run_warnings,
 )
 from dynatree_core import InputError, parse_stack
 from dynatree_core.files.outputs import check_out
@@ -139,7 +147,7 @@ def _is_own(folder: Path) -> bool:
 
 def _report_run(results: Results, out: Path) -> Path:
     try:
-        from dynatree_bench.figures import FIGURES, draw, provenance
+        from dynatree_bench.report.figures import FIGURES, draw, provenance
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise

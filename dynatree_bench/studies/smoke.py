@@ -12,7 +12,7 @@ space that the matrix library keeps for itself.
 Output: a table per kind of prompt, then overhead as a share of an autoregressive step, and peak memory relative to
 autoregressive decoding. Exit code 1 if any output differed from autoregressive decoding.
 
-Command: python -m dynatree_bench.smoke [--prompts FILE.jsonl] [--per-kind N] [--max-new-tokens N]
+Command: python -m dynatree_bench.studies.smoke [--prompts FILE.jsonl] [--per-kind N] [--max-new-tokens N]
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from dynatree_bench.machine import LoadMeter, idle_or_busy, runtime
-from dynatree_bench.prompts import BUILT_IN, chat_ids, in_turns, load_prompts, parsed_arguments
+from dynatree_bench.data.prompts import BUILT_IN, chat_ids, in_turns, load_prompts, parsed_arguments
+from dynatree_bench.run.machine import LoadMeter, idle_or_busy, runtime
 from dynatree_core import GenerationResult, LoadedModel, generate, load_model
 from dynatree_core.cli.exits import end_process
 
@@ -182,7 +182,14 @@ def _print_overhead(console: Console, runs: dict[tuple[str, str], list[Run]]) ->
 
 
 def _print_memory(console: Console, max_new_tokens: int) -> None:
-    command = [sys.executable, "-m", "dynatree_bench.smoke", "--max-new-tokens", str(max_new_tokens), "--memory-of"]
+    command = [
+        sys.executable,
+        "-m",
+        "dynatree_bench.studies.smoke",
+        "--max-new-tokens",
+        str(max_new_tokens),
+        "--memory-of",
+    ]
     for title, setting in MEMORY_SETTINGS.items():
         environment = {**os.environ, **setting}
         peaks = {}
@@ -200,7 +207,9 @@ def _print_memory(console: Console, max_new_tokens: int) -> None:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.smoke", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m dynatree_bench.studies.smoke", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory measurement")
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)  # how this program calls itself
     return parsed_arguments(parser, max_new_tokens=64)

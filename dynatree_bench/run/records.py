@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import attrs
 
+from dynatree_bench.run.machine import BUSY_PERCENT
 from dynatree_core.errors import InputError
 from dynatree_core.files.writing import write_text
 
@@ -34,11 +35,13 @@ __all__ = [
     "Trials",
     "append_record",
     "drop_torn_line",
+    "is_busy",
     "is_run",
     "read_info",
     "read_records",
     "read_results",
     "record_key",
+    "run_warnings",
     "write_info",
 ]
 
@@ -130,7 +133,7 @@ class RunInfo:
     threads: int
     libraries: dict[str, str]  # name -> version
     seed: int
-    is_synthetic: bool  # the models' text is that of a random source, see dynatree_bench.synthetic
+    is_synthetic: bool  # the models' text is that of a random source, see dynatree_bench.data.synthetic
     ignore_eos: bool
     methods: tuple[MethodInfo, ...]
     axes: dict[str, Any]  # what is varied -> its values
@@ -262,6 +265,27 @@ class Results:
     folder: Path
     info: RunInfo
     records: tuple[OutputRecord, ...]
+
+
+def run_warnings(results: Results) -> list[str]:
+    """What is wrong with a run as a whole, a sentence each: a machine that was busy, outputs that are missing."""
+    settings, found = results.info.settings, []
+    loads = [record.load for record in results.records if record.load is not None]
+    num_busy = sum(100 * load * settings.get("cores", 0) > BUSY_PERCENT for load in loads)
+    if num_busy:
+        found.append(
+            f"the machine was busy during {num_busy} of {len(loads)} outputs: others used more than {BUSY_PERCENT} % "
+            "of a core, so times are not to be believed"
+        )
+    num_missing = settings.get("outputs", 0) - len(results.records)
+    if num_missing > 0:
+        found.append(f"{num_missing} of {settings['outputs']} outputs are missing; the same command goes on")
+    return found
+
+
+def is_busy(results: Results) -> bool:
+    """Whether others used the machine before the run, as its notes say, or during an output."""
+    return any("busy" in sentence for sentence in (*results.info.notes, *run_warnings(results)))
 
 
 # writing

@@ -17,8 +17,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from dynatree_bench.machine import now
-from dynatree_bench.records import MemoryInfo
+from dynatree_bench.run.machine import now
+from dynatree_bench.run.records import MemoryInfo
 
 __all__ = ["ReadSpeed", "StepReads", "cache_bytes", "memory_info", "read_speed", "share_of_bandwidth", "step_reads"]
 

@@ -9,7 +9,7 @@ autoregressive decoding of the same width. Meanwhile the machine is watched.
 
 Output: a row for each way.
 
-Command: python -m dynatree_bench.fixed_width [--dtype T] [--quantise NAME] [--layers N] [--prompts FILE.jsonl]
+Command: python -m dynatree_bench.studies.fixed_width [--dtype T] [--quantise NAME] [--layers N] [--prompts FILE.jsonl]
 [--per-kind N] [--max-new-tokens N]
 """
 
@@ -27,9 +27,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from dynatree_bench.machine import LoadMeter, idle_or_busy, runtime
-from dynatree_bench.prompts import chat_ids, in_turns, load_prompts, parsed_arguments
-from dynatree_bench.quantised import QUANTISERS, quantise
+from dynatree_bench.data.prompts import chat_ids, in_turns, load_prompts, parsed_arguments
+from dynatree_bench.run.machine import LoadMeter, idle_or_busy, runtime
+from dynatree_bench.run.quantised import QUANTISERS, quantise
 from dynatree_core import GenerationResult, LoadedModel, Session, load_model, run
 from dynatree_core.cli.exits import end_process
 
@@ -149,7 +149,7 @@ def _table(runs: dict[Way, list[Run]]) -> Table:
 
 def _parse_arguments() -> argparse.Namespace:
     description = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.fixed_width", description=description)
+    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.studies.fixed_width", description=description)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--layers", type=int, help="only the first layers, for quantisation that is slow here")
     parser.add_argument("--quantise", choices=sorted(QUANTISERS), help="quantise the model by this library and method")

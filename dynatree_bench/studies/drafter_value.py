@@ -10,7 +10,8 @@ the drafter's time only. Speeds are not measured: `dynatree bench` does.
 
 Output: tables by category (Markdown), and all numbers as JSON in --out.
 
-Command: python -m dynatree_bench.drafter_value --prompts FILE.jsonl [--drafter NAME]... [--policy STACK]... --out DIR
+Command: python -m dynatree_bench.studies.drafter_value --prompts FILE.jsonl [--drafter NAME]... [--policy STACK]...
+    --out DIR
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from dynatree_bench.distill.evaluate import Agreement, agreement
 from dynatree_bench.distill.prompts import Prompt
 from dynatree_bench.distill.teach import end_ids
 from dynatree_bench.distill.teacher import Shard, read_shard, write, write_shard
-from dynatree_bench.machine import check_writable, provenance, weights_sha256
-from dynatree_bench.rehearse import Text, known_session
+from dynatree_bench.run.machine import check_writable, provenance, weights_sha256
+from dynatree_bench.studies.rehearse import Text, known_session
 from dynatree_core import Session, load_model, run
 from dynatree_core.cli.exits import end_process
 from dynatree_core.cli.model_options import encode_messages, tokenizer_of
@@ -69,7 +70,7 @@ class Row:
 def main() -> int:
     arguments = _parse_arguments()
     for name in (RESULTS, "drafter_value.md"):
-        check_writable(arguments.out / name, "python -m dynatree_bench.drafter_value")
+        check_writable(arguments.out / name, "python -m dynatree_bench.studies.drafter_value")
     console = Console(stderr=True, highlight=False)
     loaded = load_model(arguments.target, device="cpu")
     tokenizer = tokenizer_of(loaded)
@@ -79,7 +80,7 @@ def main() -> int:
         agreements = _agreements(loaded.model, arguments.drafter, answers)
         rows = _replayed(loaded.model, arguments, answers, progress)
     numbers = {
-        **provenance("dynatree_bench.drafter_value", loaded.model.device),
+        **provenance("dynatree_bench.studies.drafter_value", loaded.model.device),
         "target": loaded.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "max_new_tokens": arguments.max_new_tokens,

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 import attrs
 import numpy as np
 
-from dynatree_bench.records import OutputRecord, Steps
+from dynatree_bench.run.records import OutputRecord, Steps
 from dynatree_core.costs import isotonic
 
 __all__ = [

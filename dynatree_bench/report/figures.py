@@ -20,11 +20,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from dynatree_bench.formulas import best_tree, tree_tokens
-from dynatree_bench.oracle import oracle_tokens_per_iteration
-from dynatree_bench.published import compared
-from dynatree_bench.records import OutputRecord, Results
-from dynatree_bench.statistics import (
+from dynatree_bench.report.formulas import best_tree, tree_tokens
+from dynatree_bench.report.oracle import oracle_tokens_per_iteration
+from dynatree_bench.report.shapes import compared
+from dynatree_bench.report.statistics import (
     BASELINE,
     MIN_BIN,
     Estimate,
@@ -33,7 +32,6 @@ from dynatree_bench.statistics import (
     calibration,
     differ_only_in,
     groups,
-    is_busy,
     is_drafting,
     method_names,
     over_length,
@@ -42,6 +40,7 @@ from dynatree_bench.statistics import (
     replayed_texts,
     summaries,
 )
+from dynatree_bench.run.records import OutputRecord, Results, is_busy
 from dynatree_core.files.writing import whole_file
 
 __all__ = ["FIGURES", "Plot", "draw", "provenance"]

@@ -14,7 +14,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
-from dynatree_bench.machine import check_writable
+from dynatree_bench.run.machine import check_writable
 from dynatree_core import Session, decode_step, prefill
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.errors import InputError

@@ -11,12 +11,12 @@ iteration; more than 6 tokens need more levels, so that one has 8. Every way of 
 process after a warm-up round. Of a generation's iterations, transformers' own too, the median counts, the first ones
 left out, in which CUDA graphs are recorded; over the rounds medians are shown, with quartiles. The bandwidth is that
 of the fastest of a round's reads. What weights take up, and what of them a step reads, is that of
-`dynatree_bench.bandwidth`; keys and values are not counted. Meanwhile the machine is watched.
+`dynatree_bench.run.bandwidth`; keys and values are not counted. Meanwhile the machine is watched.
 
 Output: two tables; what was measured ÷ what is wanted (at least 0.8 of what bandwidth allows, at most 1.6 steps for an
 iteration of 5 levels); FOLDER/roofline.json with all that was measured, FOLDER/roofline.svg drawn from it.
 
-Command: python -m dynatree_bench.roofline [--shape NAME] [--device D] [--dtype T] [--rounds N] [--tokens N]
+Command: python -m dynatree_bench.studies.roofline [--shape NAME] [--device D] [--dtype T] [--rounds N] [--tokens N]
 [--out FOLDER]; `--shape tiny --device cpu` is a dry run, whose numbers mean nothing.
 """
 
@@ -41,14 +41,14 @@ from rich.table import Table
 from torch import nn
 from transformers import GenerationConfig
 
-from dynatree_bench.bandwidth import read_speed, share_of_bandwidth, step_reads
-from dynatree_bench.figures import BLUE, GREY, ORANGE, VERMILION
-from dynatree_bench.formulas import RankTree, best_tree, tree_tokens
-from dynatree_bench.machine import LoadMeter, check_writable, idle_or_busy, now, provenance
-from dynatree_bench.methods import Chunks
-from dynatree_bench.pairs import Pair, load_synthetic
-from dynatree_bench.runners import CONTEXT, ROWS, filled, finish, pass_seconds, plot_over_rows, quartiles
-from dynatree_bench.synthetic import SHAPES, MarkovSource, let_follow, rank_acceptance
+from dynatree_bench.data.synthetic import SHAPES, MarkovSource, let_follow, rank_acceptance
+from dynatree_bench.report.figures import BLUE, GREY, ORANGE, VERMILION
+from dynatree_bench.report.formulas import RankTree, best_tree, tree_tokens
+from dynatree_bench.run.bandwidth import read_speed, share_of_bandwidth, step_reads
+from dynatree_bench.run.machine import LoadMeter, check_writable, idle_or_busy, now, provenance
+from dynatree_bench.run.methods import Chunks
+from dynatree_bench.run.pairs import Pair, load_synthetic
+from dynatree_bench.studies.runners import CONTEXT, ROWS, filled, finish, pass_seconds, plot_over_rows, quartiles
 from dynatree_core import InputError, Session, run
 from dynatree_core.cli.exits import end_process
 from dynatree_core.files.writing import write_text
@@ -56,7 +56,7 @@ from dynatree_core.runners.cudagraph import can_capture
 from dynatree_core.runners.packed import can_pack
 from dynatree_policies.sequoia import Sequoia
 
-PROGRAM = "python -m dynatree_bench.roofline"
+PROGRAM = "python -m dynatree_bench.studies.roofline"
 DRY = "tiny"  # the shape of a dry run
 PROMPT_TOKENS = 128
 DECAY = 0.6  # of the acceptance by rank
@@ -144,7 +144,7 @@ def _measured(arguments: argparse.Namespace) -> Results:
     reads = step_reads(model)
     results = Results(
         {
-            **provenance("dynatree_bench.roofline", model.device),
+            **provenance("dynatree_bench.studies.roofline", model.device),
             "model": pair.target.name,
             "is_synthetic": True,
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -438,7 +438,7 @@ def draw(results: Results, path: Path) -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     description = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.roofline", description=description)
+    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.studies.roofline", description=description)
     parser.add_argument("--shape", choices=list(SHAPES), default="pythia-2.8b+70m", help="default: pythia-2.8b+70m")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: CUDA where there is any)")
     parser.add_argument(

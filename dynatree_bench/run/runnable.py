@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib.util import find_spec
 
-from dynatree_bench.experiments import Method
-from dynatree_bench.pairs import Pair
+from dynatree_bench.run.experiments import Method
+from dynatree_bench.run.pairs import Pair
 from dynatree_core.cache.sink_cache import SinkCache, SinkWindow
 from dynatree_core.errors import InputError, ParameterError, UnsupportedModelError
 

@@ -26,9 +26,8 @@ from typing import Any
 import attrs
 import numpy as np
 
-from dynatree_bench.experiments import REFERENCE_AXES
-from dynatree_bench.machine import BUSY_PERCENT
-from dynatree_bench.records import OutputRecord, Results, Steps, Trials
+from dynatree_bench.run.experiments import REFERENCE_AXES
+from dynatree_bench.run.records import OutputRecord, Results, Steps, Trials
 from dynatree_core.engine.metrics import repetition
 
 __all__ = [
@@ -49,7 +48,6 @@ __all__ = [
     "estimate",
     "groups",
     "in_order",
-    "is_busy",
     "is_drafting",
     "iteration_seconds",
     "method_names",
@@ -59,7 +57,6 @@ __all__ = [
     "ratio_of_sums",
     "ratios",
     "replayed_texts",
-    "run_warnings",
     "summaries",
     "tokens_per_second",
 ]
@@ -390,22 +387,6 @@ def _milliseconds(records: Iterable[OutputRecord], name: str) -> float | None:
     return 1000 * sum(seconds for seconds, _ in timed) / sum(count for _, count in timed) if timed else None
 
 
-def run_warnings(results: Results) -> list[str]:
-    """What is wrong with a run as a whole, a sentence each: a machine that was busy, outputs that are missing."""
-    settings, found = results.info.settings, []
-    loads = [record.load for record in results.records if record.load is not None]
-    num_busy = sum(100 * load * settings.get("cores", 0) > BUSY_PERCENT for load in loads)
-    if num_busy:
-        found.append(
-            f"the machine was busy during {num_busy} of {len(loads)} outputs: others used more than {BUSY_PERCENT} % "
-            "of a core, so times are not to be believed"
-        )
-    num_missing = settings.get("outputs", 0) - len(results.records)
-    if num_missing > 0:
-        found.append(f"{num_missing} of {settings['outputs']} outputs are missing; the same command goes on")
-    return found
-
-
 # acceptance
 
 
@@ -460,11 +441,6 @@ def accepted_depths(records: Iterable[OutputRecord]) -> list[int]:
     """How many iterations that drafted anything had 0, 1, 2, … tokens accepted."""
     accepted = [n for r in records if r.steps for drafted, _, n, _ in r.steps.rows() if drafted]
     return [accepted.count(n) for n in range(max(accepted, default=-1) + 1)]
-
-
-def is_busy(results: Results) -> bool:
-    """Whether others used the machine before the run, as its notes say, or during an output."""
-    return any("busy" in sentence for sentence in (*results.info.notes, *run_warnings(results)))
 
 
 def is_drafting(records: Iterable[OutputRecord]) -> bool:

@@ -25,8 +25,19 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dynatree_bench.bandwidth import memory_info
-from dynatree_bench.experiments import (
+from dynatree_bench.data.turns import played
+from dynatree_bench.data.workloads import (
+    EncodedPrompt,
+    Picks,
+    digest,
+    encode,
+    load_workload,
+    markov_prompts,
+    random_prompts,
+    some_of,
+)
+from dynatree_bench.run.bandwidth import memory_info
+from dynatree_bench.run.experiments import (
     COMPILED,
     EXPERIMENTS,
     REFERENCE_AXES,
@@ -37,7 +48,7 @@ from dynatree_bench.experiments import (
     cells,
     chosen_methods,
 )
-from dynatree_bench.machine import (
+from dynatree_bench.run.machine import (
     BUSY_PERCENT,
     LoadMeter,
     busy_percent,
@@ -45,9 +56,9 @@ from dynatree_bench.machine import (
     library_versions,
     source_commit,
 )
-from dynatree_bench.methods import Output, decode, replay
-from dynatree_bench.pairs import MethodError, Pair, drafter_info, model_info
-from dynatree_bench.records import (
+from dynatree_bench.run.methods import Output, decode, replay
+from dynatree_bench.run.pairs import MethodError, Pair, drafter_info, model_info
+from dynatree_bench.run.records import (
     INFO_FILE,
     LOCK_FILE,
     MethodInfo,
@@ -62,21 +73,10 @@ from dynatree_bench.records import (
     read_records,
     read_results,
     record_key,
+    run_warnings,
     write_info,
 )
-from dynatree_bench.runnable import runnable
-from dynatree_bench.statistics import run_warnings
-from dynatree_bench.turns import played
-from dynatree_bench.workloads import (
-    EncodedPrompt,
-    Picks,
-    digest,
-    encode,
-    load_workload,
-    markov_prompts,
-    random_prompts,
-    some_of,
-)
+from dynatree_bench.run.runnable import runnable
 from dynatree_core import DynaTreeError, InputError, build_stack
 from dynatree_core.errors import nearest_match
 from dynatree_core.files.outputs import check_out
@@ -101,7 +101,7 @@ class Options:
     """What of an experiment is changed, and how it is measured; None: as the form has it."""
 
     quick: bool = False
-    workloads: Sequence[str] | None = None  # see dynatree_bench.workloads
+    workloads: Sequence[str] | None = None  # see dynatree_bench.data.workloads
     num_prompts: int | str | None = None  # of each workload; "all"
     picks: Picks = attrs.field(factory=Picks)  # which prompts, and how files of them are read
     max_new_tokens: Sequence[int] | None = None
@@ -168,7 +168,7 @@ def run_experiment(
     Args:
         name: the experiment.
         pair: the models, from `load_pair`.
-        out: the results' folder: `run.json` and `records.jsonl` (see `dynatree_bench.records`). If it holds a run of
+        out: the results' folder: `run.json` and `records.jsonl` (`dynatree_bench.run.records`). If it holds a run of
             the same settings, what is there is kept and only the rest is done.
         options: what differs from the experiment's own settings.
         command: how this was started, for the provenance; None: this call.

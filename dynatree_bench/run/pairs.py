@@ -10,9 +10,9 @@ import attrs
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from dynatree_bench.machine import weights_sha256
-from dynatree_bench.records import ModelInfo
-from dynatree_bench.synthetic import MarkovSource, synthetic_pair
+from dynatree_bench.data.synthetic import MarkovSource, synthetic_pair
+from dynatree_bench.run.machine import weights_sha256
+from dynatree_bench.run.records import ModelInfo
 from dynatree_core import Drafter, LoadedModel, load_model
 from dynatree_core.cli.model_options import check_drafter_model, registered_drafter, usual_drafter
 from dynatree_core.drafters.distilled import DistilledDrafter, fast_dtype
@@ -34,7 +34,7 @@ class Pair:
 
     target: LoadedModel
     drafter: Drafter
-    source: MarkovSource | None = None  # of the text of a synthetic pair, see dynatree_bench.synthetic
+    source: MarkovSource | None = None  # of the text of a synthetic pair, see dynatree_bench.data.synthetic
 
     @property
     def drafter_model(self) -> PreTrainedModel | None:

@@ -15,7 +15,7 @@ trees: what a search would find (for each text the tree that is the best of the 
 each category, chosen afterwards, which no search can know. Then each policy's speed relative to what was searched for,
 with the 95 % interval of resampled texts. A search takes two texts of each category at least. Exit code 0.
 
-Command: python -m dynatree_bench.rehearse [--drafter NAME] [--policy STACK]... [--grid] [--prompts FILE.jsonl]
+Command: python -m dynatree_bench.studies.rehearse [--drafter NAME] [--policy STACK]... [--grid] [--prompts FILE.jsonl]
     [--per-kind N] [--max-new-tokens N] [--target ID|PATH] [--dtype DTYPE] [--output FILE.json]
 """
 
@@ -40,10 +40,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dynatree_bench.machine import check_writable, provenance
-from dynatree_bench.never_slower import make_drafter
-from dynatree_bench.prompts import chat_ids, load_prompts, parsed_arguments
-from dynatree_bench.statistics import PooledRatio, ratio_of_sums
+from dynatree_bench.data.prompts import chat_ids, load_prompts, parsed_arguments
+from dynatree_bench.report.statistics import PooledRatio, ratio_of_sums
+from dynatree_bench.run.machine import check_writable, provenance
+from dynatree_bench.studies.never_slower import make_drafter
 from dynatree_core import CostModel, Drafter, DraftPlan, DraftState, Session, generate, load_model, run
 from dynatree_core.cli.exits import end_process
 from dynatree_core.clock import StageClock
@@ -267,7 +267,7 @@ def relatives(results: dict[str, list[Rehearsal]], others: Sequence[Rehearsal]) 
 def main() -> int:
     arguments = _parse_arguments()
     if arguments.output is not None:
-        check_writable(arguments.output, "python -m dynatree_bench.rehearse")
+        check_writable(arguments.output, "python -m dynatree_bench.studies.rehearse")
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
     loaded = load_model(arguments.target, device="cpu", dtype=arguments.dtype)
     target, made = loaded.model, make_drafter(arguments.drafter, loaded)
@@ -317,7 +317,7 @@ def main() -> int:
 def document(results: dict[str, list[Rehearsal]], costs: CostModel, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that was found, for a file."""
     return {
-        **provenance("dynatree_bench.rehearse", torch.device("cpu")),
+        **provenance("dynatree_bench.studies.rehearse", torch.device("cpu")),
         "target": arguments.target or "the embedded default model",
         "dtype": arguments.dtype,
         "drafter": arguments.drafter,
@@ -391,7 +391,7 @@ def _relatives_table(found: dict[str, dict[str, PooledRatio]]) -> Table:
 
 def _parse_arguments() -> argparse.Namespace:
     description = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.rehearse", description=description)
+    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.studies.rehearse", description=description)
     parser.add_argument("--target", help="id or folder of a model (default: the embedded one)")
     parser.add_argument("--dtype", default="auto", help="default: float32")
     parser.add_argument("--drafter", default="distilled+prompt_lookup", help="default: %(default)s")

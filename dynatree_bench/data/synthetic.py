@@ -12,8 +12,9 @@ while acceptance is known exactly:
   share p is accepted.
 
 The mean confidence a and the decay b set the acceptance by rank: a, (1 − a)(1 − b), (1 − a)(1 − b)b, … Draws at
-different tokens do not depend on each other, so that the formulas of dynatree_bench.formulas hold exactly. The text is
-meant for greedy decoding; a drafter that copies from the text before, such as prompt lookup, finds nothing in it.
+different tokens do not depend on each other, so that the formulas of dynatree_bench.report.formulas hold exactly. The
+text is meant for greedy decoding; a drafter that copies from the text before, such as prompt lookup, finds nothing in
+it.
 """
 
 from __future__ import annotations

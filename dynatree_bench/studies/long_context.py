@@ -12,7 +12,7 @@ takes none. The machine is watched while it runs, because a busy one says nothin
 
 Output: three tables, FOLDER/long-context.json with all that was measured, and FOLDER/long-context.svg drawn from it.
 
-Command: python -m dynatree_bench.long_context [--quick] [--contexts N,N,…] [--rounds N] [--out FOLDER]
+Command: python -m dynatree_bench.studies.long_context [--quick] [--contexts N,N,…] [--rounds N] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from dynatree_bench.machine import BUSY_PERCENT, LoadMeter, check_writable, idle_or_busy, provenance
+from dynatree_bench.run.machine import BUSY_PERCENT, LoadMeter, check_writable, idle_or_busy, provenance
 from dynatree_core import InputError, LoadedModel, Session, TokenTree, load_model, run
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.cli.exits import end_process
@@ -46,7 +46,7 @@ from dynatree_core.models.architectures import cache_argument
 from dynatree_core.runners.runner import ModelRunner
 from dynatree_core.tree.flatten import flatten
 
-PROGRAM = "python -m dynatree_bench.long_context"
+PROGRAM = "python -m dynatree_bench.studies.long_context"
 DRAFTER = "prompt_lookup"
 TREE_POLICY = "phase3"
 WINDOW = "sinks=4,window=1024"
@@ -122,7 +122,7 @@ def _measured(arguments: argparse.Namespace) -> Results:
     meter = LoadMeter()
     results = measure(default, text_ids(default, max(plan.contexts)), plan)
     results.provenance |= {
-        **provenance("dynatree_bench.long_context", default.model.device),
+        **provenance("dynatree_bench.studies.long_context", default.model.device),
         "machine": platform.machine(),
         "model": embedded.describe().name,
         "dtype": "float32",
@@ -370,7 +370,7 @@ def draw(results: Results, path: Path) -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     description = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.long_context", description=description)
+    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.studies.long_context", description=description)
     parser.add_argument("--quick", action="store_true", help="two short contexts, once: to see that it runs")
     parser.add_argument(
         "--contexts",

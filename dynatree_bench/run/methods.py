@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from dynatree_bench import rivals
-from dynatree_bench.experiments import COMPILED, Cell
-from dynatree_bench.machine import now
-from dynatree_bench.pairs import MethodError, Pair
-from dynatree_bench.records import Replay, Steps, Trials
+from dynatree_bench.run import rivals
+from dynatree_bench.run.experiments import COMPILED, Cell
+from dynatree_bench.run.machine import now
+from dynatree_bench.run.pairs import MethodError, Pair
+from dynatree_bench.run.records import Replay, Steps, Trials
 from dynatree_core import DraftPlan, GenerationReport, Session, StepReport, TokenTree, run
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters.union import possible_proposals

@@ -2,7 +2,7 @@
 
 A workload is named by a string:
 
-    built-in, built-in:KIND      a few prompts of dynatree_bench.prompts, or those of one kind
+    built-in, built-in:KIND      a few prompts of dynatree_bench.data.prompts, or those of one kind
     built-in:text                the same as one running text
     wikitext-2, pg19, …          a known benchmark (KNOWN): from a local file, or else from the hub
     NAME=FILE                    a known benchmark from this file, or a file by a name of yours
@@ -27,8 +27,8 @@ from typing import Any
 
 import attrs
 
-from dynatree_bench.prompts import BUILT_IN
-from dynatree_bench.synthetic import MarkovSource
+from dynatree_bench.data.prompts import BUILT_IN
+from dynatree_bench.data.synthetic import MarkovSource
 from dynatree_core import InputError, LoadedModel
 from dynatree_core.cli import model_options as cli_models
 from dynatree_core.errors import nearest_match

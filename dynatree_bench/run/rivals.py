@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dynatree_bench.pairs import MethodError, Pair
+from dynatree_bench.run.pairs import MethodError, Pair
 from dynatree_core.advice import pip_install
 
 __all__ = ["Engine", "engine"]

@@ -1,4 +1,4 @@
-"""The published numbers of DynaTree, to compare shapes against.
+"""A run beside the published numbers of DynaTree: only shapes can be compared.
 
 They belong to other models and another machine, so a number of theirs never stands beside one of ours: each side is
 taken relative to a value of its own.
@@ -6,17 +6,16 @@ taken relative to a value of its own.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import attrs
 
-from dynatree_bench.records import Results
-from dynatree_bench.statistics import differ_only_in, summaries
+from dynatree_bench.data.published import published
+from dynatree_bench.report.statistics import differ_only_in, summaries
+from dynatree_bench.run.records import Results
 
-__all__ = ["ShapePair", "compared", "published"]
+__all__ = ["ShapePair", "compared"]
 
 Series = dict[str, dict[str, float]]  # method -> tick -> tokens per second, relative to the reference
 
@@ -48,13 +47,6 @@ _AXES = {
     "sensitivity": _Axis("thresholds, branches", "phase3", "0.9/0.4", ("high", "low", "min_branch", "max_branch")),
     "scalability": _Axis("length of the output (new tokens)", "fixed", None, ("max_new_tokens",)),
 }
-
-
-def published() -> dict[str, Any]:
-    """The published rows of each experiment, and under "source" where they come from."""
-    text = Path(__file__).with_name("published.json").read_text(encoding="utf-8")
-    found: dict[str, Any] = json.loads(text)
-    return found
 
 
 def compared(results: Results) -> ShapePair | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dynatree_bench.workloads import EncodedPrompt, Workload, is_wrapped
+from dynatree_bench.data.workloads import EncodedPrompt, Workload, is_wrapped
 from dynatree_core import LoadedModel, generate
 from dynatree_core.cli import model_options as cli_models
 from dynatree_core.cli.console import decode_text

@@ -13,7 +13,7 @@ nothing about speed.
 Output: a table per kind of prompt, then the lowest ratio of a stack with `governor` or `cost_aware` in it. Exit code 1
 if any output differed from autoregressive decoding, 2 if that ratio is below 0.97, 3 if nothing could be measured.
 
-Command: python -m dynatree_bench.never_slower [--quick] [--drafter NAME|ID|PATH]... [--policy STACK]...
+Command: python -m dynatree_bench.studies.never_slower [--quick] [--drafter NAME|ID|PATH]... [--policy STACK]...
     [--prompts FILE.jsonl] [--per-kind N] [--repeats N] [--max-new-tokens N] [--output FILE.json]
 """
 
@@ -36,9 +36,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from dynatree_bench.machine import LoadMeter, check_writable, idle_or_busy, provenance, runtime
-from dynatree_bench.prompts import chat_ids, in_turns, load_prompts, parsed_arguments
-from dynatree_bench.statistics import ratio_of_sums
+from dynatree_bench.data.prompts import chat_ids, in_turns, load_prompts, parsed_arguments
+from dynatree_bench.report.statistics import ratio_of_sums
+from dynatree_bench.run.machine import LoadMeter, check_writable, idle_or_busy, provenance, runtime
 from dynatree_core import (
     Drafter,
     DraftPlan,
@@ -142,7 +142,7 @@ class NoiseState(DraftState):
 def main() -> int:
     arguments = _parse_arguments()
     if arguments.output is not None:
-        check_writable(arguments.output, "python -m dynatree_bench.never_slower")
+        check_writable(arguments.output, "python -m dynatree_bench.studies.never_slower")
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     kinds = load_prompts(arguments.prompts, arguments.per_kind)
     target = load_model(arguments.target, device=arguments.device, dtype=arguments.dtype)
@@ -258,7 +258,7 @@ def document(
         for (kind, method), pairs in results.items()
     ]
     return {
-        **provenance("dynatree_bench.never_slower", target.model.device),
+        **provenance("dynatree_bench.studies.never_slower", target.model.device),
         "target": target.name,
         "dtype": str(target.model.dtype).removeprefix("torch."),
         "max_new_tokens": max_new_tokens,
@@ -309,7 +309,7 @@ def _conclude(console: Console, results: Results) -> int:
 
 def _parse_arguments() -> argparse.Namespace:
     description = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.never_slower", description=description)
+    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.studies.never_slower", description=description)
     parser.add_argument("--quick", action="store_true", help="one prompt of each kind, 32 new tokens at most")
     parser.add_argument("--target", help="id or folder of a model (default: the embedded one)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
