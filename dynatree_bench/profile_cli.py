@@ -15,8 +15,6 @@ from dynatree_core.cli.checks import check_names, check_settings, checkable
 from dynatree_core.cli.main import generate
 from dynatree_core.cli.model_options import encode_prompt, load, load_drafter, tokenizer_of
 
-__all__ = ["profile"]
-
 _SHARED = {"target", "drafter", "policy", "device", "dtype", "runner", "max_nodes", "max_depth", "as_json"}
 
 

@@ -15,7 +15,6 @@ from dynatree_bench.data.turns import played
 from dynatree_bench.data.workloads import (
     KNOWN,
     MAX_ROWS,
-    PASSAGE_CHARS,
     Picks,
     Prompt,
     Workload,
@@ -28,6 +27,7 @@ from dynatree_bench.data.workloads import (
 )
 from dynatree_core import InputError, LoadedModel, load_model
 from dynatree_core.testing.models import greedy, tiny_model
+from dynatree_core.text.prompt_files import PASSAGE_CHARS
 
 
 def ids(workload):

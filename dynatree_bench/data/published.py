@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["published"]
-
 
 def published() -> dict[str, Any]:
     """The published rows of each experiment, and under "source" where they come from."""

@@ -29,17 +29,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynatree_core.errors import InputError, nearest_match
 
-__all__ = [
-    "SHAPES",
-    "MarkovHead",
-    "MarkovSource",
-    "Shape",
-    "SyntheticPair",
-    "let_follow",
-    "rank_acceptance",
-    "synthetic_pair",
-]
-
 TARGET_CONFIDENCE = 0.9  # what the target gives to its token: far from a tie in any dtype
 MAX_CONFIDENCE = 0.9999  # of the drafter, so that a logarithm of the rest exists
 CONCENTRATION = 1.0  # of the confidences' beta law: most are high or low, as those of language models are

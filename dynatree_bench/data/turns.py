@@ -7,8 +7,6 @@ from dynatree_core import LoadedModel, generate
 from dynatree_core.cli import model_options as cli_models
 from dynatree_core.cli.console import decode_text
 
-__all__ = ["played"]
-
 
 def played(
     workload: Workload, loaded: LoadedModel, max_new_tokens: int, is_chat: bool | None = None

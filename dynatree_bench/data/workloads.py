@@ -34,27 +34,10 @@ from dynatree_core.cli import model_options as cli_models
 from dynatree_core.errors import nearest_match
 from dynatree_core.models.hub import unreachable_reason
 from dynatree_core.text.columns import TEXT, Prompt
-from dynatree_core.text.prompt_files import PASSAGE_CHARS, Prompts, prompts_of_rows, read_prompts
+from dynatree_core.text.prompt_files import Prompts, prompts_of_rows, read_prompts
 from dynatree_core.text.reading import STANDARD_INPUT, is_url
 from dynatree_core.text.selection import of_categories, some_of
 from dynatree_core.text.tables import rows_of_values
-
-__all__ = [
-    "KNOWN",
-    "PASSAGE_CHARS",
-    "EncodedPrompt",
-    "Picks",
-    "Prompt",
-    "Workload",
-    "digest",
-    "encode",
-    "is_wrapped",
-    "load_workload",
-    "local_variable",
-    "markov_prompts",
-    "random_prompts",
-    "some_of",
-]
 
 RANDOM_TOKENS = 64  # of a prompt without a language
 MAX_ROWS = 5000  # that are read of a data set on the hub, which may have millions

@@ -13,8 +13,6 @@ from dynatree_core.cli.model_options import FiniteRange
 from dynatree_core.cli.prompt_options import PromptPicks, Typed, prompt_options
 from dynatree_core.errors import PluginLoadError
 
-__all__ = ["distill"]
-
 QUESTIONS = (
     "Summarize the following text: {text}",
     "{text}\n\nWhat is this text about?",

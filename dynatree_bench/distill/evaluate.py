@@ -26,8 +26,6 @@ from dynatree_core.models.architectures import max_positions
 from dynatree_core.runners.runner import ModelRunner
 from dynatree_core.tree.flatten import flatten_chain
 
-__all__ = ["Agreement", "LevelCost", "agreement", "level_costs"]
-
 NUM_RANKS = 16
 NUM_BINS = 10
 

@@ -13,8 +13,6 @@ from dynatree_core.cli.model_options import encode_messages
 from dynatree_core.cli.prompt_options import PromptPicks
 from dynatree_core.text.columns import Prompt
 
-__all__ = ["Material", "encoded", "read_given"]
-
 
 @attrs.frozen
 class Material:

@@ -32,8 +32,6 @@ from dynatree_core.files.writing import write_text
 from dynatree_core.models.architectures import max_positions
 from dynatree_core.models.load import LoadedModel
 
-__all__ = ["TEACHING", "Lesson", "Taught", "TeachingPlan", "end_ids", "is_request", "teach"]
-
 TEACHING = "teaching"  # folder of the shards, in that of the work
 REQUEST = "request.json"
 NO_MATTER = {"_name_or_path", "dtype", "transformers_version"}  # settings that do not change what a model says

@@ -7,6 +7,7 @@ dagger behind it says that some outputs differ from greedy decoding. Every figur
 
 from __future__ import annotations
 
+import functools
 import itertools
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,8 +43,6 @@ from dynatree_bench.report.statistics import (
 )
 from dynatree_bench.run.records import OutputRecord, Results, is_busy
 from dynatree_core.files.writing import whole_file
-
-__all__ = ["FIGURES", "Plot", "draw", "provenance"]
 
 DAGGER = " †"
 GREY = "#777777"
@@ -89,6 +88,19 @@ class Plot:
     name: str  # of the file
     caption: str
     draw: Callable[[Results], Figure | None]  # None: the run has nothing to show in it
+
+
+FIGURES: list[Plot] = []  # in the order in which they are defined
+
+
+def _shown_as(name: str, caption: str) -> Callable[[Callable[[Results], Figure | None]], Callable[..., Figure | None]]:
+    """Make a function a figure of every report whose run has what it shows."""
+
+    def add(function: Callable[[Results], Figure | None]) -> Callable[..., Figure | None]:
+        FIGURES.append(Plot(name, caption, function))
+        return function
+
+    return add
 
 
 def draw(plot: Plot, results: Results, path: Path) -> bool:
@@ -262,6 +274,11 @@ def _bars(axes: Axes, summary_by_label: Mapping[str, Summary], styles: Mapping[s
 # experiments
 
 
+@_shown_as(
+    "phases",
+    "Speedup over autoregressive decoding on the same runtime: median over prompts with its bootstrap 95 % "
+    "interval; a tick below a bar is one prompt. Hatched: some outputs differ from greedy decoding.",
+)
 def phases(results: Results) -> Figure | None:
     """The main comparison: a bar for each method, a point for each prompt."""
     found = summaries(results.records)
@@ -279,42 +296,33 @@ def phases(results: Results) -> Figure | None:
     return figure
 
 
-def ablation(results: Results) -> Figure | None:
-    return _lines_over(
-        results,
-        "base_depth",
-        [
-            ("Speedup (×)", lambda one: one.speedup),
-            ("Tokens per iteration", lambda one: one.tokens_per_iteration),
-        ],
-        "base depth (levels)",
-    )
+SPEEDUP = ("Speedup (×)", lambda one: one.speedup)
+TOKENS = ("Tokens per iteration", lambda one: one.tokens_per_iteration)
+THROUGHPUT = ("Throughput (tokens/s)", lambda one: one.tokens_per_second)
+# figure -> the axis, its label, the panels, and the caption
+OVER: dict[str, tuple[str, str, tuple[Any, Any], str]] = {
+    "ablation": (
+        "base_depth", "base depth (levels)", (SPEEDUP, TOKENS),
+        "Each phase by base depth: speedup (median, 95 % interval) and tokens per iteration.",
+    ),
+    "scalability": (
+        "max_new_tokens", "length of the output (new tokens)", (THROUGHPUT, SPEEDUP),
+        "Throughput and speedup by the length of the output (medians, 95 % intervals).",
+    ),
+    "prompt-length": (
+        "prompt_tokens", "length of the prompt (tokens)", (SPEEDUP, TOKENS),
+        "Speedup (median, 95 % interval) and tokens per iteration by the length of the prompt.",
+    ),
+}  # fmt: skip
+for _name, (_axis, _label, _panels, _caption) in OVER.items():
+    FIGURES.append(Plot(_name, _caption, functools.partial(_lines_over, axis=_axis, panels=_panels, label=_label)))
 
 
-def scalability(results: Results) -> Figure | None:
-    return _lines_over(
-        results,
-        "max_new_tokens",
-        [
-            ("Throughput (tokens/s)", lambda one: one.tokens_per_second),
-            ("Speedup (×)", lambda one: one.speedup),
-        ],
-        "length of the output (new tokens)",
-    )
-
-
-def prompt_length(results: Results) -> Figure | None:
-    return _lines_over(
-        results,
-        "prompt_tokens",
-        [
-            ("Speedup (×)", lambda one: one.speedup),
-            ("Tokens per iteration", lambda one: one.tokens_per_iteration),
-        ],
-        "length of the prompt (tokens)",
-    )
-
-
+@_shown_as(
+    "sensitivity",
+    "Confidence thresholds at branches [1, 3], and branches at thresholds 0.9/0.4: speedup (median, 95 % "
+    "interval) and tokens per iteration.",
+)
 def sensitivity(results: Results) -> Figure | None:
     """Thresholds and the range of branches, each beside the other at its default."""
     varied = ("high", "low", "min_branch", "max_branch")
@@ -360,6 +368,9 @@ def _part(found: Iterable[Summary], part: str) -> dict[str, list[tuple[str, Summ
     return {name: sorted(points, key=lambda item: item[0]) for name, points in series.items()}
 
 
+@_shown_as(
+    "tree-search", "Median speedup of fixed trees by depth, branch factor and threshold; the best one is framed."
+)
 def tree_search(results: Results) -> Figure | None:
     """A heat map of depth and branch factor for each threshold."""
     varied = ("depth", "branch", "tau")
@@ -404,6 +415,7 @@ def tree_search(results: Results) -> Figure | None:
     return figure
 
 
+@_shown_as("datasets", "Speedup on each data set (median, 95 % interval).")
 def datasets(results: Results) -> Figure | None:
     """A panel for each data set, the methods' speedups side by side."""
     found = [one for one in summaries(results.records) if "dataset" in one.axes and one.speedup]
@@ -419,6 +431,11 @@ def datasets(results: Results) -> Figure | None:
     return figure
 
 
+@_shown_as(
+    "shapes",
+    "The shape of this run beside that of the published numbers, which come from other models on another machine: "
+    "each side is relative to a value of its own, and no number of one belongs beside one of the other.",
+)
 def shapes(results: Results) -> Figure | None:
     """Ours and the published numbers in panels of their own."""
     pair = compared(results)
@@ -447,6 +464,11 @@ def shapes(results: Results) -> Figure | None:
 # what any run shows; the points of a method are taken together
 
 
+@_shown_as(
+    "acceptance-over-length",
+    "Tokens per iteration along the output, beside the share of 4-grams that occurred earlier in it: a text that "
+    "repeats itself is easy to draft.",
+)
 def acceptance_over_length(results: Results) -> Figure | None:
     styles, labels = _styles(results), _labels(results.records)
     figure, grid = _figure(WIDTH, 3.0, 1, 2)
@@ -471,6 +493,7 @@ def acceptance_over_length(results: Results) -> Figure | None:
     return figure
 
 
+@_shown_as("iteration-time", "Where the time of an iteration goes: drafter, target's forward pass, and all else.")
 def iteration_time(results: Results) -> Figure | None:
     """Draft, verify and rest of an iteration, one bar a method."""
     labels = _labels(results.records)
@@ -501,6 +524,11 @@ def iteration_time(results: Results) -> Figure | None:
     return figure
 
 
+@_shown_as(
+    "calibration",
+    "Share of drafted nodes under accepted parents that were accepted, by the drafter's probability, with "
+    "Wilson's 95 % intervals, and how many nodes there were.",
+)
 def confidence_calibration(results: Results) -> Figure | None:
     """How often drafted nodes were accepted, by the drafter's probability, and how many nodes that is."""
     styles, labels = _styles(results), _labels(results.records)
@@ -531,6 +559,11 @@ def confidence_calibration(results: Results) -> Figure | None:
     return figure
 
 
+@_shown_as(
+    "nodes",
+    "Tokens per iteration against drafted nodes: each method; the best static tree of so many nodes by the "
+    "formula, from the drafter's acceptance by rank on this text; and the oracle tree, which knows the text.",
+)
 def nodes_and_tokens(results: Results) -> Figure | None:
     """Tokens an iteration against drafted nodes, with what the best static tree and the oracle tree would reach."""
     found = [one for one in summaries(results.records) if one.nodes_per_iteration]
@@ -563,6 +596,7 @@ def nodes_and_tokens(results: Results) -> Figure | None:
     return figure
 
 
+@_shown_as("accepted", "How many drafted tokens an iteration had accepted.")
 def accepted_histogram(results: Results) -> Figure | None:
     """How many drafted tokens an iteration had accepted."""
     styles, labels = _styles(results), _labels(results.records)
@@ -580,70 +614,3 @@ def accepted_histogram(results: Results) -> Figure | None:
     axes.set_ylim(bottom=0)
     _legend_above(figure, axes)
     return figure
-
-
-FIGURES = (
-    Plot(
-        "phases",
-        "Speedup over autoregressive decoding on the same runtime: median over prompts with its bootstrap 95 % "
-        "interval; a tick below a bar is one prompt. Hatched: some outputs differ from greedy decoding.",
-        phases,
-    ),
-    Plot(
-        "ablation",
-        "Each phase by base depth: speedup (median, 95 % interval) and tokens per iteration.",
-        ablation,
-    ),
-    Plot(
-        "sensitivity",
-        "Confidence thresholds at branches [1, 3], and branches at thresholds 0.9/0.4: speedup (median, 95 % interval) "
-        "and tokens per iteration.",
-        sensitivity,
-    ),
-    Plot(
-        "scalability",
-        "Throughput and speedup by the length of the output (medians, 95 % intervals).",
-        scalability,
-    ),
-    Plot(
-        "tree-search",
-        "Median speedup of fixed trees by depth, branch factor and threshold; the best one is framed.",
-        tree_search,
-    ),
-    Plot(
-        "prompt-length",
-        "Speedup (median, 95 % interval) and tokens per iteration by the length of the prompt.",
-        prompt_length,
-    ),
-    Plot("datasets", "Speedup on each data set (median, 95 % interval).", datasets),
-    Plot(
-        "shapes",
-        "The shape of this run beside that of the published numbers, which come from other models on another machine: "
-        "each side is relative to a value of its own, and no number of one belongs beside one of the other.",
-        shapes,
-    ),
-    Plot(
-        "acceptance-over-length",
-        "Tokens per iteration along the output, beside the share of 4-grams that occurred earlier in it: a text that "
-        "repeats itself is easy to draft.",
-        acceptance_over_length,
-    ),
-    Plot(
-        "iteration-time",
-        "Where the time of an iteration goes: drafter, target's forward pass, and all else.",
-        iteration_time,
-    ),
-    Plot(
-        "calibration",
-        "Share of drafted nodes under accepted parents that were accepted, by the drafter's probability, with Wilson's "
-        "95 % intervals, and how many nodes there were.",
-        confidence_calibration,
-    ),
-    Plot(
-        "nodes",
-        "Tokens per iteration against drafted nodes: each method; the best static tree of so many nodes by the "
-        "formula, from the drafter's acceptance by rank on this text; and the oracle tree, which knows the text.",
-        nodes_and_tokens,
-    ),
-    Plot("accepted", "How many drafted tokens an iteration had accepted.", accepted_histogram),
-)

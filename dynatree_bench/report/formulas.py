@@ -18,19 +18,6 @@ from collections.abc import Sequence
 import attrs
 import numpy as np
 
-__all__ = [
-    "RankTree",
-    "Worth",
-    "best_chain",
-    "best_tree",
-    "best_tree_speedup",
-    "chain_tokens",
-    "fixed_tokens",
-    "path_products",
-    "speedup",
-    "tree_tokens",
-]
-
 
 @attrs.frozen
 class RankTree:

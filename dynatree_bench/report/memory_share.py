@@ -10,8 +10,6 @@ from dynatree_bench.report.statistics import BASELINE, HF_BASELINE, iteration_se
 from dynatree_bench.run.bandwidth import share_of_bandwidth
 from dynatree_bench.run.records import MemoryInfo, Results, is_busy
 
-__all__ = ["memory_sentence", "memory_share"]
-
 
 def memory_share(memory: MemoryInfo | None, seconds: float | None) -> float | None:
     """What iterations of this mean time reach of the bandwidth; None where it is not known, or the caches hold all."""

@@ -28,16 +28,6 @@ import numpy as np
 from dynatree_bench.run.records import OutputRecord, Steps
 from dynatree_core.costs import isotonic
 
-__all__ = [
-    "CostTable",
-    "OracleScore",
-    "cost_table",
-    "oracle_accepted",
-    "oracle_accepted_at_cost",
-    "oracle_tokens_per_iteration",
-    "score",
-]
-
 
 @attrs.frozen
 class CostTable:

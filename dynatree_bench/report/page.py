@@ -8,8 +8,6 @@ docs/benchmarks.md says how to read them.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from dynatree_bench.report.statistics import (
     HF_BASELINE,
     MIN_BIN,
     Estimate,
-    PooledRatio,
     Share,
     Summary,
     acceptance_by_depth,
@@ -42,6 +39,7 @@ from dynatree_bench.report.statistics import (
     replayed_texts,
     summaries,
 )
+from dynatree_bench.report.tables import Table, interval, markdown, shown, simple, write_csv, write_lines
 from dynatree_bench.run.records import (
     INFO_FILE,
     OutputRecord,
@@ -53,11 +51,8 @@ from dynatree_bench.run.records import (
 )
 from dynatree_core import InputError, parse_stack
 from dynatree_core.files.outputs import check_out
-from dynatree_core.files.writing import write_text
 from dynatree_policies.fixed import Fixed
 from dynatree_policies.linear import Linear
-
-__all__ = ["report"]
 
 PAGE = "report.md"
 HEADING = "# Benchmark results"  # how a page begins, by which a later report knows that it may replace it
@@ -66,26 +61,9 @@ ENOUGH_PROMPTS = 10  # for a bootstrap over them
 MAX_RANKS = 6  # that a table shows
 # names of all tables that a report may have
 TABLES = (
-    "pooled", "summary", "formulas", "worth", "oracle", "acceptance-by-rank", "acceptance-by-depth", "shapes",
-    "calibration", "over-length",
+    "pooled", "summary", "categories", "formulas", "worth", "oracle", "acceptance-by-rank", "acceptance-by-depth",
+    "shapes", "calibration", "over-length",
 )  # fmt: skip
-
-
-@attrs.frozen
-class Table:
-    """A table of the report: what a person reads, and the same as numbers."""
-
-    name: str
-    title: str
-    note: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    data_header: tuple[str, ...]
-    data: tuple[tuple[Any, ...], ...]
-
-    def __attrs_post_init__(self) -> None:
-        names = self.data_header
-        assert len(set(names)) == len(names), f"each column of a table must have a name of its own, got {names}"
 
 
 @attrs.frozen
@@ -112,7 +90,7 @@ def report(folder: Path, out: Path | None = None) -> Path:
         InputError: matplotlib is not installed.
     """
     out = out or folder / "report"
-    check_out(out, "`dynatree bench report`", _is_own)
+    check_out(out, "`dynatree bench report`", is_report)
     if (folder / INFO_FILE).exists() or not folder.is_dir():
         results = read_results(folder)
         if not results.records:
@@ -125,7 +103,7 @@ def report(folder: Path, out: Path | None = None) -> Path:
     if not any(results.records for results in found):
         raise ResultsError(f"a report needs outputs, and the runs in {folder} have none yet")
     lines: list[str] = []
-    _write(out / PAGE, [HEADING])  # first: the folder is known by it, should this be interrupted
+    write_lines(out / PAGE, [HEADING])  # first: the folder is known by it, should this be interrupted
     for results in found:
         name = results.folder.name
         if results.records:
@@ -133,10 +111,10 @@ def report(folder: Path, out: Path | None = None) -> Path:
             lines.append(f"- [{name}]({page.relative_to(out).as_posix()})")
         else:
             lines.append(f"- {name} has no outputs yet")
-    return _write(out / PAGE, [HEADING, "", *lines])
+    return write_lines(out / PAGE, [HEADING, "", *lines])
 
 
-def _is_own(folder: Path) -> bool:
+def is_report(folder: Path) -> bool:
     """Whether a folder holds a report or results, to which a report may be added."""
     page = folder / PAGE
     if page.is_file():
@@ -153,7 +131,7 @@ def _report_run(results: Results, out: Path) -> Path:
             raise
         raise InputError("a report needs matplotlib, which is not installed: pip install 'dynatree[bench]'") from error
     results = attrs.evolve(results, records=in_order(results))
-    _write(out / PAGE, [_title(results)])  # first: the folder is known by it, should this be interrupted
+    write_lines(out / PAGE, [_title(results)])  # first: the folder is known by it, should this be interrupted
     for name in ("figures", "tables"):
         (out / name).mkdir(parents=True, exist_ok=True)
     ours = [*(f"figures/{plot.name}.png" for plot in FIGURES), *(f"tables/{name}.csv" for name in TABLES)]
@@ -161,14 +139,14 @@ def _report_run(results: Results, out: Path) -> Path:
         (out / name).unlink(missing_ok=True)  # of an earlier report
     lines = [_title(results), "", *_warnings(results), *_worth(results), provenance(results), ""]
     for table in _tables(results):
-        _write_csv(out / "tables" / f"{table.name}.csv", table)
-        lines += [f"## {table.title}", "", *_markdown(table.header, table.rows), "", table.note, ""]
+        write_csv(out / "tables" / f"{table.name}.csv", table)
+        lines += markdown(table)
     lines += ["## Figures", ""]
     for plot in FIGURES:
         path = out / "figures" / f"{plot.name}.png"
         if draw(plot, results, path):
             lines += [f"![{plot.name}](figures/{path.name})", "", plot.caption, ""]
-    return _write(out / PAGE, lines)
+    return write_lines(out / PAGE, lines)
 
 
 def _title(results: Results) -> str:
@@ -227,6 +205,7 @@ def _tables(results: Results) -> list[Table]:
     made = [
         _pooled_table(results),
         _main_table(results),
+        _category_table(results),
         _formula_table(results),
         _worth_table(results),
         _oracle_table(results),
@@ -254,7 +233,7 @@ def _pooled_table(results: Results) -> Table | None:
         points = [one.axes.get(axis) for axis in varied]
         tokens = one.tokens_per_iteration
         name = f"{one.method} {DAGGER}" if one.is_different else one.method
-        rows.append(tuple(map(_shown, (name, *points, *overall, tokens, *by_category))))
+        rows.append(tuple(map(shown, (name, *points, *overall, tokens, *by_category))))
         numbers = [attrs.astuple(ratio) if ratio is not None else (None,) * 4 for ratio in overall]
         data.append((one.method, *points, *numbers[0], *numbers[1], tokens, *by_category))
     if all(row[len(varied) + 1] == "–" for row in rows):
@@ -279,6 +258,15 @@ def _known(header: Sequence[str], rows: Iterable[Sequence[str]]) -> tuple[tuple[
     return tuple(header), tuple(rows)
 
 
+def _category_table(results: Results) -> Table | None:
+    """The same for the prompts of each category."""
+    if len({record.category for record in results.records}) < 2:
+        return None
+    records = [attrs.evolve(record, axes={"category": record.category, **record.axes}) for record in results.records]
+    table = _main_table(attrs.evolve(results, records=tuple(sorted(records, key=lambda record: record.category))))
+    return attrs.evolve(table, name="categories", title="Methods by category", note="")
+
+
 def _main_table(results: Results) -> Table:
     found = summaries(results.records)
     varied = _varied_axes(found)
@@ -299,33 +287,39 @@ def _main_table(results: Results) -> Table:
                 ("different", lambda one: one.num_different),
             ),
         ),
+        _Column("bits", _bits, (("bitwise", lambda one: one.num_bitwise),)),
         _estimate_column("tokens/s", "tokens_per_second", lambda e: f"{_mean(e, '.1f')}"),
-        _estimate_column("speedup", "speedup", lambda e: f"{e.median:.2f}{_interval(e)}"),
+        _estimate_column("speedup", "speedup", lambda e: f"{e.median:.2f}{interval(e)}"),
         _Column("mean ± sd", lambda one: _mean(one.speedup, ".2f") if one.speedup else "–", ()),
+        _number_column("worst", "worst", ".2f"),
         _estimate_column("÷ HF", "hf_speedup", lambda e: f"{e.median:.2f}"),
         _number_column("tok/it", "tokens_per_iteration", ".2f"),
         _number_column("path", "path_acceptance", ".1%"),
         _number_column("node", "node_acceptance", ".1%"),
         _number_column("nodes/it", "nodes_per_iteration", ".1f"),
+        _number_column("drafted", "drafted_share", ".0%"),
         _number_column("mean depth", "depth", ".1f", "mean_depth"),  # an axis may be called depth
         _number_column("repetition", "repetition", ".1%"),
         _number_column("draft ms", "draft_ms", ".2f"),
         _number_column("verify ms", "verify_ms", ".2f"),
         _number_column("rest ms", "rest_ms", ".2f"),
         _number_column("overhead ms", "overhead_ms", ".2f"),
+        _number_column("of a step", "overhead_share", ".1%"),
         _Column("bandwidth", lambda one: _whole_percent(bandwidth(one)), (("bandwidth_share", bandwidth),)),
         _estimate_column("memory", "memory", lambda e: f"{e.median - 1:+.1%}"),
         _number_column("load", "load", ".0%"),
     ]
     note = (
-        f"greedy: outputs equal to greedy decoding, of those that were compared ({DAGGER}: some differ). tokens/s: "
-        f"mean ± standard deviation over prompts, the prefill apart. speedup: over `{BASELINE}` on the same runtime, "
-        f"prompt by prompt: median and its bootstrap 95 % interval. ÷ HF: the median over `{HF_BASELINE}`. tok/it: "
-        "committed tokens per target pass. path, node: accepted drafted tokens ÷ depth of the tree, ÷ drafted nodes. "
-        "repetition: 4-grams seen earlier in the output. Times are those of an iteration; overhead is what is outside "
-        "both models' passes. bandwidth: time in which the memory's bandwidth lets the target's weights be read once ÷ "
-        "time of an iteration. memory: peak over that of autoregressive decoding. load: the CPU's share that others "
-        "used."
+        f"greedy: outputs equal to greedy decoding, of those that were compared ({DAGGER}: some differ). bits: "
+        "those whose cached keys and values are equal bit by bit too. tokens/s: mean ± standard deviation over "
+        f"prompts, the prefill apart. speedup: over `{BASELINE}` on the same runtime, prompt by prompt: median and "
+        f"its bootstrap 95 % interval; worst: of a single prompt. ÷ HF: the median over `{HF_BASELINE}`. tok/it: "
+        "committed tokens per target pass. path, node: accepted drafted tokens ÷ depth of the tree, ÷ drafted "
+        "nodes. drafted: iterations that had a tree. repetition: 4-grams seen earlier in the output. Times are "
+        "those of an iteration; overhead is what is outside both models' passes, of a step: as a share of an "
+        "autoregressive one. bandwidth: time in which the memory's bandwidth lets the target's weights be read "
+        "once ÷ time of an iteration. memory: peak over that of autoregressive decoding. load: the CPU's share "
+        "that others used."
     )
     data = [(name, get) for column in columns for name, get in column.data]
     return Table(
@@ -336,6 +330,10 @@ def _main_table(results: Results) -> Table:
         tuple(name for name, _ in data),
         tuple(tuple(get(one) for _, get in data) for one in found),
     )
+
+
+def _bits(one: Summary) -> str:
+    return "–" if one.num_bitwise is None else f"{one.num_bitwise}/{one.num_compared}"
 
 
 def _whole_percent(share: float | None) -> str:
@@ -395,7 +393,7 @@ def _formula_table(results: Results) -> Table | None:
         "tokens come together, nor trees that the threshold or the end of an output cut short."
     )
     header = ("method", "depth", "branch", "levels passed", "expected tok/it", "measured tok/it")
-    return _simple("formulas", "Measured and expected tokens per iteration", note, header, rows)
+    return simple("formulas", "Measured and expected tokens per iteration", note, header, rows)
 
 
 def _full_tree(policy: str, axes: dict[str, Any]) -> tuple[int, int] | None:
@@ -444,7 +442,7 @@ def _worth_table(results: Results) -> Table | None:
         f"drafted in {level_cost:.3f} and a row verified in {node_cost:.3f} autoregressive steps (mean costs of this "
         "run's methods, a straight line between the fewest and the most rows)."
     )
-    return _simple("worth", "What the formulas say is best", note, ("shape", "nodes", "depth", "speedup"), rows)
+    return simple("worth", "What the formulas say is best", note, ("shape", "nodes", "depth", "speedup"), rows)
 
 
 def _oracle_table(results: Results) -> Table | None:
@@ -473,7 +471,7 @@ def _oracle_table(results: Results) -> Table | None:
         "distance to what the drafter's proposals allow: who knew the text would have 100 %."
     )
     header = ("method", "nodes/it", "tok/it", "oracle tok/it", "share %", "same cost tok/it", "same cost share %")
-    return _simple("oracle", "Distance to the oracle tree", note, header, rows)
+    return simple("oracle", "Distance to the oracle tree", note, header, rows)
 
 
 def _percent(share: float | None) -> float | None:
@@ -488,10 +486,11 @@ def _acceptance_table(
     if not found:
         return None
     number = max(map(len, found.values()))
-    shown = min(number, MAX_RANKS if what == "rank" else 2 * MAX_RANKS)
-    header = ("method", *(f"{what} {first + i}" for i in range(shown)))
+    num_shown = min(number, MAX_RANKS if what == "rank" else 2 * MAX_RANKS)
+    header = ("method", *(f"{what} {first + i}" for i in range(num_shown)))
     rows = tuple(
-        (name, *(_share(shares[i]) if i < len(shares) else "–" for i in range(shown))) for name, shares in found.items()
+        (name, *(_share(shares[i]) if i < len(shares) else "–" for i in range(num_shown)))
+        for name, shares in found.items()
     )
     data = tuple(
         (name, first + i, share.accepted, share.trials, share.value, *(share.interval or (None, None)))
@@ -527,8 +526,8 @@ def _shape_table(results: Results) -> Table | None:
     )
     title = "Shapes beside the published ones"
     if pair.label == "method":  # each stands at its own name
-        return _simple("shapes", title, note, ("method", "this run", "published"), [(row[0], *row[2:]) for row in rows])
-    return _simple("shapes", title, note, ("method", pair.label, "this run", "published"), rows)
+        return simple("shapes", title, note, ("method", "this run", "published"), [(row[0], *row[2:]) for row in rows])
+    return simple("shapes", title, note, ("method", pair.label, "this run", "published"), rows)
 
 
 def _calibration_table(results: Results) -> Table | None:
@@ -546,10 +545,10 @@ def _calibration_table(results: Results) -> Table | None:
         (name, one.probability, one.share.value, *(one.share.interval or (None, None)), one.share.trials)
         for (name, _), one in found.items()
     ]
-    shown = {place: _share(one.share) for place, one in found.items()}
+    cells = {place: _share(one.share) for place, one in found.items()}
     data_header = ("method", "probability", "accepted", "low", "high", "nodes")
-    headings = sorted({heading for _, heading in shown})
-    return _by_method("calibration", "Calibration", note, headings, shown, data_header, data)
+    headings = sorted({heading for _, heading in cells})
+    return _by_method("calibration", "Calibration", note, headings, cells, data_header, data)
 
 
 def _length_table(results: Results) -> Table | None:
@@ -569,9 +568,9 @@ def _length_table(results: Results) -> Table | None:
         for (name, _), one in found.items()
     ]
     names = {place: f"from token {place[0]} to {place[1]}" for place in sorted({place for _, place in found})}
-    shown = {(name, names[place]): f"{one.tokens_per_iteration:.2f}" for (name, place), one in found.items()}
+    cells = {(name, names[place]): f"{one.tokens_per_iteration:.2f}" for (name, place), one in found.items()}
     data_header = ("method", "from token", "to", "iterations", "tok/it", "path acceptance", "repetition")
-    return _by_method("over-length", "Along the output", note, list(names.values()), shown, data_header, data)
+    return _by_method("over-length", "Along the output", note, list(names.values()), cells, data_header, data)
 
 
 def _by_method(
@@ -579,7 +578,7 @@ def _by_method(
     title: str,
     note: str,
     headings: Sequence[str],
-    shown: Mapping[tuple[str, str], str],
+    cells: Mapping[tuple[str, str], str],
     data_header: tuple[str, ...],
     data: Sequence[tuple[Any, ...]],
 ) -> Table | None:
@@ -587,10 +586,10 @@ def _by_method(
 
     The CSV file has a line for each cell.
     """
-    if not shown:
+    if not cells:
         return None
-    methods = dict.fromkeys(method for method, _ in shown)
-    rows = tuple((method, *(shown.get((method, heading), "–") for heading in headings)) for method in methods)
+    methods = dict.fromkeys(method for method, _ in cells)
+    rows = tuple((method, *(cells.get((method, heading), "–") for heading in headings)) for method in methods)
     return Table(name, title, note, ("method", *headings), rows, data_header, tuple(data))
 
 
@@ -599,42 +598,3 @@ def _point(one: Summary) -> str:
     axes = [f"{axis}={value}" for axis, value in one.axes.items() if axis != "max_new_tokens"]
     lengths = [f"{one.axes['max_new_tokens']} tokens"] if "max_new_tokens" in one.axes else []
     return f"{one.method} ({', '.join([*axes, *lengths])})" if axes or lengths else one.method
-
-
-def _simple(name: str, title: str, note: str, header: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> Table | None:
-    """A table whose numbers are shown with two digits and stored as they are; None where it has no row."""
-    if not rows:
-        return None
-    shown = tuple(tuple(_shown(value) for value in row) for row in rows)
-    return Table(name, title, note, tuple(header), shown, tuple(header), tuple(rows))
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, PooledRatio):
-        return f"{value.value:.2f}{_interval(value)}"
-    return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def _interval(value: Estimate | PooledRatio) -> str:
-    """Its 95 % interval; of one prompt there is none."""
-    return f" [{value.low:.2f}, {value.high:.2f}]" if value.count > 1 else ""
-
-
-# files
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
-
-
-def _write_csv(path: Path, table: Table) -> None:
-    lines = io.StringIO()
-    csv.writer(lines, lineterminator="\n").writerows([table.data_header, *table.data])
-    write_text(path, lines.getvalue())
-
-
-def _write(path: Path, lines: Iterable[str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "\n".join(lines).rstrip() + "\n")
-    return path

@@ -15,8 +15,6 @@ from dynatree_bench.data.published import published
 from dynatree_bench.report.statistics import differ_only_in, summaries
 from dynatree_bench.run.records import Results
 
-__all__ = ["ShapePair", "compared"]
-
 Series = dict[str, dict[str, float]]  # method -> tick -> tokens per second, relative to the reference
 
 

@@ -20,7 +20,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -28,38 +28,8 @@ import numpy as np
 
 from dynatree_bench.run.experiments import REFERENCE_AXES
 from dynatree_bench.run.records import OutputRecord, Results, Steps, Trials
+from dynatree_core import parse_stack
 from dynatree_core.engine.metrics import repetition
-
-__all__ = [
-    "BASELINE",
-    "HF_BASELINE",
-    "MIN_BIN",
-    "Bin",
-    "Estimate",
-    "LengthBin",
-    "PooledRatio",
-    "Share",
-    "Summary",
-    "acceptance_by_depth",
-    "acceptance_by_rank",
-    "accepted_depths",
-    "calibration",
-    "differ_only_in",
-    "estimate",
-    "groups",
-    "in_order",
-    "is_drafting",
-    "iteration_seconds",
-    "method_names",
-    "over_length",
-    "pooled_ratio",
-    "rank_shares",
-    "ratio_of_sums",
-    "ratios",
-    "replayed_texts",
-    "summaries",
-    "tokens_per_second",
-]
 
 BASELINE = "autoregressive"  # on our own runtime
 HF_BASELINE = "hf generate"
@@ -161,6 +131,10 @@ class Summary:
     overhead_ms: float | None
     memory: Estimate | None  # ratio to BASELINE's peak
     load: float | None  # mean share of the CPU that other processes used
+    num_bitwise: int | None  # outputs whose keys and values are the reference's; None where they are not compared
+    drafted_share: float | None  # of the iterations that had a tree
+    worst: float | None  # lowest speedup of a single prompt
+    overhead_share: float | None  # overhead ÷ an iteration of BASELINE
 
     @property
     def is_different(self) -> bool:
@@ -289,6 +263,30 @@ def summaries(records: Iterable[OutputRecord]) -> list[Summary]:
     return [_summary(group, baselines) for group in groups(records)]
 
 
+def lowest_speedup(results: Results, policies: Collection[str]) -> tuple[float, str, str] | None:
+    """The lowest pooled speedup over BASELINE, and its method and category of prompts.
+
+    Args:
+        results: a run.
+        policies: only stacks with one of these count.
+
+    Returns:
+        None where there is no such stack.
+    """
+    stacks = {method.name: method.policy for method in results.info.methods if method.kind == "dynatree"}
+    names = [name for name, stack in stacks.items() if stack and any(s.name in policies for s in parse_stack(stack))]
+    by_category: defaultdict[str, list[OutputRecord]] = defaultdict(list)
+    for record in results.records:
+        by_category[record.category].append(record)
+    found = []
+    for category, records in by_category.items():
+        baseline = [record for record in records if record.method == BASELINE]
+        for group in groups(record for record in records if record.method in names):
+            if (pooled := pooled_ratio(group, baseline)) is not None:
+                found.append((pooled.value, group[0].method, category))
+    return min(found, default=None)
+
+
 def differ_only_in(axes: Iterable[str], found: Sequence[Summary]) -> bool:
     """Whether a method has one summary for each value of these axes, so that a figure can have a point for each."""
     names = tuple(axes)
@@ -335,10 +333,13 @@ def _summary(group: Sequence[OutputRecord], baselines: Mapping[str, Sequence[Out
     depths = [depth for one in steps for depth in one.depth if depth]
     repetitions = [share for record in good if (share := repetition(record.token_ids)) is not None]
     loads = [record.load for record in good if record.load is not None]
-    speedup, hf_speedup, memory = (
-        estimate(list(ratios(good, baselines[name], quantity).values()))
+    bitwise = [record.is_bitwise for record in good if record.is_bitwise is not None]
+    speedups, hf_speedups, memory = (
+        list(ratios(good, baselines[name], quantity).values())
         for name, quantity in ((BASELINE, tokens_per_second), (HF_BASELINE, tokens_per_second), (BASELINE, peak_memory))
     )
+    axes, overhead_ms = group[0].axes.items(), _milliseconds(good, "overhead_seconds")
+    step = iteration_seconds(record for record in baselines[BASELINE] if record.axes.items() <= axes)
     return Summary(
         method=group[0].method,
         axes=group[0].axes,
@@ -354,15 +355,19 @@ def _summary(group: Sequence[OutputRecord], baselines: Mapping[str, Sequence[Out
         nodes_per_iteration=nodes / iterations if iterations else None,
         depth=_mean(depths),
         tokens_per_second=estimate(list(_per_prompt(good).values())),
-        speedup=speedup,
-        hf_speedup=hf_speedup,
+        speedup=estimate(speedups),
+        hf_speedup=estimate(hf_speedups),
         repetition=_mean(repetitions),
         iteration_seconds=iteration_seconds(good),
         draft_ms=_milliseconds(good, "draft_seconds"),
         verify_ms=_milliseconds(good, "verify_seconds"),
         rest_ms=_milliseconds(good, "rest_seconds"),
-        overhead_ms=_milliseconds(good, "overhead_seconds"),
-        memory=memory,
+        overhead_ms=overhead_ms,
+        memory=estimate(memory),
+        num_bitwise=sum(bitwise) if bitwise else None,
+        drafted_share=_mean([drafted > 0 for one in steps for drafted in one.num_drafted]),
+        worst=min(speedups, default=None),
+        overhead_share=overhead_ms / (1000 * step) if overhead_ms is not None and step else None,
         load=_mean(loads),
     )
 

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from dynatree_bench.run.machine import now
 from dynatree_bench.run.records import MemoryInfo
 
-__all__ = ["ReadSpeed", "StepReads", "cache_bytes", "memory_info", "read_speed", "share_of_bandwidth", "step_reads"]
-
 READS = 20  # of the buffer; the fastest counts, since whatever else runs can only slow one down
 TIMES_CACHE = 4  # the buffer beside the caches: what the end of one read leaves there, the next one does not find
 MAX_SHARE_OF_FREE = 0.5  # of the free memory, that a buffer may take up

@@ -7,27 +7,12 @@ from __future__ import annotations
 
 import itertools
 import string
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from dynatree_core.errors import InputError, nearest_match
-
-__all__ = [
-    "COMPILED",
-    "EXPERIMENTS",
-    "HF",
-    "REFERENCE",
-    "REFERENCE_AXES",
-    "RIVALS",
-    "Cell",
-    "Experiment",
-    "Form",
-    "Method",
-    "cells",
-    "chosen_methods",
-]
 
 
 @attrs.frozen
@@ -43,6 +28,8 @@ class Method:
     policy: str | None = None
     options: Mapping[str, Any] = attrs.field(factory=dict)  # of `generate`: ours, or for the kind "hf" transformers'
     reference: str = "autoregressive"  # the method that its tokens are compared with
+    drafter: str | None = None  # by name, where several are asked for; None: the pair's
+    is_bitwise: bool = False  # cached keys and values are compared too
 
     @property
     def is_drafting(self) -> bool:
@@ -84,6 +71,14 @@ class Form:
 
 
 @attrs.frozen
+class Claim:
+    """What a run is to show: stacks with one of these policies reach a speedup on every category of prompts."""
+
+    policies: frozenset[str]
+    least: float
+
+
+@attrs.frozen
 class Experiment:
     """A question, and how it is measured."""
 
@@ -92,6 +87,9 @@ class Experiment:
     methods: tuple[Method, ...]
     quick: Form
     full: Form
+    drafters: tuple[str, ...] = ()  # unless others are asked for; none: the target's usual one
+    dtype: str = "auto"
+    claim: Claim | None = None
 
 
 REFERENCE_AXES = ("dataset", "prompt_tokens", "max_new_tokens")  # what a greedy text depends on, beside its prompt
@@ -104,6 +102,12 @@ EAGER = Method("autoregressive eager", policy="autoregressive", options={"runner
 # with sinks the text is another one once it is longer than sinks and window
 SINKS = tuple(
     Method(f"{policy} sinks", policy=policy, options={"cache": "sinks=4,window=1024"}, reference="autoregressive sinks")
+    for policy in ("autoregressive", "phase3")
+)
+
+FIXED_WIDTH = tuple(
+    Method(f"{policy}{name}", policy=policy, options=options, reference=f"autoregressive{name}", is_bitwise=True)
+    for name, options in (("", {}), (" fixed width", {"exact": "fixed_width"}))
     for policy in ("autoregressive", "phase3")
 )
 
@@ -133,6 +137,7 @@ HF = (
     ),
     Method("hf prompt lookup", "hf", options={"prompt_lookup_num_tokens": 10}),
 )
+USELESS = ("noise", "random")  # names of drafters that are never right, see dynatree_bench.run.useless
 RIVALS = tuple(Method(name, "rival") for name in ("flashspec", "economize", "dejavuu"))
 
 _THRESHOLDS = tuple(
@@ -220,6 +225,36 @@ EXPERIMENTS: dict[str, Experiment] = {
             quick=Form(("built-in:prose", "built-in:code", "built-in:copying"), 1, (24,)),
             full=Form(("wikitext-2", "pg19"), 20, (500,)),
         ),
+        Experiment(
+            "smoke",
+            "What are trees worth that are drafted without a model, and where does an iteration's time go?",
+            (REFERENCE, FIXED, PHASES[-1]),
+            quick=Form(("built-in",), 3, (24,)),
+            full=Form(("built-in",), None, (64,)),
+            drafters=("prompt_lookup",),
+        ),
+        Experiment(
+            "never-slower",
+            "Is a policy ever slower than no drafting, with a useless drafter for instance?",
+            (
+                REFERENCE,
+                PHASES[-1],
+                *(Method(name, policy=name) for name in ("phase3+governor", "cost_aware", "cost_aware+governor")),
+            ),
+            quick=Form(("built-in",), 3, (32,)),
+            full=Form(("built-in",), None, (128,)),
+            drafters=("prompt_lookup", "random", "noise"),
+            claim=Claim(frozenset({"governor", "cost_aware"}), 0.97),
+        ),
+        Experiment(
+            "fixed-width",
+            'Does exact="fixed_width" make coarse arithmetic equal to autoregressive decoding, and what does it cost?',
+            FIXED_WIDTH,
+            quick=Form(("built-in",), 3, (16,)),
+            full=Form(("built-in",), None, (32,)),
+            drafters=("prompt_lookup",),
+            dtype="bfloat16",
+        ),
     )
 }
 
@@ -231,6 +266,7 @@ def chosen_methods(
     only: Iterable[str] = (),
     with_compile: bool = False,
     with_rivals: bool = False,
+    drafters: Sequence[str] = (),
 ) -> tuple[Method, ...]:
     """The methods of an experiment that are to run.
 
@@ -241,6 +277,7 @@ def chosen_methods(
             autoregressive decoding always runs, and so does what a method's tokens are compared with.
         with_compile: whether to run the compiled static cache too.
         with_rivals: whether to run the rivals too.
+        drafters: of several, each drafts for every method that drafts, `only` among these too.
 
     Raises:
         InputError: a name in `only` that there is not.
@@ -258,9 +295,20 @@ def chosen_methods(
                     f"{', '.join(names)}"
                 )
         references = {method.reference for method in methods if method.name in chosen}
-        return tuple(method for method in methods if method.name in {REFERENCE.name, *chosen, *references})
+        kept = [method for method in methods if method.name in {REFERENCE.name, *chosen, *references}]
+        return tuple(_with_each(kept, drafters))
     compiled = [method for method in HF if method.name == COMPILED]
-    return (*methods, *(compiled if with_compile else ()), *(RIVALS if with_rivals else ()))
+    methods = [*methods, *(compiled if with_compile else ()), *(RIVALS if with_rivals else ())]
+    return tuple(_with_each(methods, drafters))
+
+
+def _with_each(methods: Iterable[Method], drafters: Sequence[str]) -> Iterator[Method]:
+    """A method that drafts once with each of several drafters, which its name then tells."""
+    for method in methods:
+        if len(drafters) > 1 and (method.is_drafting or "assistant" in method.options):
+            yield from (attrs.evolve(method, name=f"{method.name} with {name}", drafter=name) for name in drafters)
+        else:
+            yield method
 
 
 def cells(methods: Iterable[Method], form: Form, base: Mapping[str, Any]) -> Iterator[Cell]:

@@ -8,9 +8,7 @@ import functools
 import gzip
 import hashlib
 import platform
-import shlex
 import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Mapping
@@ -25,21 +23,6 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from dynatree_core.errors import InputError
 from dynatree_core.files.outputs import check_out
-
-__all__ = [
-    "BUSY_PERCENT",
-    "LoadMeter",
-    "busy_percent",
-    "check_writable",
-    "device_name",
-    "idle_or_busy",
-    "library_versions",
-    "now",
-    "provenance",
-    "runtime",
-    "source_commit",
-    "weights_sha256",
-]
 
 BUSY_PERCENT = 10  # of one core, used by others: above it, speeds are not to be believed
 MIN_SECONDS = 0.1  # the system counts processor time in hundredths of a second
@@ -149,14 +132,14 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def provenance(module: str, device: torch.device) -> dict[str, Any]:
-    """Where the numbers of `python -m module` come from, as the results of a small benchmark begin."""
+def provenance(command: str, device: torch.device | None = None) -> dict[str, Any]:
+    """Where numbers come from: the command and what it ran on; None: the CPU."""
     return {
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": command,
         "commit": source_commit(),
         "date": datetime.date.today().isoformat(),
         "versions": {"dynatree": version("dynatree"), **library_versions()},
-        "device": device_name(device),
+        "device": device_name(device or torch.device("cpu")),
         "threads": torch.get_num_threads(),
     }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,8 +21,6 @@ import attrs
 import psutil
 import torch
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dynatree_bench.data.turns import played
 from dynatree_bench.data.workloads import (
@@ -58,6 +55,7 @@ from dynatree_bench.run.machine import (
 )
 from dynatree_bench.run.methods import Output, decode, replay
 from dynatree_bench.run.pairs import MethodError, Pair, drafter_info, model_info
+from dynatree_bench.run.progress import bar
 from dynatree_bench.run.records import (
     INFO_FILE,
     LOCK_FILE,
@@ -83,8 +81,6 @@ from dynatree_core.files.outputs import check_out
 from dynatree_core.models.architectures import vocab_size
 from dynatree_core.runners.runner import runner_for
 
-__all__ = ["Options", "check_results", "checked_methods", "run_experiment"]
-
 WARM_UP_TOKENS = 8
 QUICK_SECONDS = 90.0  # the time limit of the quick form, for what comes after a first prompt of each kind
 IDLE_CHECK_SECONDS = 2.0
@@ -106,6 +102,8 @@ class Options:
     picks: Picks = attrs.field(factory=Picks)  # which prompts, and how files of them are read
     max_new_tokens: Sequence[int] | None = None
     prompt_tokens: Sequence[int] | None = None  # lengths to which prompts are cut
+    drafters: Sequence[str] = ()  # names; of several, every method is measured with each
+    models: Mapping[str, Any] = attrs.field(factory=dict)  # what was done to them, for the settings
     policies: Sequence[str] = ()  # in place of the experiment's own
     only: Sequence[str] = ()  # names of methods to which to keep
     with_compile: bool = False
@@ -161,6 +159,7 @@ def run_experiment(
     command: str | None = None,
     idle_check_seconds: float = IDLE_CHECK_SECONDS,
     with_bandwidth: bool = True,
+    meter: Callable[[], LoadMeter] = LoadMeter,
     say: Callable[[str], None] | None = None,
 ) -> Results:
     """Run one of EXPERIMENTS, or go on with a run that was cut off.
@@ -174,6 +173,7 @@ def run_experiment(
         command: how this was started, for the provenance; None: this call.
         idle_check_seconds: how long to look whether the machine is idle before it begins; 0: do not look.
         with_bandwidth: whether to measure how fast the device's memory is read before it begins.
+        meter: made before each output, tells how much others used the processor meanwhile.
         say: called with a sentence for what somebody should know; None: silent.
 
     Returns:
@@ -199,7 +199,7 @@ def run_experiment(
         reference_names = {method.name: method.reference for method in methods}
         run = _Run(
             name, pair, options, out, {record.key for record in records}, reference_names,
-            _references(records, reference_names),
+            _references(records, reference_names), meter,
         )  # fmt: skip
         if run.missing(tasks):
             for note in notes:
@@ -235,7 +235,7 @@ def checked_methods(name: str, options: Options) -> tuple[Method, ...]:
     experiment = EXPERIMENTS[name]
     methods = chosen_methods(
         experiment, policies=options.policies, only=options.only, with_compile=options.with_compile,
-        with_rivals=options.with_rivals,
+        with_rivals=options.with_rivals, drafters=options.drafters,
     )  # fmt: skip
     for cell in cells(methods, experiment.quick if options.quick else experiment.full, {}):
         if cell.method.kind == "dynatree":
@@ -369,9 +369,8 @@ def _method_info(method: Method, pair: Pair, own_cells: Iterable[Cell]) -> Metho
         stacks = (cell.policy for cell in own_cells if cell.method == method)
         policy = method.policy if method.axes else str(build_stack(next(stacks)))
     is_drafting = method.is_drafting or "assistant" in method.options
-    return MethodInfo(
-        method.name, method.kind, policy, str(pair.drafter) if is_drafting else None, dict(method.options)
-    )
+    drafter = pair.drafting_with(method.drafter).drafter
+    return MethodInfo(method.name, method.kind, policy, str(drafter) if is_drafting else None, dict(method.options))
 
 
 def _run_info(
@@ -417,6 +416,7 @@ def _run_info(
             "repeats": options.repeats,
             "chat": options.is_chat,
             **options.picks.settings(),
+            **options.models,
             "replay": options.with_replay,
             "cores": psutil.cpu_count() or 1,
             "runner": runner_for(model, "auto"),
@@ -498,12 +498,12 @@ def _idle_note(seconds: float) -> str | None:
 
 def _references(
     records: Iterable[OutputRecord], reference_names: Mapping[str, str]
-) -> dict[tuple[Any, ...], tuple[int, ...]]:
-    """The tokens that others are compared with, by what they depend on; the first ones, where there are repeats."""
+) -> dict[tuple[Any, ...], OutputRecord]:
+    """The outputs that others are compared with, by what they depend on; the first ones, where there are repeats."""
     names, found = set(reference_names.values()), {}
     for record in records:
         if record.method in names and record.error is None:
-            found.setdefault(_reference_key(record.method, record), record.token_ids)
+            found.setdefault(_reference_key(record.method, record), record)
     return found
 
 
@@ -521,8 +521,9 @@ class _Run:
     out: Path
     done: set[tuple[str, str, str, int]]  # keys of the records that there are
     reference_names: Mapping[str, str]  # method -> the one that it is compared with
-    references: dict[tuple[Any, ...], tuple[int, ...]]
-    replays: dict[tuple[str, tuple[int, ...]], Replay] = attrs.field(factory=dict, init=False)  # of the present prompt
+    references: dict[tuple[Any, ...], OutputRecord]
+    meter: Callable[[], LoadMeter]
+    replays: dict[tuple[Any, ...], Replay] = attrs.field(factory=dict, init=False)  # of the present prompt
 
     @property
     def eos(self) -> list[int]:
@@ -552,15 +553,14 @@ class _Run:
         limit, kinds = self.options.time_limit, {task.kind for task in todo}
         if limit is None and self.options.quick:
             limit, kinds = QUICK_SECONDS, {task.kind for task in tasks if task not in todo}
-        with _progress() as progress:
-            bar = progress.add_task(self.experiment, total=sum(len(task.cells) for task in todo))
+        with bar(self.experiment, sum(len(task.cells) for task in todo)) as advance:
             slowest = 0.0
             for task in todo:
                 start = time.perf_counter()
                 if limit is not None and task.kind in kinds and start - begin + slowest > limit:
                     continue
                 kinds.add(task.kind)
-                self._measure_prompt(task, lambda: progress.advance(bar))
+                self._measure_prompt(task, advance)
                 slowest = max(slowest, time.perf_counter() - start)
 
     def _measure_prompt(self, task: Task, advance: Callable[[], None]) -> None:
@@ -579,16 +579,17 @@ class _Run:
         device = self.pair.target.model.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        meter = LoadMeter()
+        meter = self.meter()
         output, error = _attempt(self.pair, cell, task.prompt, self.eos)
         load = meter.share()
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" and error is None else None
         record = self._record(cell, task, order, output, error, load, peak)
         self.references = _references([record], self.reference_names) | self.references
         if self.options.with_replay and cell.method.is_drafting and error is None:
-            known = (task.prompt.prompt_id, record.token_ids)
+            pair = self.pair.drafting_with(cell.method.drafter)
+            known = (cell.method.drafter, task.prompt.prompt_id, record.token_ids)
             if known not in self.replays:
-                self.replays[known] = replay(self.pair, task.prompt.token_ids, record.token_ids)
+                self.replays[known] = replay(pair, task.prompt.token_ids, record.token_ids)
             record = attrs.evolve(record, replay=self.replays[known])
         return record
 
@@ -598,16 +599,19 @@ class _Run:
         if reference is None and not is_last:
             return False
         if reference is not None and record.error is None:
-            record = attrs.evolve(record, is_identical=record.token_ids == reference)
+            is_identical = record.token_ids == reference.token_ids
+            digests = record.cache_sha256, reference.cache_sha256
+            is_bitwise = None if None in digests else is_identical and digests[0] == digests[1]
+            record = attrs.evolve(record, is_identical=is_identical, is_bitwise=is_bitwise)
         append_record(self.out, record)
         self.done.add(record.key)
         return True
 
     def _record(
-        self, cell: Cell, task: Task, order: int, output: Output | None, error: str | None,
+        self, cell: Cell, task: Task, order: int, output: Output, error: str | None,
         load: float | None, peak: int | None,
     ) -> OutputRecord:  # fmt: skip
-        report = output.report if output is not None else None
+        report = output.report
 
         def of_report(name: str) -> float | None:  # not below 0, where two clocks round
             return max(float(getattr(report, name)), 0.0) if report is not None else None
@@ -621,11 +625,11 @@ class _Run:
             repeat=task.repeat,
             order=order,
             num_prompt_tokens=len(task.prompt.token_ids),
-            token_ids=output.token_ids if output is not None else (),
-            stop_reason=output.stop_reason if output is not None else "error",
-            prefill_seconds=output.prefill_seconds if output is not None else 0.0,
-            decode_seconds=output.decode_seconds if output is not None else 0.0,
-            total_seconds=output.total_seconds if output is not None else 0.0,
+            token_ids=output.token_ids,
+            stop_reason=output.stop_reason,
+            prefill_seconds=output.prefill_seconds,
+            decode_seconds=output.decode_seconds,
+            total_seconds=output.total_seconds,
             draft_seconds=of_report("draft_seconds"),
             verify_seconds=of_report("verify_seconds"),
             rest_seconds=of_report("rest_seconds"),
@@ -634,41 +638,31 @@ class _Run:
             is_identical=None,
             error=error,
             load=load,
-            steps=output.steps if output is not None else None,
-            trials=output.trials if output is not None else None,
+            steps=output.steps,
+            trials=output.trials,
             replay=None,
+            cache_sha256=output.cache_sha256,
         )
 
 
-def _attempt(pair: Pair, cell: Cell, prompt: EncodedPrompt, eos: Sequence[int]) -> tuple[Output | None, str | None]:
-    """An output, or why there is none in one line. Others' code may raise anything; of ours, what is foreseen."""
+FAILED = Output((), "error", 0.0, 0.0, 0.0)
+
+
+def _attempt(pair: Pair, cell: Cell, prompt: EncodedPrompt, eos: Sequence[int]) -> tuple[Output, str | None]:
+    """An output, or FAILED and why in one line. Others' code may raise anything; of ours, what is foreseen."""
     try:
         return decode(pair, cell, prompt.token_ids, eos), None
     except DynaTreeError as error:
-        return None, _one_line(error)
+        return FAILED, _one_line(error)
     except Exception as error:
         if cell.method.kind == "dynatree":
             raise
-        return None, _one_line(error)
+        return FAILED, _one_line(error)
 
 
 def _one_line(error: Exception) -> str:
     message = " ".join(str(error).split())[:300]
     return message if isinstance(error, DynaTreeError | MethodError) else f"{type(error).__name__}: {message}"
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
 
 
 def _date() -> str:

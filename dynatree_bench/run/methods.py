@@ -5,6 +5,7 @@ Everybody decodes greedily, with the same end tokens and nothing else of the mod
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,8 +28,6 @@ from dynatree_core.drafters.union import possible_proposals
 from dynatree_core.models.architectures import vocab_size
 from dynatree_core.tree.frontier import Proposals
 
-__all__ = ["Chunks", "Output", "decode", "replay"]
-
 MAX_BRANCH = 16  # proposals that a replay looks at, the default of a session
 DIGITS = 6  # of a probability in the results
 
@@ -45,6 +44,7 @@ class Output:
     report: GenerationReport | None = None  # of our own runtime
     steps: Steps | None = None
     trials: Trials | None = None
+    cache_sha256: str | None = None
 
 
 def decode(pair: Pair, cell: Cell, prompt_ids: Sequence[int], eos: Sequence[int]) -> Output:
@@ -60,7 +60,7 @@ def decode(pair: Pair, cell: Cell, prompt_ids: Sequence[int], eos: Sequence[int]
         MethodError: the method cannot run on this pair.
         Exception: whatever a method raises, most of which is others' code.
     """
-    return _DECODERS[cell.method.kind](pair, cell, prompt_ids, eos)
+    return _DECODERS[cell.method.kind](pair.drafting_with(cell.method.drafter), cell, prompt_ids, eos)
 
 
 def _by_dynatree(pair: Pair, cell: Cell, prompt_ids: Sequence[int], eos: Sequence[int]) -> Output:
@@ -90,7 +90,18 @@ def _by_dynatree(pair: Pair, cell: Cell, prompt_ids: Sequence[int], eos: Sequenc
         report=result.report,
         steps=Steps(*columns) if result.report.steps else None,
         trials=_trials(reports) if is_drafting else None,
+        cache_sha256=_cache_sha256(session.cache, len(prompt_ids) + len(result.token_ids) - 1)
+        if cell.method.is_bitwise
+        else None,
     )
+
+
+def _cache_sha256(cache: Any, num_rows: int) -> str:
+    """Of the keys and values of a text's rows, in the order of the layers."""
+    digest = hashlib.sha256()
+    for buffer in (*cache.keys, *cache.values):  # each [1, heads, slots, dim]
+        digest.update(buffer[:, :, :num_rows].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _trials(reports: Sequence[StepReport]) -> Trials:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import attrs
@@ -11,8 +11,11 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from dynatree_bench.data.synthetic import MarkovSource, synthetic_pair
+from dynatree_bench.run.experiments import USELESS
 from dynatree_bench.run.machine import weights_sha256
+from dynatree_bench.run.quantised import quantise
 from dynatree_bench.run.records import ModelInfo
+from dynatree_bench.run.useless import useless_drafter
 from dynatree_core import Drafter, LoadedModel, load_model
 from dynatree_core.cli.model_options import check_drafter_model, registered_drafter, usual_drafter
 from dynatree_core.drafters.distilled import DistilledDrafter, fast_dtype
@@ -20,8 +23,6 @@ from dynatree_core.drafters.model import ModelDrafter, restricted_ids
 from dynatree_core.errors import InputError, VocabularyMismatchError
 from dynatree_core.models.load import check_model_name, resolve_device, vocabularies_match
 from dynatree_core.models.student import HEAD_IDS
-
-__all__ = ["MethodError", "Pair", "drafter_info", "load_pair", "load_synthetic", "model_info"]
 
 
 class MethodError(Exception):
@@ -35,6 +36,11 @@ class Pair:
     target: LoadedModel
     drafter: Drafter
     source: MarkovSource | None = None  # of the text of a synthetic pair, see dynatree_bench.data.synthetic
+    drafters: Mapping[str, Drafter] = attrs.field(factory=dict)  # by name, where several were asked for
+
+    def drafting_with(self, name: str | None) -> Pair:
+        """The pair with one of its drafters; None: as it is."""
+        return self if name is None else attrs.evolve(self, drafter=self.drafters[name])
 
     @property
     def drafter_model(self) -> PreTrainedModel | None:
@@ -51,41 +57,85 @@ class Pair:
         return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
+@attrs.frozen
+class Models:
+    """The models that a benchmark is asked for; None: what is usual."""
+
+    target: str | None = None  # a folder or a hub id
+    drafters: tuple[str, ...] = ()  # registered ones, a model's folder or hub id, or one of USELESS
+    synthetic: str | None = None  # a pair of this shape instead, see `load_synthetic`
+    device: str | None = None
+    dtype: str = "auto"
+    layers: int | None = None  # the target's first ones; None: all
+    quantise: str | None = None  # the target, by one of QUANTISERS
+
+    def load(self, *, seed: int = 0, progress: Callable[[str], None] | None = None) -> Pair:
+        """Load them.
+
+        Raises:
+            DynaTreeError: whatever cannot be loaded, or two models that do not share their tokens.
+        """
+        if self.synthetic is not None:
+            pair = load_synthetic(self.synthetic, device=self.device, dtype=self.dtype, seed=seed)
+        else:
+            where = {"device": self.device, "dtype": self.dtype}
+            pair = load_pair(self.target, *self.drafters, **where, progress=progress)
+        if self.layers is not None:
+            base = pair.target.model.base_model
+            base.layers = base.layers[: self.layers]
+        if self.quantise is not None:
+            quantise(pair.target.model, self.quantise)
+        return pair
+
+    def settings(self) -> dict[str, Any]:
+        """What of it a run's provenance does not tell elsewhere."""
+        found = {"layers": self.layers, "quantise": self.quantise}
+        return {name: value for name, value in found.items() if value is not None}
+
+
 def load_pair(
     target: str | None = None,
-    drafter: str | None = None,
-    *,
+    *drafters: str,
     device: str | None = None,
     dtype: str = "auto",
     progress: Callable[[str], None] | None = None,
 ) -> Pair:
-    """Load a target and a drafter.
+    """Load a target and its drafters.
 
     Args:
         target: a folder or a hub id; None: the embedded default model.
-        drafter: a registered drafter such as "prompt_lookup" or "distilled+prompt_lookup", or a model's folder or
-            hub id; None: the one with which `dynatree generate` drafts for this target.
+        drafters: a registered drafter such as "prompt_lookup" or "distilled+prompt_lookup", one of USELESS, or a
+            model's folder or hub id; none: the one with which `dynatree generate` drafts for this target.
         device, dtype, progress: as in `dynatree_core.load_model`.
 
     Raises:
         DynaTreeError: whatever cannot be loaded, or two models that do not share their tokens.
     """
-    drafter = usual_drafter(target) if drafter is None else drafter
-    source = registered_drafter(drafter)
+    drafters = drafters or (usual_drafter(target),)
     check_model_name(target)
-    if source is None:
-        check_drafter_model(drafter)  # before the target is loaded
+    registered = {name: registered_drafter(name) for name in drafters if name not in USELESS}
+    for name, found in registered.items():
+        if found is None:
+            check_drafter_model(name)  # before the target is loaded
     loaded = load_model(target, device=device, dtype=dtype, progress=progress)
-    if source is not None:
-        return Pair(loaded, source)
-    precision = str(loaded.model.dtype).removeprefix("torch.")
-    small = load_model(drafter, device=str(loaded.model.device), dtype=precision, progress=progress)
-    if vocabularies_match(loaded.tokenizer, small.tokenizer) is False:
+    made = {}
+    for name in drafters:
+        if name in USELESS:
+            made[name] = useless_drafter(name, loaded)
+        else:
+            made[name] = registered[name] or _drafter_model(name, loaded, progress)
+    return Pair(loaded, made[drafters[0]], drafters=made)
+
+
+def _drafter_model(name: str, target: LoadedModel, progress: Callable[[str], None] | None) -> Drafter:
+    precision = str(target.model.dtype).removeprefix("torch.")
+    small = load_model(name, device=str(target.model.device), dtype=precision, progress=progress)
+    if vocabularies_match(target.tokenizer, small.tokenizer) is False:
         raise VocabularyMismatchError(
-            f"target and drafter must give every token the same id, but the tokenizers of '{loaded.name}' and "
+            f"target and drafter must give every token the same id, but the tokenizers of '{target.name}' and "
             f"'{small.name}' do not; choose a drafter of the target's family, or prompt_lookup"
         )
-    return Pair(loaded, ModelDrafter(small.model))
+    return ModelDrafter(small.model)
 
 
 def load_synthetic(spec: str, *, device: str | None = None, dtype: str = "auto", seed: int = 0) -> Pair:

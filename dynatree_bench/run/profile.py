@@ -20,8 +20,6 @@ from dynatree_core.drafters.base import Drafter
 from dynatree_core.errors import InputError
 from dynatree_core.files.writing import whole_file
 
-__all__ = ["Operator", "Profile", "profile", "shown"]
-
 PROGRAM = "dynatree profile"
 WARM_UP = 4  # iterations before anything is measured
 NUM_OPERATORS = 15  # that are shown

@@ -11,8 +11,6 @@ from torch import nn
 
 from dynatree_core import InputError
 
-__all__ = ["QUANTISERS", "quantise"]
-
 
 @attrs.frozen
 class Quantiser:

@@ -21,30 +21,6 @@ from dynatree_bench.run.machine import BUSY_PERCENT
 from dynatree_core.errors import InputError
 from dynatree_core.files.writing import write_text
 
-__all__ = [
-    "SCHEMA",
-    "MemoryInfo",
-    "MethodInfo",
-    "ModelInfo",
-    "OutputRecord",
-    "Replay",
-    "Results",
-    "ResultsError",
-    "RunInfo",
-    "Steps",
-    "Trials",
-    "append_record",
-    "drop_torn_line",
-    "is_busy",
-    "is_run",
-    "read_info",
-    "read_records",
-    "read_results",
-    "record_key",
-    "run_warnings",
-    "write_info",
-]
-
 SCHEMA = 1
 INFO_FILE = "run.json"
 LOCK_FILE = ".lock"
@@ -230,6 +206,8 @@ class OutputRecord:
     steps: Steps | None
     trials: Trials | None
     replay: Replay | None
+    cache_sha256: str | None = None  # of its keys and values, where they are compared
+    is_bitwise: bool | None = None  # whether they are the reference's, bit by bit
 
     def __attrs_post_init__(self) -> None:
         counts = ("repeat", "order", "num_prompt_tokens", "token_ids", "peak_memory_bytes", "load")

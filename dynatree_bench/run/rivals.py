@@ -19,8 +19,6 @@ import torch
 from dynatree_bench.run.pairs import MethodError, Pair
 from dynatree_core.advice import pip_install
 
-__all__ = ["Engine", "engine"]
-
 Engine = Callable[[Sequence[int], int, Sequence[int]], list[int]]  # prompt ids, new tokens at most, end tokens
 
 NUM_DRAFTED = 4  # tokens a step, the default of flashspec and (a cycle of 5) near that of economize

@@ -10,8 +10,6 @@ from dynatree_bench.run.pairs import Pair
 from dynatree_core.cache.sink_cache import SinkCache, SinkWindow
 from dynatree_core.errors import InputError, ParameterError, UnsupportedModelError
 
-__all__ = ["reason_against", "runnable"]
-
 
 def runnable(methods: Iterable[Method], pair: Pair, *, only: Iterable[str] = ()) -> tuple[list[Method], list[str]]:
     """The methods that can run, and a note for each reason why others cannot.
@@ -30,7 +28,7 @@ def runnable(methods: Iterable[Method], pair: Pair, *, only: Iterable[str] = ())
         reason = reason_against(method, pair)
         if reason is None:
             found.append(method)
-        elif method.name in asked:
+        elif method.name.removesuffix(f" with {method.drafter}") in asked:
             raise InputError(f"'{method.name}' cannot run here: {reason}")
         else:
             left_out.setdefault(reason, []).append(method.name)
@@ -39,6 +37,7 @@ def runnable(methods: Iterable[Method], pair: Pair, *, only: Iterable[str] = ())
 
 def reason_against(method: Method, pair: Pair) -> str | None:
     """Why a method cannot run on a pair, as far as that is known beforehand; None if nothing is."""
+    pair = pair.drafting_with(method.drafter)
     if "assistant" in method.options and pair.drafter_model is None:
         return f"the drafter must be a plain transformers model (--drafter ID|PATH), got {pair.drafter}"
     if method.kind == "rival" and find_spec(method.name) is None:

@@ -10,68 +10,41 @@ of the target costs what the cost model says of its rows, one of a model that dr
 many nodes, and nothing else costs anything. What the host does besides is left out, so the ratios are upper bounds: on
 a CPU a level takes up to a millisecond. The prices are those in the cache folder, or measured now.
 
-Output: a table of policies; by category the speed against autoregressive decoding. With --grid also two rows of fixed
-trees: what a search would find (for each text the tree that is the best of the category's other texts), and the best of
-each category, chosen afterwards, which no search can know. Then each policy's speed relative to what was searched for,
-with the 95 % interval of resampled texts. A search takes two texts of each category at least. Exit code 0.
-
-Command: python -m dynatree_bench.studies.rehearse [--drafter NAME] [--policy STACK]... [--grid] [--prompts FILE.jsonl]
-    [--per-kind N] [--max-new-tokens N] [--target ID|PATH] [--dtype DTYPE] [--output FILE.json]
+Output: a table of policies; by category the speed against autoregressive decoding. A policy with the axes {depth},
+{branch} and {tau} in its braces, such as "fixed(depth={depth},branch={branch},tau={tau})", is a grid of 54. Two more
+rows come of it: what a search would find (for each text the one that is the best of the category's other texts), and
+the best of each category, chosen afterwards, which no search can know. Then each policy's speed relative to what was
+searched for, with the 95 % interval of resampled texts. A search takes two texts of each category at least.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import sys
+import string
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
-import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dynatree_bench.data.prompts import chat_ids, load_prompts, parsed_arguments
 from dynatree_bench.report.statistics import PooledRatio, ratio_of_sums
-from dynatree_bench.run.machine import check_writable, provenance
-from dynatree_bench.studies.never_slower import make_drafter
-from dynatree_core import CostModel, Drafter, DraftPlan, DraftState, Session, generate, load_model, run
-from dynatree_core.cli.exits import end_process
+from dynatree_bench.report.tables import Table, shown, simple
+from dynatree_bench.run.known import Text, known_session
+from dynatree_bench.run.pairs import Pair
+from dynatree_bench.run.progress import bar
+from dynatree_bench.studies.study import Asked, Study
+from dynatree_core import CostModel, Drafter, DraftState, generate, run
 from dynatree_core.clock import StageClock
 from dynatree_core.costs import measured_costs
-from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
-from dynatree_core.drafters.union import UnionDrafter, UnionState
-from dynatree_core.files.writing import write_text
-from dynatree_core.models.architectures import vocab_size
+from dynatree_core.drafters.model import ModelDraftState
+from dynatree_core.drafters.union import UnionState
 from dynatree_core.runners.runner import ModelRunner
 from dynatree_core.tree.flatten import FlatTrees
 
 POLICIES = ("phase1", "phase3", "cost_aware")
-GRID = tuple(
-    f"fixed(depth={depth},branch={branch},tau={tau})"
-    for depth, branch, tau in itertools.product((2, 3, 4, 5, 6, 8), (1, 2, 3), (0.02, 0.05, 0.1))
-)
+GRID = {"depth": (2, 3, 4, 5, 6, 8), "branch": (1, 2, 3), "tau": (0.02, 0.05, 0.1)}
 SEARCHED, BEST = "fixed tree, searched", "best fixed tree"
-
-
-@attrs.frozen
-class Text:
-    """A prompt and what the target makes of it."""
-
-    kind: str
-    prompt_ids: tuple[int, ...]
-    new_ids: tuple[int, ...]
-    max_new_tokens: int  # as many as there are, or more where an end token came before
-    end_ids: tuple[int, ...] = ()  # that end the text
 
 
 @attrs.frozen
@@ -85,43 +58,6 @@ class Rehearsal:
     num_passes: int  # of a model that drafts
     seconds: float  # at the prices of the cost model
     plain_seconds: float  # without drafting
-
-
-class KnownTarget(LlamaForCausalLM):
-    """Stands in for a target whose output is known: at each position of the text it says the token that came next.
-
-    That is right for rows on the text's path. Any other has an ancestor that is rejected, so its own do not matter.
-    """
-
-    def __init__(self, token_ids: Sequence[int], vocab: int, room: int) -> None:
-        tiny = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
-        super().__init__(LlamaConfig(vocab_size=vocab, max_position_embeddings=len(token_ids) + room, **tiny))
-        self.next_ids = torch.tensor([*token_ids[1:], *[0] * (room + 1)])
-        self.eval()
-
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, cache: Any, logits_to_keep: int = 0, **_: Any
-    ) -> CausalLMOutputWithPast:
-        rows = input_ids.shape[1]
-        cache.update(torch.zeros(1, 1, rows, 1), torch.zeros(1, 1, rows, 1), 0)
-        said = self.next_ids[position_ids[0, -logits_to_keep:]]
-        return CausalLMOutputWithPast(
-            logits=torch.zeros(1, said.numel(), self.config.vocab_size).scatter_(2, said[None, :, None], 1.0)
-        )
-
-
-@attrs.frozen
-class OfTarget(Drafter):
-    """A drafter that is told of the real target while a stand-in verifies."""
-
-    drafter: Drafter
-    target: nn.Module
-
-    def __str__(self) -> str:
-        return str(self.drafter)
-
-    def start(self, plan: DraftPlan) -> DraftState:
-        return self.drafter.start(attrs.evolve(plan, target=self.target))
 
 
 @attrs.define
@@ -145,35 +81,6 @@ class Prices:
             return forward(flat, *arguments, stage=stage, **options)
 
         runner.forward = priced  # type: ignore[method-assign]
-
-
-def told_of(drafter: Drafter, target: nn.Module) -> Drafter:
-    """The drafter, each part of which sees the real target."""
-    if isinstance(drafter, UnionDrafter):
-        return UnionDrafter([told_of(part, target) for part in drafter.drafters])
-    return OfTarget(drafter, target)
-
-
-def known_session(target: nn.Module, drafter: Drafter, text: Text, policy: str) -> Session:
-    """A session whose target says what is known.
-
-    Args:
-        target: the model that has made the text.
-        drafter: as of any session.
-        text: the text.
-        policy: as of any session.
-    """
-    room = text.max_new_tokens - len(text.new_ids)
-    stand_in = KnownTarget([*text.prompt_ids, *text.new_ids], vocab_size(target), room)
-    return Session(
-        stand_in,
-        told_of(drafter, target),
-        list(text.prompt_ids),
-        policy=policy,
-        max_new_tokens=text.max_new_tokens,
-        eos_token_id=list(text.end_ids),
-        trust_model=True,  # it says what comes next in one text, whatever stands in other rows
-    )
 
 
 def rehearse(target: nn.Module, drafter: Drafter, text: Text, policy: str, costs: CostModel) -> Rehearsal:
@@ -229,12 +136,6 @@ def ratios(found: Iterable[Rehearsal]) -> dict[str, float]:
     return {kind: ratio(of_kind) for kind, of_kind in by_kind(found).items()}
 
 
-def best_of(results: dict[str, list[Rehearsal]], policies: Sequence[str]) -> dict[str, str]:
-    """The policy that is the fastest of some, for each kind of text."""
-    found = {policy: ratios(results[policy]) for policy in policies}
-    return {kind: max(policies, key=lambda policy: found[policy][kind]) for kind in found[policies[0]]}
-
-
 def searched(results: dict[str, list[Rehearsal]], policies: Sequence[str]) -> list[Rehearsal]:
     """Each text by the policy that is the fastest over the other texts of its kind; texts without another are left out.
 
@@ -264,142 +165,122 @@ def relatives(results: dict[str, list[Rehearsal]], others: Sequence[Rehearsal]) 
     }
 
 
-def main() -> int:
-    arguments = _parse_arguments()
-    if arguments.output is not None:
-        check_writable(arguments.output, "python -m dynatree_bench.studies.rehearse")
-    console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
-    loaded = load_model(arguments.target, device="cpu", dtype=arguments.dtype)
-    target, made = loaded.model, make_drafter(arguments.drafter, loaded)
-    drafter = made if isinstance(made, Drafter) else ModelDrafter(made)
-    kinds = load_prompts(arguments.prompts, arguments.per_kind)
-    prompts = [(kind, prompt) for kind, of_kind in kinds.items() for prompt in of_kind]
-    grid = list(GRID) if arguments.grid else []
-    policies = list(dict.fromkeys([*(arguments.policy or POLICIES), *grid]))
-    costs = measured_costs(target, drafter)
-    results: dict[str, list[Rehearsal]] = {policy: [] for policy in policies}
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("decoding", total=len(prompts) * (1 + len(policies)))
-        for kind, prompt in prompts:
-            ids = chat_ids(loaded, prompt)
-            plain = generate(target, None, ids, policy="autoregressive", max_new_tokens=arguments.max_new_tokens)
-            progress.advance(task)
-            is_ended = plain.stop_reason == "eos"
-            text = Text(
-                kind,
-                tuple(ids),
-                tuple(plain.token_ids),
-                arguments.max_new_tokens if is_ended else len(plain.token_ids),
-                tuple(plain.token_ids[-1:]) if is_ended else (),
-            )
-            for policy in policies:
-                results[policy].append(rehearse(target, drafter, text, policy, costs))
-                progress.advance(task)
-    shown = [policy for policy in policies if policy not in grid or policy in (arguments.policy or ())]
-    by_search = searched(results, grid) if grid else []
-    console.print(_table(results, shown, grid, by_search))
-    beside: dict[str, dict[str, PooledRatio]] = {}
-    if len(by_search) == len(prompts):
-        beside = relatives({policy: results[policy] for policy in shown}, by_search)
-        console.print(_relatives_table(beside))
-    elif grid:
-        console.print(f"no '{SEARCHED}': it takes two prompts of each kind at least")
-    if arguments.output is not None:
-        found = document(results, costs, arguments) | {
-            "relative_to_searched": {
-                policy: {kind: attrs.asdict(one) for kind, one in of_kind.items()} for policy, of_kind in beside.items()
-            }
-        }
-        write_text(arguments.output, json.dumps(found, indent=1) + "\n")
-    return 0
-
-
-def document(results: dict[str, list[Rehearsal]], costs: CostModel, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was found, for a file."""
-    return {
-        **provenance("dynatree_bench.studies.rehearse", torch.device("cpu")),
-        "target": arguments.target or "the embedded default model",
-        "dtype": arguments.dtype,
-        "drafter": arguments.drafter,
-        "max_new_tokens": arguments.max_new_tokens,
+def measure(asked: Asked) -> dict[str, Any]:
+    """{"costs", "policies": policy -> numbers, "grid": policies of it, "searched", "relative_to_searched"}"""
+    pair = attrs.evolve(asked.models, device="cpu").load(seed=asked.seed)
+    templates = asked.policies or POLICIES
+    grid = [policy for template in templates if is_grid(template) for policy in filled_in(template)]
+    policies = list(dict.fromkeys([*(one for one in templates if not is_grid(one)), *grid]))
+    drafters = dict(pair.drafters) or {str(pair.drafter): pair.drafter}
+    texts = known_texts(asked, pair)
+    costs = {name: measured_costs(pair.target.model, drafter) for name, drafter in drafters.items()}
+    results: dict[str, list[Rehearsal]] = {}
+    with bar("rehearsing", len(texts) * len(policies) * len(drafters)) as advance:
+        for (name, drafter), policy, text in itertools.product(drafters.items(), policies, texts):
+            found = results.setdefault(policy if len(drafters) == 1 else f"{policy} with {name}", [])
+            found.append(rehearse(pair.target.model, drafter, text, policy, costs[name]))
+            advance()
+    in_grid = [name for name in results if name.partition(" with ")[0] in grid]
+    by_search = searched(results, in_grid) if in_grid else []
+    is_whole = bool(by_search) and len(by_search) == len(texts)
+    beside = (
+        relatives({name: found for name, found in results.items() if name not in in_grid}, by_search)
+        if is_whole
+        else {}
+    )
+    said = {
+        "target": pair.target.name,
+        "dtype": str(pair.target.model.dtype).removeprefix("torch."),
+        "drafter": "; ".join(drafters),
+        "max_new_tokens": asked.new_tokens(full=128, quick=16),
         "num_texts": {kind: len(found) for kind, found in by_kind(next(iter(results.values()))).items()},
-        "costs": attrs.asdict(costs),
-        "policies": {
-            policy: {
-                "ratio": ratio(found),
-                "by_kind": ratios(found),
-                "tokens_per_iteration": _mean(found, "num_tokens"),
-                "nodes_per_iteration": _mean(found, "num_nodes"),
-                "passes_per_iteration": _mean(found, "num_passes"),
-                "seconds": [one.seconds for one in found],
-            }
-            for policy, found in results.items()
+    }
+    return {
+        "provenance": said,
+        "costs": {name: attrs.asdict(one) for name, one in costs.items()},
+        "policies": {name: summary(found) for name, found in results.items()},
+        "grid": in_grid,
+        "searched": summary(by_search) if is_whole else None,
+        "relative_to_searched": {
+            name: {kind: attrs.asdict(one) for kind, one in of_kind.items()} for name, of_kind in beside.items()
         },
     }
 
 
-def _mean(found: Sequence[Rehearsal], name: str) -> float:
-    """Of something, for an iteration."""
-    return sum(getattr(one, name) for one in found) / sum(one.num_iterations for one in found)
+def is_grid(policy: str) -> bool:
+    """Whether a policy is a template over GRID."""
+    return any(field for _, field, _, _ in string.Formatter().parse(policy))
 
 
-def _table(
-    results: dict[str, list[Rehearsal]], shown: Sequence[str], grid: Sequence[str], by_search: Sequence[Rehearsal]
-) -> Table:
-    kinds = list(by_kind(next(iter(results.values()))))
-    table = Table(
-        title="priced speed against autoregressive decoding",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("policy", no_wrap=True)
-    for heading in ("all", *kinds, "tok/it", "nodes", "passes"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for policy in shown:
-        found = results[policy]
-        speeds = [ratio(found), *ratios(found).values()]
-        counts = [_mean(found, name) for name in ("num_tokens", "num_nodes", "num_passes")]
-        table.add_row(policy, *(f"{number:.2f}" for number in (*speeds, *counts)))
+def filled_in(template: str) -> list[str]:
+    """A policy at each point of the grid's axes that it names."""
+    points = itertools.product(*GRID.values())
+    return list(dict.fromkeys(template.format(**dict(zip(GRID, point, strict=True))) for point in points))
+
+
+def known_texts(asked: Asked, pair: Pair) -> list[Text]:
+    """What the target makes of each prompt."""
+    limit = asked.new_tokens(full=128, quick=16)
+    prompts = [(kind, ids) for kind, of_kind in asked.prompts(pair, full=None).items() for ids in of_kind]
+    texts = []
+    with bar("decoding", len(prompts)) as advance:
+        for kind, ids in prompts:
+            plain = generate(pair.target.model, None, list(ids), policy="autoregressive", max_new_tokens=limit)
+            is_ended = plain.stop_reason == "eos"
+            ends = tuple(plain.token_ids[-1:]) if is_ended else ()
+            room = limit if is_ended else len(plain.token_ids)
+            texts.append(Text(kind, tuple(ids), tuple(plain.token_ids), room, ends))
+            advance()
+    return texts
+
+
+def summary(found: Sequence[Rehearsal]) -> dict[str, Any]:
+    """A policy's numbers."""
+    num_iterations = sum(one.num_iterations for one in found)
+    return {
+        "ratio": ratio(found),
+        "by_kind": ratios(found),
+        "tokens_per_iteration": sum(one.num_tokens for one in found) / num_iterations,
+        "nodes_per_iteration": sum(one.num_nodes for one in found) / num_iterations,
+        "passes_per_iteration": sum(one.num_passes for one in found) / num_iterations,
+        "seconds": [one.seconds for one in found],
+    }
+
+
+def tables(found: Mapping[str, Any]) -> Sequence[Table | None]:
+    policies, beside = found["policies"], found["relative_to_searched"]
+    # a file of an earlier version has the grid behind the others
+    grid = found.get("grid", [policy for policy in policies if beside and policy not in beside])
+    kinds = list(next(iter(policies.values()))["by_kind"])
+    counts = ("tokens_per_iteration", "nodes_per_iteration", "passes_per_iteration")
+
+    def row(name: str, one: Mapping[str, Any]) -> tuple[Any, ...]:
+        return (name, one["ratio"], *(one["by_kind"][kind] for kind in kinds), *(one.get(count) for count in counts))
+
+    rows = [row(name, one) for name, one in policies.items() if name not in grid]
+    if found.get("searched"):
+        rows.append(row(SEARCHED, found["searched"]))
     if grid:
-        if len(by_search) == len(results[grid[0]]):
-            speeds = [ratio(by_search), *ratios(by_search).values()]
-            table.add_row(SEARCHED, *(f"{speed:.2f}" for speed in speeds), "", "", "")
-        best = best_of(results, grid)
-        overall = max(grid, key=lambda policy: ratio(results[policy]))
-        speeds = [ratio(results[overall]), *(ratios(results[best[kind]])[kind] for kind in kinds)]
-        table.add_row(BEST, *(f"{speed:.2f}" for speed in speeds), "", "", "")
-        names = [name.removeprefix("fixed(").removesuffix(")") for name in (overall, *best.values())]
-        table.add_row("  which is", *(name.replace(",", "\n") for name in names), "", "", "")
-    return table
+        best = {kind: max(grid, key=lambda name: policies[name]["by_kind"][kind]) for kind in kinds}
+        overall = max(grid, key=lambda name: policies[name]["ratio"])
+        by_kind = {kind: policies[name]["by_kind"][kind] for kind, name in best.items()}
+        rows.append(row(BEST, {"ratio": policies[overall]["ratio"], "by_kind": by_kind}))
+        rows.append(("which is", overall, *best.values(), None, None, None))
+    ranges = [(name, *(shown(PooledRatio(**one)) for one in of_kind.values())) for name, of_kind in beside.items()]
+    note = f"{SEARCHED}: each text with the tree that is the best of its category's other texts."
+    header = ("policy", "all", *kinds, "tok/it", "nodes", "passes")
+    return [
+        simple("policies", "Priced speed against autoregressive decoding", "", header, rows),
+        simple("beside", f"Speed relative to {SEARCHED}", note, ("policy", "all", *kinds), ranges),
+    ]
 
 
-def _relatives_table(found: dict[str, dict[str, PooledRatio]]) -> Table:
-    table = Table(
-        title=f"speed relative to {SEARCHED}: each text with the tree that is the best of its kind's other texts",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("policy", no_wrap=True)
-    for heading in next(iter(found.values())):
-        table.add_column(heading, justify="right")
-    for policy, of_kind in found.items():
-        table.add_row(policy, *(f"{one.value:.2f}\n[{one.low:.2f}, {one.high:.2f}]" for one in of_kind.values()))
-    return table
+def sentences(found: Mapping[str, Any]) -> Sequence[str]:
+    is_missing = found.get("grid") and not found["searched"]
+    return [f"no '{SEARCHED}': it takes two prompts of each category at least"] if is_missing else []
 
 
-def _parse_arguments() -> argparse.Namespace:
-    description = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.studies.rehearse", description=description)
-    parser.add_argument("--target", help="id or folder of a model (default: the embedded one)")
-    parser.add_argument("--dtype", default="auto", help="default: float32")
-    parser.add_argument("--drafter", default="distilled+prompt_lookup", help="default: %(default)s")
-    parser.add_argument("--policy", action="append", help=f"may be repeated (default: {', '.join(POLICIES)})")
-    parser.add_argument("--grid", action="store_true", help=f"also {len(GRID)} fixed trees, and the best of each kind")
-    parser.add_argument("--output", type=Path, help="write everything that was found to this file")
-    return parsed_arguments(parser, max_new_tokens=128)
-
-
-if __name__ == "__main__":
-    end_process(main)
+STUDY = Study(
+    ("target", "drafters", "dtype", "policies", "workloads", "num_prompts", "picks", "max_new_tokens", "is_chat"),
+    measure, tables, sentences=sentences,
+)  # fmt: skip

@@ -11,53 +11,43 @@ iteration; more than 6 tokens need more levels, so that one has 8. Every way of 
 process after a warm-up round. Of a generation's iterations, transformers' own too, the median counts, the first ones
 left out, in which CUDA graphs are recorded; over the rounds medians are shown, with quartiles. The bandwidth is that
 of the fastest of a round's reads. What weights take up, and what of them a step reads, is that of
-`dynatree_bench.run.bandwidth`; keys and values are not counted. Meanwhile the machine is watched.
+`dynatree_bench.run.bandwidth`; keys and values are not counted.
 
-Output: two tables; what was measured ÷ what is wanted (at least 0.8 of what bandwidth allows, at most 1.6 steps for an
-iteration of 5 levels); FOLDER/roofline.json with all that was measured, FOLDER/roofline.svg drawn from it.
-
-Command: python -m dynatree_bench.studies.roofline [--shape NAME] [--device D] [--dtype T] [--rounds N] [--tokens N]
-[--out FOLDER]; `--shape tiny --device cpu` is a dry run, whose numbers mean nothing.
+Output: tables of decoding and passes, and what was measured ÷ what is wanted: at least 0.8 of what bandwidth allows, at
+most 1.6 steps for an iteration of 5 levels. The quick form is of a tiny pair; its numbers mean nothing.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import itertools
-import json
 import statistics
-import sys
 from collections import defaultdict
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from torch import nn
 from transformers import GenerationConfig
 
-from dynatree_bench.data.synthetic import SHAPES, MarkovSource, let_follow, rank_acceptance
-from dynatree_bench.report.figures import BLUE, GREY, ORANGE, VERMILION
+from dynatree_bench.data.synthetic import MarkovSource, let_follow, rank_acceptance
 from dynatree_bench.report.formulas import RankTree, best_tree, tree_tokens
+from dynatree_bench.report.series import Panel
+from dynatree_bench.report.tables import Spread, Table, simple
 from dynatree_bench.run.bandwidth import read_speed, share_of_bandwidth, step_reads
-from dynatree_bench.run.machine import LoadMeter, check_writable, idle_or_busy, now, provenance
+from dynatree_bench.run.machine import device_name, now
 from dynatree_bench.run.methods import Chunks
-from dynatree_bench.run.pairs import Pair, load_synthetic
-from dynatree_bench.studies.runners import CONTEXT, ROWS, filled, finish, pass_seconds, plot_over_rows, quartiles
+from dynatree_bench.run.pairs import Pair
+from dynatree_bench.run.passes import CONTEXT, ROWS, filled, pass_seconds
+from dynatree_bench.run.progress import Job, in_rounds
+from dynatree_bench.studies.study import Asked, Study
 from dynatree_core import InputError, Session, run
-from dynatree_core.cli.exits import end_process
-from dynatree_core.files.writing import write_text
 from dynatree_core.runners.cudagraph import can_capture
 from dynatree_core.runners.packed import can_pack
 from dynatree_policies.sequoia import Sequoia
 
-PROGRAM = "python -m dynatree_bench.studies.roofline"
-DRY = "tiny"  # the shape of a dry run
+SHAPE, DRY = "pythia-2.8b+70m", "tiny"
 PROMPT_TOKENS = 128
 DECAY = 0.6  # of the acceptance by rank
 NUM_RANKS = 8
@@ -69,7 +59,6 @@ WARM_UPS = 3  # passes of each number of rows before any counts: one plain, one 
 WANTED_SHARE = 0.8  # of what bandwidth allows, at least
 WANTED_STEPS = 1.6  # time of an iteration of 5 levels, at most
 HF = "hf generate"
-STYLES = {"eager": (VERMILION, "s", "--"), "cudagraph": (BLUE, "o", "-"), "packed": (ORANGE, "^", "-")}
 
 
 @attrs.frozen
@@ -101,6 +90,11 @@ class Results:
     # outside forward passes, bytes that CUDA's allocator gave out at most
     decoding: dict[str, dict[str, list[float]]] = attrs.field(factory=lambda: defaultdict(lambda: defaultdict(list)))
 
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Results:
+        """Those of a file."""
+        return cls(**{field.name: found[field.name] for field in attrs.fields(cls)})
+
     @property
     def weight_seconds(self) -> float:
         """What reading the weights once takes."""
@@ -121,30 +115,16 @@ class Results:
         return statistics.median(self.decoding[str(way)]["seconds"])
 
 
-def main() -> None:
-    arguments = _parse_arguments()
-    for name in ("roofline.svg", *(["roofline.json"] if arguments.source is None else [])):
-        check_writable(arguments.out / name, PROGRAM)
-    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
-    if arguments.source is not None:
-        results = Results(**json.loads(arguments.source.read_text(encoding="utf-8")))
-    else:
-        results = _measured(arguments)
-        text = json.dumps(attrs.asdict(results), indent=1) + "\n"
-        write_text(arguments.out / "roofline.json", text)
-    _show(results, console)
-    draw(results, arguments.out / "roofline.svg")
-
-
-def _measured(arguments: argparse.Namespace) -> Results:
-    pair = load_synthetic(arguments.shape, device=arguments.device, dtype=arguments.dtype)
-    model, is_dry = pair.target.model, arguments.shape == DRY
-    rounds = arguments.rounds or (2 if is_dry else 7)
-    tokens = arguments.tokens or (32 if is_dry else 256)
+def measure(asked: Asked) -> dict[str, Any]:
+    """What Results has."""
+    shape = asked.models.synthetic or (DRY if asked.is_quick else SHAPE)
+    pair = attrs.evolve(asked.models, synthetic=shape).load(seed=asked.seed)
+    model, is_dry = pair.target.model, shape == DRY
+    rounds, tokens = asked.repeats or (2 if is_dry else 7), max(asked.max_new_tokens, default=32 if is_dry else 256)
     reads = step_reads(model)
     results = Results(
         {
-            **provenance("dynatree_bench.studies.roofline", model.device),
+            "device": device_name(model.device),
             "model": pair.target.name,
             "is_synthetic": True,
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -158,10 +138,10 @@ def _measured(arguments: argparse.Namespace) -> Results:
             "acceptance": {str(wanted): acceptance_for(wanted) for wanted in LEVELS},
         }
     )
-    meter = LoadMeter()
-    measure(pair, results, rounds, tokens)
-    results.provenance["busy_percent"] = meter.meanwhile()
-    return results
+    in_rounds(
+        [*_device_jobs(pair, results), *_pass_jobs(pair, results), *_decoding_jobs(pair, results, tokens)], rounds
+    )
+    return attrs.asdict(results)
 
 
 def _runners(model: nn.Module) -> list[str]:
@@ -192,21 +172,6 @@ def acceptance_for(tokens: float) -> float:
         else:
             high = middle
     return high
-
-
-def measure(pair: Pair, results: Results, rounds: int, tokens: int) -> None:
-    """Everything in turns; a first round warms up."""
-    jobs = [*_device_jobs(pair, results), *_pass_jobs(pair, results), *_decoding_jobs(pair, results, tokens)]
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("measuring", total=len(jobs) * (rounds + 1))
-        for turn in range(rounds + 1):
-            start = turn * len(jobs) // (rounds + 1)
-            for job in jobs[start:] + jobs[:start]:
-                job(turn)
-                progress.advance(task)
-
-
-Job = Callable[[int], None]  # told the round; in round 0 no number counts
 
 
 def _device_jobs(pair: Pair, results: Results) -> list[Job]:
@@ -246,10 +211,11 @@ def _pass_jobs(pair: Pair, results: Results) -> list[Job]:
     def job(name: str, rows: int, turn: int) -> None:
         for _ in range(1 if turn else WARM_UPS):
             seconds = pass_seconds(*ways[name], rows)
+        numbers = results.passes[name][str(rows)]
         if turn:
-            results.passes[name][str(rows)].append(seconds)
+            numbers.append(seconds)
 
-    return [lambda turn, n=name, r=rows: job(n, r, turn) for rows in ROWS for name in ways]  # type: ignore[misc]
+    return [functools.partial(job, name, rows) for rows in ROWS for name in ways]
 
 
 def _decoding_jobs(pair: Pair, results: Results, tokens: int) -> list[Job]:
@@ -276,7 +242,7 @@ def _decoding_jobs(pair: Pair, results: Results, tokens: int) -> list[Job]:
             if turn:
                 results.decoding[str(way)][name].append(value)
 
-    return [lambda turn, w=way: job(w, turn) for way in ways(results)]  # type: ignore[misc]
+    return [functools.partial(job, way) for way in ways(results)]
 
 
 def ways(results: Results) -> list[Way]:
@@ -332,28 +298,17 @@ def _transformers_seconds(model: Any, prompt: list[int], tokens: int) -> list[fl
     return [later - earlier for earlier, later in itertools.pairwise(chunks.seconds[1:])]
 
 
-def _show(results: Results, console: Console) -> None:
-    said = results.provenance
-    console.print(
+def sentences(found: Mapping[str, Any]) -> Sequence[str]:
+    results = Results.of(found)
+    said, bandwidth, flops = results.provenance, statistics.median(results.bandwidth), statistics.median(results.flops)
+    return [
         f"{said['model']} (synthetic: random weights, and a text whose acceptance was set), {said['dtype']}, on "
-        f"{said['device']}"
-    )
-    bandwidth, flops = statistics.median(results.bandwidth), statistics.median(results.flops)
-    console.print(
+        f"{said['device']}",
         f"memory is read at {bandwidth / 1e9:.1f} GB/s, so {said['weight_bytes'] / 1e9:.4g} GB of weights take "
-        f"{1000 * results.weight_seconds:.4g} ms; a matrix product does {flops / 1e12:.3g} Tflop/s"
-    )
-    console.print(_decoding_table(results))
-    console.print(
-        "× hf, × own: relative to transformers' generate, and to our fastest autoregressive decoding; of bandwidth: "
-        "time to read the weights ÷ time of a step; outside: of an iteration, outside forward passes; MiB: peak"
-    )
-    console.print(_pass_table(results))
-    for line in verdicts(results):
-        console.print(line)
-    if said["model"].endswith(DRY):
-        console.print("this is a dry run: its numbers mean nothing")
-    console.print(idle_or_busy(said["busy_percent"]))
+        f"{1000 * results.weight_seconds:.4g} ms; a matrix product does {flops / 1e12:.3g} Tflop/s",
+        *verdicts(results),
+        *(["this is a dry run: its numbers mean nothing"] if said["model"].endswith(DRY) else []),
+    ]
 
 
 def verdicts(results: Results) -> list[str]:
@@ -373,90 +328,63 @@ def verdicts(results: Results) -> list[str]:
     return lines
 
 
-def _decoding_table(results: Results) -> Table:
-    table = Table(title="decoding, medians and quartiles", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def tables(found: Mapping[str, Any]) -> Sequence[Table | None]:
+    results = Results.of(found)
+    return [_decoding_table(results), _pass_table(results)]
+
+
+def _decoding_table(results: Results) -> Table | None:
     plain = min(results.seconds(Way(name)) for name in results.provenance["runners"])
-    columns = (
-        "way", "ms/iteration", "tokens", "tok/s", "× hf", "× own", "of bandwidth", "outside (µs)", "share", "MiB",
-    )  # fmt: skip
-    for column in columns:
-        table.add_column(column, justify="left" if column == "way" else "right")
+    rows = []
     for way in ways(results):
-        found = results.decoding[str(way)]
-        median, low, high = quartiles(found["seconds"])
-        tokens = statistics.fmean(found["tokens"])
-        outside = statistics.median(found["outside"]) if "outside" in found else None
-        table.add_row(
-            str(way),
-            f"{1000 * median:.2f} ({1000 * low:.2f}–{1000 * high:.2f})",
-            f"{tokens:.2f}",
-            f"{tokens / median:.1f}",
-            f"{tokens / median * results.seconds(Way(None)):.2f}",
-            f"{tokens / median * plain:.2f}",
-            f"{results.bandwidth_share(median):.0%}" if way.tokens is None else "",
-            f"{1e6 * outside:.0f}" if outside is not None else "",
-            f"{outside / median:.1%}" if outside is not None else "",
-            f"{statistics.median(found['peak']) / 2**20:.0f}" if "peak" in found else "",
+        numbers, median = results.decoding[str(way)], results.seconds(way)
+        tokens = statistics.fmean(numbers["tokens"])
+        outside = statistics.median(numbers["outside"]) if "outside" in numbers else None
+        speeds = (tokens / median * seconds for seconds in (1.0, results.seconds(Way(None)), plain))
+        rows.append(
+            (
+                str(way), Spread.of(numbers["seconds"], scale=1000), tokens, *speeds,
+                100 * results.bandwidth_share(median) if way.tokens is None else None,
+                1e6 * outside if outside is not None else None,
+                100 * outside / median if outside is not None else None,
+                statistics.median(numbers["peak"]) / 2**20 if "peak" in numbers else None,
+            )
+        )  # fmt: skip
+    note = (
+        "Medians and quartiles. × hf, × own: relative to transformers' generate, and to our fastest autoregressive "
+        "decoding; of bandwidth: time to read the weights ÷ time of a step; outside: of an iteration, outside forward "
+        "passes; MiB: peak."
+    )
+    header = (
+        "way", "ms/iteration", "tokens", "tok/s", "× hf", "× own", "of bandwidth (%)", "outside (µs)", "outside (%)",
+        "MiB",
+    )  # fmt: skip
+    return simple("decoding", "Decoding", note, header, rows)
+
+
+def _pass_table(results: Results) -> Table | None:
+    rows = [
+        (
+            rows, 1000 * results.pass_seconds(int(rows)),
+            *(Spread.of(by_rows[rows], scale=1000) for by_rows in results.passes.values()),
         )
-    return table
+        for rows in map(str, ROWS)
+    ]  # fmt: skip
+    return simple("passes", "ms per pass of the target", "", ("rows", "roofline", *results.passes), rows)
 
 
-def _pass_table(results: Results) -> Table:
-    """A row for each number of rows, a column for each runner."""
-    table = Table(title="ms per pass of the target", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("rows", "roofline", *results.passes):
-        table.add_column(column, justify="right")
-    for rows in map(str, ROWS):
-        cells = (quartiles(by_rows[rows]) for by_rows in results.passes.values())
-        shown = (f"{1000 * median:.2f} ({1000 * low:.2f}–{1000 * high:.2f})" for median, low, high in cells)
-        table.add_row(rows, f"{1000 * results.pass_seconds(int(rows)):.4g}", *shown)
-    return table
-
-
-def draw(results: Results, path: Path) -> None:
+def panels(found: Mapping[str, Any]) -> Sequence[Panel]:
     """Time of a pass over its rows, beside what bandwidth and multiplication allow."""
-    import matplotlib as mpl
-
-    mpl.rcParams["svg.hashsalt"] = "roofline"  # the same file for the same numbers
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
-    axes = figure.subplots()
-    for name, by_rows in results.passes.items():
-        in_ms = {rows: quartiles([1000 * one for one in by_rows[rows]]) for rows in map(str, ROWS)}
-        plot_over_rows(axes, name, in_ms, STYLES[name])
-    limits = [1000 * results.pass_seconds(rows) for rows in ROWS]
-    axes.plot(ROWS, limits, color=GREY, label="bytes ÷ bandwidth, or flops")
-    axes.set(ylabel="time of a pass (ms)", yscale="log")
-    said = results.provenance
-    axes.set_title(
-        "synthetic: random weights" + (", a dry run" if said["model"].endswith(DRY) else ""), color=VERMILION
-    )
-    what = f"{said['model']}, {said['dtype']}, {said['context']} tokens of context"
-    finish(figure, axes, what, said, path, PROGRAM)
+    results = Results.of(found)
+    lines = {
+        name: {rows: Spread.of(by_rows[str(rows)], scale=1000) for rows in ROWS}
+        for name, by_rows in results.passes.items()
+    }
+    lines["bytes ÷ bandwidth, or flops"] = {rows: Spread.of([results.pass_seconds(rows)], scale=1000) for rows in ROWS}
+    title = "synthetic: random weights" + (", a dry run" if results.provenance["model"].endswith(DRY) else "")
+    return [
+        Panel(title, "rows of a pass (drafted nodes and the root)", "time of a pass (ms)", lines, True, True),
+    ]
 
 
-def _parse_arguments() -> argparse.Namespace:
-    description = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m dynatree_bench.studies.roofline", description=description)
-    parser.add_argument("--shape", choices=list(SHAPES), default="pythia-2.8b+70m", help="default: pythia-2.8b+70m")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: CUDA where there is any)")
-    parser.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: bfloat16 on CUDA"
-    )
-    parser.add_argument("--rounds", type=int, help="times that everything is measured (default: 7; 2 for tiny)")
-    parser.add_argument("--tokens", type=int, help="of each generation (default: 256; 32 for tiny)")
-    parser.add_argument(
-        "--out", type=Path, default=Path(), metavar="FOLDER", help="where the results go (default: here)"
-    )
-    parser.add_argument(
-        "--from", dest="source", type=Path, metavar="FILE.json", help="show and draw these results, measure nothing"
-    )
-    arguments = parser.parse_args()
-    if any(number is not None and number < least for number, least in ((arguments.rounds, 1), (arguments.tokens, 2))):
-        parser.error("--rounds must be at least 1, --tokens at least 2")
-    return arguments
-
-
-if __name__ == "__main__":
-    end_process(main)
+STUDY = Study(("synthetic", "device", "dtype", "repeats", "max_new_tokens"), measure, tables, panels, sentences)
