@@ -322,7 +322,8 @@ def test_a_study_prints_its_tables_and_can_be_reported_again(bench, folders, tmp
     page, figure = out / "report" / "report.md", out / "report" / "figures" / "runners.svg"
     assert ran.out.endswith(f"tables and figures of it: {page}\n")
     before = page.read_text(encoding="utf-8"), figure.read_bytes()
-    assert "`dynatree bench" in before[0] or "dynatree bench" in before[0]
+    assert before[0].startswith("# Benchmark results: runners")
+    assert "· `dynatree " in before[0], "the command that made it"
     again = bench("report", out / "study.json", "--out", tmp_path / "again")
     assert (again.code, again.out) == (0, f"{tmp_path / 'again' / 'report.md'}\n")
     assert (tmp_path / "again" / "report.md").read_text(encoding="utf-8") == before[0]
@@ -332,11 +333,11 @@ def test_a_study_prints_its_tables_and_can_be_reported_again(bench, folders, tmp
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("runners", "--policy", "fixed"), "No such option: --policy"),
+        (("runners", "--policy", "fixed"), "No such option '--policy'"),
         (("rehearse", "--policy", "fxed"), "did you mean 'fixed'"),
         (("rehearse", "--drafter", "prompt_lokup"), "did you mean 'prompt_lookup'"),
         (("drafter-value", "--workload", "none.jsonl"), "'none.jsonl'"),
-        (("report", "none.json"), "there must be results in none.json"),
+        (("report", "none.json"), "a results folder must hold run.json"),
     ],
 )
 def test_misuse_of_a_study_is_one_line(bench, folders, tmp_path, args, said):
