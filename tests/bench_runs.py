@@ -10,14 +10,13 @@ from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.testing.models import perturbed, tiny_model
 
 SMALL = Options(quick=True, num_prompts=3, max_new_tokens=[6])
-
-
-PLAIN = {"autoregressive", "autoregressive eager", "autoregressive sinks"}
-
-
-OURS = {method.name for method in chosen_methods(EXPERIMENTS["main"]) if method.kind == "dynatree"}
-
-
+PLAIN = {"autoregressive", "autoregressive eager", "autoregressive sinks", "autoregressive fixed width"}
+OURS = {
+    method.name
+    for experiment in EXPERIMENTS.values()
+    for method in chosen_methods(experiment)
+    if method.kind == "dynatree"
+}
 LONG = {"max_position_embeddings": 2048}  # room for sinks and a window
 
 
