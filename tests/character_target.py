@@ -38,3 +38,7 @@ def save_target(folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class Interrupted(Exception):
+    """In place of a signal."""

@@ -118,3 +118,11 @@ def main_page(runs: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(figures.STYLE, "savefig.dpi", 40)
         return report(runs / "main")
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """A file of running text."""
+    file = tmp_path / "book.txt"
+    file.write_text("".join(f"the cat number {chr(97 + i % 26)} sat on a mat. it was happy\n" for i in range(120)))
+    return file

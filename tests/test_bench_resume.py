@@ -10,7 +10,7 @@ from pathlib import Path
 
 import attrs
 import pytest
-from bench_runs import SMALL, run, tiny_pair
+from bench_runs import SMALL, IdleMeter, run, tiny_pair
 
 from dynatree_bench.run import bandwidth, measure, methods
 from dynatree_bench.run.bandwidth import ReadSpeed, step_reads
@@ -224,13 +224,16 @@ def test_a_bandwidth_that_cannot_be_measured_is_said(pair, tmp_path, monkeypatch
     assert note in info.notes
 
 
-def test_a_busy_machine_is_said_of_outputs_made_before_an_interruption_too(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(measure.LoadMeter, "share", lambda meter: 0.5)
-    run("scalability", pair, tmp_path / "run", attrs.evolve(SMALL, time_limit=600))
+class BusyMeter(IdleMeter):
+    def share(self):
+        return 0.5
+
+
+def test_a_busy_machine_is_said_of_outputs_made_before_an_interruption_too(pair, tmp_path):
+    run("scalability", pair, tmp_path / "run", attrs.evolve(SMALL, time_limit=600), meter=BusyMeter)
     lines = (tmp_path / "run" / RECORDS_FILE).read_text().splitlines(keepends=True)
     (tmp_path / "run" / RECORDS_FILE).write_text("".join(lines[:4]))
     said = []
-    monkeypatch.setattr(measure.LoadMeter, "share", lambda meter: 0.0)
     run("scalability", pair, tmp_path / "run", SMALL, say=said.append)
     [sentence] = said
     assert sentence.startswith("the machine was busy during 4 of 9 outputs: others used more than 10 % of a core")

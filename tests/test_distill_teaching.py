@@ -11,8 +11,7 @@ from pathlib import Path
 import attrs
 import pytest
 import torch
-from character_target import WORDS
-from distilling import Interrupted
+from character_target import WORDS, Interrupted
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
-from distilling import Interrupted
+from character_target import Interrupted
 from students import HEAD_IDS
 
 from dynatree_bench.distill.evaluate import agreement, level_costs
