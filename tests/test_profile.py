@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click.testing
 import pytest
-from test_distill import target_folder  # noqa: F401  # a fixture
 
 from dynatree_bench.profile_cli import profile as command
 from dynatree_bench.run.machine import check_writable
@@ -46,8 +45,8 @@ def test_a_trace_that_cannot_be_written_is_told_before_anything_is_measured(tmp_
         profile(tiny_model("llama"), None, [1], trace=tmp_path / "file" / "trace.json")
 
 
-def test_the_command(target_folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    arguments = ["--target", str(target_folder), "--drafter", "prompt_lookup", "--iterations", "3", "aab"]
+def test_the_command(character_target: Path, tmp_path: Path) -> None:
+    arguments = ["--target", str(character_target), "--drafter", "prompt_lookup", "--iterations", "3", "aab"]
     done = click.testing.CliRunner().invoke(command, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     for expected in ("target's passes", "the drafter's rest", "in all", "operators", "dynatree: decode"):
