@@ -4,6 +4,7 @@ from .cache.sink_cache import SinkWindow
 from .cost_model import CostModel, StepFunction
 from .drafters.base import Drafter, DraftPlan, DraftState
 from .drafters.build import build_drafter
+from .drafters.model import ModelDraftState
 from .engine.decode import decode_step, prefill
 from .engine.session import Session
 from .errors import DynaTreeError, InputError
@@ -35,6 +36,7 @@ __all__ = [
     "InputError",
     "Limits",
     "LoadedModel",
+    "ModelDraftState",
     "PluginSpec",
     "PolicyStack",
     "PrefixCache",

@@ -15,7 +15,10 @@ __all__ = ["NOMINAL_COSTS", "CostModel", "StepFunction"]
 
 @attrs.frozen
 class StepFunction:
-    """Seconds by a count: between measured counts those of the next larger one, beyond the last proportional to it."""
+    """A step function, in seconds.
+
+    Between measured counts it has the value of the next larger count; beyond the last it is proportional to the count.
+    """
 
     at: tuple[int, ...]  # ascending
     seconds: tuple[float, ...]  # non-decreasing

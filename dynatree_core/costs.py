@@ -1,8 +1,8 @@
 """What an iteration costs on this machine: the target's passes by rows, the drafter's levels by width, and the rest.
 
-Measured once for each model, dtype, device, number of threads and runner, and kept in the user's cache folder. It is
-done where a policy first looks at `frontier.costs`, in a few seconds, or beforehand by `dynatree calibrate`. Weights
-do not matter for the time that a pass takes, so models are told apart by their configuration.
+Costs are measured once for each model, dtype, device, number of threads and runner, and kept in the user's cache
+folder. That takes a few seconds, when a policy first looks at `frontier.costs` or in `dynatree calibrate`. The time of
+a pass does not depend on the weights' values, so models are told apart by their configuration.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +25,7 @@ from torch import nn
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.cost_model import CostModel, StepFunction
-from dynatree_core.drafters.base import Drafter, DraftPlan
-from dynatree_core.drafters.model import ModelDrafter
-from dynatree_core.drafters.union import models_of
+from dynatree_core.drafters.base import Drafter, DraftPlan, device_of
 from dynatree_core.files.folders import cache_root
 from dynatree_core.files.writing import write_text
 from dynatree_core.models.architectures import max_positions, vocab_size
@@ -41,20 +39,18 @@ if TYPE_CHECKING:
 
 __all__ = ["folder", "isotonic", "measured_costs"]
 
-# of the target's passes; between coarser steps a policy would take as many rows as the next step has
+# row counts to measure of the target's passes; with coarser steps a policy would always fill up to the next step
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
-WIDTHS = (1, 2, 4, 8, 16, 32)  # of the drafter's levels
+WIDTHS = (1, 2, 4, 8, 16, 32)  # node counts to measure of the drafter's levels
 PREFIX = 32  # committed tokens behind which passes are measured, fewer where the context is shorter
-ROUNDS = 3  # after one to warm up; `dynatree calibrate` makes more
+ROUNDS = 3  # after a first round to warm up; `dynatree calibrate` makes more
 PATIENCE = 3.0  # seconds
 FORMAT_VERSION = 3
-# a kept measurement is made anew where a pass over one row takes so many times as long now, or so many times less
+# a kept measurement is replaced if a pass over one row now takes more than this many times as long, or as little
 STALE_FACTOR = 1.5
 
-# settings of a configuration on which the time of a pass does not depend
+# configuration settings that do not change the time of a pass
 _NO_MATTER = {"_name_or_path", "name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
-
-_known: dict[str, dict[str, Any]] = {}  # what this process has measured or read, by key
 
 
 class NotKeptWarning(RuntimeWarning):
@@ -70,8 +66,9 @@ def measured_costs(
     patience: float = PATIENCE,
     is_anew: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    known: MutableMapping[Hashable, Any] | None = None,
 ) -> CostModel:
-    """The costs of iterations with this target and this drafter, measured now where they are not known yet.
+    """The costs of iterations with this target and this drafter, measured now if they are not known yet.
 
     Args:
         target: the target.
@@ -81,24 +78,26 @@ def measured_costs(
         patience: seconds after which no further round is begun, be there fewer.
         is_anew: measure whatever is known.
         tokenizer: the target's, for a drafter that looks at text.
+        known: what is kept of this target, as `DraftPlan.store`; what was measured is looked up there and added.
     """
     effort = (rounds, patience)
+    known = {} if known is None else known
     of_target = _recalled(
         _identity(target, runner),
         lambda: _measure_target(target, runner, *effort),
         _one_row(target, runner),
         is_anew,
+        known,
     )
     levels: dict[str, Any] = {"at": [1], "seconds": [0.0]}
     if drafter is not None:
-        model = drafter.model if isinstance(drafter, ModelDrafter) else target  # others may use the target's weights
         beside = drafters_runner(runner)
-        of_it = _identity(model, beside) | {"drafter": "model" if isinstance(drafter, ModelDrafter) else str(drafter)}
         levels = _recalled(
-            of_it,
-            lambda: _measure_drafter(drafter, target, beside, tokenizer, *effort),
-            _one_level(drafter, target, beside, tokenizer),
+            _identity_of_levels(drafter, target, beside),
+            lambda: _measure_drafter(drafter, target, beside, tokenizer, known, *effort),
+            _one_level(drafter, target, beside, tokenizer, known),
             is_anew,
+            known,
         )["draft"]
     return CostModel(
         target_pass_seconds=StepFunction(tuple(of_target["verify"]["at"]), tuple(of_target["verify"]["seconds"])),
@@ -126,23 +125,28 @@ def isotonic(values: Sequence[float]) -> list[float]:
 
 
 def _recalled(
-    identity: dict[str, Any], measure: Callable[[], dict[str, Any]], probe: Callable[[], float], is_anew: bool
+    identity: dict[str, Any],
+    measure: Callable[[], dict[str, Any]],
+    probe: Callable[[], float],
+    is_anew: bool,
+    known: MutableMapping[Hashable, Any],
 ) -> dict[str, Any]:
-    """What is known of something, from this process, from the folder, or from measuring it."""
+    """The measurement of this identity: from `known`, from the folder, or made now."""
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    if key in _known and not is_anew:
-        return _known[key]
+    if ("costs", key) in known and not is_anew:
+        of_process: dict[str, Any] = known["costs", key]
+        return of_process
     path = folder() / f"{key}.json"
     found = None if is_anew else _read(path)
     if found is None or _is_stale(found, probe()):
         found = {**measure(), "of": identity, "versions": _versions(), "format": FORMAT_VERSION}
         _write(path, found)
-    _known[key] = found
+    known["costs", key] = found
     return found
 
 
 def _is_stale(found: Mapping[str, Any], seconds: float) -> bool:
-    """Whether the least that was measured takes another time now."""
+    """Whether the smallest count that was measured takes another time now."""
     before: float = (found.get("verify") or found["draft"])["seconds"][0]
     return not before / STALE_FACTOR <= seconds <= before * STALE_FACTOR
 
@@ -169,23 +173,32 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("dynatree", "torch", "transformers")}
 
 
+def _identity_of_levels(drafter: Drafter, target: nn.Module, runner: str) -> dict[str, Any]:
+    """What the time of a drafter's levels depends on."""
+    models = drafter.models(target) or (target,)
+    first, *others = [_identity(model, drafters_runner(runner, device_of(model))) for model in models]
+    return first | {"drafter": drafter.price_class()} | ({"beside": others} if others else {})
+
+
 def _identity(model: nn.Module, runner: str) -> dict[str, Any]:
     """What the time of a model's passes depends on."""
-    config: Any = model.config
-    settings = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER}
-    shape = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    attention = config._attn_implementation
-    return {"model": type(model).__name__, "shape": shape, "attention": attention, **_place(model, runner)}
-
-
-def _place(model: nn.Module, runner: str) -> dict[str, Any]:
-    device: torch.device = model.device  # type: ignore[assignment]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    device, config = device_of(model), getattr(model, "config", None)
+    settings: dict[str, Any]
+    if config is None:  # a module of a drafter's author, told apart by its tensors
+        settings = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+        attention, dtype = None, None
+    else:
+        settings = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER}
+        attention, dtype, runner = config._attn_implementation, model.dtype, runner_for(model, runner)
+    name = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else platform.machine()
     return {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": f"{device.type} {name}",
+        "model": type(model).__name__,
+        "shape": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        "attention": attention,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": f"{device.type if device is not None else 'cpu'} {name}",
         "threads": torch.get_num_threads(),
-        "runner": runner_for(model, runner),
+        "runner": runner,
     }
 
 
@@ -206,17 +219,18 @@ def _measure_drafter(
     target: nn.Module,
     runner: str,
     tokenizer: PreTrainedTokenizerBase | None,
+    store: MutableMapping[Hashable, Any],
     rounds: int,
     patience: float,
 ) -> dict[str, Any]:
-    with without_gradients(target, *models_of(drafter)):
-        bench = _DrafterBench(drafter, target, runner, tokenizer)
+    with without_gradients(target, *drafter.models(target)):
+        bench = _DrafterBench(drafter, target, runner, tokenizer, store)
         seconds = _interleaved({width: lambda width=width: bench.level(width) for width in WIDTHS}, rounds, patience)  # type: ignore[misc]
     return {"draft": {"at": list(WIDTHS), "seconds": isotonic(list(seconds.values()))}}
 
 
 def _one_row(target: nn.Module, runner: str) -> Callable[[], float]:
-    """A quick look at whether a kept measurement still holds."""
+    """Measures the smallest count again, to see whether a kept measurement still holds."""
 
     def probe() -> float:
         with without_gradients(target):
@@ -227,13 +241,17 @@ def _one_row(target: nn.Module, runner: str) -> Callable[[], float]:
 
 
 def _one_level(
-    drafter: Drafter, target: nn.Module, runner: str, tokenizer: PreTrainedTokenizerBase | None
+    drafter: Drafter,
+    target: nn.Module,
+    runner: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    store: MutableMapping[Hashable, Any],
 ) -> Callable[[], float]:
-    """The same for a drafter: another one may have come under its name."""
+    """The same for a drafter: another one may have taken its name."""
 
     def probe() -> float:
-        with without_gradients(target, *models_of(drafter)):
-            bench = _DrafterBench(drafter, target, runner, tokenizer)
+        with without_gradients(target, *drafter.models(target)):
+            bench = _DrafterBench(drafter, target, runner, tokenizer, store)
             return min(bench.level(1) for _ in range(4))
 
     return probe
@@ -283,18 +301,31 @@ class _DrafterBench:
     """A drafter in a generation of its own."""
 
     def __init__(
-        self, drafter: Drafter, target: nn.Module, runner: str, tokenizer: PreTrainedTokenizerBase | None
+        self,
+        drafter: Drafter,
+        target: nn.Module,
+        runner: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        store: MutableMapping[Hashable, Any],
     ) -> None:
         self.device: torch.device = target.device  # type: ignore[assignment]
-        num_prefix = min(map(_prefix_len, [target, *models_of(drafter)]))
+        num_prefix = min(_prefix_len(target), _room(drafter.context_limit(target)))
         clock = StageClock(self.device)
         size = vocab_size(target)
         plan = DraftPlan(
-            size, num_prefix + 2, max(WIDTHS), self.device, clock, target, runner=runner, tokenizer=tokenizer
+            size,
+            num_prefix + 2,
+            max(WIDTHS),
+            self.device,
+            clock,
+            target,
+            runner=runner,
+            tokenizer=tokenizer,
+            store=store,
         )
-        # a text that repeats nothing: where prompt lookup knows enough, a model beside it is not asked
+        # a text that repeats nothing, since a union does not ask its model where prompt lookup knows enough
         self.committed_ids = torch.arange(num_prefix, device=self.device) % size
-        self.state = drafter.start(plan)
+        self.state = drafter.begin(plan)
         self.state.prefill(self.committed_ids[:-1])
 
     def level(self, width: int) -> float:
@@ -317,14 +348,18 @@ def _star(num_children: int, device: torch.device) -> TokenTree:
 
 
 def _prefix_len(model: nn.Module) -> int:
-    """As many committed tokens as a short context has room for besides a tree of one level."""
-    limit = max_positions(model)
+    """How many committed tokens the passes of a model are measured behind."""
+    return _room(max_positions(model))
+
+
+def _room(limit: int | None) -> int:
+    """As many committed tokens as a context has room for besides a tree of one level; PREFIX at most."""
     return PREFIX if limit is None else max(min(PREFIX, limit - 2), 1)
 
 
 @contextmanager
 def _stopwatch(device: torch.device) -> Iterator[list[float]]:
-    """Seconds of the block, the device's work included, in the list once it is done."""
+    """A list that gets the seconds of the block, with the device's work, when the block ends."""
 
     def wait() -> None:
         if device.type == "cuda":

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -69,8 +70,10 @@ def names_of(old: str) -> Callable[[str], Any]:
     """A `__getattr__` for a package that has the name of an old module: the module's names, with a warning."""
 
     def __getattr__(name: str) -> Any:
-        for module in _new_modules(old) if not name.startswith("__") else ():
-            if hasattr(module, name):
+        # a submodule that is not loaded yet is asked for here first, and must not load others
+        is_module = name.startswith("__") or find_spec(f"{PACKAGE}.{old}.{name}") is not None
+        for module in _new_modules(old) if not is_module else ():
+            if name in module.__all__:
                 _warn(f"{PACKAGE}.{old}.{name}", f"{module.__name__}.{name}", 3)
                 return getattr(module, name)
         raise AttributeError(f"module '{PACKAGE}.{old}' has no attribute '{name}'")

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dynatree_core.cli import main
+from dynatree_core.cli.main import main
 from dynatree_core.cli.model_options import check_drafter_name
 from dynatree_core.errors import ModelLoadError, UnknownPluginError
 from dynatree_core.models import hub
@@ -38,7 +38,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     # these first: a module that is imported while the function is replaced would keep the replacement
     for module in ("dynatree_bench.run.pairs", "dynatree_bench.distill.run", "dynatree_core.drafters.model"):
         monkeypatch.setattr(f"{module}.load_model", unexpected)
-    monkeypatch.setattr("dynatree_core.models.load_model", unexpected)
+    monkeypatch.setattr("dynatree_core.models.load.load_model", unexpected)
     monkeypatch.setattr("dynatree_core.models.hub._unreachable", unexpected)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 

@@ -24,7 +24,7 @@ from dynatree_bench.run.measure import Options
 from dynatree_bench.run.methods import Output
 from dynatree_bench.run.pairs import Pair
 from dynatree_bench.run.records import RECORDS_FILE
-from dynatree_core.drafters.base import Drafter, padded_proposals
+from dynatree_core.drafters.base import Drafter, DraftState, padded_proposals
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.testing.models import greedy
@@ -97,7 +97,7 @@ def test_records_hold_what_a_generation_says(pair, tmp_path):
 
 
 @attrs.frozen
-class Successors(Drafter):
+class Successors(Drafter, DraftState):
     """Proposes what it was told of a node's token with this share; its state is itself, since it remembers nothing."""
 
     known: dict[int, int]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from dynatree_core import Drafter, DraftPlan, DraftState, build_stack, generate, hookimpl
-from dynatree_core.cli import main
+from dynatree_core.cli.main import main
 from dynatree_core.errors import DrafterError, ParameterError, PluginConflictError, PluginLoadError, PolicyError
 from dynatree_core.plugins import distributions, foreign
 from dynatree_core.plugins.distributions import DistributionWarning, entry_points

@@ -32,9 +32,10 @@ from test_cli import (
 )
 
 from dynatree_core import PrefixCache, StepReport, generate, hookimpl, load_model
-from dynatree_core.cli import console, main
+from dynatree_core.cli import console
 from dynatree_core.cli.chat import Chat, answer
 from dynatree_core.cli.console import Answer, PrefillBar, decode_text
+from dynatree_core.cli.main import main
 from dynatree_core.errors import ContextLimitError, PolicyError
 from dynatree_core.runners import runner
 

@@ -38,10 +38,10 @@ from dynatree_core import (
     count,
     hookimpl,
 )
-from dynatree_core.cli import main
 from dynatree_core.cli import main as cli
 from dynatree_core.cli.console import REPLACEMENT, Answer, Comparison, IncrementalText, report_table
 from dynatree_core.cli.exits import UNREAD
+from dynatree_core.cli.main import main
 from dynatree_core.engine import session as session_module
 from dynatree_core.models.embedded import EmbeddedModel
 from dynatree_core.models.student import new_student, save_student
@@ -762,7 +762,7 @@ def test_an_interrupt_while_loading(generate: Dynatree, monkeypatch: pytest.Monk
     def interrupted(name: str | None, **options: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("dynatree_core.models.load_model", interrupted)
+    monkeypatch.setattr("dynatree_core.models.load.load_model", interrupted)
     ran = generate("abc")
     assert (ran.code, ran.out) == (130, "")
     assert "Traceback" not in ran.err

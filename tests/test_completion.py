@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from click.shell_completion import ShellComplete
 
-from dynatree_core.cli import main
 from dynatree_core.cli import main as cli
+from dynatree_core.cli.main import main
 from dynatree_core.plugins import registry as registry
 from dynatree_core.plugins.registry import DRAFTERS, POLICIES, PRESETS, plugin_table
 

@@ -19,9 +19,8 @@ from dynatree_core.testing.models import perturbed, tiny_model
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty folder of measurements, and a process that knows none."""
+    """An empty folder of measurements."""
     monkeypatch.setattr(costs, "folder", lambda: tmp_path / "costs")
-    monkeypatch.setattr(costs, "_known", {})
     return tmp_path / "costs"
 
 
@@ -125,33 +124,33 @@ def test_a_registered_drafter_is_measured(folder):
     assert 0 < model.drafter_level_seconds(1) <= model.drafter_level_seconds(32)
 
 
-def test_measurements_are_kept(folder, priced, monkeypatch):
+def test_measurements_are_kept(folder, priced):
     target = tiny_model("llama")
     price = [1.0]
     priced.price(target, lambda rows: price[0])
-    first = measured_costs(target, None)
+    known: dict = {}
+    first = measured_costs(target, None, known=known)
     (file,) = folder.iterdir()
     kept = json.loads(file.read_text())
     assert kept["of"]["model"] == "LlamaForCausalLM"
     assert kept["of"]["runner"] == "eager"
     price[0] = 1.25
-    assert measured_costs(target, None) == first  # this process knows it
-    monkeypatch.setattr(costs, "_known", {})
+    num_passes = priced.num_passes
+    assert measured_costs(target, None, known=known) == first  # this process knows it
+    assert priced.num_passes == num_passes
     assert measured_costs(target, None) == first  # another one finds it, and a pass takes about as long still
     price[0] = 2.0
-    monkeypatch.setattr(costs, "_known", {})
     assert measured_costs(target, None).target_pass_seconds(1) == 2.0  # not any more
     assert measured_costs(target, None, is_anew=True).target_pass_seconds(1) == 2.0
 
 
-def test_another_drafter_under_the_same_name_is_noticed(folder, priced, monkeypatch):
+def test_another_drafter_under_the_same_name_is_noticed(folder, priced):
     target, lookup = tiny_model("llama"), build_drafter("prompt_lookup")
     found = []
     for seed, price in ((0, 0.2), (1, 0.6)):
         drafter = copy.deepcopy(perturbed("llama", seed))
         drafter.config.name_or_path = "drafter"
         priced.price(drafter, lambda rows, price=price: price)
-        monkeypatch.setattr(costs, "_known", {})
         union = UnionDrafter([ModelDrafter(drafter), lookup])
         found.append((str(union), measured_costs(target, union).drafter_level_seconds(1)))
     assert found[0][0] == found[1][0]
@@ -159,7 +158,7 @@ def test_another_drafter_under_the_same_name_is_noticed(folder, priced, monkeypa
 
 
 @pytest.mark.parametrize("damage", ["versions", "text", "format"])
-def test_what_another_version_kept_is_not_used(folder, priced, monkeypatch, damage):
+def test_what_another_version_kept_is_not_used(folder, priced, damage):
     target = tiny_model("llama")
     price = [1.0]
     priced.price(target, lambda rows: price[0])
@@ -169,7 +168,6 @@ def test_what_another_version_kept_is_not_used(folder, priced, monkeypatch, dama
     kept["versions" if damage == "versions" else "format"] = "another"
     file.write_text("no json" if damage == "text" else json.dumps(kept))
     price[0] = 1.25
-    monkeypatch.setattr(costs, "_known", {})
     assert measured_costs(target, None).target_pass_seconds(1) == 1.25
 
 
@@ -184,7 +182,6 @@ def test_models_are_told_apart_by_shape_and_dtype(folder):
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(costs, "folder", lambda: tmp_path / "file" / "costs")
-    monkeypatch.setattr(costs, "_known", {})
     with pytest.warns(RuntimeWarning, match="measured costs cannot be kept"):
         assert measured_costs(tiny_model("llama"), None).target_pass_seconds(1) > 0
 
@@ -195,7 +192,7 @@ def test_nothing_is_measured_unless_a_policy_asks(folder):
 
 
 def test_the_time_of_a_measurement_counts_nowhere(folder, priced):
-    target, drafter = tiny_model("llama"), perturbed("llama")
+    target, drafter = copy.deepcopy(tiny_model("llama")), perturbed("llama")  # a model that nothing is kept of
     priced.price(target, lambda rows: 1.0)
     priced.price(drafter, lambda rows: 0.25)
 

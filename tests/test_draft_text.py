@@ -29,8 +29,8 @@ from dynatree_core import (
     stream,
 )
 from dynatree_core.cache.prefix_cache import PrefixCache
-from dynatree_core.cli import main
 from dynatree_core.cli.chat import Chat
+from dynatree_core.cli.main import main
 from dynatree_core.drafters.base import padded_proposals
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.errors import ParameterError
@@ -143,10 +143,10 @@ def test_through_transformers(tokenizer, phrases, told):
     target = tiny_model("llama")
     asked = {"attention_mask": torch.ones_like(PROMPT), "drafter": drafter, **OPTIONS}
     assert torch.equal(hf.generate_with(target, PROMPT, tokenizer=tokenizer, **asked), output)
-    given = {"custom_generate": hf.generate, "options": {"tokenizer": tokenizer}}
-    assert torch.equal(target.generate(PROMPT, **given, **asked), output)
+    for given in ({"options": {"tokenizer": tokenizer}}, {"tokenizer": tokenizer}):
+        assert torch.equal(target.generate(PROMPT, custom_generate=hf.generate, **given, **asked), output)
     assert all(one is tokenizer for one in told)
-    assert len(told) == 2
+    assert len(told) == 3
     with pytest.raises(ParameterError, match="phrases needs the target's tokenizer, got none"):
         target.generate(PROMPT, custom_generate=hf.generate, **asked)
 
@@ -158,10 +158,11 @@ def test_without_a_tokenizer_it_refuses(phrases):
 
 def test_a_drafter_is_measured_with_it(tokenizer, phrases, told, tmp_path, monkeypatch):
     monkeypatch.setattr(costs, "folder", lambda: tmp_path)
-    monkeypatch.setattr(costs, "_known", {})
     drafter, output = phrases
     options = {"policy": [Prices()], "max_new_tokens": 4, "tokenizer": tokenizer}
-    assert generate(tiny_model("llama"), drafter, PROMPT, **options).token_ids == output[0, 8:12].tolist()
+    assert (
+        generate(copy.deepcopy(tiny_model("llama")), drafter, PROMPT, **options).token_ids == output[0, 8:12].tolist()
+    )
     assert len(told) > 1
     assert all(one is tokenizer for one in told)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
+from decimal import Decimal
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +26,7 @@ from transformers import (
 )
 
 from dynatree_core import PrefixCache, generate, hf
-from dynatree_core.errors import DynaTreeError, ParameterError
+from dynatree_core.errors import DynaTreeError, ParameterError, PromptError
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import VOCAB, perturbed, tiny_model
 
@@ -68,6 +71,8 @@ class Ten(StoppingCriteria):
         {"logits_processor": [No()]},
         {"stopping_criteria": [Ten()]},
         {"max_time": 0.0},
+        {"max_time": Decimal(0)},
+        {"max_time": numpy.float32(0)},
         {"stopping_criteria": [MaxLengthCriteria(11)]},
         {"stopping_criteria": [MaxLengthCriteria(31)]},
         {"stopping_criteria": [EosTokenCriteria([4, 11, 30])]},
@@ -364,6 +369,57 @@ def test_stop_strings(tokenizer):
         own.stop_strings = None
     given |= {"generation_config": GenerationConfig(stop_strings=[text[4:6]])}
     assert hf.generate_with(TARGET, PROMPT, drafter=DRAFTER, **given).tolist() == expected.tolist()
+
+
+def renamed(function):
+    """A function of somebody's own around ours, which names what it takes."""
+
+    def called(model, input_ids, tokenizer=None, **given):
+        return function(model, input_ids, tokenizer=tokenizer, **given)
+
+    called.__signature__ = inspect.signature(function)
+    return called
+
+
+@pytest.mark.parametrize("around", [lambda function: function, functools.partial, decorated, renamed])
+@pytest.mark.parametrize("is_in_config", [False, True])
+def test_stop_strings_given_to_generate_itself(tokenizer, around, is_in_config):
+    """generate() takes the tokenizer for itself, and needs it for them before it calls a loop."""
+    stop = {"stop_strings": [tokenizer.decode(TARGET.generate(PROMPT, **PLAIN)[0, 3:])[4:6]]}
+    asked = {**PLAIN, "tokenizer": tokenizer}
+    asked |= {"generation_config": GenerationConfig(**stop)} if is_in_config else stop
+    expected = TARGET.generate(PROMPT, **asked)
+    assert expected.shape[1] < 23
+    assert (
+        TARGET.generate(PROMPT, **{**asked, **TREES, "custom_generate": around(hf.generate)}).tolist()
+        == expected.tolist()
+    )
+
+
+def test_a_pipelines_stop_sequence(tokenizer):
+    pipe = pipeline("text-generation", model=TARGET, tokenizer=tokenizer)
+    asked = {"max_new_tokens": 12, "return_full_text": False, "do_sample": False}
+    [full] = pipe("the cat", **asked)
+    asked["stop_sequence"] = full["generated_text"][4:6]
+    expected = pipe("the cat", **asked)
+    assert len(expected[0]["generated_text"]) < len(full["generated_text"])
+    assert pipe("the cat", **asked, **TREES) == expected
+
+
+def test_a_pipeline_that_pads_at_the_right_is_refused(tokenizer):
+    pipe = pipeline("text-generation", model=TARGET, tokenizer=tokenizer)  # which sets the left side
+    pipe.tokenizer.padding_side = "right"
+    with pytest.raises(PromptError, match="padded at its left only"):
+        pipe(["the cat", "a hen in the barn"], batch_size=2, max_new_tokens=4, do_sample=False, **TREES)
+
+
+def test_the_signature_is_read_by_others_without_effect(tokenizer):
+    def read(generation_mode_kwargs, kwargs):
+        return list(inspect.signature(hf.generate).parameters)
+
+    asked = {}
+    assert read({"tokenizer": tokenizer}, asked)[-2:] == ["tokenizer", "model_kwargs"]
+    assert asked == {}
 
 
 def test_pipeline(tokenizer):

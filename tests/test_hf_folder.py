@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from dynatree_core import hf
-from dynatree_core.cli import main
+from dynatree_core.cli.main import main
 from dynatree_core.errors import DynaTreeError, ModelLoadError, ParameterError
 from dynatree_core.hf import entry as hf_entry
 from dynatree_core.hf.export import Chosen, check_place, program, write_folder
@@ -403,7 +403,7 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(capsys, source, tmp_path
     def unexpected(*args: object, **options: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("dynatree_core.models.load_model", unexpected)
+    monkeypatch.setattr("dynatree_core.models.load.load_model", unexpected)
     given = [str(source) if word == "SOURCE" else word for word in wrong]
     code, said = dynatree(capsys, "hf-folder", tmp_path / "out", "--target", source, *given)
     assert code != 0

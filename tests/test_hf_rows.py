@@ -8,9 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, LogitsProcessor, StoppingCriteria, TextStreamer
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    TextStreamer,
+)
 
-from dynatree_core import hf
+from dynatree_core import build_drafter, build_stack, hf
 from dynatree_core.errors import ParameterError, PromptError
 from dynatree_core.models.architectures import cache_argument
 from dynatree_core.testing import strategies as ours
@@ -84,8 +90,7 @@ class Stop(StoppingCriteria):
     ("asked", "message"),
     [
         ({"logits_processor": [Own()]}, "Own, which may look at other rows"),
-        ({"stopping_criteria": [Stop()]}, "Stop, which may look at other rows"),
-        ({"max_time": 100.0}, "MaxTimeCriteria"),
+        ({"stopping_criteria": [Stop()], "do_sample": True}, "sampling beside criteria that may look at other rows"),
         ({"prefix_allowed_tokens_fn": lambda row, ids: [row]}, "PrefixConstrainedLogitsProcessor"),
         ({"return_dict_in_generate": True, "output_scores": True}, "output_scores"),
         ({"return_dict_in_generate": True, "output_logits": True}, "output_logits"),
@@ -96,6 +101,90 @@ class Stop(StoppingCriteria):
 def test_what_looks_at_all_rows_is_refused(asked, message):
     with pytest.raises(ParameterError, match=f"one after the other, which cannot be done with .*{message}"):
         TARGET.generate(PROMPTS, **PLAIN, **asked, **TREES)
+
+
+class AllHave(StoppingCriteria):
+    """Done when each row has had one of these tokens: it keeps count, as lm-eval's does."""
+
+    def __init__(self, ids, num_rows):
+        self.ids, self.had = ids, [False] * num_rows
+
+    def __call__(self, input_ids, scores, **kwargs):
+        assert scores is None
+        for row, text in enumerate(input_ids.tolist()):
+            self.had[row] |= text[-1] in self.ids
+        return all(self.had)
+
+
+class Longest(StoppingCriteria):
+    """Ends each row by its own text, and by how many others have an even last token."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return (input_ids[:, -1] % 3 == 0) & ((input_ids[:, -1] % 2 == 0).sum() > 1)
+
+
+CRITERIA = {
+    "bool": lambda num: AllHave([4, 9, 20, 33], num),
+    "each row": lambda num: Longest(),
+    "function": lambda num: lambda input_ids, scores: input_ids.sum() % 7 == 0,
+    "time": lambda num: MaxTimeCriteria(100.0),
+    "no time": lambda num: MaxTimeCriteria(0.0),
+}
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_criteria_that_look_at_all_rows(data):
+    family, seed = data.draw(ours.families), data.draw(ours.model_seeds)
+    target = tiny_model(family, seed)
+    texts = data.draw(st.lists(ours.prompts, min_size=2, max_size=4))
+    width = max(map(len, texts))
+    prompts = torch.tensor([[0] * (width - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
+    asked = {"attention_mask": mask, "max_new_tokens": data.draw(st.integers(1, 16)), "pad_token_id": 0}
+    asked["eos_token_id"] = data.draw(st.lists(ours.token_ids, max_size=6)) or None
+    make = CRITERIA[data.draw(st.sampled_from(sorted(CRITERIA)))]
+    trees = {"custom_generate": hf.generate, "policy": data.draw(ours.stacks())}
+    trees["drafter"] = data.draw(st.sampled_from([perturbed(family, seed), "prompt_lookup", None]))
+    expected, found = (
+        target.generate(prompts, **asked, **way, stopping_criteria=[make(len(texts))]).tolist() for way in ({}, trees)
+    )
+    assert found == expected
+
+
+def test_a_row_is_decoded_no_further_than_it_is_needed():
+    passes = []
+    hook = TARGET.register_forward_hook(lambda *_: passes.append(1))
+    asked = {**PLAIN, "max_new_tokens": 60, "stopping_criteria": [MaxTimeCriteria(0.0)]}
+    try:
+        for _ in range(2):  # a model with a new hook is tried before the first generation
+            passes.clear()
+            TARGET.generate(PROMPTS, **asked, custom_generate=hf.generate, drafter=None, policy="autoregressive")
+    finally:
+        hook.remove()
+    assert 3 <= len(passes) <= 6
+
+
+@pytest.mark.parametrize("text", ["phase3", "cost_aware", "governor+fixed"])
+def test_one_stack_for_rows_that_are_decoded_together(text):
+    trees = {"custom_generate": hf.generate, "drafter": DRAFTER, "policy": build_stack(text)}
+    expected = TARGET.generate(PROMPTS, **PLAIN, stopping_criteria=[AllHave([4, 9], 3)])
+    assert TARGET.generate(PROMPTS, **PLAIN, **trees, stopping_criteria=[AllHave([4, 9], 3)]).equal(expected)
+
+
+def test_criteria_that_write_into_several_texts_are_refused():
+    def write(input_ids, scores):
+        input_ids[0, 0] = 7
+        return False
+
+    with pytest.raises(ParameterError, match="must leave their text as it is"):
+        TARGET.generate(PROMPTS.clone(), **PLAIN, **TREES, stopping_criteria=[write])
+
+
+def test_one_drafter_object_for_rows_that_are_decoded_together_is_refused():
+    trees = {"custom_generate": hf.generate, "drafter": build_drafter("prompt_lookup")}
+    with pytest.raises(ParameterError, match=r"each needs a drafter of its own, got one .*; give its name"):
+        TARGET.generate(PROMPTS, **PLAIN, **trees, stopping_criteria=[Stop()])
 
 
 def test_a_streamer_of_several_is_refused_and_ended():
@@ -116,5 +205,12 @@ def test_a_streamer_of_several_is_refused_and_ended():
 def test_padding_behind_a_prompt_is_refused():
     """generate() goes on behind the padding tokens, of which the model has never seen such a place."""
     asked = {**PLAIN, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])}
-    with pytest.raises(PromptError, match="padded at its left only"):
-        TARGET.generate(PROMPTS, **asked, **TREES)
+    folder = {"custom_generate": hf.FOLDER, "trust_remote_code": True}
+    for call in (
+        lambda: TARGET.generate(PROMPTS, **asked, **TREES),
+        lambda: TARGET.generate(PROMPTS, **asked, **TREES, stopping_criteria=[Stop()]),
+        lambda: TARGET.generate(PROMPTS, **asked, **folder),
+        lambda: hf.generate_with(TARGET, PROMPTS, **asked),
+    ):
+        with pytest.raises(PromptError, match="padded at its left only"):
+            call()

@@ -82,7 +82,7 @@ def test_what_a_model_was_left_out_of_is_paid_for_once_it_is_asked():
     text = Text("tiny", tuple(loop * 4), (*loop * 4, 11, 12, 13), 15)
     prices = rehearse.Prices(COSTS)
     session = known_session(tiny_model("llama"), DRAFTERS["union"], text, "fixed(depth=3,branch=1)")
-    [model] = rehearse._runners(session.draft_state)
+    [model] = session.draft_state.runners()
     rows: list[int] = []
     forward = model.forward
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import attrs
 import pytest
 
-from dynatree_core.cli import main
 from dynatree_core.cli.catalogue import PluginRow, plugin_rows
+from dynatree_core.cli.main import main
 from dynatree_core.errors import DefaultModelError
 from dynatree_core.models import embedded
 from dynatree_core.plugins import registry as registry
@@ -275,7 +275,7 @@ def test_the_help_of_added_commands_is_remembered(
 COUNT = """
 import contextlib, io, json, sys
 
-from dynatree_core.cli import main
+from dynatree_core.cli.main import main
 
 heavy = {"torch", "transformers", "numpy", "datasets", "matplotlib", "huggingface_hub", "gguf", "tokenizers"}
 found = {}
@@ -336,7 +336,7 @@ def test_the_default_model_is_hashed_beside_the_imports_and_once(
 def test_a_generation_begins_with_the_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
     monkeypatch.setattr(embedded, "check_early", lambda: begun.append(1))
-    monkeypatch.setattr("dynatree_core.models.load_model", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr("dynatree_core.models.load.load_model", lambda *args, **options: 1 / 0)
     for args, times in ((["generate", "text"], 1), (["generate", "--target", "default", "text"], 2), (["chat"], 3)):
         with pytest.raises(SystemExit):
             main(args)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import os
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
+import attrs
 import pytest
 import torch
 from hypothesis import given
@@ -14,10 +20,12 @@ from students import HEAD_IDS, drafter_of_each_kind, tiny_student
 
 from dynatree_core import DraftPlan, Proposals, TokenTree, build_drafter, generate
 from dynatree_core.clock import StageClock
+from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.base import Drafter, DraftState, padded_proposals
 from dynatree_core.drafters.distilled import DistilledDrafter, fast_dtype
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter, backed_off
+from dynatree_core.engine.kept import kept_of
 from dynatree_core.errors import ModelLoadError, ParameterError, VocabularyMismatchError
 from dynatree_core.models.student import CARD, WEIGHTS, is_student, load_student, new_student, save_student
 from dynatree_core.plugins.registry import DRAFTERS, plugin_table
@@ -30,7 +38,7 @@ FAMILIES = ["llama", "gpt_neox", "gpt2", "gemma2", "qwen3"]
 
 
 def plan_for(target):
-    return DraftPlan(VOCAB, 64, 32, CPU, StageClock(CPU), target)
+    return DraftPlan(VOCAB, 64, 32, CPU, StageClock(CPU), target, store=kept_of(target))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -154,7 +162,7 @@ def test_the_distilled_drafter_by_name(tmp_path):
         build_drafter("distilled(dtype='int8')")
 
 
-def test_a_student_is_loaded_once_a_target_and_goes_with_it(tmp_path):
+def test_a_student_is_loaded_once_a_target(tmp_path):
     first, second = tiny_model("llama"), perturbed("llama", noise=0.1)
     save_student(tiny_student(first), tmp_path, torch.float32, {"target": "tiny"})
     models = [DistilledDrafter(str(tmp_path)).start(plan_for(t)).runner.model for t in (first, second, first)]
@@ -163,6 +171,60 @@ def test_a_student_is_loaded_once_a_target_and_goes_with_it(tmp_path):
     save_student(tiny_student(second), tmp_path, torch.float32, {"target": "tiny"})
     os.utime(tmp_path / WEIGHTS, ns=(0, 0))
     assert DistilledDrafter(str(tmp_path)).start(plan_for(first)).runner.model is not models[0]
+
+
+def test_a_student_goes_with_its_target(tmp_path):
+    """What is kept for later generations with a target must not keep the target alive, nor outlive it."""
+    target = copy.deepcopy(tiny_model("llama"))
+    save_student(tiny_student(target), tmp_path, torch.float32, {"target": "tiny"})
+    drafter = DistilledDrafter(str(tmp_path))
+    for _ in range(2):
+        generate(target, drafter, [1, 2, 3], policy="fixed", max_new_tokens=9)
+    [student] = [value for key, value in kept_of(target).items() if key[0] == "distilled"]
+    held = weakref.ref(target), weakref.ref(student)
+    del target, student
+    gc.collect()
+    assert [one() for one in held] == [None, None]
+
+
+def test_a_student_that_is_kept_may_be_used_in_any_mode(tmp_path):
+    """Also if costs were measured first, which is done in inference mode: such tensors count no changes."""
+    target = tiny_model("llama")
+    save_student(tiny_student(target), tmp_path, torch.float32, {"target": "tiny"})
+    plan = DraftPlan(VOCAB, 64, 32, CPU, StageClock(CPU), target)
+    with torch.inference_mode():
+        state = DistilledDrafter(str(tmp_path)).start(plan)
+    assert not any(tensor.is_inference() for tensor in state.runner.model.state_dict(keep_vars=True).values())
+
+
+def test_costs_are_measured_with_the_student_that_generations_use(tmp_path, monkeypatch):
+    monkeypatch.setattr("dynatree_core.costs.folder", lambda: tmp_path / "costs")
+    target, loaded = tiny_model("llama"), []
+    save_student(tiny_student(target), tmp_path, torch.float32, {"target": "tiny"})
+    load = load_student
+    monkeypatch.setattr(
+        "dynatree_core.drafters.distilled.load_student", lambda *given: loaded.append(given) or load(*given)
+    )
+    known = {}
+    measured_costs(target, DistilledDrafter(str(tmp_path)), rounds=1, patience=0.0, known=known)
+    DistilledDrafter(str(tmp_path)).start(attrs.evolve(plan_for(target), store=known))
+    assert len(loaded) == 1
+
+
+def test_threads_that_begin_at_once_load_a_student_once(tmp_path, monkeypatch):
+    target, loaded = tiny_model("llama"), []
+    save_student(tiny_student(target), tmp_path, torch.float32, {"target": "tiny"})
+
+    def slow(*arguments):
+        loaded.append(arguments)
+        time.sleep(0.05)
+        return load_student(*arguments)
+
+    monkeypatch.setattr("dynatree_core.drafters.distilled.load_student", slow)
+    plan = DraftPlan(VOCAB, 64, 32, CPU, StageClock(CPU), target)
+    with ThreadPoolExecutor(3) as pool:
+        states = list(pool.map(lambda _: DistilledDrafter(str(tmp_path)).start(plan), range(3)))
+    assert len({state.runner.model for state in states}) == len(loaded) == 1
 
 
 def test_bfloat16_where_the_device_has_it(monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -121,8 +123,8 @@ def test_a_cache_of_another_kind_is_refused(make, message):
         TARGET.generate(PROMPT, **PLAIN, **{cache_argument(TARGET): make()}, **TREES)
 
 
-def filled(model, num):
-    cache = dynamic(model)
+def filled(model, num, make=dynamic):
+    cache = make(model)
     with torch.no_grad():
         model(PROMPT[:, :num], **{cache_argument(model): cache})
     return cache
@@ -145,6 +147,27 @@ def test_rows_that_cannot_be_taken_over_are_refused():
         windowed(long[:, :10], **{name: cache})
     with pytest.raises(ParameterError, match="a sliding window that kept"):
         windowed.generate(long, max_new_tokens=4, pad_token_id=0, **{name: cache}, custom_generate=hf.generate)
+
+
+@pytest.mark.parametrize("make", [dynamic, static])
+@pytest.mark.parametrize(("own", "other"), [("float64", "float32"), ("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_rows_of_another_dtype_are_refused(make, own, other):
+    """generate() promotes them where the model's dtype is the wider one and the cache can grow, and fails elsewhere."""
+    target, another = (copy.deepcopy(TARGET).to(getattr(torch, name)) for name in (own, other))
+    asked = {**PLAIN, cache_argument(TARGET): filled(another, 4, make), "custom_generate": hf.generate}
+    with pytest.raises(ParameterError, match=f"must hold those of this model in torch.{own}, got torch.{other}; make"):
+        target.generate(PROMPT, **asked)
+
+
+def test_rows_made_under_autocast_are_taken_over_under_autocast():
+    target = copy.deepcopy(TARGET).float()
+    name = cache_argument(target)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = filled(target, 4)
+        assert {cache.layers[0].keys.dtype, cache.layers[0].values.dtype} != {torch.float32}
+        expected = target.generate(PROMPT, **PLAIN, **{name: filled(target, 4)})
+        found = target.generate(PROMPT, **PLAIN, **{name: cache}, custom_generate=hf.generate, policy="autoregressive")
+    assert found.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("implementation", ["quantized", "offloaded", "offloaded_static"])

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dynatree_core import Drafter, DraftPlan, DraftState, Session
-from dynatree_core.drafters.union import UnionDrafter
+from dynatree_core.engine.kept import kept_of
 from dynatree_core.models.architectures import vocab_size
 
 
@@ -60,15 +60,17 @@ class OfTarget(Drafter):
     def __str__(self) -> str:
         return str(self.drafter)
 
+    def models(self, target: nn.Module) -> Sequence[nn.Module]:
+        return self.drafter.models(self.target)
+
+    def context_limit(self, target: nn.Module) -> int | None:
+        return self.drafter.context_limit(self.target)
+
+    def runs_on(self, target: nn.Module) -> torch.device | None:
+        return self.drafter.runs_on(self.target)
+
     def start(self, plan: DraftPlan) -> DraftState:
-        return self.drafter.start(attrs.evolve(plan, target=self.target))
-
-
-def told_of(drafter: Drafter, target: nn.Module) -> Drafter:
-    """The drafter, each part of which sees the real target."""
-    if isinstance(drafter, UnionDrafter):
-        return UnionDrafter([told_of(part, target) for part in drafter.drafters])
-    return OfTarget(drafter, target)
+        return self.drafter.start(attrs.evolve(plan, target=self.target, store=kept_of(self.target)))
 
 
 def known_session(target: nn.Module, drafter: Drafter, text: Text, policy: str) -> Session:
@@ -84,7 +86,7 @@ def known_session(target: nn.Module, drafter: Drafter, text: Text, policy: str) 
     stand_in = KnownTarget([*text.prompt_ids, *text.new_ids], vocab_size(target), room)
     return Session(
         stand_in,
-        told_of(drafter, target),
+        OfTarget(drafter, target),
         list(text.prompt_ids),
         policy=policy,
         max_new_tokens=text.max_new_tokens,

@@ -24,8 +24,9 @@ from dynatree_bench.run.pairs import MethodError, Pair
 from dynatree_bench.run.records import Replay, Steps, Trials
 from dynatree_core import DraftPlan, GenerationReport, Session, StepReport, TokenTree, run
 from dynatree_core.clock import StageClock
-from dynatree_core.drafters.union import possible_proposals
+from dynatree_core.engine.kept import kept_of
 from dynatree_core.models.architectures import vocab_size
+from dynatree_core.models.state import without_gradients
 from dynatree_core.tree.frontier import Proposals
 
 MAX_BRANCH = 16  # proposals that a replay looks at, the default of a session
@@ -128,15 +129,22 @@ def replay(pair: Pair, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> R
     vocab = vocab_size(pair.target.model)
     target = pair.target
     plan = DraftPlan(
-        vocab, ids.numel(), MAX_BRANCH, ids.device, StageClock(ids.device), target.model, tokenizer=target.tokenizer
+        vocab,
+        ids.numel(),
+        MAX_BRANCH,
+        ids.device,
+        StageClock(ids.device),
+        target.model,
+        tokenizer=target.tokenizer,
+        store=kept_of(target.model),
     )
-    state = pair.drafter.start(plan)
+    state = pair.drafter.begin(plan)
     ranks, probabilities = [], []
-    with torch.inference_mode():
+    with without_gradients(target.model, *pair.drafter.models(target.model)):
         state.prefill(ids[: len(prompt_ids) - 1])
         for i, token in enumerate(token_ids, start=len(prompt_ids)):
             root = TokenTree.root(ids[i - 1 : i].clone())
-            possible = possible_proposals(state, ids[:i], root, min(MAX_BRANCH, vocab))
+            possible = state.possible_proposals(ids[:i], root, min(MAX_BRANCH, vocab))
             state.commit(())
             rank, probability = min((_place(proposals, token) for proposals in possible), key=lambda place: place[0])
             ranks.append(rank if probability > 0 else -1)

@@ -18,7 +18,6 @@ from dynatree_bench.run.records import ModelInfo
 from dynatree_bench.run.useless import useless_drafter
 from dynatree_core import Drafter, LoadedModel, load_model
 from dynatree_core.cli.model_options import check_drafter_model, registered_drafter, usual_drafter
-from dynatree_core.drafters.distilled import DistilledDrafter, fast_dtype
 from dynatree_core.drafters.model import ModelDrafter, restricted_ids
 from dynatree_core.errors import InputError, VocabularyMismatchError
 from dynatree_core.models.load import check_model_name, resolve_device, vocabularies_match
@@ -45,9 +44,11 @@ class Pair:
     @property
     def drafter_model(self) -> PreTrainedModel | None:
         """The drafter's model, where it has one that transformers itself could draft with."""
-        model = self.drafter.model if isinstance(self.drafter, ModelDrafter) else None
-        is_plain = isinstance(model, PreTrainedModel) and restricted_ids(model) is None
-        return model if is_plain else None
+        models = self.drafter.models(self.target.model)
+        if self.drafter.price_class() != "model" or len(models) != 1:
+            return None
+        [model] = models
+        return model if isinstance(model, PreTrainedModel) and restricted_ids(model) is None else None
 
     @property
     def end_token_ids(self) -> list[int]:
@@ -167,20 +168,19 @@ def drafter_info(pair: Pair) -> ModelInfo | None:
     """The model that drafts, as a run's provenance has it; None where none does."""
     if pair.drafter_model is not None:
         return model_info(pair.drafter_model)
-    for drafter in getattr(pair.drafter, "drafters", (pair.drafter,)):  # those of a union
-        if isinstance(drafter, DistilledDrafter):
-            [file] = drafter.folder.glob("*.safetensors")
+    for own in pair.drafter.own_weights(pair.target.model.device):
+        shapes = []
+        for file in own.folder.glob("*.safetensors"):
             with safe_open(file, "pt") as weights:
-                names = set(weights.keys()) - {HEAD_IDS}
-                shapes = [weights.get_slice(name).get_shape() for name in names]
-            dtype = fast_dtype(pair.target.model.device) if drafter.dtype == "auto" else drafter.dtype
-            return ModelInfo(
-                name=str(drafter),
-                sha256=weights_sha256(str(drafter.folder)),
-                dtype=str(dtype).removeprefix("torch."),
-                num_parameters=sum(map(math.prod, shapes)),
-            )
-    return None
+                shapes += [weights.get_slice(name).get_shape() for name in set(weights.keys()) - {HEAD_IDS}]
+        return ModelInfo(
+            name=own.drafter,
+            sha256=weights_sha256(str(own.folder)),
+            dtype=str(own.dtype).removeprefix("torch."),
+            num_parameters=sum(map(math.prod, shapes)),
+        )
+    models = [model for model in pair.drafter.models(pair.target.model) if model is not pair.target.model]
+    return next((model_info(one, str(pair.drafter)) for one in models if isinstance(one, PreTrainedModel)), None)
 
 
 def model_info(model: PreTrainedModel, name: str | None = None) -> ModelInfo:

@@ -36,8 +36,7 @@ from dynatree_bench.studies.study import Asked, Study
 from dynatree_core import Session, run
 from dynatree_core.cli.model_options import tokenizer_of
 from dynatree_core.drafters.base import Drafter
-from dynatree_core.drafters.distilled import DistilledDrafter
-from dynatree_core.models.student import load_student
+from dynatree_core.models.student import is_student, load_student
 
 DRAFTERS = ("distilled", "prompt_lookup", "distilled+prompt_lookup")
 POLICIES = ("linear", "fixed", "phase1", "phase2", "phase3")
@@ -113,14 +112,14 @@ def _answers(
 def _agreements(pair: Pair, answers: Mapping[str, list[Shard]]) -> dict[str, dict[str, Agreement]]:
     """For drafters that are students, or have one: its agreement with the target, by category and over all."""
     everything = {**answers, "all": [shard for shards in answers.values() for shard in shards]}
-    return {
-        name: {
-            category: agreement(load_student(drafter.folder, pair.target.model, torch.float32), shards, torch.bfloat16)
-            for category, shards in everything.items()
-        }
-        for name, drafter in pair.drafters.items()
-        if isinstance(drafter, DistilledDrafter)
-    }
+    model = pair.target.model
+    weights = [own for drafter in pair.drafters.values() for own in drafter.own_weights(model.device)]
+    found = {}
+    for name, folder in {own.drafter: own.folder for own in weights}.items():
+        if is_student(folder):
+            student = load_student(folder, model, torch.float32)
+            found[name] = {key: agreement(student, shards, torch.bfloat16) for key, shards in everything.items()}
+    return found
 
 
 def _replayed(pair: Pair, policies: Sequence[str], answers: Mapping[str, list[Shard]]) -> list[Row]:

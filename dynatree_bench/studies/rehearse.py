@@ -34,11 +34,9 @@ from dynatree_bench.run.known import Text, known_session
 from dynatree_bench.run.pairs import Pair
 from dynatree_bench.run.progress import bar
 from dynatree_bench.studies.study import Asked, Study
-from dynatree_core import CostModel, Drafter, DraftState, generate, run
+from dynatree_core import CostModel, Drafter, generate, run
 from dynatree_core.clock import StageClock
 from dynatree_core.costs import measured_costs
-from dynatree_core.drafters.model import ModelDraftState
-from dynatree_core.drafters.union import UnionState
 from dynatree_core.runners.runner import ModelRunner
 from dynatree_core.tree.flatten import FlatTrees
 
@@ -91,7 +89,7 @@ def rehearse(target: nn.Module, drafter: Drafter, text: Text, policy: str, costs
     """
     session, prices = known_session(target, drafter, text, policy), Prices(costs)
     prices.charge(session.target)
-    for runner in _runners(session.draft_state):
+    for runner in session.draft_state.runners() if session.draft_state is not None else ():
         prices.charge(runner)
     session.clock, session.measure_costs = StageClock(session.device, now=lambda: prices.seconds), lambda: costs
     for _ in run(session):
@@ -108,13 +106,6 @@ def rehearse(target: nn.Module, drafter: Drafter, text: Text, policy: str, costs
         prices.seconds,
         report.num_new_tokens * costs.plain_step_seconds(),
     )
-
-
-def _runners(state: DraftState | None) -> list[ModelRunner]:
-    """Of the models that draft."""
-    if isinstance(state, UnionState):
-        return [runner for part in state.states for runner in _runners(part)]
-    return [state.runner] if isinstance(state, ModelDraftState) else []
 
 
 def ratio(found: Iterable[Rehearsal]) -> float:

@@ -47,20 +47,21 @@ def check_kept_as_is(cache: Any) -> None:
         )
 
 
-def take_rows(cache: Any, own: TreeCache, num_text: int) -> int:
+def take_rows(cache: Any, own: TreeCache, num_text: int, dtype: torch.dtype | None) -> int:
     """Begin an empty cache of a session with the rows that a caller's cache holds.
 
     Args:
         cache: the caller's, for which `check_kept_as_is` is true.
         own: of one batch row.
         num_text: tokens of the text that the rows are the first of.
+        dtype: of the model's own rows; None under autocast, where keys and values may have different ones.
 
     Returns:
         How many rows there are.
 
     Raises:
-        ParameterError: more rows than the text without its last token, rows of several sequences, or rows that were
-            dropped.
+        ParameterError: more rows than the text without its last token, rows of several sequences, rows that were
+            dropped, or rows of another dtype.
     """
     num_rows = int(cache.get_seq_length())
     if num_rows == 0:
@@ -81,6 +82,12 @@ def take_rows(cache: Any, own: TreeCache, num_text: int) -> int:
         raise ParameterError(
             f"a cache with rows must hold all of them, got a sliding window that kept {min(kept)} of {num_rows}, while "
             "trees look at rows in another order; leave the cache out"
+        )
+    others = {str(rows.dtype) for layer in layers for rows in (layer.keys, layer.values) if rows.dtype != dtype}
+    if dtype is not None and others:
+        raise ParameterError(
+            f"a cache with rows must hold those of this model in {dtype}, got {', '.join(sorted(others))}; make them "
+            "with the model as it is now, or leave the cache out"
         )
     own.load([layer.keys for layer in layers], [layer.values for layer in layers], num_rows)
     return num_rows

@@ -22,7 +22,7 @@ from dynatree_core.cache.prefix_cache import PrefixCache
 from dynatree_core.cli import console
 from dynatree_core.cli.exits import DONE, FAILED, INTERRUPTED
 from dynatree_core.cli.model_options import chat_ids, load_drafter, registered_drafter
-from dynatree_core.drafters.union import models_of
+from dynatree_core.drafters.build import as_drafter
 from dynatree_core.engine.session import Session
 from dynatree_core.errors import ContextLimitError, DynaTreeError, InputError, PromptError, nearest_match
 from dynatree_core.generation import run
@@ -69,8 +69,9 @@ class Chat:
     @property
     def context_limit(self) -> int | None:
         """Tokens that the models have positions for, all turns together; None when there is no limit."""
-        models = [self.target.model, *models_of(self.drafter)]
-        return min((limit for limit in map(max_positions, models) if limit is not None), default=None)
+        drafter = as_drafter(self.drafter)
+        limits = [max_positions(self.target.model), drafter.context_limit(self.target.model) if drafter else None]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def reset(self) -> None:
         """Begin a new conversation. Its rows stay in the prefix cache until others take their place."""

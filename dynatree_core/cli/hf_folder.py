@@ -123,10 +123,11 @@ def _spelt_out(drafter: str, source: Drafter | None) -> str:
             f"the folder's drafter must be a registered one or a folder made by `dynatree distill`, got the model "
             f"'{drafter}'; choose one, and hand the model over in a call: model.generate(..., drafter=MODEL)"
         )
-    from dynatree_core.drafters.distilled import DistilledDrafter
+    import torch
 
-    if isinstance(source, DistilledDrafter) and source.path == drafter:  # a student's folder, which is named alone
-        return f"distilled(path={str(source.folder.absolute())!r})"
+    folder = Path(drafter).expanduser()
+    if any(own.folder == folder for own in source.own_weights(torch.device("cpu"))):  # a student's, named by it alone
+        return f"distilled(path={str(folder.absolute())!r})"
     specs = [
         attrs.evolve(spec, parameters={**spec.parameters, "path": str(Path(path).expanduser().absolute())})
         if isinstance(path := spec.parameters.get("path"), str)

@@ -6,10 +6,13 @@ it takes about as long as a pass of the target.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
+from torch import nn
 
 from dynatree_core.drafters.base import Drafter, DraftPlan
-from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
+from dynatree_core.drafters.model import ModelDraftState
 from dynatree_core.models.adapters import without_adapters
 
 __all__ = ["AdapterOffDrafter"]
@@ -24,6 +27,9 @@ class AdapterOffDrafter(Drafter):
     def __str__(self) -> str:
         return "adapter_off"
 
+    def models(self, target: nn.Module) -> Sequence[nn.Module]:
+        return (target,)
+
     def start(self, plan: DraftPlan) -> ModelDraftState:
         """Begin one generation.
 
@@ -32,4 +38,4 @@ class AdapterOffDrafter(Drafter):
         """
         # the packed runner would lay out a copy of all matrices, and there is to be one copy of the weights
         runner = "eager" if plan.runner in ("auto", "packed") else plan.runner
-        return ModelDrafter(without_adapters(plan.target)).start(attrs.evolve(plan, runner=runner))
+        return ModelDraftState(without_adapters(plan.target), attrs.evolve(plan, runner=runner))

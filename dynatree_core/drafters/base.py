@@ -7,8 +7,10 @@ in the `DraftState` that it starts for each session.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import itertools
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
 
 import attrs
 import torch
@@ -17,13 +19,16 @@ from torch import Tensor, nn
 from dynatree_core.cache.prefix_cache import PrefixReuse
 from dynatree_core.cache.sink_cache import SinkWindow
 from dynatree_core.clock import StageClock
+from dynatree_core.errors import ContextLimitError
+from dynatree_core.models.architectures import max_positions
+from dynatree_core.runners.runner import ModelRunner, drafters_runner
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DraftPlan", "DraftState", "Drafter", "padded_proposals"]
+__all__ = ["DraftPlan", "DraftState", "Drafter", "OwnWeights", "device_of", "padded_proposals"]
 
 
 @attrs.frozen(eq=False)
@@ -33,7 +38,7 @@ class DraftPlan:
     vocab_size: int  # token ids that the target knows; proposing any other is an error
     num_tokens: int  # prompt and new tokens, at most
     max_nodes: int  # drafted nodes of one tree, at most
-    device: torch.device  # where trees and proposals live
+    device: torch.device  # where the drafter gets ids and trees, and where it leaves its proposals
     clock: StageClock  # measures forward passes, under the name "draft_forward"
     target: nn.Module  # the model that verifies: a drafter may share its weights, and must not change it
     kept: SinkWindow | None = None  # all that the target's cache keeps of the text, if that is bounded
@@ -42,28 +47,102 @@ class DraftPlan:
     on_prefill: Callable[[int, int], None] | None = None  # who wants to know how far a long prefill is: rows done, all
     # the target's, for a drafter that looks at text; None where the caller has given none
     tokenizer: PreTrainedTokenizerBase | None = None
+    # kept as long as the target: what later generations with it are to find again. A key begins with the drafter's
+    # name; a value must not hold the target's module, or neither would ever be freed
+    store: MutableMapping[Hashable, Any] = attrs.field(factory=dict, repr=False)
+
+    @property
+    def num_followed(self) -> int:
+        """Tokens that a drafter needs positions for: all, or those that a bounded cache keeps and a tree."""
+        if self.kept is None:
+            return self.num_tokens
+        return min(self.num_tokens, self.kept.num_tokens + self.max_nodes)
 
 
 class Drafter(abc.ABC):
-    """A source of proposals, immutable and shared. Its string is its name in reports and errors."""
+    """A source of proposals, immutable and shared. Its string is its name in reports and errors.
+
+    Only `start` has to be written. The other methods say what the runtime needs to know of a drafter's models; their
+    defaults are those of a drafter without one.
+    """
 
     def __repr__(self) -> str:
         return type(self).__name__
 
     @abc.abstractmethod
     def start(self, plan: DraftPlan) -> DraftState:
-        """Begin one generation.
+        """Begin one generation. To be written by a drafter; callers use `begin`.
 
         Raises:
             VocabularyMismatchError: the drafter does not speak the target's token ids.
-            ContextLimitError: the generation is longer than the drafter can follow.
         """
+
+    def models(self, target: nn.Module) -> Sequence[nn.Module]:
+        """The models whose weights it computes with, and the target where it uses the target's weights.
+
+        Their passes run without gradients, and in inference mode if all of them can. Measured costs are kept by their
+        configuration, dtype and device. The defaults of `context_limit` and `runs_on` are read from them.
+        """
+        return ()
+
+    def context_limit(self, target: nn.Module) -> int | None:
+        """The most tokens that it can follow; None: no limit. Longer generations are refused before anything runs."""
+        return min((limit for limit in map(max_positions, self.models(target)) if limit is not None), default=None)
+
+    def runs_on(self, target: nn.Module) -> torch.device | None:
+        """The device of its ids, trees and proposals; None: the target's. By default, that of its first model."""
+        return next((device_of(model) for model in self.models(target)), None)
+
+    def price_class(self) -> str:
+        """The name that its measured costs are kept under, together with its models.
+
+        Drafters with the same name and models share their costs. "model" means: a level is one pass of its only model.
+        """
+        return str(self)
+
+    def own_weights(self, device: torch.device) -> Sequence[OwnWeights]:
+        """The weights on disk that it computes with on this device, beside those of `models`."""
+        return ()
+
+    @final
+    def begin(self, plan: DraftPlan) -> DraftState:
+        """Begin one generation. A session calls this, and so does a drafter that is made of others.
+
+        A drafter on another device gets ids and trees there, and its proposals come back to `plan.device`.
+
+        Raises:
+            ContextLimitError: the generation is longer than the drafter can follow.
+            Exception: what `start` raises.
+        """
+        limit = self.context_limit(plan.target)
+        if limit is not None and plan.num_followed > limit:
+            what, advice = "prompt and output", "shorten the prompt, lower max_new_tokens"
+            if plan.kept is not None:
+                what, advice = "the target's cache and a tree", "make the window smaller, lower max_nodes"
+            raise ContextLimitError(
+                f"the drafter must have a position for each of the {plan.num_followed} tokens of {what}, but "
+                f"has {limit}; {advice}, or choose another drafter"
+            )
+        device = self.runs_on(plan.target)
+        if device is None or device == plan.device:
+            return self.start(plan)
+        there = attrs.evolve(plan, device=device, runner=drafters_runner(plan.runner, device))
+        return _ElsewhereState(self.start(there), plan, device)
+
+
+@attrs.frozen
+class OwnWeights:
+    """A drafter's weights on disk, as a benchmark's provenance names them."""
+
+    drafter: str  # the drafter's string
+    folder: Path
+    dtype: torch.dtype  # in which it computes
 
 
 class DraftState(abc.ABC):
     """A drafter in one generation."""
 
-    # whether levels may be left out, the root's among them, so that a level is asked about whose parents were not
+    # true if `propose` may be called for a level whose parent level was skipped, or for no level of a tree at all
     can_skip_levels = False
 
     @abc.abstractmethod
@@ -77,8 +156,8 @@ class DraftState(abc.ABC):
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
         """The k best children of each node of the tree's last level.
 
-        Called once a level at most, for level 0 (the root) first, then for each level that grows, unless
-        `can_skip_levels` allows for others. It does not change the tree.
+        Called at most once for each level, first for level 0 (the root), then for each level that grows. With
+        `can_skip_levels` any of these levels may be left out. It does not change the tree.
 
         Args:
             committed_ids: [committed] int64, prompt and new tokens; the last one is the tree's root.
@@ -97,6 +176,60 @@ class DraftState(abc.ABC):
     @abc.abstractmethod
     def rollback(self) -> None:
         """Forget all drafted nodes of an iteration that failed."""
+
+    def possible_proposals(self, committed_ids: Tensor, tree: TokenTree, k: int) -> list[Proposals]:
+        """All that `propose` may answer about a root. There are several where the answer depends on other nodes."""
+        return [self.propose(committed_ids, tree, k)]
+
+    def runners(self) -> Sequence[ModelRunner]:
+        """The runners of its models' passes, for programs that count or price them."""
+        return ()
+
+
+class _ElsewhereState(DraftState):
+    """A state on another device than the target: ids and trees are copied there, and proposals back."""
+
+    def __init__(self, state: DraftState, plan: DraftPlan, device: torch.device) -> None:
+        self.state, self.targets_device, self.device = state, plan.device, device
+        self.can_skip_levels = state.can_skip_levels
+        self.ids = torch.zeros(plan.num_tokens, dtype=torch.int64, device=device)
+        self.num_ids = 0  # of the committed tokens, those that have been copied
+
+    def prefill(self, committed_ids: Tensor) -> None:
+        self.state.prefill(self._copied(committed_ids))
+
+    def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
+        return self._back(self.state.propose(self._copied(committed_ids), tree.to(self.device), k))
+
+    def commit(self, draft_path: tuple[int, ...]) -> None:
+        self.state.commit(draft_path)
+
+    def rollback(self) -> None:
+        self.state.rollback()
+
+    def possible_proposals(self, committed_ids: Tensor, tree: TokenTree, k: int) -> list[Proposals]:
+        possible = self.state.possible_proposals(self._copied(committed_ids), tree.to(self.device), k)
+        return [self._back(proposals) for proposals in possible]
+
+    def runners(self) -> Sequence[ModelRunner]:
+        return self.state.runners()
+
+    def _copied(self, committed_ids: Tensor) -> Tensor:
+        """The committed tokens on the drafter's device. Only the new ones are copied."""
+        end = committed_ids.numel()
+        if end > self.num_ids:
+            self.ids[self.num_ids : end].copy_(committed_ids[self.num_ids :])
+            self.num_ids = end
+        return self.ids[:end]
+
+    def _back(self, proposals: Proposals) -> Proposals:
+        token_ids, logprobs = (one.to(self.targets_device) for one in (proposals.token_ids, proposals.logprobs))
+        return attrs.evolve(proposals, token_ids=token_ids, logprobs=logprobs)
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """The device of a model's first tensor; None if it has no tensor."""
+    return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
 
 
 def padded_proposals(token_ids: Tensor, logprobs: Tensor, k: int) -> Proposals:

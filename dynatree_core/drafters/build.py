@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from typing import cast
 
+from torch import nn
+
 from dynatree_core.drafters.base import Drafter
+from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import PluginLoadError
 from dynatree_core.plugins.registry import DRAFTERS, load_plugin, make_plugin
 from dynatree_core.plugins.spec import parse_stack
 
-__all__ = ["build_drafter", "build_drafters"]
+__all__ = ["as_drafter", "build_drafter", "build_drafters"]
+
+
+def as_drafter(given: nn.Module | Drafter | str | None) -> Drafter | None:
+    """The drafter that a caller means by a drafter, its string, or a model that is to draft; None for none.
+
+    Raises:
+        StackSyntaxError, UnknownPluginError, ParameterError, UnsupportedModelError.
+    """
+    if given is None or isinstance(given, Drafter):
+        return given
+    return build_drafter(given) if isinstance(given, str) else ModelDrafter(given)
 
 
 def build_drafter(text: str) -> Drafter:

@@ -6,8 +6,7 @@ DynaTree carries one for the embedded default model; for any other target it is 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Hashable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -15,8 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dynatree_core.drafters.base import Drafter, DraftPlan
-from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
+from dynatree_core.drafters.base import Drafter, DraftPlan, OwnWeights
+from dynatree_core.drafters.model import ModelDraftState
 from dynatree_core.errors import ModelLoadError, ParameterError
 from dynatree_core.models.student import WEIGHTS, is_student, load_student
 from dynatree_core.plugins.spec import PluginSpec
@@ -27,9 +26,7 @@ EMBEDDED_STUDENT = Path(__file__).parent / "smollm2_135m_instruct"  # made for t
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
-# a student belongs to the target whose embeddings it uses, and goes when that goes: by file, its date, dtype and device
-_students: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, ModelDrafter]] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_loading = threading.Lock()  # two threads that begin at once load a student once
 
 
 class DistilledDrafter(Drafter):
@@ -56,15 +53,23 @@ class DistilledDrafter(Drafter):
         given = {"path": self.path, "dtype": None if self.dtype == "auto" else self.dtype}
         return str(PluginSpec("distilled", None, {name: value for name, value in given.items() if value is not None}))
 
+    def models(self, target: nn.Module) -> Sequence[nn.Module]:
+        return (target,)  # a student computes with the target's embeddings, and its context is as long
+
+    def own_weights(self, device: torch.device) -> Sequence[OwnWeights]:
+        return (OwnWeights(str(self), self.folder, self._dtype_on(device)),)
+
     def start(self, plan: DraftPlan) -> ModelDraftState:
-        dtype = fast_dtype(plan.device) if self.dtype == "auto" else _DTYPES[self.dtype]
-        weights = self.folder / WEIGHTS
-        key = (weights.resolve(), weights.stat().st_mtime_ns if weights.exists() else None, dtype, plan.device)
-        with _lock:
-            of_target = _students.setdefault(plan.target, {})
-            if key not in of_target:
-                of_target[key] = ModelDrafter(load_student(self.folder, cast(PreTrainedModel, plan.target), dtype))
-        return of_target[key].start(plan)
+        weights, dtype = self.folder / WEIGHTS, self._dtype_on(plan.device)
+        written = weights.stat().st_mtime_ns if weights.exists() else None
+        key = ("distilled", weights.resolve(), written, dtype, plan.device)
+        with _loading, torch.inference_mode(False):  # a later generation may run in another mode than this one
+            if key not in plan.store:
+                plan.store[key] = load_student(self.folder, cast(PreTrainedModel, plan.target), dtype)
+        return ModelDraftState(plan.store[key], plan)
+
+    def _dtype_on(self, device: torch.device) -> torch.dtype:
+        return fast_dtype(device) if self.dtype == "auto" else _DTYPES[self.dtype]
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -1,12 +1,14 @@
 """The `model` drafter: a small causal language model with the target's vocabulary (Leviathan et al. 2023,
 Chen et al. 2023), expanding a whole tree level in one forward pass.
 
-It keeps its cache across iterations: rows of accepted nodes stay, and the committed tokens that it has not seen, one or
-two unless it was left out, are its next root block. No token goes through it twice, unless the target's cache is
-bounded.
+It keeps its cache across iterations. Rows of accepted nodes stay, and the committed tokens that it has not seen are the
+next root block: one or two tokens, or more after skipped levels. No token goes through it twice, unless the target's
+cache is bounded.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import attrs
 import torch
@@ -14,8 +16,8 @@ from torch import Tensor, nn
 
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, padded_proposals
-from dynatree_core.errors import ContextLimitError, ParameterError, VocabularyMismatchError
-from dynatree_core.models.architectures import max_positions, num_embeddings, vocab_size
+from dynatree_core.errors import ParameterError, VocabularyMismatchError
+from dynatree_core.models.architectures import num_embeddings, vocab_size
 from dynatree_core.models.load import load_model
 from dynatree_core.models.student import RestrictedHead
 from dynatree_core.models.wrappers import plain_model
@@ -24,7 +26,7 @@ from dynatree_core.tree.flatten import FlatTrees, flatten_chain, flatten_level
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
 
-__all__ = ["ModelDrafter"]
+__all__ = ["ModelDraftState", "ModelDrafter"]
 
 # heads are padded to multiples of up to this many ids (Pythia 50,254 tokens: 50,304 to 50,688 outputs)
 MAX_VOCAB_PADDING = 512
@@ -48,45 +50,50 @@ class ModelDrafter(Drafter):
         name = getattr(self.model.config, "name_or_path", "")
         return f"model(model={name!r})" if name else f"model({type(self.model).__name__})"
 
+    def models(self, target: nn.Module) -> Sequence[nn.Module]:
+        return (self.model,)
+
+    def price_class(self) -> str:
+        return "model"
+
     def start(self, plan: DraftPlan) -> ModelDraftState:
-        if restricted_ids(self.model) is None:
-            check_vocabularies(plan.vocab_size, vocab_size(self.model))
-        if self.model.device != plan.device:
-            raise ParameterError(
-                f"the drafter must be on the target's device, {plan.device}, got {self.model.device}; move it"
-            )
-        num_followed, what, advice = plan.num_tokens, "prompt and output", "shorten the prompt, lower max_new_tokens"
-        if plan.kept is not None:
-            num_followed = min(plan.num_tokens, plan.kept.num_tokens + plan.max_nodes)
-            what, advice = "the target's cache and a tree", "make the window smaller, lower max_nodes"
-        limit = max_positions(self.model)
-        if limit is not None and num_followed > limit:
-            raise ContextLimitError(
-                f"the drafter must have a position for each of the {num_followed} tokens of {what}, but "
-                f"has {limit}; {advice}, or choose another drafter"
-            )
-        return ModelDraftState(self.model, num_followed, plan)
+        return ModelDraftState(self.model, plan)
 
 
 class ModelDraftState(DraftState):
-    """One generation of a model drafter: its cache, and which part of the text is in it.
+    """One generation that a transformers causal language model drafts for, with a cache of its own.
+
+    A drafter with such a model makes one in its `start`, and returns the model from its `models`. Prefill in chunks,
+    reuse of prefixes, skipped levels and runners come with it.
 
     Where the target's cache is bounded, so is this one: it follows the same first tokens and the last ones, which it
     puts at consecutive positions. When they outgrow the bound it begins anew with half a window. That suits any model,
     and what it costs is a second look at each token; only a target's output has to be exact.
+
+    Args:
+        model: the model, on the plan's device, in eval mode.
+        plan: the generation's, as `Drafter.start` was given it.
+
+    Raises:
+        VocabularyMismatchError: the model's head is not one for the target's token ids.
+        ParameterError: the model is on the meta device.
     """
 
-    # what was left out goes through with what comes next, or once it is committed
+    # skipped levels are run together with the next requested level, or after the commit
     can_skip_levels = True
 
-    def __init__(self, model: nn.Module, num_followed: int, plan: DraftPlan) -> None:
+    def __init__(self, model: nn.Module, plan: DraftPlan) -> None:
+        if plan.device.type == "meta":
+            raise ParameterError("the drafter must be on a device that computes, got meta; load its weights")
+        if restricted_ids(model) is None:
+            check_vocabularies(plan.vocab_size, vocab_size(model))
         self.runner = ModelRunner(model, plan.clock, on_prefill=plan.on_prefill, name=plan.runner)
-        self.cache = TreeCache(num_followed + plan.max_nodes)
+        self.cache = TreeCache(plan.num_followed + plan.max_nodes)
         self.prefix = plan.prefix
         if self.prefix is not None:
             self.prefix.add(model, self.cache)
         self.kept = plan.kept
-        self.num_skipped = 0  # tokens behind the first ones that are not followed any more
+        self.num_skipped = 0  # tokens behind the first ones that are no longer followed
         self.token_of = restricted_ids(model)  # [outputs] the token that each output says; None: they are the ids
         # outputs that say a token which the target knows
         self.num_outputs = vocab_size(model) if self.token_of is not None else min(plan.vocab_size, vocab_size(model))
@@ -103,8 +110,8 @@ class ModelDraftState(DraftState):
 
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
         followed = self._followed(committed_ids)
-        is_behind = self.cache.length < followed.numel()  # it is not once the root was asked about
-        assert is_behind or tree.max_depth > 0, "the root is asked about once an iteration at most"
+        is_behind = self.cache.length < followed.numel()  # false once the root has been proposed for
+        assert is_behind or tree.max_depth > 0, "propose is called for the root once an iteration at most"
         if is_behind:
             logits = self._catch_up(followed)
         if tree.max_depth > 0:
@@ -116,8 +123,8 @@ class ModelDraftState(DraftState):
         return attrs.evolve(proposals, token_ids=self.token_of[proposals.token_ids])
 
     def _catch_up(self, followed: Tensor) -> Tensor:
-        """Put the tokens that it has not seen through the model, the root last; its logits [1, outputs]."""
-        if followed.numel() - self.cache.length > PREFILL_CHUNK:  # it was left out for long, or begins anew
+        """Run the model over the tokens that it has not seen, the root last; the root's logits [1, outputs]."""
+        if followed.numel() - self.cache.length > PREFILL_CHUNK:  # many levels were skipped, or it begins anew
             self.runner.prefill(self._own(followed[self.cache.length : -1]), self.cache, stage="draft_forward")
         self.num_settled = self.cache.length
         flat = flatten_chain(followed[self.num_settled :], self.num_settled)
@@ -137,8 +144,11 @@ class ModelDraftState(DraftState):
     def rollback(self) -> None:
         self.cache.truncate(self.num_settled)
 
+    def runners(self) -> Sequence[ModelRunner]:
+        return (self.runner,)
+
     def _followed(self, committed_ids: Tensor) -> Tensor:
-        """The tokens that are looked at; empties the cache where too many have to go."""
+        """The tokens that are in the cache or go there next; empties the cache where too many have to leave it."""
         if self.kept is None:
             return committed_ids
         sinks, window = self.kept.sinks, self.kept.window

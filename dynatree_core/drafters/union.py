@@ -14,14 +14,14 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, padded_proposals
+from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, OwnWeights, padded_proposals
 from dynatree_core.drafters.build import build_drafters
-from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import ParameterError
+from dynatree_core.runners.runner import ModelRunner
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
 
-__all__ = ["UnionDrafter", "models_of", "possible_proposals"]
+__all__ = ["UnionDrafter"]
 
 # of the probability of a node's children. An earlier occurrence of two tokens leaves over 0.5, two of one token 0.67,
 # whether they agree or not. With 0.7 the embedded pair drafts 2.18 tokens an iteration of `phase1` with 1.3 passes of
@@ -47,15 +47,37 @@ class UnionDrafter(Drafter):
     def __str__(self) -> str:
         return "+".join(str(drafter) for drafter in self.drafters)
 
+    def models(self, target: nn.Module) -> Sequence[nn.Module]:
+        return tuple(dict.fromkeys(model for part in self.drafters for model in part.models(target)))
+
+    def context_limit(self, target: nn.Module) -> int | None:
+        limits = [part.context_limit(target) for part in self.drafters]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def runs_on(self, target: nn.Module) -> None:
+        return None  # each of its drafters may have a device of its own
+
+    def price_class(self) -> str:
+        return "+".join(part.price_class() for part in self.drafters)
+
+    def own_weights(self, device: torch.device) -> Sequence[OwnWeights]:
+        return [weights for part in self.drafters for weights in part.own_weights(device)]
+
     def start(self, plan: DraftPlan) -> UnionState:
-        return UnionState([drafter.start(plan) for drafter in self.drafters])
+        states = [part.begin(plan) for part in self.drafters]
+        return UnionState(states, [bool(part.models(plan.target)) for part in self.drafters])
 
 
 class UnionState(DraftState):
-    """The drafters' states of one generation; each sees the whole tree."""
+    """The drafters' states of one generation; each sees the whole tree.
 
-    def __init__(self, states: Sequence[DraftState]) -> None:
-        self.states = states
+    Args:
+        states: the states, in the drafters' order.
+        have_models: for each, whether its proposals cost passes of a model unless they are free.
+    """
+
+    def __init__(self, states: Sequence[DraftState], have_models: Sequence[bool]) -> None:
+        self.states, self.have_models = states, have_models
 
     def prefill(self, committed_ids: Tensor) -> None:
         for state in self.states:
@@ -64,13 +86,26 @@ class UnionState(DraftState):
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
         heard: list[Proposals] = []  # the last drafter's first
         was_skipped, was_model_asked = False, False
-        for state in reversed(self.states):
+        for state, has_model in reversed([*zip(self.states, self.have_models, strict=True)]):
             if heard and state.can_skip_levels and _most_left_over(heard) < LITTLE:
                 was_skipped = True
                 continue
             heard.append(state.propose(committed_ids, tree, k))
-            was_model_asked |= state.can_skip_levels or (isinstance(state, UnionState) and not heard[-1].is_free)
+            # a drafter that levels may be skipped for saves something by it, whether it names its model or not
+            was_model_asked |= (has_model or state.can_skip_levels) and not heard[-1].is_free
         return attrs.evolve(_combined(heard, k), is_free=was_skipped and not was_model_asked)
+
+    def possible_proposals(self, committed_ids: Tensor, tree: TokenTree, k: int) -> list[Proposals]:
+        """Those of all its drafters first. Which of them `propose` asks depends on the other nodes of the level."""
+        ways: list[tuple[Proposals, ...]] = [()]
+        for part in reversed(self.states):
+            asked = part.possible_proposals(committed_ids, tree, k)
+            skipped = [heard for heard in ways if heard and part.can_skip_levels and _most_left_over(heard) < LITTLE]
+            ways = [*((*heard, one) for heard in ways for one in asked), *skipped]
+        return [_combined(heard, k) for heard in ways]
+
+    def runners(self) -> Sequence[ModelRunner]:
+        return [runner for state in self.states for runner in state.runners()]
 
     def commit(self, draft_path: tuple[int, ...]) -> None:
         for state in self.states:
@@ -79,21 +114,6 @@ class UnionState(DraftState):
     def rollback(self) -> None:
         for state in self.states:
             state.rollback()
-
-
-def possible_proposals(state: DraftState, committed_ids: Tensor, tree: TokenTree, k: int) -> list[Proposals]:
-    """All that a drafter may propose at a tree's only node, that of all drafters of a union first.
-
-    Which of them a union asks about a node depends on the other nodes of its level too.
-    """
-    if not isinstance(state, UnionState):
-        return [state.propose(committed_ids, tree, k)]
-    ways: list[tuple[Proposals, ...]] = [()]
-    for part in reversed(state.states):
-        asked = possible_proposals(part, committed_ids, tree, k)
-        skipped = [heard for heard in ways if heard and part.can_skip_levels and _most_left_over(heard) < LITTLE]
-        ways = [*((*heard, one) for heard in ways for one in asked), *skipped]
-    return [_combined(heard, k) for heard in ways]
 
 
 def _combined(heard: Sequence[Proposals], k: int) -> Proposals:
@@ -122,12 +142,3 @@ def backed_off(first: Proposals, second: Proposals, k: int) -> Proposals:
     is_first = ~is_same.tril(-1).any(dim=2) & (probs > 0)
     top = torch.where(is_first, total, 0).topk(k, dim=1)
     return padded_proposals(token_ids.gather(1, top.indices), top.values.clamp(max=1).log(), k)
-
-
-def models_of(drafter: object) -> list[nn.Module]:
-    """The models that a drafter, or a model that stands for one, follows the text with."""
-    if isinstance(drafter, UnionDrafter):
-        return [model for part in drafter.drafters for model in models_of(part)]
-    if isinstance(drafter, ModelDrafter):
-        return [drafter.model]
-    return [drafter] if isinstance(drafter, nn.Module) else []

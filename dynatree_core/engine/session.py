@@ -21,9 +21,8 @@ from dynatree_core.clock import StageClock
 from dynatree_core.cost_model import CostModel
 from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
-from dynatree_core.drafters.build import build_drafter
-from dynatree_core.drafters.model import ModelDrafter
-from dynatree_core.drafters.union import models_of
+from dynatree_core.drafters.build import as_drafter
+from dynatree_core.engine.kept import kept_of
 from dynatree_core.engine.metrics import summarise
 from dynatree_core.engine.row_probe import refuse_dependent_rows
 from dynatree_core.errors import (
@@ -213,9 +212,8 @@ class Session:
             self.prefix = PrefixReuse(prefix_cache)
             self.prefix.add(target, self.cache)
         self.num_reused_tokens = 0  # of the prompt, whose rows came from the prefix cache
-        source = _as_drafter(drafter)
-        models = [target, *(models_of(source) if source is not None else ())]
-        self._can_infer = all(map(can_infer, models))  # asked once: it looks at every weight
+        source = as_drafter(drafter)
+        models = [target]
         self.drafter_name = None if source is None else str(source)
         # what iterations take here; reports and frontiers keep it, so it must not hold the session
         self.measure_costs = _costs_of(target, source, runner, self.clock, self.drafter_name, tokenizer)
@@ -233,12 +231,15 @@ class Session:
                 runner=drafters_runner(runner),
                 on_prefill=on_prefill,
                 tokenizer=tokenizer,
+                store=kept_of(target),
             )
             try:
                 with self.blame_drafter(InputError):
-                    self.draft_state = source.start(plan)
+                    self.draft_state = source.begin(plan)
+                    models += source.models(target)
             except DrafterError as error:
                 self.fall_back(error)
+        self._can_infer = all(map(can_infer, dict.fromkeys(models)))  # asked once: it looks at every weight
 
         self.new_token_ids: list[int] = []
         self.pending = Pending()
@@ -447,14 +448,6 @@ class Session:
         return GenerationResult(token_ids, reason, report)
 
 
-def _as_drafter(drafter: nn.Module | Drafter | str | None) -> Drafter | None:
-    if drafter is None or isinstance(drafter, Drafter):
-        return drafter
-    if isinstance(drafter, str):
-        return build_drafter(drafter)
-    return ModelDrafter(drafter)
-
-
 def _noting(callback: Callable[[int, int], None], errors: list[BaseException]) -> Callable[[int, int], None]:
     """The callback, which leaves in the list what it raises."""
 
@@ -495,7 +488,7 @@ def _costs_of(
     @functools.cache
     def measure() -> CostModel:
         with clock.leave_out(), _blame_drafter(drafter_name, ForwardPassError, OutOfMemoryError):
-            return measured_costs(target, drafter, runner=runner, tokenizer=tokenizer)
+            return measured_costs(target, drafter, runner=runner, tokenizer=tokenizer, known=kept_of(target))
 
     return measure
 

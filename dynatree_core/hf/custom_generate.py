@@ -1,16 +1,15 @@
 """Tree decoding through transformers' own door: `model.generate(..., custom_generate=dynatree_core.hf.generate)`.
 
 generate() reads its arguments, makes logits processors and stopping criteria of them, and then calls the function here
-in place of its own decoding loop. What it keeps to itself is a tokenizer and stop strings: they go through
-`generate_with`, which has its signature. `FOLDER` is the same for `custom_generate=FOLDER, trust_remote_code=True`.
+in place of its own decoding loop. What it keeps from a function is looked up in `kept_back`. `generate_with` has the
+arguments of generate() itself, and `FOLDER` is the same for `custom_generate=FOLDER, trust_remote_code=True`.
 """
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -35,7 +33,16 @@ from dynatree_core.drafters.base import Drafter
 from dynatree_core.engine.session import Session
 from dynatree_core.errors import ParameterError
 from dynatree_core.generation import run
-from dynatree_core.hf.rows import check_rows, joined, processors_of_row
+from dynatree_core.hf.kept_back import WITHOUT_A_WAY, SignatureWithTokenizer, callers_arguments
+from dynatree_core.hf.rows import (
+    check_rows,
+    has_end_token,
+    joined,
+    looks_at_all_rows,
+    pad_id_of,
+    processors_of_row,
+)
+from dynatree_core.models.adapters import adapters_of_rows
 from dynatree_core.models.architectures import cache_argument
 
 if TYPE_CHECKING:
@@ -57,12 +64,6 @@ _REFUSED = {
 _CACHES = ("cache", "past_key_values")  # the argument's name from transformers 5.24.0 on, and before
 # what generate() prepares for its own loop and a session makes for itself
 _NOT_NEEDED = {"use_cache", "logits_to_keep", "cache_position", "position_ids", "attention_mask", *_CACHES}
-_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
-# arguments of generate() that it hands to no custom loop -> what to do instead
-_KEPT_BACK = {
-    "assistant_model": "give the small model as drafter=",
-    "synced_gpus": "leave it out: tree decoding runs in one process",
-}
 
 
 class _Recorder(LogitsProcessor):
@@ -124,6 +125,7 @@ def generate(
     policy: str | object | Sequence[str | object] = "phase3",
     streamer: Any = None,
     options: Mapping[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """For `model.generate(**inputs, custom_generate=generate, drafter=..., policy=...)`; not to be called otherwise.
@@ -141,8 +143,8 @@ def generate(
         policy: as in `dynatree_core.generate`.
         streamer: one of transformers', which gets the tokens of each decode step when they are committed, and its end
             also where an error ends the generation. generate() keeps its own to itself: it is looked up in the caller.
-        options: of `dynatree_core.generate`, such as {"tau": 0.1, "max_nodes": 64, "on_error": "fallback"}, or
-            {"tokenizer": tokenizer} for a drafter that looks at text: generate() hands its own tokenizer on to nobody.
+        options: of `dynatree_core.generate`, such as {"tau": 0.1, "max_nodes": 64, "on_error": "fallback"}.
+        tokenizer: the target's, which generate() needs for stop strings; drafters that look at text get it too.
         model_kwargs: attention mask, positions, cache, and what generate() prepares for its own loop.
 
     Returns:
@@ -153,11 +155,11 @@ def generate(
         ParameterError: a way of decoding that is not tree decoding, or a cache that cannot be taken over.
         DynaTreeError: what failed while running.
     """
-    callers = _callers_arguments(model)
+    callers = callers_arguments(model)
     is_shown_prompt = streamer is None  # generate() has shown it to its own streamer
     streamer = callers.get("streamer") if streamer is None else streamer
     with _ended(streamer) as streamer:
-        for name, advice in _KEPT_BACK.items():
+        for name, advice in WITHOUT_A_WAY.items():
             if callers.get(name):
                 kind = type(callers[name]).__name__
                 raise ParameterError(f"generate() hands {name} on to no custom loop, got one ({kind}); {advice}")
@@ -169,13 +171,24 @@ def generate(
             StoppingCriteriaList(stopping_criteria or ()),
             drafter,
             policy,
-            options or {},
+            _with_tokenizer(options, tokenizer),
             model_kwargs,
         )
         _check(asked, streamer)
         if streamer is not None and not is_shown_prompt:
             streamer.put(input_ids.cpu())
-        return _one_row(asked, streamer) if asked.num_rows == 1 else _several_rows(asked)
+        if asked.num_rows == 1:
+            return _one_row(asked, streamer)
+        sequences = (_rows_in_step if looks_at_all_rows(asked.criteria) else _rows_in_turn)(asked)
+        return _several(asked, sequences.to(input_ids.device))
+
+
+# generate() reads the function's signature, and this one hands it back the tokenizer
+generate.__signature__ = SignatureWithTokenizer.from_callable(generate)  # type: ignore[attr-defined]
+
+
+def _with_tokenizer(options: Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerBase | None) -> Mapping[str, Any]:
+    return {**({} if tokenizer is None else {"tokenizer": tokenizer}), **(options or {})}
 
 
 def _one_row(asked: _Asked, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput:
@@ -211,7 +224,7 @@ def _one_row(asked: _Asked, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput
     return GenerateDecoderOnlyOutput(**fields)
 
 
-def _several_rows(asked: _Asked) -> Tensor | GenerateDecoderOnlyOutput:
+def _rows_in_turn(asked: _Asked) -> Tensor:
     """One row after the other; with sampling each draws what generate() draws for it in the batch."""
     rows: list[Tensor] = []
     began: Tensor | None = None  # where the random generator stood: every row begins there
@@ -228,7 +241,37 @@ def _several_rows(asked: _Asked) -> Tensor | GenerateDecoderOnlyOutput:
         if session.sampler is not None:
             ends.append(session.sampler.state())
             session.sampler.restore(max(zip(rows, ends, strict=True), key=lambda pair: pair[0].numel())[1])
-    sequences: Any = joined(rows, asked.config).to(asked.input_ids.device)
+    return joined(rows, pad_id_of(asked.config))
+
+
+def _rows_in_step(asked: _Asked) -> Tensor:
+    """All rows together, token by token, with criteria that are asked about the batch as generate() asks them.
+
+    A row's tokens depend on no other row, so only the end is found in step: a row is decoded as far as it is needed.
+    """
+    with ExitStack() as stack:
+        rows = []  # per row: its tokens, one after the other
+        for row in range(asked.num_rows):
+            session = _session(asked, row, processors_of_row(asked.processors, row), [])
+            rows.append(stack.enter_context(closing(token for report in run(session) for token in report.token_ids)))
+        text, pad_id = asked.input_ids, pad_id_of(asked.config)
+        is_open = torch.ones(asked.num_rows, dtype=torch.bool, device=text.device)
+        has_end = has_end_token(asked.criteria)
+        while is_open.any():
+            goes_on = is_open.tolist() if has_end else [True] * asked.num_rows
+            tokens = [next(row) if goes else pad_id for row, goes in zip(rows, goes_on, strict=True)]
+            text = torch.cat([text, text.new_tensor(tokens)[:, None]], dim=1)  # [rows, tokens]
+            shown = text.clone()
+            is_open &= ~asked.criteria(shown, None)
+            if not torch.equal(shown, text):
+                raise ParameterError(
+                    "a stopping criterion of several sequences must leave their text as it is, got one that writes "
+                    "into it; write into a copy of input_ids"
+                )
+    return text
+
+
+def _several(asked: _Asked, sequences: Any) -> Tensor | GenerateDecoderOnlyOutput:
     if asked.config.return_dict_in_generate and asked.cache is not None:
         warnings.warn(
             "the result of several sequences has no cache, since each of them had one of its own; give one prompt a "
@@ -266,7 +309,9 @@ def _begin_with(session: Session, asked: _Asked) -> None:
             f"a cache that holds rows cannot be taken over beside {', '.join(beside) or 'padding'}; leave one of them "
             "out"
         )
-    take_rows(asked.cache, session.cache, asked.input_ids.shape[1])
+    model: Any = asked.model
+    dtype = None if torch.is_autocast_enabled(model.device.type) else model.dtype
+    take_rows(asked.cache, session.cache, asked.input_ids.shape[1], dtype)
 
 
 def generate_with(
@@ -319,31 +364,17 @@ def generate_with(
                     "token_healing changes the prompt before the first token, which is not done here; give the prompt "
                     "that model.heal_tokens(inputs, tokenizer) makes, and leave the setting out"
                 )
-        if tokenizer is not None:
-            options = {"tokenizer": tokenizer, **(options or {})}
+        options = _with_tokenizer(options, tokenizer)
         decode = partial(generate, drafter=drafter, policy=policy, streamer=streamer, options=options)
         # a folder with this as custom_generate puts it, as a partial, on the model in the place of generate
         is_folders = isinstance(getattr(model, "__dict__", {}).get("generate"), partial)
         transformers_generate = partial(type(model).generate, model) if is_folders else model.generate
-        # generate() does not hand its tokenizer on, so it is asked for no stop strings; where there are none nothing is
-        # said, since it warns of settings beside a config
+        # their criterion is made above; where there are none nothing is said, since generate() warns of settings beside
+        # a config
         unasked = {"stop_strings": None} if any(config.stop_strings is not None for config in configs) else {}
         return transformers_generate(  # type: ignore[no-any-return]
             inputs, custom_generate=decode, stopping_criteria=criteria, **unasked, **settings
         )
-
-
-def _callers_arguments(model: nn.Module) -> Mapping[str, Any]:
-    """The arguments of the generate() that calls `generate`, which hands some of them to no custom loop.
-
-    There is no public way to them; without, a streamer would get nothing and never end.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:  # there may be functions of the caller's between, such as a lambda or a decorator
-        if frame.f_code is _GENERATE and frame.f_locals.get("self") is model:
-            return {name: frame.f_locals.get(name) for name in ("streamer", *_KEPT_BACK)}
-        frame = frame.f_back
-    return {}
 
 
 class _EndedOnce:
@@ -396,6 +427,13 @@ def _check(asked: _Asked, streamer: Any) -> None:
     unknown = [name for name, value in asked.model_kwargs.items() if name not in _NOT_NEEDED and value is not None]
     if unknown:
         raise ParameterError(f"tree decoding cannot hand {', '.join(unknown)} on to the model; leave it out")
+    adapters = adapters_of_rows(asked.model)
+    if adapters is not None and len(adapters) != 1:
+        raise ParameterError(
+            f"adapter_names must name one adapter, since rows are decoded one after the other, got "
+            f"{', '.join(adapters)}; give the prompts of each adapter a call of their own, with the model loaded anew, "
+            "since PEFT keeps to these names after an error"
+        )
     num_tokens = asked.input_ids.shape[1]
     described = [asked.model_kwargs[name] for name in ("attention_mask", "position_ids") if name in asked.model_kwargs]
     lengths = {value.shape[-1] for value in described if value is not None}
@@ -413,6 +451,11 @@ def _check(asked: _Asked, streamer: Any) -> None:
             )
     if asked.num_rows > 1:
         check_rows(asked.config, asked.processors, asked.criteria, streamer, is_cache_callers=_is_callers_cache(asked))
+        if isinstance(asked.drafter, Drafter) and looks_at_all_rows(asked.criteria):
+            raise ParameterError(
+                "several sequences with stopping criteria of one's own are decoded together, and each needs a drafter "
+                f"of its own, got one {type(asked.drafter).__name__}; give its name or the small model"
+            )
 
 
 def _is_callers_cache(asked: _Asked) -> bool:

@@ -1,8 +1,8 @@
 """Several sequences in one call of generate(), decoded one after the other with the tokens that a batch gives them.
 
 A batch decodes its rows independently of each other, but for three things: who ended early is padded, a random number
-is drawn for each row in each step, and processors and criteria see all rows at once. Of these only such are taken as
-judge each row by itself.
+is drawn for each row in each step, and processors and criteria see all rows at once. Of the processors only such are
+taken as judge each row by itself. Criteria that do not are shown the whole batch after each token, as by generate().
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from transformers import (
 
 from dynatree_core.errors import ParameterError
 
-__all__ = ["check_rows", "joined", "processors_of_row"]
+__all__ = ["check_rows", "has_end_token", "joined", "looks_at_all_rows", "pad_id_of", "processors_of_row"]
 
 _ROW_BY_ROW = (
     EpsilonLogitsWarper, EtaLogitsWarper, ExponentialDecayLengthPenalty, ForcedBOSTokenLogitsProcessor,
@@ -70,23 +70,33 @@ def check_rows(
         ParameterError: naming it.
     """
     fault = None
-    others = sorted({type(part).__name__ for part in (*processors, *criteria) if type(part) not in _ROW_BY_ROW})
-    has_end = any(isinstance(criterion, EosTokenCriteria) for criterion in criteria)
+    others = sorted({type(part).__name__ for part in processors if type(part) not in _ROW_BY_ROW})
     if others:
-        fault = f"{', '.join(others)}, which may look at other rows, count calls or measure the time of all"
+        fault = f"{', '.join(others)}, which may look at other rows or count calls"
+    elif config.do_sample and looks_at_all_rows(criteria):
+        fault = "sampling beside criteria that may look at other rows"
     elif config.return_dict_in_generate and (config.output_scores or config.output_logits):
         fault = "output_scores or output_logits, which go on behind the end of a row"
     elif streamer is not None:
         fault = "a streamer"
     elif is_cache_callers:
         fault = "a cache of the caller's"
-    elif not has_end and any(isinstance(criterion, StopStringCriteria) for criterion in criteria):
-        fault = "stop strings without an end token, behind which generate() goes on until all rows have one"
     if fault:
         raise ParameterError(
             f"several sequences are decoded one after the other, which cannot be done with {fault}; give one prompt a "
             "call"
         )
+
+
+def has_end_token(criteria: Sequence[Any]) -> bool:
+    """Whether generate() pads a row behind its end. Otherwise the row goes on until all have ended."""
+    return any(isinstance(criterion, EosTokenCriteria) for criterion in criteria)
+
+
+def looks_at_all_rows(criteria: Sequence[Any]) -> bool:
+    """Whether the end of a row may depend on other rows."""
+    kinds = [type(criterion) for criterion in criteria]
+    return not set(kinds) <= set(_ROW_BY_ROW) or (StopStringCriteria in kinds and not has_end_token(criteria))
 
 
 def processors_of_row(processors: Sequence[Any], row: int) -> list[Any]:
@@ -103,8 +113,12 @@ def _of_row(processor: Any, row: int) -> Any:
     return own
 
 
-def joined(rows: Sequence[Tensor], config: Any) -> Tensor:
-    """Rows of different lengths as one tensor [rows, tokens], padded behind their ends as generate() does."""
+def pad_id_of(config: Any) -> int:
+    """What generate() puts behind the end of a row."""
     pad_id = getattr(config, "_pad_token_tensor", None)
-    pad_id = config.pad_token_id if pad_id is None else int(pad_id)
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id or 0)
+    return int(config.pad_token_id or 0) if pad_id is None else int(pad_id)
+
+
+def joined(rows: Sequence[Tensor], pad_id: int) -> Tensor:
+    """Rows of different lengths as one tensor [rows, tokens], padded behind their ends."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id)

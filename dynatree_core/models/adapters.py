@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dynatree_core.errors import ParameterError
 from dynatree_core.models.state import state_of
 
-__all__ = ["inside_peft_wrapper", "is_peft_wrapper", "without_adapters"]
+__all__ = ["adapters_of_rows", "inside_peft_wrapper", "is_peft_wrapper", "without_adapters"]
 
 
 @attrs.frozen(eq=False)
@@ -51,6 +51,16 @@ def inside_peft_wrapper(model: Any) -> nn.Module:
     held = model.base_model  # a learned prompt has no layers to put anything in, so there it is the model itself
     inside: nn.Module = held.model if isinstance(held, tuners.BaseTuner) else held
     return inside
+
+
+def adapters_of_rows(model: nn.Module) -> list[str] | None:
+    """The adapters that a call of PEFT's generate() has chosen by `adapter_names`, one a row; None where it has not."""
+    if "peft" not in sys.modules:
+        return None
+    # PEFT hands them to its layers by a hook on each, for as long as the call lasts
+    hooks: Iterator[Any] = (hook for part in model.modules() for hook in part._forward_pre_hooks.values())
+    names = (hook.keywords["adapter_names"] for hook in hooks if "adapter_names" in getattr(hook, "keywords", ()))
+    return next(names, None)
 
 
 def without_adapters(model: nn.Module) -> nn.Module:

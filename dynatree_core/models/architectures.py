@@ -219,7 +219,7 @@ def max_positions(model: nn.Module) -> int | None:
     Yarn never does; many of its configurations keep the original length as `max_position_embeddings`, so there the
     limit is what it stretches that to.
     """
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)  # a drafter may compute with a module that has none
     limit = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # flat, or by layer type

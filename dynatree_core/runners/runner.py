@@ -68,9 +68,15 @@ def runner_for(model: nn.Module, name: str) -> str:
     return "packed" if has_room else "eager"
 
 
-def drafters_runner(name: str) -> str:
-    """The runner of a drafter's model beside a target with this one, which may not be there for the drafter's dtype."""
-    return "auto" if name == "packed" else name
+def drafters_runner(name: str, device: torch.device | None = None) -> str:
+    """The runner for the drafter's model beside a target with this one.
+
+    Args:
+        name: the target's runner. `packed` becomes `auto`, since it may not support the drafter's dtype.
+        device: the drafter's device, if it is not the target's. `cudagraph` becomes `auto` where that is no GPU.
+    """
+    is_without_gpu = device is not None and device.type != "cuda"
+    return "auto" if name == "packed" or (name == "cudagraph" and is_without_gpu) else name
 
 
 class ModelRunner:

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
-from dynatree_core.drafters.build import build_drafter
-from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.drafters.build import as_drafter
 from dynatree_core.engine.session import Session
+from dynatree_core.errors import ParameterError
 from dynatree_core.generation import run
+from dynatree_core.models.state import without_gradients
 from dynatree_core.plugins.spec import format_stack, parse_stack
 from dynatree_core.policy.build import build_stack
 from dynatree_core.policy.stack import PolicyStack
@@ -115,7 +116,9 @@ def assert_drafter_contract(
     Raises:
         AssertionError: what must hold of the proposals, and what came.
     """
-    source = _as_drafter(drafter)
+    source = as_drafter(drafter)
+    if source is None:
+        raise ParameterError("assert_drafter_contract needs a drafter, got None; give its name, an object or a model")
     cpu = torch.device("cpu")
     target = tiny_model("llama") if target is None else target
     plan = DraftPlan(vocab_size, 64, 32, cpu, StageClock(cpu), target, tokenizer=tokenizer)
@@ -126,9 +129,10 @@ def assert_drafter_contract(
         rounds=st.lists(_rounds(vocab_size), min_size=1, max_size=4),
     )
     def drafter_contract(prompt: list[int], k: int, rounds: list[_Round]) -> None:
-        with torch.inference_mode():
+        with without_gradients(target, *source.models(target)):
             _Drafting(source, plan, prompt, k, deterministic).play(rounds)
 
+    _check_description(source, target)
     _search(drafter_contract, max_examples)
 
 
@@ -536,7 +540,7 @@ class _Drafting:
         self.state = self._fresh()
 
     def _fresh(self) -> DraftState:
-        state = self.source.start(self.plan)
+        state = self.source.begin(self.plan)
         state.prefill(self.committed_ids[:-1])
         return state
 
@@ -626,10 +630,24 @@ def _shown(proposals: Proposals) -> str:
     )
 
 
-def _as_drafter(drafter: str | Drafter | nn.Module) -> Drafter:
-    if isinstance(drafter, nn.Module):
-        return ModelDrafter(drafter)
-    return build_drafter(drafter) if isinstance(drafter, str) else drafter
+def _check_description(source: Drafter, target: nn.Module) -> None:
+    """What a drafter says of itself has the right types, and is the same the second time."""
+    models = source.models(target)
+    if not (isinstance(models, Sequence) and all(isinstance(model, nn.Module) for model in models)):
+        raise AssertionError(f"drafter '{source}' must return a sequence of modules from models, got {models!r:.200}")
+    limit, device, price = source.context_limit(target), source.runs_on(target), source.price_class()
+    for is_met, what, got in (
+        (
+            limit is None or (isinstance(limit, int) and limit > 0),
+            "return None or a positive int from context_limit",
+            limit,
+        ),
+        (device is None or isinstance(device, torch.device), "return a torch.device or None from runs_on", device),
+        (isinstance(price, str), "return a string from price_class", price),
+        ([*models] == [*source.models(target)], "return the same models each time", source.models(target)),
+    ):
+        if not is_met:
+            raise AssertionError(f"drafter '{source}' must {what}, got {got!r:.200}")
 
 
 # the suite of the pytest plugin: name of the property -> check of a stack's string or a drafter's name

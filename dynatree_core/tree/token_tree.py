@@ -63,6 +63,14 @@ class TokenTree:
     def device(self) -> torch.device:
         return self.token_ids.device
 
+    def to(self, device: torch.device) -> TokenTree:
+        """The same tree on another device: three copies, one for each dtype."""
+        integers = torch.stack([self.token_ids, self.parent, self.depth, self.rank, self.draft_index]).to(device)
+        token_ids, parent, depth, rank, draft_index = integers
+        logprob, cum_logprob = torch.stack([self.logprob, self.cum_logprob]).to(device)
+        mask = self.ancestor_mask.to(device)
+        return TokenTree(token_ids, parent, depth, logprob, cum_logprob, mask, rank, draft_index, self.level_sizes)
+
     @property
     def last_level(self) -> slice:
         """Where the deepest nodes stand: the frontier of a growing tree."""

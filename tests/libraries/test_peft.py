@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from dynatree_core import PrefixCache, generate, hf
-from dynatree_core.errors import UnsupportedModelError
+from dynatree_core.errors import ParameterError, UnsupportedModelError
 from dynatree_core.hf.export import Chosen, write_folder
 from dynatree_core.testing.models import perturbed, tiny_model
 
@@ -142,3 +142,18 @@ def test_adapters_chosen_by_the_call_share_a_prefix_cache():
         assert result.token_ids == tokens(model.generate(**ASKED))
     assert result.report.num_reused_tokens > 0
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a", "a"], ["__base__", "a"]])
+def test_adapters_of_several_rows_are_refused(names):
+    """PEFT gives each row of a batch its own; rows that are decoded one after the other would all get the first."""
+    model = wrapped(ADAPTERS["LoRA"](), "a")
+    model.add_adapter("b", ADAPTERS["LoRA"]())
+    model.double().eval()
+    two = {**ASKED, "input_ids": PROMPT.repeat(2, 1), "attention_mask": ASKED["attention_mask"].repeat(2, 1)}
+    assert model.generate(**two, **TREES).tolist() == model.generate(**two).tolist()
+    for prompts in (two, ASKED):
+        with pytest.raises(
+            ParameterError, match=f"adapter_names must name one adapter.*, got {', '.join(names)}; give"
+        ):
+            model.generate(**prompts, adapter_names=names, **TREES)
