@@ -36,7 +36,8 @@ mutants: $(VENV)/installed  ## deliberate bugs, each of which the tests have to 
 
 bench-smoke: $(VENV)/installed  ## what trees are worth on the default model, and where the time goes
 	$(BIN)/dynatree models install
-	$(BIN)/python -m dynatree_bench.smoke
+	$(BIN)/dynatree bench smoke --out bench-results/smoke
+	$(BIN)/dynatree bench memory --out bench-results/memory
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .

@@ -16,8 +16,6 @@ from dynatree_core.cli.loading import load, load_drafter
 from dynatree_core.cli.options import JSON, MAX_DEPTH, MAX_NODES, MODEL_OPTIONS, POLICY, with_options
 from dynatree_core.text.prompt import encode_prompt, tokenizer_of
 
-__all__ = ["profile"]
-
 
 @click.command()
 @click.argument("prompt", default="Why is the sky blue?")
@@ -47,8 +45,8 @@ def profile(
       dynatree profile --policy "fixed(depth=4)" --runner eager --trace trace.json.gz
     """
     check_names(policy=options["policy"], drafter=drafter)
-    from dynatree_bench.profile import profile as measure
-    from dynatree_bench.profile import shown
+    from dynatree_bench.run.profile import profile as measure
+    from dynatree_bench.run.profile import shown
 
     limits = checkable(options)
     source: Any = check_settings(target=target, drafter=drafter, policy=options["policy"], device=device, **limits)

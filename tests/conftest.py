@@ -79,3 +79,50 @@ def costs_of_these_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every test that takes it runs on the CPU and, where there is one, on the GPU."""
     return torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def character_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model of characters, with a tokenizer and a chat template; not to be changed."""
+    from character_target import save_target
+
+    return save_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of each experiment, made up; not to be changed."""
+    from fake_results import write_run
+
+    from dynatree_bench.run.experiments import EXPERIMENTS
+
+    folder = tmp_path_factory.mktemp("runs")
+    for name in EXPERIMENTS:
+        write_run(folder, name, num_prompts=2, max_new_tokens=30)
+    return folder
+
+
+@pytest.fixture
+def _small_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dynatree_bench.report import figures
+
+    monkeypatch.setitem(figures.STYLE, "savefig.dpi", 40)
+
+
+@pytest.fixture(scope="session")
+def main_page(runs: Path) -> Path:
+    """The report of the run of `main`."""
+    from dynatree_bench.report import figures
+    from dynatree_bench.report.page import report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(figures.STYLE, "savefig.dpi", 40)
+        return report(runs / "main")
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """A file of running text."""
+    file = tmp_path / "book.txt"
+    file.write_text("".join(f"the cat number {chr(97 + i % 26)} sat on a mat. it was happy\n" for i in range(120)))
+    return file

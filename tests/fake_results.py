@@ -15,8 +15,9 @@ from typing import Any
 import attrs
 import numpy as np
 
-from dynatree_bench.experiments import EXPERIMENTS, Cell, Experiment, cells, chosen_methods
-from dynatree_bench.records import (
+from dynatree_bench.data.synthetic import MarkovSource
+from dynatree_bench.run.experiments import EXPERIMENTS, Cell, Experiment, cells, chosen_methods
+from dynatree_bench.run.records import (
     MemoryInfo,
     MethodInfo,
     ModelInfo,
@@ -28,7 +29,6 @@ from dynatree_bench.records import (
     append_record,
     write_info,
 )
-from dynatree_bench.synthetic import MarkovSource
 from dynatree_core import parse_stack
 
 STEP, LEVEL, ROW = 0.030, 0.003, 0.0006  # seconds of an autoregressive step, a drafted level, a further row
@@ -180,7 +180,7 @@ def write_all(folder: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    from dynatree_bench.report import report
+    from dynatree_bench.report.page import report
 
     for _ in write_all(Path(sys.argv[1])):
         pass

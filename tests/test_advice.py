@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dynatree_bench import rivals
+from dynatree_bench.run import rivals
 from dynatree_core import Session, generate
 from dynatree_core.advice import pip_install
 from dynatree_core.errors import ContextLimitError

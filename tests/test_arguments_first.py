@@ -36,7 +36,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         raise AssertionError(f"a model was loaded, or the hub asked: {args}")
 
     # these first: a module that is imported while the function is replaced would keep the replacement
-    for module in ("dynatree_bench.pairs", "dynatree_bench.distill.run", "dynatree_core.drafters.model"):
+    for module in ("dynatree_bench.run.pairs", "dynatree_bench.distill.run", "dynatree_core.drafters.model"):
         monkeypatch.setattr(f"{module}.load_model", unexpected)
     monkeypatch.setattr("dynatree_core.models.load.load_model", unexpected)
     monkeypatch.setattr("dynatree_core.models.hub._unreachable", unexpected)

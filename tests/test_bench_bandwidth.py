@@ -8,11 +8,11 @@ import torch
 from test_bench_records import INFO, RECORD
 from torch import nn
 
-from dynatree_bench import bandwidth
-from dynatree_bench.bandwidth import ReadSpeed, cache_bytes, memory_info, read_speed, share_of_bandwidth, step_reads
-from dynatree_bench.memory_share import memory_sentence, memory_share
-from dynatree_bench.records import MemoryInfo, MethodInfo, Results, Steps
-from dynatree_bench.statistics import BASELINE, HF_BASELINE, iteration_seconds
+from dynatree_bench.report.memory_share import memory_sentence, memory_share
+from dynatree_bench.report.statistics import BASELINE, HF_BASELINE, iteration_seconds
+from dynatree_bench.run import bandwidth
+from dynatree_bench.run.bandwidth import ReadSpeed, cache_bytes, memory_info, read_speed, share_of_bandwidth, step_reads
+from dynatree_bench.run.records import MemoryInfo, MethodInfo, Results, Steps
 from dynatree_core.testing.models import tiny_model
 
 CPU = torch.device("cpu")

@@ -14,12 +14,16 @@ import pytest
 from command import byte_level_tokenizer, for_transformers, save_model
 from transformers import AutoTokenizer
 
-from dynatree_bench import bandwidth, bench_cli, figures, measure, methods, pairs
-from dynatree_bench.bandwidth import ReadSpeed
-from dynatree_bench.experiments import EXPERIMENTS, HF, RIVALS, chosen_methods
-from dynatree_bench.memory_share import memory_sentence
-from dynatree_bench.records import OutputRecord, read_results
-from dynatree_bench.workloads import KNOWN, encode, load_workload
+from dynatree_bench import bench_cli
+from dynatree_bench.data.workloads import KNOWN, encode, load_workload
+from dynatree_bench.report import figures
+from dynatree_bench.report.memory_share import memory_sentence
+from dynatree_bench.report.statistics import lowest_speedup, summaries
+from dynatree_bench.run import bandwidth, measure, methods, pairs
+from dynatree_bench.run.bandwidth import ReadSpeed
+from dynatree_bench.run.experiments import EXPERIMENTS, HF, RIVALS, chosen_methods
+from dynatree_bench.run.records import OutputRecord, read_results
+from dynatree_bench.studies.names import studies
 from dynatree_core import InputError, LoadedModel
 from dynatree_core.cli.loading import usual_drafter
 from dynatree_core.cli.main import main
@@ -84,12 +88,14 @@ def test_help_and_list_need_no_torch():
     assert done.returncode == 0, done.stderr
     for experiment in EXPERIMENTS.values():
         assert experiment.name in done.stdout
-        assert f"{experiment.full.num_prompts} prompts" in done.stdout
+        assert f"{experiment.full.num_prompts or 'all'} prompts" in done.stdout
+    assert {*studies()} <= {*done.stdout.split()}
 
 
 def test_list_as_json_and_help_of_each(bench):
     found = json.loads(bench("list", "--json").out)
-    assert [entry["name"] for entry in found] == list(EXPERIMENTS)
+    assert [entry["name"] for entry in found] == [*EXPERIMENTS, *studies()]
+    assert all(entry["question"] in " ".join(bench("--help").out.split()) for entry in found[-2:])
     for name, experiment in EXPERIMENTS.items():
         ran = bench(name, "--help")
         assert ran.code == 0
@@ -139,7 +145,8 @@ def test_differences_are_said_and_ours_fail(bench, of_folders, tmp_path, monkeyp
 
 
 def test_a_foreign_method_that_cannot_run_is_left_out_or_refused(bench, of_folders, tmp_path):
-    options = (*of_folders, "--drafter", "prompt_lookup", "--policy", "fixed", "--num-prompts", 2, "--no-report")
+    models = (*of_folders[:2], "--drafter", "prompt_lookup", *of_folders[4:])
+    options = (*models, "--policy", "fixed", "--num-prompts", 2, "--no-report")
     ran = bench("main", *options, "--out", tmp_path / "run")
     assert ran.code == 0
     assert ran.err.startswith(
@@ -164,8 +171,8 @@ def test_without_a_report_the_line_that_makes_one_is_said(bench, of_folders, tmp
 def test_it_drafts_with_what_generate_drafts_with(bench, of_folders, tmp_path, monkeypatch):
     asked = []
 
-    def load_pair(target, drafter, **options):
-        asked.append((target, drafter, drafter or usual_drafter(target)))
+    def load_pair(target, *drafters, **options):
+        asked.append((target, drafters, *(drafters or (usual_drafter(target),))))
         raise InputError("enough")
 
     monkeypatch.setattr(pairs, "load_pair", load_pair)
@@ -174,7 +181,7 @@ def test_it_drafts_with_what_generate_drafts_with(bench, of_folders, tmp_path, m
     assert [used for _, _, used in asked] == [
         "distilled+prompt_lookup", "distilled+prompt_lookup", "prompt_lookup", "linear",
     ]  # fmt: skip
-    assert [given for _, given, _ in asked] == [None, None, None, "linear"]
+    assert [given for _, given, _ in asked] == [(), (), (), ("linear",)]
 
 
 def test_without_a_name_a_pair_has_the_usual_drafter(of_folders, monkeypatch):
@@ -275,6 +282,72 @@ def test_a_synthetic_pair_that_cannot_be(bench, tmp_path, spec):
     assert ran.err.count("\n") == 1
 
 
+def test_never_slower_fails_below_what_is_to_be_shown(bench, of_folders, tmp_path, monkeypatch):
+    models = ("--target", of_folders[1], "--device", "cpu", "--workload", of_folders[-3], "--max-new-tokens", 4)
+    ran = bench("never-slower", *models, "--no-report", "--out", tmp_path / "run")
+    results = read_results(tmp_path / "run")
+    assert all(record.is_identical for record in results.records)
+    lowest = lowest_speedup(results, {"governor", "cost_aware"})
+    assert ran.code == (lowest[0] < 0.97)
+    assert (
+        f"cost_aware or governor: {lowest[0]:.3f} ({lowest[1]}, {lowest[2]}); at least 0.97 is to be shown" in ran.out
+    )
+    names = [method.name for method in results.info.methods]
+    assert names[:4] == ["autoregressive", *(f"phase3 with {name}" for name in ("prompt_lookup", "random", "noise"))]
+    assert [method.drafter for method in results.info.methods][3] == "noise"
+
+
+def test_of_fixed_width_the_caches_are_compared_too(bench, of_folders, tmp_path):
+    ran = bench("fixed-width", *of_folders, "--layers", 1, "--out", tmp_path / "run")
+    assert ran.code == 0, ran.err
+    results = read_results(tmp_path / "run")
+    assert results.info.settings["layers"] == 1
+    names = ["autoregressive", "phase3", "autoregressive fixed width", "phase3 fixed width"]
+    assert [method.name for method in results.info.methods] == names
+    assert all(record.is_identical for record in results.records)
+    assert all(record.is_bitwise for record in results.records if record.method.startswith("autoregressive"))
+    by_method = {one.method: one for one in summaries(results.records)}
+    assert by_method["autoregressive"].num_bitwise == 2
+    page = (tmp_path / "run" / "report" / "report.md").read_text(encoding="utf-8")
+    assert "| bits |" in page
+    assert "## Methods by category" in page
+
+
+def test_a_study_prints_its_tables_and_can_be_reported_again(bench, folders, tmp_path):
+    out = tmp_path / "run"
+    ran = bench("runners", "--target", folders / "target", "--quick", "--out", out)
+    assert ran.code == 0, ran.err
+    assert "Relative to one row of float32 eager" in ran.out
+    assert "the machine was" in ran.out
+    page, figure = out / "report" / "report.md", out / "report" / "figures" / "runners.svg"
+    assert ran.out.endswith(f"tables and figures of it: {page}\n")
+    before = page.read_text(encoding="utf-8"), figure.read_bytes()
+    assert before[0].startswith("# Benchmark results: runners")
+    assert "· `dynatree " in before[0], "the command that made it"
+    again = bench("report", out / "study.json", "--out", tmp_path / "again")
+    assert (again.code, again.out) == (0, f"{tmp_path / 'again' / 'report.md'}\n")
+    assert (tmp_path / "again" / "report.md").read_text(encoding="utf-8") == before[0]
+    assert (tmp_path / "again" / "figures" / "runners.svg").read_bytes() == before[1]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("runners", "--policy", "fixed"), "No such option '--policy'"),
+        (("rehearse", "--policy", "fxed"), "did you mean 'fixed'"),
+        (("rehearse", "--drafter", "prompt_lokup"), "did you mean 'prompt_lookup'"),
+        (("drafter-value", "--workload", "none.jsonl"), "'none.jsonl'"),
+        (("report", "none.json"), "a results folder must hold run.json"),
+    ],
+)
+def test_misuse_of_a_study_is_one_line(bench, folders, tmp_path, args, said):
+    target = () if args[0] in ("report", "runners") else ("--target", folders / "target")
+    ran = bench(*args, *target, *(("--out", tmp_path / "run") if args[0] != "report" else ()))
+    assert ran.code in (1, 2)
+    assert said in ran.err
+    assert ran.err.count("\n") == 1
+
+
 @pytest.mark.real_model
 @pytest.mark.skipif(not embedded.is_installed(), reason="the default model is missing: dynatree models install")
 def test_quick_forms_have_prompts_that_are_long_enough_for_the_default_model():
@@ -292,12 +365,12 @@ def test_the_page_names_every_experiment_method_workload_and_field():
     words = {word for row in re.findall(r"^\|.*$", page, re.M) for word in re.findall("`([^`]+)`", row)}
     names = {method.name for method in (*EXPERIMENTS["main"].methods, *HF, *RIVALS)}
     fields = {field.name for field in attrs.fields(OutputRecord)}
-    assert {*EXPERIMENTS, *names, *KNOWN, *fields} <= words
+    assert {*EXPERIMENTS, *studies(), *names, *KNOWN, *fields} <= words
 
 
 def test_missing_libraries_are_named_with_the_line_to_run(bench, monkeypatch):
-    monkeypatch.delitem(sys.modules, "dynatree_bench.measure")
-    monkeypatch.setitem(sys.modules, "dynatree_bench.machine", None)
+    monkeypatch.delitem(sys.modules, "dynatree_bench.run.measure")
+    monkeypatch.setitem(sys.modules, "dynatree_bench.run.machine", None)
     ran = bench("main", "--quick")
     assert ran.code == 1
     assert "pip install 'dynatree[bench]'" in ran.err

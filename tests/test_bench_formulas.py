@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from dynatree_bench.formulas import (
+from dynatree_bench.report.formulas import (
     RankTree,
     best_chain,
     best_tree,

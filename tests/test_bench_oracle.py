@@ -9,7 +9,7 @@ import pytest
 from test_bench_formulas import all_trees
 from test_bench_records import RECORD
 
-from dynatree_bench.oracle import (
+from dynatree_bench.report.oracle import (
     CostTable,
     cost_table,
     oracle_accepted,
@@ -17,7 +17,7 @@ from dynatree_bench.oracle import (
     oracle_tokens_per_iteration,
     score,
 )
-from dynatree_bench.records import Replay, Steps
+from dynatree_bench.run.records import Replay, Steps
 
 COSTS = CostTable(0.5, (1, 2, 4), (1.0, 1.5, 1.5))
 

@@ -7,7 +7,7 @@ import json
 import attrs
 import pytest
 
-from dynatree_bench.records import (
+from dynatree_bench.run.records import (
     MemoryInfo,
     MethodInfo,
     ModelInfo,

@@ -1,4 +1,4 @@
-"""Reports from results that were made up: what stands in tables and figures, and what is left out."""
+"""Reports from results that were made up: what stands on the page and in its tables."""
 
 from __future__ import annotations
 
@@ -7,49 +7,25 @@ import random
 import re
 
 import attrs
-import matplotlib as mpl
 import numpy as np
 import pytest
-from fake_results import READING, ROW, SOURCE, STEP, write_run
-from matplotlib.text import Text
+from fake_results import READING, ROW, SOURCE, STEP
 
-from dynatree_bench import figures
-from dynatree_bench.experiments import EXPERIMENTS, chosen_methods
-from dynatree_bench.figures import FIGURES, draw, provenance
-from dynatree_bench.memory_share import memory_sentence
-from dynatree_bench.published import compared, published
-from dynatree_bench.records import MethodInfo, Results, ResultsError, append_record, read_results, write_info
-from dynatree_bench.report import TABLES, report
-from dynatree_bench.statistics import summaries
+from dynatree_bench.data.published import published
+from dynatree_bench.report import figures
+from dynatree_bench.report.figures import FIGURES, provenance
+from dynatree_bench.report.memory_share import memory_sentence
+from dynatree_bench.report.page import TABLES, report
+from dynatree_bench.report.shapes import compared
+from dynatree_bench.report.statistics import summaries
+from dynatree_bench.run.experiments import EXPERIMENTS
+from dynatree_bench.run.records import Results, ResultsError, append_record, read_results, write_info
 from dynatree_core.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("_small_figures")
+
+
 PLOTS = {plot.name: plot for plot in FIGURES}
-OWN = {  # the figure of each experiment
-    "main": "phases", "ablation": "ablation", "sensitivity": "sensitivity", "scalability": "scalability",
-    "tree-search": "tree-search", "prompt-length": "prompt-length", "datasets": "datasets",
-}  # fmt: skip
-COMMON = {"acceptance-over-length", "iteration-time", "calibration", "nodes", "accepted"}
-
-
-@pytest.fixture(autouse=True)
-def _small_figures(monkeypatch):
-    monkeypatch.setitem(figures.STYLE, "savefig.dpi", 40)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A folder with a run of each experiment."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name in EXPERIMENTS:
-        write_run(folder, name, num_prompts=2, max_new_tokens=30)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def main_page(runs):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(figures.STYLE, "savefig.dpi", 40)
-        return report(runs / "main")
 
 
 def rows_of(page, name):
@@ -83,7 +59,7 @@ def test_a_report_says_what_its_ratios_are_worth(runs, main_page, tmp_path, monk
     assert shares["hf generate"] == "", "it does not tell its iterations"
     results = read_results(runs / "main")
     before = attrs.evolve(results, info=attrs.evolve(results.info, memory=None))
-    monkeypatch.setattr("dynatree_bench.report.read_results", lambda folder: before)
+    monkeypatch.setattr("dynatree_bench.report.page.read_results", lambda folder: before)
     page = report(runs / "main", tmp_path)
     text = page.read_text(encoding="utf-8")
     assert "What a ratio is worth" not in text
@@ -124,32 +100,8 @@ def test_few_prompts_are_said(runs, tmp_path, monkeypatch):
     said = "The prompts are few (2): intervals of fewer than about 10 are too narrow"
     assert said in report(runs / "main", tmp_path / "few").read_text(encoding="utf-8")
     more = tuple(attrs.evolve(r, prompt_id=f"{r.prompt_id}-{i}") for i in range(5) for r in results.records)
-    monkeypatch.setattr("dynatree_bench.report.read_results", lambda folder: attrs.evolve(results, records=more))
+    monkeypatch.setattr("dynatree_bench.report.page.read_results", lambda folder: attrs.evolve(results, records=more))
     assert "The prompts are few" not in report(runs / "main", tmp_path / "more").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("when", ["before", "meanwhile"])
-def test_a_figure_of_a_busy_machine_says_so(runs, tmp_path, monkeypatch, when):
-    results = read_results(runs / "main")
-    notes = ("the machine was busy before the run: others used 60 % of a core",) if when == "before" else ()
-    settings = {} if when == "before" else {"cores": 8}  # of which others used 2 % each
-    busy = attrs.evolve(results, info=attrs.evolve(results.info, notes=notes, settings=settings))
-    said = []
-    monkeypatch.setattr(figures.Figure, "text", lambda figure, x, y, text, **style: said.append(text))
-    assert draw(PLOTS["accepted"], busy, tmp_path / "busy.png")
-    assert any("The machine was busy: times are not to be believed." in " ".join(text.split()) for text in said)
-    said.clear()
-    assert draw(PLOTS["accepted"], results, tmp_path / "idle.png")
-    assert not any("busy" in text for text in said)
-
-
-def test_the_figures_are_there_and_named_in_the_page(main_page):
-    drawn = {path.stem for path in (main_page.parent / "figures").iterdir()}
-    assert drawn == {"phases", "shapes", *COMMON}
-    text = main_page.read_text(encoding="utf-8")
-    for name in drawn:
-        assert f"(figures/{name}.png)" in text
-        assert PLOTS[name].caption in text
 
 
 def test_the_csv_file_has_the_numbers_of_the_statistics(runs, main_page):
@@ -228,66 +180,6 @@ def test_passes_are_priced_by_methods_with_the_run_s_runner_only(runs, tmp_path,
     assert rows_of(page, "worth") == rows_of(expected, "worth")
     (note,) = [line for line in page.read_text(encoding="utf-8").splitlines() if "a row verified in" in line]
     assert float(re.search(r"a row verified in (\S+)", note)[1]) == pytest.approx(ROW / STEP, rel=0.5)
-
-
-def test_the_methods_that_differ_are_marked_in_the_figure(runs):
-    results = read_results(runs / "main")
-    figure = PLOTS["phases"].draw(results)
-    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert "economize †" in labels
-    assert "fixed" in labels
-
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_each_experiment_has_its_own_figure_and_no_other_s(runs, name, tmp_path):
-    results = read_results(runs / name)
-    for own in set(OWN.values()):
-        assert draw(PLOTS[own], results, tmp_path / f"{own}.png") == (own == OWN[name])
-    assert [path.stem for path in tmp_path.iterdir()] == [OWN[name]]
-
-
-@pytest.mark.parametrize("name", ["shapes", *OWN])
-def test_a_figure_is_left_out_where_another_axis_varies_too(runs, name, tmp_path):
-    """Its lines would go back and forth, or the last value would stand for all."""
-    results = read_results(runs / ("main" if name == "shapes" else name))
-    other = [attrs.evolve(record, axes={**record.axes, "other": value}) for record in results.records for value in "ab"]
-    varied = attrs.evolve(results, records=tuple(other))
-    assert compared(varied) is None
-    assert not draw(PLOTS[OWN.get(name, name)], varied, tmp_path / "none.png")
-    one_value = attrs.evolve(results, records=tuple(other[::2]))
-    assert draw(PLOTS[OWN.get(name, name)], one_value, tmp_path / "one.png")
-
-
-def test_a_heat_map_is_of_one_method(runs, tmp_path):
-    results = read_results(runs / "tree-search")
-    again = [attrs.evolve(record, method="another") for record in results.records if record.method == "fixed"]
-    assert not draw(PLOTS["tree-search"], attrs.evolve(results, records=(*results.records, *again)), tmp_path / "x.png")
-
-
-def test_the_heat_map_frames_the_best_tree(runs):
-    results = read_results(runs / "tree-search")
-    found = [one for one in summaries(results.records) if one.method == "fixed"]
-    best = max(one.speedup.median for one in found)
-    figure = PLOTS["tree-search"].draw(results)
-    framed = [text.get_text() for axes in figure.axes for text in axes.texts if text.get_weight() == "bold"]
-    assert framed == [f"{best:.2f}"]
-
-
-def test_what_a_run_does_not_have_is_not_drawn(runs, tmp_path):
-    results = read_results(runs / "main")
-    foreign = Results(results.folder, results.info, tuple(r for r in results.records if r.steps is None))
-    for name in COMMON:
-        assert not draw(PLOTS[name], foreign, tmp_path / "none.png")
-    no_replay = tuple(attrs.evolve(record, replay=None) for record in results.records)
-    figure = PLOTS["nodes"].draw(Results(results.folder, results.info, no_replay))
-    assert "oracle tree" not in [text.get_text() for text in figure.legends[0].get_texts()]
-
-
-def test_the_same_records_give_the_same_bytes(runs, tmp_path):
-    results = read_results(runs / "ablation")
-    for name in ("one.png", "two.png"):
-        assert draw(PLOTS["accepted"], results, tmp_path / name)
-    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
 def test_the_provenance_says_where_the_numbers_come_from(runs):
@@ -416,63 +308,6 @@ def test_of_one_prompt_no_interval_is_shown(runs, tmp_path, monkeypatch):
     assert np.isnan(figures._error_bars(speedups)).all()
 
 
-LONG = "confidence(high=0.85,low=0.35,min_branch=1,max_branch=4)+dynamic_depth(base_depth=6)"
-ERROR = "RuntimeError: " + "the size of tensor a must match the size of tensor b " * 5
-
-
-@pytest.fixture(scope="module")
-def long_names(runs):
-    """The main experiment with policies of long names, two of which only differ in their middle, and a long error."""
-    results = read_results(runs / "main")
-    new = {"phase1": LONG, "phase2": LONG.replace("max_branch=4", "max_branch=5"), "phase3": f"{LONG}+history"}
-    records = tuple(
-        attrs.evolve(record, method=new.get(record.method, record.method), error=record.error and ERROR)
-        for record in results.records
-    )
-    methods = tuple(attrs.evolve(method, name=new.get(method.name, method.name)) for method in results.info.methods)
-    return attrs.evolve(results, records=records, info=attrs.evolve(results.info, methods=methods))
-
-
-def test_long_names_are_shortened_and_stay_apart(long_names):
-    labels = figures._labels(long_names.records)
-    assert len(set(labels.values())) == len(labels)
-    assert labels[LONG] == "confidence(…ic_depth(base_depth=6) (1)"
-    assert labels[f"{LONG}+history"] == "confidence(…(base_depth=6)+history"
-    assert labels["economize"] == "economize †"
-
-
-@pytest.mark.parametrize("name", ["phases", *sorted(COMMON)])
-def test_nothing_is_cut_off_at_the_edge_of_a_figure(long_names, name, tmp_path):
-    with mpl.rc_context(figures.STYLE):
-        figure = PLOTS[name].draw(long_names)
-        figure.savefig(tmp_path / "figure.png", dpi=figure.dpi)
-    width, height = figure.get_size_inches() * figure.dpi
-    texts = [text for legend in figure.legends for text in legend.get_texts()]
-    for axes in figure.axes:
-        texts += [*axes.texts, axes.title, axes.xaxis.label]
-        texts += axes.get_yticklabels() if name in ("phases", "iteration-time") else []  # those of methods
-        assert axes.get_window_extent().width > width / 3  # there is room for what is shown
-    for text in filter(Text.get_text, texts):
-        box = text.get_window_extent()
-        assert -1 <= box.x0 < box.x1 <= width + 1, text.get_text()
-        assert -1 <= box.y0 < box.y1 <= height + 1, text.get_text()
-
-
-def test_methods_of_one_run_have_colours_of_their_own(runs, long_names):
-    for results in (read_results(runs / "main"), long_names):
-        styles = figures._styles(results)
-        assert len({tuple(style.values()) for style in styles.values()}) == len(styles)
-    names = [method.name for method in chosen_methods(EXPERIMENTS["main"], with_compile=True, with_rivals=True)]
-    one = read_results(runs / "main").records[0]
-    info = attrs.evolve(
-        results.info, methods=tuple(MethodInfo(name, "hf" if name.startswith("hf ") else "rival", None, None, {})
-                                    for name in names)
-    )  # fmt: skip
-    every = Results(results.folder, info, tuple(attrs.evolve(one, method=name) for name in names))
-    colours = [style["color"] for style in figures._styles(every).values()]
-    assert len(set(colours)) == len(colours) == len(names)
-
-
 def test_where_there_is_nothing_to_report_it_says_so(runs, tmp_path):
     with pytest.raises(ResultsError, match="there must be results in"):
         report(tmp_path)
@@ -493,9 +328,6 @@ def test_the_command(runs, tmp_path, monkeypatch, capsys):
         main(["bench", "report", str(tmp_path)])
     assert ended.value.code == 2
     assert "there must be results in" in capsys.readouterr().err
-
-
-# published shapes
 
 
 def test_published_numbers_stand_relative_to_their_own_reference(runs):
@@ -534,9 +366,6 @@ def test_published_numbers_are_attributed():
     numbers = published()
     assert "A100" in numbers.pop("source")
     assert set(numbers) <= set(EXPERIMENTS)
-
-
-# the results that are made up
 
 
 def test_what_is_made_up_is_decoded_as_its_source_says(runs):

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from test_bench_records import INFO, RECORD
 
-from dynatree_bench.records import Replay, Results, Steps, Trials
-from dynatree_bench.statistics import (
+from dynatree_bench.report.statistics import (
     Share,
     acceptance_by_depth,
     acceptance_by_rank,
@@ -22,10 +21,10 @@ from dynatree_bench.statistics import (
     pooled_ratio,
     rank_shares,
     ratios,
-    run_warnings,
     summaries,
     tokens_per_second,
 )
+from dynatree_bench.run.records import Replay, Results, Steps, Trials, run_warnings
 
 
 def output(method="fixed", prompt_id="a", *, seconds=2.0, tokens=(5, 6, 7, 8), **changes):

@@ -11,8 +11,9 @@ import math
 import pytest
 import torch
 
-from dynatree_bench.formulas import fixed_tokens
-from dynatree_bench.synthetic import SHAPES, Shape, SyntheticPair, let_follow, rank_acceptance, synthetic_pair
+from dynatree_bench.data.synthetic import SHAPES, Shape, SyntheticPair, let_follow, rank_acceptance, synthetic_pair
+from dynatree_bench.report.formulas import fixed_tokens
+from dynatree_bench.run.pairs import load_synthetic
 from dynatree_core import generate
 from dynatree_core.errors import InputError, NonFiniteLogitsError
 
@@ -184,3 +185,17 @@ def test_a_pair_may_follow_another_source_with_the_same_tables():
     let_follow(other.source, ours.target, ours.drafter)
     assert all(map(torch.equal, tables(ours), tables(other)))
     assert [table.data_ptr() for table in tables(ours)] == places
+
+
+def test_a_synthetic_pair_has_the_numbers_of_its_name():
+    def numbers(spec: str) -> tuple[float, float]:
+        source = load_synthetic(spec, device="cpu").source
+        return source.acceptance, source.decay
+
+    assert [numbers("tiny"), numbers("tiny:0.7"), numbers("tiny:0.7:0.5")] == [(0.65, 0.6), (0.7, 0.6), (0.7, 0.5)]
+
+
+@pytest.mark.parametrize("spec", ["tiny:high", "tiny:0.7:", "tiny:0.7:0.5:0.3"])
+def test_a_synthetic_pair_has_two_numbers_at_most(spec):
+    with pytest.raises(InputError, match=r"SHAPE\[:ACCEPTANCE\[:DECAY\]\] with numbers, got '" + spec):
+        load_synthetic(spec, device="cpu")

@@ -10,12 +10,11 @@ import datasets
 import pytest
 from command import TEMPLATE, byte_level_tokenizer, for_transformers, save_model
 
-from dynatree_bench.prompts import BUILT_IN
-from dynatree_bench.turns import played
-from dynatree_bench.workloads import (
+from dynatree_bench.data.prompts import BUILT_IN
+from dynatree_bench.data.turns import played
+from dynatree_bench.data.workloads import (
     KNOWN,
     MAX_ROWS,
-    PASSAGE_CHARS,
     Picks,
     Prompt,
     Workload,
@@ -28,6 +27,7 @@ from dynatree_bench.workloads import (
 )
 from dynatree_core import InputError, LoadedModel, load_model
 from dynatree_core.testing.models import greedy, tiny_model
+from dynatree_core.text.prompt_files import PASSAGE_CHARS
 
 
 def ids(workload):

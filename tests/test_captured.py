@@ -22,7 +22,7 @@ from test_packed import check_the_same_up_to_a_tie, single
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dynatree_bench.synthetic import synthetic_pair
+from dynatree_bench.data.synthetic import synthetic_pair
 from dynatree_core import generate
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock

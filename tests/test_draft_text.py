@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dynatree_bench.methods import replay
-from dynatree_bench.pairs import Pair
+from dynatree_bench.run.methods import replay
+from dynatree_bench.run.pairs import Pair
 from dynatree_core import (
     Drafter,
     DraftPlan,

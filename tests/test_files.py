@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from dynatree_bench.machine import check_writable
-from dynatree_bench.records import INFO_FILE, LOCK_FILE, is_run
+from dynatree_bench.run.machine import check_writable
+from dynatree_bench.run.records import INFO_FILE, LOCK_FILE, is_run
 from dynatree_core.errors import InputError, ModelLoadError
 from dynatree_core.files.outputs import check_out
 from dynatree_core.files.tensors import load_tensors, save_tensors
@@ -263,7 +263,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(tmp_path
 
 
 def test_results_go_over_results_of_the_same_program_only(tmp_path: Path) -> None:
-    program = "python -m dynatree_bench.runners"
+    program = "python -m measures.runners"
     for text in ("mine", f'{{"command": "{program}x"}}'.replace("runnersx", "smoke")):
         (tmp_path / "runners.json").write_text(text)
         for name in ("runners.json", "runners.svg"):
@@ -300,16 +300,16 @@ def test_runs_are_known_by_what_they_hold(files: dict[str, str], is_ours: bool, 
 def test_every_option_for_results_is_checked() -> None:
     """A new `--out` or `--output` has to go through `check_out`: each module that has one names a check."""
     checks = re.compile(r"\b(check_out|check_writable|check_results)\(")
-    checked_by = {"bench_cli.py": "measure.py", "distill_cli.py": "run.py", "profile_cli.py": "profile.py"}
+    checked_by = {"bench_cli.py": "run/measure.py", "distill_cli.py": "run.py", "profile_cli.py": "run/profile.py"}
     option = re.compile(r'"--(out|output|trace)"')
     found = []
     for path in sorted([*ROOT.glob("dynatree_bench/**/*.py"), *ROOT.glob("dynatree_core/*.py")]):
         text = path.read_text(encoding="utf-8")
         if option.search(text) and path.name != "cli.py":  # whose --output is read
-            text += path.with_name(checked_by.get(path.name, path.name)).read_text(encoding="utf-8")
+            text += (path.parent / checked_by.get(path.name, path.name)).read_text(encoding="utf-8")
             assert checks.search(text), path
             found.append(path.name)
-    assert {"bench_cli.py", "distill_cli.py", "profile_cli.py", "roofline.py", "never_slower.py"} <= set(found)
+    assert {"bench_cli.py", "distill_cli.py", "profile_cli.py"} <= set(found)
 
 
 def test_every_file_is_written_in_one_way() -> None:
@@ -319,7 +319,7 @@ def test_every_file_is_written_in_one_way() -> None:
         "streams.py": 1,  # the null device
         "records.py": 2,  # lines that are added to, and the torn one that is cut off
         "machine.py": 1,  # a probe
-        "smoke.py": 1,  # a file of the kernel's
+        "memory.py": 1,  # a file of the kernel's
     }
     writes = re.compile(
         r"""\.write_(?:text|bytes)\(|open\(\s*["'](?:[wax]|r\+)|\.open\(["'](?:[wax]|r\+)|save_file\("""

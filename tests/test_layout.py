@@ -42,39 +42,43 @@ def imported_names(module: str, *, at_run_time: bool = False) -> set[str]:
     return names
 
 
-# rooms of dynatree_core, a folder or a file each: a room may import from those above it, never from below
-ROOMS = (
-    *("moved", "advice", "renamed", "clock", "cost_model", "report", "errors"),
-    *("files", "plugins", "tree", "models", "cache", "runners", "policy", "drafters", "request", "costs", "engine"),
-    *("generation", "audit", "hf", "text", "cli", "testing", "__main__"),
-)
+# rooms of a package, a folder or a file each: a room may import from those above it, never from below
+ROOMS = {
+    "dynatree_core": (
+        *("moved", "advice", "renamed", "clock", "cost_model", "report", "errors"),
+        *("files", "plugins", "tree", "models", "cache", "runners", "policy", "drafters", "request", "costs", "engine"),
+        *("generation", "audit", "hf", "text", "cli", "testing", "__main__"),
+    ),
+    "dynatree_bench": ("data", "run", "report", "distill", "studies", "bench_cli", "profile_cli"),
+}
 
 
-def core_imports(module: str, *, at_run_time: bool = False) -> set[str]:
-    """The modules of the core that a module imports anywhere, without itself."""
-    names = {name for name in imported_names(module, at_run_time=at_run_time) if name.startswith("dynatree_core.")}
+def own_imports(module: str, *, at_run_time: bool = False) -> set[str]:
+    """The modules of its own package that a module imports anywhere, without itself."""
+    package = module.split(".")[0]
+    names = {name for name in imported_names(module, at_run_time=at_run_time) if name.startswith(f"{package}.")}
     found = {name if name in MODULES else name.rpartition(".")[0] for name in names}
-    return found - {module, "dynatree_core"}
+    return found - {module, package}
 
 
-def test_rooms_import_downward_only():
-    wrong = []
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_import_downward_only(package):
+    wrong, rooms = [], ROOMS[package]
     for module in MODULES:
-        package, _, inside = module.partition(".")
-        if package != "dynatree_core" or not inside:
+        _, _, inside = module.partition(f"{package}.")
+        if not inside:
             continue
         room = inside.split(".")[0]
-        assert room in ROOMS, f"{module} is in no room; add it to the list, above those that import it"
-        for name in core_imports(module):
-            if ROOMS.index(name.split(".")[1]) > ROOMS.index(room):
+        assert room in rooms, f"{module} is in no room; add it to the list, above those that import it"
+        for name in own_imports(module):
+            if rooms.index(name.split(".")[1]) > rooms.index(room):
                 wrong.append(f"{module} imports {name}")
     assert wrong == []
 
 
-def test_no_module_imports_itself_in_a_circle():
-    graph = {
-        module: core_imports(module, at_run_time=True) for module in MODULES if module.startswith("dynatree_core.")
-    }
+@pytest.mark.parametrize("package", ROOMS)
+def test_no_module_imports_itself_in_a_circle(package):
+    graph = {module: own_imports(module, at_run_time=True) for module in MODULES if module.startswith(f"{package}.")}
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the circle
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import click.testing
 import pytest
-from test_distill import target_folder  # noqa: F401  # a fixture
 
-from dynatree_bench.machine import check_writable
-from dynatree_bench.profile import PROGRAM, profile
 from dynatree_bench.profile_cli import profile as command
+from dynatree_bench.run.machine import check_writable
+from dynatree_bench.run.profile import PROGRAM, profile
 from dynatree_core.errors import InputError
 from dynatree_core.testing.models import perturbed, tiny_model
 
@@ -40,14 +39,14 @@ def test_more_iterations_than_there_is_room_for() -> None:
 
 
 def test_a_trace_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("dynatree_bench.profile.Session", lambda *asked, **named: pytest.fail("it began"))
+    monkeypatch.setattr("dynatree_bench.run.profile.Session", lambda *asked, **named: pytest.fail("it began"))
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"a file that can be written, got .*trace\.json, .*choose another"):
         profile(tiny_model("llama"), None, [1], trace=tmp_path / "file" / "trace.json")
 
 
-def test_the_command(target_folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    arguments = ["--target", str(target_folder), "--drafter", "prompt_lookup", "--iterations", "3", "aab"]
+def test_the_command(character_target: Path, tmp_path: Path) -> None:
+    arguments = ["--target", str(character_target), "--drafter", "prompt_lookup", "--iterations", "3", "aab"]
     done = click.testing.CliRunner().invoke(command, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     for expected in ("target's passes", "the drafter's rest", "in all", "operators", "dynatree: decode"):

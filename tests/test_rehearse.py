@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import sys
-
 import attrs
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynatree_bench import rehearse
-from dynatree_bench.rehearse import (
-    BEST,
-    GRID,
-    SEARCHED,
-    Rehearsal,
-    Text,
-    best_of,
-    known_session,
-    ratio,
-    relative,
-    searched,
-)
+from dynatree_bench.run.known import Text, known_session
+from dynatree_bench.run.pairs import Models
+from dynatree_bench.studies import rehearse
+from dynatree_bench.studies.rehearse import BEST, SEARCHED, Rehearsal, relative, searched
+from dynatree_bench.studies.study import Asked, run_study
 from dynatree_core import CostModel, Session, StepFunction, build_drafter, run
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter
-from dynatree_core.models import embedded
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
 
@@ -54,9 +42,9 @@ def test_trees_and_accepted_nodes_are_those_of_a_real_run(prompt, name, policy, 
     target, text = tiny_model("llama"), known_text(prompt, num_tokens)
     end_ids = text.new_ids[end : end + 1]
     text = cut_behind(text, end_ids)
-    real = Session(target, DRAFTERS[name], prompt, policy=policy, max_new_tokens=num_tokens, eos_token_id=list(end_ids))
-    rehearsed = known_session(target, DRAFTERS[name], text, policy)
-    real.measure_costs = rehearsed.measure_costs = lambda: COSTS
+    sizes = {"max_new_tokens": num_tokens, "eos_token_id": list(end_ids)}
+    real = Session(target, DRAFTERS[name], prompt, policy=policy, costs=COSTS, **sizes)
+    rehearsed = known_session(target, DRAFTERS[name], text, policy, costs=COSTS)
     reports = [list(run(session)) for session in (real, rehearsed)]
     for theirs, mine in zip(*reports, strict=True):
         assert torch.equal(mine.tree.token_ids, theirs.tree.token_ids)
@@ -129,12 +117,15 @@ def test_policies_hear_the_priced_seconds():
 
 
 def test_the_best_of_each_kind_is_chosen_afterwards():
-    def one(kind: str, seconds: float) -> Rehearsal:
-        return Rehearsal(kind, 10, 5, 20, 9, seconds, 12.0)
+    def one(*by_kind: float) -> dict[str, object]:
+        return {"ratio": sum(by_kind) / 2, "by_kind": dict(zip("xy", by_kind, strict=True))}
 
-    results = {"a": [one("x", 6.0), one("y", 8.0)], "b": [one("x", 4.0), one("y", 12.0)]}
-    assert best_of(results, ["a", "b"]) == {"x": "b", "y": "a"}
-    assert ratio(results["a"]) == pytest.approx(24 / 14)
+    policies = {"mine": one(1.0, 1.5), "a": one(2.0, 1.5), "b": one(3.0, 1.0)}
+    table, beside = rehearse.tables({"policies": policies, "grid": ["a", "b"], "relative_to_searched": {}})
+    assert beside is None
+    assert [row[:4] for row in table.rows] == [
+        ("mine", "1.25", "1.00", "1.50"), (BEST, "2.00", "3.00", "1.50"), ("which is", "b", "b", "a"),
+    ]  # fmt: skip
 
 
 def test_a_search_is_judged_on_texts_that_it_has_not_seen():
@@ -151,22 +142,25 @@ def test_a_search_is_judged_on_texts_that_it_has_not_seen():
     assert attrs.astuple(relative(of("x", 8.0, 3.0), found)) == pytest.approx((17 / 11, 1.0, 3.0, 2))
 
 
-@pytest.mark.real_model
-@pytest.mark.skipif(not embedded.is_installed(), reason="the default model is missing: dynatree models install")
-def test_the_command_on_a_few_tokens(monkeypatch, capsys, tmp_path):
-    path, output = tmp_path / "prompts.jsonl", tmp_path / "result.json"
-    prompts = [{"category": "mine", "prompt": text} for text in ("a b c a b c a b c", "one two")]
-    path.write_text("\n".join(map(json.dumps, prompts)))
-    monkeypatch.setattr(rehearse, "GRID", GRID[:2])
+def test_a_template_is_a_grid():
+    assert len(rehearse.filled_in("fixed(depth={depth},branch={branch},tau={tau})")) == 54
+    assert rehearse.filled_in("fixed(branch={branch})") == ["fixed(branch=1)", "fixed(branch=2)", "fixed(branch=3)"]
+    assert rehearse.is_grid("fixed(branch={branch})")
+    assert not rehearse.is_grid("phase3")
+
+
+def test_the_study_on_a_tiny_target(character_target, tmp_path, monkeypatch):
     monkeypatch.setattr(rehearse, "measured_costs", lambda *pair: COSTS)
-    arguments = ["--grid", "--prompts", str(path), "--max-new-tokens", "6", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["rehearse", *arguments])
-    assert rehearse.main() == 0
-    printed = capsys.readouterr().out
-    for expected in ("mine", "tok/it", "passes", SEARCHED, BEST, "depth=2", *rehearse.POLICIES):
-        assert expected in printed
-    found = json.loads(output.read_text())
-    assert set(found["policies"]) == {*rehearse.POLICIES, *GRID[:2]}
-    for one in (found["relative_to_searched"][policy]["mine"] for policy in rehearse.POLICIES):
+    asked = Asked(
+        Models(str(character_target), ("prompt_lookup",)), tmp_path, is_quick=True, num_prompts=6, max_new_tokens=(6,),
+        policies=("phase1", "fixed(depth={depth},branch=2)"),
+    )  # fmt: skip
+    found = run_study("rehearse", asked, command="the command")
+    policies, grid = found.found["policies"], found.found["grid"]
+    assert (next(iter(policies)), len(grid), len(policies)) == ("phase1", 6, 7)
+    assert all(1 <= one["tokens_per_iteration"] <= 6 for one in policies.values())
+    assert found.said["num_texts"] == {"prose": 2, "code": 2, "copying": 2}
+    for one in found.found["relative_to_searched"]["phase1"].values():
         assert 0 < one["low"] <= one["value"] <= one["high"]
-    assert all(1 <= policy["tokens_per_iteration"] <= 6 for policy in found["policies"].values())
+    first, _ = found.tables
+    assert [row[0] for row in first.rows] == ["phase1", SEARCHED, BEST, "which is"]

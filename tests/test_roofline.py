@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import sys
-
 import pytest
 
-from dynatree_bench import roofline
-from dynatree_bench.bandwidth import ReadSpeed
-from dynatree_bench.formulas import tree_tokens
-from dynatree_bench.roofline import DECAY, DRAFTED, LEVELS, NUM_RANKS, Results, Way, acceptance_for, shape_for
-from dynatree_bench.synthetic import rank_acceptance
+from dynatree_bench.data.synthetic import rank_acceptance
+from dynatree_bench.report.formulas import tree_tokens
+from dynatree_bench.run.bandwidth import ReadSpeed
+from dynatree_bench.run.pairs import Models
+from dynatree_bench.run.passes import ROWS
+from dynatree_bench.studies import roofline
+from dynatree_bench.studies.roofline import DECAY, DRAFTED, LEVELS, NUM_RANKS, Results, Way, acceptance_for, shape_for
+from dynatree_bench.studies.study import Asked, run_study
 from dynatree_core import InputError
 from dynatree_core.testing.models import tiny_model
 
@@ -46,41 +46,31 @@ def test_of_a_generation_the_median_counts_without_its_first_steps():
 
 def test_steps_of_transformers_lie_between_tokens(monkeypatch):
     times = iter([0.0, 5.0, 6.0, 8.0, 8.5])  # the prompt, the first token, three more
-    monkeypatch.setattr("dynatree_bench.methods.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("dynatree_bench.run.methods.time.perf_counter", lambda: next(times))
     assert roofline._transformers_seconds(tiny_model("llama"), [1, 2, 3], 4) == [1.0, 2.0, 0.5]
 
 
-def test_the_dry_run(monkeypatch, capsys, tmp_path):
-    arguments = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--tokens", "12", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["roofline", *arguments])
+def test_the_dry_run(monkeypatch, tmp_path):
     monkeypatch.setattr(roofline, "read_speed", lambda device: ReadSpeed(12.5e9, None))
-    roofline.main()
-    printed = capsys.readouterr().out
-    found = json.loads((tmp_path / "roofline.json").read_text())
+    asked = Asked(Models(device="cpu"), tmp_path, is_quick=True, repeats=1, max_new_tokens=(12,))
+    result = run_study("roofline", asked, command="the command")
+    found = result.found
     assert found["provenance"]["is_synthetic"]
     assert found["bandwidth"] == [12.5e9], "of one round; the first one warms up"
     assert found["provenance"]["runners"][0] == "eager"
     assert set(found["decoding"]) == {str(way) for way in roofline.ways(Results(found["provenance"]))}
     for way, numbers in found["decoding"].items():
         assert all(value > 0 for values in numbers.values() for value in values), way
-    for expected in (
-        "synthetic: random weights",
-        "÷ at least 0.8 wanted",
-        "÷ at most 1.6 wanted",
-        "a dry run",
-        "is read at 12.5 GB/s",
-    ):
-        assert expected in printed
-    monkeypatch.setattr(sys, "argv", ["roofline", "--from", str(tmp_path / "roofline.json"), "--out", str(tmp_path)])
-    drawn = (tmp_path / "roofline.svg").read_text()
-    roofline.main()
-    assert capsys.readouterr().out == printed
-    assert (tmp_path / "roofline.svg").read_text() == drawn
+    said = "\n".join(result.sentences)
+    wanted = ("synthetic: random weights", "÷ at least 0.8 wanted", "÷ at most 1.6 wanted", "a dry run", "12.5 GB/s")
+    assert all(words in said for words in wanted)
+    decoding, passes = result.tables
+    assert [row[0] for row in decoding.rows] == list(map(str, roofline.ways(Results(found["provenance"]))))
+    assert [row[0] for row in passes.rows] == list(map(str, ROWS))
 
 
 def test_without_room_for_a_buffer_there_is_no_bandwidth_and_no_run(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["roofline", "--shape", "tiny", "--device", "cpu", "--out", str(tmp_path)])
     monkeypatch.setattr(roofline, "read_speed", lambda device: None)
     with pytest.raises(InputError, match="room for a buffer larger than its caches"):
-        roofline.main()
+        run_study("roofline", Asked(Models(device="cpu"), tmp_path, is_quick=True), command="the command")
     assert not list(tmp_path.iterdir())

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +14,9 @@ from matplotlib.figure import Figure
 from dynatree_bench.distill.evaluate import Agreement, LevelCost
 from dynatree_bench.distill.request import Request
 from dynatree_bench.distill.teacher import Shard
-from dynatree_bench.figures import BLUE, GREY, VERMILION
-from dynatree_bench.machine import source_commit
+from dynatree_bench.report.figures import BLUE, GREY, VERMILION
+from dynatree_bench.run.machine import provenance
 from dynatree_core.files.writing import whole_file, write_text
-
-__all__ = ["Report", "write_card"]
 
 CHAIN, DEPTH, BRANCH = 6, 5, 2  # the chain and the tree whose tokens are foretold
 
@@ -43,14 +37,8 @@ class Report:
     @property
     def provenance(self) -> dict[str, Any]:
         """Where and with what it was made."""
-        cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        return {
-            "command": self.command,
-            "commit": source_commit(),
-            "date": date.today().isoformat(),
-            "device": cuda or f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-            "versions": {name: version(name) for name in ("dynatree", "torch", "transformers")},
-        }
+        device = torch.device("cuda") if torch.cuda.is_available() else None
+        return provenance(self.command, device)
 
 
 def write_card(folder: Path, report: Report) -> None:
@@ -76,14 +64,14 @@ def write_card(folder: Path, report: Report) -> None:
 
 def card_text(report: Report) -> str:
     """The model card in Markdown."""
-    after, before, provenance = report.after, report.before, report.provenance
+    after, before, said = report.after, report.before, report.provenance
     texts = ", ".join(text.name for text in report.request.teaching.texts) or "none"
     costs = "\n".join(
         f"| {cost.width} | {cost.ratio:.3f} ({cost.low:.3f}–{cost.high:.3f}) | {cost.milliseconds:.1f} |"
         for cost in report.costs
     )
     training = report.request.training
-    versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in said["versions"].items())
     return f"""# A drafter for {report.target}
 
 A student for tree speculative decoding, made by `dynatree distill`. It proposes; the target decides. So it changes how
@@ -98,9 +86,9 @@ fast the target's output comes, and never what it is.
 | learnt from | {sum(shard.num_scored for shard in report.lessons):,} tokens that the target judged |
 | plain text | {texts} |
 | trained | {training.num_epochs} epochs, AdamW, learning rate {training.learning_rate:g} |
-| made on | {provenance["device"]}, {provenance["date"]} |
+| made on | {said["device"]}, {said["date"]} |
 | versions | {versions} |
-| commit | {provenance["commit"]} |
+| commit | {said["commit"]} |
 
     {report.command}
 

@@ -13,8 +13,6 @@ from dynatree_core.cli.options import DEVICE, PICK_OPTIONS, TARGET, with_options
 from dynatree_core.cli.prompts import PromptPicks
 from dynatree_core.errors import PluginLoadError
 
-__all__ = ["distill"]
-
 QUESTIONS = (
     "Summarize the following text: {text}",
     "{text}\n\nWhat is this text about?",

@@ -18,16 +18,14 @@ from transformers import PreTrainedModel
 
 from dynatree_bench.distill.teacher import Shard
 from dynatree_bench.distill.train import batches_of, collate, scored_logits
-from dynatree_bench.formulas import chain_tokens, fixed_tokens
-from dynatree_bench.machine import now
+from dynatree_bench.report.formulas import chain_tokens, fixed_tokens
+from dynatree_bench.run.machine import now
 from dynatree_core.clock import StageClock
 from dynatree_core.models.architectures import max_positions
 from dynatree_core.models.kept import kept_of
 from dynatree_core.runners.choice import make_runner
 from dynatree_core.runners.passes import Passes
 from dynatree_core.tree.flatten import flatten_chain
-
-__all__ = ["Agreement", "LevelCost", "agreement", "level_costs"]
 
 NUM_RANKS = 16
 NUM_BINS = 10

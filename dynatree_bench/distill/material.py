@@ -13,8 +13,6 @@ from dynatree_core.cli.prompts import PromptPicks
 from dynatree_core.text.columns import Prompt
 from dynatree_core.text.prompt import encode_messages
 
-__all__ = ["Material", "encoded", "read_given"]
-
 
 @attrs.frozen
 class Material:

@@ -20,8 +20,6 @@ from dynatree_core.text.passages import cut
 from dynatree_core.text.prompt import encode_prompt
 from dynatree_core.text.prompt_files import read_documents
 
-__all__ = ["Prompt", "ask_prompts", "chat_prefix", "continue_prompts", "mixed", "read_passages"]
-
 PLACE = "{text}"  # where a question holds its passage
 _USER_WORDS = "\u2603"  # stands for the user's words while the template is cut around it
 

@@ -7,8 +7,6 @@ import attrs
 from dynatree_bench.distill.teach import TeachingPlan
 from dynatree_bench.distill.train import TrainingPlan
 
-__all__ = ["Request"]
-
 
 @attrs.frozen
 class Request:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dynatree_bench.distill.card import Report, write_card
 from dynatree_bench.distill.evaluate import Agreement, agreement, level_costs
@@ -19,6 +17,7 @@ from dynatree_bench.distill.request import Request
 from dynatree_bench.distill.teach import TEACHING, Taught, is_request, teach
 from dynatree_bench.distill.teacher import read_shard
 from dynatree_bench.distill.train import frequent_tokens, train
+from dynatree_bench.run.progress import bar
 from dynatree_core.drafters.distilled import fast_dtype
 from dynatree_core.errors import InputError
 from dynatree_core.files.outputs import check_out
@@ -26,8 +25,6 @@ from dynatree_core.models import embedded
 from dynatree_core.models.architectures import vocab_size
 from dynatree_core.models.load import DEFAULT_MODEL, LoadedModel, load_model, resolve_device
 from dynatree_core.models.student import load_student, new_student, read_card, save_student
-
-__all__ = ["make_drafter"]
 
 WIDTHS = (1, 2, 4, 8, 16)
 WORK = "work"  # in the drafter's folder: what an interrupted run goes on with
@@ -54,7 +51,7 @@ def make_drafter(request: Request, out: Path) -> Agreement:
     # the teacher reads and writes much faster where the device multiplies in bfloat16
     teacher = load_model(request.target, device=request.device, dtype=str(fast_dtype(device)).removeprefix("torch."))
     _check(request.layers, teacher)
-    taught = _taught(teacher, request, material, work, console)
+    taught = _taught(teacher, request, material, work)
     if taught.num_too_long:
         console.print(f"{taught.num_too_long} of {len(material.prompts)} prompts are left out: the target has no room")
     lessons, apart = [read_shard(file) for file in taught.to_learn], [read_shard(file) for file in taught.apart]
@@ -65,10 +62,10 @@ def make_drafter(request: Request, out: Path) -> Agreement:
         f"{sum(s.num_scored for s in lessons):,} tokens to learn from, {before.num_positions:,} kept apart; "
         f"before training the student agrees on {before.top1:.1%}"
     )
-    with _bar("training", console) as show:
+    with bar("training") as show:
         course = train(
             student, lessons, size, request.training, work,
-            lambda done, total, loss: show(done, total, f"loss {loss:.3f}"),
+            lambda done, total, loss: show(completed=done, total=total, note=f"loss {loss:.3f}"),
         )  # fmt: skip
     after = agreement(student, apart, torch.bfloat16)
     console.print(f"after it on {after.top1:.1%}; the target's choice is among the first three on {after.top3:.1%}")
@@ -104,22 +101,10 @@ def _check(layers: Sequence[int], target: LoadedModel) -> None:
         raise InputError(f"--layers must be from 0 to {num_layers - 1} for '{target.name}', got {list(layers)}")
 
 
-def _taught(teacher: LoadedModel, request: Request, material: Material, work: Path, console: Console) -> Taught:
-    with _bar("asking the target", console) as show:
+def _taught(teacher: LoadedModel, request: Request, material: Material, work: Path) -> Taught:
+    with bar("asking the target") as show:
         return teach(
             teacher, request.teaching, work / TEACHING,
-            lambda done, total, tokens: show(done, total, f"{tokens:,} tokens"),
+            lambda done, total, tokens: show(completed=done, total=total, note=f"{tokens:,} tokens"),
             num_batches=request.num_batches, material=material,
         )  # fmt: skip
-
-
-@contextmanager
-def _bar(title: str, console: Console) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar with the time that is left."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(title, total=None, note="")
-        yield lambda done, total, note: progress.update(task, completed=done, total=total, note=note)

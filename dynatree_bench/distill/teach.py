@@ -25,14 +25,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dynatree_bench.distill import prompts as asking
 from dynatree_bench.distill.material import Material, encoded, read_given
 from dynatree_bench.distill.teacher import Shard, read_shard, score, write, write_shard
-from dynatree_bench.machine import weights_sha256
+from dynatree_bench.run.machine import weights_sha256
 from dynatree_core.cli.prompts import PromptPicks
 from dynatree_core.errors import InputError
 from dynatree_core.files.writing import write_text
 from dynatree_core.models.architectures import max_positions
 from dynatree_core.models.load import LoadedModel
-
-__all__ = ["TEACHING", "Lesson", "Taught", "TeachingPlan", "end_ids", "is_request", "teach"]
 
 TEACHING = "teaching"  # folder of the shards, in that of the work
 REQUEST = "request.json"

@@ -20,8 +20,6 @@ from dynatree_core.errors import ModelLoadError
 from dynatree_core.files.tensors import load_tensors, save_tensors
 from dynatree_core.models.architectures import cache_argument
 
-__all__ = ["Shard", "read_shard", "score", "write", "write_shard"]
-
 TOP_K = 32  # log-probabilities kept a token; the rest of the distribution is one number, the tail's mass
 MIN_ALIVE = 0.4  # a batch ends when fewer of its texts still go on: the others would wait for the few
 

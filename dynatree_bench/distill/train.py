@@ -31,17 +31,6 @@ from dynatree_bench.distill.teacher import Shard
 from dynatree_core.errors import ModelLoadError
 from dynatree_core.files.writing import whole_file
 
-__all__ = [
-    "Batch",
-    "TrainingPlan",
-    "batches_of",
-    "divergence",
-    "fingerprint",
-    "frequent_tokens",
-    "load_checkpoint",
-    "train",
-]
-
 
 @attrs.frozen
 class TrainingPlan:

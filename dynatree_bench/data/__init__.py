@@ -1,0 +1,1 @@
+"""What is generated from: prompts, data sets, published numbers and synthetic models."""

@@ -1,0 +1,68 @@
+"""Figures of studies: lines over a number, through medians and with bars from quartile to quartile."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
+
+from dynatree_bench.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, VERMILION
+from dynatree_bench.report.tables import Spread
+from dynatree_core.files.writing import whole_file
+
+COLOURS = (VERMILION, BLUE, ORANGE, SKY, GREEN, PURPLE, GREY)
+MARKERS = ("s", "o", "^", "v", "D", "P", "x")
+
+
+@attrs.frozen
+class Panel:
+    """Lines over one number."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    lines: Mapping[str, Mapping[int, Spread]]  # label -> place -> what was measured there
+    is_doubling: bool = False  # places are powers of two
+    is_log: bool = False  # so are the values, about
+
+
+def draw_panels(panels: Sequence[Panel], name: str, foot: str, path: Any) -> None:
+    """Write panels side by side as SVG, with small print below.
+
+    Args:
+        panels: what is drawn.
+        name: of the figure; the same file comes of the same numbers.
+        foot: the provenance.
+        path: the file.
+    """
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):  # type: ignore[dict-item]
+        figure = Figure(figsize=(6.4 if len(panels) == 1 else 4.3 * len(panels), 4.8), layout="constrained")
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            _draw(axes, panel)
+        figure.supxlabel(foot, fontsize=7, color=GREY)
+        with whole_file(path) as draft:
+            figure.savefig(draft, format="svg", metadata={"Date": None})
+
+
+def _draw(axes: Any, panel: Panel) -> None:
+    styles = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
+    for (label, line), (colour, marker) in zip(panel.lines.items(), styles, strict=False):
+        found = list(line.values())
+        bars = [[one.median - one.low for one in found], [one.high - one.median for one in found]]
+        axes.errorbar(
+            list(line), [one.median for one in found], yerr=bars, label=label, color=colour, marker=marker, capsize=2
+        )
+    axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+    if panel.is_doubling:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%d"))
+    if panel.is_log:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))

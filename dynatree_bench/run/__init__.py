@@ -1,0 +1,1 @@
+"""Measuring: the models, the methods, the machine, and the records that a run leaves behind."""

@@ -1,0 +1,97 @@
+"""Decoding a text that is known: a stand-in for the target says it, so only the drafter computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from dynatree_core import Drafter, DraftPlan, DraftState, Session
+from dynatree_core.models.architectures import vocab_size
+from dynatree_core.models.kept import kept_of
+
+
+@attrs.frozen
+class Text:
+    """A prompt and what the target makes of it."""
+
+    kind: str
+    prompt_ids: tuple[int, ...]
+    new_ids: tuple[int, ...]
+    max_new_tokens: int  # as many as there are, or more where an end token came before
+    end_ids: tuple[int, ...] = ()  # that end the text
+
+
+class KnownTarget(LlamaForCausalLM):
+    """Stands in for a target whose output is known: at each position of the text it says the token that came next.
+
+    That is right for rows on the text's path. Any other has an ancestor that is rejected, so its own do not matter.
+    """
+
+    def __init__(self, token_ids: Sequence[int], vocab: int, room: int) -> None:
+        tiny = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
+        super().__init__(LlamaConfig(vocab_size=vocab, max_position_embeddings=len(token_ids) + room, **tiny))
+        self.next_ids = torch.tensor([*token_ids[1:], *[0] * (room + 1)])
+        self.eval()
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, cache: Any, logits_to_keep: int = 0, **_: Any
+    ) -> CausalLMOutputWithPast:
+        rows = input_ids.shape[1]
+        cache.update(torch.zeros(1, 1, rows, 1), torch.zeros(1, 1, rows, 1), 0)
+        said = self.next_ids[position_ids[0, -logits_to_keep:]]
+        return CausalLMOutputWithPast(
+            logits=torch.zeros(1, said.numel(), self.config.vocab_size).scatter_(2, said[None, :, None], 1.0)
+        )
+
+
+@attrs.frozen
+class OfTarget(Drafter):
+    """A drafter that is told of the real target while a stand-in verifies."""
+
+    drafter: Drafter
+    target: nn.Module
+
+    def __str__(self) -> str:
+        return str(self.drafter)
+
+    def models(self, target: nn.Module) -> Sequence[nn.Module]:
+        return self.drafter.models(self.target)
+
+    def context_limit(self, target: nn.Module) -> int | None:
+        return self.drafter.context_limit(self.target)
+
+    def runs_on(self, target: nn.Module) -> torch.device | None:
+        return self.drafter.runs_on(self.target)
+
+    def start(self, plan: DraftPlan) -> DraftState:
+        return self.drafter.start(attrs.evolve(plan, target=self.target, store=kept_of(self.target)))
+
+
+def known_session(target: nn.Module, drafter: Drafter, text: Text, policy: str, **options: Any) -> Session:
+    """A session whose target says what is known.
+
+    Args:
+        target: the model that has made the text.
+        drafter: as of any session.
+        text: the text.
+        policy: as of any session.
+        options: others of a session.
+    """
+    room = text.max_new_tokens - len(text.new_ids)
+    stand_in = KnownTarget([*text.prompt_ids, *text.new_ids], vocab_size(target), room)
+    return Session(
+        stand_in,
+        OfTarget(drafter, target),
+        list(text.prompt_ids),
+        policy=policy,
+        max_new_tokens=text.max_new_tokens,
+        eos_token_id=list(text.end_ids),
+        trust_model=True,  # it says what comes next in one text, whatever stands in other rows
+        **options,
+    )

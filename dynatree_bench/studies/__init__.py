@@ -1,0 +1,1 @@
+"""Questions with a measurement of their own, one file each."""

@@ -1,0 +1,35 @@
+"""What is said of the machine, and where results can be written."""
+
+from __future__ import annotations
+
+import pytest
+
+from dynatree_bench.run import machine
+from dynatree_bench.run.machine import check_writable
+from dynatree_core.errors import InputError
+
+
+@pytest.mark.parametrize(("share", "state"), [(0.02, "idle"), (0.03, "busy, so the ratios are not to be believed")])
+def test_the_machine_is_judged_by_the_whole_run(monkeypatch, share, state):
+    """A percent of four cores' time is four percent of one core."""
+    monkeypatch.setattr(machine.psutil, "cpu_count", lambda: 4)
+    monkeypatch.setattr(machine.LoadMeter, "share", lambda meter: share)
+    others = machine.LoadMeter().meanwhile()
+    sentence = f"the machine was {state}: others used {400 * share:.0f} % of a core meanwhile"
+    assert machine.idle_or_busy(others, what="ratios") == sentence
+
+
+def test_the_machine_is_judged_by_its_busiest_moment():
+    others = {"before": 11.0, "after": 1.0}
+    expected = "the machine was busy, so the times are not to be believed: "
+    assert machine.idle_or_busy(others) == expected + "others used 11 % of a core before, 1 % of a core after"
+
+
+def test_results_can_be_written_or_not(tmp_path):
+    check_writable(tmp_path / "new" / "results.json", "it")
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "old.json").write_text("old results of it")
+    check_writable(tmp_path / "old.json", "it")
+    assert (tmp_path / "old.json").read_text() == "old results of it"
+    with pytest.raises(InputError, match=f"got {tmp_path}, .*choose another"):
+        check_writable(tmp_path, "it")

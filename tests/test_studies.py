@@ -1,0 +1,212 @@
+"""Studies: how they are found, what they leave behind, results of earlier versions, and each on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import click
+import pytest
+
+from dynatree_bench.bench_cli import bench
+from dynatree_bench.report.tables import Spread, markdown
+from dynatree_bench.run.pairs import Models
+from dynatree_bench.run.progress import in_rounds
+from dynatree_bench.studies import long_context, memory, runners
+from dynatree_bench.studies.names import studies
+from dynatree_bench.studies.study import Asked, Found, find_study, read_found, run_study, write_report
+from dynatree_core import InputError, load_model
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+PROVENANCE = {"command", "commit", "date", "versions", "device", "threads", "seed", "busy_percent"}
+
+
+def runners_found(**seconds: dict[str, list[float]]) -> dict[str, object]:
+    return {"provenance": {"model": "tiny", "context": 256}, "seconds": seconds}
+
+
+@pytest.mark.parametrize("name", studies())
+def test_each_file_is_a_study_with_a_question_and_options_that_there_are(name):
+    assert studies()[name].endswith("?") or name == "rehearse"
+    context = click.Context(bench)
+    command = bench.get_command(context, name)
+    assert command.help == studies()[name]
+    named = {option.name for option in command.params}
+    wanted = {*find_study(name).options} - {"picks"}
+    assert wanted <= named, "an option of the study that `dynatree bench` does not have"
+    assert named - wanted <= {
+        "is_quick", "threads", "seed", "with_report", "out", "column", "categories", "is_played",
+    }  # fmt: skip
+
+
+def test_a_name_that_is_none_is_told_with_the_nearest():
+    with pytest.raises(InputError, match=r"'runner' is not a study \(did you mean 'runners'\?\)"):
+        find_study("runner")
+
+
+def test_jobs_take_turns_and_the_first_round_does_not_count():
+    done: list[tuple[str, int]] = []
+    jobs = [lambda turn, name=name: done.append((name, turn)) for name in "abc"]
+    in_rounds(jobs, 2)
+    assert done == [(name, turn) for turn, names in enumerate(("abc", "bca", "cab")) for name in names]
+
+
+def test_a_spread_shows_median_and_quartiles():
+    assert str(Spread.of([2.0])) == "2.00"
+    assert str(Spread.of([3.0, 1.0, 2.0], digits=0)) == "2 (1–3)"
+    assert Spread.of([1.0, 2.0, 3.0, 4.0, 100.0], scale=10) == Spread(30.0, 15.0, 520.0)
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="`dynatree bench report` writes must go to a folder that is new"):
+        write_report(read_found(RESULTS / "runners.json"), tmp_path)
+    with pytest.raises(InputError, match="`dynatree bench` writes must go to a folder that is new"):
+        run_study("runners", Asked(Models(), tmp_path), command="the command")
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", "JSONDecodeError"), ("{}", "no study is named"), ("[]", "AttributeErr")]
+)
+def test_what_is_no_result_of_a_study_says_so(text, said, tmp_path):
+    (tmp_path / "study.json").write_text(text)
+    with pytest.raises(InputError, match=said):
+        read_found(tmp_path)
+    with pytest.raises(InputError, match="must hold the results of a study, got FileNotFoundError"):
+        read_found(tmp_path / "none")
+
+
+EARLIER = {
+    "drafter_value.json": ("drafter-value", "agreement-distilled"),
+    "long-context.json": ("long-context", "passes"),
+    "rehearsed.json": ("rehearse", "policies"),
+    "runners.json": ("runners", "relative"),
+}
+
+
+@pytest.mark.parametrize("file", EARLIER)
+def test_results_of_earlier_versions_are_read(file, tmp_path):
+    name, table = EARLIER[file]
+    found = read_found(RESULTS / file)
+    assert found.name == name
+    page = write_report(found, tmp_path).read_text(encoding="utf-8")
+    assert f"`{found.said['command']}`" in page or found.said["command"] in page
+    assert table in {one.name for one in found.tables}
+    figures = list(tmp_path.glob("figures/*.svg"))
+    assert len(figures) == (name in ("long-context", "runners"))
+    first = [figure.read_bytes() for figure in figures]
+    write_report(found, tmp_path)
+    assert [figure.read_bytes() for figure in figures] == first, "the same figure of the same numbers"
+
+
+def test_the_committed_page_has_the_numbers_of_the_committed_file():
+    """What docs/results/runners.md says of one row in bfloat16 follows from its file."""
+    _, relative = read_found(RESULTS / "runners.json").tables
+    rows = {row[0]: row for row in relative.rows}
+    assert rows["1"][1] == "1.00"
+    assert [line for line in markdown(relative) if line.startswith("| 64 |")]
+
+
+def test_a_busy_machine_is_said(tmp_path):
+    said = {
+        "busy_percent": {"meanwhile": 11.0},
+        "versions": {},
+        "device": "d",
+        "threads": 1,
+        "date": "",
+        "command": "c",
+    }
+    found = Found("runners", runners_found(**{runners.PLAIN: {"1": [1.0]}}) | {"provenance": said | {"context": 9}})
+    assert found.sentences == [
+        "the machine was busy, so the times are not to be believed: others used 11 % of a core meanwhile"
+    ]
+    assert "provisional" in write_report(found, tmp_path).with_name("figures").joinpath("runners.svg").read_text()
+
+
+def test_a_pass_is_relative_to_the_plain_one_of_its_round():
+    found = runners_found(**{runners.PLAIN: {"1": [1.0, 2.0, 4.0]}, "other": {"1": [2.0, 4.0, 8.0]}})
+    assert runners.relative(found, "other", "1") == Spread(2.0, 2.0, 2.0)
+    found["seconds"]["other"]["1"] = [1.0, 4.0, 12.0]
+    assert runners.relative(found, "other", "1").median == 2.0
+
+
+def test_runners_on_a_tiny_model(character_target, tmp_path):
+    found = run_study("runners", Asked(Models(str(character_target)), tmp_path, is_quick=True), command="the command")
+    assert set(found.said) >= PROVENANCE | {"model", "context", "rounds"}
+    assert found.said["command"] == "the command"
+    seconds = found.found["seconds"]
+    assert {runners.PLAIN, "bfloat16 eager"} <= set(seconds)
+    assert all(len(rounds) == 1 for by_rows in seconds.values() for rounds in by_rows.values())
+    assert [[row[0] for row in table.rows] for table in found.tables] == [["1", "2", "4"]] * 2
+
+
+@pytest.fixture(scope="module")
+def long_target(character_target, tmp_path_factory):
+    """The same model with room for a window."""
+    folder = tmp_path_factory.mktemp("long") / "target"
+    shutil.copytree(character_target, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 2048}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_long_contexts_on_a_tiny_model(long_target, tmp_path):
+    asked = Asked(Models(str(long_target)), tmp_path, is_quick=True)
+    found = run_study("long-context", asked, command="the command")
+    assert set(found.said) >= PROVENANCE | {"model", "plan"}
+    assert set(found.found["memory"]) == {long_context.ALL, long_context.WINDOW}
+    assert {"autoregressive", "phase3"} <= set(found.found["tokens"])
+    assert {"1 row, model alone", "8 rows, eager"} <= set(found.found["passes"])
+    for name in long_context.TITLES:
+        for by_context in found.found[name].values():
+            assert {context: len(rounds) for context, rounds in by_context.items()} == {"64": 1, "256": 1}
+    assert [table.header for table in found.tables] == [("tokens of context", "64", "256")] * 5
+    # keys and values of 2 heads of 8 in 3 layers, float32
+    assert found.found["memory"][long_context.ALL]["64"] == [63 * 2 * 2 * 8 * 3 * 4 / 2**20]
+
+
+def test_no_context_is_measured_twice():
+    assert long_context.within((512, 4096, 6144, 8192), 4000) == (512, 4000)
+    with pytest.raises(InputError, match=r"--max-new-tokens must leave 2 tokens .* leaves -8"):
+        long_context.within((512,), -8)
+
+
+def test_a_bare_pass_is_that_of_the_model_without_a_mask(long_target):
+    """It sees the same slots as a pass over the tree, and leaves the cache as it was."""
+    default = load_model(str(long_target), device="cpu", dtype="float32")
+    caches = long_context.Caches(default, 40)
+    caches.fill(list(range(20)))
+    assert caches.bare_pass(4) > 0
+    assert (caches.bare.length, caches.bare.min_slots, caches.kept[long_context.ALL].length) == (20, 0, 20)
+    caches.fill(list(range(30)))
+    assert caches.bare.length == 30
+
+
+def test_the_peak_is_that_of_the_work():
+    def peak(size: int) -> int:
+        return memory.peak_memory(lambda: len(b"x" * size))
+
+    large, small = peak(2**28), peak(1)
+    if small == 0:
+        pytest.skip("this system does not tell a process its peak")
+    assert large - small == pytest.approx(2**28, rel=0.1)
+
+
+def test_peaks_are_relative_to_autoregressive_decoding():
+    peaks = {"autoregressive": 2**20, "fixed": 2**20, "phase3": 3 * 2**19}
+    [table] = memory.tables({"peaks": {"as it comes": peaks}})
+    assert table.rows[-1] == ("as it comes", "phase3", "1.50", "50.00")
+    unknown = {"peaks": {"as it comes": dict.fromkeys(memory.METHODS, 0)}}
+    assert list(memory.tables(unknown)) == [None]
+    assert memory.sentences(unknown) == ("not measured: this system does not tell a process its peak",)
+
+
+@pytest.mark.slow
+def test_memory_of_a_tiny_model(character_target, tmp_path):
+    asked = Asked(Models(str(character_target)), tmp_path, is_quick=True)
+    found = run_study("memory", asked, command="the command")
+    assert set(found.found["peaks"]) == set(memory.SETTINGS)
+    assert all(set(of_methods) == set(memory.METHODS) for of_methods in found.found["peaks"].values())
+    assert json.loads((tmp_path / "study.json").read_text())["study"] == "memory"
