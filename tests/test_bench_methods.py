@@ -9,8 +9,8 @@ import attrs
 import pytest
 import torch
 from bench_runs import LONG, SMALL, by_method, run, tiny_pair
+from command import byte_level_tokenizer, for_transformers
 from students import tiny_student
-from test_cli import byte_level_tokenizer, for_transformers
 
 from dynatree_bench.run import measure, methods, rivals, runnable
 from dynatree_bench.run.experiments import EXPERIMENTS, REFERENCE, Form, Method, cells, chosen_methods

@@ -7,7 +7,7 @@ import json
 import attrs
 import pytest
 from bench_runs import LONG, SMALL, run, tiny_pair
-from test_cli import byte_level_tokenizer, for_transformers
+from command import byte_level_tokenizer, for_transformers
 
 from dynatree_bench.data.workloads import Picks
 from dynatree_bench.run import measure

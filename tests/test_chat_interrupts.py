@@ -22,7 +22,7 @@ from dynatree_core.cli.console import PrefillBar
 from dynatree_core.cli.main import main
 from dynatree_core.cli.screen import Answer
 from dynatree_core.errors import PolicyError
-from dynatree_core.runners import runner
+from dynatree_core.runners import passes
 from dynatree_core.text.conversation import Conversation
 from dynatree_core.text.stream import decode_text
 
@@ -66,7 +66,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
 def test_ctrl_c_before_the_first_token(
     conversation: Conversation, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runner, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(passes, "PREFILL_CHUNK", 8)
     monkeypatch.setattr(PrefillBar, "__call__", lambda self, done, total: signal.raise_signal(signal.SIGINT))
     answer(conversation, "abc")
     assert (conversation.messages, conversation.results) == ([], [])
@@ -172,7 +172,7 @@ def pretend_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     for stream in (sys.stdout, sys.stderr):
         monkeypatch.setattr(stream, "isatty", lambda: True)
-    monkeypatch.setattr(runner, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(passes, "PREFILL_CHUNK", 8)
 
 
 @pytest.mark.parametrize(("seconds", "is_shown"), [(0.0, True), (60.0, False)])
@@ -195,7 +195,7 @@ def test_a_long_prefill_has_a_bar(
 
 def test_no_bar_where_there_is_no_terminal(say: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "LONG_PREFILL", 0.0)
-    monkeypatch.setattr(runner, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(passes, "PREFILL_CHUNK", 8)
     assert "reading" not in say("a" * 50).err
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 
+import attrs
 import pytest
 import torch
 from hypothesis import given
@@ -80,15 +81,21 @@ COSTS = CostModel(StepFunction(ROWS, tuple(1.0 + 0.01 * row for row in range(199
 
 
 @pytest.mark.parametrize("case", COUNTS)
-def test_without_observers_no_operation_is_added(case, monkeypatch):
+def test_without_observers_no_operation_is_added(case):
     """With one neither, but what it does itself: a record is made of what is there."""
-    monkeypatch.setattr("dynatree_core.engine.session.measured_costs", lambda *_, **__: COSTS)
     policy, _, kind = case.partition(", ")
     options = {"": {}, "sampling": {"do_sample": True, "seed": 1}, "fixed_width": {"exact": "fixed_width"}}[kind]
     drafter = None if policy == "autoregressive" else DRAFTER
 
     def operations(observer: Observer | None) -> tuple[int, int]:
-        asked = {"policy": policy, "max_new_tokens": 40, "runner": "eager", "trust_model": True, **options}
+        asked = {
+            "policy": policy,
+            "max_new_tokens": 40,
+            "runner": "eager",
+            "trust_model": True,
+            "costs": COSTS,
+            **options,
+        }
         steps = run(Session(TARGET, drafter, PROMPT, observer=observer, **asked))
         next(steps)  # buffers are made
         with counted(TARGET, DRAFTER) as counts:
@@ -294,7 +301,7 @@ def test_faults_are_told(monkeypatch):
     fault = recorder.of(Fault)[-1]
     assert (fault.then, fault.error, fault.error.partial.token_ids) == ("ended", caught.value, [])
     session = Session(TARGET, None, PROMPT, **asked)
-    monkeypatch.setattr(session.target.model, "forward", lambda **_: 1 / 0)
+    monkeypatch.setattr(session.target.runner.model, "forward", lambda **_: 1 / 0)
     with pytest.raises(ForwardPassError) as failed:
         list(run(session))
     assert recorder.of(Fault)[-1].error is failed.value
@@ -307,8 +314,9 @@ def test_a_step_that_is_done_again_without_a_draft_is_told(monkeypatch):
     forward = session.target.forward
 
     def overflowing(flat, *arguments, stage, **options):
-        logits = forward(flat, *arguments, stage=stage, **options)
-        return logits * math.nan if stage == "verify" and next(strikes, False) else logits
+        output = forward(flat, *arguments, stage=stage, **options)
+        is_struck = stage == "verify" and next(strikes, False)
+        return attrs.evolve(output, logits=output.logits * math.nan) if is_struck else output
 
     monkeypatch.setattr(session.target, "forward", overflowing)
     list(run(session))

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from dynatree_bench.methods import replay
-from dynatree_bench.pairs import Pair, drafter_info
 from torch import nn
 
 from dynatree_bench import rehearse
+from dynatree_bench.run.methods import replay
+from dynatree_bench.run.pairs import Pair, drafter_info
 from dynatree_core import (
     Drafter,
     DraftPlan,
