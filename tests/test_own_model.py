@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from dynatree_bench import rehearse
+from dynatree_bench.run.known import Text
 from dynatree_bench.run.methods import replay
 from dynatree_bench.run.pairs import Pair, drafter_info
+from dynatree_bench.studies.rehearse import rehearse
 from dynatree_core import (
     Drafter,
     DraftPlan,
@@ -328,9 +329,9 @@ def test_benches_and_chats(small, folder):
     assert replay(pair, PROMPT, output) == replay(as_model, PROMPT, output)
 
     prices = CostModel(StepFunction((1, 64), (1.0, 2.0)), StepFunction((1, 64), (0.1, 0.2)), 0.0)
-    text = rehearse.Text("any", tuple(PROMPT), tuple(output), len(output))
+    text = Text("any", tuple(PROMPT), tuple(output), len(output))
     policy = "fixed(depth=3)"
-    mine, theirs = (rehearse.rehearse(target, one.drafter, text, policy, prices) for one in (pair, as_model))
+    mine, theirs = (rehearse(target, one.drafter, text, policy, prices) for one in (pair, as_model))
     assert mine == theirs
     assert mine.num_passes > 0
 
