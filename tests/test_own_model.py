@@ -28,7 +28,6 @@ from dynatree_core import (
     costs,
     generate,
 )
-from dynatree_core.cli.chat import Chat
 from dynatree_core.clock import StageClock
 from dynatree_core.cost_model import CostModel
 from dynatree_core.costs import measured_costs
@@ -39,6 +38,7 @@ from dynatree_core.plugins.registry import plugin_table
 from dynatree_core.testing import assert_drafter_contract, assert_lossless
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
+from dynatree_core.text.conversation import Conversation
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 LOOP = [7, 3, 5] * 4
@@ -336,6 +336,6 @@ def test_benches_and_chats(small, folder):
     assert mine.num_passes > 0
 
     small.model.config.max_position_embeddings = 70
-    chat = Chat(pair.target, None, small, str(small), policy, 9, PrefixCache())  # type: ignore[arg-type]
+    chat = Conversation(pair.target, None, small, str(small), policy, 9, PrefixCache())  # type: ignore[arg-type]
     assert chat.context_limit == 70
-    assert Chat(pair.target, None, None, "none", policy, 9, PrefixCache()).context_limit == 160  # type: ignore[arg-type]
+    assert Conversation(pair.target, None, None, "none", policy, 9, PrefixCache()).context_limit == 160  # type: ignore[arg-type]
