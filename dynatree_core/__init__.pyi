@@ -6,6 +6,7 @@ from .drafters.base import Drafter, DraftPlan, DraftState
 from .drafters.build import build_drafter
 from .drafters.model import ModelDraftState
 from .engine.decode import decode_step, prefill
+from .engine.engine import Engine
 from .engine.observer import Observer, Outcome
 from .engine.session import Session
 from .errors import DynaTreeError, InputError
@@ -31,6 +32,7 @@ __all__ = [
     "DraftState",
     "Drafter",
     "DynaTreeError",
+    "Engine",
     "Frontier",
     "GenerationReport",
     "GenerationResult",

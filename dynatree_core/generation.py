@@ -77,6 +77,8 @@ def generate(
         observer: an `Observer`, or a list of them, that hears what happens in each iteration; see docs/watching.md.
         on_error: "raise" (default), or "fallback" to go on autoregressively, with a warning, after a policy or a
             drafter failed.
+        costs: a `CostModel` that policies are given; None (default): what iterations take is measured where one asks.
+        now: a function that gives seconds, for the times in reports; None (default): the machine's clock.
         trust_model: whether to take a target as it is that has code of somebody's own. By default one is asked, once
             and by some 30 short passes, whether its rows are independent of each other, and refused if they are not;
             see docs/models.md.

@@ -21,7 +21,8 @@ from dynatree_core.cache.sink_cache import SinkWindow
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import ContextLimitError
 from dynatree_core.models.architectures import max_positions
-from dynatree_core.runners.choice import drafters_runner
+from dynatree_core.runners.base import Runner
+from dynatree_core.runners.choice import drafters_runner, made_runner
 from dynatree_core.runners.passes import Passes
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
@@ -48,6 +49,8 @@ class DraftPlan:
     on_prefill: Callable[[int, int], None] | None = None  # who wants to know how far a long prefill is: rows done, all
     # the target's, for a drafter that looks at text; None where the caller has given none
     tokenizer: PreTrainedTokenizerBase | None = None
+    # gives the runner of a model by the runner's name; an engine gives the one that earlier generations had
+    make_runner: Callable[[nn.Module, str], Runner] = attrs.field(default=made_runner, repr=False)
     # kept as long as the target: what later generations with it are to find again. A key begins with the drafter's
     # name; a value must not hold the target's module, or neither would ever be freed
     store: MutableMapping[Hashable, Any] = attrs.field(factory=dict, repr=False)

@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, padded_proposals
 from dynatree_core.errors import ParameterError, VocabularyMismatchError
 from dynatree_core.models.architectures import num_embeddings, vocab_size
-from dynatree_core.models.kept import kept_of
 from dynatree_core.models.load import load_model
 from dynatree_core.models.student import RestrictedHead
 from dynatree_core.models.wrappers import plain_model
-from dynatree_core.runners.choice import make_runner
 from dynatree_core.runners.passes import PREFILL_CHUNK, Passes
 from dynatree_core.tree.flatten import FlatTrees, flatten_chain, flatten_level
 from dynatree_core.tree.frontier import Proposals
@@ -88,7 +86,7 @@ class ModelDraftState(DraftState):
             raise ParameterError("the drafter must be on a device that computes, got meta; load its weights")
         if restricted_ids(model) is None:
             check_vocabularies(plan.vocab_size, vocab_size(model))
-        runner = make_runner(model, plan.runner, kept=kept_of(model))
+        runner = plan.make_runner(model, plan.runner)
         self.passes = Passes(runner, plan.clock, on_prefill=plan.on_prefill)
         self.cache = runner.new_cache(plan.num_followed + plan.max_nodes)
         self.prefix = plan.prefix if self.cache.has_all_rows else None

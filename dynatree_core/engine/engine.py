@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ from dynatree_core.models.wrappers import plain_model
 from dynatree_core.plugins.foreign import others_code, raised
 from dynatree_core.request.request import Options, Request
 from dynatree_core.runners.base import Runner
-from dynatree_core.runners.choice import drafters_runner, make_runner
+from dynatree_core.runners.choice import drafters_runner, made_runner
 from dynatree_core.runners.passes import Passes
 
 if TYPE_CHECKING:
@@ -36,6 +38,21 @@ if TYPE_CHECKING:
 __all__ = ["Engine"]
 
 ENGINE_OPTIONS = ("costs", "now", "prefix_cache", "runner", "tokenizer", "trust_model")
+
+
+CAPACITY_STEP = 256  # slots: a cache is made a little larger than asked, so that it suits the next generation too
+
+
+@attrs.define(eq=False)
+class _Lease:
+    """The memory of a cache, and the generation that has it."""
+
+    runner: Runner
+    cache: KeyValueCache
+    owner: Callable[[], object | None] = lambda: None  # None: nobody has it
+
+    def suits(self, runner: Runner, capacity: int) -> bool:
+        return self.owner() is None and self.runner is runner and self.cache.capacity >= capacity
 
 
 class Engine:
@@ -99,7 +116,8 @@ class Engine:
         """Look at the models anew when the next generation begins: one of them was changed."""
         self._is_admitted = False
         self._can_infer: dict[nn.Module, bool] = {}  # asked once: it looks at every weight
-        self._runners: dict[str, Runner] = {}  # by the name that was asked for
+        self._runners: dict[tuple[nn.Module, str], Runner] = {}  # by the name that was asked for
+        self._leases: list[_Lease] = []
         self._costs: dict[str, CostModel] = {}  # by the name of the runner
 
     def admit(self) -> None:
@@ -147,12 +165,15 @@ class Engine:
     def new_clock(self) -> StageClock:
         return StageClock(self.device, self._now)
 
+    def runner_of(self, model: nn.Module, name: str) -> Runner:
+        """What computes a model's passes; made for the first generation that needs it."""
+        if (model, name) not in self._runners:
+            self._runners[model, name] = made_runner(model, name)
+        return self._runners[model, name]
+
     def runner_for(self, request: Request) -> Runner:
-        """What computes the target's passes; made for the first generation that needs it."""
-        name = self._runner_of(request.is_fixed_width)
-        if name not in self._runners:
-            self._runners[name] = make_runner(self.target, name, kept=kept_of(self.target))
-        return self._runners[name]
+        """What computes the target's passes of a generation."""
+        return self.runner_of(self.target, self._runner_name(request.is_fixed_width))
 
     def new_passes(self, request: Request, clock: StageClock, on_prefill: Callable[[int, int], None] | None) -> Passes:
         """The target's passes of one generation."""
@@ -160,8 +181,14 @@ class Engine:
         own_positions = None if positions is None else torch.tensor(positions, device=self.device)
         return Passes(runner, clock, positions=own_positions, on_prefill=on_prefill)
 
-    def new_cache(self, request: Request) -> KeyValueCache:
+    def new_cache(self, request: Request, owner: object) -> KeyValueCache:
         """An empty cache for the target's rows of one generation.
+
+        It has the memory of an earlier generation's, where that is gone.
+
+        Args:
+            request: the generation's.
+            owner: whose cache it is as long as this object lives.
 
         Raises:
             ParameterError: the runner has a cache of its own, which cannot be bounded.
@@ -175,7 +202,17 @@ class Engine:
         if request.kept is not None:
             return SinkCache(self.target, request.kept, request.limits.max_nodes)
         capacity = request.num_tokens + max(request.limits.max_nodes, request.pass_rows)
-        return runner.new_cache(capacity, is_zeroed=request.is_fixed_width)
+        if request.is_fixed_width:  # the capacity is part of its passes' shape
+            return runner.new_cache(capacity, is_zeroed=True)
+        lease = next((one for one in self._leases if one.suits(runner, capacity)), None)
+        if lease is None:
+            self._leases = [one for one in self._leases if one.owner() is not None]  # too small, and nobody's
+            roomy = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+            lease = _Lease(runner, runner.new_cache(roomy, is_zeroed=False))
+            self._leases.append(lease)
+        lease.owner = weakref.ref(owner)
+        lease.cache.truncate(0)
+        return lease.cache
 
     def new_prefix(self, request: Request, cache: KeyValueCache) -> PrefixReuse | None:
         """The use that one generation makes of the prefix cache; None where its rows are not those of others."""
@@ -205,10 +242,11 @@ class Engine:
                 self.target,
                 request.kept,
                 prefix=prefix,
-                runner=drafters_runner(self._runner_of(request.is_fixed_width)),
+                runner=drafters_runner(self._runner_name(request.is_fixed_width)),
                 on_prefill=on_prefill,
                 tokenizer=self.tokenizer,
                 store=kept_of(self.target),
+                make_runner=self.runner_of,
             )
         )
         self._note_models(self.drafter.models(self.target))
@@ -223,7 +261,7 @@ class Engine:
         """
         if self._given_costs is not None:
             return self._given_costs
-        runner = self._runner_of(is_fixed_width)
+        runner = self._runner_name(is_fixed_width)
         if runner not in self._costs:
             with clock.leave_out(), others_code(self._blamed, DrafterError, ForwardPassError, OutOfMemoryError):
                 self._costs[runner] = measured_costs(
@@ -231,7 +269,7 @@ class Engine:
                 )
         return self._costs[runner]
 
-    def _runner_of(self, is_fixed_width: bool) -> str:
+    def _runner_name(self, is_fixed_width: bool) -> str:
         """The runner by name. With passes of one shape "auto" is the plain one.
 
         Its products round each row alike wherever it stands, as was measured (docs/audit.md).

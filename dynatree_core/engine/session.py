@@ -71,7 +71,7 @@ class Session:
         observers = observers_of(request.observer)
         self.observer = Watch(observers, self.clock) if observers else None  # None costs nothing
         self.target = engine.new_passes(request, self.clock, on_prefill)
-        self.cache = engine.new_cache(request)
+        self.cache = engine.new_cache(request, self)
         # of every verification pass at least, so that all passes round alike
         self.pass_shape = (
             {"min_rows": request.pass_rows, "min_slots": self.cache.capacity} if request.is_fixed_width else {}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dynatree_core.errors import DynaTreeError, ParameterError, PluginLoadError
+from dynatree_core.models.kept import kept_of
 from dynatree_core.plugins.foreign import others_code, raised
 from dynatree_core.plugins.registry import RUNNERS, check_runner_name, load_plugin, plugin_table
 from dynatree_core.plugins.spec import canonical_name
@@ -16,7 +17,7 @@ from dynatree_core.runners.base import Kept, Runner
 from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.runners.passes import is_out_of_memory
 
-__all__ = ["drafters_runner", "load_runner", "make_runner", "runner_for"]
+__all__ = ["drafters_runner", "load_runner", "made_runner", "make_runner", "runner_for"]
 
 
 def make_runner(model: nn.Module, name: str, *, kept: Kept | None = None) -> Runner:
@@ -46,6 +47,11 @@ def make_runner(model: nn.Module, name: str, *, kept: Kept | None = None) -> Run
             raise
         warnings.warn(f"passes are slower than they could be: {error}", RuntimeWarning, stacklevel=3)
         return EagerRunner(model)
+
+
+def made_runner(model: nn.Module, name: str) -> Runner:
+    """The runner of a model with what earlier generations with it have left; see `make_runner`."""
+    return make_runner(model, name, kept=kept_of(model))
 
 
 def runner_for(model: nn.Module, name: str, *, kept: Kept | None = None) -> str:
