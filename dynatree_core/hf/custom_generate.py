@@ -43,6 +43,7 @@ from dynatree_core.hf.rows import (
 )
 from dynatree_core.models.adapters import adapters_of_rows
 from dynatree_core.models.architectures import cache_argument
+from dynatree_core.request.refused import refused_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,15 +52,6 @@ __all__ = ["FOLDER", "generate", "generate_with"]
 
 FOLDER = str(Path(__file__).with_name("folder"))  # by transformers' convention for decoding loops in a folder
 
-# ways of decoding that are not tree decoding -> the value that asks for none of it
-_REFUSED = {
-    "num_beams": 1,
-    "guidance_scale": 1,
-    "penalty_alpha": None,
-    "dola_layers": None,
-    "output_attentions": False,
-    "output_hidden_states": False,
-}
 _CACHES = ("cache", "past_key_values")  # the argument's name from transformers 5.24.0 on, and before
 # what generate() prepares for its own loop and a session makes for itself
 _NOT_NEEDED = {"use_cache", "logits_to_keep", "cache_position", "position_ids", "attention_mask", *_CACHES}
@@ -417,11 +409,11 @@ def _only_sampling(do_sample: bool | None) -> GenerationConfig:
 
 
 def _check(asked: _Asked, streamer: Any) -> None:
-    for name, neutral in _REFUSED.items():
-        value = getattr(asked.config, name, None)
-        if value not in (None, neutral):
+    for name, value, setting in refused_settings(asked.config):
+        if setting.is_in_loop:
             raise ParameterError(
-                f"tree decoding has no {name}, got {value!r}; leave it out, or decode without custom_generate"
+                f"tree decoding has no {name}, got {value!r}: {setting.reason}; leave it out, or decode without "
+                "custom_generate"
             )
     unknown = [name for name, value in asked.model_kwargs.items() if name not in _NOT_NEEDED and value is not None]
     if unknown:

@@ -17,6 +17,7 @@ from dynatree_core.errors import ContextLimitError, ParameterError, PolicyError,
 from dynatree_core.plugins.params import as_python
 from dynatree_core.policy.stack import PolicyStack
 from dynatree_core.request.limits import Limits
+from dynatree_core.request.refused import refused_settings
 
 __all__ = [
     "checked_list",
@@ -75,18 +76,6 @@ SAMPLING_SETTINGS = (
     "top_p",
     "typical_p",
 )
-# settings by which generate() would choose other tokens, not applied here -> the value that changes nothing
-_OTHER_SETTINGS: dict[str, object] = {
-    "dola_layers": None,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1,
-    "guidance_scale": 1,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "penalty_alpha": None,
-    "token_healing": False,
-}
-
 # of generate()'s, those that round keys and values or keep them elsewhere
 _OTHER_CACHES = ("quantized", "offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked", "paged")
 
@@ -342,16 +331,15 @@ def settings_of(
             f"{config.cache_implementation!r}, with which generate() says something else or needs less memory; set it "
             "to None"
         )
-    not_applied = {
-        name: value
-        for name, neutral in _OTHER_SETTINGS.items()
-        if (value := getattr(config, name, None)) not in (None, neutral)
-    }
+    not_applied = [
+        f"{name}={value!r} ({setting.reason})"
+        for name, value, setting in refused_settings(config)
+        if not name.startswith("output_")  # these change no token
+    ]
     if not_applied:
-        listed = ", ".join(f"{name}={value!r}" for name, value in not_applied.items())
         warnings.warn(
-            f"the generation config asks for {listed}, which generate() would apply and this does not; set them to "
-            "None to make both alike",
+            f"the generation config asks for {', '.join(not_applied)}, which generate() would apply and this does not; "
+            "set them to None to make both alike",
             RuntimeWarning,
             stacklevel=4,
         )

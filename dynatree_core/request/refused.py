@@ -1,0 +1,43 @@
+"""Settings of `generate` that decoding with trees does not have: what asks for none of it, and why it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import attrs
+from transformers import GenerationConfig
+
+__all__ = ["REFUSED", "RefusedSetting", "refused_settings"]
+
+
+@attrs.frozen
+class RefusedSetting:
+    """One setting of transformers' GenerationConfig."""
+
+    neutral: object  # the value that asks for nothing, besides None
+    reason: str
+    is_in_loop: (
+        bool  # whether it is generate()'s loop that would act on it; if not, generate() has before a custom loop
+    )
+
+
+REFUSED = {
+    "dola_layers": RefusedSetting(None, "DoLa compares the logits of layers, and a pass gives those of the last", True),
+    "encoder_no_repeat_ngram_size": RefusedSetting(0, "there is no encoder", False),
+    "encoder_repetition_penalty": RefusedSetting(1, "the prompt is no encoder's input", False),
+    "guidance_scale": RefusedSetting(1, "guidance takes a second pass over a text without the prompt", True),
+    "num_beams": RefusedSetting(1, "beams go on from several texts, and a tree from one", True),
+    "num_return_sequences": RefusedSetting(1, "a call gives one text", False),
+    "output_attentions": RefusedSetting(False, "passes over trees keep no attention weights", True),
+    "output_hidden_states": RefusedSetting(False, "passes over trees keep no hidden states", True),
+    "penalty_alpha": RefusedSetting(None, "contrastive search compares hidden states, which are not kept", True),
+    "token_healing": RefusedSetting(False, "it changes the prompt before the first token", False),
+}
+
+
+def refused_settings(config: GenerationConfig) -> Iterator[tuple[str, object, RefusedSetting]]:
+    """Those that a configuration asks for: name, value, and what the table says."""
+    for name, setting in REFUSED.items():
+        value = getattr(config, name, None)
+        if value not in (None, setting.neutral):
+            yield name, value, setting
