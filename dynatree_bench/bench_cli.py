@@ -373,7 +373,7 @@ def _run(
                 console.complain("error", f"{name}: {error}")  # such as a data set that is not here
                 is_bad = True
                 continue
-            is_bad |= _summarise(results)
+            is_bad |= _summarise(results, is_quick=is_quick)
             _report(results, with_report=with_report)
     return 1 if is_bad else 0
 
@@ -427,7 +427,7 @@ def _load(models: Models, seed: int) -> Pair:
         return models.load(seed=seed, progress=progress)
 
 
-def _summarise(results: Results) -> bool:
+def _summarise(results: Results, *, is_quick: bool) -> bool:
     """Say what there is now, on stdout; whether an output of ours is wrong or missing."""
     from dynatree_bench.report.memory_share import memory_sentence
     from dynatree_bench.report.statistics import lowest_speedup
@@ -451,7 +451,7 @@ def _summarise(results: Results) -> bool:
             f"lowest speedup of a stack with {' or '.join(sorted(claim.policies))}: {lowest[0]:.3f} ({lowest[1]}, "
             f"{lowest[2]}); at least {claim.least} is to be shown"
         )
-        is_bad |= lowest[0] < claim.least
+        is_bad |= lowest[0] < claim.least and not is_quick  # a quick form measures too little to judge
     click.echo(f"{results.info.experiment}: {len(results.records)} outputs in {results.folder}")
     return is_bad
 

@@ -462,8 +462,8 @@ MUTANTS = (
     ),
     Mutant(
         "an observer's error is the policy's fault",
-        'if self.on_error == "raise" or self.is_observers(error):',
-        'if self.on_error == "raise":',
+        'if self.request.on_error == "raise" or self.is_observers(error):',
+        'if self.request.on_error == "raise":',
         ("tests/test_observer.py::test_an_observers_own_error_of_our_classes_is_nobody_elses_fault",),
     ),
     Mutant(

@@ -163,7 +163,7 @@ def test_a_cache_that_keeps_wrong_rows_is_a_bug(dtype, monkeypatch):
         def commit(self, paths):
             super().commit([range(len(path)) for path in paths])
 
-    monkeypatch.setattr("dynatree_core.engine.engine.TreeCache", Careless)
+    monkeypatch.setattr("dynatree_core.runners.base.TreeCache", Careless)
     drafter = perturbed("llama", noise=0.02)
     _, report = audit_generation(tiny("llama", dtype), drafter, PROMPT, policy=WIDE, max_new_tokens=40)
     assert report.verdict == "bug"

@@ -323,7 +323,7 @@ def test_a_study_prints_its_tables_and_can_be_reported_again(bench, folders, tmp
     assert ran.out.endswith(f"tables and figures of it: {page}\n")
     before = page.read_text(encoding="utf-8"), figure.read_bytes()
     assert before[0].startswith("# Benchmark results: runners")
-    assert "· `dynatree " in before[0], "the command that made it"
+    assert "· `dynatree" in before[0], "the command that made it"
     again = bench("report", out / "study.json", "--out", tmp_path / "again")
     assert (again.code, again.out) == (0, f"{tmp_path / 'again' / 'report.md'}\n")
     assert (tmp_path / "again" / "report.md").read_text(encoding="utf-8") == before[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import tracemalloc
 
@@ -68,7 +69,7 @@ def test_a_cache_that_is_too_small_is_not_taken():
 
 
 def test_an_engine_looks_at_its_models_once(monkeypatch):
-    target, drafter = tiny_model("llama").float(), perturbed("llama").float()  # so that they are packed where they can
+    target, drafter = (copy.deepcopy(model).float() for model in (tiny_model("llama"), perturbed("llama")))
     engine = Engine(target, drafter)
     expected = answer(engine, PROMPT, max_new_tokens=4)
 
@@ -105,7 +106,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_refresh_follows_a_model_that_was_changed():
-    target = tiny_model("llama").float()  # so that it is packed where it can be
+    target = copy.deepcopy(tiny_model("llama")).float()  # so that it is packed where it can be
     engine = Engine(target, "prompt_lookup")
     before = answer(engine, PROMPT, max_new_tokens=12)
     with torch.no_grad():

@@ -194,7 +194,7 @@ def test_a_student_that_is_kept_may_be_used_in_any_mode(tmp_path):
     plan = DraftPlan(VOCAB, 64, 32, CPU, StageClock(CPU), target)
     with torch.inference_mode():
         state = DistilledDrafter(str(tmp_path)).start(plan)
-    assert not any(tensor.is_inference() for tensor in state.runner.model.state_dict(keep_vars=True).values())
+    assert not any(tensor.is_inference() for tensor in state.passes.runner.model.state_dict(keep_vars=True).values())
 
 
 def test_costs_are_measured_with_the_student_that_generations_use(tmp_path, monkeypatch):
@@ -224,7 +224,7 @@ def test_threads_that_begin_at_once_load_a_student_once(tmp_path, monkeypatch):
     plan = DraftPlan(VOCAB, 64, 32, CPU, StageClock(CPU), target)
     with ThreadPoolExecutor(3) as pool:
         states = list(pool.map(lambda _: DistilledDrafter(str(tmp_path)).start(plan), range(3)))
-    assert len({state.runner.model for state in states}) == len(loaded) == 1
+    assert len({state.passes.runner.model for state in states}) == len(loaded) == 1
 
 
 def test_bfloat16_where_the_device_has_it(monkeypatch):

@@ -18,6 +18,7 @@ from dynatree_core.tree.token_tree import TokenTree
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 256
+CPU = torch.device("cpu")
 
 
 @torch.inference_mode()
@@ -31,9 +32,8 @@ def filled(model: torch.nn.Module, name: str) -> tuple[Passes, KeyValueCache]:
 
 
 @torch.inference_mode()
-def pass_seconds(passes: Passes, cache: KeyValueCache, rows: int) -> float:
+def pass_seconds(passes: Passes, cache: KeyValueCache, rows: int, *, device: torch.device = CPU) -> float:
     """Seconds of a pass over a root and its children, with their mask; nothing is committed."""
-    device: Any = passes.runner.model.device
     tree = TokenTree.root(torch.zeros(1, dtype=torch.int64, device=device))
     if rows > 1:
         parents = torch.zeros(rows - 1, dtype=torch.int64, device=device)

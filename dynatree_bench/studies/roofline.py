@@ -210,7 +210,7 @@ def _pass_jobs(pair: Pair, results: Results) -> list[Job]:
 
     def job(name: str, rows: int, turn: int) -> None:
         for _ in range(1 if turn else WARM_UPS):
-            seconds = pass_seconds(*ways[name], rows)
+            seconds = pass_seconds(*ways[name], rows, device=pair.target.model.device)
         numbers = results.passes[name][str(rows)]
         if turn:
             numbers.append(seconds)

@@ -201,8 +201,7 @@ def test_every_runner_has_one_copy_of_the_drafters_weights(runner, monkeypatch):
         made.append((given, make_runner(given, *args, **kwargs)))
         return made[-1][1]
 
-    for module in ("drafters.model", "engine.session"):
-        monkeypatch.setattr(f"dynatree_core.{module}.make_runner", noting)
+    monkeypatch.setattr("dynatree_core.runners.choice.make_runner", noting)
     assert generate(model, "adapter_off", PROMPT, runner=runner, **OPTIONS).token_ids == expected
     twin = without_adapters(model.get_base_model())
     [used] = [used for given, used in made if given is twin]
