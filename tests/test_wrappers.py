@@ -142,6 +142,35 @@ def test_a_forward_that_hands_its_arguments_on(make):
     assert generate(tiny_model("llama"), model, PROMPT, max_new_tokens=16).token_ids == result.token_ids
 
 
+class Around(torch.nn.Module):
+    """A module that answers for a model, and computes with it in its own way."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.__dict__["inner"] = inner
+        self.eval()
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["inner"], name)
+
+    def forward(self, *args, **given):
+        return self.inner(*args, **given)
+
+
+def test_a_module_around_a_model_drafts_with_it():
+    target, drafter = tiny_model("llama"), Around(perturbed("llama"))
+    asked = {"policy": "fixed(tau=0.0)", "max_new_tokens": 16}
+    ours, its_models = generate(target, drafter, PROMPT, **asked), generate(target, drafter.inner, PROMPT, **asked)
+    assert ours.token_ids == greedy(target, PROMPT, 16)
+    assert ours.report.num_iterations == its_models.report.num_iterations < 16
+
+
+def test_a_module_around_a_model_is_no_target():
+    """Its parts cannot be looked at: they are not its own."""
+    with pytest.raises(UnsupportedModelError, match=r"it hands its passes on to a LlamaForCausalLM .* give that model"):
+        generate(Around(tiny_model("llama")), None, PROMPT)
+
+
 def test_a_forward_that_takes_no_positions_is_refused():
     class Fixed(LlamaForCausalLM):
         def forward(self, input_ids=None, attention_mask=None):

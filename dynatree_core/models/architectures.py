@@ -26,6 +26,7 @@ __all__ = [
     "check_causal_lm",
     "forward_parameters",
     "max_positions",
+    "model_inside",
     "num_embeddings",
     "vocab_size",
 ]
@@ -145,6 +146,9 @@ def check_causal_lm(model: nn.Module, role: str) -> None:
             "load it with AutoModelForCausalLM.from_pretrained"
         )
     reason = _reason_against(model, config)
+    inner = model_inside(model)
+    if role == "target" and inner is not None and not reason:  # a drafter can only be wrong
+        reason = f"it hands its passes on to a {type(inner).__name__} whose parts are not its own; give that model"
     if reason:
         raise UnsupportedModelError(
             f"the {role} ({type(model).__name__}, model type '{config.model_type}') "
@@ -255,7 +259,8 @@ def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     """The named arguments of the model's forward.
 
     A forward that hands `**kwargs` on takes what the forward of its base class takes, too: those are looked up along
-    the model's classes. `torch.compile` wraps the whole model, and its own signature says nothing.
+    the model's classes. A module around a model, which answers for it in all else, takes what that model takes.
+    `torch.compile` wraps the whole model, and its own signature says nothing.
     """
     plain: Any = getattr(model, "_orig_mod", model)
     own = [vars(plain)["forward"]] if "forward" in vars(plain) else []
@@ -263,10 +268,19 @@ def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     found: dict[str, inspect.Parameter] = {}
     for forward in (*own, *inherited):
         parameters = inspect.signature(forward).parameters
+        if forward is vars(nn.Module)["forward"]:  # the others hand all on, and not to a base class
+            inner = model_inside(plain)
+            return found if inner is None else {**forward_parameters(inner), **found}
         found |= {name: parameter for name, parameter in parameters.items() if name not in found}
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             break
     return found
+
+
+def model_inside(model: nn.Module) -> nn.Module | None:
+    """The model that answers for this module in what it does not have itself; None for a model of its own."""
+    inner = getattr(getattr(model, "get_output_embeddings", None), "__self__", model)
+    return None if inner is model or not isinstance(inner, nn.Module) else inner
 
 
 def cache_argument(model: nn.Module) -> str:

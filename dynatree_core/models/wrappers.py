@@ -14,7 +14,7 @@ from torch import nn
 
 from dynatree_core.errors import UnsupportedModelError
 from dynatree_core.models.adapters import inside_peft_wrapper, is_peft_wrapper
-from dynatree_core.models.architectures import check_causal_lm
+from dynatree_core.models.architectures import check_causal_lm, model_inside
 from dynatree_core.models.authorship import function_of, is_others
 
 __all__ = ["plain_model", "refuse_own_generate"]
@@ -68,7 +68,7 @@ def plain_model(model: nn.Module, role: str, *, is_trusted: bool = False) -> nn.
     """
     plain = _unwrapped(model, role)
     check_causal_lm(plain, role)
-    method = None if is_trusted else _own_generation_method(plain)
+    method = None if is_trusted else _own_generation_method(model_inside(plain) or plain)
     if method is not None:
         raise UnsupportedModelError(
             f"the {role} ({type(plain).__name__}) has a {method} of its own, by which generate() decides what its "
