@@ -12,7 +12,7 @@ from dynatree_core import moved
 
 _public, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-moved.install()
+moved.install(__name__, moved.MOVED)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
+
+import attrs
 
 __all__ = ["LEFT", "MOVED", "install", "left_name", "names_of"]
 
@@ -60,10 +62,11 @@ LEFT = {"SinkCache": "cache", "TreeCache": "cache"}  # names that were in the ro
 PACKAGE = "dynatree_core"
 
 
-def install() -> None:
-    """Have old module paths imported from where their names are now."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())  # last: it is asked for what nobody has
+def install(package: str, moved: Mapping[str, tuple[str, ...]]) -> None:
+    """Have old module paths of a package imported from where their names are now: old module -> its new ones."""
+    finder = _Finder(package, moved)
+    if finder not in sys.meta_path:
+        sys.meta_path.append(finder)  # last: it is asked for what nobody has
 
 
 def names_of(old: str) -> Callable[[str], Any]:
@@ -72,7 +75,8 @@ def names_of(old: str) -> Callable[[str], Any]:
     def __getattr__(name: str) -> Any:
         # `from package import submodule` asks here first, and must not import what the old module has become
         is_name = not name.startswith("__") and find_spec(f"{PACKAGE}.{old}.{name}") is None
-        for module in _new_modules(old) if is_name else ():
+        new = [importlib.import_module(f"{PACKAGE}.{path}") for path in MOVED[old]] if is_name else []
+        for module in new:
             if hasattr(module, name):
                 _warn(f"{PACKAGE}.{old}.{name}", f"{module.__name__}.{name}", 3)
                 return getattr(module, name)
@@ -88,25 +92,27 @@ def left_name(name: str) -> Any:
     return getattr(importlib.import_module(room), name)
 
 
+@attrs.frozen
 class _Finder:
     """Finds the old modules, and loads each as a module with the names that it had."""
 
+    package: str
+    moved: Mapping[str, tuple[str, ...]]
+
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         package, _, old = name.rpartition(".")
-        return ModuleSpec(name, self) if package == PACKAGE and old in MOVED else None  # type: ignore[arg-type]
+        return ModuleSpec(name, self) if package == self.package and old in self.moved else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None  # the usual one
 
     def exec_module(self, module: ModuleType) -> None:
-        new = _new_modules(module.__name__.rpartition(".")[2])
+        paths = self.moved[module.__name__.rpartition(".")[2]]
+        new = [importlib.import_module(f"{self.package}.{path}") for path in paths]
         _warn(module.__name__, " and ".join(one.__name__ for one in new), 2)
         for one in new:
-            vars(module).update({name: getattr(one, name) for name in one.__all__})
-
-
-def _new_modules(old: str) -> list[ModuleType]:
-    return [importlib.import_module(f"{PACKAGE}.{new}") for new in MOVED[old]]
+            public = getattr(one, "__all__", [name for name in vars(one) if not name.startswith("_")])
+            vars(module).update({name: getattr(one, name) for name in public})
 
 
 def _warn(old: str, new: str, level: int) -> None:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dynatree_core import Drafter, DraftPlan, DraftState, Proposals, StepReport, TokenTree, count, hookimpl
-from dynatree_core.cli.main import main
+from dynatree_core.cli.group import main
 from dynatree_core.plugins import registry as plugins_module
 
 SAMPLES = ["naïve café", "日本語の文字", "🌲🌳 trees 🎄", "größer", "плавать", "a b  c\n\td", "👩‍👩‍👧"]
@@ -229,7 +229,7 @@ def audit(dynatree: Dynatree, folders: SimpleNamespace) -> Dynatree:
 
 def spawn(*args: object, **options: Any) -> subprocess.Popen[bytes]:
     """The command in a process of its own."""
-    code = "from dynatree_core.cli.main import main; main()"
+    code = "from dynatree_core.cli.group import main; main()"
     environment = {**os.environ, "TERM": "xterm", **options.pop("env", {})}
     environment.pop("NO_COLOR", None)
     return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=environment, **options)

@@ -14,7 +14,7 @@ import pytest
 from command import ON_CPU, TEMPLATE, Ran, byte_level_tokenizer, for_transformers, save_model
 
 from dynatree_core import PrefixCache, generate, load_model
-from dynatree_core.cli.main import main
+from dynatree_core.cli.group import main
 from dynatree_core.text.conversation import Conversation
 from dynatree_core.text.stream import decode_text
 

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dynatree_core.cli.group import main
 from dynatree_core.cli.loading import check_drafter_name
-from dynatree_core.cli.main import main
 from dynatree_core.errors import ModelLoadError, UnknownPluginError
 from dynatree_core.models import hub
 from dynatree_core.models.load import check_model_name, load_model

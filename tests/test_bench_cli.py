@@ -25,8 +25,8 @@ from dynatree_bench.run.experiments import EXPERIMENTS, HF, RIVALS, chosen_metho
 from dynatree_bench.run.records import OutputRecord, read_results
 from dynatree_bench.studies.names import studies
 from dynatree_core import InputError, LoadedModel
+from dynatree_core.cli.group import main
 from dynatree_core.cli.loading import usual_drafter
-from dynatree_core.cli.main import main
 from dynatree_core.models import embedded
 from dynatree_core.testing.models import tiny_model
 

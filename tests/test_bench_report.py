@@ -20,7 +20,7 @@ from dynatree_bench.report.shapes import compared
 from dynatree_bench.report.statistics import summaries
 from dynatree_bench.run.experiments import EXPERIMENTS
 from dynatree_bench.run.records import Results, ResultsError, append_record, read_results, write_info
-from dynatree_core.cli.main import main
+from dynatree_core.cli.group import main
 
 pytestmark = pytest.mark.usefixtures("_small_figures")
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from dynatree_core import Drafter, DraftPlan, DraftState, build_stack, generate, hookimpl
-from dynatree_core.cli.main import main
+from dynatree_core.cli.group import main
 from dynatree_core.errors import DrafterError, ParameterError, PluginConflictError, PluginLoadError, PolicyError
 from dynatree_core.plugins import distributions, foreign
 from dynatree_core.plugins.distributions import DistributionWarning, entry_points
@@ -126,7 +126,7 @@ def test_a_distribution_that_cannot_be_read_costs_itself_only(name: str, package
 def test_torch_is_imported_beside_entry_points_that_cannot_be_read(name: str, package: Any) -> None:
     """torch fails there by itself, so a process of its own has to show it."""
     info = package(name, **BROKEN[name])
-    command = [sys.executable, "-c", "from dynatree_core.cli.main import main; main()", "drafters", "--json"]
+    command = [sys.executable, "-c", "from dynatree_core.cli.group import main; main()", "drafters", "--json"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(info.parent), str(ROOT)])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

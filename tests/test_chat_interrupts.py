@@ -19,7 +19,7 @@ from dynatree_core import StepReport, hookimpl
 from dynatree_core.cli import console
 from dynatree_core.cli.chat_lines import answer
 from dynatree_core.cli.console import PrefillBar
-from dynatree_core.cli.main import main
+from dynatree_core.cli.group import main
 from dynatree_core.cli.screen import Answer
 from dynatree_core.errors import PolicyError
 from dynatree_core.runners import passes

@@ -12,7 +12,7 @@ import click
 import pytest
 from command import Dynatree, dynatree, folders, generate, is_one_error_line
 
-from dynatree_core.cli.main import COMMANDS
+from dynatree_core.cli.group import COMMANDS
 
 __all__ = ["dynatree", "folders", "generate"]  # fixtures
 
@@ -149,7 +149,7 @@ def test_commands_of_other_packages(dynatree: Dynatree, monkeypatch: pytest.Monk
             EntryPoint("twice", "two:command", COMMANDS),
         ]
     )
-    monkeypatch.setattr("dynatree_core.cli.main.entry_points", lambda **wanted: found.select(**wanted))
+    monkeypatch.setattr("dynatree_core.cli.group.entry_points", lambda **wanted: found.select(**wanted))
     ran = dynatree("plant", "--help")
     assert (ran.code, ran.err) == (0, "")
     assert "Plant a tree." in ran.out

@@ -28,7 +28,7 @@ from command import (
 )
 
 from dynatree_core.cli.exits import UNREAD
-from dynatree_core.cli.main import main
+from dynatree_core.cli.group import main
 from dynatree_core.cli.screen import Answer
 from dynatree_core.policy.build import build_stack
 from dynatree_core.text.stream import REPLACEMENT

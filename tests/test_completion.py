@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.shell_completion import ShellComplete
 
-from dynatree_core.cli.main import _dynatree, main
+from dynatree_core.cli.group import _dynatree, main
 from dynatree_core.plugins import registry as registry
 from dynatree_core.plugins.registry import DRAFTERS, POLICIES, PRESETS, plugin_table
 

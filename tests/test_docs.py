@@ -28,7 +28,7 @@ import torch
 import dynatree_core
 from dynatree_core import Frontier, GenerationReport, Observer, Outcome, StepReport, StepStats, TokenTree, errors
 from dynatree_core.cache.sink_cache import ROTARY_FAMILIES
-from dynatree_core.cli.main import _dynatree
+from dynatree_core.cli.group import _dynatree
 from dynatree_core.cli.scaffold import POLICY, package_files
 from dynatree_core.engine import observer
 from dynatree_core.models import embedded

@@ -17,7 +17,7 @@ import torch
 
 from dynatree_core.cli import examine
 from dynatree_core.cli.catalogue import PluginRow
-from dynatree_core.cli.main import main
+from dynatree_core.cli.group import main
 from dynatree_core.models import embedded
 
 ROOT = Path(__file__).parents[1]

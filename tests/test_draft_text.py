@@ -29,7 +29,7 @@ from dynatree_core import (
     stream,
 )
 from dynatree_core.cache.prefix_cache import PrefixCache
-from dynatree_core.cli.main import main
+from dynatree_core.cli.group import main
 from dynatree_core.drafters.base import padded_proposals
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.errors import ParameterError

@@ -141,7 +141,7 @@ def test_standard_output_holds_what_is_ours_alone() -> None:
 
 
 def test_a_prompt_from_closed_standard_input() -> None:
-    command = f'exec "{sys.executable}" -c "from dynatree_core.cli.main import main; main()" generate - <&-'
+    command = f'exec "{sys.executable}" -c "from dynatree_core.cli.group import main; main()" generate - <&-'
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (MISUSED, "")
     assert "standard input must be open, but it is closed" in done.stderr

@@ -17,8 +17,8 @@ from transformers import LlamaForCausalLM
 
 from dynatree_core import GenerationReport, Session
 from dynatree_core.cli.generate_report import Comparison, report_table
+from dynatree_core.cli.group import main
 from dynatree_core.cli.loading import usual_drafter
-from dynatree_core.cli.main import main
 from dynatree_core.models.student import new_student, save_student
 
 __all__ = ["audit", "dynatree", "folders", "generate"]  # fixtures

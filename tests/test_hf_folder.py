@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from dynatree_core import hf
-from dynatree_core.cli.main import main
+from dynatree_core.cli.group import main
 from dynatree_core.errors import DynaTreeError, ModelLoadError, ParameterError
 from dynatree_core.hf import entry as hf_entry
 from dynatree_core.hf.export import Chosen, check_place, program, write_folder

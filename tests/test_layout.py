@@ -146,6 +146,21 @@ def new_names(old: str) -> list[str]:
     return [name for new in moved.MOVED[old] for name in importlib.import_module(f"dynatree_core.{new}").__all__]
 
 
+def test_old_module_paths_of_the_bench_warn(monkeypatch):
+    monkeypatch.delitem(sys.modules, "dynatree_bench.workloads", raising=False)
+    with pytest.warns(DeprecationWarning, match="has moved to dynatree_bench.data.workloads"):
+        from dynatree_bench import workloads
+    from dynatree_bench.data.workloads import load_workload
+
+    assert workloads.load_workload is load_workload
+
+
+def test_the_command_line_can_be_called_by_its_old_path():
+    code = "from dynatree_core.cli import main; main(['--version'])"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout[:8]) == (0, "dynatree"), done.stderr
+
+
 def test_names_that_left_the_root_warn():
     import dynatree_core
     from dynatree_core.cache import TreeCache

@@ -18,7 +18,7 @@ logging.getLogger("torchao").error("an error")
 logging.getLogger("another").warning("a warning of another library")
 """
 ENTRIES = {
-    "the command": "from dynatree_core.cli import main as cli\ncli.end_process = lambda command: None\ncli.main([])",
+    "the command": "from dynatree_core.cli import group as cli\ncli.end_process = lambda command: None\ncli.main([])",
     "a program that measures": "import dynatree_bench",
 }
 

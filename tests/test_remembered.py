@@ -14,7 +14,7 @@ import attrs
 import pytest
 
 from dynatree_core.cli.catalogue import PluginRow, plugin_rows
-from dynatree_core.cli.main import main
+from dynatree_core.cli.group import main
 from dynatree_core.errors import DefaultModelError
 from dynatree_core.models import embedded
 from dynatree_core.plugins import registry as registry
@@ -275,7 +275,7 @@ def test_the_help_of_added_commands_is_remembered(
 COUNT = """
 import contextlib, io, json, sys
 
-from dynatree_core.cli.main import main
+from dynatree_core.cli.group import main
 
 heavy = {"torch", "transformers", "numpy", "datasets", "matplotlib", "huggingface_hub", "gguf", "tokenizers"}
 found = {}

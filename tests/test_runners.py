@@ -20,7 +20,7 @@ from torch import nn
 from dynatree_core import PrefixCache, generate
 from dynatree_core.cache import TreeCache
 from dynatree_core.cli.catalogue import plugin_rows
-from dynatree_core.cli.main import main
+from dynatree_core.cli.group import main
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import (
     CacheError,

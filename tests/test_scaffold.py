@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from packages import ROOT, in_subprocess, install, run_tests_of
 
-from dynatree_core.cli.main import main
+from dynatree_core.cli.group import main
 from dynatree_core.cli.scaffold import DRAFTER, POLICY, TEMPLATES, Kind, package_files, write_package
 from dynatree_core.errors import InputError
 

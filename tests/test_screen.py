@@ -21,7 +21,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from dynatree_core.cli.main import main
+from dynatree_core.cli.group import main
 from dynatree_core.cli.screen import Answer
 from dynatree_core.text.stream import REPLACEMENT, IncrementalText
 
