@@ -332,14 +332,15 @@ def settings_of(
             "to None"
         )
     not_applied = [
-        f"{name}={value!r} ({setting.reason})"
+        (f"{name}={value!r}", setting.reason)
         for name, value, setting in refused_settings(config)
         if not name.startswith("output_")  # these change no token
     ]
     if not_applied:
+        listed, reasons = (", ".join(words) for words in zip(*not_applied, strict=True))
         warnings.warn(
-            f"the generation config asks for {', '.join(not_applied)}, which generate() would apply and this does not; "
-            "set them to None to make both alike",
+            f"the generation config asks for {listed}, which generate() would apply and this does not: {reasons}; set "
+            "them to None to make both alike",
             RuntimeWarning,
             stacklevel=4,
         )
