@@ -582,7 +582,7 @@ MUTANTS = (
     ),
     Mutant(
         "a generation method of one's own is bypassed",
-        "method = None if is_trusted else _own_generation_method(plain)",
+        "method = None if is_trusted else _own_generation_method(model_inside(plain) or plain)",
         "method = None",
         ("tests/test_wrappers.py::test_a_method_of_a_class_of_ones_own_is_refused",),
     ),

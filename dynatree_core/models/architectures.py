@@ -279,8 +279,9 @@ def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 def model_inside(model: nn.Module) -> nn.Module | None:
     """The model that answers for this module in what it does not have itself; None for a model of its own."""
-    inner = getattr(getattr(model, "get_output_embeddings", None), "__self__", model)
-    return None if inner is model or not isinstance(inner, nn.Module) else inner
+    plain: Any = getattr(model, "_orig_mod", model)  # what `torch.compile` wraps is the model itself
+    inner = getattr(getattr(plain, "get_output_embeddings", None), "__self__", plain)
+    return None if inner is plain or not isinstance(inner, nn.Module) else inner
 
 
 def cache_argument(model: nn.Module) -> str:
