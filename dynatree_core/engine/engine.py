@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["Engine"]
 
 ENGINE_OPTIONS = ("costs", "now", "prefix_cache", "runner", "tokenizer", "trust_model")
-
-
 CAPACITY_STEP = 256  # slots: a cache is made a little larger than asked, so that it suits the next generation too
 
 
@@ -101,6 +100,7 @@ class Engine:
         self._given_drafter = drafter
         self._given_costs = costs
         self._now = now
+        self._lock = threading.Lock()  # sessions of several threads must not get the same memory
         self.refresh()
 
     @functools.cached_property
@@ -204,13 +204,14 @@ class Engine:
         capacity = request.num_tokens + max(request.limits.max_nodes, request.pass_rows)
         if request.is_fixed_width:  # the capacity is part of its passes' shape
             return runner.new_cache(capacity, is_zeroed=True)
-        lease = next((one for one in self._leases if one.suits(runner, capacity)), None)
-        if lease is None:
-            self._leases = [one for one in self._leases if one.owner() is not None]  # too small, and nobody's
-            roomy = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
-            lease = _Lease(runner, runner.new_cache(roomy, is_zeroed=False))
-            self._leases.append(lease)
-        lease.owner = weakref.ref(owner)
+        with self._lock:
+            lease = next((one for one in self._leases if one.suits(runner, capacity)), None)
+            if lease is None:
+                self._leases = [one for one in self._leases if one.owner() is not None]  # too small, and nobody's
+                roomy = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+                lease = _Lease(runner, runner.new_cache(roomy, is_zeroed=False))
+                self._leases.append(lease)
+            lease.owner = weakref.ref(owner)
         lease.cache.truncate(0)
         return lease.cache
 
@@ -263,7 +264,8 @@ class Engine:
             return self._given_costs
         runner = self._runner_name(is_fixed_width)
         if runner not in self._costs:
-            with clock.leave_out(), others_code(self._blamed, DrafterError, ForwardPassError, OutOfMemoryError):
+            blamed = others_code(self.blamed_on_drafter, DrafterError, ForwardPassError, OutOfMemoryError)
+            with clock.leave_out(), blamed:
                 self._costs[runner] = measured_costs(
                     self.target, self.drafter, runner=runner, tokenizer=self.tokenizer, known=kept_of(self.target)
                 )
@@ -276,5 +278,6 @@ class Engine:
         """
         return "eager" if is_fixed_width and self.runner == "auto" else self.runner
 
-    def _blamed(self, error: BaseException) -> BaseException:
+    def blamed_on_drafter(self, error: BaseException) -> BaseException:
+        """The error that names the drafter, for whatever it has raised."""
         return DrafterError(f"drafter '{self.drafter_name}' raised {raised(error)}")

@@ -18,7 +18,7 @@ from dynatree_core.engine.metrics import summarise
 from dynatree_core.engine.observer import Fault, Watch, observers_of
 from dynatree_core.engine.sequence import Sequence as GenerationSequence
 from dynatree_core.errors import DrafterError, DynaTreeError, InputError
-from dynatree_core.plugins.foreign import others_code, raised
+from dynatree_core.plugins.foreign import others_code
 from dynatree_core.policy.stack import PolicyStack
 from dynatree_core.report import GenerationResult, StepStats
 from dynatree_core.request.limits import Limits
@@ -258,7 +258,12 @@ class Session:
 
     def blame_drafter(self, *but: type[Exception]) -> AbstractContextManager[None]:
         """Turn whatever a drafter raises into a DrafterError that names it, but for these and the caller's own."""
-        return _blame_drafter(self.drafter_name, *but, callers_errors=self._callers_errors)
+
+        def blame(error: BaseException) -> BaseException:
+            is_callers = any(error is one for one in self._callers_errors)
+            return error if is_callers else self.engine.blamed_on_drafter(error)
+
+        return others_code(blame, DrafterError, *but)
 
     def result(self, stop_reason: str | None = None) -> GenerationResult:
         """What was generated so far; valid between any two steps.
@@ -291,17 +296,6 @@ def _noting(callback: Callable[[int, int], None], errors: list[BaseException]) -
             raise
 
     return noted
-
-
-def _blame_drafter(
-    name: str | None, *but: type[Exception], callers_errors: Sequence[BaseException] = ()
-) -> AbstractContextManager[None]:
-    def blame(error: BaseException) -> BaseException:
-        if any(error is one for one in callers_errors):
-            return error
-        return DrafterError(f"drafter '{name}' raised {raised(error)}")
-
-    return others_code(blame, DrafterError, *but)
 
 
 def without_tracking(function: Callable[[Session], Result]) -> Callable[[Session], Result]:
