@@ -46,7 +46,20 @@ def imported_names(module: str, *, at_run_time: bool = False) -> set[str]:
 ROOMS = {
     "dynatree_core": (
         *("moved", "advice", "renamed", "clock", "cost_model", "report", "errors"),
-        *("files", "plugins", "tree", "models", "cache", "runners", "policy", "drafters", "request", "costs", "engine"),
+        *(
+            "files",
+            "plugins",
+            "tree",
+            "ops",
+            "models",
+            "cache",
+            "runners",
+            "policy",
+            "drafters",
+            "request",
+            "costs",
+            "engine",
+        ),
         *("generation", "audit", "hf", "text", "cli", "testing", "__main__"),
     ),
     "dynatree_bench": ("data", "run", "report", "distill", "studies", "bench_cli", "profile_cli"),

@@ -1,0 +1,244 @@
+"""Fused operators for passes of few rows on a CPU: what a layer of a model is put together from.
+
+`signature` says what each takes and gives, and in which order it adds. There are two implementations under the same
+names: `reference` in plain torch, which is the oracle, and `native` in C. What is called here goes to the C library, or
+to the reference where that is asked for (`using("reference")`), where tensors are float64, or where the library cannot
+be used, for which `reason_unavailable` says why. Only the library promises equal bits for any number of rows.
+
+Weights are laid out once, by `pack`, `pack_blocks` or `quantise`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dynatree_core.errors import InputError
+from dynatree_core.ops import native, reference
+from dynatree_core.ops.matrix import PackedMatrix, pack, pack_blocks, quantise
+from dynatree_core.ops.native import reason_unavailable
+from dynatree_core.ops.signature import (
+    ACTIVATIONS,
+    Activation,
+    Norm,
+    Rotary,
+    Visible,
+    check_attention,
+    check_linear,
+    check_mlp,
+    check_norm,
+    check_rope_write,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "Norm",
+    "PackedMatrix",
+    "Rotary",
+    "Visible",
+    "linear",
+    "mlp",
+    "norm",
+    "pack",
+    "pack_blocks",
+    "quantise",
+    "reason_unavailable",
+    "rope_write",
+    "tree_attention",
+    "using",
+]
+
+Implementation = Literal["native", "reference"]
+_asked: ContextVar[Implementation | None] = ContextVar("dynatree_ops", default=None)
+
+
+@contextmanager
+def using(implementation: Implementation) -> Iterator[None]:
+    """Compute all operators of the block by one implementation.
+
+    Raises:
+        InputError: the library was asked for and cannot be used.
+    """
+    if implementation == "native" and (reason := reason_unavailable()) is not None:
+        raise InputError(f"the operators' library cannot be used: {reason}")
+    token = _asked.set(implementation)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def _of(dtype: torch.dtype) -> Any:
+    """The module that computes for rows of a dtype."""
+    if _asked.get() == "reference" or dtype == torch.float64 or reason_unavailable() is not None:
+        return reference
+    return native
+
+
+def norm(rows: Tensor, norm: Norm, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Norm rows, and add them to a residual.
+
+    Args:
+        rows: [rows, size]
+        norm: which.
+        residual: [rows, size], or None.
+        out: [rows, size], where the result is written; may be `rows` or `residual`.
+
+    Returns:
+        [rows, size]
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit; so with all operators.
+    """
+    check_norm(rows, norm, residual, out)
+    result: Tensor = _of(rows.dtype).norm(rows, norm, residual=residual, out=out)
+    return result
+
+
+def linear(
+    rows: Tensor,
+    packed: PackedMatrix,
+    *,
+    norm: Norm | None = None,
+    after: Norm | None = None,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+    soft_cap: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Multiply rows with a matrix: residual + scale * after(norm(rows) @ matrix.T + bias).
+
+    Args:
+        rows: [rows, inputs]
+        packed: the matrix.
+        norm: of the rows, before; None: none.
+        after: of the product; None: none.
+        residual: [rows, outputs], or None.
+        scale: of the product.
+        soft_cap: cap * tanh(product / cap), as of Gemma 2's logits, before the residual; None: none.
+        out: [rows, outputs], where the result is written; may be `residual`, but not `rows`.
+
+    Returns:
+        [rows, outputs]
+    """
+    check_linear(rows, packed, norm, after, residual, out)
+    result: Tensor = _of(rows.dtype).linear(
+        rows, packed, norm=norm, after=after, residual=residual, scale=scale, soft_cap=soft_cap, out=out
+    )
+    return result
+
+
+def mlp(
+    rows: Tensor,
+    inner: PackedMatrix,
+    outer: PackedMatrix,
+    *,
+    activation: Activation,
+    norm: Norm | None = None,
+    after: Norm | None = None,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """A feed-forward block: residual + scale * after(outer(activation(gate) * up)), gate and up of the normed rows.
+
+    Args:
+        rows: [rows, inputs]
+        inner: the gate's matrix above the other, twice the outer one's inputs; or one without a gate, whose product is
+            activated itself.
+        outer: the matrix that leads back.
+        activation: by name; `ACTIVATIONS` has transformers' names for them.
+        norm, after, residual, scale, out: as of `linear`; out and residual may be `rows`.
+
+    Returns:
+        [rows, outputs of `outer`]
+    """
+    check_mlp(rows, inner, outer, activation, norm, after, residual, out)
+    result: Tensor = _of(rows.dtype).mlp(
+        rows, inner, outer, activation=activation, norm=norm, after=after, residual=residual, scale=scale, out=out
+    )
+    return result
+
+
+def rope_write(
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lanes: Tensor,
+    slots: Tensor,
+    *,
+    num_heads: int,
+    rotary: Rotary | None = None,
+    query_norm: Norm | None = None,
+    key_norm: Norm | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Norm and rotate queries and keys, and write keys and values into the cache.
+
+    Args:
+        rows: [rows, (heads + key heads) * head_dim + key heads * value_dim]: queries, keys and values of each row, from
+            one product.
+        keys: [lanes, key heads, capacity, head_dim], written in place; any strides but the last, which is 1.
+        values: [lanes, key heads, capacity, value_dim], the same.
+        lanes: [rows] int32: the lane of a row.
+        slots: [rows] int32: where its keys and values go. No two rows have the same slot of a lane.
+        num_heads: of queries.
+        rotary: angles; None: none are rotated.
+        query_norm, key_norm: see `Norm`.
+        out: [rows, heads, head_dim], where the queries are written.
+
+    Returns:
+        The queries, [rows, heads, head_dim].
+    """
+    check_rope_write(rows, keys, values, lanes, slots, num_heads, rotary, (query_norm, key_norm), out)
+    queries: Tensor = _of(rows.dtype).rope_write(
+        rows,
+        keys,
+        values,
+        lanes,
+        slots,
+        num_heads=num_heads,
+        rotary=rotary,
+        query_norm=query_norm,
+        key_norm=key_norm,
+        out=out,
+    )
+    return queries
+
+
+def tree_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Visible,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attend from each row to the slots that it sees.
+
+    Args:
+        queries: [rows, heads, head_dim]; heads / key heads neighbours share a key head.
+        keys, values: as of `rope_write`, with the rows' own written already.
+        visible: the slots, in the order of each row's text.
+        scale: of a score.
+        soft_cap: cap * tanh(score / cap); None: none.
+        sinks: [heads], a score each that takes its share and gives nothing (gpt-oss); None: none.
+        out: [rows, heads * value_dim], where the result is written.
+
+    Returns:
+        [rows, heads * value_dim]; zeros where a row sees nothing.
+    """
+    check_attention(queries, keys, values, visible, sinks, out)
+    result: Tensor = _of(queries.dtype).tree_attention(
+        queries, keys, values, visible, scale=scale, soft_cap=soft_cap, sinks=sinks, out=out
+    )
+    return result

@@ -1,0 +1,178 @@
+"""The operators in plain torch: what the kernels are tested against, in float32 and float64. Slow, and easy to read.
+
+The numbers are those of `dynatree_core.ops.signature`; the order of sums is torch's own, so results agree to rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dynatree_core.ops.matrix import PackedMatrix
+from dynatree_core.ops.signature import Activation, Norm, Rotary, Visible
+
+__all__ = ["linear", "mlp", "norm", "rope_write", "tree_attention"]
+
+
+def norm(rows: Tensor, norm: Norm, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    return _kept(_add(_normed(rows, norm), residual), out)
+
+
+def linear(
+    rows: Tensor,
+    packed: PackedMatrix,
+    *,
+    norm: Norm | None = None,
+    after: Norm | None = None,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+    soft_cap: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    rows = _normed(rows, norm)
+    bias = None if packed.bias is None else packed.bias[: packed.num_outputs]
+    product = functional.linear(rows, packed.unpacked(), bias)
+    product = _normed(product, after) * scale
+    if soft_cap is not None:
+        product = torch.tanh(product / soft_cap) * soft_cap
+    return _kept(_add(product, residual), out)
+
+
+def mlp(
+    rows: Tensor,
+    inner: PackedMatrix,
+    outer: PackedMatrix,
+    *,
+    activation: Activation,
+    norm: Norm | None = None,
+    after: Norm | None = None,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    hidden = linear(rows, inner, norm=norm)
+    if inner.num_outputs == 2 * outer.num_inputs:
+        gate, up = hidden.chunk(2, dim=1)
+        hidden = _activated(gate, activation) * up
+    else:
+        hidden = _activated(hidden, activation)
+    return linear(hidden, outer, after=after, residual=residual, scale=scale, out=out)
+
+
+def rope_write(
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lanes: Tensor,
+    slots: Tensor,
+    *,
+    num_heads: int,
+    rotary: Rotary | None = None,
+    query_norm: Norm | None = None,
+    key_norm: Norm | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    _, key_heads, _, head_dim = keys.shape
+    num_rows = rows.shape[0]
+    q, k, v = torch.split(rows, [num_heads * head_dim, key_heads * head_dim, key_heads * values.shape[3]], dim=1)
+    queries = _rotated(_headwise(q.reshape(num_rows, num_heads, head_dim), query_norm), rotary)
+    new_keys = _rotated(_headwise(k.reshape(num_rows, key_heads, head_dim), key_norm), rotary)
+    keys[lanes.long(), :, slots.long()] = new_keys
+    values[lanes.long(), :, slots.long()] = v.reshape(num_rows, key_heads, -1)
+    return _kept(queries, out)
+
+
+def tree_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Visible,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    num_rows, heads, _ = queries.shape
+    repeats = heads // keys.shape[1]
+    result = queries.new_zeros(num_rows, heads * values.shape[3])
+    for row in range(num_rows):
+        lane, start, end = int(visible.lanes[row]), int(visible.start[row]), int(visible.end[row])
+        own = visible.own[int(visible.own_start[row]) : int(visible.own_start[row + 1])].long()
+        slots = torch.cat([torch.arange(start, end), own])  # in the order of the row's text
+        if not slots.numel():
+            continue
+        seen_keys = keys[lane][:, slots].repeat_interleave(repeats, dim=0)  # [heads, seen, head_dim]
+        seen_values = values[lane][:, slots].repeat_interleave(repeats, dim=0)
+        scores = (seen_keys @ queries[row][:, :, None])[..., 0] * scale  # [heads, seen]
+        if soft_cap is not None:
+            scores = torch.tanh(scores / soft_cap) * soft_cap
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None]], dim=1)
+        shares = scores.softmax(dim=1)[:, : slots.numel()]
+        result[row] = (shares[:, None] @ seen_values).flatten()
+    return _kept(result, out)
+
+
+def _kept(result: Tensor, out: Tensor | None) -> Tensor:
+    return result if out is None else out.copy_(result)
+
+
+def _add(rows: Tensor, residual: Tensor | None) -> Tensor:
+    return rows if residual is None else residual + rows
+
+
+def _normed(rows: Tensor, norm: Norm | None) -> Tensor:
+    """Rows [..., size], each normed over the last dimension."""
+    if norm is None:
+        return rows
+    if norm.kind == "rms":
+        rows = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + norm.eps)
+    else:
+        rows = rows - rows.mean(-1, keepdim=True)
+        rows = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + norm.eps)
+    if norm.weight is not None:
+        rows = rows * (norm.offset + norm.weight)
+    return rows if norm.bias is None else rows + norm.bias
+
+
+def _headwise(heads: Tensor, norm: Norm | None) -> Tensor:
+    """[rows, heads, head_dim], normed over each head, or over all of them together."""
+    if norm is None:
+        return heads
+    assert norm.weight is not None
+    is_whole = norm.weight.dim() == 1 and norm.weight.numel() != heads.shape[2]
+    return _normed(heads.flatten(1), norm).view_as(heads) if is_whole else _normed(heads, norm)
+
+
+def _rotated(heads: Tensor, rotary: Rotary | None) -> Tensor:
+    """[rows, heads, head_dim] with the first dimensions rotated by the row's angles."""
+    if rotary is None:
+        return heads
+    cos, sin = rotary.cos[:, None], rotary.sin[:, None]
+    half = cos.shape[-1]
+    turned, rest = heads[..., : 2 * half], heads[..., 2 * half :]
+    if rotary.is_interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = turned[..., :half], turned[..., half:]
+    first, second = first * cos + -second * sin, second * cos + first * sin
+    if rotary.is_interleaved:
+        turned = torch.stack([first, second], dim=-1).flatten(-2)
+    else:
+        turned = torch.cat([first, second], dim=-1)
+    return torch.cat([turned, rest], dim=-1)
+
+
+def _activated(rows: Tensor, activation: Activation) -> Tensor:
+    if activation == "silu":
+        return functional.silu(rows)
+    if activation == "gelu":
+        return functional.gelu(rows)
+    if activation == "gelu_tanh":
+        return functional.gelu(rows, approximate="tanh")
+    if activation == "quick_gelu":
+        return rows * torch.sigmoid(1.702 * rows)
+    rows = functional.relu(rows)
+    return rows.square() if activation == "relu2" else rows

@@ -1,0 +1,308 @@
+"""What the operators take and give, and in which order they add: the contract of every implementation.
+
+Arithmetic is float32, whatever the bits of the weights; the reference computes in float64 too. Rows are contiguous
+tensors on the CPU. A row's result depends on that row alone, to the last bit: not on how many rows stand beside it, or
+which, and not on the number of threads. Threads split outputs, rows or heads, never a sum. So each sum has one order:
+
+*Linear*: out = scale * (sum + bias) (+ residual). The sum of an output begins at 0 and takes its inputs in ascending
+order, one fused multiply-add each.
+
+*Norm*: sums over a row have 16 lanes: element i is added to lane i % 16, ascending. Then lane j takes lane j + 8, then
+j + 4, j + 2, j + 1. What is missing in the last 16 is 0. With r = 1 / sqrt(sum / n + eps), RMS is (x * r) * (offset +
+weight) for the sum of squares, and layer is ((x - mean) * r) * weight + bias for that of squared differences.
+
+*Attention*: scores of a row and a head in the order of the slots that the row sees; a score is a sum over the head's
+dimensions in 16 lanes as of a norm, with fused multiply-adds, then scaled, then capped. The greatest score is taken
+from all; the sum of the exponentials has 16 lanes over the slots' order, and a sink comes last; each dimension of the
+values begins at 0 and takes the slots in their order, one fused multiply-add each, and is divided by the sum at last.
+So what counts is a slot's place among those that the row sees: where it lies in the cache, and whether it is given in
+the run or in the list, changes no bit.
+
+*exp, tanh, erf* are polynomials of the library, the same for every element wherever it stands.
+
+On CPUs without fused multiply-adds (x86-64 before 2013) a product is rounded before it is added, so the bits are others
+than elsewhere; for any number of rows they are equal there too.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import attrs
+import torch
+from torch import Tensor
+
+from dynatree_core.errors import InputError
+from dynatree_core.ops.matrix import PackedMatrix
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "Norm",
+    "Rotary",
+    "Visible",
+    "check_attention",
+    "check_linear",
+    "check_mlp",
+    "check_norm",
+    "check_rope_write",
+]
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
+# by the names of transformers' configurations
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+
+
+@attrs.frozen(eq=False)
+class Norm:
+    """A norm of rows, with transformers' order of operations.
+
+    Of queries and keys (`rope_write`) the weight says what is one row: [head_dim] is one for each head, with the same
+    weights for all; [heads, head_dim] has weights for each; [heads * head_dim] is all heads together.
+    """
+
+    kind: Literal["rms", "layer"]
+    weight: Tensor | None  # float32 (float64), contiguous; None: ones
+    eps: float
+    bias: Tensor | None = None  # of a layer norm
+    offset: float = 0.0  # is added to the weight: Gemma's 1
+
+
+@attrs.frozen(eq=False)
+class Rotary:
+    """Angles of the rows of one pass."""
+
+    cos: Tensor  # [rows, rotated dimensions / 2] float32, times the attention's scaling where a family has one
+    sin: Tensor  # the same
+    is_interleaved: bool = False  # pairs are neighbours (GPT-J), else half the rotated dimensions apart (NeoX)
+
+
+@attrs.frozen(eq=False)
+class Visible:
+    """Which slots each row sees, in the order of its text: a run, then a list of its own.
+
+    int32 on the CPU. A row that sees nothing gets zeros.
+    """
+
+    lanes: Tensor  # [rows] the lane whose slots they are
+    start: Tensor  # [rows] the run's first slot
+    end: Tensor  # [rows] behind the run's last
+    own_start: Tensor  # [rows + 1] where each row's list begins in `own`; the last is its length
+    own: Tensor  # [all lists' slots] one list behind the other
+
+    @property
+    def num_rows(self) -> int:
+        return self.lanes.numel()
+
+    @property
+    def num_seen(self) -> Tensor:
+        """[rows]: how many slots a row sees."""
+        return self.end - self.start + self.own_start.diff()
+
+    @classmethod
+    def of_mask(cls, mask: Tensor) -> Visible:
+        """From a mask [lanes, rows, slots] bool, whose slots ascend with the text; the first lane's rows come first."""
+        lanes, rows, slots = mask.shape
+        mask = mask.reshape(lanes * rows, slots)
+        if slots == 0:
+            nothing = torch.zeros(lanes * rows, dtype=torch.int32)
+            return cls(nothing, nothing, nothing, torch.zeros(lanes * rows + 1, dtype=torch.int32), nothing[:0])
+        start = mask.int().argmax(dim=1)  # the first that is seen
+        places = torch.arange(slots)
+        is_gap = ~mask & (places >= start[:, None])
+        end = torch.where(is_gap.any(dim=1), is_gap.int().argmax(dim=1), slots)
+        end = torch.where(mask.any(dim=1), end, start)
+        rest = mask & (places >= end[:, None])
+        own_start = torch.zeros(lanes * rows + 1, dtype=torch.int32)
+        own_start[1:] = rest.sum(dim=1).cumsum(0)
+        own = rest.nonzero()[:, 1].int()
+        lane = torch.arange(lanes, dtype=torch.int32).repeat_interleave(rows)
+        return cls(lane, start.int(), end.int(), own_start, own)
+
+    def last(self, window: int) -> Visible:
+        """Only the last `window` slots of each row: a sliding window, where a row's slots have one position each."""
+        own_lens = self.own_start.diff()
+        kept = own_lens.clamp(max=window)
+        start = torch.maximum(self.start, self.end - (window - kept))
+        own_start = torch.zeros_like(self.own_start)
+        own_start[1:] = kept.cumsum(0)
+        row = torch.arange(self.num_rows).repeat_interleave(own_lens.long())
+        place = torch.arange(self.own.numel()) - self.own_start[:-1].long().repeat_interleave(own_lens.long())
+        own = self.own[place >= (own_lens - kept)[row]]
+        return Visible(self.lanes, start, self.end, own_start, own)
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype) -> None:
+    """Raise unless a tensor is contiguous on the CPU in a shape; None stands for any size."""
+    fits = tensor.dim() == len(shape) and all(b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
+    if fits and tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous():
+        return
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    raise InputError(
+        f"{name} must be contiguous [{wanted}] {dtype} on the CPU, got {list(tensor.shape)} {tensor.dtype} on "
+        f"{tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
+    )
+
+
+def _check_norm(name: str, norm: Norm, size: int, dtype: torch.dtype) -> None:
+    for part, tensor in (("weight", norm.weight), ("bias", norm.bias)):
+        if tensor is not None:
+            _check(f"the {part} of {name}", tensor, (size,), dtype)
+    if norm.kind not in ("rms", "layer") or (norm.kind == "rms" and norm.bias is not None):
+        raise InputError(f"{name} must be 'rms', without a bias, or 'layer', got {norm.kind!r}")
+
+
+def check_norm(rows: Tensor, norm: Norm, residual: Tensor | None, out: Tensor | None) -> None:
+    """Raise InputError unless `norm` can be computed as it is called."""
+    dtype = rows.dtype
+    _check("rows", rows, (None, None), dtype)
+    _check_norm("the norm", norm, rows.shape[1], dtype)
+    for name, tensor in (("residual", residual), ("out", out)):
+        if tensor is not None:
+            _check(name, tensor, (rows.shape[0], rows.shape[1]), dtype)
+
+
+def check_linear(
+    rows: Tensor,
+    packed: PackedMatrix,
+    norm: Norm | None,
+    after: Norm | None,
+    residual: Tensor | None,
+    out: Tensor | None,
+) -> None:
+    """Raise InputError unless `linear` can be computed as it is called."""
+    dtype = packed.dtype
+    _check("rows", rows, (None, packed.num_inputs), dtype)
+    if norm is not None:
+        _check_norm("the norm", norm, packed.num_inputs, dtype)
+    if after is not None:
+        _check_norm("the norm after", after, packed.num_outputs, dtype)
+    for name, tensor in (("residual", residual), ("out", out)):
+        if tensor is not None:
+            _check(name, tensor, (rows.shape[0], packed.num_outputs), dtype)
+
+
+def check_mlp(
+    rows: Tensor,
+    inner: PackedMatrix,
+    outer: PackedMatrix,
+    activation: str,
+    norm: Norm | None,
+    after: Norm | None,
+    residual: Tensor | None,
+    out: Tensor | None,
+) -> None:
+    """Raise InputError unless `mlp` can be computed as it is called."""
+    if activation not in get_args(Activation):
+        raise InputError(f"an activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
+    if inner.num_outputs not in (outer.num_inputs, 2 * outer.num_inputs) or inner.dtype != outer.dtype:
+        raise InputError(
+            f"the inner matrix must have the outer one's {outer.num_inputs} inputs as outputs, or twice as many with a "
+            f"gate, got {inner.num_outputs} outputs"
+        )
+    check_linear(rows, inner, norm, None, None, None)
+    if after is not None:
+        _check_norm("the norm after", after, outer.num_outputs, outer.dtype)
+    for name, tensor in (("residual", residual), ("out", out)):
+        if tensor is not None:
+            _check(name, tensor, (rows.shape[0], outer.num_outputs), outer.dtype)
+
+
+def check_slabs(keys: Tensor, values: Tensor, dtype: torch.dtype) -> None:
+    """Raise InputError unless keys and values are [lanes, key heads, capacity, dims] with whole rows."""
+    for name, slab in (("keys", keys), ("values", values)):
+        fits = slab.dim() == 4 and slab.dtype == dtype and slab.device.type == "cpu" and slab.stride(3) == 1
+        if not fits or slab.shape[:3] != keys.shape[:3]:
+            raise InputError(
+                f"{name} must be [lanes, key heads, capacity, head_dim] {dtype} on the CPU, with a head's dimensions "
+                f"side by side, got {list(slab.shape)} {slab.dtype} with strides {slab.stride()}"
+            )
+
+
+def check_rope_write(
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lanes: Tensor,
+    slots: Tensor,
+    num_heads: int,
+    rotary: Rotary | None,
+    norms: tuple[Norm | None, Norm | None],
+    out: Tensor | None,
+) -> None:
+    """Raise InputError unless `rope_write` can be computed as it is called."""
+    dtype = rows.dtype
+    check_slabs(keys, values, dtype)
+    num_lanes, key_heads, capacity, head_dim = keys.shape
+    width = (num_heads + key_heads) * head_dim + key_heads * values.shape[3]
+    _check("rows", rows, (None, width), dtype)
+    num_rows = rows.shape[0]
+    for name, index, limit in (("lanes", lanes, num_lanes), ("slots", slots, capacity)):
+        _check(name, index, (num_rows,), torch.int32)
+        if num_rows and not 0 <= int(index.min()) <= int(index.max()) < limit:
+            raise InputError(f"{name} must be from 0 to {limit - 1}, got {index.tolist()}")
+    if rotary is not None:
+        half = rotary.cos.shape[-1]
+        for name, tensor in (("cos", rotary.cos), ("sin", rotary.sin)):
+            _check(name, tensor, (num_rows, half), dtype)
+        if 2 * half > head_dim:
+            raise InputError(f"at most {head_dim} dimensions of a head can be rotated, got {2 * half}")
+    for name, norm, heads in (("queries", norms[0], num_heads), ("keys", norms[1], key_heads)):
+        if norm is None:
+            continue
+        sizes = {(head_dim,), (heads, head_dim), (heads * head_dim,)}
+        for part in (norm.weight, norm.bias):
+            if part is not None and tuple(part.shape) not in sizes:
+                raise InputError(f"the norm of {name} must have a weight in one of {sizes}, got {list(part.shape)}")
+            if part is not None:
+                _check(f"the norm of {name}", part, tuple(part.shape), dtype)
+        if norm.weight is None:
+            raise InputError(f"the norm of {name} must have a weight: its shape says what is one row")
+    if out is not None:
+        _check("out", out, (num_rows, num_heads, head_dim), dtype)
+
+
+def check_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Visible,
+    sinks: Tensor | None,
+    out: Tensor | None,
+) -> None:
+    """Raise InputError unless `tree_attention` can be computed as it is called."""
+    dtype = queries.dtype
+    check_slabs(keys, values, dtype)
+    num_lanes, key_heads, capacity, head_dim = keys.shape
+    _check("queries", queries, (None, None, head_dim), dtype)
+    num_rows, heads = queries.shape[:2]
+    if heads % key_heads:
+        raise InputError(f"query heads must be a multiple of the key heads, got {heads} for {key_heads}")
+    for name, size in (("lanes", num_rows), ("start", num_rows), ("end", num_rows), ("own_start", num_rows + 1)):
+        _check(f"visible.{name}", getattr(visible, name), (size,), torch.int32)
+    _check("visible.own", visible.own, (None,), torch.int32)
+    if num_rows:
+        limits = {"lanes": num_lanes - 1, "start": capacity, "end": capacity, "own": capacity - 1}
+        limits["own_start"] = visible.own.numel()
+        for name, limit in limits.items():
+            part: Tensor = getattr(visible, name)
+            if part.numel() and not 0 <= int(part.min()) <= int(part.max()) <= limit:
+                raise InputError(f"visible.{name} must be from 0 to {limit}, got {part.tolist()}")
+        if bool(
+            (visible.num_seen < 0).any() | (visible.own_start.diff() < 0).any() | (visible.end < visible.start).any()
+        ):
+            raise InputError("a row's run and list must not end before they begin")
+    if sinks is not None:
+        _check("sinks", sinks, (heads,), dtype)
+    if out is not None:
+        _check("out", out, (num_rows, heads * values.shape[3]), dtype)
