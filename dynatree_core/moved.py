@@ -38,7 +38,7 @@ MOVED: dict[str, tuple[str, ...]] = {  # old module of dynatree_core -> where it
     "runner": ("runners.choice", "runners.passes"),
     "acceptance": ("policy.acceptance",),
     "hookspecs": ("policy.hookspecs",),
-    "stack": ("policy.stack",),
+    "stack": ("policy.stack", "policy.registration"),
     "arguments": ("request.arguments",),
     "processors": ("request.processors",),
     "sampling": ("request.sampling",),

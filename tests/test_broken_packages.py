@@ -27,7 +27,7 @@ from dynatree_core.plugins.registry import (
     plugin_parameters,
     plugin_table,
 )
-from dynatree_core.policy.stack import implemented_hooks
+from dynatree_core.policy.registration import implemented_hooks
 from dynatree_core.testing.models import tiny_model
 
 ROOT = Path(__file__).parents[1]

@@ -35,7 +35,7 @@ from dynatree_core.models import embedded
 from dynatree_core.models.architectures import EXACT_FAMILIES
 from dynatree_core.plugins.registry import DRAFTERS, POLICIES, PRESETS, load_plugin, plugin_table, plugin_variants
 from dynatree_core.policy import hookspecs as specs
-from dynatree_core.policy.stack import hook_names
+from dynatree_core.policy.registration import hook_names
 from dynatree_core.testing.models import REFUSED, ROPES, VARIANTS, tiny_model
 
 ROOT = Path(__file__).parents[1]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import tracemalloc
+from collections import Counter
 
 import attrs
 import pytest
@@ -93,6 +95,26 @@ def test_a_generations_start_costs_as_much_whatever_the_size_of_the_model():
             Session.on(engine, PROMPT, max_new_tokens=4)
         counts.append(counted.number)
     assert counts[0] == counts[1]
+
+
+def test_a_second_generation_inspects_no_plugin():
+    """Looking at the attributes of policies one by one was most of what a start took."""
+    engine = Engine(tiny_model("llama"), "prompt_lookup")
+    answer(engine, PROMPT, policy="phase3", max_new_tokens=4)
+    called: Counter[str] = Counter()
+
+    def note(frame, event, _):
+        if event == "call":
+            called[frame.f_code.co_name] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        Session.on(engine, PROMPT, policy="phase3", max_new_tokens=4)
+    finally:
+        sys.setprofile(before)
+    assert called["hook_callers"] == 3, "the policies of phase3 are registered"
+    assert called["getattr_static"] <= 10, "one a hook, where it was one for each attribute"
 
 
 class Operations(TorchDispatchMode):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 
 import attrs
 import pytest
@@ -10,7 +12,8 @@ import torch
 
 from dynatree_core import Frontier, StepReport, TokenTree, build_stack, count, generate, hookimpl
 from dynatree_core.errors import DrafterError, PolicyError
-from dynatree_core.policy.stack import PolicyStack, hook_names, implemented_hooks
+from dynatree_core.policy.registration import hook_names, implemented_hooks
+from dynatree_core.policy.stack import PolicyStack
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
 
 TARGET, DRAFTER, PROMPT = tiny_model("llama"), perturbed("llama"), [1, 2, 3]
@@ -344,6 +347,81 @@ def test_unusable_policies_are_refused_before_anything_runs():
     ]:
         with pytest.raises(PolicyError, match=message):
             generate(TARGET, DRAFTER, PROMPT, policy=bad, max_new_tokens=4)
+
+
+def test_a_second_stack_looks_for_no_hooks_again(monkeypatch):
+    build_stack("phase3:plan")
+    monkeypatch.setattr("dynatree_core.policy.registration._checked_callers", pytest.fail)
+    stack = build_stack("phase3:plan")
+    assert stack.find("fixed") is None
+    assert [name for name, _ in stack.callers["branch_factor"]]
+
+
+def test_policies_of_one_class_answer_for_themselves():
+    @attrs.define
+    class Width:
+        width: int
+
+        @hookimpl
+        def branch_factor(self, frontier):
+            return self.width
+
+    level = Frontier(TokenTree.root(torch.tensor([0])), 0, 9, 4, lambda: None)
+    assert [build_stack(Width(width)).branch_factor(level).value for width in (1, 2, 3)] == [1, 2, 3]
+
+
+def test_what_was_found_on_a_class_does_not_hide_what_came_later():
+    level = Frontier(TokenTree.root(torch.tensor([0])), 0, 9, 4, lambda: None)
+
+    class Plain:
+        @hookimpl
+        def branch_factor(self, frontier):
+            return 1
+
+    assert implemented_hooks(Plain()) == ["branch_factor"]
+    own = Plain()
+    own.should_expand = hookimpl(lambda frontier: False)
+    assert implemented_hooks(own) == ["branch_factor", "should_expand"]
+    other = Plain()
+    other.branch_factor = hookimpl(lambda frontier: 2)
+    assert PolicyStack({"other": other}, "other").branch_factor(level).value == 2
+    unmarked = Plain()
+    unmarked.keep_nodes = lambda tree: None
+    with pytest.raises(PolicyError, match="a method keep_nodes that is not marked"):
+        implemented_hooks(unmarked)
+    Plain.branch_factor = hookimpl(lambda self, front: 3)
+    with pytest.raises(PolicyError, match="front"):
+        implemented_hooks(Plain())
+    Plain.branch_factor = hookimpl(lambda self, frontier: 3, tryfirst=True)
+    Plain.keep_nodes = hookimpl(lambda self, tree: None)
+    assert implemented_hooks(Plain()) == ["branch_factor", "keep_nodes"]
+
+
+def test_a_hook_in_a_slot_is_the_policys_own():
+    class Slotted:
+        __slots__ = ("width",)
+
+        @hookimpl
+        def should_expand(self, frontier):
+            return True
+
+    class WithSlot(Slotted):
+        __slots__ = ("branch_factor",)
+
+    assert implemented_hooks(WithSlot()) == ["should_expand"]
+    marked = WithSlot()
+    marked.branch_factor = hookimpl(lambda frontier: 2)
+    assert implemented_hooks(marked) == ["branch_factor", "should_expand"]
+
+
+def test_a_class_of_policies_can_go():
+    bad = policy(branch_factor=lambda self, frontier: 1)
+    build_stack(bad)
+    build_stack(bad)
+    kind = weakref.ref(type(bad))
+    del bad
+    gc.collect()
+    assert kind() is None
 
 
 class FullyMarked:

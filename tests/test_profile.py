@@ -11,7 +11,7 @@ import pytest
 
 from dynatree_bench.profile_cli import profile as command
 from dynatree_bench.run.machine import check_writable
-from dynatree_bench.run.profile import PROGRAM, profile
+from dynatree_bench.run.profile import PROGRAM, Start, profile, start_of_a_generation
 from dynatree_core.errors import InputError
 from dynatree_core.testing.models import perturbed, tiny_model
 
@@ -43,6 +43,26 @@ def test_a_trace_that_cannot_be_written_is_told_before_anything_is_measured(tmp_
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"a file that can be written, got .*trace\.json, .*choose another"):
         profile(tiny_model("llama"), None, [1], trace=tmp_path / "file" / "trace.json")
+
+
+def test_the_start_of_a_generation() -> None:
+    ticks = iter([0.0, 50.0, 60.0, 70.0, 100.0, 103.0, 200.0, 200.5, 300.0, 302.0, 400.0, 400.75])
+    found = start_of_a_generation(
+        tiny_model("llama"), "prompt_lookup", [1, 2], num_starts=2, now=lambda: next(ticks), runner="eager"
+    )
+    assert found == Start(2, 2000.0, 500.0), "the first of each kind does not count, then the fastest does"
+
+
+def test_the_command_shows_what_a_start_takes(character_target: Path) -> None:
+    arguments = ["--target", str(character_target), "--drafter", "prompt_lookup", "--start", "aab"]
+    done = click.testing.CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    for expected in ("the fastest of 30", "Session(target, drafter, ...)", "Session.on(engine, ...)"):
+        assert expected in done.output
+    done = click.testing.CliRunner().invoke(command, [*arguments, "--json"], catch_exceptions=False)
+    assert json.loads(done.stdout)["on_engine_ms"] > 0
+    done = click.testing.CliRunner().invoke(command, [*arguments, "--trace", "trace.json"])
+    assert (done.exit_code, "got it beside --start" in done.output) == (2, True)
 
 
 def test_the_command(character_target: Path, tmp_path: Path) -> None:

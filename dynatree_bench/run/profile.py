@@ -1,8 +1,9 @@
-"""Where an iteration's time goes: by stage, by operator, and as a trace for the common viewers."""
+"""Where an iteration's time goes: by stage, by operator, and as a trace for the common viewers; what a start takes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
 from dynatree_bench.run.machine import check_writable
-from dynatree_core import Session, decode_step, prefill
+from dynatree_core import Engine, Session, decode_step, prefill
 from dynatree_core.drafters.base import Drafter
+from dynatree_core.engine.engine import ENGINE_OPTIONS
 from dynatree_core.errors import InputError
 from dynatree_core.files.writing import whole_file
 
 PROGRAM = "dynatree profile"
 WARM_UP = 4  # iterations before anything is measured
 NUM_OPERATORS = 15  # that are shown
+NUM_STARTS = 30  # of which the fastest counts
 CLOCKS = ("decode", "draft", "draft_forward", "verify")
 
 
@@ -108,6 +111,50 @@ def profile(
     )
 
 
+@attrs.frozen
+class Start:
+    """What the start of a generation takes on the host, from the call to the prefill, which does not belong to it."""
+
+    num_starts: int  # of each kind, in turn; the fastest counts
+    alone_ms: float  # `Session(target, drafter, ...)`, which looks at the models
+    on_engine_ms: float  # `Session.on(engine, ...)`, after the engine's first generation
+
+
+def start_of_a_generation(
+    target: nn.Module,
+    drafter: nn.Module | Drafter | str | None,
+    prompt_ids: Sequence[int],
+    *,
+    num_starts: int = NUM_STARTS,
+    now: Callable[[], float] = time.perf_counter,
+    **options: Any,
+) -> Start:
+    """Begin generations, with an engine of their own and on one that has begun others, and decode nothing.
+
+    Args:
+        target, drafter, prompt_ids: as for `dynatree_core.generate`.
+        num_starts: of each kind that are measured, after one that is not.
+        now: seconds since any moment.
+        options: of `dynatree_core.generate`.
+    """
+    of_engine = {name: options[name] for name in ENGINE_OPTIONS if name in options}
+    others = {name: value for name, value in options.items() if name not in ENGINE_OPTIONS}
+    engine = Engine(target, drafter, **of_engine)
+    starts: tuple[Callable[[], Session], ...] = (
+        lambda: Session(target, drafter, prompt_ids, **options),
+        lambda: Session.on(engine, prompt_ids, **others),
+    )
+    spent: tuple[list[float], ...] = ([], [])
+    for _ in range(1 + num_starts):
+        for start, seconds in zip(starts, spent, strict=True):
+            before = now()
+            session = start()
+            seconds.append(now() - before)
+            del session  # the next one gets its memory
+    alone, on_engine = (1000 * min(seconds[1:]) for seconds in spent)
+    return Start(num_starts, alone, on_engine)
+
+
 def _warmed_up(session: Session) -> dict[str, float]:
     """Decode what is not measured; the clock's seconds then."""
     prefill(session)
@@ -126,6 +173,20 @@ def _run(session: Session, num_iterations: int) -> int:
             )
         decode_step(session)
     return len(session.new_token_ids) - before
+
+
+def start_shown(found: Start) -> Table:
+    """A table for a terminal."""
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"the start of a generation, up to its prefill: the fastest of {found.num_starts}",
+        title_justify="left",
+    )
+    table.add_column("begun by")
+    table.add_column("ms", justify="right")
+    table.add_row("Session(target, drafter, ...)", f"{found.alone_ms:.2f}")
+    table.add_row("Session.on(engine, ...)", f"{found.on_engine_ms:.2f}")
+    return table
 
 
 def shown(found: Profile) -> Group:

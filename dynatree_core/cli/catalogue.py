@@ -130,6 +130,6 @@ def _look_into(group: str, name: str) -> Iterator[tuple[str, Any]]:
     yield "parameters", plugin_parameters(plugin)
     yield "variants", {variant: dict(values) for variant, values in plugin_variants(plugin).items()}
     if group == POLICIES:
-        from dynatree_core.policy.stack import implemented_hooks
+        from dynatree_core.policy.registration import implemented_hooks
 
         yield "hooks", implemented_hooks(plugin())

@@ -22,6 +22,7 @@ __all__ = ["Replacement", "function_of", "is_known_class", "is_others", "replace
 _PACKAGES = frozenset({"torch", "transformers", "dynatree_core", "dynatree_policies", "dynatree_bench"})
 # whose decorators and helpers transformers' models use
 _HELPERS = frozenset({"accelerate", "kernels"}) | sys.stdlib_module_names - {"__main__"}
+_NOT_OTHERS = _PACKAGES | _HELPERS
 _MODELS = "transformers.models."
 # torch's layers of which each row of the output is made of the same row of the input; torch has others, such as
 # GRU, TransformerEncoderLayer or InstanceNorm1d
@@ -52,7 +53,7 @@ def is_others(function: Any) -> bool:
     names = [getattr(function, "__module__", None)]
     if isinstance(function, types.FunctionType):
         names.append(function.__globals__.get("__name__"))  # functools.wraps copies the module's name
-    return any(name is None or name.partition(".")[0] not in _PACKAGES | _HELPERS for name in names)
+    return any(name is None or name.partition(".")[0] not in _NOT_OTHERS for name in names)
 
 
 def function_of(method: Any) -> Any:

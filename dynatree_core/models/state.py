@@ -98,7 +98,7 @@ def state_of(model: nn.Module, *, reads_weights: bool = True, reads_code: bool =
 
     modules = []
     for part in model.modules():
-        tensors = (*part.parameters(recurse=False), *part.buffers(recurse=False))
+        tensors = [tensor for tensor in (*part._parameters.values(), *part._buffers.values()) if tensor is not None]
         hooks = (part._forward_hooks, part._forward_pre_hooks)
         modules.append(
             (

@@ -104,8 +104,10 @@ def _refuse_counting_adapters(model: Any, role: str) -> None:
         return
     for part in model.modules():
         variants = getattr(part, "lora_variant", None)
+        if not isinstance(variants, Mapping):  # first, since asking a module for what it lacks is slow
+            continue
         is_on = not getattr(part, "disable_adapters", False) and not getattr(part, "merged", False)
-        if is_on and isinstance(variants, Mapping) and any(map(_counts_tokens, variants.values())):
+        if is_on and any(map(_counts_tokens, variants.values())):
             raise UnsupportedModelError(
                 f"the {role} has an activated LoRA adapter (alora_invocation_tokens), which counts its tokens from the "
                 "end of a pass, where a tree has other branches; use the model's own generate, or another adapter"

@@ -111,28 +111,29 @@ def plugin_parameters(plugin: type) -> dict[str, ParameterValue]:
 
     {} for a compiled class that does not tell its signature: its constructor takes or refuses what is given.
     """
-    return {p.name: None if p.default is p.empty else p.default for p in _parameters(plugin)}
+    return _with_defaults(_parameters(plugin) or [])
 
 
 def required_parameters(plugin: type) -> list[str]:
     """The parameters that have no default."""
-    return [p.name for p in _parameters(plugin) if p.default is p.empty]
+    return _without_default(_parameters(plugin) or [])
 
 
-def _parameters(plugin: type) -> list[inspect.Parameter]:
-    """Those that have a name of their own; none where the signature is not known."""
-    signature = _signature(plugin)
-    if signature is None:
-        return []
-    return [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+def _with_defaults(parameters: list[inspect.Parameter]) -> dict[str, ParameterValue]:
+    return {p.name: None if p.default is p.empty else p.default for p in parameters}
 
 
-def _signature(plugin: type) -> inspect.Signature | None:
-    """None for a compiled class that does not tell it, such as an extension type of Cython."""
+def _without_default(parameters: list[inspect.Parameter]) -> list[str]:
+    return [p.name for p in parameters if p.default is p.empty]
+
+
+def _parameters(plugin: type) -> list[inspect.Parameter] | None:
+    """Those that have a name of their own; None for a compiled class, such as one of Cython, that does not tell."""
     try:
-        return inspect.signature(plugin)
+        parameters = inspect.signature(plugin).parameters.values()
     except (ValueError, TypeError):
         return None
+    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def plugin_variants(plugin: type) -> Mapping[str, Mapping[str, ParameterValue]]:
@@ -192,15 +193,16 @@ def make_plugin(group: str, spec: PluginSpec) -> object:
             f"'{spec.name}' has no variant '{spec.variant}'{nearest_match(spec.variant, variants)}; "
             f"known are: {', '.join(variants) or 'none'}"
         )
-    known_parameters, is_told = plugin_parameters(plugin), _signature(plugin) is not None
+    told = _parameters(plugin)
+    known_parameters = _with_defaults(told or [])
     for name in spec.parameters:
-        if is_told and name not in known_parameters:
+        if told is not None and name not in known_parameters:
             raise ParameterError(
                 f"'{spec.name}' has no parameter '{name}'{nearest_match(name, known_parameters)}; "
                 f"known are: {', '.join(known_parameters) or 'none'}"
             )
     values = {**variants.get(spec.variant or "", {}), **spec.parameters}
-    missing = [name for name in required_parameters(plugin) if name not in values]
+    missing = [name for name in _without_default(told or []) if name not in values]
     if missing:
         raise ParameterError(
             f"'{spec.name}' needs a value for {', '.join(missing)}, as in '{spec.name}({missing[0]}=...)'"

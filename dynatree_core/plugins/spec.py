@@ -119,6 +119,8 @@ def _parse_plugin(part: str, text: str) -> PluginSpec:
 
 
 def _parse_parameters(parameters: str, part: str) -> dict[str, ParameterValue]:
+    if not parameters.strip():  # Python's parser takes a fifth of the time in which a generation begins
+        return {}
     try:
         call = ast.parse(f"_({parameters})", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:

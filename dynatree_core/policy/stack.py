@@ -7,13 +7,9 @@ has an author, and two sessions share no state. The rules by which answers combi
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
-import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any, Generic, TypeVar
 
 import attrs
@@ -28,23 +24,18 @@ from dynatree_core.errors import (
     OutOfMemoryError,
     ParameterError,
     PolicyError,
-    nearest_match,
 )
 from dynatree_core.plugins.foreign import others_code, raised
 from dynatree_core.plugins.spec import PluginSpec, format_stack, parameter_values
-from dynatree_core.policy import hookspecs
+from dynatree_core.policy.registration import hook_callers
 from dynatree_core.tree.frontier import Frontier
 from dynatree_core.tree.token_tree import TokenTree
 from dynatree_core.tree.verdict import StepReport
 
-__all__ = ["Decision", "PolicyStack", "copied_policy", "hook_names", "implemented_hooks"]
+__all__ = ["Decision", "PolicyStack", "copied_policy"]
 
 # what the drafter or the target did wrong while a policy looked at the frontier is not the policy's fault
 _NOT_THE_POLICY = (DrafterError, ForwardPassError, NonFiniteLogitsError, OutOfMemoryError)
-_DECLARED = type(attrs.field())  # what attrs replaces when it makes a class
-_MARK = f"{hookspecs.PROJECT_NAME}_impl"  # the attribute in which pluggy's marker leaves its options
-_OF_PYTHON = (FunctionType, MethodType, classmethod, staticmethod)  # what pluggy takes for a hook
-
 
 Value = TypeVar("Value", covariant=True)
 
@@ -63,22 +54,6 @@ class Decision(Generic[Value]):
     def decider(self) -> str | None:
         """The last policy that had an opinion; None where nobody had."""
         return next((name for name in reversed([*self.votes]) if self.votes[name] is not None), None)
-
-
-@functools.cache  # every policy of every session is held against them
-def hook_names() -> list[str]:
-    """The hooks that a policy can implement."""
-    specified = vars(_manager().hook)
-    return [name for name in vars(hookspecs) if name in specified]  # in the order of the file
-
-
-def implemented_hooks(policy: object) -> list[str]:
-    """The hooks that one policy implements.
-
-    Raises:
-        PolicyError: it implements none, or one that does not exist.
-    """
-    return list(PolicyStack({type(policy).__name__: policy}, "").callers)
 
 
 class PolicyStack:
@@ -102,7 +77,7 @@ class PolicyStack:
         # hook -> [(policy, its caller)], in the order in which they are asked
         self.callers: defaultdict[str, list[tuple[str, pluggy.HookCaller]]] = defaultdict(list)
         for name, policy in self.policies.items():
-            for caller in _register(name, policy):
+            for caller in hook_callers(name, policy):
                 self.callers[caller.name].append((name, caller))
         for hook, callers in self.callers.items():
             if hook == "branch_factor":  # the rightmost decides
@@ -222,128 +197,10 @@ def copied_policy(name: str, policy: object, memo: dict[int, Any] | None = None)
         ) from error
 
 
-def _manager() -> pluggy.PluginManager:
-    manager = pluggy.PluginManager(hookspecs.PROJECT_NAME)
-    manager.add_hookspecs(hookspecs)
-    return manager
-
-
-def _register(name: str, policy: object) -> list[pluggy.HookCaller]:
-    """A caller for each hook that the policy implements, reaching this policy alone."""
-    if isinstance(policy, type):
-        raise PolicyError(
-            f"policy '{name}' must be an instance, got the class {policy.__name__}; write {policy.__name__}()"
-        )
-    manager = _manager()
-    try:
-        manager.register(_shown(policy), name=name)
-        manager.check_pending()
-    except (pluggy.PluginValidationError, ValueError) as error:
-        raise PolicyError(f"policy '{name}' cannot be used: {_explain(error)}") from error
-    callers = manager.get_hookcallers(manager.get_plugin(name)) or []
-    _refuse_unmade(name, policy)
-    _refuse_unmarked(name, policy, {caller.name for caller in callers})
-    if not callers:
-        raise PolicyError(
-            f"policy '{name}' ({type(policy).__name__}) must implement at least one of {', '.join(hook_names())}, "
-            "got none; mark its methods with @hookimpl"
-        )
-    for caller in callers:
-        if len(caller.get_hookimpls()) > 1:
-            raise PolicyError(
-                f"policy '{name}', hook {caller.name}: a policy implements a hook once, got "
-                f"{len(caller.get_hookimpls())} methods for it; keep one"
-            )
-        for impl in caller.get_hookimpls():
-            if _has_default(impl.function):
-                raise PolicyError(
-                    f"policy '{name}', hook {caller.name}: arguments must have no default values, because pluggy "
-                    "never passes an argument that has one; remove the default"
-                )
-    return callers
-
-
-def _shown(policy: object) -> Any:
-    """What pluggy is shown: the policy itself, or its hooks as functions of Python where it is a compiled class.
-
-    pluggy takes no other functions for hooks. Those of Cython have a signature and marks, but a type of their own.
-    """
-    marks = {name: _mark(inspect.getattr_static(policy, name, None)) for name in dir(type(policy))}
-    hooks = {name: mark for name, mark in marks.items() if mark is not None}
-    compiled = {name for name in hooks if not isinstance(inspect.getattr_static(policy, name), _OF_PYTHON)}
-    if not compiled:
-        return policy
-    shown = SimpleNamespace(**{name: getattr(policy, name) for name in hooks})
-    for name in compiled:
-        function = _python_function(getattr(policy, name), hooks[name].get("specname") or name)
-        setattr(function, _MARK, hooks[name])
-        setattr(shown, name, function)
-    return shown
-
-
-def _mark(attribute: object) -> dict[str, Any] | None:
-    """What `hookimpl` has left on a function."""
-    mark = getattr(attribute, _MARK, None) if callable(attribute) else None
-    return mark if isinstance(mark, dict) else None
-
-
-def _python_function(method: Callable[..., Any], hook: str) -> Callable[..., Any]:
-    """A function of Python that passes the same arguments on; the hook's own where the method does not tell any."""
-    try:
-        parameters = list(inspect.signature(method).parameters.values())
-    except (ValueError, TypeError):
-        specified = vars(hookspecs).get(hook)
-        parameters = list(inspect.signature(specified).parameters.values()) if specified is not None else []
-    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    # a default is refused later, whatever it is
-    declared = [name if p.default is p.empty else f"{name}=None" for name, p in zip(names, parameters, strict=False)]
-    passed = ", ".join(f"{name}={name}" for name in names)
-    function: Callable[..., Any] = eval(f"lambda {', '.join(declared)}: method({passed})", {"method": method})
-    return function
-
-
-def _refuse_unmade(name: str, policy: object) -> None:
-    """Refuse a class whose parameters were declared and never made, so that they are no values."""
-    declared = [
-        parameter
-        for part in type(policy).__mro__
-        for parameter, value in vars(part).items()
-        if isinstance(value, _DECLARED)
-    ]
-    if declared:
-        raise PolicyError(
-            f"policy '{name}' ({type(policy).__name__}): {', '.join(declared)} must be parameters made by attrs, got a "
-            "class that attrs did not make; put @attrs.define above the class"
-        )
-
-
-def _refuse_unmarked(name: str, policy: object, marked: set[str]) -> None:
-    """Refuse methods with the name of a hook that nobody would ever ask."""
-    for hook in hook_names():
-        method = inspect.getattr_static(policy, hook, None)
-        if hook not in marked and (callable(method) or isinstance(method, classmethod)):
-            raise PolicyError(
-                f"policy '{name}' ({type(policy).__name__}) has a method {hook} that is not marked, so it would never "
-                "be asked; put @hookimpl above it, or rename it"
-            )
-
-
 def _place(caller: pluggy.HookCaller) -> int:
     """-1 for a hook that is marked tryfirst, 1 for trylast, 0 for any other."""
     (impl,) = caller.get_hookimpls()
     return int(impl.trylast) - int(impl.tryfirst)
-
-
-def _explain(error: Exception) -> str:
-    """pluggy's own words; where a hook was misspelt, the nearest one."""
-    text = " ".join(str(error).split())
-    unknown = re.match("unknown hook '(.*?)'", text)
-    return unknown[0] + nearest_match(unknown[1], hook_names()) if unknown else text
-
-
-def _has_default(function: Callable[..., Any]) -> bool:
-    parameters = inspect.signature(function).parameters.values()
-    return any(parameter.default is not inspect.Parameter.empty for parameter in parameters)
 
 
 def _blame(name: str, hook: str) -> AbstractContextManager[None]:
