@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # processes that the tests are spread over
 JOBS ?= 2
 
-.PHONY: demo test test-matrix test-clients lint fuzz mutants bench-smoke wheel lock clean
+.PHONY: demo test test-matrix test-clients lint docs fuzz mutants bench-smoke wheel release-check lock clean
 
 demo: $(VENV)/installed  ## real text by tree speculative decoding, checked against plain decoding
 	$(BIN)/dynatree models install
@@ -28,6 +28,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/installed  ## the documentation site in site/, with warnings as errors
+	$(BIN)/python .ci/docs_build.py
+
 fuzz: $(VENV)/installed  ## thousands of random generations against generate(), about five minutes
 	$(BIN)/python tests/fuzz.py
 
@@ -42,6 +45,9 @@ bench-smoke: $(VENV)/installed  ## what trees are worth on the default model, an
 wheel: $(VENV)/installed
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
 
+release-check: $(VENV)/installed  ## sdist and wheel in dist/, checked, installed into a clean environment and used
+	$(BIN)/python .ci/release.py
+
 lock: $(VENV)/installed  ## constraints.txt anew, with the newest release of everything that is not held
 	$(BIN)/python .ci/lock.py
 
@@ -50,4 +56,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

@@ -41,7 +41,13 @@ from dynatree_core.testing.models import REFUSED, ROPES, VARIANTS, tiny_model
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-ALL_PAGES = [*PAGES, *sorted(DOCS.glob("*/**/*.md")), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+ALL_PAGES = [
+    *PAGES,
+    *sorted(DOCS.glob("*/**/*.md")),
+    ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+]
 
 QUOTES = ("source: ", "generated: ")
 FENCE = re.compile(r"^(?:<!-- (?P<marker>[^\n]+) -->\n+)?```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S)

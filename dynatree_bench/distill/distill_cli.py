@@ -101,7 +101,7 @@ COUNT, ONE_OR_MORE = click.IntRange(min=0), click.IntRange(min=1)
 @click.option(
     "--learning-rate", type=FiniteRange(min=0, min_open=True), default=2e-3, show_default=True, help="At its highest."
 )
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of the sampling of answers, and of the training.")
 @DEVICE
 @click.option("--threads", type=click.IntRange(min=1), help="Of the CPU.  [default: all]")
 def distill(

@@ -32,7 +32,9 @@ def build_drafter(text: str) -> Drafter:
     Names joined by `+` are drafters whose proposals go into one tree.
 
     Raises:
-        StackSyntaxError, UnknownPluginError, ParameterError.
+        StackSyntaxError: a text that does not parse.
+        UnknownPluginError: a name that no installed package provides.
+        ParameterError: an unknown parameter, or a value outside its type or range.
     """
     drafters = build_drafters(text)
     return drafters[0] if len(drafters) == 1 else cast(Drafter, load_plugin(DRAFTERS, "union")(drafters))

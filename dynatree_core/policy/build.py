@@ -24,7 +24,10 @@ def build_stack(policy: str | object | Sequence[str | object]) -> PolicyStack:
             not seen by another.
 
     Raises:
-        StackSyntaxError, UnknownPluginError, ParameterError, PolicyError.
+        StackSyntaxError: a text that is no stack, or a policy that is named twice.
+        UnknownPluginError: a name that no installed package provides.
+        ParameterError: an unknown parameter, or a value outside its type or range.
+        PolicyError: an object without usable hooks.
     """
     parts = list(policy) if isinstance(policy, list | tuple) else [policy]
     if not parts:
