@@ -7,10 +7,12 @@ from .drafters.build import build_drafter
 from .drafters.model import ModelDraftState
 from .engine.decode import decode_step, prefill
 from .engine.engine import Engine
+from .engine.handle import Event, Handle
 from .engine.observer import Observer, Outcome
+from .engine.scheduler import Load
 from .engine.session import Session
 from .errors import DynaTreeError, InputError
-from .generation import generate, run, stream
+from .generation import generate, generate_batch, run, stream, stream_batch
 from .models.load import LoadedModel, load_model
 from .plugins.params import choice, count, fraction
 from .plugins.spec import PluginSpec, format_stack, parse_stack
@@ -33,11 +35,14 @@ __all__ = [
     "Drafter",
     "DynaTreeError",
     "Engine",
+    "Event",
     "Frontier",
     "GenerationReport",
     "GenerationResult",
+    "Handle",
     "InputError",
     "Limits",
+    "Load",
     "LoadedModel",
     "ModelDraftState",
     "Observer",
@@ -64,10 +69,12 @@ __all__ = [
     "format_stack",
     "fraction",
     "generate",
+    "generate_batch",
     "hookimpl",
     "load_model",
     "parse_stack",
     "prefill",
     "run",
     "stream",
+    "stream_batch",
 ]

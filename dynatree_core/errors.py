@@ -7,13 +7,14 @@ mistakes of the caller (the command line exits with 2), everything else happened
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dynatree_core.report import GenerationResult
 
 __all__ = [
+    "BatchError",
     "CacheError",
     "ContextLimitError",
     "DefaultModelError",
@@ -29,6 +30,7 @@ __all__ = [
     "PluginLoadError",
     "PolicyError",
     "PromptError",
+    "QueueFullError",
     "StackSyntaxError",
     "TreeError",
     "UnknownPluginError",
@@ -114,6 +116,24 @@ class ForwardPassError(DynaTreeError):
 
 class OutOfMemoryError(DynaTreeError):
     """The device has no memory left for the caches or a forward pass."""
+
+
+class BatchError(DynaTreeError):
+    """Some sequences of a batch failed; the others were generated to their ends.
+
+    Attributes:
+        errors: by the place of the prompt.
+        results: in the prompts' order; for a prompt that failed, what was committed before.
+    """
+
+    def __init__(self, message: str, errors: Mapping[int, BaseException], results: Sequence[GenerationResult]) -> None:
+        super().__init__(message)
+        self.errors = errors
+        self.results = results
+
+
+class QueueFullError(DynaTreeError):
+    """An engine's waiting line is full. The request was not taken and can be submitted again later."""
 
 
 class TreeError(DynaTreeError):

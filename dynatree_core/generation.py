@@ -1,22 +1,23 @@
-"""Generate and stream: the public way to run a session to its end."""
+"""Generate and stream, one prompt or many: the public way to run sequences to their ends."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import attrs
 from torch import Tensor, nn
 
 from dynatree_core.drafters.base import Drafter
-from dynatree_core.engine.decode import decode_step, prefill
+from dynatree_core.engine.engine import ENGINE_OPTIONS, Engine
+from dynatree_core.engine.handle import Handle
+from dynatree_core.engine.recovery import ended_by, filled, step
 from dynatree_core.engine.session import Session
-from dynatree_core.errors import DrafterError, DynaTreeError, NonFiniteLogitsError, PolicyError
+from dynatree_core.errors import BatchError, DynaTreeError, InputError, ParameterError, PromptError
 from dynatree_core.report import GenerationResult
-from dynatree_core.runners.passes import is_out_of_memory, out_of_memory
 from dynatree_core.tree.verdict import StepReport
 
-__all__ = ["generate", "run", "stream"]
+__all__ = ["generate", "generate_batch", "run", "stream", "stream_batch"]
 
 
 def generate(
@@ -120,68 +121,165 @@ def run(session: Session) -> Iterator[StepReport]:
     """
     try:
         yield from _steps(session)
-    except DynaTreeError as error:
-        error.partial = session.result("error")
-        session.report_fault(error, "ended")
-        raise
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except (DynaTreeError, RuntimeError, MemoryError) as error:
+        ended = ended_by(session, error)
+        if ended is error:
             raise
-        named = out_of_memory("the generation", error)
-        named.partial = session.result("error")
-        session.report_fault(named, "ended")
-        raise named from error
+        raise ended from error
 
 
 def _steps(session: Session) -> Iterator[StepReport]:
     try:
         if session.stop_reason is None:
-            _prefill(session)
+            for _ in filled(session):
+                pass
         while session.stop_reason is None:
-            yield _step(session)
+            yield step(session)
     finally:
         session.keep_prefix()
 
 
-def _prefill(session: Session) -> None:
-    try:
-        session.rollback()  # what a step that was broken off has left behind
-        prefill(session)
-        return
-    except DrafterError as error:
-        session.fall_back(error)
-    prefill(session)  # the target's part, if it was not reached
+def generate_batch(
+    target: nn.Module,
+    drafter: nn.Module | Drafter | str | None,
+    prompts: Sequence[Tensor | Sequence[int] | Mapping[str, Tensor]] | Tensor | Mapping[str, Tensor],
+    *,
+    each: Sequence[Mapping[str, Any]] | None = None,
+    max_sequences: int = 8,
+    **options: Any,
+) -> list[GenerationResult]:
+    """Generate from many prompts, several at once; each output is that of `generate` with the same prompt alone.
 
+    Args:
+        target: as for `generate`.
+        drafter: as for `generate`.
+        prompts: prompts as `generate` takes them, or what a tokenizer returns for several: [prompts, tokens] integers,
+            padded at the left, with their "attention_mask".
+        each: for each prompt, the options in which it differs from the others.
+        max_sequences: sequences that run at once.
+        options: those of `generate`, for all prompts. Processors and stopping criteria among them are copied for each
+            prompt. With `do_sample=True` every prompt has the same `seed`, unless `each` says otherwise; without one
+            each is drawn from torch's global generator.
 
-def _step(session: Session) -> StepReport:
-    """One decode step, and what happens when a policy, the drafter or a draft fails in it."""
-    steps_before = session.num_iterations
-    try:
-        try:
-            return decode_step(session)
-        except NonFiniteLogitsError as error:
-            if session.depth_limit == 0 or session.is_observers(error):
-                raise
-            session.report_fault(error, "root alone")
-        return _step_without_draft(session)
-    except (PolicyError, DrafterError) as error:
-        session.fall_back(error)
-    if session.num_iterations > steps_before and session.last_report is not None:
-        return session.last_report  # it failed after the step was committed
-    return decode_step(session)
+    Returns:
+        Results in the order of the prompts.
 
-
-def _step_without_draft(session: Session) -> StepReport:
-    """The step again, with the root alone.
-
-    A wrong draft may overflow where the target's own text never goes. In an early layer its keys and values are not
-    numbers then, and they are in all rows of the pass, masked or not.
+    Raises:
+        InputError: something that cannot be used, with the place of the prompt; nothing was run.
+        BatchError: some sequences failed, all others went on to their ends; it has the results.
     """
-    session.rollback()
-    session.cache.wipe()
-    sequence, limits = session.sequence, session.sequence.limits
-    sequence.limits = attrs.evolve(limits, max_depth=0)
-    try:
-        return decode_step(session)
-    finally:
-        sequence.limits = limits
+    handles = _submitted(target, drafter, prompts, each, max_sequences, options)
+    for handle in handles:
+        handle.advance_until_done()
+    _raise_faults(handles)
+    return [handle.result() for handle in handles]
+
+
+def stream_batch(
+    target: nn.Module,
+    drafter: nn.Module | Drafter | str | None,
+    prompts: Sequence[Tensor | Sequence[int] | Mapping[str, Tensor]] | Tensor | Mapping[str, Tensor],
+    *,
+    each: Sequence[Mapping[str, Any]] | None = None,
+    max_sequences: int = 8,
+    **options: Any,
+) -> Iterator[tuple[int, StepReport]]:
+    """Like `generate_batch`, but yields the place of the prompt and a report as soon as tokens are committed.
+
+    Arguments are checked at once. A `BatchError` comes when all that can go on have ended.
+    """
+    return _reports(_submitted(target, drafter, prompts, each, max_sequences, options))
+
+
+def _reports(handles: Sequence[Handle]) -> Iterator[tuple[int, StepReport]]:
+    engine = handles[0].engine if handles else None
+    while engine is not None and not all(handle.is_done for handle in handles):
+        for event in engine.step():
+            if event.report is not None:
+                yield event.handle.number, event.report
+    _raise_faults(handles)
+
+
+def _submitted(
+    target: nn.Module,
+    drafter: nn.Module | Drafter | str | None,
+    prompts: Sequence[Tensor | Sequence[int] | Mapping[str, Tensor]] | Tensor | Mapping[str, Tensor],
+    each: Sequence[Mapping[str, Any]] | None,
+    max_sequences: int,
+    options: Mapping[str, Any],
+) -> list[Handle]:
+    """The prompts in the waiting line of an engine of their own."""
+    prompts = _prompts(prompts)
+    own_options = [{}] * len(prompts) if each is None else list(each)
+    if len(own_options) != len(prompts):
+        raise ParameterError(
+            f"each must have a mapping of options for each of the {len(prompts)} prompts, got {len(own_options)}"
+        )
+    of_engine = {name: value for name, value in options.items() if name in ENGINE_OPTIONS}
+    common = {name: value for name, value in options.items() if name not in ENGINE_OPTIONS}
+    engine = Engine(target, drafter, max_sequences=max_sequences, max_waiting=len(prompts), **of_engine)
+    requests = []
+    for place, (prompt, own) in enumerate(zip(prompts, own_options, strict=True)):
+        of_engine_too = [name for name in own if name in ENGINE_OPTIONS]
+        try:
+            if of_engine_too:
+                raise ParameterError(
+                    f"{', '.join(of_engine_too)} must be the same for all prompts, got a value of its own; give it to "
+                    "generate_batch"
+                )
+            requests.append(engine.request(prompt, **{**_copied(common), **own}))
+        except InputError as error:
+            raise type(error)(f"prompt {place}: {error}") from error
+    return [engine.submit(request) for request in requests]
+
+
+def _prompts(
+    prompts: Sequence[Tensor | Sequence[int] | Mapping[str, Tensor]] | Tensor | Mapping[str, Tensor],
+) -> list[Tensor | Sequence[int] | Mapping[str, Tensor]]:
+    """One prompt each, of those of a tokenizer too."""
+    if isinstance(prompts, Mapping):
+        ids = prompts.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            raise PromptError(
+                f"prompts of a tokenizer must have input_ids [prompts, tokens], got {_kind(ids)}; ask it for "
+                "return_tensors='pt' and padding, or give a list of prompts"
+            )
+        return [{name: value[row : row + 1] for name, value in prompts.items()} for row in range(ids.shape[0])]
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence | Tensor):
+        raise PromptError(f"prompts must be a list of prompts, got {_kind(prompts)}; give [prompt] for one")
+    return [*prompts]
+
+
+def _kind(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+# what remembers its calls, so that no two sequences may have the same
+_REMEMBERING = ("logits_processor", "stopping_criteria")
+
+
+def _copied(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for one more prompt."""
+    found = dict(options)
+    for name in _REMEMBERING:
+        if found.get(name):
+            try:
+                found[name] = copy.deepcopy(found[name])
+            except (TypeError, RuntimeError) as error:
+                raise ParameterError(
+                    f"{name} for all prompts must be copyable, since each prompt has its own, but {error}; give each "
+                    "prompt one by `each`"
+                ) from error
+    return found
+
+
+def _raise_faults(handles: Sequence[Handle]) -> None:
+    errors = {place: handle.error for place, handle in enumerate(handles) if handle.error is not None}
+    if errors:
+        first = next(iter(errors))
+        raise BatchError(
+            f"{len(errors)} of {len(handles)} sequences failed, the first of them prompt {first}: {errors[first]}; the "
+            "error has the results of all",
+            errors,
+            [handle.partial for handle in handles],
+        ) from errors[first]

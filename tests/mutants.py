@@ -179,8 +179,8 @@ MUTANTS = (
     ),
     Mutant(
         "a step is recorded after the cache",
-        "    session.sequence.record(report)\n    session.cache.commit([[0, *verdict.path[:num_cached]]])\n",
-        "    session.cache.commit([[0, *verdict.path[:num_cached]]])\n    session.sequence.record(report)\n",
+        "    lane.sequence.record(report)\n    lane.cache.commit([[0, *verdict.path[:num_cached]]])\n",
+        "    lane.cache.commit([[0, *verdict.path[:num_cached]]])\n    lane.sequence.record(report)\n",
         ("tests/test_faults.py::test_interrupt[commit, after]",),
     ),
     Mutant(
@@ -328,20 +328,20 @@ MUTANTS = (
     ),
     Mutant(
         "processors do not see the last token",
-        "text = session.sequence.text_with(before)",
-        "text = session.sequence.text_with(before[:-1])",
+        "text = lane.sequence.text_with(before)",
+        "text = lane.sequence.text_with(before[:-1])",
         (PROCESSORS,),
     ),
     Mutant(
         "processors act on the root only",
-        "scores = session.request.logits_processors(text, own_logits)",
-        "scores = own_logits if before else session.request.logits_processors(text, own_logits)",
+        "scores = lane.request.logits_processors(text, own_logits)",
+        "scores = own_logits if before else lane.request.logits_processors(text, own_logits)",
         (PROCESSORS,),
     ),
     Mutant(
         "a token of a broken step is chosen anew",
-        "choices = session.sequence.pending.choices\n",
-        "choices = session.sequence.pending.choices\n        del choices[len(chosen) :]\n",
+        "choices = lane.sequence.pending.choices\n",
+        "choices = lane.sequence.pending.choices\n        del choices[len(chosen) :]\n",
         ("tests/test_faults.py::test_a_callers_own_processor_or_criterion[criterion]",),
     ),
     Mutant(
@@ -450,8 +450,8 @@ MUTANTS = (
     ),
     Mutant(
         "reports hold their session",
-        "verdict, measure=session.measure_costs",
-        "verdict, measure=lambda: session.measure_costs()",
+        "verdict, measure=lane.measure_costs",
+        "verdict, measure=lambda: lane.measure_costs()",
         ("tests/test_session.py::test_a_session_goes_without_the_garbage_collector",),
     ),
     Mutant(

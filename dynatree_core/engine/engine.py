@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,17 +22,21 @@ from dynatree_core.cost_model import CostModel
 from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
 from dynatree_core.drafters.build import as_drafter
+from dynatree_core.engine.handle import Event, Handle
 from dynatree_core.engine.row_probe import refuse_dependent_rows
+from dynatree_core.engine.scheduler import Load, Scheduler
 from dynatree_core.errors import DrafterError, ForwardPassError, OutOfMemoryError, ParameterError
 from dynatree_core.models.architectures import vocab_size
 from dynatree_core.models.kept import kept_of
 from dynatree_core.models.state import can_infer
 from dynatree_core.models.wrappers import plain_model
 from dynatree_core.plugins.foreign import others_code, raised
+from dynatree_core.request.arguments import checked_count
 from dynatree_core.request.request import Options, Request
 from dynatree_core.runners.base import Runner
 from dynatree_core.runners.choice import drafters_runner, made_runner
 from dynatree_core.runners.passes import Passes
+from dynatree_core.tree.verdict import StepReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,9 +62,10 @@ class _Lease:
 class Engine:
     """What computes generations: models, runners, cache memory, measured costs and kept prefixes.
 
-    One engine serves one generation after another (`Session.on`). What it has made for one, such as the memory of a
-    cache, is there for the next. It looks at its models once; tell it by `refresh` when one was changed. `generate`,
-    `stream` and `Session` make an engine for each call, and so see every change.
+    One engine serves one generation after another (`Session.on`), or many at once (`submit` and `step`). What it has
+    made for one, such as the memory of a cache, is there for the next. It looks at its models once; tell it by
+    `refresh` when one was changed. `generate`, `stream` and `Session` make an engine for each call, and so see every
+    change.
 
     Args:
         target: a transformers causal language model in eval mode.
@@ -70,6 +76,8 @@ class Engine:
         trust_model: whether to take a target with code of somebody's own as it is.
         costs: what iterations take; None: it is measured where a policy asks.
         now: seconds since any moment, for the times in reports; None: the host's clock.
+        max_sequences: sequences that run at once.
+        max_waiting: requests that may wait for a place among them.
 
     Raises:
         InputError: a model or an argument that cannot be used.
@@ -86,9 +94,15 @@ class Engine:
         trust_model: bool = False,
         costs: CostModel | None = None,
         now: Callable[[], float] | None = None,
+        max_sequences: int = 8,
+        max_waiting: int = 1024,
     ) -> None:
         if not isinstance(prefix_cache, PrefixCache | None):
             raise ParameterError(f"prefix_cache must be a PrefixCache, got {prefix_cache!r:.60}")
+        self._scheduler = Scheduler(
+            checked_count("max_sequences", max_sequences, 1), checked_count("max_waiting", max_waiting, 0)
+        )
+        self._given: weakref.WeakSet[Request] = weakref.WeakSet()  # requests that were submitted, here or elsewhere
         self.caller = target  # as the caller knows it, such as PEFT's wrapper
         self.target = plain_model(target, "target", is_trusted=trust_model)
         self.device: torch.device = self.target.device  # type: ignore[assignment]
@@ -156,6 +170,78 @@ class Engine:
             other_options=ENGINE_OPTIONS,
         )
 
+    # many sequences at once; docs/batches.md says what works there
+
+    def submit(
+        self,
+        input_ids: Request | Tensor | Sequence[int] | Mapping[str, Tensor],
+        *,
+        on_report: Callable[[Handle, StepReport], object] | None = None,
+        **options: Any,
+    ) -> Handle:
+        """Have one more sequence generated, beside those that run. It is computed by `step`.
+
+        May be called from any thread.
+
+        Args:
+            input_ids: the prompt, or a request that `request` has made.
+            on_report: called by `step` after each iteration of this sequence, with its handle and the report. What it
+                raises ends the sequence.
+            options: those of `dynatree_core.generate` that are not the engine's own. With `do_sample=True` and no seed
+                the sequence gets one, drawn from torch's global generator.
+
+        Raises:
+            InputError: something that cannot be used; nothing was run.
+            QueueFullError: as many as may are waiting.
+        """
+        if isinstance(input_ids, Request):
+            if options:
+                raise ParameterError(
+                    f"a request says everything already, got {', '.join(options)} beside it; give them to "
+                    "Engine.request"
+                )
+            request = input_ids
+        else:
+            request = self.request(input_ids, **options)
+        self.admit()
+        with self._lock:
+            if request in self._given:
+                raise ParameterError(
+                    "a request is good for one sequence, since its policies and processors remember calls, got one "
+                    "that was submitted before; make another by Engine.request"
+                )
+            self._given.add(request)
+        if request.do_sample and request.seed is None:  # torch's generator cannot be everybody's at once
+            request = attrs.evolve(request, seed=int(torch.randint(2**62, ()).item()))
+        return self._scheduler.submit(self, request, on_report)
+
+    def step(self) -> list[Event]:
+        """One iteration of all sequences that run; before it, waiting ones start, and part of a prompt is filled in.
+
+        May be called from any thread, by one after the other. What goes wrong with one sequence ends that one, and its
+        handle has the error.
+
+        Returns:
+            What has happened; nothing where there is nothing to do.
+        """
+        return self._scheduler.step(self)
+
+    def cancel(self, handle: Handle) -> None:
+        """End a sequence and free its memory: at once where no step is being made, else at the end of that step.
+
+        May be called from any thread, also for one that is done. `handle.result()` is what there is by then.
+        """
+        self._scheduler.cancel(self, handle)
+
+    @property
+    def load(self) -> Load:
+        """How many sequences wait and run."""
+        return self._scheduler.load
+
+    def now(self) -> float:
+        """Seconds on the clock of reports and handles."""
+        return (self._now or time.perf_counter)()
+
     def without_gradients(self) -> AbstractContextManager[None]:
         """A context for passes: torch's inference mode, where the models' weights can be used in it."""
         return torch.inference_mode() if all(self._can_infer.values()) else torch.no_grad()
@@ -214,6 +300,13 @@ class Engine:
             lease.owner = weakref.ref(owner)
         lease.cache.truncate(0)
         return lease.cache
+
+    def take_back(self, cache: KeyValueCache) -> None:
+        """A generation needs the memory of its cache no more."""
+        with self._lock:
+            for lease in self._leases:
+                if lease.cache is cache:
+                    lease.owner = lambda: None
 
     def new_prefix(self, request: Request, cache: KeyValueCache) -> PrefixReuse | None:
         """The use that one generation makes of the prefix cache; None where its rows are not those of others."""

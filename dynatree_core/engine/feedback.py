@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import attrs
 
-from dynatree_core.engine.session import Session
+from dynatree_core.engine.lane import Lane
 from dynatree_core.tree.verdict import StepReport
 
 __all__ = ["feedback"]
 
 
-def feedback(session: Session, report: StepReport) -> StepReport:
+def feedback(lane: Lane, report: StepReport) -> StepReport:
     """Call the policies' `on_iteration_end`. The step is committed and counted already, should one of them fail.
 
     The verdict was read from the device, so the host's clock has seen all of the step's passes.
     """
-    report = attrs.evolve(report, seconds=session.clock.since("decode"))
-    session.sequence.replace_last_report(report)
-    session.stack.on_iteration_end(report)
+    report = attrs.evolve(report, seconds=lane.clock.since("decode"))
+    lane.sequence.replace_last_report(report)
+    lane.stack.on_iteration_end(report)
     return report

@@ -6,23 +6,23 @@ probability only falls with depth, so a node below τ has no descendant above it
 
 from __future__ import annotations
 
+from dynatree_core.engine.lane import Lane
 from dynatree_core.engine.observer import Pruning
-from dynatree_core.engine.session import Session
 from dynatree_core.policy.stack import Decision
 from dynatree_core.tree.token_tree import TokenTree
 
 __all__ = ["prune"]
 
 
-def prune(session: Session, tree: TokenTree) -> TokenTree:
+def prune(lane: Lane, tree: TokenTree) -> TokenTree:
     """The tree without the nodes to which a policy objects; the same tree when none has an opinion.
 
     With exact="fixed_width" it is the first chain of what is left, whose node at depth d stands in row d.
     """
-    keep = session.stack.keep_nodes(tree) if tree.num_drafted else Decision(None, {})
+    keep = lane.stack.keep_nodes(tree) if tree.num_drafted else Decision(None, {})
     kept = tree if keep.value is None else tree.subtree(tree.close_under_ancestors(keep.value))
-    if session.request.is_fixed_width and kept.num_drafted:
+    if lane.request.is_fixed_width and kept.num_drafted:
         kept = kept.first_chain()
-    if session.observer is not None:
-        session.observer.tell(Pruning(session.num_iterations, tree, keep, kept))
+    if lane.observer is not None:
+        lane.observer.tell(Pruning(lane.num_iterations, tree, keep, kept))
     return kept

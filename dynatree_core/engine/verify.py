@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dynatree_core.engine.lane import Lane
 from dynatree_core.engine.observer import Verification
-from dynatree_core.engine.session import Session
 from dynatree_core.errors import NonFiniteLogitsError
 from dynatree_core.tree.token_tree import TokenTree
 from dynatree_core.tree.verdict import Verdict
@@ -14,7 +14,7 @@ from dynatree_core.tree.verdict import Verdict
 __all__ = ["follow", "longest_match", "verify"]
 
 
-def verify(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
+def verify(lane: Lane, tree: TokenTree, logits: Tensor) -> Verdict:
     """The path that the target follows in the tree, with its tokens, up to where the generation stops.
 
     Args:
@@ -25,17 +25,17 @@ def verify(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
     Raises:
         NonFiniteLogitsError: a logit on the path is NaN.
     """
-    if session.request.logits_processors or session.sampler is not None:
-        verdict = follow(session, tree, logits)
+    if lane.request.logits_processors or lane.sampler is not None:
+        verdict = follow(lane, tree, logits)
     else:
-        verdict = _until_stop(session, longest_match(tree, logits))
-    if session.observer is not None:
-        wanted = logits if session.observer.wants_logits else None
-        session.observer.tell(Verification(session.num_iterations, tree, verdict, wanted))
+        verdict = _until_stop(lane, longest_match(tree, logits))
+    if lane.observer is not None:
+        wanted = logits if lane.observer.wants_logits else None
+        lane.observer.tell(Verification(lane.num_iterations, tree, verdict, wanted))
     return verdict
 
 
-def follow(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
+def follow(lane: Lane, tree: TokenTree, logits: Tensor) -> Verdict:
     """Walk down from the root, choosing a token at each node as generate() would, while a child carries it.
 
     Logits processors see each node with its own path, and are called for each emitted token once, in order, with one
@@ -48,39 +48,39 @@ def follow(session: Session, tree: TokenTree, logits: Tensor) -> Verdict:
     chosen: list[int] = []
     node = 0
     while True:
-        choices = session.sequence.pending.choices
+        choices = lane.sequence.pending.choices
         if len(chosen) == len(choices):
-            choices.append(_choose(session, chosen, logits[node : node + 1]))
+            choices.append(_choose(lane, chosen, logits[node : node + 1]))
         chosen.append(choices[len(chosen)])
         child = children.get((node, chosen[-1]))
         if child is not None:
             path.append(child)
-        reason = session.sequence.reason_to_stop(chosen)
+        reason = lane.sequence.reason_to_stop(chosen)
         if child is None or reason is not None:
             return Verdict(tuple(path), tuple(draft_index[i] for i in path), tuple(chosen), reason)
         node = child
 
 
-def _choose(session: Session, before: list[int], logits: Tensor) -> int:
+def _choose(lane: Lane, before: list[int], logits: Tensor) -> int:
     """The token behind these new ones, by the target's logits [1, vocab] there, processors, and chance where asked."""
     own_logits = logits.to(torch.float32, copy=True)  # a processor may write into it
-    text = session.sequence.text_with(before)  # [1, tokens]
-    scores = session.request.logits_processors(text, own_logits)  # type: ignore[arg-type]  # transformers says LongTensor
+    text = lane.sequence.text_with(before)  # [1, tokens]
+    scores = lane.request.logits_processors(text, own_logits)  # type: ignore[arg-type]  # transformers says LongTensor
     top_score, token = scores.max(dim=-1)
     # where nothing is possible, or something infinitely likely, there is no law to draw from
-    is_broken = top_score.isnan() if session.sampler is None else ~top_score.isfinite()
+    is_broken = top_score.isnan() if lane.sampler is None else ~top_score.isfinite()
     is_nan, best = torch.cat([is_broken.long(), token]).tolist()
     _check_number(bool(is_nan))
-    if session.sampler is None:
+    if lane.sampler is None:
         return int(best)
-    session.sequence.pending.draws[len(before) :] = [session.sampler.state()]
-    return int(session.sampler.draw(scores))
+    lane.sequence.pending.draws[len(before) :] = [lane.sampler.state()]
+    return int(lane.sampler.draw(scores))
 
 
-def _until_stop(session: Session, verdict: Verdict) -> Verdict:
+def _until_stop(lane: Lane, verdict: Verdict) -> Verdict:
     """The verdict, cut after the first token at which the generation stops."""
     for end in range(1, len(verdict.token_ids) + 1):
-        reason = session.sequence.reason_to_stop(verdict.token_ids[:end])
+        reason = lane.sequence.reason_to_stop(verdict.token_ids[:end])
         if reason is not None:
             return Verdict(verdict.path[:end], verdict.draft_path[:end], verdict.token_ids[:end], reason)
     return verdict

@@ -20,6 +20,7 @@ from dynatree_core.request.limits import Limits
 from dynatree_core.request.refused import refused_settings
 
 __all__ = [
+    "checked_count",
     "checked_list",
     "checked_positions",
     "checked_prompt",
@@ -168,7 +169,7 @@ def checked_seed(seed: int | None) -> int | None:
         ParameterError: neither None nor an integer of at least 0.
     """
     if seed is not None:
-        seed = _count("seed", seed, 0)
+        seed = checked_count("seed", seed, 0)
         if seed >= 2**63:
             raise ParameterError(f"seed must be below 2**63, got {seed}")
     return seed
@@ -240,7 +241,7 @@ def new_token_limit(
             "give one of them"
         )
     if max_length is not None:
-        max_length = _count("max_length", max_length, 0)
+        max_length = checked_count("max_length", max_length, 0)
         if max_length < num_prompt:
             raise ParameterError(
                 f"max_length counts the prompt too, so it must be at least {num_prompt}, got {max_length}; raise it, "
@@ -249,7 +250,7 @@ def new_token_limit(
         max_new_tokens = max_length - num_prompt
     elif max_new_tokens is None:
         max_new_tokens = DEFAULT_MAX_NEW_TOKENS
-    max_new_tokens = _count("max_new_tokens", max_new_tokens, 0)
+    max_new_tokens = checked_count("max_new_tokens", max_new_tokens, 0)
     if limit is not None and num_positions + max_new_tokens > limit:
         raise ContextLimitError(
             f"prompt and new tokens must fit the target's context of {limit} tokens, got {num_positions} + "
@@ -358,7 +359,7 @@ def fixed_width(exact: str | None, max_nodes: int | None) -> tuple[int, int | No
     if exact != "fixed_width":
         raise ParameterError(f"exact must be None or 'fixed_width', got {exact!r}")
     if max_nodes is not None:
-        max_nodes = _count("max_nodes", max_nodes, 0)
+        max_nodes = checked_count("max_nodes", max_nodes, 0)
     num_rows = DEFAULT_FIXED_ROWS if max_nodes is None else max_nodes + 1
     return num_rows, num_rows - 1
 
@@ -376,10 +377,10 @@ def resolved_limits(
     A policy asks by having a parameter called `max_depth`, `max_nodes` or `tau`.
     """
     if max_depth is not None:
-        max_depth = _count("max_depth", max_depth, 0)
+        max_depth = checked_count("max_depth", max_depth, 0)
     if max_nodes is not None:
-        max_nodes = _count("max_nodes", max_nodes, 0)
-    max_branch = _count("max_branch", max_branch, 1)
+        max_nodes = checked_count("max_nodes", max_nodes, 0)
+    max_branch = checked_count("max_branch", max_branch, 1)
     tau = as_python(tau)
     if tau is not None and (isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 <= tau <= 1):
         raise ParameterError(f"tau must be a probability from 0 to 1, got {tau!r}")
@@ -409,7 +410,7 @@ def _asked(stack: PolicyStack, name: str, given: float | None) -> list[Any]:
     return values
 
 
-def _count(name: str, value: object, minimum: int) -> int:
+def checked_count(name: str, value: object, minimum: int) -> int:
     """An integer, whoever's."""
     number = as_python(value)
     if isinstance(number, bool) or not isinstance(number, int) or number < minimum:

@@ -75,6 +75,11 @@ class Passes:
 
         With another stage than `PREFILL` it is no prompt, and nobody is told how far it is.
         """
+        for _ in self.prefill_chunks(token_ids, cache, stage=stage):
+            pass
+
+    def prefill_chunks(self, token_ids: Tensor, cache: KeyValueCache, *, stage: str = PREFILL) -> Iterator[int]:
+        """Likewise, each chunk when the next one is asked for: other passes may run between. Yields its rows."""
         num_rows = cache.length + token_ids.numel()
         while token_ids.numel() > 0:
             chunk_len = min(PREFILL_CHUNK, cache.max_places)
@@ -83,6 +88,7 @@ class Passes:
             cache.commit([range(chunk.numel())])
             if self.on_prefill is not None and stage == PREFILL:
                 self.on_prefill(cache.length, num_rows)
+            yield chunk.numel()
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -1,0 +1,330 @@
+"""A lane: a sequence's place in an engine, which is what the stages of a decode step work on."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from dynatree_core.drafters.base import DraftState
+from dynatree_core.engine.metrics import summarise
+from dynatree_core.engine.observer import Fault, Watch, observers_of
+from dynatree_core.engine.sequence import Sequence
+from dynatree_core.errors import DrafterError, DynaTreeError, InputError
+from dynatree_core.plugins.foreign import others_code
+from dynatree_core.policy.stack import PolicyStack
+from dynatree_core.report import GenerationResult, StepStats
+from dynatree_core.request.limits import Limits
+from dynatree_core.request.request import Request
+from dynatree_core.request.sampling import Sampler
+from dynatree_core.runners.passes import is_out_of_memory
+from dynatree_core.tree.frontier import Proposals
+from dynatree_core.tree.token_tree import TokenTree
+from dynatree_core.tree.verdict import StepReport
+
+if TYPE_CHECKING:
+    from dynatree_core.engine.engine import Engine
+
+__all__ = ["Lane", "timed", "unstarted_result", "without_tracking"]
+
+Result = TypeVar("Result")
+
+
+class Lane:
+    """A sequence's place in an engine: the caches and the passes that it has, and who watches.
+
+    Args:
+        engine: whose models compute it.
+        request: what is asked.
+
+    Raises:
+        InputError: the drafter cannot serve the request.
+    """
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        engine.admit()
+        self.engine = engine
+        self.sequence = Sequence(request, engine.device)
+        self._callers_errors: list[BaseException] = []  # raised by what the caller has given, so nobody else's fault
+        on_prefill = request.on_prefill and _noting(request.on_prefill, self._callers_errors)
+        self.clock = engine.new_clock()
+        observers = observers_of(request.observer)
+        self.observer = Watch(observers, self.clock) if observers else None  # None costs nothing
+        self.target = engine.new_passes(request, self.clock, on_prefill)
+        self.cache = engine.new_cache(request, self)
+        # of every verification pass at least, so that all passes round alike
+        self.pass_shape = (
+            {"min_rows": request.pass_rows, "min_slots": self.cache.capacity} if request.is_fixed_width else {}
+        )
+        self.prefix = engine.new_prefix(request, self.cache)
+        self.num_reused_tokens = 0  # of the prompt, whose rows came from the prefix cache
+        # reports and frontiers keep it, so it must not hold the session
+        self.measure_costs = functools.partial(engine.costs, request.is_fixed_width, self.clock)
+        try:
+            with self.blame_drafter(InputError):
+                self.sequence.draft_state = engine.start_drafter(request, self.clock, self.prefix, on_prefill)
+        except DrafterError as error:
+            self.fall_back(error)
+
+    # what the stages read of the sequence
+
+    @property
+    def request(self) -> Request:
+        """What was asked."""
+        return self.sequence.request
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.engine.vocab_size
+
+    @property
+    def drafter_name(self) -> str | None:
+        return self.engine.drafter_name
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt without its padding."""
+        return list(self.request.prompt_ids)
+
+    @property
+    def num_padding(self) -> int:
+        return self.request.num_padding
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.request.max_new_tokens
+
+    @property
+    def stack(self) -> PolicyStack:
+        return self.sequence.stack
+
+    @property
+    def draft_state(self) -> DraftState | None:
+        return self.sequence.draft_state
+
+    @property
+    def limits(self) -> Limits:
+        return self.sequence.limits
+
+    @property
+    def logits_processors(self) -> LogitsProcessorList:
+        return self.request.logits_processors
+
+    @property
+    def sampler(self) -> Sampler | None:
+        """None: greedy."""
+        return self.sequence.sampler
+
+    @property
+    def new_token_ids(self) -> list[int]:
+        """The new tokens, a copy."""
+        return self.sequence.new_token_ids
+
+    @property
+    def steps(self) -> list[StepStats]:
+        return self.sequence.steps
+
+    @property
+    def last_report(self) -> StepReport | None:
+        return self.sequence.last_report
+
+    @property
+    def committed_ids(self) -> Tensor:
+        """[committed] int64 on the device: prompt and new tokens."""
+        return self.sequence.committed_ids
+
+    @property
+    def num_iterations(self) -> int:
+        """Decode steps done."""
+        return self.sequence.num_steps
+
+    @property
+    def stop_reason(self) -> str | None:
+        """ "eos", "length", "stop_string", "time", "criterion", or None while there is more to come."""
+        return self.sequence.stop_reason
+
+    @property
+    def text(self) -> Tensor:
+        """[1, tokens] int64 on the device: what generate() would return, a copy."""
+        return self.sequence.text
+
+    @property
+    def depth_limit(self) -> int:
+        """How deep the next tree may be.
+
+        A step commits one token more than the depth, so the end clips it, and so does a point that no pass may cross
+        in a cache that moves.
+        """
+        if self.draft_state is None:
+            return 0
+        return min(self.sequence.limits.max_depth, self.sequence.num_tokens_left - 1, self.cache.max_places - 1)
+
+    def propose(self, tree: TokenTree) -> Proposals:
+        """The drafter's proposals for the tree's last level, in the shape that the contract asks for.
+
+        Raises:
+            DrafterError: naming the drafter and the fault.
+        """
+        assert self.draft_state is not None, "a lane without a drafter never asks for proposals"
+        with self.clock.measure("draft"), self.blame_drafter():
+            proposals = self.draft_state.propose(self.committed_ids, tree, self.sequence.limits.max_branch)
+        shape = (tree.level_sizes[-1], self.sequence.limits.max_branch)
+        is_sound = isinstance(proposals, Proposals) and (
+            proposals.token_ids.shape == proposals.logprobs.shape == shape
+            and proposals.token_ids.dtype == torch.int64
+            and proposals.logprobs.dtype == torch.float32
+        )
+        if not is_sound:
+            raise DrafterError(
+                f"drafter '{self.drafter_name}' must propose int64 token_ids and float32 logprobs of shape "
+                f"{list(shape)}, got {proposals}"
+            )
+        return proposals
+
+    def reuse_prefix(self) -> None:
+        """Copy what the prefix cache knows of the prompt into the target's cache, which is filled from the start."""
+        if self.prefix is not None:
+            self.num_reused_tokens += self.prefix.fill(self.cache, self.committed_ids[:-1])
+
+    def keep_prefix(self) -> None:
+        """Leave the rows of all committed tokens in the prefix cache, where there is memory for it.
+
+        To be called at any time; `run` calls it whenever it ends. Committed rows are right however a step ended.
+        """
+        if self.prefix is None:
+            return
+        try:
+            self.prefix.keep(self.committed_ids)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+
+    def without_gradients(self) -> AbstractContextManager[None]:
+        """A context for the lane's passes: torch's inference mode, where the models' weights can be used in it."""
+        return self.engine.without_gradients()
+
+    def rollback(self) -> None:
+        """Forget an iteration that failed; the committed tokens and their cache rows stay."""
+        self.cache.rollback()
+        self.sequence.restore_draws()
+        if self.draft_state is not None:
+            with self.blame_drafter():
+                self.draft_state.rollback()
+
+    def fall_back(self, error: DynaTreeError) -> None:
+        """After an error of a drafter or a policy: decode autoregressively from here on, or raise it, as asked."""
+        if self.request.on_error == "raise" or self.is_observers(error):
+            raise error
+        warnings.warn(f"drafting is off for the rest of this generation: {error}", RuntimeWarning, stacklevel=4)
+        self.cache.rollback()
+        self.sequence.draft_state = None
+        if self.prefix is not None:
+            self.prefix.hold_only(self.cache)  # the drafter may have found no memory
+        self.sequence.stack = self.stack.silenced()
+        self.report_fault(error, "fallback")
+
+    def report_fault(self, error: DynaTreeError, then: str) -> None:
+        """Tell the observers of an error, and what is done about it."""
+        if self.observer is not None and not self.is_observers(error):
+            self.observer.tell(Fault(self.num_iterations, error, then))
+
+    def is_observers(self, error: BaseException) -> bool:
+        """Whether an observer has raised this error, which is nobody else's fault."""
+        return self.observer is not None and self.observer.has_raised(error)
+
+    def blame_drafter(self, *but: type[Exception]) -> AbstractContextManager[None]:
+        """Turn whatever a drafter raises into a DrafterError that names it, but for these and the caller's own."""
+
+        def blame(error: BaseException) -> BaseException:
+            is_callers = any(error is one for one in self._callers_errors)
+            return error if is_callers else self.engine.blamed_on_drafter(error)
+
+        return others_code(blame, DrafterError, *but)
+
+    def release(self) -> None:
+        """Give the cache's memory back to the engine. The lane can do nothing more, but its result stays."""
+        self.engine.take_back(self.cache)
+        self.sequence.draft_state = None
+        self.prefix = None
+
+    def result(self, stop_reason: str | None = None) -> GenerationResult:
+        """What was generated so far; valid between any two steps.
+
+        Args:
+            stop_reason: why the generation ended, where its own tokens do not say so.
+        """
+        reason = stop_reason if stop_reason == "cancelled" else self.stop_reason or stop_reason or "interrupted"
+        report = summarise(
+            policy=str(self.stack),
+            drafter=self.drafter_name,
+            runner=self.target.runner.computed_by,
+            num_prompt_tokens=len(self.request.prompt_ids),
+            num_reused_tokens=self.num_reused_tokens,
+            token_ids=self.new_token_ids,
+            steps=self.steps,
+            clock=self.clock,
+        )
+        return GenerationResult(self.sequence.output_ids, reason, report)
+
+
+def unstarted_result(engine: Engine, request: Request, stop_reason: str) -> GenerationResult:
+    """What there is of a request that has never had a lane."""
+    report = summarise(
+        policy=str(request.stack),
+        drafter=engine.drafter_name,
+        runner=engine.runner,
+        num_prompt_tokens=len(request.prompt_ids),
+        num_reused_tokens=0,
+        token_ids=[],
+        steps=[],
+        clock=engine.new_clock(),
+    )
+    return GenerationResult([], stop_reason, report)
+
+
+def _noting(callback: Callable[[int, int], None], errors: list[BaseException]) -> Callable[[int, int], None]:
+    """The callback, which leaves in the list what it raises."""
+
+    def noted(done: int, total: int) -> None:
+        try:
+            callback(done, total)
+        except BaseException as error:  # an exit too: it is no fault of the drafter
+            errors.append(error)
+            raise
+
+    return noted
+
+
+def without_tracking(function: Callable[[Lane], Result]) -> Callable[[Lane], Result]:
+    """Decorate a function of a lane: its passes are not recorded for gradients."""
+
+    @functools.wraps(function)
+    def untracked(lane: Lane) -> Result:
+        with lane.without_gradients():
+            return function(lane)
+
+    return untracked
+
+
+def timed(stage: str, *, on_device: bool = False) -> Callable[[Callable[[Lane], Result]], Callable[[Lane], Result]]:
+    """Decorate a function of a lane: its time is added to that stage of the lane's clock."""
+
+    def decorate(function: Callable[[Lane], Result]) -> Callable[[Lane], Result]:
+        @functools.wraps(function)
+        def measured(lane: Lane) -> Result:
+            with lane.clock.measure(stage, on_device=on_device):
+                return function(lane)
+
+        return measured
+
+    return decorate

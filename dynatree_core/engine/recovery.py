@@ -1,0 +1,81 @@
+"""Recovery: a step that fails is done again without what has failed, or ends its sequence with what was committed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import attrs
+
+from dynatree_core.engine.decode import decode_step, prefill_chunks
+from dynatree_core.engine.lane import Lane
+from dynatree_core.errors import DrafterError, DynaTreeError, NonFiniteLogitsError, PolicyError
+from dynatree_core.runners.passes import is_out_of_memory, out_of_memory
+from dynatree_core.tree.verdict import StepReport
+
+__all__ = ["ended_by", "filled", "named_lack_of_memory", "step"]
+
+
+def filled(lane: Lane) -> Iterator[int]:
+    """Fill a lane's caches, a chunk each time the next one is asked for; yields its tokens."""
+    try:
+        lane.rollback()  # what a step that was broken off has left behind
+        yield from prefill_chunks(lane)
+        return
+    except DrafterError as error:
+        lane.fall_back(error)
+    yield from prefill_chunks(lane)  # the target's part, if it was not reached
+
+
+def ended_by(lane: Lane, error: Exception) -> Exception:
+    """The error with which a lane's sequence ends: that one, or a lack of memory by its name.
+
+    One of this package has what was committed as its `partial`, and observers are told of it.
+    """
+    error = named_lack_of_memory(error)
+    if isinstance(error, DynaTreeError):
+        error.partial = lane.result("error")
+        lane.report_fault(error, "ended")
+    return error
+
+
+def named_lack_of_memory(error: Exception) -> Exception:
+    """The error itself, or the one of this package where it says that there is no memory left."""
+    if isinstance(error, DynaTreeError) or not is_out_of_memory(error):
+        return error
+    named = out_of_memory("the generation", error)
+    named.__cause__ = error
+    return named
+
+
+def step(lane: Lane) -> StepReport:
+    """One decode step, and what happens when a policy, the drafter or a draft fails in it."""
+    steps_before = lane.num_iterations
+    try:
+        try:
+            return decode_step(lane)
+        except NonFiniteLogitsError as error:
+            if lane.depth_limit == 0 or lane.is_observers(error):
+                raise
+            lane.report_fault(error, "root alone")
+        return _step_without_draft(lane)
+    except (PolicyError, DrafterError) as error:
+        lane.fall_back(error)
+    if lane.num_iterations > steps_before and lane.last_report is not None:
+        return lane.last_report  # it failed after the step was committed
+    return decode_step(lane)
+
+
+def _step_without_draft(lane: Lane) -> StepReport:
+    """The step again, with the root alone.
+
+    A wrong draft may overflow where the target's own text never goes. In an early layer its keys and values are not
+    numbers then, and they are in all rows of the pass, masked or not.
+    """
+    lane.rollback()
+    lane.cache.wipe()
+    sequence, limits = lane.sequence, lane.sequence.limits
+    sequence.limits = attrs.evolve(limits, max_depth=0)
+    try:
+        return decode_step(lane)
+    finally:
+        sequence.limits = limits

@@ -1,0 +1,221 @@
+"""The scheduler: which sequences run, and what each step of an engine does for them.
+
+Sequences wait in the order in which they came. One gets a lane when one is free, has its prompt filled in, chunk by
+chunk between the others' iterations, and then takes part in every iteration until it is done. What fails ends the
+sequence that it belongs to, and no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import attrs
+
+from dynatree_core.engine.handle import Event, Handle
+from dynatree_core.engine.lane import Lane, unstarted_result
+from dynatree_core.engine.recovery import ended_by, filled, named_lack_of_memory, step
+from dynatree_core.errors import ParameterError, QueueFullError
+from dynatree_core.request.request import Request
+from dynatree_core.runners.passes import PREFILL_CHUNK
+from dynatree_core.tree.verdict import StepReport
+
+if TYPE_CHECKING:
+    from dynatree_core.engine.engine import Engine
+
+__all__ = ["Load", "Scheduler"]
+
+
+@attrs.frozen
+class Load:
+    """How busy an engine is."""
+
+    num_waiting: int  # requests without a lane
+    num_running: int  # sequences with one
+    # the longest time between two iterations of one sequence so far, others' prompts and iterations among it
+    longest_pause_seconds: float
+
+
+@attrs.define(eq=False)
+class _Running:
+    """A sequence that has a lane."""
+
+    handle: Handle
+    lane: Lane
+    chunks: Iterator[int] | None  # of its prompt, those that are not filled in yet; None: it takes part in iterations
+    last_iteration_at: float | None = None
+
+
+class Scheduler:
+    """The sequences of one engine. It does not hold the engine, which is given to each call.
+
+    Args:
+        max_sequences: lanes, so sequences that run at once.
+        max_waiting: requests that may wait for one.
+    """
+
+    def __init__(self, max_sequences: int, max_waiting: int) -> None:
+        self.max_sequences = max_sequences
+        self.max_waiting = max_waiting
+        self._waiting: deque[Handle] = deque()
+        self._running: list[_Running] = []
+        self._cancelled: set[Handle] = set()  # to be ended by the next step
+        self._num_submitted = 0
+        self._longest_pause = 0.0
+        self._lock = threading.Lock()  # of what other threads may change: the waiting line and who is cancelled
+        self._stepping = threading.Lock()
+        self._stepper: int | None = None  # the thread that makes a step
+
+    @property
+    def load(self) -> Load:
+        with self._lock:
+            return Load(len(self._waiting), len(self._running), self._longest_pause)
+
+    def submit(
+        self, engine: Engine, request: Request, on_report: Callable[[Handle, StepReport], object] | None
+    ) -> Handle:
+        """Put a request at the end of the waiting line.
+
+        Raises:
+            QueueFullError: the line is full.
+        """
+        with self._lock:
+            num_free = self.max_sequences - len(self._running)
+            if len(self._waiting) >= max(num_free, 0) + self.max_waiting:
+                raise QueueFullError(
+                    f"an engine has room for {self.max_sequences} running and {self.max_waiting} waiting requests, got "
+                    "one more; submit it again when others are done, or give the engine a larger max_waiting"
+                )
+            handle = Handle(engine, request, self._num_submitted, on_report)
+            self._num_submitted += 1
+            self._waiting.append(handle)
+        return handle
+
+    def cancel(self, engine: Engine, handle: Handle) -> None:
+        """End a sequence: at once where no step is being made, else within that step. It may be done already."""
+        with self._lock:
+            if not handle.is_done:
+                self._cancelled.add(handle)
+        if self._stepping.acquire(blocking=False):
+            try:
+                self._drop_cancelled(engine)
+            finally:
+                self._stepping.release()
+
+    def step(self, engine: Engine) -> list[Event]:
+        """One iteration of everybody who can take part; before it, waiting ones start and a chunk is filled in.
+
+        Returns:
+            What has happened, in that order.
+        """
+        if self._stepper == threading.get_ident():
+            raise ParameterError(
+                "a step of an engine cannot be made inside of another one, got a call from a callback of it; ask for "
+                "`handle.new_tokens()` or `handle.partial` there, and for results outside"
+            )
+        with self._stepping:
+            self._stepper = threading.get_ident()
+            try:
+                events = self._drop_cancelled(engine)
+                events += self._start(engine)
+                events += self._fill(engine)
+                events += self._iterate(engine)
+                return events + self._drop_cancelled(engine)
+            finally:
+                self._stepper = None
+
+    def _drop_cancelled(self, engine: Engine) -> list[Event]:
+        with self._lock:
+            cancelled, self._cancelled = self._cancelled, set()
+            waiting = [handle for handle in self._waiting if handle in cancelled]
+            for handle in waiting:
+                self._waiting.remove(handle)
+        for handle in waiting:
+            handle.end(unstarted_result(engine, handle.request, "cancelled"), engine.now())
+        running = [running for running in self._running if running.handle in cancelled]
+        for one in running:
+            self._end(engine, one, "cancelled")
+        return [Event(handle, "cancelled") for handle in (*waiting, *(one.handle for one in running))]
+
+    def _start(self, engine: Engine) -> list[Event]:
+        """Give free lanes to those who have waited longest."""
+        events: list[Event] = []
+        while True:
+            with self._lock:
+                if not self._waiting or len(self._running) >= self.max_sequences:
+                    return events
+                handle = self._waiting.popleft()
+            try:
+                lane = Lane(engine, handle.request)
+            except Exception as error:  # noqa: BLE001  # whatever it is belongs to this sequence
+                handle.end(unstarted_result(engine, handle.request, "error"), engine.now(), named_lack_of_memory(error))
+                events.append(Event(handle, "failed"))
+                continue
+            except BaseException:  # such as Ctrl-C: it is still the first in the line
+                with self._lock:
+                    self._waiting.appendleft(handle)
+                raise
+            handle.start(lane, engine.now())
+            events.append(Event(handle, "started"))
+            one = _Running(handle, lane, filled(lane))
+            with self._lock:
+                self._running.append(one)
+            if lane.stop_reason is not None:  # nothing is asked for
+                self._end(engine, one)
+                events.append(Event(handle, "stopped"))
+
+    def _fill(self, engine: Engine) -> list[Event]:
+        """Fill in prompts, in the order of their arrival: one chunk, or several that are as short together."""
+        events: list[Event] = []
+        num_left = PREFILL_CHUNK
+        for one in [one for one in self._running if one.chunks is not None]:
+            while one.chunks is not None and num_left > 0:
+                with self._own_faults(engine, one, events):
+                    num_tokens = next(one.chunks, None)
+                    if num_tokens is None:
+                        one.chunks = None
+                    else:
+                        num_left -= num_tokens
+                        events.append(Event(one.handle, "prefilled", num_tokens=num_tokens))
+        return events
+
+    def _iterate(self, engine: Engine) -> list[Event]:
+        events: list[Event] = []
+        for one in [one for one in self._running if one.chunks is None]:
+            with self._own_faults(engine, one, events):
+                report = step(one.lane)
+                now = engine.now()
+                if one.last_iteration_at is not None:
+                    self._longest_pause = max(self._longest_pause, now - one.last_iteration_at)
+                one.last_iteration_at = now
+                events.append(Event(one.handle, "tokens", report, len(report.token_ids)))
+                one.handle.hear(report, now)
+                if one.lane.stop_reason is not None:
+                    self._end(engine, one)
+                    events.append(Event(one.handle, "stopped"))
+        return events
+
+    @contextlib.contextmanager
+    def _own_faults(self, engine: Engine, one: _Running, events: list[Event]) -> Iterator[None]:
+        """What the block raises ends this sequence; what is not meant for it, such as Ctrl-C, leaves it as it was."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  # whatever it is belongs to this sequence
+            self._end(engine, one, "error", ended_by(one.lane, error))
+            events.append(Event(one.handle, "failed"))
+        except BaseException:
+            one.chunks = filled(one.lane)  # its caches may lack rows now
+            raise
+
+    def _end(
+        self, engine: Engine, one: _Running, reason: str | None = None, error: BaseException | None = None
+    ) -> None:
+        one.lane.keep_prefix()
+        result = one.lane.result(reason)
+        one.lane.release()
+        with self._lock:
+            self._running.remove(one)
+        one.handle.end(result, engine.now(), error)

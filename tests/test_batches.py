@@ -1,0 +1,359 @@
+"""Many sequences at once: each output is that of the sequence alone, and what goes wrong stays with its sequence."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LogitsProcessor, StoppingCriteria
+
+from dynatree_core import Engine, generate, generate_batch, hookimpl, stream_batch
+from dynatree_core.errors import BatchError, ContextLimitError, ParameterError, PolicyError, PromptError, QueueFullError
+from dynatree_core.testing import strategies as ours
+from dynatree_core.testing.models import greedy, perturbed, reference, tiny_model
+
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3], [2]]
+
+
+def run_dry(engine: Engine) -> None:
+    while engine.load.num_running or engine.load.num_waiting:
+        engine.step()
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone():
+    target, drafter = tiny_model("llama"), perturbed("llama")
+    results = generate_batch(target, drafter, PROMPTS, max_new_tokens=12, eos_token_id=[])
+    assert [result.token_ids for result in results] == [greedy(target, prompt, 12) for prompt in PROMPTS]
+    assert {result.stop_reason for result in results} == {"length"}
+
+
+def test_each_prompt_may_have_options_of_its_own():
+    target = tiny_model("llama")
+    each = [{"max_new_tokens": 3}, {"policy": "fixed"}, {"do_sample": True, "seed": 5}, {"repetition_penalty": 1.5}]
+    results = generate_batch(target, "prompt_lookup", PROMPTS, each=each, max_new_tokens=9, eos_token_id=[])
+    assert [result.token_ids for result in results] == [
+        reference(target, PROMPTS[0], 3),
+        reference(target, PROMPTS[1], 9),
+        reference(target, PROMPTS[2], 9, do_sample=True, seed=5),
+        reference(target, PROMPTS[3], 9, repetition_penalty=1.5),
+    ]
+
+
+def test_a_tokenizers_padded_prompts_are_taken_as_they_are():
+    target = tiny_model("llama")
+    padded = {
+        "input_ids": torch.tensor([[0, 0, 9, 2, 6], [3, 1, 4, 1, 5]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
+    }
+    results = generate_batch(target, None, padded, max_new_tokens=6, eos_token_id=[])
+    assert [result.token_ids for result in results] == [greedy(target, prompt, 6) for prompt in ([9, 2, 6], PROMPTS[0])]
+
+
+def test_a_stream_of_a_batch_tells_whose_tokens_they_are():
+    target = tiny_model("llama")
+    texts: dict[int, list[int]] = {place: [] for place in range(len(PROMPTS))}
+    order = []
+    for place, report in stream_batch(target, perturbed("llama"), PROMPTS, max_new_tokens=10, eos_token_id=[]):
+        texts[place] += report.token_ids
+        order.append(place)
+    assert list(texts.values()) == [greedy(target, prompt, 10) for prompt in PROMPTS]
+    assert order[: len(PROMPTS)] == [0, 1, 2, 3], "all take part in each iteration"
+
+
+def test_no_prompts_give_no_results():
+    assert generate_batch(tiny_model("llama"), None, []) == []
+    assert list(stream_batch(tiny_model("llama"), None, [])) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "message"),
+    [
+        ([[1], []], {}, PromptError, "prompt 1: "),
+        ([[1]], {"each": []}, ParameterError, "a mapping of options for each of the 1 prompts, got 0"),
+        ([[1]], {"each": [{"runner": "eager"}]}, ParameterError, "prompt 0: runner must be the same for all"),
+        ([[1]], {"max_sequences": 0}, ParameterError, "max_sequences must be an integer of at least 1"),
+        ("text", {}, PromptError, "prompts must be a list of prompts, got a str"),
+        ({"input_ids": [[1]]}, {}, PromptError, "input_ids \\[prompts, tokens\\], got a list"),
+        ([[1], [1] * 200], {}, ContextLimitError, "prompt 1: "),
+    ],
+)
+def test_batches_that_cannot_be_used_are_refused_before_anything_runs(prompts, options, error, message, monkeypatch):
+    monkeypatch.setattr(Engine, "step", pytest.fail)
+    with pytest.raises(error, match=message):
+        generate_batch(tiny_model("llama"), None, prompts, **options)
+
+
+def test_requests_wait_in_their_order_and_the_line_has_an_end():
+    engine = Engine(tiny_model("llama"), max_sequences=2, max_waiting=1)
+    handles = [engine.submit(PROMPTS[0], max_new_tokens=4) for _ in range(3)]
+    with pytest.raises(QueueFullError, match="room for 2 running and 1 waiting"):
+        engine.submit(PROMPTS[0])
+    assert [handle.status for handle in handles] == ["waiting"] * 3
+    engine.step()
+    assert [handle.status for handle in handles] == ["running", "running", "waiting"]
+    assert (engine.load.num_running, engine.load.num_waiting) == (2, 1)
+    run_dry(engine)
+    assert [handle.status for handle in handles] == ["stopped"] * 3
+    assert handles[2].started_at >= handles[0].ended_at
+    assert engine.step() == []
+
+
+def test_a_handle_says_when_what_came():
+    ticks = iter(range(10**6))
+    engine = Engine(tiny_model("llama"), "prompt_lookup", now=lambda: float(next(ticks)))
+    heard = []
+    handle = engine.submit(PROMPTS[0], max_new_tokens=5, eos_token_id=[], on_report=lambda *of: heard.append(of))
+    assert (handle.stop_reason, handle.num_tokens, handle.first_token_at, handle.is_done) == (None, 0, None, False)
+    assert handle.partial.token_ids == []
+    kinds = [event.kind for event in engine.step()]
+    assert kinds == ["started", "prefilled", "tokens"]
+    taken = handle.new_tokens()
+    assert taken == handle.token_ids == handle.partial.token_ids
+    assert handle.new_tokens() == []
+    result = handle.result()
+    assert taken + handle.new_tokens() == result.token_ids == greedy(engine.target, PROMPTS[0], 5)
+    assert handle.submitted_at < handle.started_at < handle.first_token_at <= handle.token_times[-1] < handle.ended_at
+    assert len(handle.token_times) == 5
+    assert [of[0] for of in heard] == [handle] * len(heard)
+    assert [token for _, report in heard for token in report.token_ids] == result.token_ids
+
+
+def test_reports_of_a_handle_have_the_engine_go_on():
+    engine = Engine(tiny_model("llama"), "prompt_lookup")
+    beside = engine.submit(PROMPTS[1], max_new_tokens=40, eos_token_id=[])
+    handle = engine.submit(PROMPTS[0], max_new_tokens=9, eos_token_id=[])
+    tokens = [token for report in handle.reports() for token in report.token_ids]
+    assert tokens == greedy(engine.target, PROMPTS[0], 9)
+    assert not beside.is_done
+    assert beside.num_tokens > 0
+
+
+def test_a_cancelled_sequence_is_gone_and_the_others_do_not_notice():
+    engine = Engine(tiny_model("llama"), "prompt_lookup", max_sequences=2)
+    running, other, waiting = (engine.submit(prompt, max_new_tokens=9, eos_token_id=[]) for prompt in PROMPTS[:3])
+    engine.step()
+    lane = running._lane
+    engine.cancel(running)
+    engine.cancel(waiting)
+    assert (running.status, waiting.status, engine.load.num_running) == ("cancelled", "cancelled", 1)
+    assert running.result().stop_reason == waiting.result().stop_reason == "cancelled"
+    assert running.result().token_ids == greedy(engine.target, PROMPTS[0], 9)[: running.num_tokens]
+    assert waiting.result().token_ids == []
+    last = engine.submit(PROMPTS[3], max_new_tokens=9, eos_token_id=[])
+    engine.step()
+    assert last._lane.cache is lane.cache, "its memory is there for the next one"
+    run_dry(engine)
+    assert other.result().token_ids == greedy(engine.target, PROMPTS[1], 9)
+    assert last.result().token_ids == greedy(engine.target, PROMPTS[3], 9)
+    engine.cancel(other)
+    assert other.status == "stopped"
+
+
+def test_a_callback_may_cancel_but_not_make_a_step():
+    engine = Engine(tiny_model("llama"), max_sequences=2)
+    handle = engine.submit(PROMPTS[0], on_report=lambda handle, _: engine.cancel(handle))
+    impatient = engine.submit(PROMPTS[1], on_report=lambda handle, _: handle.result())
+    events = engine.step()
+    assert [(event.handle.number, event.kind) for event in events][-3:] == [
+        (1, "tokens"),
+        (1, "failed"),
+        (0, "cancelled"),
+    ]
+    assert handle.result().num_tokens == 1 if hasattr(handle.result(), "num_tokens") else handle.num_tokens == 1
+    with pytest.raises(ParameterError, match="cannot be made inside of another one"):
+        impatient.result()
+
+
+class Raising:
+    """A policy, a processor, a criterion and a callback that fail at their third call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def fail(self) -> None:
+        self.calls += 1
+        if self.calls == 3:
+            raise ZeroDivisionError("third call")
+
+
+class RaisingPolicy(Raising):
+    @hookimpl
+    def branch_factor(self, frontier: object) -> int:
+        self.fail()
+        return 1
+
+
+class RaisingProcessor(Raising, LogitsProcessor):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.fail()
+        return scores
+
+
+class RaisingCriterion(Raising, StoppingCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        self.fail()
+        return torch.tensor([False])
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"policy": RaisingPolicy()}, PolicyError),
+        ({"logits_processor": [RaisingProcessor()]}, ZeroDivisionError),
+        ({"stopping_criteria": [RaisingCriterion()]}, ZeroDivisionError),
+        ({"on_prefill": lambda *_: 1 / 0}, ZeroDivisionError),
+    ],
+)
+def test_what_fails_ends_its_own_sequence_only(options, error):
+    target = tiny_model("llama")
+    each = [{}, options, {}, {}]
+    with pytest.raises(BatchError, match="1 of 4 sequences failed, the first of them prompt 1") as caught:
+        generate_batch(target, perturbed("llama"), PROMPTS, each=each, max_new_tokens=12, eos_token_id=[])
+    assert {place: type(fault) for place, fault in caught.value.errors.items()} == {1: error}
+    for place, (prompt, result) in enumerate(zip(PROMPTS, caught.value.results, strict=True)):
+        expected = greedy(target, prompt, 12)
+        assert result.token_ids == (expected[: len(result.token_ids)] if place == 1 else expected)
+        assert result.stop_reason == ("error" if place == 1 else "length")
+
+
+def test_processors_for_all_prompts_are_copied_for_each():
+    class EveryOther(LogitsProcessor):
+        """Wants token 7 at every other call."""
+
+        calls = 0
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            scores[:, 7] += 1000.0 * (self.calls % 2)
+            return scores
+
+    options = {"max_new_tokens": 8, "eos_token_id": []}
+    target, given_to_all = tiny_model("llama"), EveryOther()
+    results = generate_batch(target, "prompt_lookup", PROMPTS, logits_processor=[given_to_all], **options)
+    assert given_to_all.calls == 0
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        alone = generate(target, "prompt_lookup", prompt, logits_processor=[EveryOther()], **options)
+        assert result.token_ids == alone.token_ids
+
+
+def test_processors_that_cannot_be_copied_are_to_be_given_one_by_one():
+    class Locked(LogitsProcessor):
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+
+    with pytest.raises(ParameterError, match="prompt 0: logits_processor for all prompts must be copyable"):
+        generate_batch(tiny_model("llama"), None, PROMPTS, logits_processor=[Locked()])
+
+
+def test_sampling_without_a_seed_follows_torchs_generator_and_differs_between_prompts():
+    options = {"do_sample": True, "max_new_tokens": 20, "eos_token_id": []}
+    texts = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        results = generate_batch(tiny_model("llama"), None, [PROMPTS[0]] * 2, **options)
+        texts.append([result.token_ids for result in results])
+    assert texts[0] == texts[1]
+    assert texts[0][0] != texts[0][1]
+
+
+def test_a_request_is_good_for_one_sequence():
+    engine = Engine(tiny_model("llama"))
+    request = engine.request(PROMPTS[0], max_new_tokens=3, eos_token_id=[])
+    assert engine.submit(request).result().token_ids == greedy(engine.target, PROMPTS[0], 3)
+    with pytest.raises(ParameterError, match="good for one sequence"):
+        engine.submit(request)
+    with pytest.raises(ParameterError, match="a request says everything already, got max_new_tokens beside it"):
+        engine.submit(engine.request(PROMPTS[0]), max_new_tokens=3)
+
+
+def test_a_long_prompt_does_not_stop_the_others(monkeypatch):
+    monkeypatch.setattr("dynatree_core.runners.passes.PREFILL_CHUNK", 4)
+    monkeypatch.setattr("dynatree_core.engine.scheduler.PREFILL_CHUNK", 4)
+    engine = Engine(tiny_model("llama"))
+    short = engine.submit(PROMPTS[1], max_new_tokens=20, eos_token_id=[])
+    engine.step()
+    prompt = [i % 37 for i in range(30)]
+    long = engine.submit(prompt, max_new_tokens=2, eos_token_id=[])
+    while long.num_tokens == 0:
+        before = short.num_tokens
+        events = engine.step()
+        assert sum(event.num_tokens for event in events if event.kind == "prefilled") <= 4
+        assert short.num_tokens == before + 1
+    assert engine.load.longest_pause_seconds > 0
+    assert long.result().token_ids == greedy(engine.target, prompt, 2)
+
+
+def test_ctrl_c_leaves_an_engine_that_goes_on():
+    engine = Engine(tiny_model("llama"), "prompt_lookup")
+    times = iter([False, True])
+
+    def interrupt(*_: object) -> None:
+        if next(times, False):
+            raise KeyboardInterrupt
+
+    handles = [engine.submit(p, max_new_tokens=12, eos_token_id=[], on_report=interrupt) for p in PROMPTS[:2]]
+    with pytest.raises(KeyboardInterrupt):
+        run_dry(engine)
+    run_dry(engine)
+    assert [handle.result().token_ids for handle in handles] == [greedy(engine.target, p, 12) for p in PROMPTS[:2]]
+
+
+def test_other_threads_submit_wait_and_cancel_while_one_makes_the_steps():
+    engine = Engine(tiny_model("llama"), "prompt_lookup", max_sequences=3)
+    is_over = threading.Event()
+
+    def drive() -> None:
+        while not is_over.is_set() or engine.load.num_running or engine.load.num_waiting:
+            engine.step()
+
+    found: dict[int, list[int]] = {}
+
+    def ask(place: int) -> None:
+        handle = engine.submit(PROMPTS[place % 4], max_new_tokens=8 + place, eos_token_id=[])
+        if place == 5:
+            engine.cancel(handle)
+        assert handle.wait(60)
+        found[place] = handle.result().token_ids
+
+    driver = threading.Thread(target=drive)
+    askers = [threading.Thread(target=ask, args=(place,)) for place in range(8)]
+    for thread in (driver, *askers):
+        thread.start()
+    for thread in askers:
+        thread.join()
+    is_over.set()
+    driver.join()
+    for place in set(range(8)) - {5}:
+        assert found[place] == greedy(engine.target, PROMPTS[place % 4], 8 + place)
+    assert found[5] == greedy(engine.target, PROMPTS[1], 13)[: len(found[5])]
+
+
+requests = st.tuples(ours.prompts, st.integers(0, 12), ours.stacks(), st.integers(0, 6))
+
+
+@settings(max_examples=25)
+@given(st.data(), st.lists(requests, min_size=1, max_size=6), ours.families, ours.model_seeds, st.integers(1, 4))
+def test_whenever_they_come_and_go_each_output_is_that_of_the_prompt_alone(data, asked, family, seed, max_sequences):
+    target = tiny_model(family, seed)
+    engine = Engine(target, data.draw(ours.drafters(family, seed)), max_sequences=max_sequences)
+    cancelled_at = data.draw(st.dictionaries(st.integers(0, 5), st.integers(0, 12), max_size=2))
+    handles = {}
+    for step in range(200):
+        for place, (prompt, num_tokens, policy, arrives_at) in enumerate(asked):
+            if arrives_at == step:
+                handles[place] = engine.submit(prompt, policy=policy, max_new_tokens=num_tokens, eos_token_id=[])
+            if cancelled_at.get(place) == step and place in handles:
+                engine.cancel(handles[place])
+        engine.step()
+        if step > 6 and all(handle.is_done for handle in handles.values()):
+            break
+    for place, (prompt, num_tokens, _, _) in enumerate(asked):
+        result, expected = handles[place].result(), greedy(target, prompt, num_tokens)
+        if result.stop_reason == "cancelled":
+            assert place in cancelled_at
+            expected = expected[: len(result.token_ids)]
+        assert result.token_ids == expected
+    assert (engine.load.num_running, engine.load.num_waiting) == (0, 0)
