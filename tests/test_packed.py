@@ -340,7 +340,7 @@ def test_what_auto_chooses(monkeypatch):
 
 
 def test_runners_that_there_are_not():
-    with pytest.raises(UnknownPluginError, match="must be one of auto, cudagraph, eager, packed, got 'compiled'"):
+    with pytest.raises(UnknownPluginError, match=r"one of auto, cudagraph, eager, native, packed, got 'compiled'"):
         generate(single("llama"), None, [1, 2], runner="compiled")
     with pytest.raises(UnknownPluginError, match="did you mean 'packed'"):
         generate(single("llama"), None, [1, 2], runner="paked")

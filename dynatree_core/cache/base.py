@@ -151,6 +151,25 @@ class KeyValueCache(abc.ABC):
         """
         raise self._cannot("can_record")
 
+    def allocate(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Make the buffers, unless a pass has made them before.
+
+        Args:
+            keys: a layer each [lanes, heads, any number, head_dim], of the heads, size, dtype and device to make.
+            values: likewise.
+        """
+        raise self._cannot("can_record")
+
+    def next_slots(self, rows: int) -> list[int]:
+        """The slot of each lane's first row, for a pass that writes so many rows a lane itself and then calls `append`.
+
+        Unlike `reserve` it clears nothing: such a pass looks at no slot that was never written.
+
+        Raises:
+            CacheError: the rows do not fit.
+        """
+        raise self._cannot("can_record")
+
     def append(self, rows: int) -> None:
         """Count so many rows behind the block, which a pass has written, as undecided."""
         raise self._cannot("can_record")

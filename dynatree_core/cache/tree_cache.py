@@ -112,6 +112,16 @@ class TreeCache(Cache, KeyValueCache):
             self._is_zeroed = True
         return start
 
+    def allocate(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Make the buffers, unless there are some, as `KeyValueCache.allocate`."""
+        for layer in range(len(self.keys), len(keys)):
+            self._add_layer(keys[layer], values[layer])
+
+    def next_slots(self, rows: int) -> list[int]:
+        """The slot of each lane's first row of a pass that writes its rows itself, as `KeyValueCache.next_slots`."""
+        self._check_room(self.block_len, rows)
+        return [length + self.block_len for length in self.lengths]
+
     def append(self, rows: int) -> None:
         """Count so many rows behind the block, which a pass has written, as undecided."""
         self._block_lens = [block_len + rows for block_len in self._block_lens]

@@ -8,17 +8,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from dynatree_core.drafters.base import Drafter, DraftPlan, OwnWeights
 from dynatree_core.drafters.model import ModelDraftState
 from dynatree_core.errors import ModelLoadError, ParameterError
 from dynatree_core.models.student import WEIGHTS, is_student, load_student
 from dynatree_core.plugins.spec import PluginSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["EMBEDDED_STUDENT", "DistilledDrafter"]
 
@@ -65,7 +67,7 @@ class DistilledDrafter(Drafter):
         key = ("distilled", weights.resolve(), written, dtype, plan.device)
         with _loading, torch.inference_mode(False):  # a later generation may run in another mode than this one
             if key not in plan.store:
-                plan.store[key] = load_student(self.folder, cast(PreTrainedModel, plan.target), dtype)
+                plan.store[key] = load_student(self.folder, cast("PreTrainedModel", plan.target), dtype)
         return ModelDraftState(plan.store[key], plan)
 
     def _dtype_on(self, device: torch.device) -> torch.dtype:

@@ -34,7 +34,7 @@ from dynatree_core.plugins.foreign import others_code, raised
 from dynatree_core.request.arguments import checked_count
 from dynatree_core.request.request import Options, Request
 from dynatree_core.runners.base import Runner
-from dynatree_core.runners.choice import drafters_runner, made_runner
+from dynatree_core.runners.choice import drafters_runner, made_runner, runner_for
 from dynatree_core.runners.passes import Passes
 from dynatree_core.tree.verdict import StepReport
 
@@ -258,8 +258,20 @@ class Engine:
         return self._runners[model, name]
 
     def runner_for(self, request: Request) -> Runner:
-        """What computes the target's passes of a generation."""
-        return self.runner_of(self.target, self._runner_name(request.is_fixed_width))
+        """What computes the target's passes of a generation.
+
+        Raises:
+            ParameterError: its cache is bounded, and the runner that was asked for takes no such cache.
+        """
+        name = self._runner_name(request.is_fixed_width)
+        runner = self.runner_of(self.target, name)
+        if request.kept is None or runner.takes_any_cache or runner.has_own_cache:
+            return runner
+        if name != "auto":
+            raise ParameterError(
+                f"the {runner.name} runner takes no bounded cache, got cache='{request.kept}'; use runner='auto'"
+            )
+        return self.runner_of(self.target, runner_for(self.target, "auto", any_cache=True))
 
     def new_passes(self, request: Request, clock: StageClock, on_prefill: Callable[[int, int], None] | None) -> Passes:
         """The target's passes of one generation."""

@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_MASKED_LM_MAPPING
+from transformers import PreTrainedConfig
 
 from dynatree_core.errors import UnsupportedModelError
 from dynatree_core.tree.flatten import FlatTrees
@@ -211,6 +211,10 @@ def _mixes_rows(layer: type) -> bool:
 
 
 def _sees_later_tokens(config: Any) -> bool:
+    if type(config) is PreTrainedConfig:  # of a `StoredModel`; the import below takes more than a second
+        return bool(getattr(config, "use_bidirectional_attention", None))
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     return is_encoder or bool(getattr(config, "use_bidirectional_attention", None))
 

@@ -15,7 +15,6 @@ from typing import Any
 import attrs
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 __all__ = ["Replacement", "function_of", "is_known_class", "is_others", "replacements"]
 
@@ -72,7 +71,8 @@ def replacements(model: nn.Module) -> Iterator[Replacement]:
     for name in sorted({kind.__module__ for kind in classes if kind.__module__.startswith(_MODELS)}):
         yield from _in(sys.modules[name], name, vars(sys.modules[name]))
     config: Any = model.config
-    attention = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+    modeling: Any = sys.modules.get("transformers.modeling_utils")  # not imported: nobody has registered any attention
+    attention = modeling and modeling.ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
     if attention is not None and is_others(attention):
         yield Replacement(f"ALL_ATTENTION_FUNCTIONS['{config._attn_implementation}']", attention)
     yield from _in(nn.functional, "torch.nn.functional", vars(nn.functional))

@@ -8,27 +8,20 @@ import pickle
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 from transformers.utils import logging as transformers_logging
 
 from dynatree_core.errors import ModelLoadError, ParameterError
 from dynatree_core.files.writing import unreadable
 from dynatree_core.models import embedded, hub
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -195,6 +188,8 @@ def _location(name: str, is_folder: bool, progress: Callable[[str], None] | None
 
 
 def _load_config(name: str, location: str, is_folder: bool) -> PreTrainedConfig:
+    from transformers import AutoConfig  # with this and the like, transformers imports its models: for seconds
+
     expected = "a config.json of a model type that transformers knows"
     advice = "save it again, or choose another model"
     if not is_folder:
@@ -214,6 +209,8 @@ def _load_config(name: str, location: str, is_folder: bool) -> PreTrainedConfig:
 
 def _reason_against(config: PreTrainedConfig) -> str | None:
     """Why the model does not predict each token from those before it alone, or None."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
     if config.is_encoder_decoder:
         return "which is an encoder-decoder"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -225,6 +222,8 @@ def _reason_against(config: PreTrainedConfig) -> str | None:
 
 
 def _load_weights(name: str, location: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
     with _explained(name, "readable weights that fit its config.json", "fetch or save the model again", location):
         loaded = AutoModelForCausalLM.from_pretrained(
             location,
@@ -234,7 +233,7 @@ def _load_weights(name: str, location: str, config: PreTrainedConfig, dtype: tor
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # seen to below: the error of transformers only points at its log
         )
-    model, found = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+    model, found = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     # transformers would go on with random numbers in their place
     lacking = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
     if lacking:
@@ -248,9 +247,11 @@ def _load_weights(name: str, location: str, config: PreTrainedConfig, dtype: tor
 def _load_tokenizer(name: str, location: str, is_folder: bool) -> PreTrainedTokenizerBase | None:
     if is_folder and not any(any(Path(location).glob(pattern)) for pattern in _VOCABULARY_FILES):
         return None
+    from transformers import AutoTokenizer
+
     with _explained(name, "a readable tokenizer with it", "fetch or save the tokenizer again", location):
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
-    return cast(PreTrainedTokenizerBase, tokenizer)
+    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 @contextlib.contextmanager

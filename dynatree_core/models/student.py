@@ -12,16 +12,18 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dynatree_core.errors import ModelLoadError, VocabularyMismatchError
 from dynatree_core.files.tensors import load_tensors, save_tensors
 from dynatree_core.files.writing import unreadable, whole_file, write_text
 from dynatree_core.models.state import is_plain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
     "WEIGHTS",
@@ -53,9 +55,14 @@ class SharedEmbedding(nn.Module):
         return self  # there is nothing of its own to copy
 
     @property
+    def table(self) -> Any:
+        """The target's own module."""
+        return self._table[0]
+
+    @property
     def num_embeddings(self) -> int:
         """Token ids that it knows."""
-        return int(self._table[0].weight.shape[0])
+        return int(self.table.weight.shape[0])
 
     def forward(self, token_ids: Tensor) -> Tensor:
         embedded: Tensor = self._table[0](token_ids)
@@ -167,7 +174,7 @@ def load_student(folder: Path, target: PreTrainedModel, dtype: torch.dtype) -> P
         )
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        config = AutoConfig.from_pretrained(str(folder))
+        config = _read_config(folder)
         weights = load_tensors(folder / WEIGHTS, advice="make it again")
         head_ids = weights.pop(HEAD_IDS)
         made_for = card["vocab_size"], card["hidden_size"]
@@ -188,6 +195,13 @@ def load_student(folder: Path, target: PreTrainedModel, dtype: torch.dtype) -> P
     except (RuntimeError, IndexError) as error:  # tensors that are missing or of another shape, tokens that are none
         raise _damaged(folder, error) from error
     return student.eval()  # type: ignore[no-any-return, no-untyped-call]  # transformers leaves it unannotated
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    from transformers import AutoConfig  # takes more than a second, and a student of a `StoredModel` needs none
+
+    config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder))
+    return config
 
 
 def _check_embeddings(target: Any, head_ids: Tensor) -> None:
@@ -223,6 +237,8 @@ def _assembled(
     config: PreTrainedConfig, target: PreTrainedModel, head_ids: Tensor, dtype: torch.dtype
 ) -> PreTrainedModel:
     """A model of this configuration with random layers, the target's embeddings, and a head for some tokens."""
+    from transformers import AutoModelForCausalLM  # takes seconds, and a student of a `StoredModel` needs none
+
     config = copy.deepcopy(config)
     # tables as small as can be: they are replaced at once
     config.vocab_size, config.tie_word_embeddings = 1, False
@@ -234,4 +250,4 @@ def _assembled(
         student = auto.from_config(config, dtype=dtype).to(target.device)
     student.set_input_embeddings(SharedEmbedding(source.get_input_embeddings(), dtype))
     student.set_output_embeddings(RestrictedHead(source.get_output_embeddings(), head_ids.to(target.device), dtype))
-    return cast(PreTrainedModel, student)
+    return cast("PreTrainedModel", student)

@@ -40,10 +40,15 @@ class Runner(abc.ABC):
     Attributes:
         name: of its entry point.
         has_own_cache: whether its passes take no other cache than that of `new_cache`.
+        takes_any_cache: whether they take every `KeyValueCache`, rather than only one that `can_record`.
+        has_equal_bits: whether a row's logits depend, to the last bit, on its text alone: not on the rows beside it,
+            nor on their number. Then what is decoded with trees equals what is decoded without, in any precision.
     """
 
     name: ClassVar[str]
     has_own_cache: ClassVar[bool] = False
+    takes_any_cache: ClassVar[bool] = True
+    has_equal_bits: ClassVar[bool] = False
 
     @classmethod
     def reason_against(cls, model: nn.Module) -> str | None:

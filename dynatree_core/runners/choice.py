@@ -54,8 +54,10 @@ def made_runner(model: nn.Module, name: str) -> Runner:
     return make_runner(model, name, kept=kept_of(model))
 
 
-def runner_for(model: nn.Module, name: str, *, kept: Kept | None = None) -> str:
+def runner_for(model: nn.Module, name: str, *, kept: Kept | None = None, any_cache: bool = False) -> str:
     """The name of the runner that `make_runner` is to make; the arguments are the same.
+
+    With `any_cache`, "auto" leaves out runners that do not take every cache.
 
     "auto" is the one with the greatest preference among those that can run the model. A package that is broken is left
     out, with a warning. Where a runner is named that is not worth its while for this model, it is "eager".
@@ -72,7 +74,8 @@ def runner_for(model: nn.Module, name: str, *, kept: Kept | None = None) -> str:
     preferences = {}
     for known in plugin_table(RUNNERS):
         try:
-            preferences[known] = _preference(known, model, {} if kept is None else kept)
+            if not any_cache or load_runner(known).takes_any_cache:
+                preferences[known] = _preference(known, model, {} if kept is None else kept)
         except DynaTreeError as error:
             warnings.warn(f"runner='auto' leaves out '{known}': {error}", RuntimeWarning, stacklevel=3)
     return max(preferences, key=lambda known: preferences[known], default=EagerRunner.name)

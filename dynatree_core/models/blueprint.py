@@ -1,0 +1,623 @@
+"""Blueprints: what the passes of a model consist of, for a runner that computes them by operators of its own.
+
+A blueprint is made from a model's configuration and its parameters, by the table `FAMILIES`. Nothing is guessed: a
+setting that the table does not know, a parameter that no layer has taken, or a module of another class than
+transformers' own is a reason against it (`NoBlueprintError`), and the model is computed as transformers wrote it.
+
+Each family was read in transformers' source; `tests/test_native.py` compares every one of them with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from dynatree_core.models.architectures import EXACT_FAMILIES
+from dynatree_core.models.state import is_plain
+from dynatree_core.ops import ACTIVATIONS, Activation, Norm, PackedMatrix
+
+__all__ = [
+    "FAMILIES",
+    "Blueprint",
+    "Layer",
+    "Matrix",
+    "Mlp",
+    "NoBlueprintError",
+    "Packer",
+    "Rope",
+    "blueprint_of",
+    "family_of",
+    "read_blueprint",
+    "ropes_of_config",
+]
+
+_SLIDING = "sliding_attention"  # as in a configuration's layer_types
+_WITHOUT_ROPE = ("gpt2", "opt")
+
+
+class NoBlueprintError(Exception):
+    """There is no blueprint of a model; says why, behind "knows no model whose"."""
+
+
+Packer = Callable[[tuple[Tensor, ...], Tensor | None], PackedMatrix]  # matrices one below the other, and their biases
+
+
+@attrs.frozen(eq=False)
+class Matrix:
+    """A linear layer, or several that read the same rows, one below the other."""
+
+    parts: tuple[Tensor, ...]  # [outputs, inputs] each
+    bias: Tensor | None  # [outputs of all parts]
+    order: Tensor | None = None  # [outputs] int64: the rows in which they are wanted, of all parts; None: as they are
+
+    @property
+    def num_outputs(self) -> int:
+        return sum(len(part) for part in self.parts) if self.order is None else len(self.order)
+
+    def packed(self, pack: Packer) -> PackedMatrix:
+        """The matrix as the operators take it."""
+        if self.order is None:
+            return pack(self.parts, self.bias)
+        rows = torch.cat(self.parts)[self.order]
+        return pack((rows,), None if self.bias is None else self.bias[self.order])
+
+
+@attrs.frozen(eq=False)
+class Rope:
+    """A rotary embedding: the first `2 × frequencies` numbers of each head are turned by the position."""
+
+    inv_freq: Tensor  # [frequencies] float32
+    scaling: float  # of cosine and sine
+    is_interleaved: bool  # pairs stand side by side, rather than half the turned numbers apart
+
+
+@attrs.frozen(eq=False)
+class Mlp:
+    """The layer behind attention: act(gate) × up, or act(up), and back to the hidden size."""
+
+    up: Matrix | PackedMatrix  # gate and up, one below the other, where it is gated
+    down: Matrix | PackedMatrix
+    activation: Activation
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Layer:
+    """A decoder layer."""
+
+    qkv: Matrix | PackedMatrix  # queries, keys and values, one below the other
+    output: Matrix | PackedMatrix
+    mlp: Mlp
+    num_heads: int
+    num_key_heads: int
+    head_dim: int
+    scale: float  # of the scores
+    attention_norm: Norm | None = None  # of what goes into the attention
+    mlp_norm: Norm | None = None
+    attention_post_norm: Norm | None = None  # of what comes out, before it is added
+    mlp_post_norm: Norm | None = None
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+    rope: Rope | None = None
+    window: int | None = None  # how far back it sees, itself counted; None: all the way
+    softcap: float | None = None  # of the scores
+    clip: float | None = None  # of queries, keys and values
+    residual_scale: float = 1.0  # of what attention and MLP add
+    is_parallel: bool = False  # the MLP reads what the attention reads, not what it leaves
+    query_growth: tuple[float, float] | None = None  # (β, length): queries × 1 + β log(1 + ⌊position ÷ length⌋)
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Blueprint:
+    """What a pass computes, from token ids to logits."""
+
+    embedding: Tensor | PackedMatrix  # [tokens, hidden]
+    layers: tuple[Layer, ...]
+    final_norm: Norm | None
+    head: Matrix | PackedMatrix
+    embedding_scale: float = 1.0
+    positions: Tensor | None = None  # [positions, hidden]: learned, added to the embeddings
+    position_offset: int = 0  # row of the table for position 0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    def packed(self, pack: Packer) -> Blueprint:
+        """The same with every matrix packed, each once: a head that is tied to the embeddings is one with them."""
+
+        def of(matrix: Matrix | PackedMatrix) -> PackedMatrix:
+            return matrix if isinstance(matrix, PackedMatrix) else matrix.packed(pack)
+
+        layers = []
+        for layer in self.layers:
+            mlp = attrs.evolve(layer.mlp, up=of(layer.mlp.up), down=of(layer.mlp.down))
+            layers.append(attrs.evolve(layer, qkv=of(layer.qkv), output=of(layer.output), mlp=mlp))
+        return attrs.evolve(self, layers=tuple(layers), head=of(self.head))
+
+
+@attrs.frozen(kw_only=True)
+class Family:
+    """Where a family keeps what, by transformers' names. The defaults are Llama's."""
+
+    base: str = "model"
+    layers: str = "layers"
+    embedding: str = "embed_tokens"
+    final_norm: str | None = "norm"
+    norm: str = "rms"  # or "layer"
+    eps: str | float = "rms_norm_eps"  # a field of the configuration, or the number itself
+    is_one_added: bool = False  # norms multiply with 1 + weight
+    attention: str = "self_attn"
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    qkv_order: str = "stacked"  # or how a fused matrix has them: "by_head", "by_group"
+    output: str = "o_proj"
+    query_key_norms: tuple[str, str] | None = None
+    attention_norm: str | None = "input_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"  # None beside is_parallel: the attention's
+    attention_post_norm: str | None = None
+    mlp_post_norm: str | None = None
+    mlp: str = "mlp"
+    up: tuple[str, ...] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+    is_parallel: bool = False
+    activation: str = "hidden_act"
+    is_interleaved: bool = False
+    is_transposed: bool = False  # matrices are [inputs, outputs], as GPT-2's Conv1D has them
+    details: Callable[[Any, _Reader], dict[str, Any]] | None = None  # what else a configuration says of the model
+    layer_details: Callable[[Any, int], dict[str, Any]] | None = None  # … and of one layer
+    refuses: Callable[[Any], str | None] = lambda config: None  # a setting that is not known here
+    variant: Callable[[Any], dict[str, Any]] = lambda config: {}  # what of the above a setting changes
+
+
+class _Reader:
+    """A model's parameters by their names. It counts which were taken, and converts what a layer needs."""
+
+    def __init__(self, weights: Mapping[str, Tensor], family: Family) -> None:
+        self._weights = weights
+        self._family = family
+        self.taken: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        return name in self._weights
+
+    def has_norm(self, name: str) -> bool:
+        return self.has(f"{name}.weight") or self.has(f"{name}.norms.0.weight")
+
+    def get(self, name: str) -> Tensor:
+        if name not in self._weights:
+            raise NoBlueprintError(f"'{name}' is missing")
+        self.taken.add(name)
+        return self._weights[name].detach()
+
+    def vector(self, name: str) -> Tensor:
+        """Numbers of a norm, a bias or a table, in the precision that is computed in."""
+        vector = self.get(name)
+        return vector if vector.dtype == torch.float64 else vector.float().contiguous()
+
+    def norm(self, name: str | None, config: Any, *, eps: str | float | None = None) -> Norm | None:
+        """The norm of a name; one without any parameters where there are none."""
+        if name is None:
+            return None
+        family = self._family
+        given = family.eps if eps is None else eps
+        size = float(getattr(config, given)) if isinstance(given, str) else given
+        weight, bias = self._of_norm(name, "weight"), self._of_norm(name, "bias")
+        return Norm(family.norm, weight, size, bias, offset=1.0 if family.is_one_added else 0.0)  # type: ignore[arg-type]
+
+    def _of_norm(self, name: str, part: str) -> Tensor | None:
+        """[numbers], or [heads, head_dim] where each head has a norm of its own; None: it has none."""
+        if self.has(f"{name}.{part}"):
+            return self.vector(f"{name}.{part}")
+        heads: list[Tensor] = []
+        while self.has(f"{name}.norms.{len(heads)}.{part}"):
+            heads.append(self.vector(f"{name}.norms.{len(heads)}.{part}"))
+        return torch.stack(heads) if heads else None
+
+    def head(self) -> Matrix:
+        bias = self.vector("lm_head.bias") if self.has("lm_head.bias") else None
+        return Matrix((self.get("lm_head.weight"),), bias)
+
+    def matrix(self, *names: str, order: Tensor | None = None) -> Matrix:
+        """Linear layers, one below the other; with `order` their rows are taken in it."""
+        parts = [self.get(f"{name}.weight") for name in names]
+        if self._family.is_transposed:
+            parts = [part.t() for part in parts]
+        biases = [self.vector(f"{name}.bias") if self.has(f"{name}.bias") else None for name in names]
+        bias = None
+        if any(bias is not None for bias in biases):
+            sized = zip(biases, parts, strict=True)
+            some = next(bias for bias in biases if bias is not None)
+            bias = torch.cat([some.new_zeros(part.shape[0]) if one is None else one for one, part in sized])
+        return Matrix(tuple(parts), bias, order)
+
+
+def blueprint_of(model: nn.Module) -> Blueprint:
+    """What a model's passes consist of. Its tensors are the model's own, but where they had to be put in order.
+
+    Args:
+        model: one that is as transformers made it (`is_untouched`), or a student.
+
+    Raises:
+        NoBlueprintError: it is not known here, or not all of it.
+    """
+    config: Any = model.config
+    family = family_of(config)
+    return read_blueprint(config, _weights_of(model, family), _ropes(model, family))
+
+
+def family_of(config: Any) -> Family:
+    """Where a model of this configuration keeps what.
+
+    Raises:
+        NoBlueprintError: it is not known here, or has a setting that is not.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise NoBlueprintError(f"model type is '{config.model_type}'")
+    reason = family.refuses(config)
+    if reason is not None:
+        raise NoBlueprintError(reason)
+    return attrs.evolve(family, **family.variant(config))
+
+
+def read_blueprint(config: Any, weights: Mapping[str, Tensor], ropes: Mapping[str, Rope | None]) -> Blueprint:
+    """The blueprint of a configuration and its parameters.
+
+    Args:
+        config: the model's.
+        weights: all parameters by transformers' names; "lm_head.weight" is there too where it is tied.
+        ropes: rotary embeddings by layer type, "all" for the one of all layers; None: there is none.
+
+    Raises:
+        NoBlueprintError: as `blueprint_of`.
+    """
+    family = family_of(config)
+    reader = _Reader(weights, family)
+    base = family.base
+    details = {} if family.details is None else family.details(config, reader)
+    names = [f"{base}.{family.layers}.{index}" for index in range(int(config.num_hidden_layers))]
+    layers = tuple(_layer(name, index, config, family, reader, ropes) for index, name in enumerate(names))
+    blueprint = Blueprint(
+        embedding=reader.get(f"{base}.{family.embedding}.weight"),
+        layers=layers,
+        final_norm=reader.norm(None if family.final_norm is None else f"{base}.{family.final_norm}", config),
+        head=reader.head(),
+        **details,
+    )
+    left = sorted(weights.keys() - reader.taken)
+    if left:
+        raise NoBlueprintError(f"layers have more than is known of {config.model_type}, such as '{left[0]}'")
+    return blueprint
+
+
+def _weights_of(model: nn.Module, family: Family) -> dict[str, Tensor]:
+    """A model's parameters, and what its embeddings and its head compute with, under the names of these."""
+    modules: Any = model
+    table, head = modules.get_input_embeddings(), modules.get_output_embeddings()
+    table = getattr(table, "table", table)  # a student's is its target's
+    if getattr(table, "max_norm", None) is not None:
+        raise NoBlueprintError("embeddings are scaled down to a length when they are looked up")
+    weights: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    weights[f"{family.base}.{family.embedding}.weight"] = table.weight
+    weights["lm_head.weight"] = head.weight  # of a student, a buffer
+    if getattr(head, "bias", None) is not None:
+        weights["lm_head.bias"] = head.bias
+    for name, weight in weights.items():
+        if not is_plain(weight):
+            raise NoBlueprintError(f"'{name}' is a {type(weight).__name__}")
+    return weights
+
+
+def _layer(
+    name: str, index: int, config: Any, family: Family, reader: _Reader, ropes: Mapping[str, Rope | None]
+) -> Layer:
+    attention = f"{name}.{family.attention}"
+    heads = int(config.num_attention_heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    key_heads = _num_key_heads(config)
+    order, key_heads = _qkv_order(config, family, heads, key_heads, head_dim)
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[index] if kinds and EXACT_FAMILIES[config.model_type] == "layer" else "all"
+    query_norm = key_norm = None
+    if family.query_key_norms is not None and reader.has_norm(f"{attention}.{family.query_key_norms[0]}"):
+        query_norm, key_norm = (reader.norm(f"{attention}.{norm}", config) for norm in family.query_key_norms)
+    activation = getattr(config, family.activation)
+    if activation not in ACTIVATIONS:
+        raise NoBlueprintError(f"activation is {activation!r}")
+    mlp = f"{name}.{family.mlp}" if family.mlp else name
+    parts: dict[str, Any] = {
+        "qkv": reader.matrix(*(f"{attention}.{part}" for part in family.qkv), order=order),
+        "output": reader.matrix(f"{attention}.{family.output}"),
+        "mlp": Mlp(
+            reader.matrix(*(f"{mlp}.{part}" for part in family.up)),
+            reader.matrix(f"{mlp}.{family.down}"),
+            ACTIVATIONS[activation],
+        ),
+        "num_heads": heads,
+        "num_key_heads": key_heads,
+        "head_dim": head_dim,
+        "scale": head_dim**-0.5,
+        "query_norm": query_norm,
+        "key_norm": key_norm,
+        "rope": ropes[kind] if kind in ropes else ropes["all"],
+        "window": _window(config, kind),
+        "is_parallel": family.is_parallel,
+    }
+    for role in ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm"):
+        own = getattr(family, role)
+        parts[role] = reader.norm(None if own is None else f"{name}.{own}", config)
+    if family.layer_details is not None:
+        parts |= family.layer_details(config, index)
+    if parts["is_parallel"] and parts["mlp_norm"] is None:
+        parts["mlp_norm"] = parts["attention_norm"]
+    return Layer(**parts)
+
+
+def _num_key_heads(config: Any) -> int:
+    given = getattr(config, "num_key_value_heads", None)
+    return int(config.num_attention_heads if given is None else given)
+
+
+def _window(config: Any, kind: str) -> int | None:
+    """How far back a layer sees, as `architectures.attention_layout` has it."""
+    looks_back = EXACT_FAMILIES[config.model_type]
+    if looks_back == "every" or kind == _SLIDING:
+        window = getattr(config, "sliding_window", None)
+        return None if window is None else int(window)
+    return None
+
+
+def _qkv_order(config: Any, family: Family, heads: int, key_heads: int, head_dim: int) -> tuple[Tensor | None, int]:
+    """The rows of a fused matrix as queries, keys and values one below the other, and how many key heads that makes."""
+    if family.qkv_order == "by_head":  # GPT-NeoX: query, key and value of the first head, then of the second
+        rows = torch.arange(3 * heads * head_dim).view(heads, 3, head_dim)
+        return rows.transpose(0, 1).reshape(-1), heads
+    if family.qkv_order == "by_group":  # Falcon
+        if not config.new_decoder_architecture and config.multi_query:
+            return None, 1
+        groups = int(config.num_kv_heads) if config.new_decoder_architecture else heads
+        rows = torch.arange((heads + 2 * groups) * head_dim).view(groups, -1, head_dim)
+        queries, keys, values = rows[:, :-2], rows[:, -2:-1], rows[:, -1:]
+        # transformers keeps a key and a value for each head in the cache, so as many are made here
+        repeated = (part.expand(-1, heads // groups, -1) for part in (keys, values))
+        return torch.cat([queries.reshape(-1), *(part.reshape(-1) for part in repeated)]), heads
+    return None, key_heads
+
+
+def _ropes(model: nn.Module, family: Family) -> dict[str, Rope | None]:
+    """The rotary embeddings by layer type, "all" for the one of all layers; None: there is none."""
+    try:
+        module: Any = model.get_submodule(f"{family.base}.rotary_emb")
+    except AttributeError:
+        return {"all": None}
+    if hasattr(module, "embed_positions"):  # GPT-J's, a table of the default angles
+        pairs = module.embed_positions.shape[1]
+        return {"all": Rope(1.0 / 10000 ** (torch.arange(0, pairs, 2) / pairs), 1.0, family.is_interleaved)}
+    # frequencies that grow with the text stay as they are within the context limit (`architectures.max_positions`)
+    buffers: Iterator[tuple[str, Tensor]] = module.named_buffers(recurse=False)
+    ropes: dict[str, Rope | None] = {}
+    for name, inv_freq in buffers:
+        if not name.endswith("original_inv_freq"):
+            continue
+        kind = name.removesuffix("original_inv_freq").removesuffix("_")
+        scaling = getattr(module, f"{kind}_attention_scaling" if kind else "attention_scaling")
+        ropes[kind or "all"] = Rope(inv_freq.detach().float(), float(scaling), family.is_interleaved)
+    if not ropes:
+        raise NoBlueprintError(f"rotary embedding is a {type(module).__name__} without frequencies")
+    return ropes
+
+
+def ropes_of_config(config: Any) -> dict[str, Rope | None]:
+    """The rotary embeddings that a configuration describes, as transformers makes them of it.
+
+    Raises:
+        NoBlueprintError: of a kind that is not known here.
+    """
+    family = family_of(config)
+    described = getattr(config, "rope_parameters", None)
+    if config.model_type in _WITHOUT_ROPE:
+        return {"all": None}
+    if described is None or config.model_type == "gptj":
+        raise NoBlueprintError("rotary embedding is not described")
+    nested = {kind: part for kind, part in described.items() if isinstance(part, dict)}
+    if not nested:
+        return {"all": Rope(*_frequencies(config, described, None), family.is_interleaved)}
+    return {kind: Rope(*_frequencies(config, part, kind), family.is_interleaved) for kind, part in nested.items()}
+
+
+def _frequencies(config: Any, rope: Mapping[str, Any], kind: str | None) -> tuple[Tensor, float]:
+    """[frequencies] float32, and the scaling, as transformers computes them for a layer type."""
+    if rope["rope_type"] == "default":
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        turned = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+        return 1.0 / rope["rope_theta"] ** (torch.arange(0, turned, 2, dtype=torch.float) / turned), 1.0
+    if rope["rope_type"] not in ROPE_INIT_FUNCTIONS:
+        raise NoBlueprintError(f"rotary embedding is of type '{rope['rope_type']}'")
+    named = {} if kind is None else {"layer_type": kind}
+    inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, device=torch.device("cpu"), **named)
+    return inv_freq.float(), float(scaling)
+
+
+# ---- what only some families have -----------------------------------------------------------------------------
+
+
+def _gemma(config: Any, reader: _Reader) -> dict[str, Any]:
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return {"embedding_scale": float(torch.tensor(config.hidden_size**0.5)), "logit_softcap": softcap}
+
+
+def _gemma_layer(config: Any, index: int) -> dict[str, Any]:
+    return {
+        "scale": config.query_pre_attn_scalar**-0.5,
+        "softcap": getattr(config, "attn_logit_softcapping", None),
+    }
+
+
+def _granite(config: Any, reader: _Reader) -> dict[str, Any]:
+    return {"embedding_scale": config.embedding_multiplier, "logit_scale": 1 / config.logits_scaling}
+
+
+def _granite_layer(config: Any, index: int) -> dict[str, Any]:
+    return {"scale": config.attention_multiplier, "residual_scale": config.residual_multiplier}
+
+
+def _smollm3_layer(config: Any, index: int) -> dict[str, Any]:
+    turned = {} if config.no_rope_layers[index] else {"rope": None}
+    return turned if config.use_sliding_window else {**turned, "window": None}
+
+
+def _cohere2_layer(config: Any, index: int) -> dict[str, Any]:
+    return {} if config.layer_types[index] == _SLIDING else {"rope": None}
+
+
+def _neox_layer(config: Any, index: int) -> dict[str, Any]:
+    return {"is_parallel": bool(config.use_parallel_residual)}
+
+
+def _gpt2(config: Any, reader: _Reader) -> dict[str, Any]:
+    return {"positions": reader.vector("transformer.wpe.weight")}
+
+
+def _gpt2_layer(config: Any, index: int) -> dict[str, Any]:
+    scale = (config.hidden_size // config.num_attention_heads) ** -0.5 if config.scale_attn_weights else 1.0
+    return {"scale": scale / (index + 1) if config.scale_attn_by_inverse_layer_idx else scale}
+
+
+def _opt(config: Any, reader: _Reader) -> dict[str, Any]:
+    return {"positions": reader.vector("model.decoder.embed_positions.weight"), "position_offset": 2}
+
+
+def _ministral_layer(config: Any, index: int) -> dict[str, Any]:
+    rope = config.rope_parameters
+    return {"query_growth": (rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings"))}
+
+
+def _cohere(config: Any, reader: _Reader) -> dict[str, Any]:
+    return {"logit_scale": config.logit_scale}
+
+
+def _clipped_layer(config: Any, index: int) -> dict[str, Any]:
+    return {"clip": config.clip_qkv}
+
+
+def _refused_opt(config: Any) -> str | None:
+    if not config.do_layer_norm_before or config._remove_final_layer_norm:
+        return "norms stand behind its layers"
+    if config.word_embed_proj_dim != config.hidden_size:
+        return "embeddings have another size than its layers"
+    return None
+
+
+def _refused_ministral(config: Any) -> str | None:
+    rope = config.rope_parameters
+    if rope.get("llama_4_scaling_beta") is None or rope.get("original_max_position_embeddings") is None:
+        return "queries grow with the position by an unknown factor"
+    return None
+
+
+def _parallel_stablelm(config: Any) -> dict[str, Any]:
+    return {"mlp_norm": None, "is_parallel": True} if config.use_parallel_residual else {}
+
+
+def _parallel_falcon(config: Any) -> dict[str, Any]:
+    if config.new_decoder_architecture:
+        return {"attention_norm": "ln_attn", "mlp_norm": "ln_mlp", "is_parallel": True}
+    return {"mlp_norm": None, "is_parallel": True} if config.parallel_attn else {}
+
+
+def _refused_falcon(config: Any) -> str | None:
+    if config.alibi:
+        return "positions are biases of attention"
+    if config.new_decoder_architecture and not (config.parallel_attn and config.num_ln_in_parallel_attn == 2):
+        return "parallel parts do not have a norm each"
+    if not config.new_decoder_architecture and config.parallel_attn and config.num_ln_in_parallel_attn == 2:
+        return "parallel parts have a norm each in the old layout"
+    return None
+
+
+def _refused_gptj(config: Any) -> str | None:
+    return "heads are turned as a whole" if config.rotary_dim is None else None
+
+
+def _refused_gpt2(config: Any) -> str | None:
+    return "layers look at another text" if config.add_cross_attention else None
+
+
+_LAYER: dict[str, Any] = {"norm": "layer"}
+_NEW_GEMMA: dict[str, Any] = {
+    "is_one_added": True, "activation": "hidden_activation", "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm", "mlp_post_norm": "post_feedforward_layernorm", "details": _gemma,
+    "layer_details": _gemma_layer,
+}  # fmt: skip
+_OLMO2: dict[str, Any] = {
+    "attention_norm": None, "mlp_norm": None, "attention_post_norm": "post_attention_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm", "query_key_norms": ("q_norm", "k_norm"),
+}  # fmt: skip
+_PER_HEAD = ("q_norm", "k_norm")
+
+# model type -> where it keeps what; a mixture of experts, or what is not here, is computed by other runners
+FAMILIES: dict[str, Family] = {
+    "cohere": Family(
+        **_LAYER, eps="layer_norm_eps", mlp_norm=None, is_parallel=True, is_interleaved=True,
+        query_key_norms=_PER_HEAD, details=_cohere,
+    ),
+    "cohere2": Family(
+        **_LAYER, eps="layer_norm_eps", mlp_norm=None, is_parallel=True, is_interleaved=True, details=_cohere,
+        layer_details=_cohere2_layer,
+    ),
+    "falcon": Family(
+        **_LAYER, base="transformer", layers="h", embedding="word_embeddings", final_norm="ln_f",
+        eps="layer_norm_epsilon", attention="self_attention", qkv=("query_key_value",), qkv_order="by_group",
+        output="dense", up=("dense_h_to_4h",), down="dense_4h_to_h", activation="activation", refuses=_refused_falcon,
+        variant=_parallel_falcon,
+    ),
+    "gemma": Family(is_one_added=True, details=_gemma),
+    "gemma2": Family(**_NEW_GEMMA),
+    "gemma3_text": Family(**_NEW_GEMMA, query_key_norms=_PER_HEAD),
+    "glm4": Family(
+        up=("gate_up_proj",), is_interleaved=True, attention_post_norm="post_self_attn_layernorm",
+        mlp_post_norm="post_mlp_layernorm",
+    ),
+    "gpt2": Family(
+        **_LAYER, base="transformer", layers="h", embedding="wte", final_norm="ln_f", eps="layer_norm_epsilon",
+        attention="attn", qkv=("c_attn",), output="c_proj", attention_norm="ln_1", mlp_norm="ln_2", up=("c_fc",),
+        down="c_proj", activation="activation_function", is_transposed=True, details=_gpt2,
+        layer_details=_gpt2_layer, refuses=_refused_gpt2,
+    ),
+    "gpt_neox": Family(
+        **_LAYER, base="gpt_neox", embedding="embed_in", final_norm="final_layer_norm", eps="layer_norm_eps",
+        attention="attention", qkv=("query_key_value",), qkv_order="by_head", output="dense", up=("dense_h_to_4h",),
+        down="dense_4h_to_h", layer_details=_neox_layer,
+    ),
+    "gptj": Family(
+        **_LAYER, base="transformer", layers="h", embedding="wte", final_norm="ln_f", eps="layer_norm_epsilon",
+        attention="attn", output="out_proj", attention_norm="ln_1", mlp_norm=None, is_parallel=True, up=("fc_in",),
+        down="fc_out", activation="activation_function", is_interleaved=True, refuses=_refused_gptj,
+    ),
+    "granite": Family(details=_granite, layer_details=_granite_layer),
+    "llama": Family(),
+    "ministral3": Family(layer_details=_ministral_layer, refuses=_refused_ministral),
+    "mistral": Family(),
+    "olmo": Family(**_LAYER, eps=1e-5, layer_details=_clipped_layer),
+    "olmo2": Family(**_OLMO2),
+    "olmo3": Family(**_OLMO2),
+    "opt": Family(
+        **_LAYER, base="model.decoder", final_norm="final_layer_norm", eps=1e-5, output="out_proj",
+        attention_norm="self_attn_layer_norm", mlp_norm="final_layer_norm", mlp="", up=("fc1",), down="fc2",
+        activation="activation_function", details=_opt, refuses=_refused_opt,
+    ),
+    "phi": Family(
+        **_LAYER, final_norm="final_layernorm", eps="layer_norm_eps", output="dense", mlp_norm=None, is_parallel=True,
+        query_key_norms=("q_layernorm", "k_layernorm"), up=("fc1",), down="fc2",
+    ),
+    "phi3": Family(qkv=("qkv_proj",), up=("gate_up_proj",)),
+    "qwen2": Family(),
+    "qwen3": Family(query_key_norms=_PER_HEAD),
+    "smollm3": Family(layer_details=_smollm3_layer),
+    "stablelm": Family(
+        **_LAYER, eps="layer_norm_eps", query_key_norms=("q_layernorm", "k_layernorm"), variant=_parallel_stablelm,
+    ),
+    "starcoder2": Family(**_LAYER, eps="norm_epsilon", up=("c_fc",), down="c_proj"),
+}  # fmt: skip

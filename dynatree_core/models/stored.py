@@ -1,0 +1,424 @@
+"""A model in the bits that it was published in: its blueprint with packed matrices, and no module of transformers.
+
+To decode with it takes neither transformers' code of models, whose import takes seconds, nor a second copy of the
+weights. It may be kept in one file, which is mapped into memory rather than read.
+
+`StoredModel.in_transformers` is the same model as transformers has it, in float32: for runners that need modules, and
+as the oracle of the tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig
+
+from dynatree_core import ops
+from dynatree_core.errors import ModelLoadError, ParameterError
+from dynatree_core.files.tensors import mapped_tensors, save_aligned
+from dynatree_core.models.blueprint import (
+    Blueprint,
+    Layer,
+    Mlp,
+    NoBlueprintError,
+    Packer,
+    Rope,
+    blueprint_of,
+    family_of,
+    read_blueprint,
+    ropes_of_config,
+)
+from dynatree_core.ops import Norm, PackedMatrix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "WEIGHTS",
+    "StoredModel",
+    "StoredTable",
+    "load_packed",
+    "narrowest",
+    "pack_narrowest",
+    "packer",
+    "plain_config",
+    "read_checkpoint",
+    "save_packed",
+]
+
+WEIGHTS = ("stored", "fp32", "int8", "int4")  # as published; in 32 bits; rounded to 8 or 4 bits, 32 with one scale
+PACKED = "packed.safetensors"
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+_BITS = {"int8": 8, "int4": 4}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class StoredModel(nn.Module):
+    """A causal language model as its blueprint. What it computes in is float32, on a CPU.
+
+    The `native` runner computes its passes. Other runners, and its own forward, use `in_transformers`.
+
+    Args:
+        config: of the family, with all its settings.
+        generation_config: what its folder says of generation.
+        blueprint: with packed matrices.
+        weights: of WEIGHTS: which bits they have.
+        in_float32: loads the model in float32, as published, as transformers has it; None: nobody can.
+    """
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        generation_config: GenerationConfig,
+        blueprint: Blueprint,
+        *,
+        weights: str,
+        in_float32: Callable[[], PreTrainedModel] | None = None,
+        head: StoredTable | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.generation_config = generation_config
+        self.blueprint = blueprint
+        self.weights = weights
+        self._in_float32 = in_float32
+        self._lock = threading.Lock()  # two threads load it once
+        self._tables: tuple[StoredTable, StoredTable] = (  # in a tuple: they are no layers
+            StoredTable(blueprint.embedding),
+            head or StoredTable(_packed(blueprint.head)),
+        )
+        self.eval()
+
+    def get_input_embeddings(self) -> StoredTable:
+        return self._tables[0]
+
+    def get_output_embeddings(self) -> StoredTable:
+        return self._tables[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """What its weights take up."""
+        matrices = {id(matrix): matrix for matrix in _matrices(self.blueprint)}
+        table = self.blueprint.embedding
+        own = 0 if isinstance(table, PackedMatrix) else table.numel() * table.element_size()
+        return own + sum(matrix.num_bytes for matrix in matrices.values())
+
+    @functools.cached_property
+    def _plain(self) -> PreTrainedModel:
+        if self._in_float32 is None:
+            raise ParameterError(
+                f"this {self.config.model_type} is for the native runner alone, got another one; leave runner at 'auto'"
+            )
+        model = self._in_float32()
+        if self.weights in _BITS:
+            with torch.no_grad():
+                _copy_numbers(self.blueprint, blueprint_of(model))
+        return model
+
+    def in_transformers(self) -> PreTrainedModel:
+        """The same model with transformers' modules, in float32; loaded at the first call.
+
+        Raises:
+            ParameterError: it has no such form.
+        """
+        with self._lock:
+            return self._plain
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        **others: Any,
+    ) -> Any:
+        """What `in_transformers` computes."""
+        return self.in_transformers()(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache, **others
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoredModel:
+        return self  # nothing of it is ever changed
+
+
+class StoredTable(nn.Module):
+    """Embeddings or a head, for those who ask for its size or some of its rows."""
+
+    token_ids: Tensor | None  # [outputs] int64: the token of each, of a head that says some tokens only
+
+    def __init__(self, weight: Tensor | PackedMatrix, token_ids: Tensor | None = None) -> None:
+        super().__init__()
+        self.packed = weight
+        self.token_ids = token_ids
+
+    @property
+    def weight(self) -> _Rows:
+        return _Rows(self.packed)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """[..., hidden]: rows of an embedding."""
+        return self.weight[token_ids.reshape(-1)].view(*token_ids.shape, -1)
+
+
+@attrs.frozen(eq=False)
+class _Rows:
+    """A matrix whose rows are widened when they are asked for."""
+
+    packed: Tensor | PackedMatrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        packed = self.packed
+        if isinstance(packed, PackedMatrix):
+            return packed.num_outputs, packed.num_inputs
+        return packed.shape[0], packed.shape[1]
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        packed = self.packed
+        return packed.lookup(rows) if isinstance(packed, PackedMatrix) else packed[rows].float()
+
+    def dequantize(self) -> Tensor:
+        """[outputs, inputs] float32"""
+        return self.packed.unpacked() if isinstance(self.packed, PackedMatrix) else self.packed.float()
+
+
+def _packed(matrix: Any) -> PackedMatrix:
+    assert isinstance(matrix, PackedMatrix), "a stored model has a packed blueprint"
+    return matrix
+
+
+def _matrices(blueprint: Blueprint) -> list[PackedMatrix]:
+    found = [_packed(blueprint.head)]
+    for layer in blueprint.layers:
+        found += map(_packed, (layer.qkv, layer.output, layer.mlp.up, layer.mlp.down))
+    return found
+
+
+def _copy_numbers(source: Blueprint, target: Blueprint) -> None:
+    """Give a model's own parameters, which its blueprint shows, the numbers of packed matrices.
+
+    Raises:
+        ParameterError: some of them are in another order.
+    """
+    pairs: list[tuple[Any, Any]] = [(source.head, target.head)]
+    for mine, its in zip(source.layers, target.layers, strict=True):
+        pairs += [(mine.qkv, its.qkv), (mine.output, its.output)]
+        pairs += [(mine.mlp.up, its.mlp.up), (mine.mlp.down, its.mlp.down)]
+    for packed, matrix in pairs:
+        if matrix.order is not None:
+            raise ParameterError(
+                "weights of fewer bits are for the native runner alone where a family has queries, keys and values in "
+                "one matrix, got another runner; leave runner at 'auto'"
+            )
+        numbers = packed.unpacked().split([len(part) for part in matrix.parts])
+        for part, rows in zip(matrix.parts, numbers, strict=True):
+            part.copy_(rows)
+
+
+# ---- packing --------------------------------------------------------------------------------------------------
+
+
+def narrowest(weight: Tensor) -> torch.dtype:
+    """The narrowest dtype that holds the same numbers: of a float32 matrix that was published in 16 bits, these."""
+    if weight.dtype == torch.float32:
+        for dtype in (torch.bfloat16, torch.float16):
+            if torch.equal(weight.to(dtype).float(), weight):
+                return dtype
+    return weight.dtype
+
+
+def pack_narrowest(parts: tuple[Tensor, ...], bias: Tensor | None) -> PackedMatrix:
+    """Matrices one below the other, in 16 bits where these hold the same numbers."""
+    dtypes = {narrowest(part) for part in parts}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.promote_types(*[part.dtype for part in parts][:2])
+    return ops.pack([part.to(dtype) for part in parts], bias)
+
+
+def packer(weights: str) -> Packer:
+    """How matrices are packed for `weights`, one of WEIGHTS."""
+    if weights in _BITS:
+        return lambda parts, bias: ops.quantise(list(parts), _BITS[weights], bias=bias)
+    if weights == "fp32":
+        return lambda parts, bias: ops.pack([part.float() for part in parts], bias)
+    return pack_narrowest
+
+
+def _requantised(matrix: PackedMatrix, weights: str) -> PackedMatrix:
+    """A packed matrix rounded to fewer bits."""
+    bias = None if matrix.bias is None else matrix.bias[: matrix.num_outputs]
+    return ops.quantise(matrix.unpacked(), _BITS[weights], bias=bias)
+
+
+def _with_weights(blueprint: Blueprint, weights: str) -> Blueprint:
+    """A packed blueprint with other bits; embeddings that are one with the head stay so."""
+    if weights not in _BITS:
+        return blueprint
+    is_tied = blueprint.embedding is blueprint.head
+    layers = []
+    for layer in blueprint.layers:
+        up, down = (_requantised(_packed(part), weights) for part in (layer.mlp.up, layer.mlp.down))
+        qkv, output = (_requantised(_packed(part), weights) for part in (layer.qkv, layer.output))
+        layers.append(attrs.evolve(layer, qkv=qkv, output=output, mlp=attrs.evolve(layer.mlp, up=up, down=down)))
+    head = _requantised(_packed(blueprint.head), weights)
+    embedding = head if is_tied else blueprint.embedding
+    return attrs.evolve(blueprint, layers=tuple(layers), head=head, embedding=embedding)
+
+
+# ---- checkpoints of transformers ------------------------------------------------------------------------------
+
+
+def read_checkpoint(folder: Path, config: PreTrainedConfig, weights: str) -> Blueprint:
+    """The packed blueprint of a folder that `save_pretrained` has made.
+
+    Args:
+        folder: with safetensors files.
+        config: read from it by transformers.
+        weights: of WEIGHTS.
+
+    Raises:
+        NoBlueprintError: the model is not known, or its files are not as they would be written today.
+        ModelLoadError: a file that cannot be read.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise NoBlueprintError("weights are quantised in a way of their own")
+    family = family_of(config)
+    found = _checkpoint_tensors(folder)
+    table = found.get(f"{family.base}.{family.embedding}.weight")
+    if table is None:
+        raise NoBlueprintError("files have no embeddings by today's name")
+    is_tied = bool(config.tie_word_embeddings)
+    if is_tied:
+        found["lm_head.weight"] = table
+    strange = sorted({str(tensor.dtype) for tensor in found.values() if tensor.dtype not in _DTYPES})
+    if strange:
+        raise NoBlueprintError(f"files have tensors of {', '.join(strange)}")
+    packed = read_blueprint(config, found, ropes_of_config(config)).packed(packer(weights))
+    return attrs.evolve(packed, embedding=_packed(packed.head)) if is_tied else packed
+
+
+def _checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [folder / name for name in sorted(names)]
+    elif single.is_file():
+        files = [single]
+    else:
+        raise NoBlueprintError("folder has no safetensors")
+    found: dict[str, Tensor] = {}
+    for file in files:
+        tensors, _ = mapped_tensors(file, advice="fetch or save the model again")
+        found |= tensors
+    return found
+
+
+def plain_config(settings: Mapping[str, Any]) -> PreTrainedConfig:
+    """A configuration with these settings and no defaults of a family: its class would be imported with all others."""
+    config = PreTrainedConfig()
+    for name, value in settings.items():
+        setattr(config, name, value)
+    config._attn_implementation = "sdpa"  # how masks are wanted, should anybody ask
+    return config
+
+
+# ---- one file -------------------------------------------------------------------------------------------------
+
+_RECORDS: dict[str, type] = {kind.__name__: kind for kind in (Blueprint, Layer, Mlp, Norm, PackedMatrix, Rope)}
+
+
+def save_packed(
+    blueprint: Blueprint, config: PreTrainedConfig, generation_config: Mapping[str, Any], folder: Path
+) -> None:
+    """Write a packed blueprint, with its configuration, for `load_packed`.
+
+    Raises:
+        OSError: naming the file.
+    """
+    tensors: dict[str, Tensor] = {}
+    plan = _described(blueprint, "", tensors, {})
+    # the large ones last: what is read of the file before it is computed with is its beginning
+    ordered = dict(sorted(tensors.items(), key=lambda item: item[1].numel()))
+    save_aligned(ordered, folder / PACKED, {"blueprint": json.dumps(plan)})
+    (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2), encoding="utf-8")
+    (folder / GENERATION).write_text(json.dumps(dict(generation_config), indent=2), encoding="utf-8")
+
+
+def load_packed(
+    folder: Path, weights: str, *, in_float32: Callable[[], PreTrainedModel] | None = None, advice: str
+) -> StoredModel:
+    """What `save_packed` has written.
+
+    Args:
+        folder: where.
+        weights: of WEIGHTS, but "fp32".
+        in_float32: as for `StoredModel`.
+        advice: what to do about a file that is damaged.
+
+    Raises:
+        ModelLoadError: a file that cannot be read.
+    """
+    tensors, metadata = mapped_tensors(folder / PACKED, advice=advice)
+    try:
+        plan = json.loads(metadata["blueprint"])
+        blueprint = _restored(plan, tensors, {})
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        generation = json.loads((folder / GENERATION).read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelLoadError(
+            f"{folder} must hold a model as it was packed, got {type(error).__name__} ({error}); {advice}"
+        ) from error
+    generation_config = GenerationConfig(**generation)  # type: ignore[no-untyped-call]
+    return StoredModel(
+        plain_config(settings),
+        generation_config,
+        _with_weights(blueprint, weights),
+        weights=weights,
+        in_float32=in_float32,
+    )
+
+
+def _described(value: Any, name: str, tensors: dict[str, Tensor], seen: dict[int, str]) -> Any:
+    """A record as JSON, its tensors by name. What stands in several places is described once."""
+    if isinstance(value, tuple):
+        return [_described(one, f"{name}.{place}", tensors, seen) for place, one in enumerate(value)]
+    if not isinstance(value, Tensor) and not attrs.has(type(value)):
+        return value
+    if id(value) in seen:
+        return {"same": seen[id(value)]}
+    seen[id(value)] = name
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    parts = {
+        field.name: _described(getattr(value, field.name), f"{name}.{field.name}".lstrip("."), tensors, seen)
+        for field in attrs.fields(type(value))
+    }
+    return {"record": type(value).__name__, "name": name, "parts": parts}
+
+
+def _restored(plan: Any, tensors: Mapping[str, Tensor], made: dict[str, Any]) -> Any:
+    """What `_described` has described."""
+    if isinstance(plan, list):
+        return tuple(_restored(one, tensors, made) for one in plan)
+    if not isinstance(plan, dict):
+        return plan
+    if "same" in plan:
+        return made[plan["same"]]
+    if "tensor" in plan:
+        made[plan["tensor"]] = tensors[plan["tensor"]]
+        return made[plan["tensor"]]
+    parts = {name: _restored(part, tensors, made) for name, part in plan["parts"].items()}
+    made[plan["name"]] = _RECORDS[plan["record"]](**parts)
+    return made[plan["name"]]

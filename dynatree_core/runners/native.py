@@ -1,0 +1,318 @@
+"""The `native` runner: a model put together from the fused operators of `dynatree_core.ops`, for CPUs.
+
+A decode step of a small model is some seven hundred small operators with Python between them, and the matrices, which
+are all that has to be read, are half of its time. Here a layer is five operators: norm and the product for queries,
+keys and values; rotary embedding and the write into the cache; attention; the product behind it with the residual; norm
+and MLP. Each reads its weights once, in the bits that they were published in, for any number of rows.
+
+A row's bits depend on its text alone. Every sum has one order, whatever stands in the other rows, and a row visits the
+slots that it sees in the order of its text, not of the tree (`dynatree_core.ops.signature`). So a tree's logits equal
+those of plain decoding on this runner bit for bit: rounding decides nothing, and `exact` costs nothing.
+
+What a model consists of says its blueprint (`dynatree_core.models.blueprint`). A model without one is left to others.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Sequence
+from typing import Any, final
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from dynatree_core import ops
+from dynatree_core.cache.base import KeyValueCache
+from dynatree_core.errors import CacheError, ForwardPassError
+from dynatree_core.models.blueprint import Blueprint, Layer, NoBlueprintError, Rope, blueprint_of
+from dynatree_core.models.state import is_untouched, state_of
+from dynatree_core.models.stored import StoredModel, pack_narrowest
+from dynatree_core.ops import PackedMatrix, Rotary, Visible
+from dynatree_core.runners.base import Kept, PassOutput, Runner
+from dynatree_core.tree.flatten import FlatTrees
+
+__all__ = ["NativeRunner", "Twin"]
+
+# positions whose angles are computed together. A position's are always computed in the same place of the same vector:
+# torch rounds the last elements of a vector otherwise than the others
+ANGLES = 256
+
+_lock = threading.Lock()  # two threads that begin with one model pack it once
+
+
+@final
+class NativeRunner(Runner):
+    """Computes a model's passes by operators of our own.
+
+    Args:
+        model: the model; its matrices are copied, in 16 bits each where these hold the same numbers.
+
+    Raises:
+        NoBlueprintError: the model is not known.
+    """
+
+    name = "native"
+    takes_any_cache = False
+    has_equal_bits = True
+
+    def __init__(self, model: nn.Module) -> None:
+        self._state: Hashable = state_of(model)
+        if isinstance(model, StoredModel):
+            self.twin = Twin(model.blueprint)
+            return
+        with torch.no_grad():
+            self.twin = Twin(blueprint_of(model).packed(pack_narrowest))
+
+    @classmethod
+    def reason_against(cls, model: nn.Module) -> str | None:
+        reason = ops.reason_unavailable()
+        if reason is not None:
+            return f"needs its library, which is not usable here: {reason}"
+        if isinstance(model, StoredModel):
+            return None
+        device: torch.device = model.device  # type: ignore[assignment]
+        if device.type != "cpu" or model.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            autocast = " under autocast" if torch.is_autocast_enabled("cpu") else ""
+            return f"is for models on a CPU that compute in float32, got {model.dtype} on {device}{autocast}"
+        if not is_untouched(model):
+            return "is for models as transformers made them, got one with code of somebody else's in it"
+        try:
+            blueprint = blueprint_of(model)
+        except NoBlueprintError as error:
+            return f"knows no model whose {error}"
+        dtypes = {tensor.dtype for tensor in (*model.parameters(), *_tensors(blueprint))}
+        if dtypes != {torch.float32}:
+            return f"is for models whose weights are all float32, got {', '.join(sorted(map(str, dtypes)))}"
+        return None
+
+    @classmethod
+    def preference(cls, model: nn.Module, kept: Kept) -> int:
+        """3 for a model that is kept packed anyway, else 0: it is taken where it is named."""
+        return 3 if isinstance(model, StoredModel) else 0
+
+    @classmethod
+    def make(cls, model: nn.Module, kept: Kept) -> NativeRunner:
+        """The runner of a model, with the packed matrices of an earlier generation where they still hold.
+
+        What is looked at, and what may be missed, says `dynatree_core.models.state`.
+        """
+        with _lock:
+            runner = kept.get(cls.name)
+            if not isinstance(runner, cls) or runner._state != state_of(model):
+                runner = kept[cls.name] = cls(model)
+            return runner
+
+    def forward(
+        self,
+        flat: FlatTrees,
+        cache: KeyValueCache,
+        *,
+        hidden: bool = False,
+        last_row_only: bool = False,
+        is_prompt: bool = False,
+    ) -> PassOutput:
+        if torch.is_autocast_enabled("cpu"):
+            raise ForwardPassError(
+                "the native runner computes in float32, got a pass under torch.autocast; leave that, or give "
+                "runner='eager'"
+            )
+        return self.twin.forward(flat, cache, hidden=hidden, last_row_only=last_row_only)
+
+
+class Twin:
+    """A model's passes by operators.
+
+    Args:
+        blueprint: what they consist of, with every matrix packed.
+    """
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        self.blueprint = blueprint
+        self._head = _packed(blueprint.head)
+        self._dtype = self._head.dtype
+        ropes = [layer.rope for layer in blueprint.layers if layer.rope is not None]
+        self._angles = {id(rope): _Angles(rope, self._dtype) for rope in ropes}
+        # what a cache is told of each layer: heads and their size
+        self._keys, self._values = [], []
+        for layer in blueprint.layers:
+            template = torch.empty(1, layer.num_key_heads, 0, layer.head_dim, dtype=self._dtype)
+            self._keys.append(template)
+            self._values.append(template)
+
+    def forward(
+        self, flat: FlatTrees, cache: KeyValueCache, *, hidden: bool = False, last_row_only: bool = False
+    ) -> PassOutput:
+        """One pass, as `Runner.forward`. The rows of all lanes are one matrix, one lane below the other.
+
+        Raises:
+            CacheError: the cache takes no rows that are written by the pass itself, or has no room.
+        """
+        if not cache.can_record:
+            raise CacheError(
+                f"the native runner writes its rows into a cache that can_record, got a {type(cache).__name__}; use "
+                "another runner beside it"
+            )
+        lanes, num_rows = flat.token_ids.shape
+        first_slots = cache.next_slots(num_rows)
+        cache.allocate(self._keys, self._values)
+        passing = _Pass.of(flat, first_slots)
+        rows = self._embedded(flat.token_ids.reshape(-1), passing.positions)
+        for index, layer in enumerate(self.blueprint.layers):
+            rows = self._through(layer, rows, passing, cache.keys[index], cache.values[index])
+        cache.append(num_rows)
+        wanted = rows
+        if last_row_only and num_rows > 1:
+            wanted = rows.view(lanes, num_rows, -1)[:, -1].contiguous()
+        norm = self.blueprint.final_norm
+        normed = None
+        if hidden and norm is not None:
+            normed = ops.norm(rows, norm)
+        logits = self._logits(wanted).view(lanes, -1, self._head.num_outputs)
+        if not hidden:
+            return PassOutput(logits)
+        normed = rows if normed is None else normed
+        return PassOutput(logits, normed.view(lanes, num_rows, -1))
+
+    def _embedded(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """[rows, hidden]: what goes into the first layer."""
+        plan = self.blueprint
+        if isinstance(plan.embedding, PackedMatrix):
+            rows = plan.embedding.lookup(token_ids)
+        else:
+            rows = nn.functional.embedding(token_ids, plan.embedding).to(self._dtype)
+        if plan.embedding_scale != 1.0:
+            rows = rows * plan.embedding_scale
+        if plan.positions is not None:
+            rows = rows + nn.functional.embedding(positions + plan.position_offset, plan.positions)
+        return rows.contiguous()
+
+    def _through(self, layer: Layer, rows: Tensor, passing: _Pass, keys: Tensor, values: Tensor) -> Tensor:
+        """[rows, hidden] through one layer."""
+        fused = ops.linear(rows, _packed(layer.qkv), norm=layer.attention_norm)
+        if layer.clip is not None:
+            fused = fused.clamp(-layer.clip, layer.clip)
+        queries = ops.rope_write(
+            fused,
+            keys,
+            values,
+            passing.lanes,
+            passing.slots,
+            num_heads=layer.num_heads,
+            rotary=None if layer.rope is None else passing.rotary(self._angles[id(layer.rope)]),
+            query_norm=layer.query_norm,
+            key_norm=layer.key_norm,
+        )
+        if layer.query_growth is not None:
+            queries = queries * passing.growth(*layer.query_growth).to(queries.dtype)
+        seen = ops.tree_attention(
+            queries.contiguous(), keys, values, passing.visible(layer.window), scale=layer.scale, soft_cap=layer.softcap
+        )
+        mixed = ops.linear(
+            seen, _packed(layer.output), after=layer.attention_post_norm, residual=rows, scale=layer.residual_scale
+        )
+        return ops.mlp(
+            rows if layer.is_parallel else mixed,
+            _packed(layer.mlp.up),
+            _packed(layer.mlp.down),
+            activation=layer.mlp.activation,
+            norm=layer.mlp_norm,
+            after=layer.mlp_post_norm,
+            residual=mixed,
+            scale=layer.residual_scale,
+        )
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        """[rows, vocab]"""
+        plan = self.blueprint
+        return ops.linear(
+            rows,
+            self._head,
+            norm=plan.final_norm,
+            scale=plan.logit_scale,
+            soft_cap=plan.logit_softcap,
+        )
+
+
+@attrs.define(eq=False)
+class _Pass:
+    """What all layers of one pass have in common, computed once."""
+
+    positions: Tensor  # [rows] int64: what the model is told
+    lanes: Tensor  # [rows] int32
+    slots: Tensor  # [rows] int32: where the rows' keys and values go
+    _flat: FlatTrees
+    _first_slots: list[int]
+    _visible: dict[int | None, Visible] = attrs.field(factory=dict)
+    _rotary: dict[int, Rotary] = attrs.field(factory=dict)
+    _growth: dict[tuple[float, float], Tensor] = attrs.field(factory=dict)
+
+    @classmethod
+    def of(cls, flat: FlatTrees, first_slots: list[int]) -> _Pass:
+        lanes, num_rows = flat.token_ids.shape
+        told = flat.position_ids if flat.model_positions is None else flat.model_positions
+        lane = torch.arange(lanes, dtype=torch.int32).repeat_interleave(num_rows)
+        slots = torch.tensor(first_slots, dtype=torch.int32)[:, None] + torch.arange(num_rows, dtype=torch.int32)
+        return cls(told.reshape(-1), lane, slots.reshape(-1), flat, first_slots)
+
+    def visible(self, window: int | None) -> Visible:
+        """The slots that each row sees within a window."""
+        if window not in self._visible:
+            mask = self._flat.visible
+            if window is not None:
+                distance = self._flat.position_ids[:, :, None] - self._flat.slot_positions[:, None, :]
+                mask = mask & (distance < window)
+            self._visible[window] = Visible.of_mask(mask)
+        return self._visible[window]
+
+    def rotary(self, angles: _Angles) -> Rotary:
+        if id(angles) not in self._rotary:
+            self._rotary[id(angles)] = angles.at(self.positions)
+        return self._rotary[id(angles)]
+
+    def growth(self, beta: float, length: float) -> Tensor:
+        """[rows, 1, 1]: what queries are multiplied with, by the position."""
+        if (beta, length) not in self._growth:
+            # one position a vector: torch rounds a number by its place in one
+            factors = [1 + beta * torch.log(1 + torch.floor(position / length)) for position in self.positions]
+            self._growth[beta, length] = torch.stack(factors)[:, None, None]
+        return self._growth[beta, length]
+
+
+class _Angles:
+    """Cosines and sines of one rotary embedding, by the position."""
+
+    def __init__(self, rope: Rope, dtype: torch.dtype) -> None:
+        self._rope = rope
+        self._dtype = dtype
+        self._tables: tuple[Tensor, Tensor] = self._computed(range(1))
+
+    def at(self, positions: Tensor) -> Rotary:
+        """The angles of rows at positions [rows]."""
+        cos, sin = self._tables
+        last = int(positions.max())
+        if last >= len(cos):
+            blocks = range(last // ANGLES + 1)
+            cos, sin = self._tables = self._computed(blocks)
+        return Rotary(cos[positions], sin[positions], self._rope.is_interleaved)
+
+    def _computed(self, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """[positions, frequencies] each, of whole blocks of positions."""
+        cosines, sines = [], []
+        for block in blocks:
+            positions = torch.arange(block * ANGLES, (block + 1) * ANGLES)
+            turned = positions[:, None].float() * self._rope.inv_freq
+            cosines.append((turned.cos() * self._rope.scaling).to(self._dtype))
+            sines.append((turned.sin() * self._rope.scaling).to(self._dtype))
+        return torch.cat(cosines), torch.cat(sines)
+
+
+def _packed(matrix: Any) -> PackedMatrix:
+    assert isinstance(matrix, PackedMatrix), "a twin is made from a packed blueprint"
+    return matrix
+
+
+def _tensors(blueprint: Blueprint) -> list[Tensor]:
+    """The tensors of a blueprint that are no parameters: embeddings and head of a student."""
+    head: Any = blueprint.head
+    return [tensor for tensor in (blueprint.embedding, *head.parts) if isinstance(tensor, Tensor)]

@@ -1,0 +1,307 @@
+"""The native runner: the same pass, put together from fused operators, with the same bits for any number of rows."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from students import HEAD_IDS
+from test_architectures import bushy_tree
+from torch import Tensor, nn
+
+from dynatree_core import generate, ops
+from dynatree_core.cache.tree_cache import TreeCache
+from dynatree_core.errors import CacheError, ParameterError
+from dynatree_core.models.architectures import EXACT_FAMILIES
+from dynatree_core.models.blueprint import FAMILIES, NoBlueprintError, blueprint_of
+from dynatree_core.models.kept import kept_of
+from dynatree_core.models.stored import narrowest, pack_narrowest
+from dynatree_core.models.student import new_student
+from dynatree_core.runners.choice import make_runner, runner_for
+from dynatree_core.runners.eager import EagerRunner
+from dynatree_core.runners.native import ANGLES, NativeRunner, Twin
+from dynatree_core.testing import strategies as ours
+from dynatree_core.testing.models import ROPES, VARIANTS, VOCAB, greedy, perturbed, tiny_model, tiny_variant
+from dynatree_core.tree.flatten import FlatTrees, flatten, flatten_chain
+from dynatree_core.tree.token_tree import TokenTree
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+TEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6]
+
+# computed by other runners: mixtures of experts and what else has no table
+LEFT_TO_OTHERS = {"deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
+KNOWN = [name for name in (*EXACT_FAMILIES, *VARIANTS) if VARIANTS.get(name, (name,))[0] not in LEFT_TO_OTHERS]
+NOT_KNOWN = {"opt, norm after": "norms stand behind its layers"}
+FITTING = [name for name in KNOWN if name not in NOT_KNOWN]
+
+needs_library = pytest.mark.skipif(
+    ops.reason_unavailable() is not None, reason=f"the operators' library is not usable: {ops.reason_unavailable()}"
+)
+
+
+@functools.cache
+def single(name: str) -> nn.Module:
+    """A tiny model of a family or a variant in single precision; nobody changes it."""
+    return copy.deepcopy(tiny_variant(name)).float()
+
+
+@functools.cache
+def twin_of(name: str) -> Twin:
+    with torch.no_grad():
+        return Twin(blueprint_of(single(name)).packed(pack_narrowest))
+
+
+def logits_of(passes: Any, chunks: Sequence[FlatTrees | Sequence[int]], capacity: int = 100, **asked: Any) -> Tensor:
+    """[all rows, vocab] of passes one behind the other; tokens are committed, a tree must be the last."""
+    cache, found = TreeCache(capacity), []
+    with torch.inference_mode():
+        for chunk in chunks:
+            flat = chunk if isinstance(chunk, FlatTrees) else flatten_chain(torch.tensor(chunk), cache.length)
+            found.append(passes.forward(cache.prepare(flat), cache, **asked).logits[0])
+            if not isinstance(chunk, FlatTrees):
+                cache.commit([range(len(chunk))])
+    return torch.cat(found)
+
+
+def test_every_family_has_a_blueprint_or_is_named_as_one_without():
+    assert FAMILIES.keys() | LEFT_TO_OTHERS == EXACT_FAMILIES.keys()
+    assert not FAMILIES.keys() & LEFT_TO_OTHERS
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_a_native_pass_is_the_plain_pass_up_to_rounding(name: str) -> None:
+    tree = flatten([bushy_tree()], [len(TEXT)])
+    plain = logits_of(EagerRunner(single(name)), [TEXT[:11], TEXT[11:], tree])
+    found = logits_of(twin_of(name), [TEXT[:11], TEXT[11:], tree])
+    scale = plain.abs().amax()
+    torch.testing.assert_close(found / scale, plain / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rotary_embeddings_of_all_kinds_are_the_models_own(rope: str) -> None:
+    model = copy.deepcopy(tiny_model("llama", rope_parameters=frozen({"rope_type": rope, **ROPES[rope]}))).float()
+    twin = Twin(blueprint_of(model).packed(pack_narrowest))
+    plain, found = logits_of(EagerRunner(model), [TEXT]), logits_of(twin, [TEXT])
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-4)
+
+
+class frozen(dict):  # type: ignore[type-arg]
+    """A dict that `tiny_model` can remember."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(str(self))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "cohere2"])
+def test_what_goes_into_the_head_is_the_plain_passes(name: str) -> None:
+    flat = flatten_chain(torch.tensor(TEXT), 0)
+    with torch.inference_mode():
+        plain = EagerRunner(single(name)).forward(flat, TreeCache(40), hidden=True)
+        found = twin_of(name).forward(flat, TreeCache(40), hidden=True)
+        last = twin_of(name).forward(flat, TreeCache(40), last_row_only=True)
+    torch.testing.assert_close(found.hidden, plain.hidden, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.logits, plain.logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(last.logits, plain.logits[:, -1:], rtol=0, atol=1e-4)
+
+
+def test_lanes_of_different_lengths_have_the_rows_that_each_has_alone() -> None:
+    trees = [bushy_tree(), TokenTree.root(torch.tensor([7]))]
+    texts = [TEXT[:5], TEXT[:14]]
+    batch = TreeCache(80, lanes=2)
+    alone = []
+    with torch.inference_mode():
+        for lane, (tree, text) in enumerate(zip(trees, texts, strict=True)):
+            one = TreeCache(80)
+            twin_of("mistral").forward(flatten_chain(torch.tensor(text), 0), one)
+            one.commit([range(len(text))])
+            batch.allocate(one.keys, one.values)
+            batch.load(*one.copied(), len(text), lane)
+            alone.append(twin_of("mistral").forward(flatten([tree], [len(text)]), one).logits[0])
+        flat = flatten(trees, [len(text) for text in texts])
+        found = twin_of("mistral").forward(batch.prepare(flat), batch).logits
+    for lane, (tree, logits) in enumerate(zip(trees, alone, strict=True)):
+        torch.testing.assert_close(found[lane, : tree.num_nodes], logits, rtol=0, atol=1e-5)
+    assert batch.block_len == flat.num_rows
+
+
+# ---- equal bits -----------------------------------------------------------------------------------------------
+
+
+@st.composite
+def trees_and_chunks(draw: st.DrawFn) -> tuple[TokenTree, list[int]]:
+    """A random tree, and the sizes of the chunks that a text of 23 tokens comes in."""
+    sizes = []
+    while sum(sizes) < len(TEXT):
+        sizes.append(draw(st.integers(1, len(TEXT) - sum(sizes))))
+    return draw(ours.token_trees(vocab=VOCAB)), sizes
+
+
+@needs_library
+@pytest.mark.parametrize("name", FITTING)
+@settings(max_examples=4)
+@given(drawn=trees_and_chunks())
+def test_a_rows_bits_depend_on_its_text_alone(name: str, drawn: tuple[TokenTree, list[int]]) -> None:
+    tree, sizes = drawn
+    chunks, rest = [], list(TEXT)
+    for size in sizes:
+        chunks.append(rest[:size])
+        rest = rest[size:]
+    passes = twin_of(name)
+    whole = logits_of(passes, [TEXT])
+    assert torch.equal(logits_of(passes, chunks), whole), "prefill in chunks"
+    assert torch.equal(logits_of(passes, [[token] for token in TEXT]), whole), "one row a pass"
+    found = logits_of(passes, [TEXT, flatten([tree], [len(TEXT)])])[len(TEXT) :]
+    for node in range(tree.num_nodes):
+        path = [other for other in range(tree.num_nodes) if tree.ancestor_mask[node, other]]
+        tokens = [int(tree.token_ids[other]) for other in path]
+        alone = logits_of(passes, [TEXT, *([token] for token in tokens)])[-1]
+        assert torch.equal(found[node], alone), f"node {node} of {tree.parent.tolist()}"
+
+
+@needs_library
+def test_a_rows_bits_are_the_same_with_any_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(logits_of(twin_of("llama"), [TEXT]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@needs_library
+@pytest.mark.parametrize("name", FITTING)
+def test_tokens_are_those_of_plain_decoding_and_of_eager(name: str) -> None:
+    model, drafter = single(name), copy.deepcopy(perturbed(VARIANTS.get(name, (name,))[0])).float()
+    drafter = drafter if drafter.config.to_dict() == model.config.to_dict() else model
+    plain = generate(model, None, PROMPT, policy="autoregressive", runner="native", max_new_tokens=24)
+    found = generate(
+        model, drafter, PROMPT, policy="fixed(depth=3,branch=2,tau=0.0)", runner="native", max_new_tokens=24
+    )
+    assert found.report.runner == "native"
+    assert found.token_ids == plain.token_ids == greedy(model, PROMPT, 24)
+
+
+# ---- which models, and which not ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*NOT_KNOWN, "mixtral"])
+def test_a_model_without_a_blueprint_is_left_to_others(name: str) -> None:
+    with pytest.raises(NoBlueprintError, match=NOT_KNOWN.get(name, "model type is 'mixtral'")):
+        blueprint_of(single(name))
+
+
+def test_a_parameter_that_no_layer_takes_is_a_reason_against_the_model() -> None:
+    model: Any = copy.deepcopy(single("llama"))
+    model.model.layers[1].mlp.extra = nn.Linear(2, 2)
+    with pytest.raises(NoBlueprintError, match=r"more than is known of llama, such as 'model.layers.1.mlp.extra.bias'"):
+        blueprint_of(model)
+
+
+def test_a_setting_that_is_not_known_is_a_reason_against_the_model() -> None:
+    model: Any = copy.deepcopy(single("llama"))
+    model.config.hidden_act = "mish"
+    with pytest.raises(NoBlueprintError, match="activation is 'mish'"):
+        blueprint_of(model)
+
+
+@needs_library
+def test_reasons_against_a_model() -> None:
+    def reason(model: nn.Module) -> str:
+        with pytest.raises(ParameterError) as raised:
+            runner_for(model, "native")
+        return str(raised.value)
+
+    assert "that compute in float32, got torch.float64 on cpu" in reason(tiny_model("llama"))
+    assert "knows no model whose model type is 'mixtral'" in reason(single("mixtral"))
+    hooked = copy.deepcopy(single("llama"))
+    hooked.register_forward_hook(lambda module, args, output: output)
+    assert "as transformers made them" in reason(hooked)
+    mixed: Any = copy.deepcopy(single("llama"))
+    mixed.model.norm.bfloat16()
+    assert "weights are all float32, got torch.bfloat16, torch.float32" in reason(mixed)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert "under autocast" in reason(single("llama"))
+
+
+@needs_library
+def test_a_bounded_cache_has_another_runner_or_is_refused() -> None:
+    model = single("llama")
+    found = generate(model, None, PROMPT, cache="sinks=2,window=6", max_new_tokens=12)
+    assert found.report.runner != "native"
+    with pytest.raises(ParameterError, match=r"the native runner takes no bounded cache, got cache='sinks=2,window=6'"):
+        generate(model, None, PROMPT, cache="sinks=2,window=6", max_new_tokens=12, runner="native")
+
+
+def test_a_cache_that_takes_no_rows_is_an_error() -> None:
+    class Closed(TreeCache):
+        can_record = False
+
+    with pytest.raises(CacheError, match=r"a cache that can_record, got a Closed"):
+        twin_of("llama").forward(flatten_chain(torch.tensor(TEXT), 0), Closed(40))
+
+
+# ---- weights --------------------------------------------------------------------------------------------------
+
+
+def test_matrices_that_were_published_in_16_bits_are_packed_in_16_bits() -> None:
+    model: Any = copy.deepcopy(single("llama"))
+    assert narrowest(model.lm_head.weight) == torch.float32
+    halves = copy.deepcopy(model).half().float()
+    assert narrowest(halves.lm_head.weight) == torch.float16
+    rounded = model.bfloat16().float()
+    assert narrowest(rounded.lm_head.weight) == torch.bfloat16
+    with torch.no_grad():
+        twin = Twin(blueprint_of(rounded).packed(pack_narrowest))
+    assert twin.blueprint.layers[0].qkv.kind == "bfloat16"
+    whole = Twin(blueprint_of(rounded).packed(lambda parts, bias: ops.pack(list(parts), bias)))
+    assert whole.blueprint.layers[0].qkv.kind == "float32"
+    torch.testing.assert_close(logits_of(twin, [TEXT]), logits_of(whole, [TEXT]), rtol=0, atol=0)
+
+
+@needs_library
+def test_packed_matrices_serve_until_a_weight_is_changed() -> None:
+    model = copy.deepcopy(single("llama"))
+    first = make_runner(model, "native", kept=kept_of(model))
+    assert make_runner(model, "native", kept=kept_of(model)) is first
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)  # type: ignore[union-attr, operator]
+    second = make_runner(model, "native", kept=kept_of(model))
+    assert second is not first
+    torch.testing.assert_close(logits_of(second, [TEXT]), 2 * logits_of(first, [TEXT]))
+
+
+def test_a_student_drafts_on_it_with_its_targets_embeddings() -> None:
+    student = new_student(single("llama"), [0, 1], HEAD_IDS)
+    blueprint = blueprint_of(student)
+    assert blueprint.embedding.data_ptr() == single("llama").get_input_embeddings().weight.data_ptr()  # type: ignore[operator]
+    with torch.no_grad():
+        twin = Twin(blueprint.packed(pack_narrowest))
+    plain, found = logits_of(EagerRunner(student), [TEXT]), logits_of(twin, [TEXT])
+    assert found.shape == (len(TEXT), len(HEAD_IDS))
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-4)
+
+
+def test_angles_of_a_position_are_the_same_however_far_the_table_goes() -> None:
+    def cosines(positions: list[int]) -> Tensor:
+        angles = next(iter(copy.copy(twin_of("llama"))._angles.values()))
+        fresh = type(angles)(angles._rope, torch.float32)
+        return torch.stack([fresh.at(torch.tensor([position])).cos[0] for position in positions])
+
+    assert torch.equal(cosines([3, ANGLES + 1]), cosines([ANGLES + 1, 3]).flip(0))
+    assert attrs.has(type(twin_of("llama").blueprint))
+
+
+def test_the_name_of_the_class_is_that_of_the_entry_point() -> None:
+    assert NativeRunner.name == "native"
+    assert NativeRunner.has_equal_bits
