@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.engine.engine import ENGINE_OPTIONS, Engine
 from dynatree_core.engine.handle import Handle
+from dynatree_core.engine.observer import Observer, observers_of
 from dynatree_core.engine.recovery import ended_by, filled, step
 from dynatree_core.engine.session import Session
 from dynatree_core.errors import BatchError, DynaTreeError, InputError, ParameterError, PromptError
 from dynatree_core.report import GenerationResult
+from dynatree_core.trace.record import Trace, tracing
 from dynatree_core.tree.verdict import StepReport
 
 __all__ = ["generate", "generate_batch", "run", "stream", "stream_batch"]
+
+Result = TypeVar("Result")
 
 
 def generate(
     target: nn.Module,
     drafter: nn.Module | Drafter | str | None,
     input_ids: Tensor | Sequence[int] | Mapping[str, Tensor],
+    *,
+    trace: Trace | str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> GenerationResult:
     """Generate by tree speculative decoding.
@@ -37,6 +45,8 @@ def generate(
             "prompt_lookup", a Drafter, or None to draft nothing (autoregressive decoding).
         input_ids: the prompt, [tokens] or [1, tokens] integers, or what a tokenizer returns: a mapping with
             "input_ids" and "attention_mask".
+        trace: a file in which every iteration is recorded, or a `dynatree_core.trace.Trace`, which several generations
+            share; see docs/trace.md.
 
     Keyword Args:
         policy: a stack's string such as "confidence(high=0.8)+history", a policy object, a stack of `build_stack`, or a
@@ -91,9 +101,10 @@ def generate(
         InputError: an argument that cannot be used; nothing was run.
         DynaTreeError: what failed while running; its `partial` holds the result up to there.
     """
-    session = Session(target, drafter, input_ids, **options)
-    for _ in run(session):
-        pass
+    with tracing(trace, options.get("tokenizer")) as new_observer:
+        session = Session(target, drafter, input_ids, **_also_observed(options, new_observer))
+        for _ in run(session):
+            pass
     return session.result()
 
 
@@ -101,6 +112,8 @@ def stream(
     target: nn.Module,
     drafter: nn.Module | Drafter | str | None,
     input_ids: Tensor | Sequence[int] | Mapping[str, Tensor],
+    *,
+    trace: Trace | str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Iterator[StepReport]:
     """Like `generate`, but yields a report per decode step as its tokens are committed.
@@ -108,7 +121,10 @@ def stream(
     `report.token_ids` are the step's tokens. To have the metrics at the end as well, make a `Session` and
     iterate over `run(session)`; `session.result()` is valid at any time. Arguments are checked at once.
     """
-    return run(Session(target, drafter, input_ids, **options))
+    with contextlib.ExitStack() as opened:
+        new_observer = opened.enter_context(tracing(trace, options.get("tokenizer")))
+        session = Session(target, drafter, input_ids, **_also_observed(options, new_observer))
+        return _closing(run(session), opened.pop_all())
 
 
 def run(session: Session) -> Iterator[StepReport]:
@@ -119,6 +135,7 @@ def run(session: Session) -> Iterator[StepReport]:
     Raises:
         DynaTreeError: its `partial` holds what was committed.
     """
+    reason = "error"  # of its end, where the tokens do not say so
     try:
         yield from _steps(session)
     except (DynaTreeError, RuntimeError, MemoryError) as error:
@@ -126,6 +143,11 @@ def run(session: Session) -> Iterator[StepReport]:
         if ended is error:
             raise
         raise ended from error
+    except (KeyboardInterrupt, GeneratorExit):  # Ctrl-C, or a caller that has stopped listening
+        reason = "interrupted"
+        raise
+    finally:
+        session.report_end(reason)
 
 
 def _steps(session: Session) -> Iterator[StepReport]:
@@ -139,6 +161,18 @@ def _steps(session: Session) -> Iterator[StepReport]:
         session.keep_prefix()
 
 
+def _also_observed(options: Mapping[str, Any], new_observer: Callable[[], Observer] | None) -> dict[str, Any]:
+    """The options, with one more observer besides those that the caller has given."""
+    if new_observer is None:
+        return dict(options)
+    return {**options, "observer": [*observers_of(options.get("observer")), new_observer()]}
+
+
+def _closing(reports: Iterator[Result], opened: contextlib.ExitStack) -> Iterator[Result]:
+    with opened:
+        yield from reports
+
+
 def generate_batch(
     target: nn.Module,
     drafter: nn.Module | Drafter | str | None,
@@ -146,6 +180,7 @@ def generate_batch(
     *,
     each: Sequence[Mapping[str, Any]] | None = None,
     max_sequences: int = 8,
+    trace: Trace | str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> list[GenerationResult]:
     """Generate from many prompts, several at once; each output is that of `generate` with the same prompt alone.
@@ -157,6 +192,7 @@ def generate_batch(
             padded at the left, with their "attention_mask".
         each: for each prompt, the options in which it differs from the others.
         max_sequences: sequences that run at once.
+        trace: as for `generate`: one file for all, in which each prompt is a sequence.
         options: those of `generate`, for all prompts. Processors and stopping criteria among them are copied for each
             prompt. With `do_sample=True` every prompt has the same `seed`, unless `each` says otherwise; without one
             each is drawn from torch's global generator.
@@ -168,9 +204,10 @@ def generate_batch(
         InputError: something that cannot be used, with the place of the prompt; nothing was run.
         BatchError: some sequences failed, all others went on to their ends; it has the results.
     """
-    handles = _submitted(target, drafter, prompts, each, max_sequences, options)
-    for handle in handles:
-        handle.advance_until_done()
+    with tracing(trace, options.get("tokenizer")) as new_observer:
+        handles = _submitted(target, drafter, prompts, each, max_sequences, options, new_observer)
+        for handle in handles:
+            handle.advance_until_done()
     _raise_faults(handles)
     return [handle.result() for handle in handles]
 
@@ -182,13 +219,17 @@ def stream_batch(
     *,
     each: Sequence[Mapping[str, Any]] | None = None,
     max_sequences: int = 8,
+    trace: Trace | str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Iterator[tuple[int, StepReport]]:
     """Like `generate_batch`, but yields the place of the prompt and a report as soon as tokens are committed.
 
     Arguments are checked at once. A `BatchError` comes when all that can go on have ended.
     """
-    return _reports(_submitted(target, drafter, prompts, each, max_sequences, options))
+    with contextlib.ExitStack() as opened:
+        new_observer = opened.enter_context(tracing(trace, options.get("tokenizer")))
+        handles = _submitted(target, drafter, prompts, each, max_sequences, options, new_observer)
+        return _closing(_reports(handles), opened.pop_all())
 
 
 def _reports(handles: Sequence[Handle]) -> Iterator[tuple[int, StepReport]]:
@@ -207,6 +248,7 @@ def _submitted(
     each: Sequence[Mapping[str, Any]] | None,
     max_sequences: int,
     options: Mapping[str, Any],
+    new_observer: Callable[[], Observer] | None,
 ) -> list[Handle]:
     """The prompts in the waiting line of an engine of their own."""
     prompts = _prompts(prompts)
@@ -227,7 +269,8 @@ def _submitted(
                     f"{', '.join(of_engine_too)} must be the same for all prompts, got a value of its own; give it to "
                     "generate_batch"
                 )
-            requests.append(engine.request(prompt, **{**_copied(common), **own}))
+            own = _also_observed({**_copied(common), **own}, new_observer)
+            requests.append(engine.request(prompt, **own))
         except InputError as error:
             raise type(error)(f"prompt {place}: {error}") from error
     return [engine.submit(request) for request in requests]

@@ -60,7 +60,7 @@ ROOMS = {
             "costs",
             "engine",
         ),
-        *("generation", "audit", "hf", "text", "cli", "testing", "__main__"),
+        *("text", "trace", "generation", "audit", "hf", "cli", "testing", "__main__"),
     ),
     "dynatree_bench": ("data", "run", "report", "distill", "studies", "bench_cli", "profile_cli"),
 }

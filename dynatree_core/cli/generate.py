@@ -20,6 +20,7 @@ from dynatree_core.cli.options import (
     MODEL_OPTIONS,
     OUTPUT_OPTIONS,
     POLICY,
+    TRACE_OPTIONS,
     with_options,
 )
 from dynatree_core.cli.prompts import PromptPicks, typed_prompt
@@ -39,7 +40,7 @@ __all__ = ["generate"]
     help="Keep the first and the last tokens only (StreamingLLM), e.g. sinks=4,window=1024: for texts without end.",
 )
 @click.option("--compare", is_flag=True, help="Decode without drafting too; exit with 1 if tokens differ.")
-@with_options(*FILE_OPTIONS, JSON)
+@with_options(*FILE_OPTIONS, *TRACE_OPTIONS, JSON)
 def generate(
     prompt: str | None,
     target: str | None,
@@ -54,6 +55,8 @@ def generate(
     is_played: bool,
     pick_seed: int | None,
     is_chat: bool | None,
+    trace_file: str | None,
+    is_trace_private: bool,
     **request: Any,
 ) -> int:
     """Answer PROMPT, or what stands on standard input if PROMPT is `-`, or the prompts of a file.
@@ -73,6 +76,8 @@ def generate(
     picks.check(prompt, prompts_file)
     if compare and request["max_time"] is not None:
         raise click.UsageError("--compare needs outputs of one length, and --max-time ends each at another token")
+    if is_trace_private and trace_file is None:
+        raise click.UsageError("--trace-private says what a trace leaves out, and needs --trace FILE")
     check_names(policy=policy, drafter=drafter)
     if target in (None, "default"):
         embedded.check_early()
@@ -81,7 +86,7 @@ def generate(
     from dynatree_core.cli.questions import Question, asked, check_lengths
     from dynatree_core.text.prompt import encode_prompt
 
-    setup = Setup(target, drafter, policy, as_json, compare)
+    setup = Setup(target, drafter, policy, as_json, compare, trace_file, is_trace_private)
     job, exit_code, is_warm = Job(setup), DONE, False
     try:
         with console.warnings_in_one_line():
@@ -114,4 +119,6 @@ def generate(
         if job.session is not None:
             job.conclude("error")
         raise
+    finally:
+        setup.close()
     return exit_code

@@ -29,6 +29,7 @@ __all__ = [
     "PICK_OPTIONS",
     "POLICY",
     "TARGET",
+    "TRACE_OPTIONS",
     "with_options",
 ]
 
@@ -177,6 +178,19 @@ FILE_OPTIONS = (
     *PICK_OPTIONS,
     click.option("--turns", "is_played", is_flag=True, help="Play conversations: answer each of the user's turns."),
     click.option("--seed", "pick_seed", type=click.IntRange(min=0), help="With --num-prompts: pick them at random."),
+)
+
+# what is recorded
+
+TRACE_OPTIONS = (
+    click.option(
+        "--trace",
+        "trace_file",
+        metavar="FILE",
+        type=click.Path(dir_okay=False),
+        help="Record every iteration in FILE, packed if it ends in .gz (docs/trace.md).",
+    ),
+    click.option("--trace-private", "is_trace_private", is_flag=True, help="Leave the prompt out of the trace."),
 )
 
 # what is printed

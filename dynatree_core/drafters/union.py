@@ -65,7 +65,8 @@ class UnionDrafter(Drafter):
 
     def start(self, plan: DraftPlan) -> UnionState:
         states = [part.begin(plan) for part in self.drafters]
-        return UnionState(states, [bool(part.models(plan.target)) for part in self.drafters])
+        have_models = [bool(part.models(plan.target)) for part in self.drafters]
+        return UnionState(states, have_models, [str(part) for part in self.drafters])
 
 
 class UnionState(DraftState):
@@ -74,10 +75,11 @@ class UnionState(DraftState):
     Args:
         states: the states, in the drafters' order.
         have_models: for each, whether its proposals cost passes of a model unless they are free.
+        names: the drafters' strings.
     """
 
-    def __init__(self, states: Sequence[DraftState], have_models: Sequence[bool]) -> None:
-        self.states, self.have_models = states, have_models
+    def __init__(self, states: Sequence[DraftState], have_models: Sequence[bool], names: Sequence[str]) -> None:
+        self.states, self.have_models, self.names = states, have_models, names
 
     def prefill(self, committed_ids: Tensor) -> None:
         for state in self.states:
@@ -85,15 +87,18 @@ class UnionState(DraftState):
 
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
         heard: list[Proposals] = []  # the last drafter's first
+        names: list[str] = []
         was_skipped, was_model_asked = False, False
-        for state, has_model in reversed([*zip(self.states, self.have_models, strict=True)]):
+        for state, has_model, name in reversed([*zip(self.states, self.have_models, self.names, strict=True)]):
             if heard and state.can_skip_levels and _most_left_over(heard) < LITTLE:
                 was_skipped = True
                 continue
             heard.append(state.propose(committed_ids, tree, k))
+            names.append(name)
             # a drafter that levels may be skipped for saves something by it, whether it names its model or not
             was_model_asked |= (has_model or state.can_skip_levels) and not heard[-1].is_free
-        return attrs.evolve(_combined(heard, k), is_free=was_skipped and not was_model_asked)
+        is_free = was_skipped and not was_model_asked
+        return attrs.evolve(_combined(heard, k), is_free=is_free, heard=tuple(zip(names, heard, strict=True)))
 
     def possible_proposals(self, committed_ids: Tensor, tree: TokenTree, k: int) -> list[Proposals]:
         """Those of all its drafters first. Which of them `propose` asks depends on the other nodes of the level."""

@@ -40,6 +40,8 @@ def prefill_chunks(lane: Lane) -> Iterator[int]:
         str(lane.stack),
         lane.drafter_name,
         lane.limits,
+        lane.stack,
+        lane.settings,
     )
     lane.observer.tell(begun)
     lane.clock.lap()

@@ -376,6 +376,10 @@ class Engine:
                 )
         return self._costs[runner]
 
+    def known_costs(self, is_fixed_width: bool) -> CostModel | None:
+        """What iterations take, if it was given or somebody has asked; nothing is measured."""
+        return self._given_costs or self._costs.get(self._runner_name(is_fixed_width))
+
     def _runner_name(self, is_fixed_width: bool) -> str:
         """The runner by name. With passes of one shape "auto" is the plain one.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 
 from dynatree_core.engine.lane import Lane
+from dynatree_core.engine.observer import Feedback
 from dynatree_core.tree.verdict import StepReport
 
 __all__ = ["feedback"]
@@ -18,4 +19,6 @@ def feedback(lane: Lane, report: StepReport) -> StepReport:
     report = attrs.evolve(report, seconds=lane.clock.since("decode"))
     lane.sequence.replace_last_report(report)
     lane.stack.on_iteration_end(report)
+    if lane.observer is not None:
+        lane.observer.tell(Feedback(report, lane.stack))
     return report

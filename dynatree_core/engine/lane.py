@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
 from dynatree_core.drafters.base import DraftState
 from dynatree_core.engine.metrics import summarise
-from dynatree_core.engine.observer import Fault, Watch, observers_of
+from dynatree_core.engine.observer import End, Fault, Watch, observers_of
 from dynatree_core.engine.sequence import Sequence
 from dynatree_core.errors import DrafterError, DynaTreeError, InputError
 from dynatree_core.plugins.foreign import others_code
 from dynatree_core.policy.stack import PolicyStack
-from dynatree_core.report import GenerationResult, StepStats
+from dynatree_core.report import GenerationReport, GenerationResult, StepStats
 from dynatree_core.request.limits import Limits
 from dynatree_core.request.request import Request
 from dynatree_core.request.sampling import Sampler
@@ -115,6 +116,27 @@ class Lane:
     @property
     def limits(self) -> Limits:
         return self.sequence.limits
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked besides policy, drafter and limits, and of which target: for those who keep a record of it."""
+        request, target = self.request, self.engine.target
+        return {
+            "max_new_tokens": request.max_new_tokens,
+            "eos_token_ids": sorted(request.eos_token_ids),
+            "do_sample": request.do_sample,
+            "seed": request.seed,
+            "logits_processors": [type(one).__name__ for one in request.logits_processors],
+            "stopping_criteria": len(request.stopping_criteria),
+            "cache": None if request.kept is None else str(request.kept),
+            "exact": "fixed_width" if request.is_fixed_width else None,
+            "on_error": request.on_error,
+            "target": _model_name(target),
+            "model_type": str(getattr(target.config, "model_type", "")),
+            "dtype": str(target.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "vocab_size": self.vocab_size,
+        }
 
     @property
     def logits_processors(self) -> LogitsProcessorList:
@@ -238,6 +260,16 @@ class Lane:
         if self.observer is not None and not self.is_observers(error):
             self.observer.tell(Fault(self.num_iterations, error, then))
 
+    def report_end(self, stop_reason: str | None = None) -> None:
+        """Tell the observers that a run has ended.
+
+        Args:
+            stop_reason: as for `result`.
+        """
+        if self.observer is not None:
+            costs = self.engine.known_costs(self.request.is_fixed_width)
+            self.observer.tell(End(self._ended_by(stop_reason), self.report(), costs))
+
     def is_observers(self, error: BaseException) -> bool:
         """Whether an observer has raised this error, which is nobody else's fault."""
         return self.observer is not None and self.observer.has_raised(error)
@@ -263,8 +295,14 @@ class Lane:
         Args:
             stop_reason: why the generation ended, where its own tokens do not say so.
         """
-        reason = stop_reason if stop_reason == "cancelled" else self.stop_reason or stop_reason or "interrupted"
-        report = summarise(
+        return GenerationResult(self.sequence.output_ids, self._ended_by(stop_reason), self.report())
+
+    def _ended_by(self, stop_reason: str | None) -> str:
+        return stop_reason if stop_reason == "cancelled" else self.stop_reason or stop_reason or "interrupted"
+
+    def report(self) -> GenerationReport:
+        """The metrics of what was generated so far."""
+        return summarise(
             policy=str(self.stack),
             drafter=self.drafter_name,
             runner=self.target.runner.computed_by,
@@ -274,7 +312,6 @@ class Lane:
             steps=self.steps,
             clock=self.clock,
         )
-        return GenerationResult(self.sequence.output_ids, reason, report)
 
 
 def unstarted_result(engine: Engine, request: Request, stop_reason: str) -> GenerationResult:
@@ -290,6 +327,12 @@ def unstarted_result(engine: Engine, request: Request, stop_reason: str) -> Gene
         clock=engine.new_clock(),
     )
     return GenerationResult([], stop_reason, report)
+
+
+def _model_name(model: nn.Module) -> str:
+    """A model's name; the last part of it where that is a path of this machine."""
+    name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    return os.path.basename(name) if os.path.isabs(name) else name
 
 
 def _noting(callback: Callable[[int, int], None], errors: list[BaseException]) -> Callable[[int, int], None]:

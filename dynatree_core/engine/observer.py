@@ -8,15 +8,17 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import final
+from typing import Any, final
 
 import attrs
 import torch
 from torch import Tensor
 
 from dynatree_core.clock import StageClock
+from dynatree_core.cost_model import CostModel
 from dynatree_core.errors import DynaTreeError, ParameterError, nearest_match
-from dynatree_core.policy.stack import Decision
+from dynatree_core.policy.stack import Decision, PolicyStack
+from dynatree_core.report import GenerationReport
 from dynatree_core.request.limits import Limits
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
@@ -24,7 +26,9 @@ from dynatree_core.tree.verdict import StepReport, Verdict
 
 __all__ = [
     "Commit",
+    "End",
     "Fault",
+    "Feedback",
     "Level",
     "Observer",
     "Outcome",
@@ -56,6 +60,8 @@ class Prefill:
     policy: str  # the stack in its canonical spelling
     drafter: str | None
     limits: Limits
+    stack: PolicyStack  # the session's own, as it is now; to be read only
+    settings: Mapping[str, Any]  # what else was asked and of which target: numbers, texts and lists of them
     num_reused_tokens: int = 0  # whose rows came from the prefix cache
     seconds: Mapping[str, float] | None = None  # by stage, as in `Commit`; None when it begins
 
@@ -123,6 +129,23 @@ class Commit:
 
 
 @attrs.frozen(eq=False)
+class Feedback:
+    """The policies have learnt of the step."""
+
+    report: StepReport  # with the time that they were told
+    stack: PolicyStack  # the session's own, as it is now; to be read only
+
+
+@attrs.frozen(eq=False)
+class End:
+    """A run has ended: the generation is complete, or was broken off."""
+
+    stop_reason: str  # as in `GenerationResult`; "interrupted" or "error" where it may go on
+    report: GenerationReport  # the metrics so far
+    costs: CostModel | None  # what iterations take here; None where it was neither given nor measured
+
+
+@attrs.frozen(eq=False)
 class Fault:
     """An error of this package."""
 
@@ -161,8 +184,14 @@ class Observer:
     def on_commit(self, commit: Commit) -> None:
         """The step's tokens are committed. Told once; not at all if an error breaks the step off just then."""
 
+    def on_feedback(self, feedback: Feedback) -> None:
+        """The policies have learnt of the step. Not told if the drafter or a policy fails after the commit."""
+
     def on_fault(self, fault: Fault) -> None:
         """A policy, the drafter or a pass has failed."""
+
+    def on_end(self, end: End) -> None:
+        """A run has ended, however. Told again when an interrupted session has gone on."""
 
 
 HEARD_BY = {
@@ -171,7 +200,9 @@ HEARD_BY = {
     Pruning: "on_prune",
     Verification: "on_verify",
     Commit: "on_commit",
+    Feedback: "on_feedback",
     Fault: "on_fault",
+    End: "on_end",
 }
 
 
@@ -185,7 +216,7 @@ class Watch:
         self._clock = clock
         self._errors: list[BaseException] = []  # that observers have raised
 
-    def tell(self, record: Prefill | Level | Pruning | Verification | Commit | Fault) -> None:
+    def tell(self, record: Prefill | Level | Pruning | Verification | Commit | Feedback | Fault | End) -> None:
         """Call the method of each observer that is for such a record."""
         with self._clock.leave_out():
             for observer in self.observers:

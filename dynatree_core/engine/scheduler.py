@@ -213,6 +213,10 @@ class Scheduler:
     def _end(
         self, engine: Engine, one: _Running, reason: str | None = None, error: BaseException | None = None
     ) -> None:
+        try:
+            one.lane.report_end(reason)
+        except Exception as raised:  # noqa: BLE001  # an observer's own: it belongs to this sequence, too
+            reason, error = "error", error or raised
         one.lane.keep_prefix()
         result = one.lane.result(reason)
         one.lane.release()

@@ -26,6 +26,8 @@ class Proposals:
     token_ids: Tensor  # [width, k] int64
     logprobs: Tensor  # [width, k] float32, natural log, descending along k
     is_free: bool = False  # made without the models that the drafter usually asks, as by a union that knew enough
+    # of a union: each drafter that was asked, and what it has proposed; the first heard first
+    heard: tuple[tuple[str, Proposals], ...] = attrs.field(default=(), repr=False)
 
 
 @attrs.frozen(eq=False)

@@ -1,0 +1,669 @@
+"""Recording a trace: an observer for each generation, which writes a line for each iteration."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import gzip
+import json
+import math
+import os
+import platform
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
+
+import attrs
+import torch
+from torch import Tensor
+
+from dynatree_core.engine.observer import (
+    Commit,
+    End,
+    Fault,
+    Feedback,
+    Level,
+    Observer,
+    Outcome,
+    Prefill,
+    Pruning,
+    Verification,
+)
+from dynatree_core.errors import ParameterError
+from dynatree_core.files.outputs import check_out
+from dynatree_core.plugins.params import as_python
+from dynatree_core.policy.stack import Decision, PolicyStack
+from dynatree_core.report import GenerationReport
+from dynatree_core.text.stream import IncrementalText, decode_text
+from dynatree_core.trace.format import OUTCOMES, SCHEMA, dumps, float_list, is_compressed, open_binary
+from dynatree_core.tree.frontier import Proposals
+from dynatree_core.tree.token_tree import TokenTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Recorder", "Trace", "check_trace", "is_trace", "tracing"]
+
+ADMITTED, NO_TOKEN, PRUNED = int(Outcome.ADMITTED), int(Outcome.NO_TOKEN), OUTCOMES.index("pruned")
+REPORTED = tuple(field.name for field in attrs.fields(GenerationReport) if field.name != "steps")
+LONGEST_LIST = 64  # items of a policy's list that are recorded
+COMPRESSION = 1  # of gzip: the fastest; a trace is numbers, and smaller by a quarter at most with the best
+
+
+class Trace:
+    """A file that generations are recorded in: `observer()` gives each of them its observer.
+
+    The file is made when the first generation begins. What is written is flushed with each iteration, so that it can
+    be read while the generation runs and is there should the process die; compressed traces (`.gz`) are not.
+
+    Args:
+        path: the file; compressed if its name ends in `.gz`. An earlier trace there is replaced.
+        tokenizer: the target's, for the texts of tokens. None: the trace has their ids alone.
+        is_private: whether the prompts' tokens and texts are left out. What was drafted and generated stays, and may
+            quote the prompt.
+
+    Raises:
+        InputError: the path is something else than an earlier trace, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        is_private: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.is_private = is_private
+        self.texts = _Texts(tokenizer)
+        check_trace(self.path)
+        self._lock = threading.Lock()  # several generations may write at once
+        self._file: IO[bytes] | None = None  # None before the first line
+        self._is_closed = False  # or broken: nothing more is written
+        self._num_sequences = 0
+
+    def observer(self) -> Recorder:
+        """An observer for one generation after another; those that run at the same time need one each.
+
+        Its first generation is the sequence with the number of observers that were made before.
+        """
+        return Recorder(self, self.begin_sequence())
+
+    def begin(self) -> None:
+        """Make the file, with its header.
+
+        Raises:
+            OSError: naming the file.
+        """
+        with self._lock:
+            if not self._is_closed:
+                with self._naming_the_file():
+                    self._opened()
+
+    def begin_sequence(self) -> int:
+        """The number of one more generation."""
+        with self._lock:
+            self._num_sequences += 1
+            return self._num_sequences - 1
+
+    def write(self, line: str) -> None:
+        """Write a line of JSON.
+
+        Raises:
+            OSError: naming the file. From then on nothing is written: the generation has ended with this error.
+        """
+        with self._lock:
+            if self._is_closed:
+                return
+            with self._naming_the_file():
+                file = self._opened()
+                file.write(line.encode("ascii") + b"\n")
+                if not isinstance(file, gzip.GzipFile):  # whose blocks would become small, and the file large
+                    file.flush()
+
+    def close(self) -> None:
+        """Close the file. Generations that are still observed write no more.
+
+        Raises:
+            OSError: naming the file.
+        """
+        with self._lock, self._naming_the_file():
+            if not self._is_closed and self._file is not None:
+                self._file.close()
+            self._is_closed = True
+
+    def __enter__(self) -> Trace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _opened(self) -> IO[bytes]:
+        if self._file is None:
+            self._file = _open(self.path)
+            self._file.write(self._header().encode("ascii") + b"\n")
+        return self._file
+
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._is_closed = True
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # it says the same again
+                    self._file.close()
+            raise OSError(error.errno, error.strerror or str(error), str(self.path)) from error
+
+    def _header(self) -> str:
+        return dumps(
+            {
+                "kind": "header",
+                "schema": SCHEMA,
+                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "versions": {name: version(name) for name in ("dynatree", "torch", "transformers")}
+                | {"python": platform.python_version()},
+                "outcomes": list(OUTCOMES),
+                "is_private": self.is_private,
+            }
+        )
+
+
+def check_trace(path: str | os.PathLike[str]) -> None:
+    """Refuse a place for a trace that cannot be written, or that holds anything but a trace.
+
+    Raises:
+        InputError: with the reason.
+    """
+    check_out(Path(path), "a trace", is_trace, is_file=True)
+
+
+def is_trace(path: Path) -> bool:
+    """Whether a file begins as traces do, of whatever version."""
+    try:
+        with open_binary(path) as file:
+            head = json.loads(file.readline(1 << 16))
+    except (OSError, EOFError, ValueError):
+        return False
+    return isinstance(head, dict) and str(head.get("schema", "")).startswith(SCHEMA.partition("/")[0])
+
+
+@contextlib.contextmanager
+def tracing(
+    trace: Trace | str | os.PathLike[str] | None, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[Callable[[], Observer] | None]:
+    """What makes an observer for each generation that is to be traced; None for no trace.
+
+    A trace that is given stays open; one that is made of a path is closed at the end.
+
+    Raises:
+        InputError: it is neither a trace nor a path, or the path cannot be written.
+    """
+    if trace is None:
+        yield None
+    elif isinstance(trace, Trace):
+        yield trace.observer
+    elif isinstance(trace, str | os.PathLike):
+        with Trace(trace, tokenizer=tokenizer) as made:
+            yield made.observer
+    else:
+        raise ParameterError(f"trace must be a path or a dynatree_core.trace.Trace, got {trace!r:.60}")
+
+
+def _open(path: Path) -> IO[bytes]:
+    if is_compressed(path):
+        return cast("IO[bytes]", gzip.open(path, "wb", compresslevel=COMPRESSION))
+    return path.open("wb")
+
+
+class Recorder(Observer):
+    """Writes what happens in a generation. Made by `Trace.observer`."""
+
+    wants_logits = True
+
+    def __init__(self, trace: Trace, number: int) -> None:
+        self._trace = trace
+        self._number = number  # of the generation
+        self._is_over = True  # whether what begins next is another generation
+        self._begun: Prefill | None = None  # what the generation began with
+        self._committed: list[int] = []  # prompt and new tokens
+        self._early_faults: list[Fault] = []  # of a generation that has not begun
+        self._levels: list[Level] = []  # of the tree that is growing
+        self._commit: Commit | None = None  # that has not been written
+        self._undrafted: int | None = None  # the first iteration without a draft, because of a fault
+        self._has_drafter = True
+
+    # what is told
+
+    def on_prefill(self, prefill: Prefill) -> None:
+        if prefill.seconds is not None:
+            self._write(
+                kind="prefill",
+                sequence=self._number,
+                num_tokens=len(prefill.token_ids),
+                num_reused_tokens=prefill.num_reused_tokens,
+                seconds=dict(prefill.seconds),
+            )
+        elif self._is_over or not self._goes_on(prefill):
+            self._begin(prefill)
+
+    def on_level(self, level: Level) -> None:
+        if level.tree.num_drafted == 0:
+            self._levels = []  # a tree that is begun again, too
+        self._levels.append(level)
+
+    def on_prune(self, pruning: Pruning) -> None:
+        self._pruning = pruning
+
+    def on_verify(self, verification: Verification) -> None:
+        self._wanted = _Wanted.of(verification)
+
+    def on_commit(self, commit: Commit) -> None:
+        self._commit = commit
+
+    def on_feedback(self, feedback: Feedback) -> None:
+        self._write_iteration(feedback.report.seconds, feedback.stack)
+
+    def on_fault(self, fault: Fault) -> None:
+        if self._is_over:
+            self._early_faults.append(fault)
+            return
+        self._flush()
+        self._has_drafter &= fault.then != "fallback"
+        self._undrafted = fault.iteration if fault.then == "root alone" else None
+        self._write(
+            kind="fault",
+            sequence=self._number,
+            iteration=fault.iteration,
+            error=type(fault.error).__name__,
+            message=str(fault.error),
+            then=fault.then,
+        )
+
+    def on_end(self, end: End) -> None:
+        if self._is_over:  # nothing was to be generated
+            self._trace.begin()
+            return
+        self._flush()
+        self._is_over = end.stop_reason not in ("interrupted", "error")
+        self._write(
+            kind="end",
+            sequence=self._number,
+            stop_reason=end.stop_reason,
+            text=self._text.finish() if self._text is not None else None,
+            report={name: getattr(end.report, name) for name in REPORTED},
+            costs=None if end.costs is None else attrs.asdict(end.costs),
+        )
+
+    # what is written
+
+    def _write(self, **record: Any) -> None:
+        self._trace.write(dumps(record))
+
+    def _goes_on(self, prefill: Prefill) -> bool:
+        """Whether it is the interrupted generation that goes on."""
+        before = self._begun
+        return (
+            before is not None
+            and list(prefill.token_ids) == self._committed
+            and (prefill.policy, prefill.settings) == (before.policy, before.settings)
+        )
+
+    def _begin(self, prefill: Prefill) -> None:
+        if self._begun is not None:  # another one
+            self._number = self._trace.begin_sequence()
+        self._begun = prefill
+        self._is_over = False
+        self._commit = None
+        self._has_drafter = prefill.drafter is not None
+        self._undrafted = None
+        self._committed = list(prefill.token_ids)
+        self._states = _states(prefill.stack)
+        texts, is_private = self._trace.texts, self._trace.is_private
+        self._text = texts.incremental()
+        prompt = prefill.token_ids[: prefill.num_prompt_tokens]
+        limits = attrs.asdict(prefill.limits)
+        self._write(
+            kind="begin",
+            sequence=self._number,
+            prompt=None if is_private else prompt,
+            prompt_text=None if is_private else texts.whole(prompt),
+            num_prompt_tokens=prefill.num_prompt_tokens,
+            policy=prefill.policy,
+            policies=self._states,
+            drafter=prefill.drafter,
+            limits=limits,
+            limits_by={
+                limit: [policy for policy, state in self._states.items() if state.get(limit) == value]
+                for limit, value in limits.items()
+            },
+            settings=dict(prefill.settings),
+            texts=None if is_private else texts.unseen(prompt),
+        )
+        early, self._early_faults = self._early_faults, []
+        for fault in early:
+            self.on_fault(fault)
+
+    def _flush(self) -> None:
+        """Write an iteration of which the policies have not learnt, since something failed in between."""
+        if self._commit is not None:
+            self._write_iteration(self._commit.report.seconds, None)
+
+    def _write_iteration(self, seconds: float, stack: PolicyStack | None) -> None:
+        commit, self._commit = self._commit, None
+        assert commit is not None, "policies learn of what was committed"
+        verdict, drafted = commit.report.verdict, self._pruning.drafted
+        nodes = _Nodes.of(drafted)
+        pruned = _pruned(self._pruning, nodes.parent)
+        for node in (node for cut in pruned.values() for node in cut):
+            nodes.outcome[node] = PRUNED
+        for level in self._levels:
+            nodes.add_proposals(level)
+        changes = {}
+        if stack is not None:
+            before, self._states = self._states, _states(stack)
+            changes = _changes(before, self._states)
+        start = len(self._committed)
+        self._committed += verdict.token_ids
+        wanted = self._wanted.tokens
+        stages = [stage for stage in commit.seconds if stage != "decode"]  # which is of the step before
+        line = dumps(
+            {
+                "kind": "iteration",
+                "sequence": self._number,
+                "iteration": commit.report.iteration,
+                "start": start,
+                "num_drafted": drafted.num_drafted,
+                "path": verdict.draft_path,
+                "committed": verdict.token_ids,
+                "bonus": verdict.token_ids[-1] if len(verdict.token_ids) > len(verdict.path) else None,
+                "text": "".join(map(self._text.push, verdict.token_ids)) if self._text is not None else None,
+                "stop": verdict.stop_reason,
+                "seconds": {"iteration": seconds, **{stage: commit.seconds[stage] for stage in stages}},
+                "policies": changes,
+                "levels": [self._described(level) for level in self._levels],
+                "pruned": pruned,
+                "texts": self._trace.texts.unseen([*nodes.token, *wanted, *verdict.token_ids]),
+            }
+        )
+        self._levels = []
+        self._trace.write(f"{line[:-1]},{self._wanted.json(self._pruning)},{nodes.json()}}}")
+
+    def _described(self, level: Level) -> dict[str, Any]:
+        """How a level came about, or why there is none."""
+        return {
+            "first": level.tree.last_level.start,
+            "width": level.tree.level_sizes[-1],
+            "nodes_left": level.nodes_left,
+            "end": level.end,
+            "end_by": self._ended_by(level),
+            "expand": _votes(level.expand),
+            "branch": _votes(level.branch),
+        }
+
+    def _ended_by(self, level: Level) -> str | None:
+        """The policy or the limit that ended a tree; None for several refusals."""
+        if level.end == "expand":
+            return level.expand.decider if level.expand is not None else None
+        if level.end == "width":
+            return level.branch.decider if level.branch is not None else None
+        if level.end == "nodes":
+            return "max_nodes"
+        if level.end != "depth":
+            return None
+        if not self._has_drafter or self._undrafted == level.iteration:
+            return "no_drafter"
+        assert self._begun is not None, "levels follow a prefill"
+        return "max_depth" if level.tree.max_depth >= self._begun.limits.max_depth else "length"
+
+
+@attrs.define(eq=False)
+class _Nodes:
+    """The columns of all nodes: those of the drafted tree, then the proposed children that are not in it."""
+
+    token: list[int]
+    parent: list[int]
+    depth: list[int]
+    logprob: list[float]
+    cum_logprob: list[float]
+    rank: list[int]  # among all that the drafter has proposed for the parent
+    outcome: list[int]
+    source: list[int]  # place in `sources`; -1 for the root
+    sources: list[str] = attrs.field(factory=list)  # the drafters of a union that were asked; none without one
+
+    @classmethod
+    def of(cls, tree: TokenTree) -> _Nodes:
+        token, parent, depth = torch.stack([tree.token_ids, tree.parent, tree.depth]).tolist()
+        logprob, cum_logprob = torch.stack([tree.logprob, tree.cum_logprob]).tolist()
+        zeros = [0] * tree.num_nodes
+        return cls(token, parent, depth, logprob, cum_logprob, [*zeros], zeros, [-1] * tree.num_nodes)
+
+    def add_proposals(self, level: Level) -> None:
+        """Add what was proposed for a level's nodes and refused, and note the ranks of what was admitted."""
+        proposals = level.proposals
+        if proposals is None:
+            return
+        assert level.outcomes is not None, "there is an outcome for each proposal"
+        token_ids, logprobs, outcomes = (
+            column.tolist() for column in (proposals.token_ids, proposals.logprobs, level.outcomes)
+        )
+        source = self._sources_of(proposals)
+        first, depth = level.tree.last_level.start, level.tree.max_depth + 1
+        admitted = level.tree.num_nodes  # the next of these: they are in the order of the rows
+        for row, of_row in enumerate(outcomes):
+            parent = first + row
+            for rank, outcome in enumerate(of_row):
+                token = token_ids[row][rank]
+                if outcome == ADMITTED:
+                    self.rank[admitted] = rank
+                    self.source[admitted] = source(row, token)
+                    admitted += 1
+                elif outcome != NO_TOKEN:
+                    self.token.append(token)
+                    self.parent.append(parent)
+                    self.depth.append(depth)
+                    self.rank.append(rank)
+                    self.logprob.append(logprobs[row][rank])
+                    self.cum_logprob.append(self.cum_logprob[parent] + logprobs[row][rank])
+                    self.outcome.append(outcome)
+                    self.source.append(source(row, token))
+
+    def _sources_of(self, proposals: Proposals) -> Callable[[int, int], int]:
+        """Which drafter of a union has given a token at a row the largest share of its probability."""
+        if not proposals.heard:
+            return lambda row, token: -1
+        places = [self._place(name) for name, _ in proposals.heard]
+        if len(places) == 1:
+            return lambda row, token: places[0]
+        shares = _shares([part for _, part in proposals.heard])
+
+        def source(row: int, token: int) -> int:
+            best, largest = 0, -1.0
+            for part, of_rows in enumerate(shares):
+                share = of_rows[row].get(token, 0.0)
+                if share > largest:
+                    best, largest = part, share
+            return places[best]
+
+        return source
+
+    def _place(self, name: str) -> int:
+        if name not in self.sources:
+            self.sources.append(name)
+        return self.sources.index(name)
+
+    def json(self) -> str:
+        """The columns, and who the sources are, as members of a JSON object."""
+        integers = {name: getattr(self, name) for name in ("token", "parent", "rank", "depth", "outcome")}
+        if self.sources:
+            integers["source"] = self.source
+        floats = f'"logprob":{float_list(self.logprob)},"cum_logprob":{float_list(self.cum_logprob)}'
+        return f'"sources":{dumps(self.sources or None)},"nodes":{dumps(integers)[:-1]},{floats}}}'
+
+
+@attrs.frozen(eq=False)
+class _Wanted:
+    """What the target says at each verified node, by its own unprocessed logits."""
+
+    tokens: list[int]  # the most probable
+    logprobs: list[float]
+    committed_logprobs: list[float]  # of the tokens that were committed
+
+    @classmethod
+    def of(cls, verification: Verification) -> _Wanted:
+        assert verification.logits is not None, "wants_logits"
+        verdict = verification.verdict
+        logits = verification.logits.float()  # in which generate() chooses
+        logprobs = torch.log_softmax(logits, dim=-1)
+        tokens = logits.argmax(dim=-1)
+        # the token after a node was chosen by that node's logits
+        chosen_by = [0, *verdict.path][: len(verdict.token_ids)]
+        return cls(
+            tokens.tolist(),
+            logprobs.gather(1, tokens[:, None])[:, 0].tolist(),
+            logprobs[chosen_by, list(verdict.token_ids)].tolist(),
+        )
+
+    def json(self, pruning: Pruning) -> str:
+        """What is wanted at each drafted node, null where it was not verified, as members of a JSON object."""
+        tokens: list[int | None] = list(self.tokens)
+        logprobs: list[float | None] = list(self.logprobs)
+        if pruning.kept is not pruning.drafted:
+            tokens, logprobs = [None] * pruning.drafted.num_nodes, [None] * pruning.drafted.num_nodes
+            for place, node in enumerate(pruning.kept.draft_index.tolist()):
+                tokens[node], logprobs[node] = self.tokens[place], self.logprobs[place]
+        wanted = f'"wanted":{{"token":{dumps(tokens)},"logprob":{float_list(logprobs)}}}'
+        return f'{wanted},"committed_logprob":{float_list(self.committed_logprobs)}'
+
+
+class _Texts:
+    """The texts of tokens, each told once in a trace.
+
+    Args:
+        tokenizer: None: nothing has a text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._tokenizer = tokenizer
+        self._told: set[int] = set()
+        # decoders such as Llama 2's take a space off the beginning of a text, so tokens are decoded behind another one
+        self._before: list[int] = [] if tokenizer is None else tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self._before_text = self._decode([self._before])[0] if self._before else ""
+
+    def incremental(self) -> IncrementalText | None:
+        """The text of one generation's tokens as they come."""
+        tokenizer = self._tokenizer
+        return None if tokenizer is None else IncrementalText(lambda token_ids: decode_text(tokenizer, token_ids))
+
+    def whole(self, token_ids: Sequence[int]) -> str | None:
+        """The text of a prompt, its special tokens among it."""
+        return None if self._tokenizer is None else self._decode([list(token_ids)])[0]
+
+    def unseen(self, token_ids: Sequence[int]) -> dict[str, str] | None:
+        """The texts of these tokens that were not told before."""
+        if self._tokenizer is None:
+            return None
+        new = [token for token in dict.fromkeys(token_ids) if token not in self._told]
+        self._told.update(new)
+        if not new:
+            return {}
+        texts = self._decode([[*self._before, token] for token in new])
+        is_behind = [text.startswith(self._before_text) for text in texts]
+        alone = iter(self._decode([[token] for token, fits in zip(new, is_behind, strict=True) if not fits]))
+        return {
+            str(token): text.removeprefix(self._before_text) if fits else next(alone)
+            for token, text, fits in zip(new, texts, is_behind, strict=True)
+        }
+
+    def _decode(self, sequences: list[list[int]]) -> list[str]:
+        assert self._tokenizer is not None, "without one there are no texts"
+        return self._tokenizer.batch_decode(sequences, clean_up_tokenization_spaces=False)
+
+
+def _shares(heard: Sequence[Proposals]) -> list[list[dict[int, float]]]:
+    """Drafter -> row -> token -> the probability that it adds in a union, the first one heard first."""
+    shares: list[list[dict[int, float]]] = []
+    left_over = [1.0] * heard[0].token_ids.shape[0]
+    for part in heard:
+        rows = []
+        for row, (tokens, logprobs) in enumerate(zip(part.token_ids.tolist(), part.logprobs.tolist(), strict=True)):
+            known = {
+                token: left_over[row] * math.exp(logprob)
+                for token, logprob in zip(tokens, logprobs, strict=True)
+                if logprob != -math.inf
+            }
+            left_over[row] = max(left_over[row] - sum(known.values()), 0.0)
+            rows.append(known)
+        shares.append(rows)
+    return shares
+
+
+def _pruned(pruning: Pruning, parent: Sequence[int]) -> dict[str, list[int]]:
+    """Who cut which nodes of the drafted tree: a node goes with its parent; else its first objector has cut it."""
+    if pruning.kept is pruning.drafted:
+        return {}
+    kept = set(pruning.kept.draft_index.tolist())
+    votes = {name: vote.tolist() for name, vote in pruning.keep.votes.items() if isinstance(vote, Tensor)}
+    by: dict[int, str] = {}
+    for node in range(pruning.drafted.num_nodes):  # parents first
+        if node not in kept:
+            objectors = (name for name, keeps in votes.items() if not keeps[node])
+            by[node] = by.get(parent[node]) or next(objectors, "fixed_width")
+    return {name: [node for node, one in by.items() if one == name] for name in dict.fromkeys(by.values())}
+
+
+def _votes(decision: Decision[Any] | None) -> dict[str, Any] | None:
+    """Who voted what; None where nobody was asked."""
+    if decision is None:
+        return None
+    return {name: vote.tolist() if isinstance(vote, Tensor) else vote for name, vote in decision.votes.items()}
+
+
+def _states(stack: PolicyStack) -> dict[str, dict[str, Any]]:
+    """Policy -> field -> value: parameters and what it keeps for itself, as far as these are numbers and texts."""
+    return {name: _state(policy) for name, policy in stack.policies.items()}
+
+
+def _state(policy: object) -> dict[str, Any]:
+    kind = type(policy)
+    names = _fields(kind) if attrs.has(kind) else tuple(getattr(policy, "__dict__", ()))
+    found = {name: _plain(getattr(policy, name, None)) for name in names}
+    return {name: value for name, value in found.items() if value is not _NOT_PLAIN}
+
+
+@functools.cache
+def _fields(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in attrs.fields(kind))
+
+
+_NOT_PLAIN = object()
+
+
+def _plain(value: object) -> Any:
+    """A number, a text, or a short list of these, as JSON has them; what is no finite number is a text."""
+    if isinstance(value, list | tuple | deque):
+        parts = [_plain(one) for one in value] if len(value) <= LONGEST_LIST else [_NOT_PLAIN]
+        return _NOT_PLAIN if _NOT_PLAIN in parts else parts
+    if isinstance(value, Tensor):
+        return _NOT_PLAIN  # reading it may wait for the device
+    value = as_python(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else _NOT_PLAIN
+
+
+def _changes(before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Policy -> field -> [before, after], of what has changed."""
+    changes = {
+        policy: {
+            name: [before.get(policy, {}).get(name), value]
+            for name, value in fields.items()
+            if value != before.get(policy, {}).get(name)
+        }
+        for policy, fields in after.items()
+    }
+    return {policy: fields for policy, fields in changes.items() if fields}
