@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # processes that the tests are spread over
 JOBS ?= 2
 
-.PHONY: demo test test-matrix test-clients lint docs fuzz mutants bench-smoke wheel release-check lock clean
+.PHONY: demo test test-matrix test-clients lint docs viewer fuzz mutants bench-smoke wheel release-check lock clean
 
 demo: $(VENV)/installed  ## real text by tree speculative decoding, checked against plain decoding
 	$(BIN)/dynatree models install
@@ -30,6 +30,9 @@ lint: $(VENV)/installed
 
 docs: $(VENV)/installed  ## the documentation site in site/, with warnings as errors
 	$(BIN)/python .ci/docs_build.py
+
+viewer:  ## the page of `dynatree view` anew from viewer/, with node and npm
+	cd viewer && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error && npm run --silent build
 
 fuzz: $(VENV)/installed  ## thousands of random generations against generate(), about five minutes
 	$(BIN)/python tests/fuzz.py

@@ -177,12 +177,14 @@ class _Maker:
                 break
             frontier = grown
         else:
-            levels.append(
-                {
-                    "first": frontier[0], "width": len(frontier), "nodes_left": 0, "end": "depth",
-                    "end_by": "max_depth", "expand": None, "branch": None,
-                }  # fmt: skip
-            )
+            last = {
+                "first": frontier[0],
+                "width": len(frontier),
+                "nodes_left": 0,
+                "end": "depth",
+                "end_by": "max_depth",
+            }
+            levels.append({**last, "expand": None, "branch": None})
         num_drafted = len(columns["token"]) - 1
         parents = set(columns["parent"])
         cut = [node for node in range(1, num_drafted + 1) if node not in parents and choose.random() < 0.06]

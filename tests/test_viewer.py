@@ -113,7 +113,8 @@ def test_data_stays_what_it_was_and_has_no_character_of_markup(value):
 
 
 @pytest.mark.parametrize(
-    "text", ["</script>", "<!-- <script>", "]]>", "&lt;", "\u2028\u2029", "\ud800", "\x00", "${1}`", "{{7*7}}", "@@data@@"]
+    "text",
+    ["</script>", "<!-- <script>", "]]>", "&lt;", "\u2028\u2029", "\ud800", "\x00", "${1}`", "{{7*7}}", "@@data@@"],
 )
 def test_a_hostile_text_is_data_in_the_page(text, tmp_path):
     trace = made_trace(tmp_path / "run.jsonl", words=[text, f"{text} and more", "c"])
@@ -161,9 +162,8 @@ def test_columns_fit_together_and_the_oracle_is_never_worse(tmp_path):
         assert sequence["start"][0] == 0
         for place, committed in enumerate(sequence["committed"][:-1]):
             assert sequence["start"][place + 1] - sequence["start"][place] == len(committed)
-        assert all(
-            oracle >= len(committed) for oracle, committed in zip(sequence["oracle"], sequence["committed"], strict=True)
-        )
+        pairs = zip(sequence["oracle"], sequence["committed"], strict=True)
+        assert all(oracle >= len(committed) for oracle, committed in pairs)
         for by in ("by_depth", "by_rank", "by_confidence"):
             assert sum(accepted for _, _, accepted in sequence[by]) == sum(sequence["accepted"])
         kinds = [run["reasons"][reason]["kind"] for one in nodes for reason in one["reason"] if reason >= 0]

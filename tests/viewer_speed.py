@@ -45,9 +45,7 @@ def main(num_iterations: int = 2000, num_nodes: int = 64) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         small = made_trace(root / "small.jsonl")
-        long = made_trace(
-            root / "long.jsonl", num_iterations=num_iterations, num_nodes=num_nodes, max_depth=9, tau=0.0
-        )
+        long = made_trace(root / "long.jsonl", num_iterations=num_iterations, num_nodes=num_nodes, max_depth=9, tau=0.0)
         (root / "small.html").write_text(page([run_of("small", read(small))]))
         start = time.perf_counter()
         run = run_of("long", read(long))
@@ -55,7 +53,8 @@ def main(num_iterations: int = 2000, num_nodes: int = 64) -> None:
         made = time.perf_counter() - start
         sizes = [file.stat().st_size / 1e6 for file in (long, root / "long.html")]
         mean = sum(run[0]["sequences"][0]["drafted"]) / num_iterations
-        print(f"{num_iterations} iterations of {mean:.0f} drafted nodes: trace {sizes[0]:.1f} MB, page {sizes[1]:.1f} MB")
+        print(f"{num_iterations} iterations of {mean:.0f} drafted nodes")
+        print(f"trace {sizes[0]:.1f} MB, page {sizes[1]:.1f} MB")
         print(f"dynatree view reads it and writes the page in {made:.1f} s")
         browser = Browser()
         try:

@@ -6,7 +6,7 @@ The dictionaries are those of `viewer/src/data.ts`, which says what each field m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -386,8 +386,8 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, DIGITS)
 
 
-def _shares(counts: Mapping[int, Sequence[int]], label: Any) -> list[tuple[str, int, int]]:
-    return [(label(key), *counts[key]) for key in sorted(counts)]  # type: ignore[misc]
+def _shares(counts: Mapping[int, Sequence[int]], label: Callable[[int], str]) -> list[tuple[str, int, int]]:
+    return [(label(key), reached, accepted) for key, (reached, accepted) in sorted(counts.items())]
 
 
 def _seconds(iterations: Sequence[Record]) -> dict[str, list[float | None]]:
@@ -395,9 +395,11 @@ def _seconds(iterations: Sequence[Record]) -> dict[str, list[float | None]]:
     stages: dict[str, None] = {}  # in the order in which they come
     for record in iterations:
         stages |= dict.fromkeys(record["seconds"])
-    names = [name for name in stages if not name.endswith("_forward") and name != "iteration"]  # those are inside others
+    # passes are inside the stage that makes them
+    names = [name for name in stages if not name.endswith("_forward") and name != "iteration"]
     columns: dict[str, list[float | None]] = {
-        name: [record["seconds"].get(name, 0.0) for record in iterations] for name in names  # zeros are left out
+        name: [record["seconds"].get(name, 0.0) for record in iterations]
+        for name in names  # zeros are left out
     }
     if "iteration" in stages:
         columns["rest"] = [
@@ -413,7 +415,8 @@ def _parameters(
     begin: Record, iterations: Sequence[Record]
 ) -> tuple[dict[str, list[float | None]], list[tuple[str, str]]]:
     """The numbers of the policies before each iteration; and what never changed, in words."""
-    state = {f"{policy}.{field}": value for policy, fields in begin["policies"].items() for field, value in fields.items()}
+    policies = begin["policies"]
+    state = {f"{policy}.{field}": value for policy, fields in policies.items() for field, value in fields.items()}
     changed = {
         f"{policy}.{field}"
         for record in iterations
@@ -455,9 +458,7 @@ def _figures(
     def ratio(number: float | None, of: float | None, scale: float = 1.0) -> float | None:
         return scale * number / of if number is not None and of else None
 
-    def figure(
-        label: str, value: float | None, unit: str = "", digits: int = 0, better: str = ""
-    ) -> dict[str, Any]:
+    def figure(label: str, value: float | None, unit: str = "", digits: int = 0, better: str = "") -> dict[str, Any]:
         return {"label": label, "value": value, "unit": unit, "digits": digits, "better": better}
 
     seconds = [record["seconds"]["iteration"] for record in iterations if "iteration" in record["seconds"]]
@@ -496,8 +497,8 @@ def _facts(trace: TraceFile) -> list[tuple[str, str]]:
         facts += [(name.replace("_", " "), str(settings[name])) for name in named if settings.get(name) is not None]
         facts += [("drafter", str(begin["drafter"])), ("policy", begin["policy"])]
         facts.append(("limits", ", ".join(f"{name} {value:g}" for name, value in begin["limits"].items())))
-        others = [f"{name} {value}" for name, value in settings.items() if name not in named and value not in (None, [])]
-        facts.append(("settings", ", ".join(others)))
+        others = {name: value for name, value in settings.items() if name not in named and value not in (None, [])}
+        facts.append(("settings", ", ".join(f"{name} {value}" for name, value in others.items())))
         ends = [one.end for one in trace.sequences if one.end is not None]
         if ends and ends[0]["report"].get("runner") is not None:
             facts.append(("runner", str(ends[0]["report"]["runner"])))
