@@ -1,19 +1,9 @@
-"""The trace of generations: a file in which every iteration can be looked at afterwards (docs/trace.md)."""
+"""The trace of generations: a file in which every iteration can be looked at afterwards (docs/trace.md).
 
-from dynatree_core.trace.format import SCHEMA, json_schema
-from dynatree_core.trace.reading import Iteration, SequenceTrace, TraceFile, read
-from dynatree_core.trace.record import Recorder, Trace, check_trace, is_trace, tracing
+The names are listed in `__init__.pyi` and loaded when they are first used: recording needs torch, and reading, which
+`dynatree view` does, must answer without waiting seconds for it.
+"""
 
-__all__ = [
-    "SCHEMA",
-    "Iteration",
-    "Recorder",
-    "SequenceTrace",
-    "Trace",
-    "TraceFile",
-    "check_trace",
-    "is_trace",
-    "json_schema",
-    "read",
-    "tracing",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
