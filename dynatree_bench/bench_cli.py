@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import click
 from rich import box
 from rich.console import Console
@@ -26,6 +27,7 @@ from dynatree_core.cli.checks import check_names
 from dynatree_core.cli.completion import complete_drafter, complete_model, complete_policy
 from dynatree_core.cli.loading import USUAL_DRAFTERS
 from dynatree_core.cli.option_types import CountOrAll
+from dynatree_core.cli.recorded import Recorded
 from dynatree_core.errors import InputError, PluginLoadError
 
 if TYPE_CHECKING:
@@ -158,6 +160,13 @@ _OPTIONS = [
     click.Option(
         ["--replay", "with_replay"], is_flag=True, help="Ask the drafter about each token of the outputs too."
     ),
+    click.Option(
+        ["--trace", "trace_file"],
+        type=click.Path(dir_okay=False),
+        metavar="FILE",
+        help="Record every iteration of DynaTree's generations in FILE (docs/trace.md).",
+    ),
+    click.Option(["--trace-private", "is_trace_private"], is_flag=True, help="Leave the prompts out of the trace."),
     click.Option(
         ["--time-limit"],
         type=click.FloatRange(min=0),
@@ -323,8 +332,17 @@ def _listed(values: tuple[Any, ...]) -> str:
 
 
 def _run(
-    names: list[str], *, out: Path | None, threads: int | None, is_quick: bool, with_report: bool, **given: Any
+    names: list[str],
+    *,
+    out: Path | None,
+    threads: int | None,
+    is_quick: bool,
+    with_report: bool,
+    trace_file: str | None,
+    is_trace_private: bool,
+    **given: Any,
 ) -> int:
+    recorded = Recorded(trace_file, is_trace_private)
     _check_drafters(given["drafters"])
     _need_libraries(with_report=with_report)
     from dynatree_bench.data.workloads import Picks
@@ -353,12 +371,15 @@ def _run(
     is_bad = False
     for name in names:
         check_results(_folder(out, name, names, is_quick))
+    recorded.check()
     pairs: dict[Models, Pair] = {}
-    with console.warnings_in_one_line():
+    with recorded, console.warnings_in_one_line():
         for name in names:
             folder, models, options = _folder(out, name, names, is_quick), of_models(name), of_options(name)
             if models not in pairs:
                 pairs = {models: _load(models, options.seed)}  # one at a time is kept
+                trace = recorded.open(pairs[models].target.tokenizer)
+                pairs[models] = attrs.evolve(pairs[models], trace=trace)
             try:
                 results = run_experiment(
                     name, pairs[models], folder, options, command=_typed(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from talk import as_shown, conversation, expected_answers, folders, say, summari
 from dynatree_core.cli.chat_lines import obey_or_answer
 from dynatree_core.errors import ContextLimitError
 from dynatree_core.text.conversation import Conversation
+from dynatree_core.trace import read
 
 __all__ = ["conversation", "folders", "say"]  # fixtures
 
@@ -175,3 +177,12 @@ def test_mistakes_are_told_before_anything_is_loaded(say: Callable[..., Ran], op
     ran = say("abc", target="/nowhere", args=option)
     assert ran.code == 2
     assert is_one_error_line(ran, "did you mean")
+
+
+def test_every_turn_of_a_traced_chat_is_a_sequence(say: Callable[..., Ran], tmp_path: Path) -> None:
+    path = tmp_path / "talk.jsonl"
+    assert say("abc", "/policy fixed", "b", args=("--trace", path)).code == 0
+    first, second = read(path).sequences
+    assert second.prompt[: len(first.prompt)] == first.prompt
+    assert second.prefills[0]["num_reused_tokens"] > 0
+    assert (first.begin["policy"], second.begin["policy"]) == ("phase3", "fixed")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
+import json
+import math
 import os
+import re
 from pathlib import Path
 
 import attrs
@@ -11,15 +15,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from test_observer import DRAFTER, PROMPT, TARGET, Fails, Recorder
 
-from dynatree_core import Engine, Session, generate, generate_batch, run, stream_batch
+from dynatree_core import Engine, InputError, PrefixCache, Session, generate, generate_batch, run, stream_batch
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.engine.observer import Commit, Feedback, Level, Outcome, Pruning, Verification
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import greedy
-from dynatree_core.trace import SequenceTrace, Trace, read
-from dynatree_core.trace.format import OUTCOMES
+from dynatree_core.trace import SequenceTrace, Trace, json_schema, print_iteration, read, tree_lines
+from dynatree_core.trace.format import OUTCOMES, float_list
 
 LENGTH = 14
 
@@ -234,3 +239,223 @@ def fill_disk(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(trace, "_file", Full())
+
+
+# the terminal
+
+
+def drawn(sequence: SequenceTrace, texts: dict[int, str], width: int = 100, **options: bool) -> list[str]:
+    """The first iteration's lines."""
+    return [line.plain for line in tree_lines(sequence.iterations[0], texts, width=width, **options)]
+
+
+def test_a_tree_in_the_terminal(tmp_path):
+    sequence = traced(tmp_path / "run.jsonl", "best_first(nodes=3)+fixed(depth=2)+confidence", max_branch=4)
+    texts = {token: f"w{token}" for token in range(37)}
+    texts[sequence.iterations[0].nodes["token"][1]] = "\x1b[31m\u202e\ud800\n"
+    lines = drawn(sequence, texts)
+    nodes = sequence.iterations[0].nodes
+    assert lines[0].startswith("iteration 0, ")
+    assert "target: " in "\n".join(lines)
+    shown = [line for line in lines[2:] if "not drafted" not in line]
+    assert len(shown) == sequence.iterations[0].num_drafted
+    assert sum("pruned by best_first" in line for line in shown) == len(
+        sequence.iterations[0].record["pruned"]["best_first"]
+    )
+    assert sum("✓" in line for line in shown) == len(sequence.iterations[0].path)
+    assert r"\x1b[31m\u202e\ud800\n" in "\n".join(lines)
+    assert all(line.isprintable() for line in lines)
+    assert all(line.isascii() for line in drawn(sequence, texts, is_ascii=True))
+    # each node stands below its parent, two columns further to the right
+    depths = [nodes["depth"][n] for n in range(1, sequence.iterations[0].num_drafted + 1)]
+    assert sorted(re.search(r"[✓✗✂]", line).start() // 2 for line in shown) == sorted(depths)
+
+
+def test_narrow_terminals(tmp_path):
+    sequence = traced(tmp_path / "run.jsonl", "linear(depth=12)", max_new_tokens=20)
+    for width in (10, 40, 200):
+        console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None, legacy_windows=False)
+        print_iteration(sequence.iterations[0], {}, console)
+        lines = console.file.getvalue().splitlines()
+        assert max(map(len, lines)) <= width
+        assert len([line for line in lines if re.search("[✓✗]", line)]) == sequence.iterations[0].num_drafted
+
+
+# the file
+
+
+def test_the_reader_checks_what_the_schema_says(tmp_path):
+    """Every keyword that the schema uses is one that the reader knows; each breach is named by line and field."""
+    known = {"$schema", "$id", "$defs", "$ref", "title", "description", "oneOf", "type", "const", "enum", "minimum"}
+    known |= {"properties", "required", "additionalProperties", "propertyNames", "pattern", "items"}
+
+    def keywords(schema: object) -> set[str]:
+        if not isinstance(schema, dict):
+            return set()
+        inner = [*schema.get("properties", {}).values(), *schema.get("$defs", {}).values()]
+        inner += [schema.get(name) for name in ("items", "additionalProperties", "propertyNames")]
+        return set(schema).union(*map(keywords, inner))
+
+    assert keywords(json_schema()) <= known
+    path = tmp_path / "run.jsonl"
+    traced(path)
+    lines = path.read_text().splitlines()
+    for place, breach, message in [
+        (0, {"schema": "dynatree-trace/9"}, "must be a trace of version 1, got version 9"),
+        (0, {"schema": "other"}, "must begin with the header"),
+        (1, {"num_prompt_tokens": "5"}, "line 2: num_prompt_tokens must be integer, got '5'"),
+        (1, {"kind": "beginning"}, "line 2: must be an object whose kind is one of header, begin"),
+        (3, {"start": -1}, "line 4: start must be at least 0, got -1"),
+        (3, {"start": True}, "line 4: start must be integer, got True"),
+        (3, {"sequence": 7}, "line 4: must follow the beginning of its sequence, got sequence 7"),
+        (3, {"path": [9000]}, "line 4: path must lead from parent to child"),
+        (3, {"wanted": {"token": [], "logprob": []}}, "line 4: wanted.token must have"),
+        (3, {"texts": {"x": "a"}}, "line 4: a key of texts must match"),
+        (3, {"levels": [{"first": 0}]}, r"line 4: levels\[0\] must have width"),
+    ]:
+        broken = [*lines]
+        broken[place] = json.dumps(json.loads(lines[place]) | breach)
+        path.write_text("\n".join(broken) + "\n")
+        with pytest.raises(InputError, match=message):
+            read(path)
+    broken = json.loads(lines[3])
+    broken["nodes"]["token"] = broken["nodes"]["token"][:-1]
+    path.write_text("\n".join([*lines[:3], json.dumps(broken)]) + "\n")
+    with pytest.raises(InputError, match="the columns of nodes must be of one length"):
+        read(path)
+    path.write_text("\n".join(lines[:3]) + "\nno json\n")
+    with pytest.raises(InputError, match="must have a JSON object in line 4"):
+        read(path)
+    path.write_text("")
+    with pytest.raises(InputError, match="got a file without a line"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["run.jsonl", "run.jsonl.gz"])
+def test_a_trace_that_breaks_off_is_read_up_to_there(tmp_path, name):
+    path = tmp_path / name
+    whole = traced(path, "linear(depth=2)", max_new_tokens=30)
+    data = path.read_bytes()
+    found = set()
+    ends = [at + 1 for at, byte in enumerate(data) if byte == 10][-2:-1] if path.suffix != ".gz" else []
+    for size in [*ends, *range(len(data) // 2, len(data), max(len(data) // 16, 1)), len(data) - 1]:
+        path.write_bytes(data[:size])
+        part = read(path)
+        found.add(part.is_truncated)
+        assert part.is_truncated or part.sequences[0].end is None
+        assert part.sequences[0].token_ids == whole.token_ids[: len(part.sequences[0].token_ids)]
+    assert True in found
+    assert found == ({True} if path.suffix == ".gz" else {True, False})  # False: between two lines
+    path.write_bytes(b"\x1f\x8bno gzip at all")
+    with pytest.raises(InputError, match="must be packed as gzip does"):
+        read(path)
+
+
+def test_private(tmp_path):
+    with Trace(tmp_path / "run.jsonl", tokenizer=Spelling(), is_private=True) as trace:
+        generate(TARGET, None, PROMPT, max_new_tokens=4, trace=trace)
+    begin = read(trace.path).sequences[0].begin
+    assert (begin["prompt"], begin["prompt_text"], begin["texts"], begin["num_prompt_tokens"]) == (None, None, None, 5)
+    assert read(trace.path).header["is_private"] is True
+    assert "<5>" not in trace.path.read_text().splitlines()[1]
+
+
+class Spelling:
+    """Stands in for a tokenizer whose texts are hostile: controls, tags, half of a surrogate pair."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [0]
+
+    def decode(self, token_ids: list[int], **_: object) -> str:
+        return "".join(f"<{token}>\x00\u2028</script>\ud83d" for token in token_ids)
+
+    def batch_decode(self, sequences: list[list[int]], **_: object) -> list[str]:
+        return [self.decode(one) for one in sequences]
+
+
+def test_hostile_texts_are_data(tmp_path):
+    with Trace(tmp_path / "run.jsonl", tokenizer=Spelling()) as trace:
+        generate(TARGET, None, PROMPT, max_new_tokens=4, trace=trace)
+    found = read(trace.path)
+    (sequence,) = found.sequences
+    assert trace.path.read_bytes().isascii()
+    assert len(trace.path.read_bytes().splitlines()) == 3 + 4 + 1
+    text = "".join(iteration.record["text"] for iteration in sequence.iterations) + sequence.end["text"]
+    assert text == Spelling().decode(sequence.token_ids)
+    assert sequence.begin["prompt_text"] == Spelling().decode(PROMPT)
+    assert all(found.texts[token] == Spelling().decode([token]) for token in {*PROMPT, *sequence.token_ids})
+    assert len(json.dumps([*map(str, found.texts)])) > 2
+    told = [token for line in trace.path.read_text().splitlines() for token in json.loads(line).get("texts") or {}]
+    assert len(told) == len(set(told))  # each once
+
+
+def test_a_decoder_that_takes_spaces_away_is_asked_behind_another_token(tmp_path):
+    class Stripping(Spelling):
+        def decode(self, token_ids: list[int], **_: object) -> str:
+            return "".join(f" {token}" for token in token_ids).lstrip()
+
+    with Trace(tmp_path / "run.jsonl", tokenizer=Stripping()) as trace:
+        generate(TARGET, None, PROMPT, max_new_tokens=4, trace=trace)
+    assert set(read(trace.path).texts.values()) <= {f" {token}" for token in range(37)}
+
+
+def test_where_a_trace_may_go(tmp_path):
+    other, folder = tmp_path / "notes.txt", tmp_path / "closed"
+    other.write_text("mine")
+    folder.mkdir()
+    for path, message in [(other, "which holds something else"), (folder, "goes to a file"), (other / "x", "does not")]:
+        with pytest.raises(InputError, match=message):
+            generate(TARGET, None, PROMPT, trace=path)
+    assert other.read_text() == "mine"
+    with pytest.raises(InputError, match=r"trace must be a path or a dynatree_core.trace.Trace, got 7"):
+        generate(TARGET, None, PROMPT, trace=7)
+    with pytest.raises(InputError, match="tau"):
+        generate(TARGET, None, PROMPT, tau=2, trace=tmp_path / "new.jsonl")
+    assert not (tmp_path / "new.jsonl").exists()  # nothing was run
+    for _ in range(2):  # an earlier trace is replaced
+        traced(tmp_path / "run.jsonl")
+    generate(TARGET, None, PROMPT, max_new_tokens=0, trace=tmp_path / "empty.jsonl")
+    assert read(tmp_path / "empty.jsonl").sequences == []
+
+
+def test_a_full_disk_ends_the_generation(tmp_path, monkeypatch):
+    trace = Trace(tmp_path / "run.jsonl")
+    session = Session(TARGET, DRAFTER, PROMPT, max_new_tokens=LENGTH, observer=trace.observer())
+    steps = run(session)
+    next(steps)
+    fill_disk(trace, monkeypatch)
+    with pytest.raises(OSError, match=r"No space left on device.*run\.jsonl"):
+        list(steps)
+    assert session.new_token_ids == greedy(TARGET, PROMPT, LENGTH)[: len(session.new_token_ids)]
+    assert session.new_token_ids
+    trace.close()  # it was told once
+
+
+def test_an_interrupted_generation_goes_on_in_its_sequence(tmp_path):
+    with Trace(tmp_path / "run.jsonl") as trace:
+        observer = trace.observer()
+        session = Session(TARGET, DRAFTER, PROMPT, max_new_tokens=LENGTH, observer=observer)
+        steps = run(session)
+        next(steps)
+        steps.close()
+        assert read(trace.path).sequences[0].end["stop_reason"] == "interrupted"
+        list(run(session))
+        generate(TARGET, DRAFTER, PROMPT, max_new_tokens=3, observer=observer)
+    first, second = read(trace.path).sequences
+    assert first.token_ids == greedy(TARGET, PROMPT, LENGTH)
+    assert [one.number for one in first.iterations] == [*range(len(first.iterations))]
+    assert (first.end["stop_reason"], len(first.prefills), second.token_ids) == ("length", 2, first.token_ids[:3])
+
+
+def test_tokens_from_the_prefix_cache(tmp_path):
+    cache = PrefixCache()
+    generate(TARGET, None, PROMPT, max_new_tokens=3, prefix_cache=cache)
+    sequence = traced(tmp_path / "run.jsonl", prefix_cache=cache)
+    assert sequence.prefills[0]["num_reused_tokens"] == sequence.end["report"]["num_reused_tokens"] == 4
+
+
+@given(st.lists(st.floats(width=32)))
+def test_float32_numbers_are_exact(values):
+    for value, found in zip(values, json.loads(float_list(values)), strict=True):
+        assert (found is None) == (not math.isfinite(value))
+        assert found is None or torch.tensor(found, dtype=torch.float32) == torch.tensor(value)

@@ -542,10 +542,11 @@ class _Run:
             # a static cache is compiled for its size, which is that of prompt and output
             limit = cell.max_new_tokens if cell.method.name == COMPILED else min(WARM_UP_TOKENS, cell.max_new_tokens)
             short = attrs.evolve(cell, axes={**cell.axes, "max_new_tokens": limit})
-            _, error = _attempt(self.pair, short, longest.prompt, self.eos)
+            pair = attrs.evolve(self.pair, trace=None)
+            _, error = _attempt(pair, short, longest.prompt, self.eos)
             # a foreign method will fail again, and be recorded; of ours, the prompt may have been too long
             if error is not None and cell.method.kind == "dynatree":
-                decode(self.pair, short, shortest.prompt.token_ids, self.eos)
+                decode(pair, short, shortest.prompt.token_ids, self.eos)
 
     def measure(self, tasks: Sequence[Task]) -> None:
         """All that is missing, within the time limit. That of the quick form lets a first prompt of each kind pass."""

@@ -76,6 +76,7 @@ def _by_dynatree(pair: Pair, cell: Cell, prompt_ids: Sequence[int], eos: Sequenc
         eos_token_id=list(eos),
         inherit_settings=False,
         tokenizer=pair.target.tokenizer,
+        observer=None if pair.trace is None else pair.trace.observer(),
         **cell.method.options,
     )
     reports = list(run(session))

@@ -22,6 +22,7 @@ from dynatree_core.drafters.model import ModelDrafter, restricted_ids
 from dynatree_core.errors import InputError, VocabularyMismatchError
 from dynatree_core.models.load import check_model_name, resolve_device, vocabularies_match
 from dynatree_core.models.student import HEAD_IDS
+from dynatree_core.trace import Trace
 
 
 class MethodError(Exception):
@@ -36,6 +37,7 @@ class Pair:
     drafter: Drafter
     source: MarkovSource | None = None  # of the text of a synthetic pair, see dynatree_bench.data.synthetic
     drafters: Mapping[str, Drafter] = attrs.field(factory=dict)  # by name, where several were asked for
+    trace: Trace | None = None  # in which our generations are recorded
 
     def drafting_with(self, name: str | None) -> Pair:
         """The pair with one of its drafters; None: as it is."""

@@ -17,7 +17,8 @@ from dynatree_core.cli.checks import check_names, check_settings, checkable
 from dynatree_core.cli.exits import DONE, FAILED, INTERRUPTED
 from dynatree_core.cli.loading import load, load_drafter
 from dynatree_core.cli.option_types import FiniteRange, Typed
-from dynatree_core.cli.options import ANSWER_OPTIONS, LIMIT_OPTIONS, MODEL_OPTIONS, POLICY, with_options
+from dynatree_core.cli.options import ANSWER_OPTIONS, LIMIT_OPTIONS, MODEL_OPTIONS, POLICY, TRACE_OPTIONS, with_options
+from dynatree_core.cli.recorded import Recorded
 from dynatree_core.errors import ContextLimitError, DynaTreeError, InputError, PromptError
 from dynatree_core.models import embedded
 
@@ -50,6 +51,7 @@ SAMPLING_OPTIONS = (
     show_default=True,
     help="Memory for what earlier turns have computed; 0: compute it again.",
 )
+@with_options(*TRACE_OPTIONS)
 def chat(
     target: str | None,
     drafter: str,
@@ -63,6 +65,8 @@ def chat(
     seed: int | None,
     cache_megabytes: int,
     stop_strings: Sequence[str],
+    trace_file: str | None,
+    is_trace_private: bool,
     **settings: Any,
 ) -> int:
     """Talk with a model, turn by turn.
@@ -79,6 +83,7 @@ def chat(
     is_sampled = temperature != 0 and (temperature, top_p) != (None, None)
     if seed is not None and not is_sampled:
         raise click.UsageError("--seed repeats what is drawn, and needs --temperature or --top-p")
+    recorded = Recorded(trace_file, is_trace_private)
     check_names(policy=policy, drafter=drafter)
     if target in (None, "default"):
         embedded.check_early()
@@ -88,6 +93,7 @@ def chat(
 
     limits = checkable(settings)
     source: Any = check_settings(target=target, drafter=drafter, policy=policy, device=device, **limits)
+    recorded.check()
     loaded = load(target, device, dtype)
     tokenizer = tokenizer_of(loaded)
     if tokenizer.chat_template is None:
@@ -102,6 +108,8 @@ def chat(
         options |= {"do_sample": True, **{name: value for name, value in warpers.items() if value is not None}}
     if stop_strings:
         options["stop_strings"] = list(stop_strings)
+    recorded.open(tokenizer)
+    options["observer"] = recorded.observer()  # an answer after the other: each is a sequence
     conversation = Conversation(
         target=loaded,
         tokenizer=tokenizer,
@@ -118,6 +126,7 @@ def chat(
         return _converse(conversation)
     finally:
         console.show_title("")
+        recorded.close()
 
 
 def _converse(conversation: Conversation) -> int:

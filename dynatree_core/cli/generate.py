@@ -24,6 +24,7 @@ from dynatree_core.cli.options import (
     with_options,
 )
 from dynatree_core.cli.prompts import PromptPicks, typed_prompt
+from dynatree_core.cli.recorded import Recorded
 from dynatree_core.errors import DynaTreeError
 from dynatree_core.models import embedded
 
@@ -39,6 +40,7 @@ __all__ = ["generate"]
     metavar="sinks=N,window=N",
     help="Keep the first and the last tokens only (StreamingLLM), e.g. sinks=4,window=1024: for texts without end.",
 )
+@click.option("--show-trees", "shows_trees", is_flag=True, help="Draw each iteration's tree on standard error.")
 @click.option("--compare", is_flag=True, help="Decode without drafting too; exit with 1 if tokens differ.")
 @with_options(*FILE_OPTIONS, *TRACE_OPTIONS, JSON)
 def generate(
@@ -57,6 +59,7 @@ def generate(
     is_chat: bool | None,
     trace_file: str | None,
     is_trace_private: bool,
+    shows_trees: bool,
     **request: Any,
 ) -> int:
     """Answer PROMPT, or what stands on standard input if PROMPT is `-`, or the prompts of a file.
@@ -76,8 +79,6 @@ def generate(
     picks.check(prompt, prompts_file)
     if compare and request["max_time"] is not None:
         raise click.UsageError("--compare needs outputs of one length, and --max-time ends each at another token")
-    if is_trace_private and trace_file is None:
-        raise click.UsageError("--trace-private says what a trace leaves out, and needs --trace FILE")
     check_names(policy=policy, drafter=drafter)
     if target in (None, "default"):
         embedded.check_early()
@@ -86,7 +87,8 @@ def generate(
     from dynatree_core.cli.questions import Question, asked, check_lengths
     from dynatree_core.text.prompt import encode_prompt
 
-    setup = Setup(target, drafter, policy, as_json, compare, trace_file, is_trace_private)
+    recorded = Recorded(trace_file, is_trace_private, shows_trees)
+    setup = Setup(target, drafter, policy, as_json, compare, recorded)
     job, exit_code, is_warm = Job(setup), DONE, False
     try:
         with console.warnings_in_one_line():
@@ -120,5 +122,5 @@ def generate(
             job.conclude("error")
         raise
     finally:
-        setup.close()
+        setup.recorded.close()
     return exit_code

@@ -13,6 +13,7 @@ from dynatree_core.cli import console
 from dynatree_core.cli.checks import check_settings, checkable
 from dynatree_core.cli.exits import DONE, FAILED
 from dynatree_core.cli.loading import load, load_drafter
+from dynatree_core.cli.recorded import Recorded
 from dynatree_core.errors import InputError
 from dynatree_core.plugins.spec import format_stack, parse_stack
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from dynatree_core.cli.screen import Answer
     from dynatree_core.engine.session import Session
     from dynatree_core.models.load import LoadedModel
-    from dynatree_core.trace import Trace
 
 __all__ = ["Job", "Setup"]
 
@@ -39,14 +39,12 @@ class Setup:
     policy: str
     is_json: bool
     is_compared: bool
-    trace_file: str | None = None
-    is_trace_private: bool = False
+    recorded: Recorded
     expanded_policy: str | None = attrs.field(default=None, init=False)  # without presets
     options: dict[str, Any] = attrs.field(factory=dict, init=False)  # of every session
     target: LoadedModel | None = attrs.field(default=None, init=False)
     drafter: Any = attrs.field(default=None, init=False)
     tokenizer: PreTrainedTokenizerBase | None = attrs.field(default=None, init=False)
-    trace: Trace | None = attrs.field(default=None, init=False)
 
     def load(
         self, device: str | None, dtype: str, ignore_eos: bool, stop_strings: Sequence[str], **settings: Any
@@ -58,10 +56,8 @@ class Setup:
         """
         from dynatree_core.plugins.presets import expand_preset
         from dynatree_core.text.prompt import tokenizer_of
-        from dynatree_core.trace import Trace, check_trace
 
-        if self.trace_file is not None:
-            check_trace(self.trace_file)
+        self.recorded.check()
         self.drafter = check_settings(
             target=self.target_name,
             drafter=self.drafter_name,
@@ -81,18 +77,8 @@ class Setup:
             self.options["stop_strings"] = list(stop_strings)
         if ignore_eos:
             self.options["eos_token_id"] = []
-        if self.trace_file is not None:
-            self.trace = Trace(self.trace_file, tokenizer=self.tokenizer, is_private=self.is_trace_private)
+        self.recorded.open(self.tokenizer)
         return self.target, self.tokenizer
-
-    def close(self) -> None:
-        """Close the trace.
-
-        Raises:
-            OSError: what is left to write cannot be written.
-        """
-        if self.trace is not None:
-            self.trace.close()
 
 
 @attrs.define(eq=False)
@@ -124,7 +110,7 @@ class Job:
                 question.prompt_ids,
                 policy=setup.policy,
                 on_prefill=self.bar,
-                observer=None if setup.trace is None else setup.trace.observer(),
+                observer=setup.recorded.observer(),
                 **setup.options,
             )
         except InputError as error:
@@ -161,7 +147,8 @@ class Job:
             try:
                 with self.bar:
                     for report in run(self.session):
-                        self.screen.show(report.token_ids, num_accepted=report.num_accepted)
+                        if not self.setup.recorded.shows_trees:  # which come between; then the answer follows them
+                            self.screen.show(report.token_ids, num_accepted=report.num_accepted)
             finally:  # an error or an interrupt may come between commit and report
                 self.screen.finish(self.session.new_token_ids)
         self.question.answered(self.session.new_token_ids)

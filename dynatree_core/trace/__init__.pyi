@@ -1,6 +1,7 @@
-from .format import SCHEMA, json_schema
-from .reading import Iteration, SequenceTrace, TraceFile, read
-from .record import Recorder, Trace, check_trace, is_trace, tracing
+from .format import SCHEMA, is_trace, json_schema
+from .reading import Iteration, SequenceTrace, TraceFile, iteration_of, read
+from .record import Recorder, Trace, check_trace, tracing
+from .show import print_iteration, print_trace, tree_lines
 
 __all__ = [
     "SCHEMA",
@@ -11,7 +12,11 @@ __all__ = [
     "TraceFile",
     "check_trace",
     "is_trace",
+    "iteration_of",
     "json_schema",
+    "print_iteration",
+    "print_trace",
     "read",
     "tracing",
+    "tree_lines",
 ]

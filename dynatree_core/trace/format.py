@@ -12,7 +12,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any, cast
 
-__all__ = ["OUTCOMES", "SCHEMA", "dumps", "fault_of", "float_list", "is_compressed", "json_schema", "open_binary"]
+__all__ = [
+    "OUTCOMES",
+    "SCHEMA",
+    "dumps",
+    "fault_of",
+    "float_list",
+    "is_compressed",
+    "is_trace",
+    "json_schema",
+    "open_binary",
+]
 
 SCHEMA = "dynatree-trace/1"
 
@@ -78,6 +88,16 @@ def open_binary(path: Path) -> IO[bytes]:
     magic = file.read(2)
     file.seek(0)
     return cast("IO[bytes]", gzip.GzipFile(fileobj=file)) if magic == b"\x1f\x8b" else file
+
+
+def is_trace(path: Path) -> bool:
+    """Whether a file begins as traces do, of whatever version."""
+    try:
+        with open_binary(path) as file:
+            head = json.loads(file.readline(1 << 16))
+    except (OSError, EOFError, ValueError):
+        return False
+    return isinstance(head, dict) and str(head.get("schema", "")).startswith(SCHEMA.partition("/")[0])
 
 
 # checking

@@ -15,7 +15,7 @@ from dynatree_core.cost_model import CostModel, StepFunction
 from dynatree_core.errors import InputError
 from dynatree_core.trace.format import OUTCOMES, SCHEMA, fault_of, open_binary
 
-__all__ = ["Iteration", "SequenceTrace", "TraceFile", "read"]
+__all__ = ["Iteration", "SequenceTrace", "TraceFile", "iteration_of", "read"]
 
 
 @attrs.frozen(eq=False)
@@ -177,6 +177,22 @@ def read(path: str | os.PathLike[str]) -> TraceFile:
         raise InputError(f"{path} must be a trace of DynaTree, got a file without a line; make one with --trace {path}")
     sequences = [_sequence(number, found) for number, found in sorted(records.items())]
     return TraceFile(header, sequences, texts, lines.is_truncated)
+
+
+def iteration_of(record: Mapping[str, Any]) -> Iteration:
+    """An iteration of one record, as `Trace(on_record=...)` gives it while the generation runs.
+
+    Raises:
+        InputError: it is no record of an iteration, or a wrong one.
+    """
+    fault = fault_of(record)
+    if fault is None and record["kind"] != "iteration":
+        fault = f"kind must be iteration, got {record['kind']}"
+    if fault is None:
+        fault = _inner_fault(record)
+    if fault is not None:
+        raise InputError(f"a record must be that of an iteration: {fault}")
+    return Iteration(record)
 
 
 class _Lines:

@@ -39,14 +39,14 @@ from dynatree_core.plugins.params import as_python
 from dynatree_core.policy.stack import Decision, PolicyStack
 from dynatree_core.report import GenerationReport
 from dynatree_core.text.stream import IncrementalText, decode_text
-from dynatree_core.trace.format import OUTCOMES, SCHEMA, dumps, float_list, is_compressed, open_binary
+from dynatree_core.trace.format import OUTCOMES, SCHEMA, dumps, float_list, is_compressed, is_trace
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Recorder", "Trace", "check_trace", "is_trace", "tracing"]
+__all__ = ["Recorder", "Trace", "check_trace", "tracing"]
 
 ADMITTED, NO_TOKEN, PRUNED = int(Outcome.ADMITTED), int(Outcome.NO_TOKEN), OUTCOMES.index("pruned")
 REPORTED = tuple(field.name for field in attrs.fields(GenerationReport) if field.name != "steps")
@@ -61,10 +61,11 @@ class Trace:
     be read while the generation runs and is there should the process die; compressed traces (`.gz`) are not.
 
     Args:
-        path: the file; compressed if its name ends in `.gz`. An earlier trace there is replaced.
+        path: the file; compressed if its name ends in `.gz`. An earlier trace there is replaced. None: no file.
         tokenizer: the target's, for the texts of tokens. None: the trace has their ids alone.
         is_private: whether the prompts' tokens and texts are left out. What was drafted and generated stays, and may
             quote the prompt.
+        on_record: called with each record, as it will be read, when it has been written.
 
     Raises:
         InputError: the path is something else than an earlier trace, or cannot be written.
@@ -72,15 +73,18 @@ class Trace:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         is_private: bool = False,
+        on_record: Callable[[Mapping[str, Any]], object] | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = None if path is None else Path(path)
         self.is_private = is_private
         self.texts = _Texts(tokenizer)
-        check_trace(self.path)
+        self._on_record = on_record
+        if self.path is not None:
+            check_trace(self.path)
         self._lock = threading.Lock()  # several generations may write at once
         self._file: IO[bytes] | None = None  # None before the first line
         self._is_closed = False  # or broken: nothing more is written
@@ -100,9 +104,9 @@ class Trace:
             OSError: naming the file.
         """
         with self._lock:
-            if not self._is_closed:
+            if self.path is not None and not self._is_closed:
                 with self._naming_the_file():
-                    self._opened()
+                    self._opened(self.path)
 
     def begin_sequence(self) -> int:
         """The number of one more generation."""
@@ -119,11 +123,14 @@ class Trace:
         with self._lock:
             if self._is_closed:
                 return
-            with self._naming_the_file():
-                file = self._opened()
-                file.write(line.encode("ascii") + b"\n")
-                if not isinstance(file, gzip.GzipFile):  # whose blocks would become small, and the file large
-                    file.flush()
+            if self.path is not None:
+                with self._naming_the_file():
+                    file = self._opened(self.path)
+                    file.write(line.encode("ascii") + b"\n")
+                    if not isinstance(file, gzip.GzipFile):  # whose blocks would become small, and the file large
+                        file.flush()
+        if self._on_record is not None:
+            self._on_record(json.loads(line))
 
     def close(self) -> None:
         """Close the file. Generations that are still observed write no more.
@@ -142,9 +149,9 @@ class Trace:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _opened(self) -> IO[bytes]:
+    def _opened(self, path: Path) -> IO[bytes]:
         if self._file is None:
-            self._file = _open(self.path)
+            self._file = _open(path)
             self._file.write(self._header().encode("ascii") + b"\n")
         return self._file
 
@@ -180,16 +187,6 @@ def check_trace(path: str | os.PathLike[str]) -> None:
         InputError: with the reason.
     """
     check_out(Path(path), "a trace", is_trace, is_file=True)
-
-
-def is_trace(path: Path) -> bool:
-    """Whether a file begins as traces do, of whatever version."""
-    try:
-        with open_binary(path) as file:
-            head = json.loads(file.readline(1 << 16))
-    except (OSError, EOFError, ValueError):
-        return False
-    return isinstance(head, dict) and str(head.get("schema", "")).startswith(SCHEMA.partition("/")[0])
 
 
 @contextlib.contextmanager
