@@ -30,7 +30,7 @@ from dynatree_core.files.writing import write_text
 from dynatree_core.models.architectures import max_positions, vocab_size
 from dynatree_core.models.kept import kept_of
 from dynatree_core.models.state import without_gradients
-from dynatree_core.runners.choice import drafters_runner, make_runner, runner_for
+from dynatree_core.runners.choice import drafters_runner, made_runner, runner_for
 from dynatree_core.runners.passes import Passes
 from dynatree_core.tree.flatten import flatten
 from dynatree_core.tree.token_tree import TokenTree
@@ -278,7 +278,7 @@ class _TargetBench:
     def __init__(self, target: nn.Module, runner: str) -> None:
         self.device: torch.device = target.device  # type: ignore[assignment]
         self.num_prefix = _prefix_len(target)
-        made = make_runner(target, runner, kept=kept_of(target))
+        made = made_runner(target, runner)
         self.passes = Passes(made, StageClock(self.device))
         self.cache = made.new_cache(self.num_prefix + max(ROWS))
         self.passes.prefill(torch.zeros(self.num_prefix, dtype=torch.int64, device=self.device), self.cache)

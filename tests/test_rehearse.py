@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynatree_bench.run.known import Text, known_session
+from dynatree_bench.run.known import KnownTarget, Text, known_session
 from dynatree_bench.run.pairs import Models
 from dynatree_bench.studies import rehearse
 from dynatree_bench.studies.rehearse import BEST, SEARCHED, Rehearsal, relative, searched
@@ -16,6 +16,7 @@ from dynatree_bench.studies.study import Asked, run_study
 from dynatree_core import CostModel, Session, StepFunction, build_drafter, run
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter
+from dynatree_core.runners.choice import made_runner
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
 
@@ -80,25 +81,21 @@ def test_what_a_model_was_left_out_of_is_paid_for_once_it_is_asked():
     """A copy of twelve tokens that the lookup alone drafts, then a token that was never there."""
     loop = [7, 3, 5]
     text = Text("tiny", tuple(loop * 4), (*loop * 4, 11, 12, 13), 15)
-    prices = rehearse.Prices(COSTS)
-    session = known_session(tiny_model("llama"), DRAFTERS["union"], text, "fixed(depth=3,branch=1)")
-    [model] = session.draft_state.runners()
-    rows: list[int] = []
-    forward = model.forward
+    prices, rows = rehearse.Prices(COSTS), []
 
-    def noted(flat, *arguments, **options):
-        rows.append(flat.num_rows)
-        return forward(flat, *arguments, **options)
+    def noting(model, name):
+        if isinstance(model, KnownTarget):  # what it costs is not looked at here
+            return made_runner(model, name)
+        return rehearse.PricedRunner(prices.runner(model, name), rows.append)
 
-    model.forward = noted
-    prices.charge(model)
+    session = known_session(tiny_model("llama"), DRAFTERS["union"], text, "fixed(depth=3,branch=1)", make_runner=noting)
     passes = [(prices.num_passes, len(report.token_ids)) for report in run(session)]
     asked = [before[0] < after[0] for before, after in zip([(0, 0), *passes], passes, strict=False)]
     assert not any(asked[:3]), "the lookup knows how the loop goes on"
     assert any(asked[3:])
-    decoding = rows[-prices.num_passes :]
-    assert decoding[0] >= 12, "the copied tokens go through it at once"
-    assert prices.seconds == pytest.approx(sum(map(COSTS.drafter_level_seconds, decoding)))
+    assert len(rows) == prices.num_passes
+    assert rows[0] >= 12, "the copied tokens go through it at once"
+    assert prices.seconds == pytest.approx(sum(map(COSTS.drafter_level_seconds, rows)))
 
 
 def test_a_text_that_the_policy_does_not_reach_is_an_error(monkeypatch):

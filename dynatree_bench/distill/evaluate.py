@@ -22,8 +22,7 @@ from dynatree_bench.report.formulas import chain_tokens, fixed_tokens
 from dynatree_bench.run.machine import now
 from dynatree_core.clock import StageClock
 from dynatree_core.models.architectures import max_positions
-from dynatree_core.models.kept import kept_of
-from dynatree_core.runners.choice import make_runner
+from dynatree_core.runners.choice import made_runner
 from dynatree_core.runners.passes import Passes
 from dynatree_core.tree.flatten import flatten_chain
 
@@ -124,7 +123,7 @@ def level_costs(
     def text(num_tokens: int) -> Tensor:
         return words[torch.randint(words.numel(), (num_tokens,), generator=generator)].to(device)
 
-    runners = [make_runner(model, "auto", kept=kept_of(model)) for model in (target, student)]
+    runners = [made_runner(model, "auto") for model in (target, student)]
     both = [Passes(runner, StageClock(device)) for runner in runners]
     caches = [runner.new_cache(context + max(*widths, 1)) for runner in runners]
     for passes, cache in zip(both, caches, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dynatree_core import Drafter, DraftPlan, DraftState, Session
+from dynatree_core import Drafter, DraftPlan, DraftState, Engine, Session
 from dynatree_core.models.architectures import vocab_size
 from dynatree_core.models.kept import kept_of
 
@@ -73,7 +73,7 @@ class OfTarget(Drafter):
         return self.drafter.start(attrs.evolve(plan, target=self.target, store=kept_of(self.target)))
 
 
-def known_session(target: nn.Module, drafter: Drafter, text: Text, policy: str, **options: Any) -> Session:
+def known_session(target: nn.Module, drafter: Drafter, text: Text, policy: str, **of_engine: Any) -> Session:
     """A session whose target says what is known.
 
     Args:
@@ -81,17 +81,16 @@ def known_session(target: nn.Module, drafter: Drafter, text: Text, policy: str, 
         drafter: as of any session.
         text: the text.
         policy: as of any session.
-        options: others of a session.
+        of_engine: arguments of `Engine`, such as its costs and its clock.
     """
     room = text.max_new_tokens - len(text.new_ids)
     stand_in = KnownTarget([*text.prompt_ids, *text.new_ids], vocab_size(target), room)
-    return Session(
-        stand_in,
-        OfTarget(drafter, target),
+    # trusted: it says what comes next in one text, whatever stands in other rows
+    engine = Engine(stand_in, OfTarget(drafter, target), trust_model=True, **of_engine)
+    return Session.on(
+        engine,
         list(text.prompt_ids),
         policy=policy,
         max_new_tokens=text.max_new_tokens,
         eos_token_id=list(text.end_ids),
-        trust_model=True,  # it says what comes next in one text, whatever stands in other rows
-        **options,
     )

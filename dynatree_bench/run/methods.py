@@ -5,10 +5,11 @@ Everybody decodes greedily, with the same end tokens and nothing else of the mod
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import attrs
@@ -172,16 +173,15 @@ def _by_transformers(pair: Pair, cell: Cell, prompt_ids: Sequence[int], eos: Seq
         config.compile_config._compile_all_devices = True  # else on a GPU only
     input_ids = torch.tensor([list(prompt_ids)], device=model.device)
     chunks = Chunks()
-    with ExitStack() as stack:
-        stack.enter_context(_generation_config(model, _config()))
-        if assistant is not None:
-            stack.enter_context(_generation_config(assistant, _config(**(settings or {}))))
-        # a hook would get in the way of a compiled model; without drafting each pass has one row
-        is_drafting = assistant is not None or "prompt_lookup_num_tokens" in options
-        rows = stack.enter_context(_counted_rows(model)) if is_drafting else None
+    # generate() moves settings of an assistant's while it runs, and keeps a compiled model on the target
+    plain = kept_of(model).setdefault("transformers' generate", _with_settings(model, _config()))
+    if assistant is not None:
+        assistant = _with_settings(assistant, _config(**(settings or {})))
+    # a hook would get in the way of a compiled model; without drafting each pass has one row
+    is_drafting = assistant is not None or "prompt_lookup_num_tokens" in options
+    with _counted_rows(model) if is_drafting else nullcontext() as rows:
         begin = _now(pair)
-        generate: Any = model.generate
-        output = generate(
+        output = plain.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=config,
@@ -202,15 +202,11 @@ def _config(**options: Any) -> GenerationConfig:
     return cast(GenerationConfig, make(do_sample=False, pad_token_id=0, **options))
 
 
-@contextmanager
-def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Give a model this generation config for the block: generate() fills what a call leaves open from it."""
-    before = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = before
+def _with_settings(model: PreTrainedModel, config: GenerationConfig) -> Any:
+    """A second model object around the same modules: its generate() fills what a call leaves open from this config."""
+    twin = copy.copy(model)
+    twin.generation_config = config
+    return twin
 
 
 @contextmanager

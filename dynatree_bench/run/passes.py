@@ -10,8 +10,7 @@ from dynatree_bench.run.machine import now
 from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.clock import StageClock
 from dynatree_core.models.architectures import vocab_size
-from dynatree_core.models.kept import kept_of
-from dynatree_core.runners.choice import make_runner
+from dynatree_core.runners.choice import made_runner
 from dynatree_core.runners.passes import Passes
 from dynatree_core.tree.flatten import flatten
 from dynatree_core.tree.token_tree import TokenTree
@@ -25,7 +24,7 @@ CPU = torch.device("cpu")
 def filled(model: torch.nn.Module, name: str) -> tuple[Passes, KeyValueCache]:
     """A runner's passes with a cache that has the rows of CONTEXT tokens."""
     device: Any = model.device
-    runner = make_runner(model, name, kept=kept_of(model))
+    runner = made_runner(model, name)
     passes, cache = Passes(runner, StageClock(device)), runner.new_cache(CONTEXT + max(ROWS))
     passes.prefill(torch.arange(CONTEXT, device=device) % vocab_size(model), cache)
     return passes, cache

@@ -35,8 +35,7 @@ from dynatree_core.cache.sink_cache import SinkCache, SinkWindow
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.models.architectures import cache_argument
-from dynatree_core.models.kept import kept_of
-from dynatree_core.runners.choice import make_runner
+from dynatree_core.runners.choice import made_runner
 from dynatree_core.runners.packed import can_pack
 from dynatree_core.runners.passes import Passes
 from dynatree_core.text.prompt import tokenizer_of
@@ -104,7 +103,7 @@ class Caches:
         self.model: Any = default.model
         clock = StageClock(torch.device("cpu"))
         names = ["eager", *(["packed"] if can_pack(self.model) else [])]
-        self.runners = {name: Passes(make_runner(self.model, name, kept=kept_of(self.model)), clock) for name in names}
+        self.runners = {name: Passes(made_runner(self.model, name), clock) for name in names}
         self.kept = {ALL: TreeCache(capacity), WINDOW: SinkCache(self.model, option, max_nodes=max(ROWS))}
         self.bare = TreeCache(capacity)  # of passes without a mask: no runner has prepared it for one
 

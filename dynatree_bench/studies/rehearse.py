@@ -22,22 +22,24 @@ from __future__ import annotations
 import itertools
 import string
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, final
 
 import attrs
 from torch import nn
 
 from dynatree_bench.report.statistics import PooledRatio, ratio_of_sums
 from dynatree_bench.report.tables import Table, shown, simple
-from dynatree_bench.run.known import Text, known_session
+from dynatree_bench.run.known import KnownTarget, Text, known_session
 from dynatree_bench.run.pairs import Pair
 from dynatree_bench.run.progress import bar
 from dynatree_bench.studies.study import Asked, Study
 from dynatree_core import CostModel, Drafter, generate, run
+from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.costs import measured_costs
-from dynatree_core.runners.base import PassOutput
-from dynatree_core.runners.passes import Passes
+from dynatree_core.runners.base import Kept, PassOutput, Runner
+from dynatree_core.runners.choice import made_runner
+from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.tree.flatten import FlatTrees
 
 POLICIES = ("phase1", "phase3", "cost_aware")
@@ -66,19 +68,54 @@ class Prices:
     seconds: float = 0.0
     num_passes: int = 0  # of models that draft
 
-    def charge(self, passes: Passes) -> None:
-        """Have each pass cost something; those of a prompt are free."""
-        forward = passes.forward
+    def runner(self, model: nn.Module, name: str) -> Runner:
+        """A model's runner whose passes cost something."""
+        charge = self._verification if isinstance(model, KnownTarget) else self._level
+        return PricedRunner(made_runner(model, name), charge)
 
-        def priced(flat: FlatTrees, *arguments: Any, stage: str, **options: Any) -> PassOutput:
-            if stage == "verify":
-                self.seconds += self.costs.iteration_seconds(flat.num_rows - 1, [])
-            elif stage == "draft_forward":
-                self.seconds += self.costs.drafter_level_seconds(flat.num_rows)
-                self.num_passes += 1
-            return forward(flat, *arguments, stage=stage, **options)
+    def _verification(self, rows: int) -> None:
+        self.seconds += self.costs.iteration_seconds(rows - 1, [])
 
-        passes.forward = priced  # type: ignore[method-assign]
+    def _level(self, rows: int) -> None:
+        self.seconds += self.costs.drafter_level_seconds(rows)
+        self.num_passes += 1
+
+
+@final
+class PricedRunner(Runner):
+    """A runner around another one, which charges for each pass before it; those of a prompt are free.
+
+    Args:
+        runner: computes the passes.
+        charge: called with the number of rows of a pass.
+    """
+
+    name = "priced"
+
+    def __init__(self, runner: Runner, charge: Callable[[int], None]) -> None:
+        self.runner = runner
+        self.charge = charge
+
+    @classmethod
+    def make(cls, model: nn.Module, kept: Kept) -> PricedRunner:
+        """The plain runner, without a price."""
+        return cls(EagerRunner(model), lambda rows: None)
+
+    def new_cache(self, capacity: int, *, lanes: int = 1, is_zeroed: bool = False) -> KeyValueCache:
+        return self.runner.new_cache(capacity, lanes=lanes, is_zeroed=is_zeroed)
+
+    def forward(
+        self,
+        flat: FlatTrees,
+        cache: KeyValueCache,
+        *,
+        hidden: bool = False,
+        last_row_only: bool = False,
+        is_prompt: bool = False,
+    ) -> PassOutput:
+        if not is_prompt:
+            self.charge(flat.num_rows)
+        return self.runner.forward(flat, cache, hidden=hidden, last_row_only=last_row_only, is_prompt=is_prompt)
 
 
 def rehearse(target: nn.Module, drafter: Drafter, text: Text, policy: str, costs: CostModel) -> Rehearsal:
@@ -88,10 +125,9 @@ def rehearse(target: nn.Module, drafter: Drafter, text: Text, policy: str, costs
         RuntimeError: what was decoded is another text; then something here is wrong.
     """
     prices = Prices(costs)
-    session = known_session(target, drafter, text, policy, costs=costs, now=lambda: prices.seconds)
-    prices.charge(session.target)
-    for passes in session.draft_state.runners() if session.draft_state is not None else ():
-        prices.charge(passes)
+    session = known_session(
+        target, drafter, text, policy, costs=costs, now=lambda: prices.seconds, make_runner=prices.runner
+    )
     for _ in run(session):
         pass
     if tuple(session.new_token_ids) != text.new_ids:

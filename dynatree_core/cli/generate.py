@@ -10,7 +10,7 @@ import click
 from dynatree_core.cli import console
 from dynatree_core.cli.checks import check_names
 from dynatree_core.cli.exits import DONE, INTERRUPTED
-from dynatree_core.cli.job import Job, Setup
+from dynatree_core.cli.job import Job
 from dynatree_core.cli.option_types import FiniteRange
 from dynatree_core.cli.options import (
     ANSWER_OPTIONS,
@@ -25,6 +25,7 @@ from dynatree_core.cli.options import (
 )
 from dynatree_core.cli.prompts import PromptPicks, typed_prompt
 from dynatree_core.cli.recorded import Recorded
+from dynatree_core.cli.setup import Setup
 from dynatree_core.errors import DynaTreeError
 from dynatree_core.models import embedded
 

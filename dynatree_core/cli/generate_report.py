@@ -17,7 +17,7 @@ from dynatree_core.report import GenerationReport, GenerationResult
 from dynatree_core.text.stream import decode_text
 
 if TYPE_CHECKING:
-    from dynatree_core.cli.job import Setup
+    from dynatree_core.cli.setup import Setup
     from dynatree_core.engine.session import Session
     from dynatree_core.models.load import LoadedModel
 

@@ -78,6 +78,8 @@ class Engine:
         now: seconds since any moment, for the times in reports; None: the host's clock.
         max_sequences: sequences that run at once.
         max_waiting: requests that may wait for a place among them.
+        make_runner: gives the runner of a model by the runner's name, for who watches or prices passes by a runner that
+            is made around another.
 
     Raises:
         InputError: a model or an argument that cannot be used.
@@ -96,6 +98,7 @@ class Engine:
         now: Callable[[], float] | None = None,
         max_sequences: int = 8,
         max_waiting: int = 1024,
+        make_runner: Callable[[nn.Module, str], Runner] = made_runner,
     ) -> None:
         if not isinstance(prefix_cache, PrefixCache | None):
             raise ParameterError(f"prefix_cache must be a PrefixCache, got {prefix_cache!r:.60}")
@@ -114,6 +117,7 @@ class Engine:
         self._given_drafter = drafter
         self._given_costs = costs
         self._now = now
+        self._make_runner = make_runner
         self._lock = threading.Lock()  # sessions of several threads must not get the same memory
         self.refresh()
 
@@ -254,7 +258,7 @@ class Engine:
     def runner_of(self, model: nn.Module, name: str) -> Runner:
         """What computes a model's passes; made for the first generation that needs it."""
         if (model, name) not in self._runners:
-            self._runners[model, name] = made_runner(model, name)
+            self._runners[model, name] = self._make_runner(model, name)
         return self._runners[model, name]
 
     def runner_for(self, request: Request) -> Runner:

@@ -7,7 +7,6 @@ each of PEFT's layers has given its place to the layer that it wraps.
 
 from __future__ import annotations
 
-import copy
 import importlib
 import sys
 import threading
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from dynatree_core.errors import ParameterError
 from dynatree_core.models.state import state_of
+from dynatree_core.models.twin import twin_of
 
 __all__ = ["adapters_of_rows", "inside_peft_wrapper", "is_peft_wrapper", "without_adapters"]
 
@@ -94,14 +94,7 @@ def _twin(model: nn.Module) -> nn.Module:
             f"the target's adapters must not be merged into its weights, got {len(merged)} layers where they are, the "
             f"first being {merged[0]}; call unmerge_adapter() first, or choose another drafter"
         )
-    # whatever is in the memo is taken as it is, not copied
-    try:
-        twin: nn.Module = copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model)})
-    except Exception as error:  # of whatever somebody has put on a module
-        raise ParameterError(
-            "the model without its adapters is a copy of its modules with all that is on them, and making it failed: "
-            f"{type(error).__name__}: {error}; take that off, or choose another drafter"
-        ) from error
+    twin = twin_of(model, _tensors(model), "the drafter without the target's adapters", "choose another drafter")
     _take_off(twin)
     left = [name for name, part in twin.named_modules() if type(part).__module__.startswith("peft.")]
     if left:

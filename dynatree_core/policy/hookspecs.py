@@ -1,4 +1,4 @@
-"""The hooks that a tree policy may implement: specifications and nothing else.
+"""The hooks that a tree policy may implement: their specifications, and what of the stack one of them is given.
 
 A policy is any object with one or more of these as methods marked `@hookimpl`. Hooks run once per tree level
 or once per iteration, never per node, and speak in tensors on the model's device. An implementation may
@@ -7,13 +7,12 @@ leave out arguments that it does not need; it must not give them default values.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dynatree_core.policy.stack import PolicyStack
     from dynatree_core.tree.frontier import Frontier
     from dynatree_core.tree.token_tree import TokenTree
     from dynatree_core.tree.verdict import StepReport
@@ -23,6 +22,13 @@ __all__ = ["PROJECT_NAME", "hookimpl"]
 PROJECT_NAME = "dynatree"
 hookspec = pluggy.HookspecMarker(PROJECT_NAME)
 hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
+
+
+class PoliciesBeside(Protocol):
+    """What a policy is shown of the `PolicyStack` that it is in, which is built on these specifications."""
+
+    def find(self, name: str) -> Any | None:
+        """The policy of that name, or None. Its parameters may be set; they are checked."""
 
 
 @hookspec(firstresult=True)
@@ -60,7 +66,7 @@ def keep_nodes(tree: TokenTree) -> Tensor | None:
 
 
 @hookspec
-def on_iteration_end(report: StepReport, stack: PolicyStack) -> None:
+def on_iteration_end(report: StepReport, stack: PoliciesBeside) -> None:
     """Learn from the outcome. Called once per iteration, after the tokens were committed.
 
     `stack.find(name)` gives a policy beside this one, whose parameters may be changed for the rest of the session.

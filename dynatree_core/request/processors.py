@@ -36,7 +36,17 @@ from transformers import (
 from dynatree_core.errors import ParameterError
 from dynatree_core.request.arguments import merged
 
-__all__ = ["logits_processors"]
+__all__ = ["PROCESSORS", "logits_processors"]
+
+# those that settings ask for; each judges a row by itself, whatever the others are
+PROCESSORS = (
+    EpsilonLogitsWarper, EtaLogitsWarper, ExponentialDecayLengthPenalty, ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor, InfNanRemoveLogitsProcessor, LogitNormalization, MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor, MinPLogitsWarper, NoBadWordsLogitsProcessor, NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor, SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopHLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
+    TypicalLogitsWarper,
+)  # fmt: skip
 
 
 def logits_processors(

@@ -16,7 +16,6 @@ copy of each matrix, so it takes up as much memory again. The next generation ta
 
 from __future__ import annotations
 
-import copy
 import platform
 import threading
 from collections.abc import Hashable, Sequence
@@ -30,10 +29,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from dynatree_core.cache.base import KeyValueCache
-from dynatree_core.errors import ParameterError
 from dynatree_core.models.architectures import attention_layout
 from dynatree_core.models.state import is_plain, is_untouched, state_of
 from dynatree_core.models.student import RestrictedHead
+from dynatree_core.models.twin import twin_of
 from dynatree_core.runners.base import Kept, PassOutput, Runner
 from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.tree.flatten import FlatTrees
@@ -245,15 +244,8 @@ def packed_bytes(model: nn.Module) -> int:
 
 @torch.no_grad()
 def _packed_copy(model: nn.Module) -> nn.Module:
-    # whatever is in the memo is taken as it is, not copied
-    as_they_are = {id(part): part for part in (*model.parameters(), *model.buffers())}
-    try:
-        twin: Any = copy.deepcopy(model, as_they_are)
-    except Exception as error:  # of whatever somebody has put on a module
-        raise ParameterError(
-            f"the packed runner copies the model's modules with all that is on them, which failed: {error}; take that "
-            "off, or use runner='eager'"
-        ) from error
+    tensors = (*model.parameters(), *model.buffers())
+    twin: Any = twin_of(model, tensors, "the packed runner", "use runner='eager'")
     # families that do not look attention up by its name, such as Falcon, know "sdpa" only
     if twin.config._attn_implementation == "sdpa" and twin._supports_attention_backend:
         twin.config._attn_implementation = ATTENTION
