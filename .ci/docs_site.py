@@ -60,6 +60,7 @@ def version() -> str:
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     config.site_name = f"DynaTree {version()}"
     config.copyright = f"These pages describe DynaTree {version()}. Licence: Apache-2.0."
+    config.nav = with_all_pages(config.nav or [])
     config.markdown_extensions.append(_ListsAsOnGitHub())  # type: ignore[arg-type]  # instances are as good as names
     return config
 
@@ -85,6 +86,25 @@ class _ListsAsOnGitHub(Extension):
 
     def extendMarkdown(self, md: Markdown) -> None:
         md.tab_length = 2
+
+
+def own_pages() -> list[str]:
+    """The pages of docs/, but for those of the example packages."""
+    patterns = ("*.md", "notebooks/*.md", "results/*.md")
+    return [str(path.relative_to(DOCS)) for pattern in patterns for path in DOCS.glob(pattern)]
+
+
+def pages_of(nav: object) -> list[str]:
+    """The pages that a navigation names, in its order."""
+    parts = nav.values() if isinstance(nav, dict) else nav if isinstance(nav, list) else []
+    return [nav] if isinstance(nav, str) else [page for part in parts for page in pages_of(part)]
+
+
+def with_all_pages(nav: list[dict[str, list[str]]]) -> list[dict[str, list[str]]]:
+    """The navigation with the pages that it does not name, behind the guides."""
+    known = set(pages_of(nav))
+    others = sorted(set(own_pages()) - known)
+    return [{title: [*pages, *others] if title == "Guides" else pages for title, pages in part.items()} for part in nav]
 
 
 # links

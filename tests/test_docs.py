@@ -40,10 +40,10 @@ from dynatree_core.testing.models import REFUSED, ROPES, VARIANTS, tiny_model
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("notebooks/*.md"))]
 ALL_PAGES = [
     *PAGES,
-    *sorted(DOCS.glob("*/**/*.md")),
+    *sorted(set(DOCS.glob("*/**/*.md")) - set(PAGES)),
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "SECURITY.md",

@@ -8,9 +8,10 @@ import tomllib
 
 import click
 import docs_reference
+import notebook
 import pytest
 import release
-from test_docs import DOCS, PAGES, ROOT, code_words, first_words, prose, table
+from test_docs import DOCS, PAGES, ROOT, code_words, expected_outputs, first_words, prose, snippets, table
 
 import dynatree_core
 from dynatree_core import errors
@@ -19,7 +20,9 @@ from dynatree_core.cli.group import _dynatree
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("module", ["dynatree_core", "dynatree_core.testing", "dynatree_core.errors"])
+@pytest.mark.parametrize(
+    "module", ["dynatree_core", "dynatree_core.errors", "dynatree_core.testing", "dynatree_core.trace"]
+)
 def test_every_public_name_stands_in_the_reference_once(module):
     public = set(importlib.import_module(module).__all__)
     if module == "dynatree_core.errors":
@@ -82,6 +85,21 @@ def test_every_environment_variable_is_described():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_images_have_texts(page):
     assert re.findall(r"!\[\s*\]\([^)]*\)", prose(page)) == []
+
+
+# notebooks
+
+
+@pytest.mark.parametrize("page", sorted(notebook.FOLDER.glob("*.md")), ids=lambda page: page.name)
+def test_a_notebook_is_its_page(page):
+    text = page.read_text(encoding="utf-8")
+    assert page.with_suffix(".ipynb").read_text(encoding="utf-8") == notebook.rendered(text), "python .ci/notebook.py"
+    cells = notebook.notebook(text)["cells"]
+    code = ["".join(cell["source"]) + "\n" for cell in cells if cell["cell_type"] == "code"]
+    assert code == [block.text for block in snippets(page)]
+    shown = [cell["outputs"][0]["text"] for cell in cells if cell.get("outputs")]
+    assert ["".join(lines) + "\n" for lines in shown] == [block.text for block in expected_outputs(page).values()]
+    assert len({cell["id"] for cell in cells}) == len(cells)
 
 
 # the release
