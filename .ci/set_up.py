@@ -31,8 +31,10 @@ def progress(lines: Iterable[str], num_packages: int) -> Iterable[str]:
             yield f"{min(len(seen), num_packages)} of {num_packages}: {collecting[1]}"
         elif downloading:
             yield f"{min(len(seen), num_packages)} of {num_packages}: {Path(downloading[1]).name}"
-        elif line.startswith("Installing collected packages") and num_packages > 1:
+        elif line.startswith("Installing collected packages") and num_packages > 2:
             yield "all are here: unpacking them, which takes a minute or two without a line"
+        elif line.startswith("Building wheels for collected packages: dynatree"):
+            yield "compiling the operators in C, which takes some 20 seconds"
 
 
 def show(messages: Iterable[str]) -> None:
@@ -45,7 +47,7 @@ def show(messages: Iterable[str]) -> None:
     printed, last = time.monotonic(), ""
     for message in messages:
         last = message
-        if time.monotonic() - printed > QUIET_SECONDS or message.startswith("all are here"):
+        if time.monotonic() - printed > QUIET_SECONDS or message.startswith(("all are here", "compiling")):
             print(f"  {message}", flush=True)
             printed, last = time.monotonic(), ""
     if last:
@@ -75,7 +77,8 @@ def set_up(folder: Path) -> None:
     venv.create(folder, with_pip=True)
     python = folder.absolute() / "bin" / "python"
     print(f"2. {num_packages} packages, torch and transformers among them: minutes, by the connection", flush=True)
-    pip_install(python, "setuptools", num_packages=1)  # pinned as well, so that no other one builds this package
+    # pinned as well, so that no others build this package: setuptools, and the compiler of its operators in C
+    pip_install(python, "setuptools", "ziglang", num_packages=2)
     pip_install(python, "--no-build-isolation", "-e", ".[dev]", num_packages=num_packages)
     print(f"Set up in {time.monotonic() - start:.0f} s", flush=True)
 

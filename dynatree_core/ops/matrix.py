@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 import numpy as np
@@ -31,6 +32,7 @@ class PackedMatrix:
     num_inputs: int
     data: Tensor  # [blocks of 16 outputs, bytes of a block] uint8, contiguous
     bias: Tensor | None  # [outputs filled up to whole blocks] float32, or float64
+    kept: dict[Any, Any] = attrs.field(factory=dict, init=False, repr=False)  # what an implementation has of it
 
     @property
     def num_bytes(self) -> int:

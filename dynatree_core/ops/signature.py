@@ -26,7 +26,7 @@ than elsewhere; for any number of rows they are equal there too.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import attrs
 import torch
@@ -76,6 +76,7 @@ class Norm:
     eps: float
     bias: Tensor | None = None  # of a layer norm
     offset: float = 0.0  # is added to the weight: Gemma's 1
+    kept: dict[Any, Any] = attrs.field(factory=dict, init=False, repr=False)  # what an implementation has of it
 
 
 @attrs.frozen(eq=False)

@@ -1,10 +1,16 @@
-"""The operators in C."""
+"""The operators in C: `source` is compiled when the package is installed, `library` loads what fits the CPU."""
 
-from __future__ import annotations
+from dynatree_core.ops.native.calls import linear, mlp, norm, rope_write, tree_attention
+from dynatree_core.ops.native.loading import Library, library, reason_unavailable, runnable_targets
 
-__all__ = ["reason_unavailable"]
-
-
-def reason_unavailable() -> str | None:
-    """Why the library cannot be used on this machine; None where it can."""
-    return "it is not part of this version yet"
+__all__ = [
+    "Library",
+    "library",
+    "linear",
+    "mlp",
+    "norm",
+    "reason_unavailable",
+    "rope_write",
+    "runnable_targets",
+    "tree_attention",
+]

@@ -1,0 +1,95 @@
+/* What Python calls: a list of operators, each a record of 8-byte fields, computed one after another for as many rows as
+ * are given. `signature.py` says what they compute and in which order they add; `calls.py` writes the records. */
+#pragma once
+
+#include <stdint.h>
+
+#include "simd.h"
+
+enum { FLOAT32, BFLOAT16, FLOAT16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, NUM_KINDS };
+enum { NO_NORM, RMS_NORM, LAYER_NORM };
+enum { LANES = 16, SUPER = 256 };
+
+typedef struct {
+  int64_t kind, outputs, inputs, block_bytes;
+  const uint8_t *data; /* blocks of 16 outputs */
+  const float *bias;   /* filled up to whole blocks, or NULL */
+} matrix;
+
+typedef struct {
+  int64_t kind, size; /* of one row */
+  const float *weight, *bias; /* or NULL */
+  double eps, offset;
+} norm;
+
+/* What follows a product: after(sum + bias) * scale, capped, + residual. */
+typedef struct {
+  const norm *after; /* or NULL */
+  double scale, soft_cap; /* 0: none */
+  const float *residual; /* or NULL */
+  float *out;
+} ending;
+
+typedef struct { const float *rows; const norm *norm; ending end; int64_t size; } norm_args;
+typedef struct { const float *rows; const norm *norm; ending end; const matrix *packed; } linear_args;
+typedef struct {
+  const float *rows;
+  const norm *norm;
+  ending end;
+  const matrix *inner, *outer;
+  int64_t activation;
+} mlp_args;
+
+typedef struct {
+  const float *rows;
+  float *queries, *keys, *values;
+  int64_t heads, key_heads, head_dim, value_dim;
+  int64_t key_strides[3], value_strides[3]; /* of a lane, a head, a slot, in floats */
+  const int32_t *lanes, *slots;
+  const float *cos, *sin; /* [rows, half], or NULL */
+  int64_t half, is_interleaved;
+  const norm *query_norm, *key_norm; /* or NULL */
+  int64_t query_norm_heads, key_norm_heads; /* heads that have weights of their own: 1, or all */
+} rope_args;
+
+typedef struct {
+  const float *queries, *keys, *values, *sinks;
+  float *out;
+  int64_t heads, key_heads, head_dim, value_dim;
+  int64_t key_strides[3], value_strides[3];
+  const int32_t *lanes, *start, *end, *own_start, *own;
+  double scale, soft_cap;
+} attention_args;
+
+enum { OP_NORM, OP_LINEAR, OP_MLP, OP_ROPE_WRITE, OP_ATTENTION };
+
+typedef struct {
+  int64_t code;
+  union {
+    norm_args norm;
+    linear_args linear;
+    mlp_args mlp;
+    rope_args rope;
+    attention_args attention;
+    int64_t fields[31];
+  } of;
+} op;
+
+/* Compute `count` operators for the first `rows` rows of their tensors, on up to `threads` threads.
+ * Returns 0, or 1 where memory for intermediate results is missing: then nothing is promised of the results. */
+int dynatree_run(const op *ops, int64_t count, int64_t rows, int64_t threads);
+
+int run_norm(const norm_args *args, int64_t rows, int64_t threads);
+int run_linear(const linear_args *args, int64_t rows, int64_t threads);
+int run_mlp(const mlp_args *args, int64_t rows, int64_t threads);
+int run_rope_write(const rope_args *args, int64_t rows, int64_t threads);
+int run_attention(const attention_args *args, int64_t rows, int64_t threads);
+
+/* One row of a norm; `to` may be `from`. */
+void norm_row(const norm *how, const float *weight, const float *bias, const float *from, float *to);
+
+/* Rows [rows, how->size] one by one, on several threads where they are many. */
+void norm_rows(const norm *how, const float *from, float *to, int64_t rows, int64_t threads);
+
+/* Finish products [rows, size], which lie in `out` already. */
+void end_rows(const ending *end, const float *products, int64_t size, int64_t rows, int64_t threads);

@@ -1,0 +1,262 @@
+/* Sixteen floats at a time, on every target: one register of 16, two of 8, or four of 4.
+ *
+ * Everything is written with the vector types of GCC and clang, in which + and * are those of C, element by element. Only
+ * where a target has an instruction that C cannot say are intrinsics used: fused multiply-add, widening loads, sums over
+ * a register. Contraction is off (-ffp-contract=off), so a product and a sum are fused only where `fma16` says so. */
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define TARGET_AVX512 1
+#define WIDTH 16 /* floats of a register */
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define TARGET_AVX2 1
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
+
+#if defined(TARGET_AVX512) || defined(TARGET_AVX2)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define NUM (16 / WIDTH) /* registers for sixteen floats */
+#if defined(__clang__)
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#define ROLLED _Pragma("clang loop unroll(disable)")
+#else
+#define UNROLLED _Pragma("GCC unroll 16")
+#define ROLLED _Pragma("GCC unroll 1")
+#endif
+#define inlined static inline __attribute__((always_inline))
+#define EACH UNROLLED for (int part = 0; part < NUM; part++)
+
+typedef float floats __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t words __attribute__((vector_size(4 * WIDTH)));
+
+typedef struct { floats of[NUM]; } f16x; /* sixteen floats; not half precision */
+typedef struct { words of[NUM]; } u16x;  /* sixteen words of 32 bits */
+
+inlined f16x load16(const float *from) {
+  f16x x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inlined void store16(float *to, f16x x) { memcpy(to, &x, sizeof x); }
+
+/* The first `count` floats, and zeros. */
+inlined f16x load_some(const float *from, int64_t count) {
+  float all[16] = {0};
+  if (count >= 16) return load16(from);
+  for (int64_t i = 0; i < count; i++) all[i] = from[i];
+  return load16(all);
+}
+
+inlined void store_some(float *to, f16x x, int64_t count) {
+  float all[16];
+  if (count >= 16) {
+    store16(to, x);
+    return;
+  }
+  store16(all, x);
+  for (int64_t i = 0; i < count; i++) to[i] = all[i];
+}
+
+inlined f16x all16(float value) {
+  f16x x;
+  EACH x.of[part] = value - (floats){0}; /* -0.0 stays what it is */
+  return x;
+}
+
+inlined f16x add16(f16x a, f16x b) {
+  EACH a.of[part] = a.of[part] + b.of[part];
+  return a;
+}
+
+inlined f16x sub16(f16x a, f16x b) {
+  EACH a.of[part] = a.of[part] - b.of[part];
+  return a;
+}
+
+inlined f16x mul16(f16x a, f16x b) {
+  EACH a.of[part] = a.of[part] * b.of[part];
+  return a;
+}
+
+inlined f16x div16(f16x a, f16x b) {
+  EACH a.of[part] = a.of[part] / b.of[part];
+  return a;
+}
+
+/* a * b + c, rounded once where the target can */
+inlined f16x fma16(f16x a, f16x b, f16x c) {
+  EACH {
+#if defined(TARGET_AVX512)
+    c.of[part] = _mm512_fmadd_ps(a.of[part], b.of[part], c.of[part]);
+#elif defined(TARGET_AVX2)
+    c.of[part] = _mm256_fmadd_ps(a.of[part], b.of[part], c.of[part]);
+#elif defined(__aarch64__)
+    c.of[part] = (floats)vfmaq_f32((float32x4_t)c.of[part], (float32x4_t)a.of[part], (float32x4_t)b.of[part]);
+#else
+    c.of[part] = a.of[part] * b.of[part] + c.of[part];
+#endif
+  }
+  return c;
+}
+
+/* Where `mask` is all ones a, elsewhere b; masks come from comparisons. */
+inlined floats choose(ints mask, floats a, floats b) { return (floats)(((ints)a & mask) | ((ints)b & ~mask)); }
+
+/* The greater ones; b where one of them is no number. */
+inlined f16x max16(f16x a, f16x b) {
+  EACH a.of[part] = choose((ints)(a.of[part] > b.of[part]), a.of[part], b.of[part]);
+  return a;
+}
+
+/* Lane j takes lane j + 8, then j + 4, j + 2, j + 1: the one order in which lanes are added, on every target. */
+inlined float sum16(f16x x) {
+#if defined(TARGET_AVX512) || defined(TARGET_AVX2)
+#if defined(TARGET_AVX512)
+  __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x.of[0]), _mm512_extractf32x8_ps(x.of[0], 1));
+#else
+  __m256 eight = _mm256_add_ps(x.of[0], x.of[1]);
+#endif
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
+  floats four = (x.of[0] + x.of[2]) + (x.of[1] + x.of[3]);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+#endif
+}
+
+inlined float greatest16(f16x x) {
+  float all[16], greatest;
+  store16(all, x);
+  greatest = all[0];
+  for (int i = 1; i < 16; i++) greatest = all[i] > greatest ? all[i] : greatest;
+  return greatest;
+}
+
+/* Widening loads: sixteen small numbers as floats, all exact. */
+
+inlined f16x load_half16(const uint8_t *from) { /* IEEE half precision */
+  f16x x;
+#if defined(TARGET_AVX512)
+  x.of[0] = _mm512_cvtph_ps(_mm256_loadu_si256((const void *)from));
+#elif defined(TARGET_AVX2)
+  EACH x.of[part] = _mm256_cvtph_ps(_mm_loadu_si128((const void *)(from + 16 * part)));
+#elif defined(__aarch64__)
+  EACH {
+    uint16x4_t half = vld1_u16((const uint16_t *)(const void *)(from + 8 * part));
+    x.of[part] = (floats)vcvt_f32_f16(vreinterpret_f16_u16(half));
+  }
+#else
+  float all[16];
+  for (int i = 0; i < 16; i++) {
+    uint16_t half;
+    uint32_t bits;
+    memcpy(&half, from + 2 * i, 2);
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff;
+    if (rest >= 0x7c00) { /* infinite, or no number */
+      bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;
+      memcpy(all + i, &bits, 4);
+    } else { /* 2^112 moves the exponent, and makes a normal number of a subnormal one */
+      float value;
+      bits = rest << 13;
+      memcpy(&value, &bits, 4);
+      value *= 0x1p112f;
+      memcpy(&bits, &value, 4);
+      bits |= sign;
+      memcpy(all + i, &bits, 4);
+    }
+  }
+  x = load16(all);
+#endif
+  return x;
+}
+
+inlined f16x load_brain16(const uint8_t *from) { /* bfloat16: the upper half of a float */
+  f16x x;
+#if defined(TARGET_AVX512)
+  x.of[0] = (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16);
+#elif defined(TARGET_AVX2)
+  EACH {
+    __m128i some = _mm_loadu_si128((const void *)(from + 16 * part));
+    x.of[part] = (floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(some), 16);
+  }
+#else
+  u16x wide;
+  EACH for (int i = 0; i < WIDTH; i++) {
+    uint16_t some;
+    memcpy(&some, from + 2 * (WIDTH * part + i), 2);
+    wide.of[part][i] = (uint32_t)some << 16;
+  }
+  memcpy(&x, &wide, sizeof x);
+#endif
+  return x;
+}
+
+inlined f16x load_int8(const uint8_t *from) {
+  f16x x;
+#if defined(TARGET_AVX512)
+  x.of[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)from)));
+#elif defined(TARGET_AVX2)
+  EACH x.of[part] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(from + 8 * part))));
+#elif defined(__aarch64__)
+  int8x16_t some = vld1q_s8((const int8_t *)from);
+  int16x8_t low = vmovl_s8(vget_low_s8(some)), high = vmovl_s8(vget_high_s8(some));
+  x.of[0] = (floats)vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)));
+  x.of[1] = (floats)vcvtq_f32_s32(vmovl_s16(vget_high_s16(low)));
+  x.of[2] = (floats)vcvtq_f32_s32(vmovl_s16(vget_low_s16(high)));
+  x.of[3] = (floats)vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)));
+#else
+  EACH for (int i = 0; i < WIDTH; i++) x.of[part][i] = (float)(int8_t)from[WIDTH * part + i];
+#endif
+  return x;
+}
+
+inlined f16x load_uint8(const uint8_t *from) {
+  f16x x;
+#if defined(TARGET_AVX512)
+  x.of[0] = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)from)));
+#elif defined(TARGET_AVX2)
+  EACH x.of[part] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(from + 8 * part))));
+#else
+  EACH for (int i = 0; i < WIDTH; i++) x.of[part][i] = (float)from[WIDTH * part + i];
+#endif
+  return x;
+}
+
+inlined u16x load_words(const uint8_t *from) {
+  u16x x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inlined u16x shift_right(u16x x, int bits) {
+  EACH x.of[part] = x.of[part] >> (uint32_t)bits;
+  return x;
+}
+
+/* The lowest bits of each word, at most 4, as a number times `unit`. AVX-512 looks it up in a register of sixteen numbers
+ * by the lowest 4 bits, which saves masking and converting; with fewer bits the table repeats. */
+inlined f16x low_bits(u16x from, const int bits, const float unit) {
+  f16x x;
+#if defined(TARGET_AVX512)
+#define AT(i) (float)((i) & ((1 << bits) - 1)) * unit
+  const __m512 table = _mm512_setr_ps(AT(0), AT(1), AT(2), AT(3), AT(4), AT(5), AT(6), AT(7), AT(8), AT(9), AT(10),
+                                      AT(11), AT(12), AT(13), AT(14), AT(15));
+#undef AT
+  x.of[0] = _mm512_permutexvar_ps((__m512i)from.of[0], table);
+#else
+  EACH x.of[part] = __builtin_convertvector((ints)(from.of[part] & (uint32_t)((1 << bits) - 1)), floats) * unit;
+#endif
+  return x;
+}

@@ -1,0 +1,373 @@
+"""The operators in C: the reference's numbers, and the same bits whatever stands beside a row, on every target here."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ops import PUBLISHED, attention_case, random_blocks
+
+from dynatree_core import ops
+from dynatree_core.ops.native import calls, loading, reason_unavailable, runnable_targets
+
+PLAIN = ["float32", "bfloat16", "float16"]
+ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
+NUM_ROWS = 37  # more than two tiles of any target
+
+
+def test_the_library_is_here():
+    """Whoever runs these tests has a compiler: by the extra `dev`, if by nothing else."""
+    if os.environ.get(loading.CHOICE) == "off":
+        pytest.skip("the environment switches the library off")
+    assert reason_unavailable() is None
+
+
+@pytest.fixture(params=runnable_targets())
+def target(request, monkeypatch):
+    """One of the libraries that this CPU can run, in the place of the best."""
+    used = loading.load(request.param)
+    monkeypatch.setattr(calls, "library", lambda: used)
+    return request.param
+
+
+def matrix(kind: str, outputs: int, num_inputs: int, *, bias: bool = False) -> ops.PackedMatrix:
+    random = torch.Generator().manual_seed(outputs * num_inputs)
+    some_bias = torch.randn(outputs, generator=random) if bias else None
+    if kind in PUBLISHED:
+        return ops.pack_blocks(random_blocks(kind, outputs, num_inputs), kind, num_inputs, some_bias)
+    weight = torch.randn(outputs, num_inputs, generator=random)
+    if kind in ("4", "8"):
+        return ops.quantise(weight, int(kind), bias=some_bias)
+    return ops.pack(weight.to(getattr(torch, kind)), some_bias)
+
+
+def in_float64(packed: ops.PackedMatrix) -> ops.PackedMatrix:
+    bias = None if packed.bias is None else packed.bias[: packed.num_outputs].double()
+    return ops.pack(packed.unpacked().double(), bias)
+
+
+MATRICES = [
+    *(
+        (kind, outputs, num_inputs)
+        for kind in (*PLAIN, "4", "8")
+        for outputs, num_inputs in ((1, 1), (45, 33), (16, 100))
+    ),
+    *((kind, outputs, 512) for kind in PUBLISHED for outputs in (16, 75)),
+]
+
+
+@pytest.mark.parametrize(("kind", "outputs", "num_inputs"), MATRICES)
+def test_a_product_is_right_and_no_row_knows_its_neighbours(kind, outputs, num_inputs, target):
+    packed = matrix(kind, outputs, num_inputs, bias=True)
+    rows, residual = torch.randn(NUM_ROWS, num_inputs), torch.randn(NUM_ROWS, outputs)
+    result = ops.linear(rows, packed, residual=residual, scale=0.5)
+    right = ops.linear(rows.double(), in_float64(packed), residual=residual.double(), scale=0.5)
+    size = packed.unpacked().abs().max().item() * math.sqrt(num_inputs)
+    assert ((result - right).abs() < 1e-5 * (1 + size)).all()
+    for num_rows in (*range(1, 19), 33):
+        for first in (0, NUM_ROWS - num_rows):
+            some = slice(first, first + num_rows)
+            assert torch.equal(ops.linear(rows[some], packed, residual=residual[some], scale=0.5), result[some])
+
+
+@pytest.mark.parametrize("kind", [*PLAIN, *PUBLISHED, "4", "8"])
+def test_weights_are_decoded_to_the_last_bit(kind, target):
+    """A row with a single 1 takes one input's weights out, alone and among many."""
+    packed = matrix(kind, 45, 256)
+    wanted = packed.unpacked().t()
+    picks = torch.eye(256)
+    assert torch.equal(ops.linear(picks, packed), wanted)
+    assert torch.equal(torch.cat([ops.linear(row[None], packed) for row in picks]), wanted)
+
+
+def test_targets_that_fuse_agree_to_the_last_bit(monkeypatch):
+    fused = [name for name in runnable_targets() if name != "x86_64"]
+    if len(fused) < 2:
+        pytest.skip("this CPU runs one such target only")
+    rows, inner, outer = torch.randn(5, 96), matrix("8", 400, 96), matrix("4", 96, 200)
+    queries, keys, values, mask = attention_case(head_dim=20)
+    results = []
+    for name in fused:
+        used = loading.load(name)
+        monkeypatch.setattr(calls, "library", lambda used=used: used)
+        results.append(ops.mlp(rows, inner, outer, activation="gelu", norm=ops.Norm("layer", torch.ones(96), 1e-5)))
+        results.append(ops.tree_attention(queries, keys, values, ops.Visible.of_mask(mask), scale=0.3, soft_cap=2.0))
+    assert all(torch.equal(a, b) for a, b in zip(results, results[2:], strict=False))
+
+
+NORMS = {
+    "rms": lambda size: ops.Norm("rms", torch.randn(size), 1e-6),
+    "rms of Gemma": lambda size: ops.Norm("rms", torch.randn(size), 1e-6, offset=1.0),
+    "rms without weights": lambda size: ops.Norm("rms", None, 1e-6),
+    "layer": lambda size: ops.Norm("layer", torch.randn(size), 1e-5, bias=torch.randn(size)),
+    "layer without bias": lambda size: ops.Norm("layer", torch.randn(size), 1e-5),
+}
+
+
+def norm_in_float64(norm: ops.Norm | None) -> ops.Norm | None:
+    if norm is None:
+        return None
+    weight, bias = (None if part is None else part.double() for part in (norm.weight, norm.bias))
+    return ops.Norm(norm.kind, weight, norm.eps, bias, norm.offset)
+
+
+@pytest.mark.parametrize("size", [1, 16, 23, 96])
+@pytest.mark.parametrize("name", NORMS)
+def test_norms(name, size, target):
+    norm = NORMS[name](size)
+    rows, residual = 3 + torch.randn(NUM_ROWS, size), torch.randn(NUM_ROWS, size)
+    result = ops.norm(rows, norm, residual=residual)
+    right = ops.norm(rows.double(), norm_in_float64(norm), residual=residual.double())
+    torch.testing.assert_close(result.double(), right, atol=2e-4 if name.startswith("layer") else 1e-5, rtol=1e-5)
+    alone = [ops.norm(row[None], norm, residual=x[None]) for row, x in zip(rows, residual, strict=True)]
+    assert torch.equal(torch.cat(alone), result)
+    assert torch.equal(ops.norm(rows, norm, residual=residual, out=residual), result)
+
+
+@pytest.mark.parametrize("num_hidden", [64, 41])
+@pytest.mark.parametrize("is_gated", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_feed_forward_blocks(activation, is_gated, num_hidden, target):
+    inner, outer = matrix("float32", num_hidden * (1 + is_gated), 40, bias=True), matrix("float32", 40, num_hidden)
+    rows = torch.randn(NUM_ROWS, 40)
+    norm, after = NORMS["rms"](40), NORMS["layer"](40)
+    for last in (None, after):
+        result = ops.mlp(rows, inner, outer, activation=activation, norm=norm, after=last, residual=rows, scale=0.7)
+        right = ops.mlp(
+            rows.double(),
+            in_float64(inner),
+            in_float64(outer),
+            activation=activation,
+            norm=norm_in_float64(norm),
+            after=norm_in_float64(last),
+            residual=rows.double(),
+            scale=0.7,
+        )
+        torch.testing.assert_close(result.double(), right, atol=1e-5 * right.abs().max().item(), rtol=1e-5)
+        for num_rows in (1, 2, 5, 8, 20):
+            some = rows[:num_rows].clone()
+            alone = ops.mlp(
+                some, inner, outer, activation=activation, norm=norm, after=last, residual=some, scale=0.7, out=some
+            )
+            assert alone is some
+            assert torch.equal(alone, result[:num_rows])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_are_within_rounding(activation, target):
+    """Everywhere, at the far ends and where there is no number; and the same in every place of a row."""
+    one = matrix("float32", 1, 1)
+    one.data.view(torch.float32)[:] = 1
+    ends = torch.tensor([-torch.inf, torch.inf, torch.nan, -0.0, 0.0, -100.0, 100.0, -3e4, 3e4])
+    numbers = torch.cat([torch.linspace(-20, 20, 40001), torch.linspace(-1e-3, 1e-3, 101), ends])
+    result = ops.mlp(numbers[:, None].contiguous(), one, one, activation=activation)[:, 0]
+    right = ops.mlp(numbers[:, None].double().contiguous(), in_float64(one), in_float64(one), activation=activation)[
+        :, 0
+    ]
+    finite = right.isfinite()
+    torch.testing.assert_close(result[finite].double(), right[finite], atol=6e-7, rtol=3e-7)
+    assert torch.equal(result[~finite & ~right.isnan()].double(), right[~finite & ~right.isnan()])
+    assert result[numbers.isnan()].isnan().all()
+    wide = ops.pack(torch.eye(23))
+    places = torch.stack([torch.roll(numbers[500 : 500 + 23], place) for place in range(23)])
+    moved = ops.mlp(places, wide, wide, activation=activation)
+    assert all(torch.equal(torch.roll(row, -place), moved[0]) for place, row in enumerate(moved))
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("head_dim", [8, 16, 64, 80])
+def test_attention(head_dim, has_sinks, soft_cap, target):
+    queries, keys, values, mask = attention_case(head_dim=head_dim, slots=60, rows=7)
+    sinks = torch.randn(6) if has_sinks else None
+    visible = ops.Visible.of_mask(mask)
+    result = ops.tree_attention(queries, keys, values, visible, scale=0.3, soft_cap=soft_cap, sinks=sinks)
+    right = ops.tree_attention(
+        queries.double(),
+        keys.double(),
+        values.double(),
+        visible,
+        scale=0.3,
+        soft_cap=soft_cap,
+        sinks=None if sinks is None else sinks.double(),
+    )
+    torch.testing.assert_close(result.double(), right, atol=3e-6, rtol=1e-5)
+
+
+def test_a_row_that_sees_nothing_gets_zeros(target):
+    queries, keys, values, mask = attention_case()
+    mask[0, 1] = False
+    result = ops.tree_attention(queries, keys, values, ops.Visible.of_mask(mask), scale=0.3)
+    assert result[1].eq(0).all()
+    assert result.isfinite().all()
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_attention_depends_on_a_rows_text_alone(data):
+    """The same text in other slots, beside other rows, in a run or a list, in another lane: the same bits."""
+    seen = data.draw(st.integers(1, 40))
+    head_dim, heads, repeats = data.draw(st.sampled_from([(8, 2, 1), (20, 1, 3), (64, 3, 2)]))
+    random = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    query = torch.randn(1, heads * repeats, head_dim, generator=random)
+    text = torch.randn(2, 1, heads, seen, head_dim, generator=random)  # keys and values in the text's order
+    run = ops.Visible.of_mask(torch.ones(1, 1, seen, dtype=torch.bool))
+    alone = ops.tree_attention(query, text[0], text[1], run, scale=0.2)
+
+    num_slots, num_rows = 64, data.draw(st.integers(1, 9))
+    slots = sorted(data.draw(st.sets(st.integers(0, num_slots - 1), min_size=seen, max_size=seen)))
+    slabs = torch.randn(2, 2, num_slots, heads, head_dim, generator=random).transpose(2, 3)  # of two lanes
+    lane, row = data.draw(st.integers(0, 1)), data.draw(st.integers(0, num_rows - 1))
+    slabs[:, lane, :, slots] = text[:, 0]
+    mask = torch.rand(2, num_rows, num_slots, generator=random) < 0.5
+    mask[lane, row] = False
+    mask[lane, row, slots] = True
+    queries = torch.randn(2 * num_rows, heads * repeats, head_dim, generator=random)
+    place = lane * num_rows + row
+    queries[place] = query[0]
+    visible = ops.Visible.of_mask(mask)
+    if data.draw(st.booleans()):  # all in lists, nothing in a run
+        own = mask.flatten(0, 1).nonzero()[:, 1].int()
+        own_start = torch.cat([torch.zeros(1), mask.flatten(0, 1).sum(1).cumsum(0)]).int()
+        nothing = torch.zeros(2 * num_rows, dtype=torch.int32)
+        visible = ops.Visible(visible.lanes, nothing, nothing, own_start, own)
+    result = ops.tree_attention(queries, slabs[0], slabs[1], visible, scale=0.2)
+    assert torch.equal(result[place], alone[0])
+
+
+@pytest.mark.parametrize("is_interleaved", [False, True])
+@pytest.mark.parametrize("rotated", [0, 4, 10])
+@pytest.mark.parametrize("norms", [None, "head", "each head", "whole", "layer"])
+def test_queries_and_keys(norms, rotated, is_interleaved, target):
+    heads, key_heads, head_dim, value_dim = 4, 2, 10, 7
+    rows = torch.randn(NUM_ROWS, (heads + key_heads) * head_dim + key_heads * value_dim)
+
+    def norm(num_heads: int) -> ops.Norm | None:
+        if norms is None:
+            return None
+        shape = {"head": (head_dim,), "each head": (num_heads, head_dim), "whole": (num_heads * head_dim,)}
+        weight = torch.randn(shape.get(norms, (num_heads, head_dim)))
+        return (
+            ops.Norm("layer", weight, 1e-5, torch.randn_like(weight))
+            if norms == "layer"
+            else ops.Norm("rms", weight, 1e-6)
+        )
+
+    both = norm(heads), norm(key_heads)
+    angles = torch.randn(NUM_ROWS, rotated // 2)
+    lanes = torch.randint(0, 2, (NUM_ROWS,), dtype=torch.int32)
+    slots = torch.randperm(50, dtype=torch.int32)[:NUM_ROWS]
+
+    def written(dtype: torch.dtype, some: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        keys = torch.zeros(2, 50, key_heads, head_dim, dtype=dtype).transpose(1, 2)  # not contiguous, as a slab may be
+        values = torch.zeros(2, key_heads, 50, value_dim, dtype=dtype)
+        chosen = both if dtype == torch.float32 else tuple(map(norm_in_float64, both))
+        cos, sin = (part[some].to(dtype).contiguous() for part in (angles.cos(), angles.sin()))
+        queries = ops.rope_write(
+            rows[some].to(dtype),
+            keys,
+            values,
+            lanes[some],
+            slots[some],
+            num_heads=heads,
+            rotary=ops.Rotary(cos, sin, is_interleaved) if rotated else None,
+            query_norm=chosen[0],
+            key_norm=chosen[1],
+        )
+        return queries, keys, values
+
+    result, right = written(torch.float32, slice(None)), written(torch.float64, slice(None))
+    for mine, theirs in zip(result, right, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, atol=3e-5, rtol=1e-5)
+    for row in (0, 5, NUM_ROWS - 1):
+        queries, keys, values = written(torch.float32, slice(row, row + 1))
+        assert torch.equal(queries[0], result[0][row])
+        for mine, all_rows in ((keys, result[1]), (values, result[2])):
+            assert torch.equal(mine[lanes[row], :, slots[row]], all_rows[lanes[row], :, slots[row]])
+
+
+def big_block() -> tuple[torch.Tensor, ops.PackedMatrix, ops.PackedMatrix]:
+    return torch.randn(9, 96), matrix("8", 1024, 96), matrix("float32", 96, 512)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    rows, inner, outer = big_block()
+    before, results = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2, 3, 7):
+            torch.set_num_threads(num_threads)
+            results.append(ops.mlp(rows, inner, outer, activation="silu"))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_several_callers_at_once():
+    rows, inner, outer = big_block()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        alone = ops.mlp(rows, inner, outer, activation="silu")
+        wrong = []
+
+        def call() -> None:
+            wrong.extend(
+                number for number in range(50) if not torch.equal(ops.mlp(rows, inner, outer, activation="silu"), alone)
+            )
+
+        callers = [threading.Thread(target=call) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+    finally:
+        torch.set_num_threads(before)
+    assert wrong == []
+
+
+def test_a_forked_child_has_threads_of_its_own():
+    rows, inner, outer = big_block()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        alone = ops.mlp(rows, inner, outer, activation="silu")
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.equal(ops.mlp(rows, inner, outer, activation="silu"), alone) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert torch.equal(ops.mlp(rows, inner, outer, activation="silu"), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_no_rows_at_all(target):
+    packed = matrix("float32", 20, 10)
+    assert ops.linear(torch.empty(0, 10), packed).shape == (0, 20)
+    assert ops.mlp(torch.empty(0, 10), packed, matrix("float32", 10, 20), activation="relu").shape == (0, 10)
+
+
+@pytest.mark.parametrize(("value", "words"), [("off", "is off"), ("sse9", "must be off or one of")])
+def test_the_environment_chooses(value, words, monkeypatch):
+    monkeypatch.setenv(loading.CHOICE, value)
+    chosen = loading._chosen.__wrapped__()
+    assert isinstance(chosen, str)
+    assert words in chosen
+
+
+def test_a_library_of_other_sources_is_refused(monkeypatch):
+    monkeypatch.setattr(loading, "source_digest", lambda: "another")
+    chosen = loading._chosen.__wrapped__()
+    assert isinstance(chosen, str)
+    assert "compiled from other sources; run" in chosen
+
+
+def test_a_library_that_was_not_compiled(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "FOLDER", tmp_path)
+    chosen = loading._chosen.__wrapped__()
+    assert isinstance(chosen, str)
+    assert "not compiled when the package was installed" in chosen
