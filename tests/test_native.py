@@ -140,7 +140,7 @@ def trees_and_chunks(draw: st.DrawFn) -> tuple[TokenTree, list[int]]:
     sizes = []
     while sum(sizes) < len(TEXT):
         sizes.append(draw(st.integers(1, len(TEXT) - sum(sizes))))
-    return draw(ours.token_trees(vocab=VOCAB)), sizes
+    return draw(ours.trees(max_depth=4, max_width=4)), sizes
 
 
 @needs_library
