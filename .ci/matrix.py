@@ -30,6 +30,7 @@ PART = (
     "test_cache",
     "test_hf",
     "test_hf_folder",
+    "test_hf_folder_command",
     "test_hf_rows",
     "test_lossless",
     "test_model_state",

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from fake_package import package  # noqa: F401  # a fixture
 from test_architectures import bushy_tree
-from test_broken_packages import package  # noqa: F401  # a fixture
 from tiny_folder import save_tiny
 from torch import nn
 

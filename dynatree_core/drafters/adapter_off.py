@@ -1,7 +1,7 @@
 """The `adapter_off` drafter: the target's own weights without its PEFT adapters.
 
-A model with adapters often says what it says without them, and without them it needs no weights of its own. A pass of
-it takes about as long as a pass of the target.
+A model with adapters often chooses the tokens that it would choose without them, and this drafter needs no weights
+besides the target's. One of its passes takes about as long as a pass of the target.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["AdapterOffDrafter"]
 class AdapterOffDrafter(Drafter):
     """Drafts with the target, its PEFT adapters (LoRA and its like) taken off.
 
-    The target is not changed: no adapter is switched, so that generations in other threads see none off.
+    The target is not changed. Its adapters stay on, also for generations that run in other threads meanwhile.
     """
 
     def __str__(self) -> str:
@@ -36,6 +36,6 @@ class AdapterOffDrafter(Drafter):
         Raises:
             ParameterError: the target has no adapters, or they are merged into its weights.
         """
-        # the packed runner would lay out a copy of all matrices, and there is to be one copy of the weights
+        # never packed: that copies all matrices, and the drafter is to take no memory for weights
         runner = "eager" if plan.runner in ("auto", "packed") else plan.runner
         return ModelDraftState(without_adapters(plan.target), attrs.evolve(plan, runner=runner))

@@ -20,10 +20,11 @@ from dynatree_core.tree.token_tree import TokenTree
 
 __all__ = ["PromptLookupDrafter"]
 
-# Weight of an occurrence that matches n tokens is n², that of "none of them" 4: one occurrence alone predicts its
-# next token with n² / (n² + 4): 0.2, 0.5, 0.69, 0.8 for n = 1…4; occurrences that agree add up.
+# An occurrence that matches n tokens has the weight n², and the case that no occurrence is right has 4. So one
+# occurrence alone gives its next token the probability n² / (n² + 4): 0.2, 0.5, 0.69, 0.8 for n = 1…4. The weights of
+# occurrences with the same next token are added up.
 UNSEEN_WEIGHT = 4.0
-DRAFTED_EVIDENCE = 0.5  # of a token: one that is drafted makes a match longer, but was never confirmed
+DRAFTED_EVIDENCE = 0.5  # tokens by which a drafted one lengthens a match: less than 1, since it is not confirmed yet
 
 
 @attrs.frozen(slots=False)
@@ -56,7 +57,7 @@ class PromptLookupState(DraftState):
         self.drafter = drafter
 
     def prefill(self, committed_ids: Tensor) -> None:
-        pass  # the prompt comes again with every proposal
+        pass  # `propose` is given the whole text each time
 
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
         if tree.max_depth == 0:
@@ -67,7 +68,7 @@ class PromptLookupState(DraftState):
         return self._vote(tree.max_depth, k)
 
     def commit(self, draft_path: tuple[int, ...]) -> None:
-        pass  # occurrences are searched anew: the suffix has changed
+        pass  # the next `propose` searches again, since the suffix has changed
 
     def rollback(self) -> None:
         pass
@@ -93,9 +94,10 @@ class PromptLookupState(DraftState):
         self.is_followed = self.is_followed[parents] & (self.next_ids == tree.token_ids[level][:, None])
 
     def _next_tokens(self, ids: Tensor, depth: int) -> Tensor:
-        """[matches]: what each occurrence says after `depth` tokens; past the end of the text it starts over.
+        """[matches]: what each occurrence's continuation has after `depth` tokens.
 
-        An occurrence that runs into the suffix itself is a loop of the distance between the two.
+        A continuation that reaches the end of the text is read again from its beginning: the text is taken for a loop,
+        whose period is the distance between the occurrence and the suffix.
         """
         period = (ids.numel() - 1 - self.ends).clamp(min=1)
         return ids[self.ends + 1 + depth % period]
@@ -105,7 +107,7 @@ class PromptLookupState(DraftState):
         weights = self.is_followed * (self.lengths + DRAFTED_EVIDENCE * depth).square()  # [width, matches]
         if self.ends.numel() == 0:  # a text of one token has nothing earlier
             return padded_proposals(weights.long(), weights, k)
-        # the first occurrence that says a token collects the weight of all that say it
+        # all occurrences with the same next token add their weights to the first one of them
         spokesman = (self.next_ids[:, None] == self.next_ids).byte().argmax(dim=1)  # [matches]
         votes = torch.zeros_like(weights).index_add_(1, spokesman, weights)
         probs = votes / (weights.sum(dim=1, keepdim=True) + UNSEEN_WEIGHT)

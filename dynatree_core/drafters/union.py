@@ -1,9 +1,9 @@
 """The `union` drafter: several drafters' proposals in one tree, written `distilled+prompt_lookup`.
 
-A drafter that knows little says so: what it has seen before takes part of the probability, and the rest is left over.
-So the last drafter speaks first, and what it leaves over goes to the one before it, as backing off does in language
-modelling (Katz 1987): p = p_last + (1 − Σ p_last) · p_before. Where it leaves over little at every node of a level, the
-one before it is not asked: a text that is being copied costs hardly a pass of a model.
+The probabilities that a drafter gives to a node's children may add up to less than 1: the rest is what it does not
+know. The last drafter is asked first, and its rest is shared out by the one before it, as backing off does in language
+modelling (Katz 1987): p = p_last + (1 − Σ p_last) · p_before. Where the rest is small at every node of a level, the
+drafter before is not asked at all, so drafting a text that is being copied takes hardly a pass of a model.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from dynatree_core.tree.token_tree import TokenTree
 
 __all__ = ["UnionDrafter"]
 
-# of the probability of a node's children. An earlier occurrence of two tokens leaves over 0.5, two of one token 0.67,
-# whether they agree or not. With 0.7 the embedded pair drafts 2.18 tokens an iteration of `phase1` with 1.3 passes of
-# its model (36 prompts of Spec-Bench, rehearsed), with 0.5 2.24 with 2.2, with 0.35 2.27 with 2.5; 0.7 is the fastest.
-# To ask how likely the best child is instead came to the same speed
+# a rest below which the next drafter is not asked. One earlier occurrence of two tokens leaves a rest of 0.5, two of
+# one token 0.67, whether they agree or not. With 0.7 the embedded pair drafts 2.18 tokens an iteration of `phase1`
+# with 1.3 passes of its model (36 prompts of Spec-Bench, rehearsed), with 0.5 2.24 with 2.2, with 0.35 2.27 with 2.5;
+# 0.7 is the fastest. Asking for the probability of the best child instead came to the same speed
 LITTLE = 0.7
 
 
@@ -95,13 +95,13 @@ class UnionState(DraftState):
                 continue
             heard.append(state.propose(committed_ids, tree, k))
             names.append(name)
-            # a drafter that levels may be skipped for saves something by it, whether it names its model or not
+            # a drafter whose levels may be skipped has a cost that skipping saves, even where it names no model
             was_model_asked |= (has_model or state.can_skip_levels) and not heard[-1].is_free
         is_free = was_skipped and not was_model_asked
         return attrs.evolve(_combined(heard, k), is_free=is_free, heard=tuple(zip(names, heard, strict=True)))
 
     def possible_proposals(self, committed_ids: Tensor, tree: TokenTree, k: int) -> list[Proposals]:
-        """Those of all its drafters first. Which of them `propose` asks depends on the other nodes of the level."""
+        """What `propose` may return, that of all drafters first: other nodes of the level decide which ones it asks."""
         ways: list[tuple[Proposals, ...]] = [()]
         for part in reversed(self.states):
             asked = part.possible_proposals(committed_ids, tree, k)
@@ -122,7 +122,7 @@ class UnionState(DraftState):
 
 
 def _combined(heard: Sequence[Proposals], k: int) -> Proposals:
-    """What drafters propose together, of which the first one is heard first."""
+    """The proposals of several drafters as one; the first of them backs off to the second, and so on."""
     *before, union = heard
     for proposals in reversed(before):
         union = backed_off(proposals, union, k)
@@ -130,13 +130,13 @@ def _combined(heard: Sequence[Proposals], k: int) -> Proposals:
 
 
 def _most_left_over(heard: Sequence[Proposals]) -> float:
-    """What drafters leave over at the node where they know least."""
+    """The largest rest of any node, after all these drafters."""
     left_over = torch.stack([1 - proposals.logprobs.exp().sum(dim=1) for proposals in heard])
     return float(left_over.clamp(min=0).prod(dim=0).max())
 
 
 def backed_off(first: Proposals, second: Proposals, k: int) -> Proposals:
-    """The k best of two drafters' proposals [width, k] each: what `first` leaves over goes to `second`."""
+    """The k best of two drafters' proposals [width, k] each: the rest of `first` is shared out by `second`."""
     probs = first.logprobs.exp()
     left_over = (1 - probs.sum(dim=1, keepdim=True)).clamp(min=0)
     probs = torch.cat([probs, second.logprobs.exp() * left_over], dim=1)  # [width, 2k]

@@ -1,4 +1,4 @@
-"""Settings of `generate` that decoding with trees does not have: what asks for none of it, and why it is refused."""
+"""Settings of `generate` that decoding with trees does not support: the value that is accepted, and why no other is."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ __all__ = ["REFUSED", "RefusedSetting", "refused_settings"]
 class RefusedSetting:
     """One setting of transformers' GenerationConfig."""
 
-    neutral: object  # the value that asks for nothing, besides None
+    neutral: object  # the value with which it is off; None is off too
     reason: str
-    is_in_loop: (
-        bool  # whether it is generate()'s loop that would act on it; if not, generate() has before a custom loop
-    )
+    # whether generate()'s decoding loop acts on it; if not, generate() has acted on it before it calls a custom loop
+    is_in_loop: bool
 
 
 REFUSED = {
@@ -36,7 +35,7 @@ REFUSED = {
 
 
 def refused_settings(config: GenerationConfig) -> Iterator[tuple[str, object, RefusedSetting]]:
-    """Those that a configuration asks for: name, value, and what the table says."""
+    """The settings of the table that a configuration turns on: name, value, and what the table says."""
     for name, setting in REFUSED.items():
         value = getattr(config, name, None)
         if value not in (None, setting.neutral):

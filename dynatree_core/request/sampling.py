@@ -1,8 +1,8 @@
 """How a token is chosen from the target's scores: the best one, or one drawn at random.
 
-Drawing needs no more than this to stay exact inside a tree. The tree is fixed before anything is drawn, and the target
-draws its token at each node of the path, in order, whatever was drafted; the path goes on where a child carries that
-token. So the text's law is the target's own, for every policy and drafter, and with the same seed it is the same text.
+Sampling inside a tree is exact because the tree is fixed before anything is drawn. At each node of the path, in order,
+the target draws its token, whatever was drafted; the path goes on if a child has that token. So the text has the
+target's own distribution, for every policy and drafter, and with the same seed it is the same text.
 (The rule of Leviathan et al. 2023, which accepts a drafted token with probability p/q, would not be exact here: its
 proof needs the drafted token to be a sample of q, and a policy may have chosen it by its probability.)
 """
@@ -34,7 +34,7 @@ class Sampler:
         self._row, self._num_rows = 0, 1
 
     def draw_for(self, row: int, num_rows: int) -> None:
-        """Draw from now on for one row of a batch what a draw for all its rows gives that row."""
+        """From now on, draw what this row of a batch would get from a draw for all its rows."""
         self._row, self._num_rows = row, num_rows
 
     def draw(self, scores: Tensor) -> Tensor:
@@ -43,9 +43,9 @@ class Sampler:
         return torch.multinomial(chances, num_samples=1, generator=self._generator)[self._row]
 
     def state(self) -> Tensor:
-        """Where the generator stands."""
+        """The generator's state."""
         return self._generator.get_state()
 
     def restore(self, state: Tensor) -> None:
-        """Go back to where the generator stood: the same numbers will be drawn again."""
+        """Go back to an earlier state, so that the same numbers are drawn again."""
         self._generator.set_state(state)
