@@ -618,8 +618,8 @@ MUTANTS = (
     ),
     Mutant(
         "nodes of a level that was skipped are never forwarded",
-        "flat = flatten_level(tree, self.cache.length, self.cache.block_len)",
-        "flat = flatten_level(tree, self.cache.length)",
+        "self._asked(flatten_level(tree, self.cache.length, self.cache.block_len))",
+        "self._asked(flatten_level(tree, self.cache.length))",
         ("tests/test_drafters.py::test_a_model_may_be_asked_about_some_levels_only",),
     ),
     Mutant(
@@ -630,8 +630,8 @@ MUTANTS = (
     ),
     Mutant(
         "what a model catches up on is not committed",
-        "        self.cache.commit([range(flat.num_rows)])\n        return logits",
-        "        return logits",
+        "            self.cache.commit([range(self.cache.block_len)])\n",
+        "",
         ("tests/test_drafters.py::test_a_model_that_was_left_out_says_what_a_new_one_says",),
     ),
     Mutant(
@@ -675,6 +675,102 @@ MUTANTS = (
         "if not off <= TOLERANCE[cache.keys[0].dtype]:",
         "if False:",
         ("tests/test_captured.py::test_rows_that_do_not_arrive_are_noticed",),
+    ),
+    Mutant(
+        "a ragged pass gives every sequence the first one's rows",
+        "return list(torch.split_with_sizes(rows, self.num_rows, dim=1))",
+        "return [rows[:, :num_rows] for num_rows in self.num_rows]",
+        ("tests/test_together.py::test_rows_of_several_sequences_say_what_they_say_alone",),
+    ),
+    Mutant(
+        "padding rows are stored",
+        "cache.update(key_states[lane : lane + 1, :, :rows], value_states[lane : lane + 1, :, :rows], layer_idx)",
+        "cache.update(key_states[lane : lane + 1], value_states[lane : lane + 1], layer_idx)",
+        ("tests/test_together.py::test_rows_of_several_sequences_say_what_they_say_alone",),
+    ),
+    Mutant(
+        "in a ragged pass a shorter sequence's rows see what they may not",
+        "own_mask = mask[..., : lane.keys.shape[2]]",
+        "own_mask = mask[..., : lane.keys.shape[2]] | True",
+        ("tests/test_together.py::test_rows_of_several_sequences_say_what_they_say_alone",),
+    ),
+    Mutant(
+        "rows of a shared pass that failed stay",
+        "            one.cache.cut_block(rows)\n",
+        "            pass\n",
+        ("tests/test_together.py::test_a_pass_that_fails_is_computed_for_each_by_itself",),
+    ),
+    Mutant(
+        "passes of one shape are shared",
+        "can_be_shared=not lane.request.is_fixed_width",
+        "can_be_shared=True",
+        ("tests/test_batches.py::test_passes_of_one_shape_are_not_shared",),
+    ),
+    Mutant(
+        "a fault of one sequence is everybody's",
+        "            self.errors[lane] = error\n",
+        "            raise\n",
+        ("tests/test_batches.py::test_what_fails_ends_its_own_sequence_only",),
+    ),
+    Mutant(
+        "numbers of several sequences are handed out in the wrong order",
+        "left = iter(torch.cat([*numbers.values()]).tolist() if numbers else ())",
+        "left = iter(torch.cat([*numbers.values()][::-1]).tolist() if numbers else ())",
+        ("tests/test_batches.py::test_a_batch_gives_what_each_prompt_gives_alone",),
+    ),
+    Mutant(
+        "a cancelled sequence keeps its lane",
+        "        running = [running for running in self._running if running.handle in cancelled]\n",
+        "        running: list[_Running] = []\n",
+        ("tests/test_batches.py::test_a_cancelled_sequence_is_gone_and_the_others_do_not_notice",),
+    ),
+    Mutant(
+        "the memory of a sequence that is done is not given back",
+        "        self.engine.take_back(self.cache)\n",
+        "",
+        ("tests/test_batches.py::test_a_cancelled_sequence_is_gone_and_the_others_do_not_notice",),
+    ),
+    Mutant(
+        "the waiting line has no end",
+        "if len(self._waiting) >= max(num_free, 0) + self.max_waiting:",
+        "if False:",
+        ("tests/test_batches.py::test_requests_wait_in_their_order_and_the_line_has_an_end",),
+    ),
+    Mutant(
+        "the last in the line is the first",
+        "handle = self._waiting.popleft()",
+        "handle = self._waiting.pop()",
+        ("tests/test_batches.py::test_requests_wait_in_their_order_and_the_line_has_an_end",),
+    ),
+    Mutant(
+        "a long prompt is filled in at once",
+        "while one.chunks is not None and num_left > 0:",
+        "while one.chunks is not None:",
+        ("tests/test_batches.py::test_a_long_prompt_does_not_stop_the_others",),
+    ),
+    Mutant(
+        "sequences share processors that remember their calls",
+        "found[name] = copy.deepcopy(found[name])",
+        "found[name] = list(found[name])",
+        ("tests/test_batches.py::test_processors_for_all_prompts_are_copied_for_each",),
+    ),
+    Mutant(
+        "every sequence draws from torch's generator",
+        "if request.do_sample and request.seed is None:",
+        "if False:",
+        ("tests/test_batches.py::test_sampling_without_a_seed_is_as_if_each_had_its_own",),
+    ),
+    Mutant(
+        "after Ctrl-C sequences go on with what the step has left",
+        "            for one in ready.values():\n                one.chunks = filled(one.lane)\n            raise",
+        "            raise",
+        ("tests/test_batches.py::test_ctrl_c_leaves_an_engine_that_goes_on",),
+    ),
+    Mutant(
+        "only who asks first gets proposals",
+        "        trees, self._undecided = self._undecided, {}\n",
+        "        trees = {next(iter(self._undecided)): self._undecided.pop(next(iter(self._undecided)))}\n",
+        ("tests/test_batches.py::test_a_level_of_all_trees_is_one_pass",),
     ),
 )
 

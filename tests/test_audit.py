@@ -174,10 +174,13 @@ def test_a_verifier_that_chooses_badly_is_a_bug(dtype, monkeypatch):
     """Also where the token is nearly the best: the run's own logits speak against it."""
     verify = decode_module.verify
 
-    def second_best(session, tree, logits):
-        verdict = verify(session, tree, logits)
-        last = ([0, *verdict.path])[-1]
-        return attrs.evolve(verdict, token_ids=(*verdict.token_ids[:-1], int(logits[last].topk(2).indices[1])))
+    def second_best(trees, logits, faults):
+        verdicts = verify(trees, logits, faults)
+        for lane, verdict in verdicts.items():
+            last = ([0, *verdict.path])[-1]
+            second = int(logits[lane][last].topk(2).indices[1])
+            verdicts[lane] = attrs.evolve(verdict, token_ids=(*verdict.token_ids[:-1], second))
+        return verdicts
 
     monkeypatch.setattr(decode_module, "verify", second_best)
     _, report = audit_generation(tiny("llama", dtype), None, PROMPT, policy=WIDE, max_new_tokens=10)

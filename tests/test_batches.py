@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessor, StoppingCriteria
 
-from dynatree_core import Engine, generate, generate_batch, hookimpl, stream_batch
-from dynatree_core.errors import BatchError, ContextLimitError, ParameterError, PolicyError, PromptError, QueueFullError
+from dynatree_core import Engine, Observer, generate, generate_batch, hookimpl, stream_batch
+from dynatree_core.errors import (
+    BatchError,
+    ContextLimitError,
+    NonFiniteLogitsError,
+    ParameterError,
+    PolicyError,
+    PromptError,
+    QueueFullError,
+)
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import greedy, perturbed, reference, tiny_model
 
@@ -257,6 +267,104 @@ def test_sampling_without_a_seed_follows_torchs_generator_and_differs_between_pr
         texts.append([result.token_ids for result in results])
     assert texts[0] == texts[1]
     assert texts[0][0] != texts[0][1]
+
+
+def test_sampling_without_a_seed_is_as_if_each_had_its_own():
+    """A step that one sequence has to do again takes back its own random numbers only."""
+    options = {"do_sample": True, "max_new_tokens": 12, "eos_token_id": []}
+    target = tiny_model("llama")
+    torch.manual_seed(3)
+    together = generate_batch(target, "prompt_lookup", PROMPTS, **options)
+    torch.manual_seed(3)
+    assert together[1].token_ids == generate_batch(target, None, PROMPTS, **options)[1].token_ids
+    torch.manual_seed(3)
+    first_two = generate_batch(target, None, PROMPTS[:2], **options)
+    assert [result.token_ids for result in first_two] == [result.token_ids for result in together[:2]]
+
+
+class Rows:
+    """The rows of each pass of a model, by what calls it."""
+
+    def __init__(self, model: Any) -> None:
+        self.shapes: list[tuple[int, int]] = []
+        self.hook = model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, model: Any, given: Any, named: Any) -> None:
+        self.shapes.append(tuple(named["input_ids"].shape))
+
+
+def test_an_iteration_is_one_pass_of_the_target():
+    target = copy.deepcopy(tiny_model("llama"))
+    engine = Engine(target, "prompt_lookup", trust_model=True)
+    handles = [engine.submit(prompt, max_new_tokens=9, eos_token_id=[]) for prompt in PROMPTS[:3]]
+    engine.step()
+    rows = Rows(target)
+    engine.step()
+    rows.hook.remove()
+    assert [lanes for lanes, _ in rows.shapes] == [3]
+    assert all(handle.num_tokens >= 2 for handle in handles)
+
+
+def test_a_level_of_all_trees_is_one_pass():
+    drafter = copy.deepcopy(perturbed("llama"))
+    target = tiny_model("llama")
+    engine = Engine(target, drafter, trust_model=True)
+    options = {"policy": "linear(depth=3)", "max_new_tokens": 20, "eos_token_id": [], "tau": 0.0}
+    handles = [engine.submit(prompt, **options) for prompt in PROMPTS[:3]]
+    engine.step()
+    rows = Rows(drafter)
+    engine.step()
+    rows.hook.remove()
+    assert [lanes for lanes, _ in rows.shapes] == [3, 3, 3]
+    run_dry(engine)
+    assert [handle.result().token_ids for handle in handles] == [greedy(target, p, 20) for p in PROMPTS[:3]]
+
+
+def test_passes_of_one_shape_are_not_shared():
+    target = copy.deepcopy(tiny_model("llama"))
+    engine = Engine(target, "prompt_lookup", trust_model=True)
+    fixed = {"exact": "fixed_width", "max_nodes": 3}
+    handles = [
+        engine.submit(p, max_new_tokens=9, eos_token_id=[], **(fixed if p is PROMPTS[1] else {})) for p in PROMPTS
+    ]
+    engine.step()
+    rows = Rows(target)
+    engine.step()
+    rows.hook.remove()
+    assert (1, 4) in rows.shapes
+    assert [lanes for lanes, _ in rows.shapes if lanes > 1] == [3]
+    run_dry(engine)
+    assert [handle.result().token_ids for handle in handles] == [greedy(target, prompt, 9) for prompt in PROMPTS]
+
+
+def test_nan_in_one_lane_stays_there():
+    """A token that overflows the target's embedding: whose prompt has it ends, and nobody else notices."""
+    target = copy.deepcopy(tiny_model("llama"))
+    with torch.no_grad():
+        target.model.embed_tokens.weight[30] = torch.nan
+    prompts = [PROMPTS[0], [30, 2, 6], PROMPTS[2]]
+    with pytest.raises(BatchError) as caught:
+        generate_batch(target, "prompt_lookup", prompts, max_new_tokens=9, eos_token_id=[], trust_model=True)
+    assert {place: type(fault) for place, fault in caught.value.errors.items()} == {1: NonFiniteLogitsError}
+    expected = [greedy(target, prompt, 9) for prompt in (PROMPTS[0], PROMPTS[2])]
+    assert [caught.value.results[place].token_ids for place in (0, 2)] == expected
+
+
+def test_observers_hear_whose_iteration_it_is():
+    class Noting(Observer):
+        def __init__(self) -> None:
+            self.heard: list[tuple[str, int]] = []
+
+        def on_commit(self, commit: Any) -> None:
+            self.heard.append(("commit", commit.sequence))
+
+        def on_level(self, level: Any) -> None:
+            self.heard.append(("level", level.sequence))
+
+    observer = Noting()
+    generate_batch(tiny_model("llama"), "prompt_lookup", PROMPTS[:3], max_new_tokens=4, observer=observer)
+    for kind in ("commit", "level"):
+        assert {sequence for heard, sequence in observer.heard if heard == kind} == {0, 1, 2}
 
 
 def test_a_request_is_good_for_one_sequence():

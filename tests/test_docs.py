@@ -245,7 +245,7 @@ def test_quoted_code_is_the_code(page):
 
 
 def test_decode_step_is_quoted():
-    assert "source: decode_step" in {block.marker for block in blocks(DOCS / "architecture.md")}
+    assert "source: decode_steps" in {block.marker for block in blocks(DOCS / "architecture.md")}
 
 
 # commands

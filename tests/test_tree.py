@@ -9,10 +9,20 @@ from hypothesis import strategies as st
 
 from dynatree_core import Frontier, Session, TokenTree, hookimpl
 from dynatree_core.engine.draft import draft
+from dynatree_core.engine.faults import Faults
 from dynatree_core.errors import TreeError
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import tiny_model
 from dynatree_core.testing.strategies import HostileDrafter
+
+
+def tree_of(session: Session) -> TokenTree:
+    """The tree of one session, or what went wrong."""
+    faults = Faults()
+    trees = draft([session], faults)
+    for error in faults.errors.values():
+        raise error
+    return trees[session]
 
 
 def ancestors(parents: list[int], node: int) -> set[int]:
@@ -95,7 +105,7 @@ def drafted(seed: int, **limits: float) -> TokenTree:
         tiny_model("llama"), HostileDrafter(seed), [1, 2, 3], policy=_Wide(), max_new_tokens=20, max_branch=5, **limits
     )
     with torch.inference_mode():
-        return draft(session)
+        return tree_of(session)
 
 
 @given(st.integers(0, 1000), st.integers(0, 60))
@@ -151,7 +161,7 @@ def test_cutting_while_growing_equals_cutting_afterwards(seed, tau):
             max_nodes=1000,
         )  # fmt: skip
         with torch.inference_mode():
-            return draft(session)
+            return tree_of(session)
 
     whole = grow(0.0)
     afterwards = whole.subtree(whole.close_under_ancestors(whole.cum_logprob >= torch.tensor(tau).log()))
@@ -171,11 +181,11 @@ def test_the_budget_keeps_the_most_probable_of_a_level():
         max_nodes=5,
     )
     with torch.inference_mode():
-        tree = draft(session)
+        tree = tree_of(session)
     assert tree.level_sizes == (1, 3, 2)
     session.sequence.limits = type(session.limits)(max_depth=4, max_nodes=1000, tau=0.0, max_branch=5)
     with torch.inference_mode():
-        whole = draft(session)
+        whole = tree_of(session)
     best = whole.cum_logprob[4:13].topk(2).values
     torch.testing.assert_close(tree.cum_logprob[4:].sort(descending=True).values, best)
 

@@ -77,6 +77,21 @@ class KeyValueCache(abc.ABC):
     def rollback(self) -> None:
         """Forget the block."""
 
+    def cut_block(self, rows: int) -> None:
+        """Forget what a pass that failed has appended, in some layers perhaps, behind the first rows of the block.
+
+        Args:
+            rows: of the block, those that were there before the pass.
+
+        Raises:
+            CacheError: some were, and this cache cannot tell them from the others.
+        """
+        if rows > 0:
+            raise CacheError(
+                f"the block can be forgotten only as a whole, got {rows} rows to stay in a {type(self).__name__}"
+            )
+        self.rollback()
+
     @abc.abstractmethod
     def wipe(self) -> None:
         """Forget the block and clear the slots behind the committed rows, where NaN would go through any mask."""

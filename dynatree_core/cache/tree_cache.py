@@ -149,6 +149,11 @@ class TreeCache(Cache, KeyValueCache):
         self._block_lens = [0] * len(self._block_lens)
         self.min_slots = 0
 
+    def cut_block(self, rows: int) -> None:
+        """Forget what a pass that failed has appended behind the first rows of the block, as `KeyValueCache`."""
+        self._block_lens = [min(rows, block_len) for block_len in self._block_lens]
+        self.min_slots = 0
+
     @torch.inference_mode()
     def wipe(self) -> None:
         """Forget the block and clear the slots behind the committed rows, where NaN would go through any mask."""

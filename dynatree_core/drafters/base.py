@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import itertools
-from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -21,16 +21,26 @@ from dynatree_core.cache.sink_cache import SinkWindow
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import ContextLimitError
 from dynatree_core.models.architectures import max_positions
-from dynatree_core.runners.base import Runner
+from dynatree_core.runners.base import PassOutput, Runner
 from dynatree_core.runners.choice import drafters_runner, made_runner
-from dynatree_core.runners.passes import Passes
+from dynatree_core.runners.passes import AskedPass, Passes
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DraftPlan", "DraftState", "Drafter", "OwnWeights", "device_of", "padded_proposals"]
+__all__ = [
+    "DraftPlan",
+    "DraftState",
+    "Drafter",
+    "OwnWeights",
+    "by_itself",
+    "device_of",
+    "padded_proposals",
+    "prefilling_of",
+    "proposing_of",
+]
 
 
 @attrs.frozen(eq=False)
@@ -169,6 +179,20 @@ class DraftState(abc.ABC):
             k: children per node, the second dimension of the proposals.
         """
 
+    def proposing(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Generator[AskedPass, PassOutput, Proposals]:
+        """What `propose` does, leaving its passes to the caller, who may compute them together with those of others.
+
+        It yields each pass that it wants, is sent what that says, and returns the proposals. Overridden by states whose
+        `propose` is `by_itself(self.proposing(...))`; by default there is no pass to share.
+        """
+        return self.propose(committed_ids, tree, k)
+        yield
+
+    def prefilling(self, committed_ids: Tensor) -> Iterator[int]:
+        """What `prefill` does, a part each time the next one is asked for; yields the tokens of each part."""
+        self.prefill(committed_ids)
+        return iter(())
+
     @abc.abstractmethod
     def commit(self, draft_path: tuple[int, ...]) -> None:
         """Remember that these drafted nodes were accepted, by depth; forget the other nodes.
@@ -190,6 +214,43 @@ class DraftState(abc.ABC):
         return ()
 
 
+def by_itself(steps: Generator[AskedPass, PassOutput, Proposals]) -> Proposals:
+    """What `DraftState.proposing` returns, with each pass computed alone."""
+    try:
+        asked = next(steps)
+        while True:
+            asked = steps.send(asked.alone())
+    except StopIteration as done:
+        proposals: Proposals = done.value
+        return proposals
+
+
+def proposing_of(
+    state: DraftState, committed_ids: Tensor, tree: TokenTree, k: int
+) -> Generator[AskedPass, PassOutput, Proposals]:
+    """A state's `proposing`, unless its `propose` was overridden later: then that counts."""
+    if _is_latest(state, "proposing", "propose"):
+        return state.proposing(committed_ids, tree, k)
+    return DraftState.proposing(state, committed_ids, tree, k)
+
+
+def prefilling_of(state: DraftState, committed_ids: Tensor) -> Iterator[int]:
+    """A state's `prefilling`, unless its `prefill` was overridden later."""
+    if _is_latest(state, "prefilling", "prefill"):
+        return state.prefilling(committed_ids)
+    return DraftState.prefilling(state, committed_ids)
+
+
+def _is_latest(state: DraftState, name: str, plain: str) -> bool:
+    """Whether one method was defined by the same class as another one, or by one that is derived from it."""
+    for owner in (state, *type(state).__mro__):
+        if name in getattr(owner, "__dict__", ()):
+            return True
+        if plain in getattr(owner, "__dict__", ()):
+            return False
+    raise AssertionError(f"a DraftState must have {name} and {plain}, got {type(state).__name__} without")
+
+
 class _ElsewhereState(DraftState):
     """A state on another device than the target: ids and trees are copied there, and proposals back."""
 
@@ -203,7 +264,11 @@ class _ElsewhereState(DraftState):
         self.state.prefill(self._copied(committed_ids))
 
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
-        return self._back(self.state.propose(self._copied(committed_ids), tree.to(self.device), k))
+        return by_itself(self.proposing(committed_ids, tree, k))
+
+    def proposing(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Generator[AskedPass, PassOutput, Proposals]:
+        proposals = yield from proposing_of(self.state, self._copied(committed_ids), tree.to(self.device), k)
+        return self._back(proposals)
 
     def commit(self, draft_path: tuple[int, ...]) -> None:
         self.state.commit(draft_path)

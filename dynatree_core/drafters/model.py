@@ -8,19 +8,20 @@ cache is bounded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, padded_proposals
+from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, by_itself, padded_proposals
 from dynatree_core.errors import ParameterError, VocabularyMismatchError
 from dynatree_core.models.architectures import num_embeddings, vocab_size
 from dynatree_core.models.load import load_model
 from dynatree_core.models.student import RestrictedHead
 from dynatree_core.models.wrappers import plain_model
-from dynatree_core.runners.passes import PREFILL_CHUNK, Passes
+from dynatree_core.runners.base import PassOutput
+from dynatree_core.runners.passes import PREFILL_CHUNK, AskedPass, Passes
 from dynatree_core.tree.flatten import FlatTrees, flatten_chain, flatten_level
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
@@ -101,40 +102,46 @@ class ModelDraftState(DraftState):
         self.num_settled = 0  # cache rows of earlier iterations: where a rollback goes back to
 
     def prefill(self, committed_ids: Tensor) -> None:
+        for _ in self.prefilling(committed_ids):
+            pass
+
+    def prefilling(self, committed_ids: Tensor) -> Iterator[int]:
         if self.prefix is not None:
             # by the target's ids: of any two texts with the same, this model has the same rows
             self.prefix.fill(self.cache, committed_ids)
         followed = self._followed(committed_ids)
-        self.passes.prefill(self._own(followed[self.cache.length :]), self.cache)
+        yield from self.passes.prefill_chunks(self._own(followed[self.cache.length :]), self.cache)
         self.num_settled = self.cache.length
 
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
+        return by_itself(self.proposing(committed_ids, tree, k))
+
+    def proposing(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Generator[AskedPass, PassOutput, Proposals]:
         followed = self._followed(committed_ids)
         is_behind = self.cache.length < followed.numel()  # false once the root has been proposed for
         assert is_behind or tree.max_depth > 0, "propose is called for the root once an iteration at most"
         if is_behind:
-            logits = self._catch_up(followed)
+            output = yield self._catch_up(followed)
+            logits = output.logits[0]  # [1, outputs]
+            self.cache.commit([range(self.cache.block_len)])
         if tree.max_depth > 0:
-            flat = flatten_level(tree, self.cache.length, self.cache.block_len)
-            logits = self._forward(flat)[-tree.level_sizes[-1] :]
+            output = yield self._asked(flatten_level(tree, self.cache.length, self.cache.block_len))
+            logits = output.logits[0][-tree.level_sizes[-1] :]
         proposals = top_proposals(logits[:, : self.num_outputs], k)
         if self.token_of is None:
             return proposals
         return attrs.evolve(proposals, token_ids=self.token_of[proposals.token_ids])
 
-    def _catch_up(self, followed: Tensor) -> Tensor:
-        """Run the model over the tokens that it has not seen, the root last; the root's logits [1, outputs]."""
+    def _catch_up(self, followed: Tensor) -> AskedPass:
+        """The pass over the tokens that the model has not seen, the root last, which says the root's logits."""
         if followed.numel() - self.cache.length > PREFILL_CHUNK:  # many levels were skipped, or it begins anew
             self.passes.prefill(self._own(followed[self.cache.length : -1]), self.cache, stage="draft_forward")
         self.num_settled = self.cache.length
-        flat = flatten_chain(followed[self.num_settled :], self.num_settled)
-        logits = self._forward(flat, last_row_only=True)
-        self.cache.commit([range(flat.num_rows)])
-        return logits
+        return self._asked(flatten_chain(followed[self.num_settled :], self.num_settled), last_row_only=True)
 
-    def _forward(self, flat: FlatTrees, *, last_row_only: bool = False) -> Tensor:
+    def _asked(self, flat: FlatTrees, *, last_row_only: bool = False) -> AskedPass:
         flat = attrs.evolve(flat, token_ids=self._own(flat.token_ids))
-        return self.passes.forward(flat, self.cache, stage="draft_forward", last_row_only=last_row_only).logits[0]
+        return AskedPass(self.passes, flat, self.cache, "draft_forward", last_row_only)
 
     def commit(self, draft_path: tuple[int, ...]) -> None:
         # node i stands in block row i − 1, the root being committed; the deepest nodes may not have been forwarded

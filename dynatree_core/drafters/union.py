@@ -8,16 +8,26 @@ drafter before is not asked at all, so drafting a text that is being copied take
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, OwnWeights, padded_proposals
+from dynatree_core.drafters.base import (
+    Drafter,
+    DraftPlan,
+    DraftState,
+    OwnWeights,
+    by_itself,
+    padded_proposals,
+    prefilling_of,
+    proposing_of,
+)
 from dynatree_core.drafters.build import build_drafters
 from dynatree_core.errors import ParameterError
-from dynatree_core.runners.passes import Passes
+from dynatree_core.runners.base import PassOutput
+from dynatree_core.runners.passes import AskedPass, Passes
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
 
@@ -85,7 +95,14 @@ class UnionState(DraftState):
         for state in self.states:
             state.prefill(committed_ids)
 
+    def prefilling(self, committed_ids: Tensor) -> Iterator[int]:
+        for state in self.states:
+            yield from prefilling_of(state, committed_ids)
+
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
+        return by_itself(self.proposing(committed_ids, tree, k))
+
+    def proposing(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Generator[AskedPass, PassOutput, Proposals]:
         heard: list[Proposals] = []  # the last drafter's first
         names: list[str] = []
         was_skipped, was_model_asked = False, False
@@ -93,7 +110,8 @@ class UnionState(DraftState):
             if heard and state.can_skip_levels and _most_left_over(heard) < LITTLE:
                 was_skipped = True
                 continue
-            heard.append(state.propose(committed_ids, tree, k))
+            proposals = yield from proposing_of(state, committed_ids, tree, k)
+            heard.append(proposals)
             names.append(name)
             # a drafter whose levels may be skipped has a cost that skipping saves, even where it names no model
             was_model_asked |= (has_model or state.can_skip_levels) and not heard[-1].is_free

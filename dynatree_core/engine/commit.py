@@ -12,11 +12,12 @@ from dynatree_core.tree.verdict import StepReport, Verdict
 __all__ = ["commit"]
 
 
-def commit(lane: Lane, tree: TokenTree, verdict: Verdict) -> StepReport:
-    """Make the verdict permanent.
+def commit(lane: Lane, step: tuple[TokenTree, Verdict]) -> StepReport:
+    """Make the verdict on a tree permanent.
 
     The drafter comes last: should it fail, the tokens are committed and counted.
     """
+    tree, verdict = step
     report = StepReport(lane.num_iterations, tree, verdict, measure=lane.measure_costs)
     # the root and all new tokens but the last are cached now; the last one is the next root
     num_cached = len(verdict.token_ids) - 1

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import attrs
+from torch import Tensor
 
+from dynatree_core.drafters.base import prefilling_of
 from dynatree_core.engine.commit import commit
 from dynatree_core.engine.draft import draft
+from dynatree_core.engine.faults import Faults
 from dynatree_core.engine.feedback import feedback
-from dynatree_core.engine.lane import Lane, timed, without_tracking
+from dynatree_core.engine.lane import Lane
 from dynatree_core.engine.observer import Prefill
 from dynatree_core.engine.prune import prune
 from dynatree_core.engine.verify import verify
+from dynatree_core.runners.passes import AskedPass, computed
 from dynatree_core.tree.flatten import flatten
+from dynatree_core.tree.token_tree import TokenTree
 from dynatree_core.tree.verdict import StepReport
 
-__all__ = ["decode_step", "prefill", "prefill_chunks"]
+__all__ = ["decode_step", "decode_steps", "prefill", "prefill_chunks"]
 
 
 def prefill(lane: Lane) -> None:
@@ -63,19 +69,69 @@ def _fill_caches(lane: Lane) -> Iterator[int]:
 def _chunks(lane: Lane) -> Iterator[int]:
     lane.reuse_prefix()
     yield from lane.target.prefill_chunks(lane.committed_ids[lane.cache.length : -1], lane.cache)
-    if lane.draft_state is not None:
+    if lane.draft_state is None:
+        return
+    with lane.blame_drafter():
+        parts = prefilling_of(lane.draft_state, lane.committed_ids[:-1])
+    while True:
         with lane.blame_drafter():
-            lane.draft_state.prefill(lane.committed_ids[:-1])
+            num_tokens = next(parts, None)
+        if num_tokens is None:
+            return
+        yield num_tokens
 
 
-@timed("decode")
-@without_tracking
 def decode_step(lane: Lane) -> StepReport:
-    """Commit 1 to depth + 1 tokens, exactly those that the target itself would have chosen."""
-    tree = draft(lane)  # rooted at the last committed token
-    tree = prune(lane, tree)  # what the policies think worth verifying
-    flat = flatten([tree], [lane.cache.next_place], **lane.pass_shape)  # ids, positions, who sees whom
-    output = lane.target.forward(flat, lane.cache, stage="verify")  # a row a node, and padding
-    verdict = verify(lane, tree, output.logits[0, : tree.num_nodes])  # accepted path and bonus token, up to a stop
-    report = commit(lane, tree, verdict)  # keep the path's cache rows, append the tokens
-    return feedback(lane, report)  # tell the policies
+    """Commit 1 to depth + 1 tokens of one sequence.
+
+    Raises:
+        Exception: what went wrong.
+    """
+    (outcome,) = decode_steps([lane]).values()
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def decode_steps(lanes: Sequence[Lane]) -> dict[Lane, StepReport | Exception]:
+    """Commit 1 to depth + 1 tokens of each sequence, exactly those that the target itself would have chosen."""
+    faults = Faults()  # who fails in a stage is in no later one
+    with timed(lanes), without_gradients(lanes):
+        trees = draft(lanes, faults)  # rooted at the last committed tokens
+        trees = faults.each(prune, trees)  # what the policies think worth verifying
+        logits = forward(trees, faults)  # one pass: ids, positions, who sees whom
+        verdicts = verify(trees, logits, faults)  # accepted paths and bonus tokens, up to a stop
+        steps = {lane: (trees[lane], verdict) for lane, verdict in verdicts.items()}
+        reports = faults.each(commit, steps)  # keep the paths' cache rows, append the tokens
+        return {**faults.each(feedback, reports), **faults.errors}  # tell the policies
+
+
+def forward(trees: Mapping[Lane, TokenTree], faults: Faults) -> dict[Lane, Tensor]:
+    """The target's logits [nodes, vocab] at the nodes of each tree, by one pass for all that may share one."""
+    asked = faults.each(_asked_pass, trees)
+    logits = {}
+    for lane, output in zip(asked, computed([*asked.values()]), strict=True):
+        if isinstance(output, Exception):
+            faults.errors[lane] = output
+        else:
+            logits[lane] = output.logits[0, : trees[lane].num_nodes]  # a row a node, and padding
+    return logits
+
+
+def _asked_pass(lane: Lane, tree: TokenTree) -> AskedPass:
+    flat = flatten([tree], [lane.cache.next_place], **lane.pass_shape)
+    return AskedPass(lane.target, flat, lane.cache, "verify", can_be_shared=not lane.request.is_fixed_width)
+
+
+@contextmanager
+def timed(lanes: Sequence[Lane]) -> Iterator[None]:
+    """The block's time is that of a decode step of each lane."""
+    with ExitStack() as clocks:
+        for lane in lanes:
+            clocks.enter_context(lane.clock.measure("decode"))
+        yield
+
+
+def without_gradients(lanes: Sequence[Lane]) -> AbstractContextManager[object]:
+    """A context for passes of these lanes, which are of one engine."""
+    return lanes[0].without_gradients() if lanes else nullcontext()

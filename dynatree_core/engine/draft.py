@@ -10,13 +10,16 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+import attrs
 import torch
 from torch import Tensor
 
+from dynatree_core.engine.faults import Faults, transferred
 from dynatree_core.engine.lane import Lane
 from dynatree_core.engine.observer import Level, Outcome
+from dynatree_core.engine.proposals import SharedProposals
 from dynatree_core.errors import DrafterError
 from dynatree_core.policy.stack import Decision
 from dynatree_core.tree.frontier import Frontier
@@ -25,53 +28,122 @@ from dynatree_core.tree.token_tree import TokenTree
 __all__ = ["draft"]
 
 
-def draft(lane: Lane) -> TokenTree:
-    """The tree that the session's policies and drafter make of the committed tokens; the root alone, if nothing."""
-    tree = TokenTree.root(lane.committed_ids[-1:].clone())
-    while True:
-        level = _grow_level(lane, tree)
-        if lane.observer is not None:
-            lane.observer.tell(level)
-        if level.grown is None:
-            return tree
-        tree = level.grown
+def draft(lanes: Sequence[Lane], faults: Faults) -> dict[Lane, TokenTree]:
+    """The trees that the sequences' policies and drafter make of the committed tokens; the root alone, if nothing.
+
+    All grow a level at a time, so that one pass of a drafting model serves them all. Who fails has no tree.
+    """
+    trees = {lane: TokenTree.root(lane.committed_ids[-1:].clone()) for lane in lanes}
+    growing = trees
+    while growing:
+        levels = _grow_level(growing, faults)
+        growing = {lane: level.grown for lane, level in levels.items() if level.grown is not None}
+        trees |= growing
+    return {lane: tree for lane, tree in trees.items() if lane not in faults.errors}
 
 
-def _grow_level(lane: Lane, tree: TokenTree) -> Level:
-    """The tree with one more level, or what ends it here: a limit, the policies or the drafter."""
+def _grow_level(trees: Mapping[Lane, TokenTree], faults: Faults) -> dict[Lane, Level]:
+    """The trees with one more level, or what ends each here: a limit, the policies or the drafter."""
+    shared = SharedProposals({lane: tree for lane, tree in trees.items() if _limit_reached(lane, tree) is None})
+    asked = faults.each(lambda lane, tree: _ask(lane, tree, shared), trees)
+    wanted = {lane: level for lane, level in asked.items() if isinstance(level, _Wanted)}
+    counts = transferred({lane: level.checks for lane, level in wanted.items()})
+    levels = faults.each(lambda lane, level: level if isinstance(level, Level) else level.grown(counts[lane]), asked)
+    return faults.each(_tell, levels)
+
+
+def _tell(lane: Lane, level: Level) -> Level:
+    if lane.observer is not None:
+        lane.observer.tell(level)
+    return level
+
+
+def _limit_reached(lane: Lane, tree: TokenTree) -> str | None:
+    """Which limit ends a tree: "depth" or "nodes"; None where it may grow."""
+    if tree.max_depth >= lane.depth_limit:
+        return "depth"
+    return "nodes" if tree.num_drafted >= lane.sequence.limits.max_nodes else None
+
+
+def _ask(lane: Lane, tree: TokenTree, shared: SharedProposals) -> Level | _Wanted:
+    """What the policies want of one more level, or what ends the tree here."""
     limits = lane.sequence.limits
     nodes_left = limits.max_nodes - tree.num_drafted
     level = functools.partial(Level, lane.num_iterations, tree, nodes_left)
-    if tree.max_depth >= lane.depth_limit:
-        return level("depth")
-    if nodes_left <= 0:
-        return level("nodes")
+    reached = _limit_reached(lane, tree)
+    if reached is not None:
+        return level(reached)
     frontier = Frontier(
         tree,
         lane.num_iterations,
         nodes_left,
         limits.max_branch,
-        propose=lambda: lane.propose(tree),
+        propose=lambda: shared.of(lane),
         measure=lane.measure_costs,
     )
     expand = lane.stack.should_expand(frontier)
     if expand.value is False:
+        shared.leave(lane)
         return level("expand", expand, proposals=frontier.proposals if frontier.is_drafter_asked else None)
     branch = lane.stack.branch_factor(frontier)
     if isinstance(branch.value, int) and branch.value == 0:
+        shared.leave(lane)
         return level("width", expand, branch, frontier.proposals if frontier.is_drafter_asked else None)
     scores = frontier.cum_logprob[:, None] + frontier.top_logprobs  # [width, k] of each proposed child's path
     conditions = _conditions(lane, frontier, expand, branch, scores)
     scores = torch.where(functools.reduce(operator.and_, conditions.values()), scores, -torch.inf)
     level = functools.partial(level, expand=expand, branch=branch, proposals=frontier.proposals, conditions=conditions)
-    num_children = _checked_count(lane, frontier, branch, scores)
-    if num_children == 0:
-        return level("refused")
-    # the best of what fits, then back into breadth-first order
-    chosen = scores.flatten().topk(min(num_children, nodes_left)).indices.sort().values
-    parent = tree.last_level.start + chosen // limits.max_branch
-    grown = tree.grow(parent, frontier.top_token_ids.flatten()[chosen], frontier.top_logprobs.flatten()[chosen])
-    return level(None, chosen=chosen, grown=grown)
+    return _Wanted(lane, frontier, branch, scores, level)
+
+
+@attrs.frozen(eq=False)
+class _Wanted:
+    """A level that policies want, before the host knows how many children it has."""
+
+    lane: Lane
+    frontier: Frontier
+    branch: Decision[Tensor | int]
+    scores: Tensor  # [width, k] log-probability of each child's path; -inf: it is refused
+    level: Callable[..., Level]  # makes the record, of what ends the tree or of the tree grown
+
+    @property
+    def checks(self) -> Tensor:
+        """[checks] int64 on the device: how many children there are, and what could be wrong."""
+        proposals = self.frontier.proposals
+        checks = [
+            (self.scores > -torch.inf).sum(),
+            *proposals.token_ids.aminmax(),
+            (proposals.logprobs <= 1e-3).all(),  # False for NaN too; rounding may exceed log 1 = 0 a little
+        ]
+        if isinstance(self.branch.value, Tensor):
+            checks += self.branch.value.aminmax()
+        return torch.stack(checks)
+
+    def grown(self, checks: Sequence[int]) -> Level:
+        """The level, by what its checks say.
+
+        Raises:
+            PolicyError: a branch factor out of range.
+            DrafterError: a proposal that is NaN, or a token that the target does not know.
+        """
+        num_children, min_id, max_id, is_sound, *widths = checks
+        frontier, proposals, lane = self.frontier, self.frontier.proposals, self.lane
+        if widths and not 0 <= widths[0] <= widths[1] <= frontier.max_branch:
+            lane.stack.refuse_branch_factor(self.branch.decider, f"{widths[0]} to {widths[1]}", frontier.max_branch)
+        fault = None
+        if not is_sound:
+            fault = "log-probabilities must be numbers of at most 0"
+        elif not 0 <= min_id <= max_id < lane.vocab_size:
+            fault = f"token ids must be from 0 to {lane.vocab_size - 1}"
+        if fault:
+            raise DrafterError(f"drafter '{lane.drafter_name}' made a bad proposal: {fault}, got {proposals}")
+        if num_children == 0:
+            return self.level("refused")
+        # the best of what fits, then back into breadth-first order
+        chosen = self.scores.flatten().topk(min(num_children, frontier.nodes_left)).indices.sort().values
+        parent = frontier.tree.last_level.start + chosen // frontier.max_branch
+        children = proposals.token_ids.flatten()[chosen], proposals.logprobs.flatten()[chosen]
+        return self.level(None, chosen=chosen, grown=frontier.tree.grow(parent, *children))
 
 
 def _conditions(
@@ -90,31 +162,3 @@ def _conditions(
     if isinstance(expand.value, Tensor):
         conditions[Outcome.NOT_EXPANDED] = expand.value[:, None]
     return conditions
-
-
-def _checked_count(lane: Lane, frontier: Frontier, branch: Decision[Tensor | int], scores: Tensor) -> int:
-    """How many children there are, learnt in the level's one transfer together with what went wrong.
-
-    Raises:
-        PolicyError: a branch factor out of range.
-        DrafterError: a proposal that is NaN, or a token that the target does not know.
-    """
-    proposals = frontier.proposals
-    checks = [
-        (scores > -torch.inf).sum(),
-        *proposals.token_ids.aminmax(),
-        (proposals.logprobs <= 1e-3).all(),  # False for NaN too; rounding may exceed log 1 = 0 a little
-    ]
-    if isinstance(branch.value, Tensor):
-        checks += branch.value.aminmax()
-    num_children, min_id, max_id, is_sound, *widths = torch.stack(checks).tolist()
-    if widths and not 0 <= widths[0] <= widths[1] <= frontier.max_branch:
-        lane.stack.refuse_branch_factor(branch.decider, f"{widths[0]} to {widths[1]}", frontier.max_branch)
-    fault = None
-    if not is_sound:
-        fault = "log-probabilities must be numbers of at most 0"
-    elif not 0 <= min_id <= max_id < lane.vocab_size:
-        fault = f"token ids must be from 0 to {lane.vocab_size - 1}"
-    if fault:
-        raise DrafterError(f"drafter '{lane.drafter_name}' made a bad proposal: {fault}, got {proposals}")
-    return int(num_children)

@@ -167,14 +167,22 @@ class Handle:
         Raises:
             Exception: what the caller's `on_report` raises.
         """
-        self.token_times += [now] * len(report.token_ids)
-        self._token_ids += report.token_ids
+        self.catch_up(now)
         if self._keeps_reports:
             self._reports.append(report)
         if self.on_report is not None:
             self.on_report(self, report)
 
+    def catch_up(self, now: float) -> None:
+        """Take over what was committed: more than the last report says where a step was broken off behind it."""
+        assert self._lane is not None, "tokens come from a lane"
+        token_ids = self._lane.sequence.new_ids_from(len(self._token_ids))
+        self.token_times += [now] * len(token_ids)
+        self._token_ids += token_ids
+
     def end(self, result: GenerationResult, now: float, error: BaseException | None = None) -> None:
         """Nothing more will come."""
+        if self._lane is not None:
+            self.catch_up(now)
         self._result, self.error, self.ended_at, self._lane = result, error, now, None
         self._done.set()

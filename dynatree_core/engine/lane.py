@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,7 @@ from dynatree_core.tree.verdict import StepReport
 if TYPE_CHECKING:
     from dynatree_core.engine.engine import Engine
 
-__all__ = ["Lane", "timed", "unstarted_result", "without_tracking"]
-
-Result = TypeVar("Result")
+__all__ = ["Lane", "unstarted_result"]
 
 
 class Lane:
@@ -43,12 +41,13 @@ class Lane:
     Args:
         engine: whose models compute it.
         request: what is asked.
+        number: of the sequence among those of the engine, for observers.
 
     Raises:
         InputError: the drafter cannot serve the request.
     """
 
-    def __init__(self, engine: Engine, request: Request) -> None:
+    def __init__(self, engine: Engine, request: Request, *, number: int = 0) -> None:
         engine.admit()
         self.engine = engine
         self.sequence = Sequence(request, engine.device)
@@ -56,7 +55,7 @@ class Lane:
         on_prefill = request.on_prefill and _noting(request.on_prefill, self._callers_errors)
         self.clock = engine.new_clock()
         observers = observers_of(request.observer)
-        self.observer = Watch(observers, self.clock) if observers else None  # None costs nothing
+        self.observer = Watch(observers, self.clock, number) if observers else None  # None costs nothing
         self.target = engine.new_passes(request, self.clock, on_prefill)
         self.cache = engine.new_cache(request, self)
         # of every verification pass at least, so that all passes round alike
@@ -191,15 +190,12 @@ class Lane:
             return 0
         return min(self.sequence.limits.max_depth, self.sequence.num_tokens_left - 1, self.cache.max_places - 1)
 
-    def propose(self, tree: TokenTree) -> Proposals:
-        """The drafter's proposals for the tree's last level, in the shape that the contract asks for.
+    def check_proposals(self, proposals: object, tree: TokenTree) -> None:
+        """Refuse what a drafter proposes for the tree's last level in another shape than the contract asks for.
 
         Raises:
             DrafterError: naming the drafter and the fault.
         """
-        assert self.draft_state is not None, "a lane without a drafter never asks for proposals"
-        with self.clock.measure("draft"), self.blame_drafter():
-            proposals = self.draft_state.propose(self.committed_ids, tree, self.sequence.limits.max_branch)
         shape = (tree.level_sizes[-1], self.sequence.limits.max_branch)
         is_sound = isinstance(proposals, Proposals) and (
             proposals.token_ids.shape == proposals.logprobs.shape == shape
@@ -211,7 +207,6 @@ class Lane:
                 f"drafter '{self.drafter_name}' must propose int64 token_ids and float32 logprobs of shape "
                 f"{list(shape)}, got {proposals}"
             )
-        return proposals
 
     def reuse_prefix(self) -> None:
         """Copy what the prefix cache knows of the prompt into the target's cache, which is filled from the start."""
@@ -346,28 +341,3 @@ def _noting(callback: Callable[[int, int], None], errors: list[BaseException]) -
             raise
 
     return noted
-
-
-def without_tracking(function: Callable[[Lane], Result]) -> Callable[[Lane], Result]:
-    """Decorate a function of a lane: its passes are not recorded for gradients."""
-
-    @functools.wraps(function)
-    def untracked(lane: Lane) -> Result:
-        with lane.without_gradients():
-            return function(lane)
-
-    return untracked
-
-
-def timed(stage: str, *, on_device: bool = False) -> Callable[[Callable[[Lane], Result]], Callable[[Lane], Result]]:
-    """Decorate a function of a lane: its time is added to that stage of the lane's clock."""
-
-    def decorate(function: Callable[[Lane], Result]) -> Callable[[Lane], Result]:
-        @functools.wraps(function)
-        def measured(lane: Lane) -> Result:
-            with lane.clock.measure(stage, on_device=on_device):
-                return function(lane)
-
-        return measured
-
-    return decorate

@@ -64,6 +64,7 @@ class Prefill:
     settings: Mapping[str, Any]  # what else was asked and of which target: numbers, texts and lists of them
     num_reused_tokens: int = 0  # whose rows came from the prefix cache
     seconds: Mapping[str, float] | None = None  # by stage, as in `Commit`; None when it begins
+    sequence: int = 0  # whose, by the number of its `Handle`; 0 for a session
 
 
 @attrs.frozen(eq=False)
@@ -82,6 +83,7 @@ class Level:
     _conditions: Mapping[Outcome, Tensor] = attrs.field(factory=dict, repr=False)  # bool [width, k]: False refuses
     _chosen: Tensor | None = attrs.field(default=None, repr=False)  # [children] int64, places in width × k
     grown: TokenTree | None = None  # the tree with the new level
+    sequence: int = 0  # whose, by the number of its `Handle`; 0 for a session
 
     @cached_property
     def outcomes(self) -> Tensor | None:
@@ -106,6 +108,7 @@ class Pruning:
     drafted: TokenTree
     keep: Decision[Tensor | None]  # bool [nodes] of the drafted tree, as voted: not yet closed under ancestors
     kept: TokenTree  # the same tree where nothing was cut; `kept.draft_index` has the places in the drafted one
+    sequence: int = 0  # whose, by the number of its `Handle`; 0 for a session
 
 
 @attrs.frozen(eq=False)
@@ -116,6 +119,7 @@ class Verification:
     tree: TokenTree
     verdict: Verdict
     logits: Tensor | None  # [nodes, vocab] at each node; None unless the observer wants them
+    sequence: int = 0  # whose, by the number of its `Handle`; 0 for a session
 
 
 @attrs.frozen(eq=False)
@@ -126,6 +130,7 @@ class Commit:
     # seconds since the last `Commit` or `Prefill`, by stage: "draft" (inside the drafter, its passes among them),
     # "draft_forward" (its passes), "verify" (the target's pass)
     seconds: Mapping[str, float]
+    sequence: int = 0  # whose, by the number of its `Handle`; 0 for a session
 
 
 @attrs.frozen(eq=False)
@@ -134,6 +139,7 @@ class Feedback:
 
     report: StepReport  # with the time that they were told
     stack: PolicyStack  # the session's own, as it is now; to be read only
+    sequence: int = 0  # whose, by the number of its `Handle`; 0 for a session
 
 
 @attrs.frozen(eq=False)
@@ -143,6 +149,7 @@ class End:
     stop_reason: str  # as in `GenerationResult`; "interrupted" or "error" where it may go on
     report: GenerationReport  # the metrics so far
     costs: CostModel | None  # what iterations take here; None where it was neither given nor measured
+    sequence: int = 0  # whose, by the number of its `Handle`; 0 for a session
 
 
 @attrs.frozen(eq=False)
@@ -154,6 +161,7 @@ class Fault:
     # "ended": it ends the run; "fallback": nothing is drafted from here on; "root alone": the step is done again
     # without a draft
     then: str
+    sequence: int = 0  # whose, by the number of its `Handle`; 0 for a session
 
 
 class Observer:
@@ -210,14 +218,17 @@ HEARD_BY = {
 class Watch:
     """The observers of a session, told one after another."""
 
-    def __init__(self, observers: Sequence[Observer], clock: StageClock) -> None:
+    def __init__(self, observers: Sequence[Observer], clock: StageClock, sequence: int = 0) -> None:
         self.observers = observers
         self.wants_logits = any(observer.wants_logits for observer in observers)
         self._clock = clock
+        self._sequence = sequence
         self._errors: list[BaseException] = []  # that observers have raised
 
     def tell(self, record: Prefill | Level | Pruning | Verification | Commit | Feedback | Fault | End) -> None:
         """Call the method of each observer that is for such a record."""
+        if self._sequence:
+            record = attrs.evolve(record, sequence=self._sequence)
         with self._clock.leave_out():
             for observer in self.observers:
                 try:

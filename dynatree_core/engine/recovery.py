@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import attrs
 
-from dynatree_core.engine.decode import decode_step, prefill_chunks
+from dynatree_core.engine.decode import decode_step, decode_steps, prefill_chunks
+from dynatree_core.engine.faults import Faults
 from dynatree_core.engine.lane import Lane
 from dynatree_core.errors import DrafterError, DynaTreeError, NonFiniteLogitsError, PolicyError
 from dynatree_core.runners.passes import is_out_of_memory, out_of_memory
 from dynatree_core.tree.verdict import StepReport
 
-__all__ = ["ended_by", "filled", "named_lack_of_memory", "step"]
+__all__ = ["ended_by", "filled", "named_lack_of_memory", "step", "steps"]
 
 
 def filled(lane: Lane) -> Iterator[int]:
@@ -48,19 +49,43 @@ def named_lack_of_memory(error: Exception) -> Exception:
 
 
 def step(lane: Lane) -> StepReport:
-    """One decode step, and what happens when a policy, the drafter or a draft fails in it."""
-    steps_before = lane.num_iterations
+    """One decode step, and what happens when a policy, the drafter or a draft fails in it.
+
+    Raises:
+        Exception: what ends the sequence.
+    """
+    num_before = lane.num_iterations
     try:
-        try:
-            return decode_step(lane)
-        except NonFiniteLogitsError as error:
-            if lane.depth_limit == 0 or lane.is_observers(error):
-                raise
-            lane.report_fault(error, "root alone")
+        return decode_step(lane)
+    except Exception as error:  # noqa: BLE001  # raised again where there is no help
+        return _recovered(lane, error, num_before)
+
+
+def steps(lanes: Sequence[Lane]) -> dict[Lane, StepReport | Exception]:
+    """One decode step of each, together; for each its report, or what ends its sequence.
+
+    Where something fails for one of them, that one goes on by itself.
+    """
+    num_before = {lane: lane.num_iterations for lane in lanes}
+    outcomes = decode_steps(lanes)
+    faults = Faults()
+    failed = {lane: outcome for lane, outcome in outcomes.items() if isinstance(outcome, Exception)}
+    recovered = faults.each(lambda lane, error: _recovered(lane, error, num_before[lane]), failed)
+    return {**outcomes, **recovered, **faults.errors}
+
+
+def _recovered(lane: Lane, error: Exception, num_before: int) -> StepReport:
+    """The step after all; the error again where there is no help."""
+    try:
+        if not isinstance(error, NonFiniteLogitsError):
+            raise error
+        if lane.depth_limit == 0 or lane.is_observers(error):
+            raise error
+        lane.report_fault(error, "root alone")
         return _step_without_draft(lane)
     except (PolicyError, DrafterError) as error:
         lane.fall_back(error)
-    if lane.num_iterations > steps_before and lane.last_report is not None:
+    if lane.num_iterations > num_before and lane.last_report is not None:
         return lane.last_report  # it failed after the step was committed
     return decode_step(lane)
 

@@ -17,7 +17,7 @@ import attrs
 
 from dynatree_core.engine.handle import Event, Handle
 from dynatree_core.engine.lane import Lane, unstarted_result
-from dynatree_core.engine.recovery import ended_by, filled, named_lack_of_memory, step
+from dynatree_core.engine.recovery import ended_by, filled, named_lack_of_memory, steps
 from dynatree_core.errors import ParameterError, QueueFullError
 from dynatree_core.request.request import Request
 from dynatree_core.runners.passes import PREFILL_CHUNK
@@ -149,7 +149,7 @@ class Scheduler:
                     return events
                 handle = self._waiting.popleft()
             try:
-                lane = Lane(engine, handle.request)
+                lane = Lane(engine, handle.request, number=handle.number)
             except Exception as error:  # noqa: BLE001  # whatever it is belongs to this sequence
                 handle.end(unstarted_result(engine, handle.request, "error"), engine.now(), named_lack_of_memory(error))
                 events.append(Event(handle, "failed"))
@@ -172,6 +172,8 @@ class Scheduler:
         events: list[Event] = []
         num_left = PREFILL_CHUNK
         for one in [one for one in self._running if one.chunks is not None]:
+            if one.lane.stop_reason is not None:
+                one.chunks = None
             while one.chunks is not None and num_left > 0:
                 with self._own_faults(engine, one, events):
                     num_tokens = next(one.chunks, None)
@@ -183,17 +185,34 @@ class Scheduler:
         return events
 
     def _iterate(self, engine: Engine) -> list[Event]:
+        """One iteration of all whose prompts are done."""
         events: list[Event] = []
-        for one in [one for one in self._running if one.chunks is None]:
+        ready = {one.lane: one for one in self._running if one.chunks is None}
+        for lane, one in [*ready.items()]:
+            if lane.stop_reason is not None:  # it had all its tokens when a step was broken off
+                del ready[lane]
+                self._end(engine, one)
+                events.append(Event(one.handle, "stopped"))
+        if not ready:
+            return events
+        try:
+            outcomes = steps([*ready])
+        except BaseException:  # such as Ctrl-C: caches may lack rows now, or have too many
+            for one in ready.values():
+                one.chunks = filled(one.lane)
+            raise
+        now = engine.now()
+        for lane, one in ready.items():
             with self._own_faults(engine, one, events):
-                report = step(one.lane)
-                now = engine.now()
+                outcome = outcomes[lane]
+                if isinstance(outcome, Exception):
+                    raise outcome
                 if one.last_iteration_at is not None:
                     self._longest_pause = max(self._longest_pause, now - one.last_iteration_at)
                 one.last_iteration_at = now
-                events.append(Event(one.handle, "tokens", report, len(report.token_ids)))
-                one.handle.hear(report, now)
-                if one.lane.stop_reason is not None:
+                events.append(Event(one.handle, "tokens", outcome, len(outcome.token_ids)))
+                one.handle.hear(outcome, now)
+                if lane.stop_reason is not None:
                     self._end(engine, one)
                     events.append(Event(one.handle, "stopped"))
         return events

@@ -81,6 +81,10 @@ class Sequence:
         """The new tokens, a copy."""
         return self._new_ids[: self.num_new]
 
+    def new_ids_from(self, start: int) -> list[int]:
+        """The new tokens behind the first `start` of them."""
+        return self._new_ids[start : self.num_new]
+
     @property
     def steps(self) -> list[StepStats]:
         """The numbers of each decode step, a copy."""

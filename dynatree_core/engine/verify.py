@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
+from dynatree_core.engine.faults import Faults, transferred
 from dynatree_core.engine.lane import Lane
 from dynatree_core.engine.observer import Verification
 from dynatree_core.errors import NonFiniteLogitsError
@@ -14,25 +17,36 @@ from dynatree_core.tree.verdict import Verdict
 __all__ = ["follow", "longest_match", "verify"]
 
 
-def verify(lane: Lane, tree: TokenTree, logits: Tensor) -> Verdict:
-    """The path that the target follows in the tree, with its tokens, up to where the generation stops.
+def verify(trees: Mapping[Lane, TokenTree], logits: Mapping[Lane, Tensor], faults: Faults) -> dict[Lane, Verdict]:
+    """For each tree the path that the target follows in it, with its tokens, up to where the generation stops.
 
     Args:
-        session: says when to stop, and which logits processors there are.
-        tree: the tree that was verified.
-        logits: [nodes, vocab], the target's output at each node, in the tree's order.
+        trees: the trees that were verified.
+        logits: [nodes, vocab] for each, the target's output at each node, in the tree's order.
+        faults: gets the error of who fails, such as a `NonFiniteLogitsError` for NaN on the path.
 
-    Raises:
-        NonFiniteLogitsError: a logit on the path is NaN.
+    Returns:
+        Verdicts without those of who fails. What greedy decoding chooses costs one transfer to the host for all.
     """
-    if lane.request.logits_processors or lane.sampler is not None:
-        verdict = follow(lane, tree, logits)
-    else:
-        verdict = _until_stop(lane, longest_match(tree, logits))
-    if lane.observer is not None:
-        wanted = logits if lane.observer.wants_logits else None
-        lane.observer.tell(Verification(lane.num_iterations, tree, verdict, wanted))
-    return verdict
+    outcomes = transferred({lane: _matched(trees[lane], logits[lane]) for lane in logits if not _chooses_itself(lane)})
+
+    def verdict_of(lane: Lane, own_logits: Tensor) -> Verdict:
+        tree = trees[lane]
+        if _chooses_itself(lane):
+            verdict = follow(lane, tree, own_logits)
+        else:
+            verdict = _until_stop(lane, _verdict(outcomes[lane]))
+        if lane.observer is not None:
+            wanted = own_logits if lane.observer.wants_logits else None
+            lane.observer.tell(Verification(lane.num_iterations, tree, verdict, wanted))
+        return verdict
+
+    return faults.each(verdict_of, logits)
+
+
+def _chooses_itself(lane: Lane) -> bool:
+    """Whether tokens are chosen one by one, by processors or chance."""
+    return bool(lane.request.logits_processors) or lane.sampler is not None
 
 
 def follow(lane: Lane, tree: TokenTree, logits: Tensor) -> Verdict:
@@ -103,6 +117,11 @@ def longest_match(tree: TokenTree, logits: Tensor) -> Verdict:
     Raises:
         NonFiniteLogitsError: a logit on the accepted path is NaN.
     """
+    return _verdict(_matched(tree, logits).tolist())
+
+
+def _matched(tree: TokenTree, logits: Tensor) -> Tensor:
+    """[3 + 3 · levels] int64: the match's depth and bonus token, whether it has NaN, and nodes and tokens by depth."""
     if logits.dtype == torch.float64:
         # generate() chooses in float32; two float64 logits that are one float32 number tie there, and must tie here
         logits = logits.float()
@@ -116,17 +135,21 @@ def longest_match(tree: TokenTree, logits: Tensor) -> Verdict:
     path = torch.argsort((~tree.ancestor_mask[deepest]).byte(), stable=True)[:levels]
     # off the path NaN does no harm: a wrong draft may overflow where the target's own text never goes
     has_nan = (top_logit.isnan() & tree.ancestor_mask[deepest]).any()
-    outcome = torch.cat(
+    return torch.cat(
         [
             torch.stack([tree.depth[deepest], top_token[deepest], has_nan]),
             path,
             tree.draft_index[path],
             tree.token_ids[path],
         ]
-    ).tolist()  # the one transfer to the host
-    num_accepted, bonus_token_id, is_broken = outcome[:3]
+    )
+
+
+def _verdict(outcome: Sequence[int]) -> Verdict:
+    num_accepted, bonus_token_id, is_broken, *nodes_and_tokens = outcome
     _check_number(bool(is_broken))
-    nodes, draft_nodes, token_ids = (outcome[3 + i * levels :][1 : num_accepted + 1] for i in range(3))
+    levels = len(nodes_and_tokens) // 3
+    nodes, draft_nodes, token_ids = (nodes_and_tokens[i * levels :][1 : num_accepted + 1] for i in range(3))
     return Verdict(tuple(nodes), tuple(draft_nodes), (*token_ids, bonus_token_id))
 
 

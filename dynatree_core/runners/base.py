@@ -8,7 +8,7 @@ its clock, stands in `dynatree_core.runners.passes`. Runners are registered unde
 from __future__ import annotations
 
 import abc
-from collections.abc import Hashable, MutableMapping
+from collections.abc import Hashable, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import attrs
@@ -18,7 +18,7 @@ from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.tree.flatten import FlatTrees
 
-__all__ = ["Kept", "PassOutput", "Runner"]
+__all__ = ["Kept", "PassOutput", "Rows", "Runner"]
 
 # what is kept of one model from generation to generation, such as packed copies; it must not hold the model
 Kept = MutableMapping[Hashable, Any]
@@ -30,6 +30,14 @@ class PassOutput:
 
     logits: Tensor  # [lanes, rows, vocab]; [lanes, 1, vocab] where only the last row's were asked for
     hidden: Tensor | None = None  # [lanes, rows, hidden]: what goes into the head, where asked for
+
+
+@attrs.frozen(eq=False)
+class Rows:
+    """One sequence's rows in a pass over those of several."""
+
+    flat: FlatTrees  # one lane, as the cache's `prepare` has returned it
+    cache: KeyValueCache  # the sequence's own, with one lane; the rows are appended to its undecided block
 
 
 class Runner(abc.ABC):
@@ -108,6 +116,24 @@ class Runner(abc.ABC):
         Raises:
             Exception: whatever the model raises.
         """
+
+    def forward_together(
+        self, parts: Sequence[Rows], *, hidden: bool = False, last_row_only: bool = False
+    ) -> list[PassOutput]:
+        """One pass over the rows of several sequences; here a pass each, one after the other.
+
+        Args:
+            parts: two at least, each with a cache of its own.
+            hidden: as for `forward`.
+            last_row_only: only the logits of each sequence's last row are wanted.
+
+        Returns:
+            For each sequence what `forward` says of its rows alone, up to rounding; [1, rows, ...].
+
+        Raises:
+            Exception: whatever the model raises. Caches may have been appended to by then, layers of them even.
+        """
+        return [self.forward(part.flat, part.cache, hidden=hidden, last_row_only=last_row_only) for part in parts]
 
     @property
     def computed_by(self) -> str:

@@ -21,7 +21,7 @@ import gc
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -32,7 +32,7 @@ from transformers import Cache
 
 from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.models.state import can_infer, is_untouched, state_of
-from dynatree_core.runners.base import Kept, PassOutput, Runner
+from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner
 from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.tree.flatten import FlatTrees
 
@@ -230,6 +230,12 @@ class CudaGraphRunner(Runner):
             return self._plain.forward(flat, cache, hidden=hidden, last_row_only=last_row_only)
         with torch.inference_mode():
             return self._replayed(flat, cache, hidden, last_row_only)
+
+    def forward_together(
+        self, parts: Sequence[Rows], *, hidden: bool = False, last_row_only: bool = False
+    ) -> list[PassOutput]:
+        """One pass, as `Runner.forward_together`, without recording: its shape follows those of all sequences."""
+        return self._plain.forward_together(parts, hidden=hidden, last_row_only=last_row_only)
 
     def takes(self, flat: FlatTrees, cache: KeyValueCache) -> bool:
         """Whether a pass over these rows can be one that is recorded."""

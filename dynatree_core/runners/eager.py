@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -12,7 +13,8 @@ from transformers import Cache
 from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.errors import ForwardPassError
 from dynatree_core.models.architectures import AttentionLayout, attention_layout, cache_argument, forward_parameters
-from dynatree_core.runners.base import Kept, PassOutput, Runner
+from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner
+from dynatree_core.runners.together import padded, ragged
 from dynatree_core.tree.flatten import FlatTrees
 
 __all__ = ["EagerRunner"]
@@ -65,10 +67,41 @@ class EagerRunner(Runner):
         Raises:
             ForwardPassError: logits are missing for some rows, or hidden states cannot be had.
         """
+        told = flat.position_ids if flat.model_positions is None else flat.model_positions
+        masks = self._layout.masks(flat, self._dtype)
+        return self._called(flat.token_ids, told, masks, cache, hidden=hidden, last_row_only=last_row_only)
+
+    def forward_together(
+        self, parts: Sequence[Rows], *, hidden: bool = False, last_row_only: bool = False, is_ragged: bool = False
+    ) -> list[PassOutput]:
+        """One pass over the rows of several sequences, as `Runner.forward_together`.
+
+        Args:
+            parts: two at least.
+            hidden: as for `forward`.
+            last_row_only: only the logits of each sequence's last row are wanted.
+            is_ragged: whether the model's attention asks `ragged_lanes`; otherwise rows and slots are padded.
+        """
+        joined = (ragged if is_ragged else padded)(parts, self._layout, self._dtype)
+        output = self._called(joined.token_ids, joined.position_ids, joined.masks, joined.cache, hidden=hidden)
+        joined.check()
+        return joined.split(output, last_row_only=last_row_only)
+
+    def _called(
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        masks: Any,
+        cache: KeyValueCache | Cache,
+        *,
+        hidden: bool,
+        last_row_only: bool = False,
+    ) -> PassOutput:
+        """Call the model; the tensors are [lanes, rows]."""
         arguments: dict[str, object] = {
-            "input_ids": flat.token_ids,
-            "attention_mask": self._layout.masks(flat, self._dtype),
-            "position_ids": flat.position_ids if flat.model_positions is None else flat.model_positions,
+            "input_ids": token_ids,
+            "attention_mask": masks,
+            "position_ids": position_ids,
             self._cache_argument: cache,
             "use_cache": True,
             **self._fixed_arguments,
@@ -76,7 +109,7 @@ class EagerRunner(Runner):
         if hidden:
             head = _ListeningHead(self.model, last_row_only)
             logits: Tensor = head.model(**arguments).logits
-            if head.heard is None or head.heard.shape[:2] != flat.token_ids.shape:
+            if head.heard is None or head.heard.shape[:2] != token_ids.shape:
                 raise ForwardPassError(
                     f"hidden states are what goes into a model's head, got a pass of {type(self.model).__name__} "
                     "that does not call its head with all rows; take off what has replaced its forward"
@@ -88,10 +121,10 @@ class EagerRunner(Runner):
             output = PassOutput(self.model(**arguments).logits)
         if last_row_only:
             return PassOutput(output.logits[:, -1:], output.hidden)
-        if output.logits.shape[1] != flat.num_rows:
+        if output.logits.shape[1] != token_ids.shape[1]:
             raise ForwardPassError(
-                f"a model must give logits for each of a pass's {flat.num_rows} rows, got {output.logits.shape[1]}; "
-                "take off the model what drops the others"
+                f"a model must give logits for each of a pass's {token_ids.shape[1]} rows, got "
+                f"{output.logits.shape[1]}; take off the model what drops the others"
             )
         return output
 

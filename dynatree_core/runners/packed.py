@@ -33,12 +33,15 @@ from dynatree_core.models.architectures import attention_layout
 from dynatree_core.models.state import is_plain, is_untouched, state_of
 from dynatree_core.models.student import RestrictedHead
 from dynatree_core.models.twin import twin_of
-from dynatree_core.runners.base import Kept, PassOutput, Runner
+from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner
 from dynatree_core.runners.eager import EagerRunner
+from dynatree_core.runners.together import RaggedLane, ragged_lanes
 from dynatree_core.tree.flatten import FlatTrees
 
 __all__ = ["MAX_SHARE_OF_MEMORY", "PackedRunner", "can_pack", "packed_bytes"]
 
+# families that make their keys of what is cached, so that attention cannot see whose they are
+MAKES_KEYS_LATER = ("deepseek_v3",)
 ATTENTION = "dynatree_grouped"  # under which transformers knows grouped_attention
 
 # of the memory that is free, what the copies of a model's matrices may take up where nobody asked for them
@@ -67,7 +70,8 @@ def grouped_attention(
     Args:
         module: the attention layer.
         query: [lanes, heads, rows, head_dim]
-        key, value: [lanes, key heads, slots, head_dim]
+        key, value: [lanes, key heads, slots, head_dim]; in a ragged pass, whose rows are in one lane, the sequences'
+            own ones are asked for.
         attention_mask: [lanes, 1, rows, slots] bool; anything else is left to transformers.
         dropout, scaling: of the layer.
         others: what some families pass on besides.
@@ -75,6 +79,10 @@ def grouped_attention(
     Returns:
         [lanes, rows, heads, head_dim], and no attention weights.
     """
+    lanes = ragged_lanes(key)
+    if lanes is not None:
+        assert attention_mask is not None, "a ragged pass has a mask"
+        return _by_lane(module, query, lanes, attention_mask, dropout=dropout, scaling=scaling, **others), None
     unusual = others.get("position_bias"), others.get("softcap")
     if attention_mask is None or any(other is not None for other in unusual):
         usual: tuple[Tensor, None] = sdpa_attention_forward(
@@ -85,6 +93,19 @@ def grouped_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
     )
     return seen.transpose(1, 2).contiguous(), None
+
+
+def _by_lane(
+    module: nn.Module, query: Tensor, lanes: Sequence[RaggedLane], attention_mask: Tensor, **others: Any
+) -> Tensor:
+    """Attention of each sequence's rows over its own slots: [1, all rows, heads, head_dim]."""
+    seen = []
+    num_rows = [lane.num_rows for lane in lanes]
+    rows, masks = (torch.split_with_sizes(of, num_rows, dim=2) for of in (query, attention_mask))
+    for lane, own, mask in zip(lanes, rows, masks, strict=True):
+        own_mask = mask[..., : lane.keys.shape[2]]
+        seen.append(grouped_attention(module, own, lane.keys, lane.values, own_mask, **others)[0])
+    return torch.cat(seen, dim=1)
 
 
 AttentionInterface.register(ATTENTION, grouped_attention)
@@ -215,6 +236,19 @@ class PackedRunner(Runner):
         is_prompt: bool = False,
     ) -> PassOutput:
         return self._passes.forward(flat, cache, hidden=hidden, last_row_only=last_row_only)
+
+    def forward_together(
+        self, parts: Sequence[Rows], *, hidden: bool = False, last_row_only: bool = False
+    ) -> list[PassOutput]:
+        return self._passes.forward_together(
+            parts, hidden=hidden, last_row_only=last_row_only, is_ragged=self.is_ragged
+        )
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether passes over several sequences have no padding."""
+        config: Any = self.twin.config
+        return config._attn_implementation == ATTENTION and config.model_type not in MAKES_KEYS_LATER
 
 
 def can_pack(model: nn.Module) -> bool:

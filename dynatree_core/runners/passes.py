@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import attrs
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor
 from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import DynaTreeError, ForwardPassError, OutOfMemoryError
-from dynatree_core.runners.base import PassOutput, Runner
+from dynatree_core.runners.base import PassOutput, Rows, Runner
 from dynatree_core.tree.flatten import FlatTrees, flatten_chain
 
-__all__ = ["PREFILL_CHUNK", "Passes", "is_out_of_memory", "out_of_memory"]
+__all__ = ["PREFILL_CHUNK", "AskedPass", "Passes", "computed", "is_out_of_memory", "out_of_memory"]
 
 # rows of one prefill pass: its mask and activations stay small beside the weights, matrix products stay efficient
 PREFILL_CHUNK = 256
@@ -62,13 +62,18 @@ class Passes:
             OutOfMemoryError: the device has no memory for the pass.
             ForwardPassError: the model raised anything else.
         """
-        flat = cache.prepare(flat)
-        if self.positions is not None:
-            flat = attrs.evolve(flat, model_positions=_at_places(self.positions, flat.position_ids))
+        flat = self.prepared(flat, cache)
         with _named_failure(flat), self.clock.measure(stage, on_device=True):
             return self.runner.forward(
                 flat, cache, hidden=hidden, last_row_only=last_row_only, is_prompt=stage == PREFILL
             )
+
+    def prepared(self, flat: FlatTrees, cache: KeyValueCache) -> FlatTrees:
+        """Rows as the runner takes them: with what the cache shows them, and the prompt's own positions."""
+        flat = cache.prepare(flat)
+        if self.positions is None:
+            return flat
+        return attrs.evolve(flat, model_positions=_at_places(self.positions, flat.position_ids))
 
     def prefill(self, token_ids: Tensor, cache: KeyValueCache, *, stage: str = PREFILL) -> None:
         """Fill the cache with committed tokens [tokens], in chunks; their logits are not wanted.
@@ -89,6 +94,69 @@ class Passes:
             if self.on_prefill is not None and stage == PREFILL:
                 self.on_prefill(cache.length, num_rows)
             yield chunk.numel()
+
+
+@attrs.frozen(eq=False)
+class AskedPass:
+    """A pass that one generation wants, to be computed alone or together with those of others."""
+
+    passes: Passes
+    flat: FlatTrees
+    cache: KeyValueCache
+    stage: str
+    last_row_only: bool = False
+    can_be_shared: bool = True  # False: its shape is part of what it says
+
+    def alone(self) -> PassOutput:
+        """Compute it.
+
+        Raises:
+            OutOfMemoryError, ForwardPassError: as `Passes.forward`.
+        """
+        return self.passes.forward(self.flat, self.cache, stage=self.stage, last_row_only=self.last_row_only)
+
+
+def computed(asked: Sequence[AskedPass]) -> list[PassOutput | Exception]:
+    """What passes of several generations say: those of one runner are one pass.
+
+    Where such a pass fails, each is computed by itself, so that an error belongs to the generation that it comes with.
+
+    Returns:
+        For each what it says, or the error that it raises alone.
+    """
+    outputs: dict[AskedPass, PassOutput | Exception] = {}
+    alike: dict[object, list[AskedPass]] = {}
+    for one in asked:
+        alike.setdefault((one.passes.runner, one.last_row_only, one.stage) if one.can_be_shared else one, []).append(
+            one
+        )
+    for group in alike.values():
+        together = _together(group) if len(group) > 1 else None
+        outputs |= zip(group, [_alone(one) for one in group] if together is None else together, strict=True)
+    return [outputs[one] for one in asked]
+
+
+def _alone(asked: AskedPass) -> PassOutput | Exception:
+    try:
+        return asked.alone()
+    except Exception as error:  # noqa: BLE001  # an observer's or a caller's among them: all belong to this one
+        return error
+
+
+def _together(group: Sequence[AskedPass]) -> Sequence[PassOutput] | None:
+    """One pass for all; None where it fails, and the caches are as before."""
+    before = [one.cache.block_len for one in group]
+    first = group[0]
+    try:
+        parts = [Rows(one.passes.prepared(one.flat, one.cache), one.cache) for one in group]
+        with ExitStack() as clocks:
+            for one in group:
+                clocks.enter_context(one.passes.clock.measure(first.stage, on_device=True))
+            return first.passes.runner.forward_together(parts, last_row_only=first.last_row_only)
+    except Exception:  # noqa: BLE001  # whatever a model raises comes again for the one that it belongs to
+        for one, rows in zip(group, before, strict=True):
+            one.cache.cut_block(rows)
+        return None
 
 
 def is_out_of_memory(error: Exception) -> bool:
