@@ -28,7 +28,7 @@ from dynatree_core.runners.choice import make_runner, runner_for
 from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.runners.native import ANGLES, NativeRunner, Twin
 from dynatree_core.testing import strategies as ours
-from dynatree_core.testing.models import ROPES, VARIANTS, VOCAB, greedy, perturbed, tiny_model, tiny_variant
+from dynatree_core.testing.models import ROPES, VARIANTS, greedy, perturbed, tiny_model, tiny_variant
 from dynatree_core.tree.flatten import FlatTrees, flatten, flatten_chain
 from dynatree_core.tree.token_tree import TokenTree
 
