@@ -152,10 +152,13 @@ def test_numbers_out_of_range_are_refused_at_once(wrong, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("layers", ["0,3", "-1"])
-def test_layers_that_the_target_lacks_are_refused_before_it_is_asked(layers, character_target, text_file, tmp_path):
+def test_layers_that_the_target_lacks_are_refused_before_it_is_loaded(
+    layers, character_target, text_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("dynatree_bench.distill.run.load_model", lambda *asked, **options: pytest.fail("it was loaded"))
     with pytest.raises(InputError, match=r"--layers must be from 0 to 2 for .*, got \["):
         command(*options(character_target, text_file, tmp_path / "drafter"), "--layers", layers)
-    assert not list((tmp_path / "drafter" / "work").iterdir())
+    assert not (tmp_path / "drafter").exists()
 
 
 def test_files_are_read_before_a_model_is_loaded(tmp_path):

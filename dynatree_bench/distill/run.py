@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from dynatree_core.errors import InputError
 from dynatree_core.files.outputs import check_out
 from dynatree_core.models import embedded
 from dynatree_core.models.architectures import vocab_size
-from dynatree_core.models.load import DEFAULT_MODEL, LoadedModel, load_model, resolve_device
+from dynatree_core.models.load import DEFAULT_MODEL, LoadedModel, load_config, load_model, resolve_device
 from dynatree_core.models.student import load_student, new_student, read_card, save_student
 
 WIDTHS = (1, 2, 4, 8, 16)
@@ -45,12 +44,12 @@ def make_drafter(request: Request, out: Path) -> Agreement:
         torch.set_num_threads(request.threads)
     check_out(out, "`dynatree distill`", lambda folder: _is_own(folder, request))
     material = request.teaching.read()
+    _check_layers(request)
     work = out / WORK
     work.mkdir(parents=True, exist_ok=True)
     device = resolve_device(request.device)
     # the teacher reads and writes much faster where the device multiplies in bfloat16
     teacher = load_model(request.target, device=request.device, dtype=str(fast_dtype(device)).removeprefix("torch."))
-    _check(request.layers, teacher)
     taught = _taught(teacher, request, material, work)
     if taught.num_too_long:
         console.print(f"{taught.num_too_long} of {len(material.prompts)} prompts are left out: the target has no room")
@@ -94,11 +93,12 @@ def _told_target(name: str | None) -> str:
     return f"{embedded.NAME} (the embedded default model)" if name in (None, DEFAULT_MODEL) else str(name)
 
 
-def _check(layers: Sequence[int], target: LoadedModel) -> None:
-    """Refuse layers that the target does not have, before hours of teaching rather than after."""
-    num_layers = int(target.model.config.num_hidden_layers)
-    if not all(0 <= layer < num_layers for layer in layers):
-        raise InputError(f"--layers must be from 0 to {num_layers - 1} for '{target.name}', got {list(layers)}")
+def _check_layers(request: Request) -> None:
+    """Refuse layers that the target does not have, before it is loaded."""
+    num_layers = int(load_config(request.target).num_hidden_layers)
+    if not all(0 <= layer < num_layers for layer in request.layers):
+        name = DEFAULT_MODEL if request.target is None else request.target
+        raise InputError(f"--layers must be from 0 to {num_layers - 1} for '{name}', got {list(request.layers)}")
 
 
 def _taught(teacher: LoadedModel, request: Request, material: Material, work: Path) -> Taught:

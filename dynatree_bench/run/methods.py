@@ -78,6 +78,7 @@ def _by_dynatree(pair: Pair, cell: Cell, prompt_ids: Sequence[int], eos: Sequenc
         inherit_settings=False,
         tokenizer=pair.target.tokenizer,
         observer=None if pair.trace is None else pair.trace.observer(),
+        trust_model=pair.is_trusted,
         **cell.method.options,
     )
     reports = list(run(session))

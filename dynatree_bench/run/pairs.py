@@ -38,6 +38,7 @@ class Pair:
     source: MarkovSource | None = None  # of the text of a synthetic pair, see dynatree_bench.data.synthetic
     drafters: Mapping[str, Drafter] = attrs.field(factory=dict)  # by name, where several were asked for
     trace: Trace | None = None  # in which our generations are recorded
+    is_trusted: bool = False  # the target was quantised in order to measure what that changes
 
     def drafting_with(self, name: str | None) -> Pair:
         """The pair with one of its drafters; None: as it is."""
@@ -88,6 +89,7 @@ class Models:
             base.layers = base.layers[: self.layers]
         if self.quantise is not None:
             quantise(pair.target.model, self.quantise)
+            pair = attrs.evolve(pair, is_trusted=True)
         return pair
 
     def settings(self) -> dict[str, Any]:

@@ -132,24 +132,27 @@ class Engine:
 
     def refresh(self) -> None:
         """Look at the models anew when the next generation begins: one of them was changed."""
-        self._is_admitted = False
+        self._admitted: set[bool] = set()  # with passes of one shape or not
         self._can_infer: dict[nn.Module, bool] = {}  # asked once: it looks at every weight
         self._runners: dict[tuple[nn.Module, str], Runner] = {}  # by the name that was asked for
         self._leases: list[_Lease] = []
         self._costs: dict[str, CostModel] = {}  # by the name of the runner
 
-    def admit(self) -> None:
+    def admit(self, *, is_fixed_width: bool = False) -> None:
         """See, once, that the target's rows are independent of each other.
 
+        Args:
+            is_fixed_width: whether all passes of the generation that begins have one shape.
+
         Raises:
-            UnsupportedModelError: they are not.
+            UnsupportedModelError: they are not, or passes of different shapes choose different tokens.
         """
-        if self._is_admitted:
+        if is_fixed_width in self._admitted:
             return
         if not self.trust_model:
-            refuse_dependent_rows(self.target, self.caller)
+            refuse_dependent_rows(self.target, self.caller, is_fixed_width=is_fixed_width)
         self._note_models([self.target])
-        self._is_admitted = True
+        self._admitted.add(is_fixed_width)
 
     def _note_models(self, models: Sequence[nn.Module]) -> None:
         self._can_infer |= {model: can_infer(model) for model in models if model not in self._can_infer}

@@ -48,7 +48,7 @@ class Lane:
     """
 
     def __init__(self, engine: Engine, request: Request, *, number: int = 0) -> None:
-        engine.admit()
+        engine.admit(is_fixed_width=request.is_fixed_width)
         self.engine = engine
         self.sequence = Sequence(request, engine.device)
         self._callers_errors: list[BaseException] = []  # raised by what the caller has given, so nobody else's fault

@@ -5,13 +5,16 @@ many there are. The families of `EXACT_FAMILIES` are shown to be so. Somebody's 
 activations that are quantised by one scale for all rows, observers that go on counting, hooks that look at the last row
 or at the number of rows, adapters that count tokens from the end. It would change the text without an error.
 
-So such a model is asked once, by some 30 passes over random tokens. All but one have at most two dozen rows:
+So such a model is asked once, by some 40 passes over random tokens. All but one have at most two dozen rows:
 
 - the same tree first and last, and with other tokens in the rows that a row may not see: bit for bit the same logits;
 - trees, one as large as they get, against passes of one row, and these against passes in the order of transformers' own
   generate (the whole prompt at once, then one row each): the same logits up to rounding. What rounding does to this
-  model is measured by passes of one row whose cached keys and values are moved by a few units in the last place, since
-  low-precision activations amplify it.
+  model is measured by passes of one row whose cached keys and values are moved by a few units in the last place.
+
+Activations that are rounded to few steps as they come amplify rounding ten thousandfold: an entry on the border of two
+steps goes to the one or the other. Then passes of two shapes choose different tokens on ordinary text, though rows are
+independent. Such a model is refused too, but for passes that all have one shape (`exact="fixed_width"`).
 """
 
 from __future__ import annotations
@@ -40,45 +43,62 @@ from dynatree_core.runners.passes import Passes
 from dynatree_core.tree.flatten import flatten
 from dynatree_core.tree.token_tree import TokenTree
 
-__all__ = ["refuse_dependent_rows", "row_fault"]
+__all__ = ["RowFault", "refuse_dependent_rows", "row_fault"]
 
 PREFIX = 20  # committed tokens, fewer where the context is shorter
 NUM_NODES = 6  # of the tree
 WIDE_ROWS = 1 + DEFAULT_MAX_NODES  # as many as a tree has at most, unless the caller allows more
 NUM_OTHERS = 3  # trees with other tokens in the hidden rows
-NUM_NOISES = 4  # passes that measure what rounding does
+NUM_NOISES = 4  # trials that measure what rounding does
 NOISE_UNITS = 64  # how far these move keys and values, in units of the last place
+STEP_UNITS = 4096  # likewise, for entries to cross the borders of steps in a small model too
 NOISE_MARGIN = 8  # a deviation so many times as large as that of the noise is not rounding
+# what noise of STEP_UNITS moves logits by, over the noise: 1 in the default model, up to 16 in small random ones and up
+# to 19 with adapters in bfloat16; 110 to 350 with int8 activations
+MAX_AMPLIFICATION = 48
 ROUNDING_UNITS = 64  # of the largest logit, that passes of other shapes may differ by in any model
 MAX_STATES = 16  # of one model that are remembered
 MAX_NAMED = 3  # parts in a message
 
-_known: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, str | None]] = weakref.WeakKeyDictionary()
+
+@attrs.frozen
+class RowFault:
+    """Why trees are not exact on a model."""
+
+    what: str  # a sentence
+    is_rounding: bool = False  # no fault where all passes have one shape, since these round alike
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, RowFault | None]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()  # a hook of the model that is tried may run another one
 
 
-def refuse_dependent_rows(model: nn.Module, caller: nn.Module) -> None:
-    """Refuse a target whose rows are not independent of each other.
+def refuse_dependent_rows(model: nn.Module, caller: nn.Module, *, is_fixed_width: bool = False) -> None:
+    """Refuse a target whose rows are not independent of each other, or whose rounding chooses tokens.
 
     Args:
         model: the model that is given passes over trees.
         caller: what its user calls: the model itself, or a wrapper around it.
+        is_fixed_width: whether all passes of a generation have one shape.
 
     Raises:
         UnsupportedModelError: naming what was found, and the parts that transformers has not made.
     """
     fault = row_fault(model, caller)
-    if fault is None:
+    if fault is None or (fault.is_rounding and is_fixed_width):
         return
     named = list(itertools.islice(foreign_parts(caller), MAX_NAMED))
+    remedy = (
+        "Quantise its weights alone, or use exact='fixed_width'" if fault.is_rounding else "Take that off the model"
+    )
     raise UnsupportedModelError(
-        f"the target ({type(caller).__name__}) cannot be decoded with trees: {fault}. Its {'; '.join(named)}. Take "
-        "that off the model, or quantise its weights alone; trust_model=True decodes it all the same"
+        f"the target ({type(caller).__name__}) cannot be decoded with trees: {fault.what}. Its {'; '.join(named)}. "
+        f"{remedy}; trust_model=True decodes it all the same"
     )
 
 
-def row_fault(model: nn.Module, caller: nn.Module | None = None) -> str | None:
-    """What is wrong with the rows of a model's passes, in a sentence; None: nothing was found.
+def row_fault(model: nn.Module, caller: nn.Module | None = None) -> RowFault | None:
+    """What is wrong with the rows of a model's passes; None: nothing was found.
 
     A model that is as transformers made it is not asked. Any other is asked once for each state it is in
     (`dynatree_core.models.state`).
@@ -102,7 +122,7 @@ def row_fault(model: nn.Module, caller: nn.Module | None = None) -> str | None:
         return fault
 
 
-def _asked(model: nn.Module, caller: nn.Module) -> str | None:
+def _asked(model: nn.Module, caller: nn.Module) -> RowFault | None:
     probe = _Probe.of(model)
     try:
         tree = probe.tree_logits(probe.tree(0))
@@ -110,18 +130,20 @@ def _asked(model: nn.Module, caller: nn.Module) -> str | None:
         stepwise = probe.stepwise_logits()
         usual = probe.usual_logits(caller)
         noise = max(_off(stepwise, probe.stepwise_logits(noise=1 + seed)) for seed in range(NUM_NOISES))
+        is_single = model.dtype == torch.float32  # float64 hardly rounds, half precision chooses tokens anyway
+        steps = [_off(stepwise, probe.stepwise_logits(1 + seed, STEP_UNITS)) for seed in range(NUM_NOISES * is_single)]
         wide = probe.tree_logits(probe.wide_tree())
         again = probe.tree_logits(probe.tree(0))  # at the end: what counts calls or has seen a token shows by then
     except ForwardPassError as error:
-        return f"a trial of a few passes failed: {error}"
+        return RowFault(f"a trial of a few passes failed: {error}")
     if stepwise.isnan().any():
         return None  # the generation says so itself
     unit = probe.unit * float(stepwise.abs().amax())
     if not _off(tree, again) <= unit:
-        return f"a pass that is repeated gives other numbers (logits move by {_off(tree, again):.2g})"
+        return RowFault(f"a pass that is repeated gives other numbers (logits move by {_off(tree, again):.2g})")
     moved = max(_off(tree, other) for other in others)
     if not moved <= unit:
-        return (
+        return RowFault(
             "its rows depend on each other: what a row says changes with the tokens of rows that it may not see "
             f"(logits move by {moved:.2g})"
         )
@@ -133,10 +155,18 @@ def _asked(model: nn.Module, caller: nn.Module) -> str | None:
     }
     for name, logits in pairs.items():
         if not (deviation := _off(stepwise, logits)) <= bound:
-            return (
+            return RowFault(
                 f"its rows depend on their place in a pass or on how many there are: {name} differ by {deviation:.2g}, "
                 f"where rounding explains {bound:.2g}"
             )
+    amplification = max(steps, default=0.0) / (STEP_UNITS * unit)
+    if amplification > MAX_AMPLIFICATION:
+        return RowFault(
+            "it amplifies rounding, as activations do that are quantised as they come: a unit in the last place of its "
+            f"keys and values moves logits by {amplification:.0f} units, so passes of other shapes choose other tokens "
+            "than generate() does",
+            is_rounding=True,
+        )
     return None
 
 
@@ -194,15 +224,15 @@ class _Probe:
         flat = flatten([tree], [cache.next_place])
         return passes.forward(flat, cache, stage="probe").logits[0, [0, 2]]
 
-    def stepwise_logits(self, noise: int | None = None) -> Tensor:
-        """By passes of one row each; with noise, behind keys and values that are a little off."""
+    def stepwise_logits(self, noise: int | None = None, units: int = NOISE_UNITS) -> Tensor:
+        """By passes of one row each; with noise by a seed, behind keys and values that are so many units off."""
         passes, cache = self._prefilled()
         if noise is not None:
             generator = torch.Generator().manual_seed(noise)
             for buffer in (*cache.keys, *cache.values):
                 rows = buffer[:, :, : cache.length]
                 sign = torch.randint(0, 2, rows.shape, generator=generator).to(rows.device) * 2 - 1
-                rows *= 1 + sign * (NOISE_UNITS * self.unit)
+                rows *= 1 + sign * (units * self.unit)
         rows_of = []
         for token_id in (self.root, self.child):
             flat = flatten([TokenTree.root(self._one(token_id))], [cache.next_place])

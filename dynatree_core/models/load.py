@@ -27,6 +27,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "LoadedModel",
     "check_model_name",
+    "load_config",
     "load_model",
     "model_folder",
     "resolve_device",
@@ -80,7 +81,7 @@ def load_model(
     weights_dtype = _resolve_dtype(dtype, where)
     name = DEFAULT_MODEL if name is None else name
     check_model_name(name)
-    is_folder = name == DEFAULT_MODEL or _is_path(name)
+    is_folder = _is_folder(name)
     location = _location(name, is_folder, progress)
     if progress is not None:
         progress(f"loading {name}" if is_folder else f"loading {name} from the model hub or its local cache")
@@ -93,6 +94,18 @@ def load_model(
         model.to(where)  # type: ignore[arg-type]  # a decorator of transformers hides its signature
     model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated
     return LoadedModel(model, tokenizer, name)
+
+
+def load_config(name: str | None) -> PreTrainedConfig:
+    """The configuration of a model by its name as in `load_model`, without its weights.
+
+    Raises:
+        ModelLoadError, DefaultModelError: as `load_model`.
+    """
+    name = DEFAULT_MODEL if name is None else name
+    check_model_name(name)
+    is_folder = _is_folder(name)
+    return _load_config(name, _location(name, is_folder, None), is_folder)
 
 
 def check_model_name(name: str | None) -> None:
@@ -120,7 +133,7 @@ def model_folder(name: str | None) -> Path:
         ModelLoadError: there is no such folder.
     """
     name = DEFAULT_MODEL if name is None else name
-    if name == DEFAULT_MODEL or _is_path(name):
+    if _is_folder(name):
         return Path(_location(name, True, None))
     fetched = hub.fetched_folder(name)
     if fetched is None:
@@ -159,6 +172,11 @@ def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     if dtype not in _DTYPES:
         raise ParameterError(f"the dtype must be one of auto, {', '.join(_DTYPES)}, got '{dtype}'")
     return cast(torch.dtype, getattr(torch, dtype))
+
+
+def _is_folder(name: str) -> bool:
+    """Whether it is no id of the hub."""
+    return name == DEFAULT_MODEL or _is_path(name)
 
 
 def _is_path(name: str) -> bool:
