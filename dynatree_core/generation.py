@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.engine.engine import ENGINE_OPTIONS, Engine
 from dynatree_core.engine.handle import Handle
+from dynatree_core.engine.lane import Lane
 from dynatree_core.engine.observer import Observer, observers_of
-from dynatree_core.engine.recovery import ended_by, filled, step
+from dynatree_core.engine.recovery import ended_by, filled, step, steps
 from dynatree_core.engine.session import Session
 from dynatree_core.errors import BatchError, DynaTreeError, InputError, ParameterError, PromptError
 from dynatree_core.report import GenerationResult
 from dynatree_core.trace.record import Trace, tracing
 from dynatree_core.tree.verdict import StepReport
 
-__all__ = ["generate", "generate_batch", "run", "stream", "stream_batch"]
+__all__ = ["generate", "generate_batch", "run", "run_beside", "stream", "stream_batch"]
 
 Result = TypeVar("Result")
 
@@ -137,17 +138,51 @@ def run(session: Session) -> Iterator[StepReport]:
     """
     reason = "error"  # of its end, where the tokens do not say so
     try:
-        yield from _steps(session)
-    except (DynaTreeError, RuntimeError, MemoryError) as error:
-        ended = ended_by(session, error)
-        if ended is error:
-            raise
-        raise ended from error
+        with _ending(session):
+            yield from _steps(session)
     except (KeyboardInterrupt, GeneratorExit):  # Ctrl-C, or a caller that has stopped listening
         reason = "interrupted"
         raise
     finally:
         session.report_end(reason)
+
+
+def run_beside(sessions: Sequence[Session]) -> None:
+    """Drive sessions of one engine to their ends, in the same iterations and by the same passes.
+
+    Raises:
+        Exception: what one of them fails with; a `DynaTreeError` has what that one has committed as its `partial`. The
+            others stay where they are.
+    """
+    reason = "error"
+    try:
+        for session in sessions:
+            if session.stop_reason is None:
+                with _ending(session):
+                    for _ in filled(session):
+                        pass
+        while going := [session for session in sessions if session.stop_reason is None]:
+            for lane, outcome in steps(going).items():
+                if isinstance(outcome, Exception):
+                    with _ending(lane):
+                        raise outcome
+        reason = "interrupted"
+    finally:
+        for session in sessions:
+            session.keep_prefix()
+            session.report_end(reason)
+
+
+@contextlib.contextmanager
+def _ending(lane: Lane) -> Iterator[None]:
+    """What the block raises ends this sequence: it gets its name and what was committed."""
+    try:
+        yield
+    except (DynaTreeError, RuntimeError, MemoryError) as error:
+        ended = ended_by(lane, error)
+        if ended is error:
+            raise
+        raise ended from error
 
 
 def _steps(session: Session) -> Iterator[StepReport]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -99,7 +100,7 @@ class Stop(StoppingCriteria):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_looks_at_all_rows_is_refused(asked, message):
-    with pytest.raises(ParameterError, match=f"one after the other, which cannot be done with .*{message}"):
+    with pytest.raises(ParameterError, match=f"each by itself, which cannot be done with .*{message}"):
         TARGET.generate(PROMPTS, **PLAIN, **asked, **TREES)
 
 
@@ -214,3 +215,18 @@ def test_padding_behind_a_prompt_is_refused():
     ):
         with pytest.raises(PromptError, match="padded at its left only"):
             call()
+
+
+def test_rows_share_the_targets_passes():
+    target = copy.deepcopy(TARGET)
+    shapes = []
+    target.register_forward_pre_hook(
+        lambda _, given, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    prompts = torch.tensor([[3, 1, 4], [1, 5, 9], [2, 6, 5]])
+    asked = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+    plain = TARGET.generate(prompts, **asked)
+    options = {"trust_model": True}
+    found = target.generate(prompts, custom_generate=hf.generate, drafter=None, options=options, **asked)
+    assert torch.equal(found, plain)
+    assert [lanes for lanes, _ in shapes if lanes > 1] == [3] * 6

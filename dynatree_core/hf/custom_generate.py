@@ -29,9 +29,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from dynatree_core.cache.transformers_cache import check_kept_as_is, leave_rows, take_rows
 from dynatree_core.drafters.base import Drafter
+from dynatree_core.engine.engine import ENGINE_OPTIONS, Engine
 from dynatree_core.engine.session import Session
 from dynatree_core.errors import ParameterError
-from dynatree_core.generation import run
+from dynatree_core.generation import run, run_beside
 from dynatree_core.hf.kept_back import WITHOUT_A_WAY, SignatureWithTokenizer, callers_arguments
 from dynatree_core.hf.rows import (
     check_rows,
@@ -44,6 +45,7 @@ from dynatree_core.hf.rows import (
 from dynatree_core.models.adapters import adapters_of_rows
 from dynatree_core.models.architectures import cache_argument
 from dynatree_core.request.refused import refused_settings
+from dynatree_core.request.sampling import Sampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +55,7 @@ __all__ = ["FOLDER", "generate", "generate_with"]
 FOLDER = str(Path(__file__).with_name("folder"))  # by transformers' convention for decoding loops in a folder
 
 _CACHES = ("cache", "past_key_values")  # the argument's name from transformers 5.24.0 on, and before
+MAX_BESIDE = 16  # rows of a batch that are decoded at once; the memory of their caches is there for the next ones
 # what generate() prepares for its own loop and a session makes for itself
 _NOT_NEEDED = {"use_cache", "logits_to_keep", "cache_position", "position_ids", "attention_mask", *_CACHES}
 
@@ -121,8 +124,8 @@ def generate(
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """For `model.generate(**inputs, custom_generate=generate, drafter=..., policy=...)`; not to be called otherwise.
 
-    Several sequences, by a batch of prompts or `num_return_sequences`, are generated one after the other, with the
-    tokens that generate() gives them (`dynatree_core.hf.rows`).
+    Several sequences, by a batch of prompts or `num_return_sequences`, are generated beside each other, by passes that
+    they share, with the tokens that generate() gives them (`dynatree_core.hf.rows`).
 
     Args:
         model: the target.
@@ -170,7 +173,7 @@ def generate(
             streamer.put(input_ids.cpu())
         if asked.num_rows == 1:
             return _one_row(asked, streamer)
-        sequences = (_rows_in_step if looks_at_all_rows(asked.criteria) else _rows_in_turn)(asked)
+        sequences = (_rows_in_step if looks_at_all_rows(asked.criteria) else _rows_beside)(asked)
         return _several(asked, sequences.to(input_ids.device))
 
 
@@ -215,23 +218,30 @@ def _one_row(asked: _Asked, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput
     return GenerateDecoderOnlyOutput(**fields)
 
 
-def _rows_in_turn(asked: _Asked) -> Tensor:
-    """One row after the other; with sampling each draws what generate() draws for it in the batch."""
+def _rows_beside(asked: _Asked) -> Tensor:
+    """All rows in the same iterations; with sampling each draws what generate() draws for it in the batch."""
+    engine = _engine(asked)
     rows: list[Tensor] = []
-    began: Tensor | None = None  # where the random generator stood: every row begins there
-    ends: list[Tensor] = []  # where each row has left it; a batch leaves it where the longest does
-    for row in range(asked.num_rows):
-        session = _session(asked, row, processors_of_row(asked.processors, row), asked.criteria)
-        if session.sampler is not None:
-            began = session.sampler.state() if began is None else began
-            session.sampler.restore(began)
-            session.sampler.draw_for(row, asked.num_rows)
-        for _ in run(session):
-            pass
-        rows.append(session.text[0])
-        if session.sampler is not None:
-            ends.append(session.sampler.state())
-            session.sampler.restore(max(zip(rows, ends, strict=True), key=lambda pair: pair[0].numel())[1])
+    samplers: list[Sampler] = []
+    began: Tensor | None = None  # where the random generator stands: every row begins there
+    for first in range(0, asked.num_rows, MAX_BESIDE):
+        numbers = range(first, min(first + MAX_BESIDE, asked.num_rows))
+        sessions = [
+            _session(asked, row, processors_of_row(asked.processors, row), asked.criteria, engine) for row in numbers
+        ]
+        for row, session in zip(numbers, sessions, strict=True):
+            if session.sampler is not None:
+                began = session.sampler.state() if began is None else began
+                session.sampler.draw_for(row, asked.num_rows)
+                session.sampler.apart(began)
+                samplers.append(session.sampler)
+        run_beside(sessions)
+        rows += [session.text[0] for session in sessions]
+        for session in sessions:
+            session.release()
+    if samplers:  # a batch leaves the generator where the longest row does
+        _, longest = max(zip(rows, samplers, strict=True), key=lambda pair: pair[0].numel())
+        longest.rejoin(longest.state())
     return joined(rows, pad_id_of(asked.config))
 
 
@@ -273,10 +283,16 @@ def _several(asked: _Asked, sequences: Any) -> Tensor | GenerateDecoderOnlyOutpu
     return GenerateDecoderOnlyOutput(sequences=sequences) if asked.config.return_dict_in_generate else sequences
 
 
-def _session(asked: _Asked, row: int, processors: list[Any], criteria: Sequence[Any]) -> Session:
-    return Session(
-        asked.model,
-        asked.drafter,
+def _engine(asked: _Asked) -> Engine:
+    of_engine = {name: value for name, value in asked.options.items() if name in ENGINE_OPTIONS}
+    return Engine(asked.model, asked.drafter, **of_engine)
+
+
+def _session(
+    asked: _Asked, row: int, processors: list[Any], criteria: Sequence[Any], engine: Engine | None = None
+) -> Session:
+    return Session.on(
+        _engine(asked) if engine is None else engine,
         asked.input_ids[row : row + 1],
         policy=asked.policy,
         # the caller's criterion may have taken the place of the config's
@@ -288,7 +304,7 @@ def _session(asked: _Asked, row: int, processors: list[Any], criteria: Sequence[
         stopping_criteria=criteria,
         generation_config=_only_sampling(asked.config.do_sample),
         inherit_settings=False,  # generate() has made processors and criteria of them
-        **asked.options,
+        **{name: value for name, value in asked.options.items() if name not in ENGINE_OPTIONS},
     )
 
 

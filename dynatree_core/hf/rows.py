@@ -1,4 +1,4 @@
-"""Several sequences in one call of generate(), decoded one after the other with the tokens that a batch gives them.
+"""Several sequences in one call of generate(), each decoded by itself with the tokens that a batch gives it.
 
 A batch decodes its rows independently of each other, but for three things: who ended early is padded, a random number
 is drawn for each row in each step, and processors and criteria see all rows at once. Of the processors only such are
@@ -32,7 +32,7 @@ def check_rows(
     *,
     is_cache_callers: bool,
 ) -> None:
-    """Refuse what cannot be done one row after the other as a batch does it.
+    """Refuse what cannot be done for each row by itself as a batch does it.
 
     Raises:
         ParameterError: naming it.
@@ -51,8 +51,7 @@ def check_rows(
         fault = "a cache of the caller's"
     if fault:
         raise ParameterError(
-            f"several sequences are decoded one after the other, which cannot be done with {fault}; give one prompt a "
-            "call"
+            f"several sequences are decoded each by itself, which cannot be done with {fault}; give one prompt a call"
         )
 
 

@@ -24,6 +24,7 @@ class Sampler:
     """
 
     def __init__(self, device: torch.device, seed: int | None) -> None:
+        self._device = device
         if seed is not None:
             self._generator = torch.Generator(device).manual_seed(seed)
         elif device.type == "cuda":
@@ -31,11 +32,23 @@ class Sampler:
         else:
             self._generator = torch.default_generator
 
+        self._other = self._generator  # while it draws apart from it
         self._row, self._num_rows = 0, 1
 
     def draw_for(self, row: int, num_rows: int) -> None:
         """From now on, draw what this row of a batch would get from a draw for all its rows."""
         self._row, self._num_rows = row, num_rows
+
+    def apart(self, state: Tensor) -> None:
+        """Draw from now on from a generator of its own, which begins in this state of the other one."""
+        self._other = self._generator
+        self._generator = torch.Generator(self._device)
+        self._generator.set_state(state)
+
+    def rejoin(self, state: Tensor) -> None:
+        """Draw from the other generator again, and put that into this state."""
+        self._generator = self._other
+        self.restore(state)
 
     def draw(self, scores: Tensor) -> Tensor:
         """A token id [1] for scores [1, vocab], which are unnormalised log-probabilities."""
