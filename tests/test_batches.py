@@ -17,6 +17,7 @@ from dynatree_core.errors import (
     BatchError,
     ContextLimitError,
     NonFiniteLogitsError,
+    OutOfMemoryError,
     ParameterError,
     PolicyError,
     PromptError,
@@ -365,6 +366,68 @@ def test_observers_hear_whose_iteration_it_is():
     generate_batch(tiny_model("llama"), "prompt_lookup", PROMPTS[:3], max_new_tokens=4, observer=observer)
     for kind in ("commit", "level"):
         assert {sequence for heard, sequence in observer.heard if heard == kind} == {0, 1, 2}
+
+
+def test_who_is_put_back_when_memory_is_short_goes_on_later_as_if_nothing_had_been(monkeypatch):
+    monkeypatch.setattr("dynatree_core.engine.lane.SLOT_BLOCK", 8)
+    target = tiny_model("llama")
+    row_bytes = 2 * 2 * 2 * 8 * 8  # layers, keys and values, heads, head_dim, float64
+    engine = Engine(target, perturbed("llama"), max_bytes=60 * row_bytes, max_sequences=4)
+    options = {"max_new_tokens": 30, "eos_token_id": [], "max_nodes": 4}
+    handles = [engine.submit(prompt, **options) for prompt in PROMPTS]
+    sampled = engine.submit(PROMPTS[2], do_sample=True, seed=4, **options)
+    most, events = 0, []
+    while not all(handle.is_done for handle in (*handles, sampled)):
+        events += engine.step()
+        most = max(most, sum(one.lane.cache.num_bytes for one in engine._scheduler._running))
+    assert [handle.result().token_ids for handle in handles] == [greedy(target, prompt, 30) for prompt in PROMPTS]
+    assert sampled.result().token_ids == reference(target, PROMPTS[2], 30, do_sample=True, seed=4)
+    preempted = [event.handle.number for event in events if event.kind == "preempted"]
+    assert engine.load.num_preempted == len(preempted) > 0
+    assert 0 not in preempted, "the oldest goes on"
+    assert most <= engine.max_bytes
+
+
+def test_a_sequence_that_does_not_fit_alone_fails_and_the_next_runs(monkeypatch):
+    monkeypatch.setattr("dynatree_core.engine.lane.SLOT_BLOCK", 8)
+    engine = Engine(tiny_model("llama"), None, max_bytes=40 * 512)
+    long = engine.submit([1] * 60, max_new_tokens=4, max_nodes=0)
+    short = engine.submit(PROMPTS[0], max_new_tokens=4, max_nodes=0, eos_token_id=[])
+    assert short.result().token_ids == greedy(engine.target, PROMPTS[0], 4)
+    with pytest.raises(OutOfMemoryError, match="must fit into max_bytes=20480"):
+        long.result()
+
+
+def test_out_of_memory_ends_the_step_and_not_the_engine():
+    """No memory for passes of more than two rows: one sequence after the other has to wait."""
+    target = copy.deepcopy(tiny_model("llama"))
+    engine = Engine(target, None, trust_model=True)
+    handles = [engine.submit(prompt, max_new_tokens=8, eos_token_id=[]) for prompt in PROMPTS]
+    engine.step()
+    state = {"is_short": True}
+
+    def allocate(_: Any, given: Any, named: Any) -> None:
+        if state["is_short"] and named["input_ids"].numel() <= 4:
+            raise torch.OutOfMemoryError("of a test")
+
+    target.register_forward_pre_hook(allocate, with_kwargs=True)
+    kinds = [event.kind for event in engine.step()]
+    assert kinds == ["preempted"]
+    state["is_short"] = False
+    run_dry(engine)
+    assert [handle.result().token_ids for handle in handles] == [greedy(target, prompt, 8) for prompt in PROMPTS]
+
+
+def test_a_sequence_may_be_cancelled_while_it_waits_again(monkeypatch):
+    engine = Engine(tiny_model("llama"), None)
+    handles = [engine.submit(prompt, max_new_tokens=8, eos_token_id=[]) for prompt in PROMPTS[:2]]
+    engine.step()
+    engine._scheduler._put_back()
+    assert (engine.load.num_waiting, engine.load.num_running) == (1, 1)
+    assert handles[1].partial.token_ids == handles[1].token_ids
+    engine.cancel(handles[1])
+    assert handles[1].result().token_ids == greedy(engine.target, PROMPTS[1], 8)[:1]
+    assert handles[0].result().token_ids == greedy(engine.target, PROMPTS[0], 8)
 
 
 def test_a_request_is_good_for_one_sequence():

@@ -31,6 +31,8 @@ class KeyValueCache(abc.ABC):
     has_all_rows: ClassVar[bool] = False
     # whether a pass may write its rows into `keys` and `values` itself, between `reserve` and `append`
     can_record: ClassVar[bool] = False
+    # whether `grow` gives it more slots
+    can_grow: ClassVar[bool] = False
 
     capacity: int
     keys: list[Tensor]
@@ -124,6 +126,19 @@ class KeyValueCache(abc.ABC):
         Raises:
             CacheError: there is a block, and it is not the only lane.
         """
+
+    @property
+    def num_bytes(self) -> int:
+        """What its buffers take up by now."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in (*self.keys, *self.values))
+
+    def grow(self, capacity: int) -> None:
+        """Have at least so many slots in each lane, between two steps; rows stay.
+
+        Raises:
+            CacheError: it cannot.
+        """
+        raise self._cannot("can_grow")
 
     # of a cache that has all rows
 

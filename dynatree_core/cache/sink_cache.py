@@ -148,6 +148,11 @@ class SinkCache(Cache, KeyValueCache):
         return self._rows.length - self._front
 
     @property
+    def num_bytes(self) -> int:
+        """What its buffers take up by now."""
+        return self._rows.num_bytes
+
+    @property
     def length(self) -> int:
         """Committed tokens of the text, whether or not they are still seen."""
         return self._num_turned_back + self.next_place

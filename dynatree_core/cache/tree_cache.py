@@ -35,6 +35,7 @@ class TreeCache(Cache, KeyValueCache):
 
     has_all_rows = True
     can_record = True
+    can_grow = True
 
     def __init__(self, capacity: int, *, lanes: int = 1, is_zeroed: bool = False) -> None:
         super().__init__(layers=[])
@@ -211,6 +212,25 @@ class TreeCache(Cache, KeyValueCache):
         for buffer, rows in zip((*self.keys, *self.values), (*keys, *values), strict=True):
             buffer[lane, :, :length] = rows[0, :, :length]
         self.lengths[lane] = length
+
+    @torch.inference_mode()
+    def grow(self, capacity: int) -> None:
+        """Have more slots, as `KeyValueCache.grow`: rows move to larger buffers, one buffer after the other."""
+        if self.block_len > 0:
+            raise CacheError(f"a cache grows between two steps, got a block of {self.block_len} rows; commit it first")
+        more = capacity - self.capacity
+        if more <= 0:
+            return
+        for buffers in (self.keys, self.values):
+            for layer, buffer in enumerate(buffers):
+                lanes, heads, _, head_dim = buffer.shape
+                with torch.inference_mode(False):
+                    larger = buffer.new_empty(lanes, heads, capacity, head_dim)
+                    if self._is_zeroed:
+                        larger.zero_()
+                larger[:, :, : self.length] = buffer[:, :, : self.length]
+                buffers[layer] = larger
+        self.capacity = capacity
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Rows that the next pass finds before its own; asked by models that are given no positions."""

@@ -23,6 +23,7 @@ from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
 from dynatree_core.drafters.build import as_drafter
 from dynatree_core.engine.handle import Event, Handle
+from dynatree_core.engine.lane import in_blocks, slots_of
 from dynatree_core.engine.row_probe import refuse_dependent_rows
 from dynatree_core.engine.scheduler import Load, Scheduler
 from dynatree_core.errors import DrafterError, ForwardPassError, OutOfMemoryError, ParameterError
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 __all__ = ["Engine"]
 
 ENGINE_OPTIONS = ("costs", "now", "prefix_cache", "runner", "tokenizer", "trust_model")
-CAPACITY_STEP = 256  # slots: a cache is made a little larger than asked, so that it suits the next generation too
 
 
 @attrs.define(eq=False)
@@ -78,6 +78,9 @@ class Engine:
         now: seconds since any moment, for the times in reports; None: the host's clock.
         max_sequences: sequences that run at once.
         max_waiting: requests that may wait for a place among them.
+        max_bytes: what the target's caches of all that run by `submit` may take up together. Slots are given out in
+            blocks as texts grow; when they are short the youngest sequence waits again, and is computed anew later.
+            None: a cache has room for the whole text from the start.
         make_runner: gives the runner of a model by the runner's name, for who watches or prices passes by a runner that
             is made around another.
 
@@ -98,6 +101,7 @@ class Engine:
         now: Callable[[], float] | None = None,
         max_sequences: int = 8,
         max_waiting: int = 1024,
+        max_bytes: int | None = None,
         make_runner: Callable[[nn.Module, str], Runner] = made_runner,
     ) -> None:
         if not isinstance(prefix_cache, PrefixCache | None):
@@ -105,6 +109,7 @@ class Engine:
         self._scheduler = Scheduler(
             checked_count("max_sequences", max_sequences, 1), checked_count("max_waiting", max_waiting, 0)
         )
+        self.max_bytes = None if max_bytes is None else checked_count("max_bytes", max_bytes, 1)
         self._given: weakref.WeakSet[Request] = weakref.WeakSet()  # requests that were submitted, here or elsewhere
         self.caller = target  # as the caller knows it, such as PEFT's wrapper
         self.target = plain_model(target, "target", is_trusted=trust_model)
@@ -136,6 +141,7 @@ class Engine:
         self._can_infer: dict[nn.Module, bool] = {}  # asked once: it looks at every weight
         self._runners: dict[tuple[nn.Module, str], Runner] = {}  # by the name that was asked for
         self._leases: list[_Lease] = []
+        self._row_bytes = 0
         self._costs: dict[str, CostModel] = {}  # by the name of the runner
 
     def admit(self, *, is_fixed_width: bool = False) -> None:
@@ -286,7 +292,7 @@ class Engine:
         own_positions = None if positions is None else torch.tensor(positions, device=self.device)
         return Passes(runner, clock, positions=own_positions, on_prefill=on_prefill)
 
-    def new_cache(self, request: Request, owner: object) -> KeyValueCache:
+    def new_cache(self, request: Request, owner: object, num_slots: int | None = None) -> KeyValueCache:
         """An empty cache for the target's rows of one generation.
 
         It has the memory of an earlier generation's, where that is gone.
@@ -294,6 +300,7 @@ class Engine:
         Args:
             request: the generation's.
             owner: whose cache it is as long as this object lives.
+            num_slots: that are enough for now, of a cache that can grow; None: as many as the whole text needs.
 
         Raises:
             ParameterError: the runner has a cache of its own, which cannot be bounded.
@@ -306,19 +313,27 @@ class Engine:
             )
         if request.kept is not None:
             return SinkCache(self.target, request.kept, request.limits.max_nodes)
-        capacity = request.num_tokens + max(request.limits.max_nodes, request.pass_rows)
+        capacity = slots_of(request)
         if request.is_fixed_width:  # the capacity is part of its passes' shape
             return runner.new_cache(capacity, is_zeroed=True)
+        if num_slots is not None:
+            small = runner.new_cache(min(in_blocks(num_slots), capacity))
+            return small if small.can_grow else runner.new_cache(capacity)
         with self._lock:
             lease = next((one for one in self._leases if one.suits(runner, capacity)), None)
             if lease is None:
                 self._leases = [one for one in self._leases if one.owner() is not None]  # too small, and nobody's
-                roomy = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
-                lease = _Lease(runner, runner.new_cache(roomy, is_zeroed=False))
+                lease = _Lease(runner, runner.new_cache(in_blocks(capacity), is_zeroed=False))
                 self._leases.append(lease)
             lease.owner = weakref.ref(owner)
         lease.cache.truncate(0)
         return lease.cache
+
+    def row_bytes(self, cache: KeyValueCache) -> int:
+        """What a row of the target takes up; 0 before the first pass of a cache with all rows."""
+        if not self._row_bytes and cache.has_all_rows:
+            self._row_bytes = cache.row_bytes
+        return self._row_bytes
 
     def take_back(self, cache: KeyValueCache) -> None:
         """A generation needs the memory of its cache no more."""

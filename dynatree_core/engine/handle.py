@@ -25,7 +25,7 @@ class Event:
 
     handle: Handle
     # "started" (it has a lane), "prefilled" (a chunk of its prompt), "tokens" (see `report`), "stopped" (it has all its
-    # tokens), "cancelled", or "failed" (see `handle.error`)
+    # tokens), "cancelled", "preempted" (it waits again, since memory is short), or "failed" (see `handle.error`)
     kind: str
     report: StepReport | None = None  # of "tokens"
     num_tokens: int = 0  # of "prefilled": those of the chunk; of "tokens": those that were committed
@@ -108,10 +108,12 @@ class Handle:
     @property
     def partial(self) -> GenerationResult:
         """What there is by now."""
+        return self._result or self.partial_at("interrupted")
+
+    def partial_at(self, stop_reason: str) -> GenerationResult:
+        """What there is by now, of a sequence that ends for this reason."""
         lane = self._lane
-        if lane is not None:
-            return lane.result()
-        return self._result or unstarted_result(self.engine, self.request, "interrupted")
+        return unstarted_result(self.engine, self.request, stop_reason) if lane is None else lane.result(stop_reason)
 
     def new_tokens(self) -> list[int]:
         """The tokens since the last call. It does not wait."""
@@ -159,7 +161,7 @@ class Handle:
 
     def start(self, lane: Lane, now: float) -> None:
         """It has a lane."""
-        self._lane, self.started_at = lane, now
+        self._lane, self.started_at = lane, now if self.started_at is None else self.started_at
 
     def hear(self, report: StepReport, now: float) -> None:
         """Tokens were committed.

@@ -32,7 +32,9 @@ from dynatree_core.tree.verdict import StepReport
 if TYPE_CHECKING:
     from dynatree_core.engine.engine import Engine
 
-__all__ = ["Lane", "unstarted_result"]
+__all__ = ["Lane", "in_blocks", "slots_of", "unstarted_result"]
+
+SLOT_BLOCK = 256  # slots are given out in such blocks, so that the memory of a cache suits the next generation too
 
 
 class Lane:
@@ -42,33 +44,42 @@ class Lane:
         engine: whose models compute it.
         request: what is asked.
         number: of the sequence among those of the engine, for observers.
+        is_growing: whether its cache has room for the next iteration only, and is given more by `make_room`.
 
     Raises:
         InputError: the drafter cannot serve the request.
     """
 
-    def __init__(self, engine: Engine, request: Request, *, number: int = 0) -> None:
+    def __init__(self, engine: Engine, request: Request, *, number: int = 0, is_growing: bool = False) -> None:
         engine.admit(is_fixed_width=request.is_fixed_width)
         self.engine = engine
         self.sequence = Sequence(request, engine.device)
         self._callers_errors: list[BaseException] = []  # raised by what the caller has given, so nobody else's fault
-        on_prefill = request.on_prefill and _noting(request.on_prefill, self._callers_errors)
+        self._on_prefill = request.on_prefill and _noting(request.on_prefill, self._callers_errors)
+        self._is_growing = is_growing
         self.clock = engine.new_clock()
         observers = observers_of(request.observer)
         self.observer = Watch(observers, self.clock, number) if observers else None  # None costs nothing
-        self.target = engine.new_passes(request, self.clock, on_prefill)
-        self.cache = engine.new_cache(request, self)
+        self.target = engine.new_passes(request, self.clock, self._on_prefill)
+        self.num_reused_tokens = 0  # of the prompt, whose rows came from the prefix cache
+        # reports and frontiers keep it, so it must not hold the session
+        self.measure_costs = functools.partial(engine.costs, request.is_fixed_width, self.clock)
+        self._take_place()
+
+    def _take_place(self, *, is_drafting: bool = True) -> None:
+        """Take caches, and begin to draft."""
+        engine, request = self.engine, self.request
+        self.cache = engine.new_cache(request, self, self.num_slots_needed if self._is_growing else None)
         # of every verification pass at least, so that all passes round alike
         self.pass_shape = (
             {"min_rows": request.pass_rows, "min_slots": self.cache.capacity} if request.is_fixed_width else {}
         )
         self.prefix = engine.new_prefix(request, self.cache)
-        self.num_reused_tokens = 0  # of the prompt, whose rows came from the prefix cache
-        # reports and frontiers keep it, so it must not hold the session
-        self.measure_costs = functools.partial(engine.costs, request.is_fixed_width, self.clock)
+        if not is_drafting:
+            return
         try:
             with self.blame_drafter(InputError):
-                self.sequence.draft_state = engine.start_drafter(request, self.clock, self.prefix, on_prefill)
+                self.sequence.draft_state = engine.start_drafter(request, self.clock, self.prefix, self._on_prefill)
         except DrafterError as error:
             self.fall_back(error)
 
@@ -278,6 +289,35 @@ class Lane:
 
         return others_code(blame, DrafterError, *but)
 
+    @property
+    def num_slots_needed(self) -> int:
+        """Slots that the target's cache needs for what there is and for the next iteration."""
+        limits = self.sequence.limits
+        rows = 1 + max(limits.max_nodes, self.request.pass_rows)
+        return min(self.committed_ids.numel() + rows, slots_of(self.request))
+
+    @property
+    def num_bytes_needed(self) -> int:
+        """What the target's cache will take up in the next iteration; 0 before anybody knows what a row takes."""
+        if self.request.kept is not None or not self.cache.can_grow:
+            return self.cache.num_bytes
+        return max(in_blocks(self.num_slots_needed), self.cache.capacity) * self.engine.row_bytes(self.cache)
+
+    def make_room(self) -> None:
+        """Have the slots that the next iteration needs."""
+        if self.cache.can_grow and self.cache.capacity < self.num_slots_needed:
+            self.cache.grow(min(in_blocks(self.num_slots_needed), slots_of(self.request)))
+
+    def suspend(self) -> None:
+        """Give all memory back. The tokens stay; `resume` goes on from them."""
+        self.sequence.restore_draws()
+        self._was_drafting = self.draft_state is not None
+        self.release()
+
+    def resume(self) -> None:
+        """Take caches again, to be filled with all committed tokens but the last."""
+        self._take_place(is_drafting=self._was_drafting)
+
     def release(self) -> None:
         """Give the cache's memory back to the engine. The lane can do nothing more, but its result stays."""
         self.engine.take_back(self.cache)
@@ -307,6 +347,16 @@ class Lane:
             steps=self.steps,
             clock=self.clock,
         )
+
+
+def slots_of(request: Request) -> int:
+    """Slots that the target's cache needs for a whole text with its last tree."""
+    return request.num_tokens + max(request.limits.max_nodes, request.pass_rows)
+
+
+def in_blocks(num_slots: int) -> int:
+    """So many slots, in whole blocks."""
+    return -(-num_slots // SLOT_BLOCK) * SLOT_BLOCK
 
 
 def unstarted_result(engine: Engine, request: Request, stop_reason: str) -> GenerationResult:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import attrs
 
 from dynatree_core.engine.handle import Event, Handle
-from dynatree_core.engine.lane import Lane, unstarted_result
+from dynatree_core.engine.lane import Lane, in_blocks, slots_of
 from dynatree_core.engine.recovery import ended_by, filled, named_lack_of_memory, steps
-from dynatree_core.errors import ParameterError, QueueFullError
+from dynatree_core.errors import OutOfMemoryError, ParameterError, QueueFullError
 from dynatree_core.request.request import Request
 from dynatree_core.runners.passes import PREFILL_CHUNK
 from dynatree_core.tree.verdict import StepReport
@@ -37,6 +37,7 @@ class Load:
     num_running: int  # sequences with one
     # the longest time between two iterations of one sequence so far, others' prompts and iterations among it
     longest_pause_seconds: float
+    num_preempted: int  # times that a sequence had to wait again since memory was short
 
 
 @attrs.define(eq=False)
@@ -64,6 +65,9 @@ class Scheduler:
         self._running: list[_Running] = []
         self._cancelled: set[Handle] = set()  # to be ended by the next step
         self._num_submitted = 0
+        self._num_lanes = max_sequences  # fewer after memory was short, until a sequence ends
+        self._suspended: dict[Handle, Lane] = {}  # of those that wait again
+        self._num_put_back = 0
         self._longest_pause = 0.0
         self._lock = threading.Lock()  # of what other threads may change: the waiting line and who is cancelled
         self._stepping = threading.Lock()
@@ -72,7 +76,7 @@ class Scheduler:
     @property
     def load(self) -> Load:
         with self._lock:
-            return Load(len(self._waiting), len(self._running), self._longest_pause)
+            return Load(len(self._waiting), len(self._running), self._longest_pause, self._num_put_back)
 
     def submit(
         self, engine: Engine, request: Request, on_report: Callable[[Handle, StepReport], object] | None
@@ -122,6 +126,7 @@ class Scheduler:
                 events = self._drop_cancelled(engine)
                 events += self._start(engine)
                 events += self._fill(engine)
+                events += self._make_room(engine)
                 events += self._iterate(engine)
                 return events + self._drop_cancelled(engine)
             finally:
@@ -134,7 +139,8 @@ class Scheduler:
             for handle in waiting:
                 self._waiting.remove(handle)
         for handle in waiting:
-            handle.end(unstarted_result(engine, handle.request, "cancelled"), engine.now())
+            self._suspended.pop(handle, None)
+            handle.end(handle.partial_at("cancelled"), engine.now())
         running = [running for running in self._running if running.handle in cancelled]
         for one in running:
             self._end(engine, one, "cancelled")
@@ -145,13 +151,24 @@ class Scheduler:
         events: list[Event] = []
         while True:
             with self._lock:
-                if not self._waiting or len(self._running) >= self.max_sequences:
+                if not self._waiting or len(self._running) >= self._num_lanes:
                     return events
                 handle = self._waiting.popleft()
+            if not self._has_memory(engine, handle):
+                with self._lock:
+                    self._waiting.appendleft(handle)
+                return events
             try:
-                lane = Lane(engine, handle.request, number=handle.number)
+                lane = self._suspended.get(handle)
+                if lane is None:
+                    is_growing = engine.max_bytes is not None
+                    lane = Lane(engine, handle.request, number=handle.number, is_growing=is_growing)
+                else:
+                    lane.resume()
+                self._suspended.pop(handle, None)
             except Exception as error:  # noqa: BLE001  # whatever it is belongs to this sequence
-                handle.end(unstarted_result(engine, handle.request, "error"), engine.now(), named_lack_of_memory(error))
+                self._suspended.pop(handle, None)
+                handle.end(handle.partial_at("error"), engine.now(), named_lack_of_memory(error))
                 events.append(Event(handle, "failed"))
                 continue
             except BaseException:  # such as Ctrl-C: it is still the first in the line
@@ -166,6 +183,52 @@ class Scheduler:
             if lane.stop_reason is not None:  # nothing is asked for
                 self._end(engine, one)
                 events.append(Event(handle, "stopped"))
+
+    def _has_memory(self, engine: Engine, handle: Handle) -> bool:
+        """Whether a sequence may start beside those that run."""
+        if engine.max_bytes is None or not self._running:
+            return True
+        used = [one.lane.num_bytes_needed for one in self._running]
+        if not all(used):
+            return False  # nobody knows yet what a row takes up
+        row_bytes = engine.row_bytes(self._running[0].lane.cache)
+        request = handle.request
+        slots = in_blocks(
+            min(len(request.prompt_ids) + handle.num_tokens + 1 + request.limits.max_nodes, slots_of(request))
+        )
+        return sum(used) + slots * row_bytes <= engine.max_bytes
+
+    def _make_room(self, engine: Engine) -> list[Event]:
+        """Give each sequence the slots that its next iteration needs; when they are short, the youngest wait again."""
+        events: list[Event] = []
+        if engine.max_bytes is None:
+            return events
+        while len(self._running) > 1 and sum(one.lane.num_bytes_needed for one in self._running) > engine.max_bytes:
+            events.append(self._put_back())
+        for one in [one for one in self._running if one.chunks is None]:
+            with self._own_faults(engine, one, events):
+                needed = one.lane.num_bytes_needed
+                if needed > engine.max_bytes:
+                    raise OutOfMemoryError(
+                        f"the cache of one sequence must fit into max_bytes={engine.max_bytes}, got {needed} bytes "
+                        f"for {one.lane.num_slots_needed} slots; give the engine more, shorten the prompt, or lower "
+                        "max_nodes"
+                    )
+                one.lane.make_room()
+        return events
+
+    def _put_back(self) -> Event:
+        """Have the youngest sequence wait again, before all others, until one that runs has ended."""
+        youngest = max(self._running, key=lambda one: one.handle.number)
+        youngest.lane.suspend()
+        handle = youngest.handle
+        self._suspended[handle] = youngest.lane
+        with self._lock:
+            self._running.remove(youngest)
+            self._waiting.appendleft(handle)
+            self._num_put_back += 1
+        self._num_lanes = len(self._running)
+        return Event(handle, "preempted")
 
     def _fill(self, engine: Engine) -> list[Event]:
         """Fill in prompts, in the order of their arrival: one chunk, or several that are as short together."""
@@ -202,9 +265,13 @@ class Scheduler:
                 one.chunks = filled(one.lane)
             raise
         now = engine.now()
+        short_of_memory: list[_Running] = []
         for lane, one in ready.items():
             with self._own_faults(engine, one, events):
                 outcome = outcomes[lane]
+                if isinstance(outcome, OutOfMemoryError) and len(self._running) > 1:
+                    short_of_memory.append(one)
+                    continue
                 if isinstance(outcome, Exception):
                     raise outcome
                 if one.last_iteration_at is not None:
@@ -215,6 +282,10 @@ class Scheduler:
                 if lane.stop_reason is not None:
                     self._end(engine, one)
                     events.append(Event(one.handle, "stopped"))
+        for one in short_of_memory:  # the step is over for it, and with one sequence less the next may fit
+            one.chunks = filled(one.lane)
+        if short_of_memory and len(self._running) > 1:
+            events.append(self._put_back())
         return events
 
     @contextlib.contextmanager
@@ -241,4 +312,5 @@ class Scheduler:
         one.lane.release()
         with self._lock:
             self._running.remove(one)
+        self._num_lanes = self.max_sequences
         one.handle.end(result, engine.now(), error)
