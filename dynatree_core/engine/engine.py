@@ -216,7 +216,7 @@ class Engine:
             request = input_ids
         else:
             request = self.request(input_ids, **options)
-        self.admit()
+        self.admit(is_fixed_width=request.is_fixed_width)
         with self._lock:
             if request in self._given:
                 raise ParameterError(
