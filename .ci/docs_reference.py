@@ -61,10 +61,9 @@ def command_reference() -> str:
 
 def section(context: click.Context) -> str:
     depth = len(context.command_path.split())
-    parts = [f"{'#' * min(depth + 1, 4)} {context.command_path}\n", description(context.command)]
     usage = " ".join(context.command.collect_usage_pieces(context))
-    parts.append(f"```text\n{context.command_path} {usage}\n```\n")
-    parts.append(options(context))
+    heading = f"{'#' * min(depth + 1, 4)} {context.command_path}\n"
+    parts = [heading, f"```text\n{context.command_path} {usage}\n```\n", description(context.command), options(context)]
     return "\n".join(part for part in parts if part)
 
 
@@ -87,7 +86,7 @@ def options(context: click.Context) -> str:
     records = [
         record
         for parameter in context.command.get_params(context)
-        if isinstance(parameter, click.Option) and parameter.name != "help"
+        if isinstance(parameter, click.Option) and "--help" not in parameter.opts
         if (record := parameter.get_help_record(context)) is not None
     ]
     if not records:

@@ -45,6 +45,8 @@ SOURCES = "source"  # folder of the site for listings of code
 FENCE = re.compile(r"^ *```.*?^ *```$", re.M | re.S)
 LINK = re.compile(r"(?P<text>!?\[[^\[\]]*\])\((?P<target>[^)\s]+)\)")
 MARKER = re.compile(r"^<!-- (?P<marker>[^\n]+) -->\n+```(?P<language>\w+)$", re.M)
+ROW = re.compile(r"^\|.*$", re.M)
+CODE = re.compile(r"`[^`\n]+`")
 ITEM = re.compile(r"(?:[-*]|\d+\.) ")
 LANGUAGES = {".py": "python", ".pyi": "python", ".toml": "toml", ".json": "json", ".csv": "text", ".cff": "yaml"}
 
@@ -78,7 +80,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     origin = next((name for name, uri in PAGES.items() if uri == here), f"docs/{here}")
     if not here.startswith(f"{SOURCES}/"):
         markdown = with_site_links(markdown, origin, here)
-    return expanded(with_titles(with_lists_as_on_github(markdown)))
+    return with_bars_in_code(expanded(with_titles(with_lists_as_on_github(markdown))))
 
 
 class _ListsAsOnGitHub(Extension):
@@ -196,6 +198,14 @@ def _list_apart(block: str) -> str:
         return block
     begin = next((number for number, line in enumerate(lines) if number and ITEM.match(line)), None)
     return block if begin is None else "\n".join([*lines[:begin], "", *lines[begin:]])
+
+
+def with_bars_in_code(markdown: str) -> str:
+    """The code in tables without the backslashes that GitHub wants before a bar, and that would be shown here."""
+    return "".join(
+        ROW.sub(lambda row: CODE.sub(lambda code: code[0].replace("\\|", "|"), row[0]), part) if prose else part
+        for prose, part in outside_fences(markdown)
+    )
 
 
 # what is generated

@@ -50,7 +50,8 @@ def test_every_command_and_option_says_what_it_does(path):
 
 def test_the_command_reference_has_every_option():
     section = docs_reference.section(COMMANDS["dynatree generate"])
-    assert section.startswith("### dynatree generate\n\nAnswer PROMPT, or what stands")
+    usage = "```text\ndynatree generate [OPTIONS] PROMPT|-\n```"
+    assert section.startswith(f"### dynatree generate\n\n{usage}\n\nAnswer PROMPT, or what stands")
     assert 'Examples:\n\n```text\ndynatree generate "Why is' in section
     for parameter in COMMANDS["dynatree generate"].command.params:
         for name in parameter.opts if isinstance(parameter, click.Option) else ():

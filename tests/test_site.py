@@ -104,6 +104,11 @@ def test_a_list_behind_a_paragraph_is_a_list():
     assert site.with_lists_as_on_github("a\nb:\n- c\n- d\n\n- e\n- f\n") == "a\nb:\n\n- c\n- d\n\n- e\n- f\n"
 
 
+def test_bars_in_the_code_of_a_table_are_bars():
+    text = "| `a\\|b` | c \\| d |\n\n```text\n| `a\\|b` |\n```\n"
+    assert site.with_bars_in_code(text) == text.replace("`a\\|b` | c", "`a|b` | c")
+
+
 def test_names_become_references():
     text = "## A\n\n<!-- python: dynatree_core -->\n`generate`, `stream`,\n`run`.\n\nMore.\n"
     directives = "::: dynatree_core.generate\n\n::: dynatree_core.stream\n\n::: dynatree_core.run\n\n"
