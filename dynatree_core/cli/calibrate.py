@@ -15,8 +15,8 @@ from rich.table import Table
 
 from dynatree_core.cli import console
 from dynatree_core.cli.checks import check_names, check_settings
-from dynatree_core.cli.loading import load, load_drafter
-from dynatree_core.cli.options import JSON, MODEL_OPTIONS, with_options
+from dynatree_core.cli.loading import load, load_drafter, loadable_weights
+from dynatree_core.cli.options import JSON, MODEL_OPTIONS, WEIGHTS, with_options
 
 if TYPE_CHECKING:
     from dynatree_core.cost_model import CostModel
@@ -25,10 +25,17 @@ __all__ = ["calibrate"]
 
 
 @click.command()
-@with_options(*MODEL_OPTIONS, JSON)
+@with_options(*MODEL_OPTIONS, WEIGHTS, JSON)
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Measurements of each point.")
 def calibrate(
-    target: str | None, drafter: str, device: str | None, dtype: str, runner: str, as_json: bool, rounds: int
+    target: str | None,
+    drafter: str,
+    device: str | None,
+    dtype: str,
+    runner: str,
+    weights: str,
+    as_json: bool,
+    rounds: int,
 ) -> None:
     """Measure how long passes take on this machine, for the policies that weigh costs, and keep the result.
 
@@ -45,7 +52,7 @@ def calibrate(
     from dynatree_core.drafters.model import ModelDrafter
 
     source = check_settings(target=target, drafter=drafter, device=device, runner=runner)
-    loaded = load(target, device, dtype)
+    loaded = load(target, device, dtype, loadable_weights(weights, runner=runner))
     if source is None:
         source = ModelDrafter(load_drafter(drafter, loaded).model)
     with warnings.catch_warnings(record=True) as caught, console.spinner(f"measuring {rounds} rounds"):

@@ -15,9 +15,17 @@ import click
 from dynatree_core.cli import console
 from dynatree_core.cli.checks import check_names, check_settings, checkable
 from dynatree_core.cli.exits import DONE, FAILED, INTERRUPTED
-from dynatree_core.cli.loading import load, load_drafter
+from dynatree_core.cli.loading import is_packed, load, load_drafter, loadable_weights
 from dynatree_core.cli.option_types import FiniteRange, Typed
-from dynatree_core.cli.options import ANSWER_OPTIONS, LIMIT_OPTIONS, MODEL_OPTIONS, POLICY, TRACE_OPTIONS, with_options
+from dynatree_core.cli.options import (
+    ANSWER_OPTIONS,
+    LIMIT_OPTIONS,
+    MODEL_OPTIONS,
+    POLICY,
+    TRACE_OPTIONS,
+    WEIGHTS,
+    with_options,
+)
 from dynatree_core.cli.recorded import Recorded
 from dynatree_core.errors import ContextLimitError, DynaTreeError, InputError, PromptError
 from dynatree_core.models import embedded
@@ -39,7 +47,7 @@ SAMPLING_OPTIONS = (
 
 
 @click.command()
-@with_options(*MODEL_OPTIONS, POLICY, *ANSWER_OPTIONS, *LIMIT_OPTIONS, *SAMPLING_OPTIONS)
+@with_options(*MODEL_OPTIONS, WEIGHTS, POLICY, *ANSWER_OPTIONS, *LIMIT_OPTIONS, *SAMPLING_OPTIONS)
 @click.option("--system", type=Typed(), metavar="TEXT", help="What the model is told before the conversation.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer.")
 @click.option(
@@ -58,6 +66,7 @@ def chat(
     policy: str,
     device: str | None,
     dtype: str,
+    weights: str,
     system: str | None,
     max_new_tokens: int,
     temperature: float | None,
@@ -86,7 +95,7 @@ def chat(
     recorded = Recorded(trace_file, is_trace_private)
     check_names(policy=policy, drafter=drafter)
     if target in (None, "default"):
-        embedded.check_early()
+        embedded.check_early(is_packed=is_packed(weights, **settings))
     from dynatree_core.cache.prefix_cache import PrefixCache
     from dynatree_core.text.conversation import Conversation
     from dynatree_core.text.prompt import tokenizer_of
@@ -94,7 +103,7 @@ def chat(
     limits = checkable(settings)
     source: Any = check_settings(target=target, drafter=drafter, policy=policy, device=device, **limits)
     recorded.check()
-    loaded = load(target, device, dtype)
+    loaded = load(target, device, dtype, loadable_weights(weights, **settings))
     tokenizer = tokenizer_of(loaded)
     if tokenizer.chat_template is None:
         raise InputError(

@@ -11,6 +11,7 @@ from dynatree_core.cli import console
 from dynatree_core.cli.checks import check_names
 from dynatree_core.cli.exits import DONE, INTERRUPTED
 from dynatree_core.cli.job import Job
+from dynatree_core.cli.loading import is_packed
 from dynatree_core.cli.option_types import FiniteRange
 from dynatree_core.cli.options import (
     ANSWER_OPTIONS,
@@ -21,6 +22,7 @@ from dynatree_core.cli.options import (
     OUTPUT_OPTIONS,
     POLICY,
     TRACE_OPTIONS,
+    WEIGHTS,
     with_options,
 )
 from dynatree_core.cli.prompts import PromptPicks, typed_prompt
@@ -34,7 +36,7 @@ __all__ = ["generate"]
 
 @click.command()
 @click.argument("prompt", metavar="PROMPT|-", required=False)
-@with_options(*MODEL_OPTIONS, POLICY, *OUTPUT_OPTIONS, *ANSWER_OPTIONS, *LIMIT_OPTIONS)
+@with_options(*MODEL_OPTIONS, WEIGHTS, POLICY, *OUTPUT_OPTIONS, *ANSWER_OPTIONS, *LIMIT_OPTIONS)
 @click.option("--max-time", type=FiniteRange(min=0), metavar="SECONDS", help="Stop when so much time has passed.")
 @click.option(
     "--cache",
@@ -82,7 +84,7 @@ def generate(
         raise click.UsageError("--compare needs outputs of one length, and --max-time ends each at another token")
     check_names(policy=policy, drafter=drafter)
     if target in (None, "default"):
-        embedded.check_early()
+        embedded.check_early(is_packed=is_packed(**request))
     # first: torch cannot be imported again, as a conclusion needs it, once an interrupt has left it half imported
     importlib.import_module("dynatree_core.engine.session")
     from dynatree_core.cli.questions import Question, asked, check_lengths

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynatree_core.cli import console
 from dynatree_core.errors import ModelLoadError, UnknownPluginError, VocabularyMismatchError, nearest_match
@@ -26,21 +26,38 @@ __all__ = [
     "USUAL_DRAFTERS",
     "check_drafter_model",
     "check_drafter_name",
+    "is_packed",
     "load",
     "load_drafter",
+    "loadable_weights",
     "registered_drafter",
     "usual_drafter",
 ]
 
 
-def load(name: str | None, device: str | None, dtype: str) -> LoadedModel:
-    """Load a model; a terminal shows what is being waited for."""
+def load(name: str | None, device: str | None, dtype: str, weights: str | None = None) -> LoadedModel:
+    """Load a model; a terminal shows what is being waited for. The arguments are those of `load_model`."""
     from dynatree_core.models.load import DEFAULT_MODEL, load_model
 
     _quiet_libraries()
     is_here = name is None or name == DEFAULT_MODEL or Path(name).expanduser().exists()
     with console.spinner(f"loading {name or 'the default model'}", is_animated=is_here) as progress:
-        return load_model(name, device=device, dtype=dtype, progress=progress)
+        return load_model(name, device=device, dtype=dtype, weights=weights, progress=progress)
+
+
+def loadable_weights(weights: str, *, runner: str = "auto", cache: str | None = None, **others: Any) -> str | None:
+    """What `load` is asked for, for what a command was asked for.
+
+    Only the native runner computes weights as they were published. For others, and with a bounded cache, which asks
+    transformers' modules for their angles, the same numbers are loaded in 32 bits.
+    """
+    is_native = runner in ("auto", "native") and cache is None
+    return weights if is_native or weights != "stored" else None
+
+
+def is_packed(weights: str, **settings: Any) -> bool:
+    """Whether `load` is going to look for the embedded model as it was published, as far as it shows without torch."""
+    return loadable_weights(weights, **settings) not in (None, "fp32")
 
 
 def _quiet_libraries() -> None:
@@ -127,7 +144,8 @@ def load_drafter(name: str, target: LoadedModel) -> LoadedModel:
     from dynatree_core.models.load import vocabularies_match
 
     with _naming_drafters(name):
-        drafter = load(name, str(target.model.device), str(target.model.dtype).removeprefix("torch."))
+        device, dtype = str(target.model.device), str(target.model.dtype).removeprefix("torch.")
+        drafter = load(name, device, dtype, getattr(target.model, "weights", None))
     if vocabularies_match(target.tokenizer, drafter.tokenizer) is False:
         raise VocabularyMismatchError(
             f"target and drafter must give every token the same id, but the tokenizers of '{target.name}' and "

@@ -30,6 +30,7 @@ __all__ = [
     "POLICY",
     "TARGET",
     "TRACE_OPTIONS",
+    "WEIGHTS",
     "with_options",
 ]
 
@@ -76,7 +77,14 @@ RUNNER = click.option(
     type=RunnerName(),
     default="auto",
     show_default=True,
-    help="How passes are computed; auto: packed on a CPU, else eager.",
+    help="How passes are computed; auto: native or packed on a CPU, else eager.",
+)
+WEIGHTS = click.option(
+    "--weights",
+    type=click.Choice(["stored", "fp32", "int8", "int4"]),
+    default="stored",
+    show_default=True,
+    help="Bits of the weights on a CPU: as published, or 32, or rounded to 8 or 4.",
 )
 MODEL_OPTIONS = (TARGET, DRAFTER, DEVICE, DTYPE, RUNNER)  # TARGET first: the usual drafter follows from it
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from dynatree_core.cli.checks import check_settings, checkable
-from dynatree_core.cli.loading import load, load_drafter
+from dynatree_core.cli.loading import load, load_drafter, loadable_weights
 from dynatree_core.cli.recorded import Recorded
 from dynatree_core.plugins.spec import format_stack, parse_stack
 
@@ -37,7 +37,13 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase | None = attrs.field(default=None, init=False)
 
     def load(
-        self, device: str | None, dtype: str, ignore_eos: bool, stop_strings: Sequence[str], **settings: Any
+        self,
+        device: str | None,
+        dtype: str,
+        weights: str,
+        ignore_eos: bool,
+        stop_strings: Sequence[str],
+        **settings: Any,
     ) -> tuple[LoadedModel, PreTrainedTokenizerBase]:
         """Load the models, after everything that can be refused without one.
 
@@ -57,7 +63,7 @@ class Setup:
         )
         specs = [spec for given in parse_stack(self.policy) for spec in expand_preset(given)]
         self.expanded_policy = format_stack(specs)
-        self.target = load(self.target_name, device, dtype)
+        self.target = load(self.target_name, device, dtype, loadable_weights(weights, **settings))
         self.tokenizer = tokenizer_of(self.target)
         if self.drafter is None:
             self.drafter = load_drafter(self.drafter_name, self.target).model

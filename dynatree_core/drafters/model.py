@@ -18,6 +18,7 @@ from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, by_itsel
 from dynatree_core.errors import ParameterError, VocabularyMismatchError
 from dynatree_core.models.architectures import num_embeddings, vocab_size
 from dynatree_core.models.load import load_model
+from dynatree_core.models.stored import StoredTable
 from dynatree_core.models.student import RestrictedHead
 from dynatree_core.models.wrappers import plain_model
 from dynatree_core.runners.base import PassOutput
@@ -172,7 +173,7 @@ class ModelDraftState(DraftState):
 def restricted_ids(model: nn.Module) -> Tensor | None:
     """[outputs] the tokens of a head that says some tokens only, None for a head that says all."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    return head.token_ids if isinstance(head, RestrictedHead) else None
+    return head.token_ids if isinstance(head, RestrictedHead | StoredTable) else None
 
 
 def check_vocabularies(target_size: int, drafter_size: int) -> None:

@@ -30,12 +30,13 @@ from dynatree_core.errors import DrafterError, ForwardPassError, OutOfMemoryErro
 from dynatree_core.models.architectures import vocab_size
 from dynatree_core.models.kept import kept_of
 from dynatree_core.models.state import can_infer
+from dynatree_core.models.stored import StoredModel
 from dynatree_core.models.wrappers import plain_model
 from dynatree_core.plugins.foreign import others_code, raised
 from dynatree_core.request.arguments import checked_count
 from dynatree_core.request.request import Options, Request
 from dynatree_core.runners.base import Runner
-from dynatree_core.runners.choice import drafters_runner, made_runner, runner_for
+from dynatree_core.runners.choice import drafters_runner, load_runner, made_runner, runner_for
 from dynatree_core.runners.passes import Passes
 from dynatree_core.tree.verdict import StepReport
 
@@ -277,6 +278,11 @@ class Engine:
             ParameterError: its cache is bounded, and the runner that was asked for takes no such cache.
         """
         name = self._runner_name(request.is_fixed_width)
+        if request.kept is not None and isinstance(self.target, StoredModel):
+            raise ParameterError(
+                f"cache='{request.kept}' asks a model's modules for their angles, got weights that are kept without "
+                "modules; load the model with weights=None, or leave out the cache"
+            )
         runner = self.runner_of(self.target, name)
         if request.kept is None or runner.takes_any_cache or runner.has_own_cache:
             return runner
@@ -403,11 +409,14 @@ class Engine:
         return self._given_costs or self._costs.get(self._runner_name(is_fixed_width))
 
     def _runner_name(self, is_fixed_width: bool) -> str:
-        """The runner by name. With passes of one shape "auto" is the plain one.
+        """The runner by name. With passes of one shape "auto" is the plain one, unless its own choice has equal bits.
 
-        Its products round each row alike wherever it stands, as was measured (docs/audit.md).
+        The plain one's products round each row alike wherever it stands, as was measured (docs/audit.md).
         """
-        return "eager" if is_fixed_width and self.runner == "auto" else self.runner
+        if not is_fixed_width or self.runner != "auto":
+            return self.runner
+        chosen = runner_for(self.target, "auto", kept=kept_of(self.target))
+        return chosen if load_runner(chosen).has_equal_bits else "eager"
 
     def blamed_on_drafter(self, error: BaseException) -> BaseException:
         """The error that names the drafter, for whatever it has raised."""

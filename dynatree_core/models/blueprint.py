@@ -146,6 +146,7 @@ class Family:
     layers: str = "layers"
     embedding: str = "embed_tokens"
     final_norm: str | None = "norm"
+    head_in_files: str = "lm_head"  # what checkpoints call the head
     norm: str = "rms"  # or "layer"
     eps: str | float = "rms_norm_eps"  # a field of the configuration, or the number itself
     is_one_added: bool = False  # norms multiply with 1 + weight
@@ -587,7 +588,8 @@ FAMILIES: dict[str, Family] = {
         layer_details=_gpt2_layer, refuses=_refused_gpt2,
     ),
     "gpt_neox": Family(
-        **_LAYER, base="gpt_neox", embedding="embed_in", final_norm="final_layer_norm", eps="layer_norm_eps",
+        **_LAYER, base="gpt_neox", embedding="embed_in", head_in_files="embed_out",
+        final_norm="final_layer_norm", eps="layer_norm_eps",
         attention="attention", qkv=("query_key_value",), qkv_order="by_head", output="dense", up=("dense_h_to_4h",),
         down="dense_4h_to_h", layer_details=_neox_layer,
     ),

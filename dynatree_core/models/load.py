@@ -16,9 +16,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from dynatree_core import ops
 from dynatree_core.errors import ModelLoadError, ParameterError
 from dynatree_core.files.writing import unreadable
 from dynatree_core.models import embedded, hub
+from dynatree_core.models.blueprint import NoBlueprintError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +52,7 @@ _VOCABULARY_FILES = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.
 class LoadedModel:
     """A causal language model in evaluation mode, and what it was loaded by."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel  # or a `StoredModel`, which has what a generation asks of one, where `weights` were given
     tokenizer: PreTrainedTokenizerBase | None  # None: its folder holds none
     name: str
 
@@ -60,6 +62,7 @@ def load_model(
     *,
     device: str | None = None,
     dtype: str = "auto",
+    weights: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
@@ -70,10 +73,15 @@ def load_model(
         device: "cpu", "cuda" or "cuda:N"; None or "auto": CUDA where there is any, else the CPU.
         dtype: "float64", "float32", "bfloat16" or "float16"; "auto": float32 on the CPU, the checkpoint's own
             on CUDA.
+        weights: None: a model of transformers. Else in which bits its weights are kept, computing in float32 on a CPU:
+            "stored": as they were published, with the same numbers; "int8" or "int4": rounded to so many, the
+            matrices alone, 32 with one scale; "fp32": in 32. All but the last are a `StoredModel`, which the `native`
+            runner computes without transformers' modules. Where that cannot run a model, "stored" gives a model of
+            transformers with the same numbers.
         progress: called with a sentence before anything that takes seconds; None: silent.
 
     Raises:
-        ParameterError: a device that is not here or an unknown dtype.
+        ParameterError: a device that is not here, an unknown dtype, or weights that cannot be had.
         ModelLoadError: in one line what was expected, what came and what to do.
         DefaultModelError: the embedded model is not installed or cannot be converted.
     """
@@ -81,6 +89,10 @@ def load_model(
     weights_dtype = _resolve_dtype(dtype, where)
     name = DEFAULT_MODEL if name is None else name
     check_model_name(name)
+    if weights is not None:
+        stored = _load_stored(name, where, weights_dtype, weights, progress)
+        if stored is not None:
+            return stored
     is_folder = _is_folder(name)
     location = _location(name, is_folder, progress)
     if progress is not None:
@@ -106,6 +118,76 @@ def load_config(name: str | None) -> PreTrainedConfig:
     check_model_name(name)
     is_folder = _is_folder(name)
     return _load_config(name, _location(name, is_folder, None), is_folder)
+
+
+def _load_stored(
+    name: str,
+    where: torch.device,
+    dtype: torch.dtype | str,
+    weights: str,
+    progress: Callable[[str], None] | None,
+) -> LoadedModel | None:
+    """A `StoredModel`; None where a model of transformers has the weights that are asked for."""
+    from dynatree_core.models import stored
+
+    if weights not in stored.WEIGHTS:
+        raise ParameterError(f"weights must be one of {', '.join(stored.WEIGHTS)}, got {weights!r}")
+    if weights == "fp32":
+        return None
+    reason = ops.reason_unavailable()
+    if where.type != "cpu" or dtype != torch.float32:
+        reason = f"they are computed in float32 on a CPU, got {str(dtype).removeprefix('torch.')} on {where}"
+    if reason is None:
+        try:
+            return _stored_model(name, weights, progress)
+        except NoBlueprintError as error:
+            reason = f"the native runner knows no model whose {error}"
+    if weights != "stored":
+        raise ParameterError(f"weights={weights!r} cannot be had for '{name}': {reason}; leave it out")
+    return None
+
+
+def _stored_model(name: str, weights: str, progress: Callable[[str], None] | None) -> LoadedModel:
+    from dynatree_core.models import stored
+
+    def in_float32() -> PreTrainedModel:
+        return load_model(name, device="cpu", dtype="float32").model
+
+    if name == DEFAULT_MODEL:
+        folder = embedded.packed_path(progress=progress)
+        if progress is not None:
+            progress(f"loading {name}")
+        model = stored.load_packed(
+            folder, weights, in_float32=in_float32, advice="`dynatree models install` mends the folder"
+        )
+        from transformers import PreTrainedTokenizerFast  # and no more of transformers
+
+        tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
+        return LoadedModel(cast("PreTrainedModel", model), tokenizer, name)
+    is_folder = _is_path(name)
+    place = _location(name, True, None) if is_folder else hub.fetched_folder(name)
+    if place is None:
+        raise NoBlueprintError("files are still to be fetched")
+    if progress is not None:
+        progress(f"loading {name}")
+    location = str(place)
+    with _quiet_transformers():
+        config = _load_config(name, location, True)
+        blueprint = stored.read_checkpoint(Path(location), config, weights)
+        tokenizer = _load_tokenizer(name, location, True)
+        generation_config = _load_generation_config(location, config)
+    model = stored.StoredModel(config, generation_config, blueprint, weights=weights, in_float32=in_float32)
+    return LoadedModel(cast("PreTrainedModel", model), tokenizer, name)
+
+
+def _load_generation_config(location: str, config: PreTrainedConfig) -> Any:
+    """What from_pretrained gives a model: the folder's, or what its configuration says of generation."""
+    from transformers import GenerationConfig
+
+    kind: Any = GenerationConfig  # transformers leaves some of its functions unannotated
+    if (Path(location) / "generation_config.json").is_file():
+        return kind.from_pretrained(location)
+    return kind.from_model_config(config)
 
 
 def check_model_name(name: str | None) -> None:

@@ -59,6 +59,7 @@ PACKED = "packed.safetensors"
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 _BITS = {"int8": 8, "int4": 4}
+_NO_WEIGHTS = (".masked_bias", "rotary_emb.inv_freq")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -298,7 +299,11 @@ def read_checkpoint(folder: Path, config: PreTrainedConfig, weights: str) -> Blu
     table = found.get(f"{family.base}.{family.embedding}.weight")
     if table is None:
         raise NoBlueprintError("files have no embeddings by today's name")
-    is_tied = bool(config.tie_word_embeddings)
+    for part in ("weight", "bias"):
+        if (named := f"{family.head_in_files}.{part}") in found:
+            found[f"lm_head.{part}"] = found.pop(named)
+    # transformers ties the two only where the files do not have both, with different numbers
+    is_tied = bool(config.tie_word_embeddings) and torch.equal(found.get("lm_head.weight", table), table)
     if is_tied:
         found["lm_head.weight"] = table
     strange = sorted({str(tensor.dtype) for tensor in found.values() if tensor.dtype not in _DTYPES})
@@ -321,7 +326,8 @@ def _checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
     for file in files:
         tensors, _ = mapped_tensors(file, advice="fetch or save the model again")
         found |= tensors
-    return found
+    # masks and angles that versions of before have stored beside the weights
+    return {name: tensor for name, tensor in found.items() if tensor.dim() < 4 and not name.endswith(_NO_WEIGHTS)}
 
 
 def plain_config(settings: Mapping[str, Any]) -> PreTrainedConfig:
@@ -404,6 +410,7 @@ def _described(value: Any, name: str, tensors: dict[str, Tensor], seen: dict[int
     parts = {
         field.name: _described(getattr(value, field.name), f"{name}.{field.name}".lstrip("."), tensors, seen)
         for field in attrs.fields(type(value))
+        if field.init  # the others are an implementation's own
     }
     return {"record": type(value).__name__, "name": name, "parts": parts}
 

@@ -14,13 +14,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import attrs
 import torch
 from torch import Tensor, nn
 
 from dynatree_core.errors import ModelLoadError, VocabularyMismatchError
 from dynatree_core.files.tensors import load_tensors, save_tensors
 from dynatree_core.files.writing import unreadable, whole_file, write_text
+from dynatree_core.models.blueprint import NoBlueprintError, family_of, read_blueprint, ropes_of_config
 from dynatree_core.models.state import is_plain
+from dynatree_core.models.stored import StoredModel, StoredTable, pack_narrowest, plain_config
+from dynatree_core.ops import PackedMatrix
+from dynatree_core.ops.selection import selected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -172,9 +177,10 @@ def load_student(folder: Path, target: PreTrainedModel, dtype: torch.dtype) -> P
             f"the drafter in '{folder}' must be one that this user may read, got {closed}; let its owner run `chmod -R "
             f"a+rX {folder}`, or choose another drafter"
         )
+    is_stored = isinstance(target, StoredModel)
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        config = _read_config(folder)
+        config = _read_config(folder, is_plain=is_stored)
         weights = load_tensors(folder / WEIGHTS, advice="make it again")
         head_ids = weights.pop(HEAD_IDS)
         made_for = card["vocab_size"], card["hidden_size"]
@@ -190,15 +196,46 @@ def load_student(folder: Path, target: PreTrainedModel, dtype: torch.dtype) -> P
         )
     try:
         _check_embeddings(target, head_ids)
+        if isinstance(target, StoredModel):
+            return cast("PreTrainedModel", _stored_student(folder, config, target, head_ids, weights))
         student = _assembled(config, target, head_ids, dtype)
         student.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()})
-    except (RuntimeError, IndexError) as error:  # tensors that are missing or of another shape, tokens that are none
+    except (
+        RuntimeError,
+        IndexError,
+        NoBlueprintError,
+    ) as error:  # tensors that are missing or of another shape, tokens that are none
         raise _damaged(folder, error) from error
     return student.eval()  # type: ignore[no-any-return, no-untyped-call]  # transformers leaves it unannotated
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
-    from transformers import AutoConfig  # takes more than a second, and a student of a `StoredModel` needs none
+def _stored_student(
+    folder: Path, config: PreTrainedConfig, target: StoredModel, head_ids: Tensor, weights: Mapping[str, Tensor]
+) -> StoredModel:
+    """A student of a `StoredModel`, in the bits that it was stored in. Its head holds the target's rows as they are."""
+    family = family_of(config)
+    stand_in = torch.zeros(1, config.hidden_size)  # for the two that are the target's
+    named = {**weights, f"{family.base}.{family.embedding}.weight": stand_in, "lm_head.weight": stand_in}
+    own = read_blueprint(config, named, ropes_of_config(config)).packed(pack_narrowest)
+    head = target.get_output_embeddings().packed
+    assert isinstance(head, PackedMatrix), "the head of a stored model is packed"
+    rows = head_ids.long()
+    some = selected(head, rows)
+    blueprint = attrs.evolve(own, embedding=target.blueprint.embedding, head=some)
+    return StoredModel(
+        config,
+        target.generation_config,
+        blueprint,
+        weights="stored",
+        in_float32=lambda: load_student(folder, target.in_transformers(), torch.float32),
+        head=StoredTable(some, rows),
+    )
+
+
+def _read_config(folder: Path, *, is_plain: bool) -> PreTrainedConfig:
+    if is_plain:  # no class of a family, whose import takes more than a second; a student's file has every setting
+        return plain_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    from transformers import AutoConfig
 
     config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder))
     return config

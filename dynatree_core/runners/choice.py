@@ -10,6 +10,7 @@ from torch import nn
 
 from dynatree_core.errors import DynaTreeError, ParameterError, PluginLoadError
 from dynatree_core.models.kept import kept_of
+from dynatree_core.models.stored import StoredModel
 from dynatree_core.plugins.foreign import others_code, raised
 from dynatree_core.plugins.registry import RUNNERS, check_runner_name, load_plugin, plugin_table
 from dynatree_core.plugins.spec import canonical_name
@@ -18,6 +19,8 @@ from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.runners.passes import is_out_of_memory
 
 __all__ = ["drafters_runner", "load_runner", "made_runner", "make_runner", "runner_for"]
+
+NATIVE = "native"  # the runner of a `StoredModel`
 
 
 def make_runner(model: nn.Module, name: str, *, kept: Kept | None = None) -> Runner:
@@ -36,6 +39,8 @@ def make_runner(model: nn.Module, name: str, *, kept: Kept | None = None) -> Run
     """
     kept = {} if kept is None else kept
     chosen = runner_for(model, name, kept=kept)
+    if isinstance(model, StoredModel) and chosen != NATIVE:
+        model, kept = in_transformers(model)
     if name != "auto" and chosen != canonical_name(name):
         reason = load_runner(canonical_name(name)).reason_for_eager(model)
         warnings.warn(f"{reason}; use runner='eager' for this model", RuntimeWarning, stacklevel=3)
@@ -64,6 +69,13 @@ def runner_for(model: nn.Module, name: str, *, kept: Kept | None = None, any_cac
     """
     check_runner_name(name)
     name = canonical_name(name)
+    if isinstance(model, StoredModel):
+        if name in ("auto", NATIVE) and not any_cache:  # before others' classes are imported, which takes seconds
+            with _named(NATIVE):
+                reason = load_runner(NATIVE).reason_against(model)
+            if reason is None:
+                return NATIVE
+        model, kept = in_transformers(model)
     if name != "auto":
         kind = load_runner(name)
         with _named(name):
@@ -79,6 +91,12 @@ def runner_for(model: nn.Module, name: str, *, kept: Kept | None = None, any_cac
         except DynaTreeError as error:
             warnings.warn(f"runner='auto' leaves out '{known}': {error}", RuntimeWarning, stacklevel=3)
     return max(preferences, key=lambda known: preferences[known], default=EagerRunner.name)
+
+
+def in_transformers(model: StoredModel) -> tuple[nn.Module, Kept]:
+    """The model with transformers' modules, for runners that need these, and what is kept of it."""
+    plain = model.in_transformers()
+    return plain, kept_of(plain)
 
 
 def drafters_runner(name: str, device: torch.device | None = None) -> str:

@@ -1,0 +1,266 @@
+"""Models in the bits that they were published in: packed, kept in one file, decoded without transformers' modules."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from students import HEAD_IDS
+from test_native import FITTING, PROMPT, TEXT, logits_of, needs_library, single, twin_of
+from tiny_folder import tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from dynatree_core import generate, load_model, ops
+from dynatree_core.errors import ModelLoadError, ParameterError
+from dynatree_core.files.tensors import ALIGNMENT, load_tensors, mapped_tensors, save_aligned
+from dynatree_core.models.architectures import vocab_size
+from dynatree_core.models.blueprint import NoBlueprintError, Rope, blueprint_of, ropes_of_config
+from dynatree_core.models.stored import (
+    StoredModel,
+    load_packed,
+    pack_narrowest,
+    packer,
+    plain_config,
+    read_checkpoint,
+    save_packed,
+)
+from dynatree_core.models.student import load_student, new_student, save_student
+from dynatree_core.ops.selection import selected
+from dynatree_core.runners.choice import runner_for
+from dynatree_core.runners.eager import EagerRunner
+from dynatree_core.runners.native import Twin
+from dynatree_core.testing.models import greedy
+
+BITS = {"int8": 127, "int4": 15}  # steps from a group's middle to its largest weight, or over all its range
+
+
+def published(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Any:
+    """A tiny model in a folder, as somebody publishes one; loaded in single precision."""
+    model: Any = copy.deepcopy(single(name)).to(dtype)
+    for setting, value in settings.items():
+        setattr(model.config, setting, value)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def stored(folder: Path, model: Any, weights: str = "stored") -> StoredModel:
+    blueprint = read_checkpoint(folder, model.config, weights)
+    return StoredModel(model.config, model.generation_config, blueprint, weights=weights, in_float32=lambda: model)
+
+
+# ---- one file -------------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_tensors_is_aligned_and_one_that_anybody_reads(tmp_path: Path) -> None:
+    tensors = {
+        "odd": torch.arange(7, dtype=torch.uint8),
+        "halves": torch.randn(3, 5).bfloat16(),
+        "none": torch.empty(0),
+        "whole": torch.randn(33),
+    }
+    save_aligned(tensors, tmp_path / "file.safetensors", {"about": "it"})
+    mapped, metadata = mapped_tensors(tmp_path / "file.safetensors", advice="")
+    assert metadata == {"about": "it"}
+    assert mapped.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(mapped[name], tensor)
+        assert mapped[name].data_ptr() % ALIGNMENT == 0
+    assert torch.equal(load_tensors(tmp_path / "file.safetensors", advice="")["whole"], tensors["whole"])
+    (tmp_path / "file.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ModelLoadError, match=r"must hold tensors as they were written, got .*; make it again"):
+        mapped_tensors(tmp_path / "file.safetensors", advice="make it again")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi, normed keys", "gpt2"])
+def test_a_packed_model_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
+    model: Any = single(name)
+    with torch.no_grad():
+        blueprint = blueprint_of(model).packed(pack_narrowest)
+    save_packed(blueprint, model.config, {"eos_token_id": 5}, tmp_path)
+    found = load_packed(tmp_path, "stored", advice="")
+    assert torch.equal(logits_of(Twin(found.blueprint), [TEXT]), logits_of(twin_of(name), [TEXT]))
+    assert found.generation_config.eos_token_id == 5
+    assert found.config.model_type == model.config.model_type
+    ropes = {id(layer.rope) for layer in found.blueprint.layers}
+    assert len(ropes) == len({id(layer.rope) for layer in blueprint.layers}), "what is one stays one"
+    with pytest.raises(ParameterError, match="is for the native runner alone, got another one"):
+        found.in_transformers()
+
+
+def test_a_damaged_description_is_an_error(tmp_path: Path) -> None:
+    model: Any = single("llama")
+    with torch.no_grad():
+        save_packed(blueprint_of(model).packed(pack_narrowest), model.config, {}, tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelLoadError, match=r"must hold a model as it was packed, got JSONDecodeError .*; mend it"):
+        load_packed(tmp_path, "stored", advice="mend it")
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_a_published_model_has_the_numbers_that_transformers_loads(name: str, tmp_path: Path) -> None:
+    model = published(tmp_path, name)
+    if model.config.model_type == "gptj":
+        with pytest.raises(NoBlueprintError, match="rotary embedding is not described"):
+            read_checkpoint(tmp_path, model.config, "stored")
+        return
+    found = stored(tmp_path, model)
+    with torch.no_grad():
+        twin = Twin(blueprint_of(model).packed(pack_narrowest))
+    assert torch.equal(logits_of(Twin(found.blueprint), [TEXT]), logits_of(twin, [TEXT]))
+    assert {layer.qkv.kind for layer in found.blueprint.layers} == {"bfloat16"}
+    assert vocab_size(found) == vocab_size(model)
+    torch.testing.assert_close(logits_of(EagerRunner(found), [TEXT]), logits_of(EagerRunner(model), [TEXT]))
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_rotary_embeddings_follow_from_the_configuration(name: str) -> None:
+    model: Any = single(name)
+    if model.config.model_type == "gptj":
+        return  # its own are a table in the model
+    found = ropes_of_config(model.config)
+    ropes = {layer.rope for layer in blueprint_of(model).layers} - {None}
+    for rope in ropes:
+        assert any(isinstance(one, Rope) and torch.equal(one.inv_freq, rope.inv_freq) for one in found.values())
+        assert any(isinstance(one, Rope) and one.scaling == rope.scaling for one in found.values())
+
+
+def test_embeddings_that_are_the_head_are_kept_once(tmp_path: Path) -> None:
+    model = published(tmp_path, "llama", tie_word_embeddings=True)
+    found = stored(tmp_path, model)
+    assert found.blueprint.embedding is found.blueprint.head
+    assert torch.equal(
+        found.get_input_embeddings()(torch.tensor([[3, 5]]))[0], model.get_input_embeddings().weight[[3, 5]]
+    )
+    other = published(tmp_path / "untied", "llama")
+    other.config.tie_word_embeddings = True  # says so, but its files have both, with numbers of their own
+    untied = stored(tmp_path / "untied", other)
+    assert untied.num_bytes > found.num_bytes
+    assert untied.blueprint.embedding is not untied.blueprint.head
+
+
+def test_files_that_are_not_as_transformers_writes_them_are_left_to_it(tmp_path: Path) -> None:
+    model = published(tmp_path, "llama", torch.float64)
+    with pytest.raises(NoBlueprintError, match=r"files have tensors of torch.float64"):
+        read_checkpoint(tmp_path, model.config, "stored")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(NoBlueprintError, match="folder has no safetensors"):
+        read_checkpoint(tmp_path, model.config, "stored")
+    other = published(tmp_path / "other", "llama")
+    other.config.quantization_config = {"bits": 4}
+    with pytest.raises(NoBlueprintError, match="quantised in a way of their own"):
+        read_checkpoint(tmp_path / "other", other.config, "stored")
+
+
+@pytest.mark.parametrize("weights", BITS)
+def test_weights_of_fewer_bits_are_the_same_model_in_transformers(weights: str, tmp_path: Path) -> None:
+    model = published(tmp_path, "llama")
+    plain = model.lm_head.weight.detach().clone()
+    found = stored(tmp_path, model, weights)
+    logits, oracle = logits_of(Twin(found.blueprint), [TEXT]), logits_of(EagerRunner(found), [TEXT])
+    torch.testing.assert_close(logits, oracle, rtol=0, atol=1e-4)
+    error = (model.lm_head.weight - plain).abs().amax() / plain.abs().amax()
+    assert 0 < error < 1 / BITS[weights], "rounded, to the nearest code"
+    assert found.blueprint.layers[0].qkv.num_bytes < 10 * found.blueprint.layers[0].qkv.unpacked().numel() / 8
+
+
+def test_a_configuration_without_a_family_has_the_settings_and_no_more() -> None:
+    config = plain_config({"model_type": "llama", "hidden_size": 8})
+    assert (config.model_type, config.hidden_size) == ("llama", 8)
+    assert not hasattr(config, "rms_norm_eps")
+
+
+# ---- rows of a packed matrix ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_rows_of_a_packed_matrix_keep_their_codes(kind: str) -> None:
+    weight = torch.randn(50, 64)
+    bias = torch.randn(50)
+    packed = packer(kind)((weight,), bias) if kind in BITS else ops.pack(weight.to(getattr(torch, kind)), bias)
+    rows = torch.tensor([49, 3, 17, 3, *range(20)])
+    found = selected(packed, rows)
+    assert found.num_outputs == len(rows)
+    assert torch.equal(found.unpacked(), packed.unpacked()[rows])
+    expected = ops.linear(weight[:2], packed)[:, rows]
+    torch.testing.assert_close(ops.linear(weight[:2], found), expected, rtol=0, atol=1e-5)
+
+
+# ---- decoding -------------------------------------------------------------------------------------------------
+
+
+@needs_library
+def test_a_stored_model_decodes_and_says_what_transformers_says(tmp_path: Path) -> None:
+    model = published(tmp_path, "llama")
+    found = stored(tmp_path, model)
+    expected = greedy(model, PROMPT, 24)
+    assert runner_for(found, "auto") == "native"
+    for runner in ("auto", "native", "eager"):
+        result = generate(found, "prompt_lookup", PROMPT, policy="linear(depth=3)", max_new_tokens=24, runner=runner)
+        assert result.token_ids == expected
+        assert result.report.runner == ("native" if runner == "auto" else runner)
+    exact = generate(found, "prompt_lookup", PROMPT, policy="linear(depth=3)", max_new_tokens=24, exact="fixed_width")
+    assert (exact.token_ids, exact.report.runner) == (expected, "native")
+    with pytest.raises(ParameterError, match="got weights that are kept without modules"):
+        generate(found, None, PROMPT, cache="sinks=1,window=8", max_new_tokens=4)
+
+
+@needs_library
+def test_a_student_of_a_stored_model_drafts_in_its_own_bits(tmp_path: Path) -> None:
+    model = published(tmp_path / "target", "llama")
+    student = new_student(model, [0, 1], HEAD_IDS).eval()
+    save_student(student, tmp_path / "student", torch.bfloat16, {"target": "tiny"})
+    found: Any = load_student(tmp_path / "student", stored(tmp_path / "target", model), torch.float32)  # type: ignore[arg-type]
+    assert isinstance(found, StoredModel)
+    oracle = load_student(tmp_path / "student", model, torch.float32)
+    torch.testing.assert_close(
+        logits_of(Twin(found.blueprint), [TEXT]), logits_of(EagerRunner(oracle), [TEXT]), rtol=0, atol=1e-4
+    )
+    assert found.blueprint.layers[0].qkv.kind == found.blueprint.head.kind == "bfloat16"
+    drafter = f"distilled(path={str(tmp_path / 'student')!r})"
+    result = generate(stored(tmp_path / "target", model), drafter, PROMPT, policy="fixed(depth=3)", max_new_tokens=16)
+    assert result.token_ids == greedy(model, PROMPT, 16)
+    assert sum(step.num_accepted for step in result.report.steps) > 0
+
+
+@needs_library
+def test_load_model_takes_weights_by_name(tmp_path: Path) -> None:
+    published(tmp_path / "tiny", "llama")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    folder = str(tmp_path / "tiny")
+    plain = load_model(folder, device="cpu", weights="fp32").model
+    assert not isinstance(plain, StoredModel)
+    for weights in ("stored", "int8"):
+        found: Any = load_model(folder, device="cpu", weights=weights)
+        assert isinstance(found.model, StoredModel)
+        assert found.model.weights == weights
+        assert found.tokenizer is not None
+    assert not isinstance(load_model(folder, device="cpu", dtype="float64", weights="stored").model, StoredModel)
+    with pytest.raises(ParameterError, match=r"weights='int8' cannot be had .*: they are computed in float32 on a CPU"):
+        load_model(folder, device="cpu", dtype="float64", weights="int8")
+    with pytest.raises(ParameterError, match="weights must be one of stored, fp32, int8, int4, got 'int2'"):
+        load_model(folder, device="cpu", weights="int2")
+
+
+@needs_library
+def test_the_command_decodes_without_transformers_models(tmp_path: Path) -> None:
+    """What a terminal waits for at a start: no module of transformers' models is imported for the embedded one."""
+    code = (
+        "import sys; from dynatree_core.cli.group import main\n"
+        "try: main(['generate', '--max-new-tokens', '3', '--json', 'hi'])\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "assert not {'transformers.models', 'transformers.modeling_utils', 'gguf'} & sys.modules.keys()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    document = json.loads(ended.stdout)
+    assert (document["runner"], len(document["token_ids"])) == ("native", 3)
