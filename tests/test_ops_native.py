@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_ops import PUBLISHED, attention_case, random_blocks
 
 from dynatree_core import ops
+from dynatree_core.errors import InputError
 from dynatree_core.ops.native import calls, loading, reason_unavailable, runnable_targets
 
 PLAIN = ["float32", "bfloat16", "float16"]
@@ -197,6 +198,35 @@ def test_attention(head_dim, has_sinks, soft_cap, target):
         sinks=None if sinks is None else sinks.double(),
     )
     torch.testing.assert_close(result.double(), right, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+def test_slots_outside_of_the_cache_are_refused(implementation):
+    queries, keys, values, mask = attention_case()
+    rows = torch.randn(2, (6 + 2) * 8 + 2 * 12)
+    good = torch.zeros(2, dtype=torch.int32)
+    with ops.using(implementation):
+        for lanes, slots in ((good, good + 20), (good, good - 1), (good + 2, good), (good - 1, good)):
+            with pytest.raises(InputError, match="must be in the cache"):
+                ops.rope_write(rows, keys, values, lanes, slots, num_heads=6)
+        for name, change in (
+            ("lanes", 2),
+            ("lanes", -1),
+            ("start", 30),
+            ("start", -9),
+            ("end", 21),
+            ("own", 20),
+            ("own", -20),
+        ):
+            visible = ops.Visible.of_mask(mask)
+            getattr(visible, name).add_(change)
+            with pytest.raises(InputError, match="must be in the cache"):
+                ops.tree_attention(queries, keys, values, visible, scale=1.0)
+        for place, change in ((0, -1), (3, -20), (-1, 1)):
+            visible = ops.Visible.of_mask(mask)
+            visible.own_start[place] += change
+            with pytest.raises(InputError, match="must be in the cache"):
+                ops.tree_attention(queries, keys, values, visible, scale=1.0)
 
 
 def test_a_row_that_sees_nothing_gets_zeros(target):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynatree_core.ops.matrix import PackedMatrix
-from dynatree_core.ops.signature import Activation, Norm, Rotary, Visible
+from dynatree_core.ops.signature import Activation, Norm, Rotary, Visible, check_slots, check_visible
 
 __all__ = ["linear", "mlp", "norm", "rope_write", "tree_attention"]
 
@@ -73,6 +73,7 @@ def rope_write(
     key_norm: Norm | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
+    check_slots(keys, lanes, slots)
     _, key_heads, _, head_dim = keys.shape
     num_rows = rows.shape[0]
     q, k, v = torch.split(rows, [num_heads * head_dim, key_heads * head_dim, key_heads * values.shape[3]], dim=1)
@@ -94,6 +95,7 @@ def tree_attention(
     sinks: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
+    check_visible(keys, visible)
     num_rows, heads, _ = queries.shape
     repeats = heads // keys.shape[1]
     result = queries.new_zeros(num_rows, heads * values.shape[3])

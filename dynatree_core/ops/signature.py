@@ -37,6 +37,7 @@ from dynatree_core.ops.matrix import PackedMatrix
 
 __all__ = [
     "ACTIVATIONS",
+    "NO_SUCH_SLOTS",
     "Activation",
     "Norm",
     "Rotary",
@@ -46,9 +47,16 @@ __all__ = [
     "check_mlp",
     "check_norm",
     "check_rope_write",
+    "check_slots",
+    "check_visible",
 ]
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
+NO_SUCH_SLOTS = (
+    "lanes and slots must be in the cache, and a row's run and list must not end before they begin or lie outside of "
+    "what is given; the tensors of the call say otherwise"
+)
+
 # by the names of transformers' configurations
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -145,12 +153,14 @@ class Visible:
 
 def _check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype) -> None:
     """Raise unless a tensor is contiguous on the CPU in a shape; None stands for any size."""
-    fits = tensor.dim() == len(shape) and all(b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
-    if fits and tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous():
+    fits = tensor.dim() == len(shape) and tensor.dtype == dtype and tensor.is_contiguous() and tensor.is_cpu
+    for size, wanted in zip(tensor.shape, shape, strict=False):
+        fits = fits and wanted in (None, size)
+    if fits:
         return
-    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    sizes = ", ".join("any" if size is None else str(size) for size in shape)
     raise InputError(
-        f"{name} must be contiguous [{wanted}] {dtype} on the CPU, got {list(tensor.shape)} {tensor.dtype} on "
+        f"{name} must be contiguous [{sizes}] {dtype} on the CPU, got {list(tensor.shape)} {tensor.dtype} on "
         f"{tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
     )
 
@@ -230,6 +240,23 @@ def check_slabs(keys: Tensor, values: Tensor, dtype: torch.dtype) -> None:
             )
 
 
+def check_slots(keys: Tensor, lanes: Tensor, slots: Tensor) -> None:
+    """Raise InputError unless all slots are in the cache. The library looks itself, which takes no time there."""
+    for index, limit in ((lanes, keys.shape[0]), (slots, keys.shape[2])):
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < limit:
+            raise InputError(NO_SUCH_SLOTS)
+
+
+def check_visible(keys: Tensor, visible: Visible) -> None:
+    """The same of the slots that rows see."""
+    check_slots(keys, visible.lanes, visible.own)
+    ends = visible.own_start[:1], visible.own.numel() - visible.own_start[-1:], keys.shape[2] - visible.end
+    if any(
+        bool((part < 0).any()) for part in (*ends, visible.start, visible.end - visible.start, visible.own_start.diff())
+    ):
+        raise InputError(NO_SUCH_SLOTS)
+
+
 def check_rope_write(
     rows: Tensor,
     keys: Tensor,
@@ -244,14 +271,12 @@ def check_rope_write(
     """Raise InputError unless `rope_write` can be computed as it is called."""
     dtype = rows.dtype
     check_slabs(keys, values, dtype)
-    num_lanes, key_heads, capacity, head_dim = keys.shape
+    _, key_heads, _, head_dim = keys.shape
     width = (num_heads + key_heads) * head_dim + key_heads * values.shape[3]
     _check("rows", rows, (None, width), dtype)
     num_rows = rows.shape[0]
-    for name, index, limit in (("lanes", lanes, num_lanes), ("slots", slots, capacity)):
+    for name, index in (("lanes", lanes), ("slots", slots)):
         _check(name, index, (num_rows,), torch.int32)
-        if num_rows and not 0 <= int(index.min()) <= int(index.max()) < limit:
-            raise InputError(f"{name} must be from 0 to {limit - 1}, got {index.tolist()}")
     if rotary is not None:
         half = rotary.cos.shape[-1]
         for name, tensor in (("cos", rotary.cos), ("sin", rotary.sin)):
@@ -284,7 +309,7 @@ def check_attention(
     """Raise InputError unless `tree_attention` can be computed as it is called."""
     dtype = queries.dtype
     check_slabs(keys, values, dtype)
-    num_lanes, key_heads, capacity, head_dim = keys.shape
+    _, key_heads, _, head_dim = keys.shape
     _check("queries", queries, (None, None, head_dim), dtype)
     num_rows, heads = queries.shape[:2]
     if heads % key_heads:
@@ -292,17 +317,6 @@ def check_attention(
     for name, size in (("lanes", num_rows), ("start", num_rows), ("end", num_rows), ("own_start", num_rows + 1)):
         _check(f"visible.{name}", getattr(visible, name), (size,), torch.int32)
     _check("visible.own", visible.own, (None,), torch.int32)
-    if num_rows:
-        limits = {"lanes": num_lanes - 1, "start": capacity, "end": capacity, "own": capacity - 1}
-        limits["own_start"] = visible.own.numel()
-        for name, limit in limits.items():
-            part: Tensor = getattr(visible, name)
-            if part.numel() and not 0 <= int(part.min()) <= int(part.max()) <= limit:
-                raise InputError(f"visible.{name} must be from 0 to {limit}, got {part.tolist()}")
-        if bool(
-            (visible.num_seen < 0).any() | (visible.own_start.diff() < 0).any() | (visible.end < visible.start).any()
-        ):
-            raise InputError("a row's run and list must not end before they begin")
     if sinks is not None:
         _check("sinks", sinks, (heads,), dtype)
     if out is not None:

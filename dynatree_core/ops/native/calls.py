@@ -9,14 +9,16 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from dynatree_core.errors import InputError
 from dynatree_core.ops.layout import KINDS, PLAIN
 from dynatree_core.ops.matrix import PackedMatrix
 from dynatree_core.ops.native.loading import library
-from dynatree_core.ops.signature import Activation, Norm, Rotary, Visible
+from dynatree_core.ops.signature import NO_SUCH_SLOTS, Activation, Norm, Rotary, Visible
 
 __all__ = ["linear", "mlp", "norm", "rope_write", "tree_attention"]
 
 RECORD = 256  # bytes
+NO_MEMORY, NO_SUCH_SLOT = 1, 2  # what the library answers where something is wrong
 NORM, LINEAR, MLP, ROPE_WRITE, ATTENTION = range(5)
 KIND_CODES = {name: code for code, name in enumerate((*PLAIN, *KINDS))}
 ACTIVATION_CODES = {name: code for code, name in enumerate(get_args(Activation))}
@@ -26,8 +28,8 @@ _norm_fields = struct.Struct("=4q2d")
 _norm_record = struct.Struct("=q qq qddqq q 184x")
 _linear_record = struct.Struct("=q qq qddqq q 184x")
 _mlp_record = struct.Struct("=q qq qddqq qqq 168x")
-_rope_record = struct.Struct("=q 4q 4q 6q 2q 2q 2q 2q 2q 56x")
-_attention_record = struct.Struct("=q 5q 4q 6q 5q 2d 72x")
+_rope_record = struct.Struct("=q 4q 4q 6q 2q 2q 2q 2q 2q 2q 40x")
+_attention_record = struct.Struct("=q 5q 4q 6q 3q 5q 2d 48x")
 assert all(
     record.size == RECORD for record in (_norm_record, _linear_record, _mlp_record, _rope_record, _attention_record)
 )
@@ -71,8 +73,11 @@ def _norm_address(norm: Norm | None, size: int) -> int:
 
 
 def _run(record: bytes, num_rows: int) -> None:
-    if library().run(record, 1, num_rows, torch.get_num_threads()):
+    wrong = library().run(record, 1, num_rows, torch.get_num_threads())
+    if wrong == NO_MEMORY:
         raise MemoryError("there is no memory for the intermediate results of an operator")
+    if wrong == NO_SUCH_SLOT:
+        raise InputError(NO_SUCH_SLOTS)
 
 
 def norm(rows: Tensor, norm: Norm, *, residual: Tensor | None, out: Tensor | None) -> Tensor:
@@ -183,6 +188,7 @@ def rope_write(
             *(num_heads, key_heads, head_dim, values.shape[3]),
             *keys.stride()[:3],
             *values.stride()[:3],
+            *(keys.shape[0], keys.shape[2]),
             *(lanes.data_ptr(), slots.data_ptr(), cos, sin, half, is_interleaved),
             *(query_norm_at, key_norm_at, query_norm_heads, key_norm_heads),
         ),
@@ -212,6 +218,7 @@ def tree_attention(
             *(heads, keys.shape[1], head_dim, values.shape[3]),
             *keys.stride()[:3],
             *values.stride()[:3],
+            *(keys.shape[0], keys.shape[2], visible.own.numel()),
             *map(Tensor.data_ptr, seen),
             scale,
             soft_cap or 0.0,

@@ -3,7 +3,7 @@
 #include "ops.h"
 #include "pool.h"
 
-typedef struct { const attention_args *args; int64_t group; int failed; } attention_job;
+typedef struct { const attention_args *args; int failed; } attention_job;
 
 /* The slots of one row by their place in its text. */
 typedef struct { int64_t run, start; const int32_t *own; } seen;
@@ -104,8 +104,22 @@ static void attend(void *given, int64_t first, int64_t count) {
   }
 }
 
+/* Whether all slots are in the cache, and all lists in `own`. */
+static int are_there(const attention_args *a, int64_t rows) {
+  if (a->own_start[0] < 0 || a->own_start[rows] > a->num_own) return 0;
+  for (int64_t row = 0; row < rows; row++) {
+    if (a->lanes[row] < 0 || a->lanes[row] >= a->num_lanes || a->own_start[row] > a->own_start[row + 1]) return 0;
+    if (a->start[row] < 0 || a->start[row] > a->end[row] || a->end[row] > a->capacity) return 0;
+  }
+  for (int64_t i = a->own_start[0]; i < a->own_start[rows]; i++) {
+    if (a->own[i] < 0 || a->own[i] >= a->capacity) return 0;
+  }
+  return 1;
+}
+
 int run_attention(const attention_args *args, int64_t rows, int64_t threads) {
-  attention_job job = {args, 1, 0};
+  attention_job job = {args, 0};
+  if (!are_there(args, rows)) return NO_SUCH_SLOT;
   run_job(attend, &job, rows * args->heads, args->heads, threads);
   return job.failed;
 }

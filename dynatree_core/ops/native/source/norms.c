@@ -147,6 +147,10 @@ static void rope_some(void *given, int64_t first, int64_t count) {
 
 int run_rope_write(const rope_args *args, int64_t rows, int64_t threads) {
   const int64_t size = (args->heads + 2 * args->key_heads) * args->head_dim;
+  for (int64_t row = 0; row < rows; row++) {
+    if (args->lanes[row] < 0 || args->lanes[row] >= args->num_lanes) return NO_SUCH_SLOT;
+    if (args->slots[row] < 0 || args->slots[row] >= args->capacity) return NO_SUCH_SLOT;
+  }
   run_job(rope_some, (void *)args, rows, 1, rows * size < FEW ? 1 : threads);
   return 0;
 }

@@ -45,6 +45,7 @@ typedef struct {
   float *queries, *keys, *values;
   int64_t heads, key_heads, head_dim, value_dim;
   int64_t key_strides[3], value_strides[3]; /* of a lane, a head, a slot, in floats */
+  int64_t num_lanes, capacity;              /* of keys and values */
   const int32_t *lanes, *slots;
   const float *cos, *sin; /* [rows, half], or NULL */
   int64_t half, is_interleaved;
@@ -57,6 +58,7 @@ typedef struct {
   float *out;
   int64_t heads, key_heads, head_dim, value_dim;
   int64_t key_strides[3], value_strides[3];
+  int64_t num_lanes, capacity, num_own; /* num_own: the length of `own` */
   const int32_t *lanes, *start, *end, *own_start, *own;
   double scale, soft_cap;
 } attention_args;
@@ -76,7 +78,8 @@ typedef struct {
 } op;
 
 /* Compute `count` operators for the first `rows` rows of their tensors, on up to `threads` threads.
- * Returns 0, or 1 where memory for intermediate results is missing: then nothing is promised of the results. */
+ * Returns 0, or what went wrong, and then nothing is promised of the results; nothing is written outside of tensors. */
+enum { NO_MEMORY = 1, NO_SUCH_SLOT = 2 };
 int dynatree_run(const op *ops, int64_t count, int64_t rows, int64_t threads);
 
 int run_norm(const norm_args *args, int64_t rows, int64_t threads);
