@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from dynatree_core import ops
 from dynatree_core.cli import examine
 from dynatree_core.cli.catalogue import PluginRow
 from dynatree_core.cli.group import main
@@ -99,7 +100,7 @@ def test_what_one_pastes(run: Run) -> None:
 def test_torch_is_asked_in_a_process_of_its_own() -> None:
     found = examine._asked_of_torch()
     assert set(found) == set(OF_TORCH)
-    assert found["runner"]["name"] in ("packed", "eager")
+    assert found["runner"]["name"] in ("native", "packed", "eager")
     assert found["device"] == ("cuda" if torch.cuda.device_count() else "cpu")
 
 
@@ -107,6 +108,9 @@ def test_the_runner_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     model = SimpleNamespace(size=10**9)
     monkeypatch.setattr(embedded, "describe", lambda: model)
     monkeypatch.setattr("dynatree_core.runners.packed.can_pack", lambda model: True)
+    if ops.reason_unavailable() is None:
+        assert examine._runner("cpu")["name"] == "native"
+    monkeypatch.setattr(ops, "reason_unavailable", lambda: "the test wants it so")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5 * 10**9))
     assert examine._runner("cpu")["name"] == "packed"
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * 10**9))

@@ -26,7 +26,7 @@ from dynatree_core.models.stored import narrowest, pack_narrowest
 from dynatree_core.models.student import new_student
 from dynatree_core.runners.choice import make_runner, runner_for
 from dynatree_core.runners.eager import EagerRunner
-from dynatree_core.runners.native import ANGLES, NativeRunner, Twin
+from dynatree_core.runners.native import ANGLES, NativeRunner, Twin, _altered_part
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import ROPES, VARIANTS, greedy, perturbed, tiny_model, tiny_variant
 from dynatree_core.tree.flatten import FlatTrees, flatten, flatten_chain
@@ -213,6 +213,21 @@ def test_a_setting_that_is_not_known_is_a_reason_against_the_model() -> None:
     model.config.hidden_act = "mish"
     with pytest.raises(NoBlueprintError, match="activation is 'mish'"):
         blueprint_of(model)
+
+
+def test_a_module_that_was_replaced_or_set_otherwise_is_a_reason_against_the_model() -> None:
+    assert all(_altered_part(single(name)) is None for name in FITTING)
+    assert _altered_part(new_student(single("llama"), [1], HEAD_IDS)) is None
+    model: Any = copy.deepcopy(single("llama"))
+    model.model.layers[0].mlp.act_fn = nn.ReLU()  # which a blueprint, read from the configuration, would not follow
+    assert _altered_part(model) == "'model.layers.0.mlp.act_fn' is another one"
+    model = copy.deepcopy(single("llama"))
+    assert _altered_part(model) is None
+    model.model.layers[1].self_attn.scaling *= 2
+    assert _altered_part(model) == "'model.layers.1.self_attn' is another one"
+    model = copy.deepcopy(single("qwen3"))
+    del model.model.layers[1].self_attn.q_norm
+    assert "self_attn.q_norm' is missing" in str(_altered_part(model))
 
 
 @needs_library

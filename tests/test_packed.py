@@ -21,7 +21,7 @@ from test_architectures import bushy_tree
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from dynatree_core import generate
+from dynatree_core import generate, ops
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.cli.generate import generate as generate_command
 from dynatree_core.clock import StageClock
@@ -310,6 +310,13 @@ def test_grouped_attention_is_that_of_transformers_to_the_last_bit():
     assert torch.equal(grouped_attention(attention, query, key, value, None, scaling=0.2)[0], usual)
 
 
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The native runner, which auto prefers, cannot be had."""
+    monkeypatch.setattr(ops, "reason_unavailable", lambda: "the test wants it so")
+
+
+@pytest.mark.usefixtures("no_library")
 def test_what_auto_chooses(monkeypatch):
     class Own(type(single("llama"))):  # somebody's subclass may do anything in its forward
         pass
@@ -358,6 +365,7 @@ def test_the_command_line_has_the_same_names():
         option.type.convert("paked", option, None)
 
 
+@pytest.mark.usefixtures("no_library")
 def test_reports_say_which():
     model = single("llama")
     for asked, taken in (("auto", "packed"), ("eager", "eager"), ("packed", "packed")):

@@ -199,6 +199,8 @@ def _runner(device: str) -> dict[str, str]:
             "name": chosen,
             "reason": f"the model is on {device}; `packed` is for CPUs, `cudagraph` has to be named",
         }
+    if chosen == "native":
+        return {"name": chosen, "reason": "a CPU that the fused operators were compiled for"}
     if not can_pack(model):
         machine = platform.machine()
         return {

@@ -72,7 +72,7 @@ class Runner(abc.ABC):
     def preference(cls, model: nn.Module, kept: Kept) -> int:
         """How good it is for a model that it can run: "auto" takes the runner with the most, and none with 0.
 
-        `eager` has 1, `packed` 2 where its copies fit.
+        `eager` has 1, `packed` 2 and `native` 3 where their copies fit.
         """
         return 0
 

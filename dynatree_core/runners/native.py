@@ -14,11 +14,14 @@ What a model consists of says its blueprint (`dynatree_core.models.blueprint`). 
 
 from __future__ import annotations
 
+import copy
 import threading
+import weakref
 from collections.abc import Hashable, Sequence
 from typing import Any, final
 
 import attrs
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -34,9 +37,15 @@ from dynatree_core.tree.flatten import FlatTrees
 
 __all__ = ["NativeRunner", "Twin"]
 
+# of the memory that is free, what packed copies may take up where nobody asked for them
+MAX_SHARE_OF_MEMORY = 0.25
+
 # positions whose angles are computed together. A position's are always computed in the same place of the same vector:
 # torch rounds the last elements of a vector otherwise than the others
 ANGLES = 256
+
+# attributes of modules that a pass, a mode or a way of loading sets
+_NO_SETTINGS = frozenset({"training", "max_seq_len_cached", "name_or_path", "is_gradient_checkpointing"})
 
 _lock = threading.Lock()  # two threads that begin with one model pack it once
 
@@ -81,6 +90,9 @@ class NativeRunner(Runner):
             blueprint = blueprint_of(model)
         except NoBlueprintError as error:
             return f"knows no model whose {error}"
+        altered = _altered_part(model)
+        if altered is not None:
+            return f"is for models as transformers makes them of their configuration, got one whose {altered}"
         dtypes = {tensor.dtype for tensor in (*model.parameters(), *_tensors(blueprint))}
         if dtypes != {torch.float32}:
             return f"is for models whose weights are all float32, got {', '.join(sorted(map(str, dtypes)))}"
@@ -88,8 +100,11 @@ class NativeRunner(Runner):
 
     @classmethod
     def preference(cls, model: nn.Module, kept: Kept) -> int:
-        """3 for a model that is kept packed anyway, else 0: it is taken where it is named."""
-        return 3 if isinstance(model, StoredModel) else 0
+        """3 for a model that is kept packed anyway, or whose copies leave most of the free memory free, else 0."""
+        if isinstance(model, StoredModel) or cls.name in kept:
+            return 3
+        num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        return 3 if num_bytes < MAX_SHARE_OF_MEMORY * psutil.virtual_memory().available else 0
 
     @classmethod
     def make(cls, model: nn.Module, kept: Kept) -> NativeRunner:
@@ -305,6 +320,51 @@ class _Angles:
             cosines.append((turned.cos() * self._rope.scaling).to(self._dtype))
             sines.append((turned.sin() * self._rope.scaling).to(self._dtype))
         return torch.cat(cosines), torch.cat(sines)
+
+
+_structures: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, str | None]] = weakref.WeakKeyDictionary()
+
+
+def _altered_part(model: nn.Module) -> str | None:
+    """What of a model's modules is not as its configuration says, such as an activation that was replaced.
+
+    A blueprint is read from the configuration, so it would not follow. Compared are classes and plain attributes with
+    those of a model that is made of the configuration, without weights; once, as long as they stay as they are.
+    """
+    found = _structure(model)
+    known = _structures.get(model)
+    if known is None or known[0] != found:
+        known = _structures[model] = found, _difference(model)
+    return known[1]
+
+
+def _difference(model: nn.Module) -> str | None:
+    kind: Any = type(model)
+    config: Any = model.config
+    with torch.device("meta"):
+        fresh = dict(_structure(kind(copy.deepcopy(config))))
+    modules: Any = model
+    # those of a student are its target's
+    shared = modules.get_input_embeddings(), modules.get_output_embeddings()
+    others = {name for name, part in model.named_modules() if any(part is one for one in shared)}
+    for name, part in _structure(model):
+        if name not in others and fresh.pop(name, None) != part:
+            return f"'{name or type(model).__name__}' is another one"
+    return next((f"'{name}' is missing" for name in fresh.keys() - others), None)
+
+
+def _structure(model: nn.Module) -> tuple[tuple[str, Hashable], ...]:
+    """Classes and plain attributes of a model's modules, by their names."""
+    return tuple((name, (type(part), _settings(part))) for name, part in model.named_modules())
+
+
+def _settings(part: nn.Module) -> Hashable:
+    plain = (bool, int, float, str, type(None))
+    return tuple(
+        (name, value)
+        for name, value in sorted(vars(part).items())
+        if isinstance(value, plain) and name not in _NO_SETTINGS and not name.startswith("_")
+    )
 
 
 def _packed(matrix: Any) -> PackedMatrix:
