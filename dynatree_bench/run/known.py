@@ -7,13 +7,12 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from torch import nn
 
 from dynatree_core import Drafter, DraftPlan, DraftState, Engine, Session
 from dynatree_core.models.architectures import vocab_size
 from dynatree_core.models.kept import kept_of
+from dynatree_core.trace.replaying import KnownTarget
 
 
 @attrs.frozen
@@ -25,29 +24,6 @@ class Text:
     new_ids: tuple[int, ...]
     max_new_tokens: int  # as many as there are, or more where an end token came before
     end_ids: tuple[int, ...] = ()  # that end the text
-
-
-class KnownTarget(LlamaForCausalLM):
-    """Stands in for a target whose output is known: at each position of the text it says the token that came next.
-
-    That is right for rows on the text's path. Any other has an ancestor that is rejected, so its own do not matter.
-    """
-
-    def __init__(self, token_ids: Sequence[int], vocab: int, room: int) -> None:
-        tiny = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
-        super().__init__(LlamaConfig(vocab_size=vocab, max_position_embeddings=len(token_ids) + room, **tiny))
-        self.next_ids = torch.tensor([*token_ids[1:], *[0] * (room + 1)])
-        self.eval()
-
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, cache: Any, logits_to_keep: int = 0, **_: Any
-    ) -> CausalLMOutputWithPast:
-        rows = input_ids.shape[1]
-        cache.update(torch.zeros(1, 1, rows, 1), torch.zeros(1, 1, rows, 1), 0)
-        said = self.next_ids[position_ids[0, -logits_to_keep:]]
-        return CausalLMOutputWithPast(
-            logits=torch.zeros(1, said.numel(), self.config.vocab_size).scatter_(2, said[None, :, None], 1.0)
-        )
 
 
 @attrs.frozen

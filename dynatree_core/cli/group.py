@@ -39,6 +39,7 @@ FILES = {  # command -> the file of this folder that has it
     "new-drafter": "scaffold",
     "new-policy": "scaffold",
     "policies": "policies",
+    "replay": "replay",
     "view": "view",
 }
 COMMANDS = "dynatree.commands"  # entry-point group: name -> click command, in a module that imports quickly

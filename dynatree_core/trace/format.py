@@ -65,9 +65,12 @@ def float_list(values: Sequence[float | None]) -> str:
 
     One format operation makes the list: it is ten times as fast as the digits of a float64, and half as long.
     """
-    if any(value is None or not math.isfinite(value) for value in values):
-        return f"[{','.join('null' if one is None or not math.isfinite(one) else f'{one:.9g}' for one in values)}]"
-    return f"[{('%.9g,' * len(values) % tuple(cast('Sequence[float]', values)))[:-1]}]"
+    if None not in values:
+        text = "%.9g," * len(values) % tuple(cast("Sequence[float]", values))
+        if "n" not in text:  # as in nan and inf
+            return f"[{text[:-1]}]"
+    numbers = ("null" if value is None or not math.isfinite(value) else f"{value:.9g}" for value in values)
+    return f"[{','.join(numbers)}]"
 
 
 # files
