@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,23 @@ class CostModel:
         drafting = sum(map(self.drafter_level_seconds, level_widths))
         return self.target_pass_seconds(1 + num_drafted) + drafting + self.rest_seconds
 
+    def beside(self, num_sequences: int, rows: int, width: int) -> CostModel:
+        """What a sequence is charged that shares its passes with others.
+
+        Each second that its tree adds to a pass delays every one of them, so it counts for each. What all take anyway,
+        a pass over the others' rows and its own root, counts once. Who maximises tokens a second by these costs does so
+        for all: E − λ·T with the rate of one sequence and T charged is E − Λ·ΔT with the rate Λ of all. For one
+        sequence alone they are the costs themselves.
+
+        Args:
+            num_sequences: that share the pass, this one among them.
+            rows: of the target's pass, those of the others.
+            width: nodes of a drafter's level, those of the others; 0: nobody else has a level looked at.
+        """
+        if num_sequences == 1:
+            return self
+        return _charged(self, num_sequences, _coarse(rows), _coarse(width))
+
     @property
     def verify(self) -> StepFunction:
         """Old name of `target_pass_seconds`."""
@@ -79,6 +97,26 @@ class CostModel:
         """Old name of `iteration_seconds`."""
         warn_of_old_name("CostModel.tree_seconds", "iteration_seconds")
         return self.iteration_seconds(num_drafted, widths)
+
+
+def _coarse(count: int) -> int:
+    """Up to a multiple of 4 beyond 8: so that a load that moves a little is charged by the same tables."""
+    return count if count <= 8 else -(-count // 4) * 4
+
+
+@functools.lru_cache(maxsize=256)
+def _charged(costs: CostModel, num_sequences: int, rows: int, width: int) -> CostModel:
+    target, level = costs.target_pass_seconds, costs.drafter_level_seconds
+    shared = target(rows + 1)
+    at_rows, at_width = range(1, target.at[-1] + 1), range(1, level.at[-1] + 1)
+    return CostModel(
+        StepFunction(
+            tuple(at_rows),
+            tuple(shared + num_sequences * (target(rows + own) - shared) for own in at_rows),
+        ),
+        StepFunction(tuple(at_width), tuple(num_sequences * (level(width + own) - level(width)) for own in at_width)),
+        costs.rest_seconds,
+    )
 
 
 # for frontiers that no session has made: a row adds a hundredth of a pass, and a level takes a tenth

@@ -16,6 +16,9 @@ steps without drafting and by the cost model: it begins with `STAKE`, each itera
 it has lost, and adds `MAX_LOSS`. Below zero nothing is drafted. (`governor` keeps one by the clock, for any stack.) The
 first trees could spend the stake at once, so they have up to `FIRST_DEPTH` levels, and twice as many each time that one
 was accepted to its full depth.
+
+Where several sequences share their passes, all of this goes by what a tree is charged there (`Frontier.charged_costs`):
+each second that it adds delays every one of them, and counts for each.
 """
 
 from __future__ import annotations
@@ -92,7 +95,7 @@ class CostAware:
     @hookimpl
     def should_expand(self, frontier: Frontier) -> bool:
         if frontier.depth == 0:
-            self.levels, self.costs = [], frontier.costs
+            self.levels, self.costs = [], frontier.charged_costs
             if not self.is_recalled:  # again: each session has a copy, and others may have kept more since
                 self._recall()
                 self.is_recalled = True
@@ -101,14 +104,15 @@ class CostAware:
         mass = 1.0  # the root is accepted
         if frontier.depth > 0:
             mass = float(self._path_acceptance(frontier.tree)[frontier.tree.last_level].sum())
-        pays = mass * self.look_value > self._rate(frontier.costs) * level_seconds(frontier.costs, frontier.width)
+        costs = frontier.charged_costs
+        pays = mass * self.look_value > self._rate(costs) * level_seconds(costs, frontier.width)
         if pays:
             self.levels.append(frontier)
         return pays
 
     @hookimpl
     def branch_factor(self, frontier: Frontier) -> Tensor:
-        tree, costs, device = frontier.tree, frontier.costs, frontier.tree.device
+        tree, costs, device = frontier.tree, frontier.charged_costs, frontier.tree.device
         at_parent = self._path_acceptance(tree)[tree.last_level]
         rank = torch.arange(frontier.max_branch, device=device)
         given_parent = self.estimator.predict(frontier.top_logprobs, rank, frontier.depth + 1)
@@ -149,7 +153,7 @@ class CostAware:
         if self.costs is not None:
             seconds = self.costs.iteration_seconds(report.tree.num_drafted, [])
             for level in asked:
-                seconds += level_seconds(self.costs, level.width, is_free=level.proposals.is_free)
+                seconds += level_seconds(level.charged_costs, level.width, is_free=level.proposals.is_free)
             self.tokens = MEMORY * self.tokens + len(report.token_ids)
             self.seconds = MEMORY * self.seconds + seconds
             won = len(report.token_ids) - seconds / self.costs.plain_step_seconds()

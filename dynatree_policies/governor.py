@@ -12,6 +12,9 @@ whatever the drafter and the text are. For a known acceptance theorem 3.8 of Lev
 pays; here it is unknown and changes with the text, so what counts is what was measured. Clocks scatter, and the first
 steps of a generation may be slow. So that an s that is too long does not make useless trees look free, a tree is taken
 to cost a tenth of s at least.
+
+Where several sequences share their passes, the time that an iteration takes beyond s delays all of them, and counts as
+often as there are.
 """
 
 from __future__ import annotations
@@ -83,7 +86,8 @@ class Governor:
     def _note_drafted(self, report: StepReport) -> None:
         num_tokens, step = len(report.token_ids), self._step_seconds()
         least = LEAST_COST if report.tree.num_drafted else 0.0  # the drafter may have had nothing to say
-        win = min(num_tokens * step - report.seconds, (num_tokens - 1 - least) * step)
+        added = (report.seconds - step) * report.num_sequences  # it delays all that share the pass
+        win = min((num_tokens - 1) * step - added, (num_tokens - 1 - least) * step)
         self.wins.append(win)
         self.num_since_plain += 1
         limit = max(self.depth_limit, self.probe_depth)

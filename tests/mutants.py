@@ -450,8 +450,8 @@ MUTANTS = (
     ),
     Mutant(
         "reports hold their session",
-        "verdict, measure=lane.measure_costs",
-        "verdict, measure=lambda: lane.measure_costs()",
+        "verdict, measure=lane.measure_costs,",
+        "verdict, measure=lambda: lane.measure_costs(),",
         ("tests/test_session.py::test_a_session_goes_without_the_garbage_collector",),
     ),
     Mutant(
@@ -765,6 +765,36 @@ MUTANTS = (
         "            for one in ready.values():\n                one.chunks = filled(one.lane)\n            raise",
         "            raise",
         ("tests/test_batches.py::test_ctrl_c_leaves_an_engine_that_goes_on",),
+    ),
+    Mutant(
+        "a tree's time counts for its own sequence only",
+        "tuple(shared + num_sequences * (target(rows + own) - shared) for own in at_rows)",
+        "tuple(target(rows + own) for own in at_rows)",
+        ("tests/test_load.py",),
+    ),
+    Mutant(
+        "a sequence that is put back begins anew",
+        "self._take_place(is_drafting=self._was_drafting)",
+        "self.sequence = Sequence(self.request, self.device)\n        self._take_place(is_drafting=self._was_drafting)",
+        ("tests/test_batches.py::test_who_is_put_back_when_memory_is_short_goes_on_later_as_if_nothing_had_been",),
+    ),
+    Mutant(
+        "memory has no bound",
+        "sum(one.lane.num_bytes_needed for one in self._running) > engine.max_bytes",
+        "False",
+        ("tests/test_batches.py::test_who_is_put_back_when_memory_is_short_goes_on_later_as_if_nothing_had_been",),
+    ),
+    Mutant(
+        "a cache that grows loses its rows",
+        "                larger[:, :, : self.length] = buffer[:, :, : self.length]\n",
+        "",
+        ("tests/test_batches.py::test_who_is_put_back_when_memory_is_short_goes_on_later_as_if_nothing_had_been",),
+    ),
+    Mutant(
+        "rows of a batch draw from one generator",
+        "                session.sampler.apart(began)\n",
+        "                session.sampler.apart(began) if row == 0 else None\n",
+        ("tests/test_hf_rows.py",),
     ),
     Mutant(
         "only who asks first gets proposals",

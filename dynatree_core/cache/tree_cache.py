@@ -218,19 +218,14 @@ class TreeCache(Cache, KeyValueCache):
         """Have more slots, as `KeyValueCache.grow`: rows move to larger buffers, one buffer after the other."""
         if self.block_len > 0:
             raise CacheError(f"a cache grows between two steps, got a block of {self.block_len} rows; commit it first")
-        more = capacity - self.capacity
-        if more <= 0:
+        if capacity <= self.capacity:
             return
+        self.capacity = capacity
         for buffers in (self.keys, self.values):
             for layer, buffer in enumerate(buffers):
-                lanes, heads, _, head_dim = buffer.shape
-                with torch.inference_mode(False):
-                    larger = buffer.new_empty(lanes, heads, capacity, head_dim)
-                    if self._is_zeroed:
-                        larger.zero_()
+                larger = self._allocate(buffer)
                 larger[:, :, : self.length] = buffer[:, :, : self.length]
                 buffers[layer] = larger
-        self.capacity = capacity
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Rows that the next pass finds before its own; asked by models that are given no positions."""

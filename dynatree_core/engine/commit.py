@@ -18,7 +18,9 @@ def commit(lane: Lane, step: tuple[TokenTree, Verdict]) -> StepReport:
     The drafter comes last: should it fail, the tokens are committed and counted.
     """
     tree, verdict = step
-    report = StepReport(lane.num_iterations, tree, verdict, measure=lane.measure_costs)
+    report = StepReport(
+        lane.num_iterations, tree, verdict, measure=lane.measure_costs, num_sequences=1 + len(lane.beside)
+    )
     # the root and all new tokens but the last are cached now; the last one is the next root
     num_cached = len(verdict.token_ids) - 1
     # tokens first: should this be broken off, a cache that lacks rows is filled again when the session goes on

@@ -33,6 +33,8 @@ def draft(lanes: Sequence[Lane], faults: Faults) -> dict[Lane, TokenTree]:
 
     All grow a level at a time, so that one pass of a drafting model serves them all. Who fails has no tree.
     """
+    for lane in lanes:
+        lane.beside = [other.last_tree_sizes for other in lanes if other is not lane]
     trees = {lane: TokenTree.root(lane.committed_ids[-1:].clone()) for lane in lanes}
     growing = trees
     while growing:
@@ -80,6 +82,9 @@ def _ask(lane: Lane, tree: TokenTree, shared: SharedProposals) -> Level | _Wante
         limits.max_branch,
         propose=lambda: shared.of(lane),
         measure=lane.measure_costs,
+        num_sequences=1 + len(lane.beside),
+        rows_beside=sum(map(sum, lane.beside)),
+        width_beside=sum(sizes[tree.max_depth] for sizes in lane.beside if len(sizes) > tree.max_depth + 1),
     )
     expand = lane.stack.should_expand(frontier)
     if expand.value is False:

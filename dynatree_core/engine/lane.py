@@ -64,6 +64,7 @@ class Lane:
         self.num_reused_tokens = 0  # of the prompt, whose rows came from the prefix cache
         # reports and frontiers keep it, so it must not hold the session
         self.measure_costs = functools.partial(engine.costs, request.is_fixed_width, self.clock)
+        self.beside: list[tuple[int, ...]] = []  # nodes by level of those whose iteration it is too, as they had last
         self._take_place()
 
     def _take_place(self, *, is_drafting: bool = True) -> None:
@@ -169,6 +170,11 @@ class Lane:
     @property
     def last_report(self) -> StepReport | None:
         return self.sequence.last_report
+
+    @property
+    def last_tree_sizes(self) -> tuple[int, ...]:
+        """Nodes by level of the last tree; a root before there was any."""
+        return (1,) if self.last_report is None else self.last_report.tree.level_sizes
 
     @property
     def committed_ids(self) -> Tensor:

@@ -46,10 +46,30 @@ class Frontier:
     _propose: Callable[[], Proposals] = attrs.field(repr=False)
     _measure: Callable[[], CostModel] = attrs.field(default=lambda: NOMINAL_COSTS, repr=False)
 
+    num_sequences: int = 1  # that share the target's pass of this iteration, this one among them
+    rows_beside: int = 0  # of that pass, those of the other sequences, by what they had last
+    width_beside: int = 0  # nodes at this depth of the others' trees, by what they had last
+
     @cached_property
     def costs(self) -> CostModel:
         """What passes take on this machine; the first look on a machine measures it, which takes seconds."""
         return self._measure()
+
+    @cached_property
+    def charged_costs(self) -> CostModel:
+        """What this sequence is charged at the present load (`CostModel.beside`); alone, the costs themselves."""
+        return self.costs.beside(self.num_sequences, self.rows_beside, self.width_beside)
+
+    @property
+    def row_seconds(self) -> float:
+        """What one row more in the target's pass is charged, beside the nodes that the tree has."""
+        seconds = self.charged_costs.target_pass_seconds
+        return seconds(self.tree.num_nodes + 1) - seconds(self.tree.num_nodes)
+
+    @property
+    def level_seconds(self) -> float:
+        """What the drafter's look at this level is charged."""
+        return self.charged_costs.drafter_level_seconds(self.width)
 
     @property
     def width(self) -> int:

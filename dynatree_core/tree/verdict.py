@@ -32,6 +32,7 @@ class StepReport:
     verdict: Verdict
     seconds: float = 0.0  # wall-clock time of the step, up to where the policies hear of it
     _measure: Callable[[], CostModel] = attrs.field(default=lambda: NOMINAL_COSTS, repr=False)
+    num_sequences: int = 1  # that shared the target's pass, this one among them
 
     @cached_property
     def costs(self) -> CostModel:
