@@ -34,7 +34,7 @@ docs: $(VENV)/installed  ## the documentation site in site/, with warnings as er
 viewer:  ## the page of `dynatree view` anew from viewer/, with node and npm
 	cd viewer && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error && npm run --silent build
 
-fuzz: $(VENV)/installed  ## thousands of random generations against generate(), about five minutes
+fuzz: $(VENV)/installed  ## thousands of random generations and batches against generate(), some fifteen minutes
 	$(BIN)/python tests/fuzz.py
 
 mutants: $(VENV)/installed  ## deliberate bugs, each of which the tests have to notice

@@ -5,10 +5,13 @@ Method: every case is a random tiny float64 model of any supported architecture,
 plain greedy decoding, logits processors, or sampling by seed. Its output is compared with that of transformers' own
 `generate`, token for token. Cases come in rounds of 100, each with a seed of its own, so that a run can be repeated.
 
+Then random batches (`tests/batch_cases.py`): requests that come, go, fail and are put back on one engine, each against
+the same request alone.
+
 Output: how many cases there were of what kind, and how many rounds found a failure; each failure shrunk and printed.
 Exit code 1 if there was any.
 
-Command: make fuzz, or python tests/fuzz.py [--cases N] [--seed N]
+Command: make fuzz, or python tests/fuzz.py [--cases N] [--batches N] [--seed N]
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import warnings
 from collections import Counter
 
 import torch
+from batch_cases import check_batch, random_batch
 from hypothesis import given, seed
 from hypothesis import strategies as st
 from rich.console import Console
@@ -45,6 +49,7 @@ ANY_CASE = cases(
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--cases", type=int, default=2000, help="at least so many, in rounds of 100 (default: 2000)")
+    parser.add_argument("--batches", type=int, default=10_000, help="batches to try (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of the first round (default: 0)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
@@ -69,7 +74,29 @@ def main() -> int:
         f"{num_cases} cases in {len(seeds)} rounds, seeds {seeds[0]} to {seeds[-1]}, {took:.0f} s: "
         f"{num_failures} rounds with a failure"
     )
-    return 1 if num_failures else 0
+    return 1 if num_failures + batch_failures(arguments.seed, arguments.batches, console) else 0
+
+
+def batch_failures(first: int, num_batches: int, console: Console) -> int:
+    """Try so many batches; how many of them had a fault, each of which is printed."""
+    num_failures, start = 0, time.perf_counter()
+    kinds: Counter[tuple[str, str]] = Counter()
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for number in progress.track(range(first, first + num_batches), description="batches"):
+            case = random_batch(number)
+            kinds.update(
+                [("sequences", str(len(case.asked))), ("drafter", case.drafter), ("architecture", case.family)]
+                + [("policy", asked.policy.partition("(")[0]) for asked in case.asked]
+            )
+            try:
+                check_batch(case)
+            except Exception:  # noqa: BLE001  # whatever it is: it is what is looked for, and is printed
+                num_failures += 1
+                console.print(f"[red]batch {number}:[/]")
+                console.print(traceback.format_exc(), markup=False)
+    console.print(table(kinds))
+    console.print(f"{num_batches} batches, {time.perf_counter() - start:.0f} s: {num_failures} with a failure")
+    return num_failures
 
 
 def one_round(number: int, counts: Counter[tuple[str, str]]) -> None:

@@ -680,19 +680,19 @@ MUTANTS = (
         "a ragged pass gives every sequence the first one's rows",
         "return list(torch.split_with_sizes(rows, self.num_rows, dim=1))",
         "return [rows[:, :num_rows] for num_rows in self.num_rows]",
-        ("tests/test_together.py::test_rows_of_several_sequences_say_what_they_say_alone",),
+        ("tests/test_together.py::test_rows_of_several_sequences_say_what_they_say_alone[llama]",),
     ),
     Mutant(
         "padding rows are stored",
         "cache.update(key_states[lane : lane + 1, :, :rows], value_states[lane : lane + 1, :, :rows], layer_idx)",
         "cache.update(key_states[lane : lane + 1], value_states[lane : lane + 1], layer_idx)",
-        ("tests/test_together.py::test_rows_of_several_sequences_say_what_they_say_alone",),
+        ("tests/test_together.py::test_rows_of_several_sequences_say_what_they_say_alone[llama]",),
     ),
     Mutant(
         "in a ragged pass a shorter sequence's rows see what they may not",
         "own_mask = mask[..., : lane.keys.shape[2]]",
         "own_mask = mask[..., : lane.keys.shape[2]] | True",
-        ("tests/test_together.py::test_rows_of_several_sequences_say_what_they_say_alone",),
+        ("tests/test_together.py::test_rows_of_several_sequences_say_what_they_say_alone[llama]",),
     ),
     Mutant(
         "rows of a shared pass that failed stay",
@@ -770,7 +770,7 @@ MUTANTS = (
         "a tree's time counts for its own sequence only",
         "tuple(shared + num_sequences * (target(rows + own) - shared) for own in at_rows)",
         "tuple(target(rows + own) for own in at_rows)",
-        ("tests/test_load.py",),
+        ("tests/test_load.py::test_each_second_that_a_tree_adds_counts_for_every_sequence",),
     ),
     Mutant(
         "a sequence that is put back begins anew",
@@ -794,7 +794,7 @@ MUTANTS = (
         "rows of a batch draw from one generator",
         "                session.sampler.apart(began)\n",
         "                session.sampler.apart(began) if row == 0 else None\n",
-        ("tests/test_hf_rows.py",),
+        ("tests/test_hf_rows.py::test_several_answers_to_one_prompt",),
     ),
     Mutant(
         "only who asks first gets proposals",

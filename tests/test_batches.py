@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from batch_cases import check_batch, random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessor, StoppingCriteria
@@ -500,6 +501,11 @@ def test_other_threads_submit_wait_and_cancel_while_one_makes_the_steps():
     for place in set(range(8)) - {5}:
         assert found[place] == greedy(engine.target, PROMPTS[place % 4], 8 + place)
     assert found[5] == greedy(engine.target, PROMPTS[1], 13)[: len(found[5])]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_batches_that_make_fuzz_tries_too(seed):
+    check_batch(random_batch(seed))
 
 
 requests = st.tuples(ours.prompts, st.integers(0, 12), ours.stacks(), st.integers(0, 6))

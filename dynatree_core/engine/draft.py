@@ -34,7 +34,7 @@ def draft(lanes: Sequence[Lane], faults: Faults) -> dict[Lane, TokenTree]:
     All grow a level at a time, so that one pass of a drafting model serves them all. Who fails has no tree.
     """
     for lane in lanes:
-        lane.beside = [other.last_tree_sizes for other in lanes if other is not lane]
+        lane.note_load([other.last_tree_sizes for other in lanes if other is not lane])
     trees = {lane: TokenTree.root(lane.committed_ids[-1:].clone()) for lane in lanes}
     growing = trees
     while growing:

@@ -207,6 +207,10 @@ class Lane:
             return 0
         return min(self.sequence.limits.max_depth, self.sequence.num_tokens_left - 1, self.cache.max_places - 1)
 
+    def note_load(self, beside: list[tuple[int, ...]]) -> None:
+        """Whose iteration it is too: nodes by level of the last tree of each."""
+        self.beside = beside
+
     def check_proposals(self, proposals: object, tree: TokenTree) -> None:
         """Refuse what a drafter proposes for the tree's last level in another shape than the contract asks for.
 
