@@ -24,6 +24,7 @@ from dynatree_core.models.blueprint import FAMILIES, NoBlueprintError, blueprint
 from dynatree_core.models.kept import kept_of
 from dynatree_core.models.stored import narrowest, pack_narrowest
 from dynatree_core.models.student import new_student
+from dynatree_core.runners.base import Rows
 from dynatree_core.runners.choice import make_runner, runner_for
 from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.runners.native import ANGLES, NativeRunner, Twin, _altered_part
@@ -129,6 +130,34 @@ def test_lanes_of_different_lengths_have_the_rows_that_each_has_alone() -> None:
     for lane, (tree, logits) in enumerate(zip(trees, alone, strict=True)):
         torch.testing.assert_close(found[lane, : tree.num_nodes], logits, rtol=0, atol=1e-5)
     assert batch.block_len == flat.num_rows
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "ministral3", "olmo"])
+def test_sequences_of_one_pass_have_the_rows_that_each_has_alone(name: str) -> None:
+    trees = [bushy_tree(), TokenTree.root(torch.tensor([7])), bushy_tree()]
+    texts = [TEXT[:5], TEXT[:14], TEXT]
+    caches = [TreeCache(80) for _ in texts]
+    with torch.inference_mode():
+        for cache, text in zip(caches, texts, strict=True):
+            twin_of(name).forward(flatten_chain(torch.tensor(text), 0), cache)
+            cache.commit([range(len(text))])
+        flats = [flatten([tree], [len(text)]) for tree, text in zip(trees, texts, strict=True)]
+        alone = [twin_of(name).forward(flat, cache, hidden=True) for flat, cache in zip(flats, caches, strict=True)]
+        for cache in caches:
+            cache.rollback()
+        parts = [Rows(flat, cache) for flat, cache in zip(flats, caches, strict=True)]
+        found = twin_of(name).forward_together(parts, hidden=True)
+        for cache in caches:
+            cache.rollback()
+        last = twin_of(name).forward_together(parts, last_row_only=True)
+    same = torch.equal if ops.reason_unavailable() is None else functools.partial(torch.allclose, atol=1e-5)
+    for one, own, final in zip(found, alone, last, strict=True):
+        assert one.hidden is not None
+        assert own.hidden is not None
+        assert same(one.logits, own.logits)
+        assert same(one.hidden, own.hidden)
+        assert same(final.logits, own.logits[:, -1:])
+    assert [cache.block_len for cache in caches] == [tree.num_nodes for tree in trees]
 
 
 # ---- equal bits -----------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from dynatree_core.models.blueprint import Blueprint, Layer, NoBlueprintError, R
 from dynatree_core.models.state import is_untouched, state_of
 from dynatree_core.models.stored import StoredModel, pack_narrowest
 from dynatree_core.ops import PackedMatrix, Rotary, Visible
-from dynatree_core.runners.base import Kept, PassOutput, Runner
+from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner
 from dynatree_core.tree.flatten import FlatTrees
 
 __all__ = ["NativeRunner", "Twin"]
@@ -127,12 +127,18 @@ class NativeRunner(Runner):
         last_row_only: bool = False,
         is_prompt: bool = False,
     ) -> PassOutput:
+        return self.forward_together([Rows(flat, cache)], hidden=hidden, last_row_only=last_row_only)[0]
+
+    def forward_together(
+        self, parts: Sequence[Rows], *, hidden: bool = False, last_row_only: bool = False
+    ) -> list[PassOutput]:
+        """One pass over the rows of several sequences. Each has the bits that it has alone."""
         if torch.is_autocast_enabled("cpu"):
             raise ForwardPassError(
                 "the native runner computes in float32, got a pass under torch.autocast; leave that, or give "
                 "runner='eager'"
             )
-        return self.twin.forward(flat, cache, hidden=hidden, last_row_only=last_row_only)
+        return self.twin.forward_together(parts, hidden=hidden, last_row_only=last_row_only)
 
 
 class Twin:
@@ -163,31 +169,33 @@ class Twin:
         Raises:
             CacheError: the cache takes no rows that are written by the pass itself, or has no room.
         """
-        if not cache.can_record:
-            raise CacheError(
-                f"the native runner writes its rows into a cache that can_record, got a {type(cache).__name__}; use "
-                "another runner beside it"
-            )
-        lanes, num_rows = flat.token_ids.shape
-        first_slots = cache.next_slots(num_rows)
-        cache.allocate(self._keys, self._values)
-        passing = _Pass.of(flat, first_slots)
-        rows = self._embedded(flat.token_ids.reshape(-1), passing.positions)
+        return self.forward_together([Rows(flat, cache)], hidden=hidden, last_row_only=last_row_only)[0]
+
+    def forward_together(
+        self, parts: Sequence[Rows], *, hidden: bool = False, last_row_only: bool = False
+    ) -> list[PassOutput]:
+        """One pass over rows of several caches: products see all rows as one matrix, attention those of a cache."""
+        passings = [_Pass.of(part, self._keys, self._values) for part in parts]
+        token_ids = torch.cat([part.flat.token_ids.reshape(-1) for part in parts])
+        rows = self._embedded(token_ids, torch.cat([passing.positions for passing in passings]))
         for index, layer in enumerate(self.blueprint.layers):
-            rows = self._through(layer, rows, passing, cache.keys[index], cache.values[index])
-        cache.append(num_rows)
+            rows = self._through(layer, index, rows, passings)
+        for part in parts:
+            part.cache.append(part.flat.num_rows)
+        shapes = [part.flat.token_ids.shape for part in parts]
+        owned = torch.split_with_sizes(rows, [lanes * num_rows for lanes, num_rows in shapes])
         wanted = rows
-        if last_row_only and num_rows > 1:
-            wanted = rows.view(lanes, num_rows, -1)[:, -1].contiguous()
-        norm = self.blueprint.final_norm
-        normed = None
-        if hidden and norm is not None:
-            normed = ops.norm(rows, norm)
-        logits = self._logits(wanted).view(lanes, -1, self._head.num_outputs)
+        if last_row_only:
+            pairs = zip(owned, shapes, strict=True)
+            wanted = torch.cat([own.view(*shape, -1)[:, -1] for own, shape in pairs])
+        sizes = [lanes * (1 if last_row_only else num_rows) for lanes, num_rows in shapes]
+        logits = torch.split_with_sizes(self._logits(wanted), sizes)
+        found = [one.view(lanes, -1, self._head.num_outputs) for one, (lanes, _) in zip(logits, shapes, strict=True)]
         if not hidden:
-            return PassOutput(logits)
-        normed = rows if normed is None else normed
-        return PassOutput(logits, normed.view(lanes, num_rows, -1))
+            return [PassOutput(one) for one in found]
+        norm = self.blueprint.final_norm
+        normed = torch.split_with_sizes(rows if norm is None else ops.norm(rows, norm), [len(own) for own in owned])
+        return [PassOutput(one, own.view(*shape, -1)) for one, own, shape in zip(found, normed, shapes, strict=True)]
 
     def _embedded(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[rows, hidden]: what goes into the first layer."""
@@ -202,11 +210,31 @@ class Twin:
             rows = rows + nn.functional.embedding(positions + plan.position_offset, plan.positions)
         return rows.contiguous()
 
-    def _through(self, layer: Layer, rows: Tensor, passing: _Pass, keys: Tensor, values: Tensor) -> Tensor:
+    def _through(self, layer: Layer, index: int, rows: Tensor, passings: Sequence[_Pass]) -> Tensor:
         """[rows, hidden] through one layer."""
         fused = ops.linear(rows, _packed(layer.qkv), norm=layer.attention_norm)
         if layer.clip is not None:
             fused = fused.clamp(-layer.clip, layer.clip)
+        owned = torch.split_with_sizes(fused, [len(passing.positions) for passing in passings])
+        parts = [self._attended(layer, index, own, passing) for own, passing in zip(owned, passings, strict=True)]
+        seen = parts[0] if len(parts) == 1 else torch.cat(parts)
+        mixed = ops.linear(
+            seen, _packed(layer.output), after=layer.attention_post_norm, residual=rows, scale=layer.residual_scale
+        )
+        return ops.mlp(
+            rows if layer.is_parallel else mixed,
+            _packed(layer.mlp.up),
+            _packed(layer.mlp.down),
+            activation=layer.mlp.activation,
+            norm=layer.mlp_norm,
+            after=layer.mlp_post_norm,
+            residual=mixed,
+            scale=layer.residual_scale,
+        )
+
+    def _attended(self, layer: Layer, index: int, fused: Tensor, passing: _Pass) -> Tensor:
+        """[rows, heads * head_dim]: what rows of one cache see, whose own keys and values go there first."""
+        keys, values = passing.cache.keys[index], passing.cache.values[index]
         queries = ops.rope_write(
             fused,
             keys,
@@ -220,21 +248,9 @@ class Twin:
         )
         if layer.query_growth is not None:
             queries = queries * passing.growth(*layer.query_growth).to(queries.dtype)
-        seen = ops.tree_attention(
-            queries.contiguous(), keys, values, passing.visible(layer.window), scale=layer.scale, soft_cap=layer.softcap
-        )
-        mixed = ops.linear(
-            seen, _packed(layer.output), after=layer.attention_post_norm, residual=rows, scale=layer.residual_scale
-        )
-        return ops.mlp(
-            rows if layer.is_parallel else mixed,
-            _packed(layer.mlp.up),
-            _packed(layer.mlp.down),
-            activation=layer.mlp.activation,
-            norm=layer.mlp_norm,
-            after=layer.mlp_post_norm,
-            residual=mixed,
-            scale=layer.residual_scale,
+        visible = passing.visible(layer.window)
+        return ops.tree_attention(
+            queries.contiguous(), keys, values, visible, scale=layer.scale, soft_cap=layer.softcap
         )
 
     def _logits(self, rows: Tensor) -> Tensor:
@@ -251,24 +267,33 @@ class Twin:
 
 @attrs.define(eq=False)
 class _Pass:
-    """What all layers of one pass have in common, computed once."""
+    """What all layers of a pass have in common for the rows of one cache, computed once."""
 
+    cache: KeyValueCache
     positions: Tensor  # [rows] int64: what the model is told
     lanes: Tensor  # [rows] int32
     slots: Tensor  # [rows] int32: where the rows' keys and values go
     _flat: FlatTrees
-    _first_slots: list[int]
     _visible: dict[int | None, Visible] = attrs.field(factory=dict)
     _rotary: dict[int, Rotary] = attrs.field(factory=dict)
     _growth: dict[tuple[float, float], Tensor] = attrs.field(factory=dict)
 
     @classmethod
-    def of(cls, flat: FlatTrees, first_slots: list[int]) -> _Pass:
+    def of(cls, part: Rows, keys: Sequence[Tensor], values: Sequence[Tensor]) -> _Pass:
+        """Get a cache ready for rows; `keys` and `values` say of each layer which buffers it needs."""
+        flat, cache = part.flat, part.cache
+        if not cache.can_record:
+            raise CacheError(
+                f"the native runner writes its rows into a cache that can_record, got a {type(cache).__name__}; use "
+                "another runner beside it"
+            )
         lanes, num_rows = flat.token_ids.shape
+        first_slots = torch.tensor(cache.next_slots(num_rows), dtype=torch.int32)
+        cache.allocate(keys, values)
         told = flat.position_ids if flat.model_positions is None else flat.model_positions
         lane = torch.arange(lanes, dtype=torch.int32).repeat_interleave(num_rows)
-        slots = torch.tensor(first_slots, dtype=torch.int32)[:, None] + torch.arange(num_rows, dtype=torch.int32)
-        return cls(told.reshape(-1), lane, slots.reshape(-1), flat, first_slots)
+        slots = first_slots[:, None] + torch.arange(num_rows, dtype=torch.int32)
+        return cls(cache, told.reshape(-1), lane, slots.reshape(-1), flat)
 
     def visible(self, window: int | None) -> Visible:
         """The slots that each row sees within a window."""
