@@ -17,7 +17,11 @@ from command import dynatree, is_one_error_line  # noqa: F401  # a fixture
 from hypothesis import given
 from hypothesis import strategies as st
 from made_traces import made_trace
+from test_observer import DRAFTER, PROMPT, TARGET, Fails
 
+from dynatree_core import generate, generate_batch
+from dynatree_core.testing.models import perturbed, tiny_model
+from dynatree_core.trace import Trace
 from dynatree_core.trace.reading import read
 from dynatree_core.trace.summary import oracle_tokens, run_of
 from dynatree_core.trace.view import inert_json, page
@@ -312,3 +316,74 @@ def test_view_imports_nothing_that_computes(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+# of real generations
+
+
+STACKS = ["phase3", "best_first(nodes=4)+fixed(depth=3)", "linear(depth=2)", "autoregressive", "sequoia"]
+
+
+@pytest.mark.parametrize("policy", STACKS)
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True, "seed": 1}, {"repetition_penalty": 1.3}], ids=str)
+def test_the_figures_of_a_generation_are_those_of_its_report(policy, settings, tmp_path):
+    target, prompt = tiny_model("llama"), [3, 1, 4, 1, 5, 9, 3, 1, 4]
+    result = generate(
+        target, perturbed("llama"), prompt, policy=policy, max_new_tokens=24, trace=tmp_path / "run.jsonl", **settings
+    )
+    run, [details] = shown(tmp_path / "run.jsonl")
+    [sequence] = run["sequences"]
+    report = result.report
+    figures = {figure["label"]: figure["value"] for figure in sequence["figures"]}
+    assert [token for tokens in sequence["committed"] for token in tokens] == result.token_ids
+    assert figures["iterations"] == len(details) == report.num_iterations
+    assert figures["tokens per iteration"] == report.tokens_per_iteration
+    for label, share in (("node acceptance", report.node_acceptance), ("path acceptance", report.path_acceptance)):
+        assert figures[label] == (None if share is None else pytest.approx(100 * share))
+    assert sum(sequence["nodes"]) == report.num_drafted_nodes
+    assert sequence["depth"] == [step.depth for step in report.steps]
+    assert sequence["accepted"] == [step.num_accepted for step in report.steps]
+    assert figures["tokens per second"] == pytest.approx(report.tokens_per_second)
+    assert all(oracle >= len(tokens) for oracle, tokens in zip(sequence["oracle"], sequence["committed"], strict=True))
+    assert page([(run, [details])])
+
+
+def test_a_private_batch_shows_each_sequence_without_its_prompt(tmp_path):
+    with Trace(tmp_path / "run.jsonl.gz", is_private=True) as trace:
+        results = generate_batch(TARGET, DRAFTER, [[3, 1, 4], [2, 7], [9]], max_new_tokens=8, trace=trace)
+    run, details = shown(tmp_path / "run.jsonl.gz")
+    assert [sequence["prompt"] for sequence in run["sequences"]] == [None] * 3
+    assert [sequence["num_prompt_tokens"] for sequence in run["sequences"]] == [3, 2, 1]
+    assert [[token for tokens in one["committed"] for token in tokens] for one in run["sequences"]] == [
+        result.token_ids for result in results
+    ]
+    assert list(map(len, details)) == [result.report.num_iterations for result in results]
+    assert run["notes"] == ["The file has no texts of tokens, so their ids are shown."]
+
+
+def test_a_fault_is_shown_at_its_iteration(tmp_path):
+    with pytest.warns(RuntimeWarning, match="drafting is off"):
+        generate(TARGET, Fails(), PROMPT, policy="fixed", on_error="fallback", trace=tmp_path / "run.jsonl")
+    run, _ = shown(tmp_path / "run.jsonl")
+    [[place, text]] = run["sequences"][0]["faults"]
+    assert place == 0
+    assert text.startswith("DrafterError: ")
+    assert text.endswith("(then: fallback)")
+
+
+def test_characters_over_several_tokens_are_shown_whole(tmp_path):
+    trace = made_trace(tmp_path / "run.jsonl", words=["\ufffd", "a", "b"], num_iterations=3)
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "iteration":
+            line["text"] = "é"
+        if line["kind"] == "end":
+            line["text"] = "\ufffd"
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [sequence] = shown(trace)[0]["sequences"]
+    spread = [place for place, tokens in enumerate(sequence["committed"]) if 0 in tokens]
+    assert spread
+    texts = dict.fromkeys(spread, "é")
+    if 2 in texts:
+        texts[2] += "\ufffd"
+    assert sequence["joined"] == texts
