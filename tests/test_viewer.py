@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import dynatree, is_one_error_line  # noqa: F401  # a fixture
+from command import dynatree, is_one_error_line, spawn  # noqa: F401  # a fixture
 from hypothesis import given
 from hypothesis import strategies as st
 from made_traces import made_trace
 from test_observer import DRAFTER, PROMPT, TARGET, Fails
 
 from dynatree_core import generate, generate_batch
+from dynatree_core.errors import InputError
 from dynatree_core.testing.models import perturbed, tiny_model
 from dynatree_core.trace import Trace
 from dynatree_core.trace.reading import read
 from dynatree_core.trace.summary import oracle_tokens, run_of
-from dynatree_core.trace.view import inert_json, page
+from dynatree_core.trace.view import inert_json, page, page_of
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "viewer"
@@ -262,6 +263,13 @@ def test_view_writes_a_page_beside_the_trace(dynatree, tmp_path):  # noqa: F811
     assert ran.out == page([shown(trace)])
 
 
+def test_a_page_is_made_in_python_too(tmp_path):
+    first, second = (made_trace(tmp_path / f"{seed}.jsonl", seed=seed) for seed in (0, 1))
+    assert page_of(first, str(second)) == page([shown(first), shown(second)])
+    with pytest.raises(InputError, match="must show one trace or two, got 3"):
+        page_of(first, second, first)
+
+
 def test_view_spares_the_files_of_others(dynatree, tmp_path):  # noqa: F811
     trace = made_trace(tmp_path / "run.jsonl")
     (tmp_path / "run.html").write_text("mine")
@@ -269,6 +277,40 @@ def test_view_spares_the_files_of_others(dynatree, tmp_path):  # noqa: F811
     assert ran.code == 2
     assert is_one_error_line(ran, "run.html", "new, empty or made by it")
     assert (tmp_path / "run.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize("has_browser", [True, False])
+def test_view_opens_a_browser(has_browser, dynatree, tmp_path, monkeypatch):  # noqa: F811
+    trace, opened = made_trace(tmp_path / "run.jsonl"), []
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or has_browser)
+    ran = dynatree("view", trace, "--open")
+    assert opened == [(tmp_path / "run.html").as_uri()]
+    assert ran.out == f"{tmp_path / 'run.html'}\n"
+    assert ran.code == (0 if has_browser else 1)
+    assert has_browser or is_one_error_line(ran, "--open must have a browser", "run.html")
+
+
+def test_view_draws_in_the_terminal(dynatree, tmp_path):  # noqa: F811
+    trace = made_trace(tmp_path / "run.jsonl", num_iterations=3, words=["one", "two\x1b[31m", "three"])
+    ran = dynatree("view", trace, "--terminal")
+    assert (ran.code, ran.err) == (0, "")
+    assert "iteration 2" in ran.out
+    assert "\x1b" not in ran.out
+    assert not list(tmp_path.glob("*.html"))
+    ran = dynatree("view", trace, "--terminal", "--out", "x.html")
+    assert ran.code == 2
+    assert is_one_error_line(ran, "--terminal draws one trace")
+
+
+def test_a_reader_of_the_drawing_may_leave(tmp_path):
+    trace = made_trace(tmp_path / "run.jsonl", num_iterations=300)
+    with spawn("view", trace, "--terminal", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith(b"iteration 0")
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_view_refuses_what_is_no_trace(dynatree, tmp_path):  # noqa: F811

@@ -3,6 +3,7 @@ from .reading import Iteration, SequenceTrace, TraceFile, iteration_of, read
 from .record import Recorder, Trace, check_trace, tracing
 from .replaying import Replay, ReplayStep, fitted_costs, recorded, replay
 from .show import print_iteration, print_trace, tree_lines
+from .view import page_of
 
 __all__ = [
     "SCHEMA",
@@ -18,6 +19,7 @@ __all__ = [
     "is_trace",
     "iteration_of",
     "json_schema",
+    "page_of",
     "print_iteration",
     "print_trace",
     "read",

@@ -8,17 +8,47 @@ Content-Security-Policy names its one script and its one style sheet by their ha
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-__all__ = ["inert_json", "is_page", "page"]
+from dynatree_core.errors import InputError
+from dynatree_core.trace.reading import read
+from dynatree_core.trace.summary import run_of
+
+__all__ = ["inert_json", "is_page", "page", "page_of"]
 
 DATA = "@@data@@"  # where the template has room for it
 MARK = b'<meta name="dynatree-viewer-sources"'
+MOST_RUNS = 2  # that stand side by side
 HEAD_BYTES = 2000  # within which a page has its mark
 INERT = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}  # in JSON they stand in strings only
+
+
+def page_of(*paths: str | os.PathLike[str]) -> str:
+    """A self-contained HTML page that shows one trace, or two side by side.
+
+    Args:
+        paths: of traces, compressed or not. One that breaks off is shown up to there, and the page says so.
+
+    Raises:
+        InputError: there are more than two, or one is no trace or has no generation.
+        OSError: one cannot be read.
+    """
+    if not 1 <= len(paths) <= MOST_RUNS:
+        raise InputError(f"a page must show one trace or two, got {len(paths)}")
+    return page([_run(Path(path)) for path in paths])
+
+
+def _run(path: Path) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
+    if path.is_dir():
+        raise InputError(f"a trace must be a file, got the folder {path}; name what --trace has written")
+    trace = read(path)
+    if not trace.sequences:
+        raise InputError(f"a trace must hold a generation, got {path} with a header alone; wait until one has begun")
+    return run_of(path.name, trace)
 
 
 def page(runs: Sequence[tuple[Mapping[str, Any], Sequence[Iterable[Any]]]]) -> str:

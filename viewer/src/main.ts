@@ -163,7 +163,10 @@ const current = (): View => views[lead];
 
 /** Go to an iteration of a view; the other one goes to where the same token was committed. */
 function go(place: number, which = lead): void {
-  lead = which;
+  if (which !== lead) {
+    lead = which;
+    fillFilter(); // what it counts and passes over are iterations of the leading view
+  }
   const view = current();
   view.select(place);
   const position = view.data.start[view.place] ?? 0;
@@ -374,6 +377,7 @@ function endings(view: View): HTMLElement {
       fillFilter();
       get<HTMLSelectElement>("filter").value = `ended-${index}`;
       applyFilter();
+      go(current().place);
       get("iterations").scrollIntoView();
     });
     return [words, counts[index].toLocaleString("en"), `${((100 * counts[index]) / data.ended.length).toFixed(1)} %`];
