@@ -440,12 +440,13 @@ def test_every_field_of_a_report_is_explained():
 def test_what_an_observer_is_told_is_listed():
     page = DOCS / "watching.md"
     rows = table(page, "method", "told", "record", "its fields")
+    assert "\nEvery record also has `sequence`" in page.read_text(encoding="utf-8")
     assert [code_words(row["method"])[0] for row in rows] == [name for name in vars(Observer) if name[:3] == "on_"]
     for row in rows:
         record = getattr(observer, code_words(row["record"])[0])
         assert observer.HEARD_BY[record] == code_words(row["method"])[0]
         shown = {name.strip() for name in code_words(row["its fields"]) if name.isidentifier()}
-        fields = {field.name for field in attrs.fields(record) if not field.name.startswith("_")}
+        fields = {field.name for field in attrs.fields(record) if not field.name.startswith("_")} - {"sequence"}
         assert fields | ({"outcomes"} if record is observer.Level else set()) <= shown
     assert first_words(table(page, "`Outcome`", "the child")) == [outcome.name for outcome in Outcome]
 

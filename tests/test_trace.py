@@ -459,3 +459,19 @@ def test_float32_numbers_are_exact(values):
     for value, found in zip(values, json.loads(float_list(values)), strict=True):
         assert (found is None) == (not math.isfinite(value))
         assert found is None or torch.tensor(found, dtype=torch.float32) == torch.tensor(value)
+
+
+def test_sequences_of_an_engine_may_share_an_observer(tmp_path):
+    prompts = [PROMPT, [9, 3], [1, 2, 3, 4]]
+    engine = Engine(TARGET, DRAFTER, max_sequences=2)
+    engine.submit(engine.request(PROMPT, max_new_tokens=1)).result()  # not watched, so the numbers differ
+    with Trace(tmp_path / "run.jsonl") as trace:
+        observer = trace.observer()
+        handles = [engine.submit(engine.request(one, max_new_tokens=6, observer=observer)) for one in prompts]
+        results = [handle.result() for handle in handles]
+        generate(TARGET, DRAFTER, PROMPT, max_new_tokens=2, observer=observer)
+    *sequences, last = read(trace.path).sequences
+    assert [one.number for one in sequences] == [0, 1, 2]
+    assert [one.prompt for one in sequences] == prompts
+    assert [one.token_ids for one in sequences] == [one.token_ids for one in results]
+    assert last.token_ids == results[0].token_ids[:2]

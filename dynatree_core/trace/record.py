@@ -92,7 +92,8 @@ class Trace:
         self._num_sequences = 0
 
     def observer(self) -> Recorder:
-        """An observer for one generation after another; those that run at the same time need one each.
+        """An observer for one generation after another, or for those of one engine. Others that run at the same time
+        need one each.
 
         Its first generation is the sequence with the number of observers that were made before.
         """
@@ -219,14 +220,64 @@ def _open(path: Path) -> IO[bytes]:
 
 
 class Recorder(Observer):
-    """Writes what happens in a generation. Made by `Trace.observer`."""
+    """Writes what happens in generations. Made by `Trace.observer`.
+
+    Those of one engine may share it, since every record says whose it is. Sessions follow one after another.
+    """
 
     wants_logits = True
 
     def __init__(self, trace: Trace, number: int) -> None:
         self._trace = trace
+        self._generations = {0: _Generation(trace, number)}  # by the number of their handles; 0 for sessions
+        self._is_first = True  # whether nobody has come yet, who then has the number
+
+    def _of(self, sequence: int) -> _Generation:
+        found = self._generations.get(sequence)
+        if found is None:
+            if self._is_first:  # of an engine that has had others before
+                found = self._generations.pop(0)
+            else:
+                found = _Generation(self._trace, self._trace.begin_sequence())
+            self._generations[sequence] = found
+        self._is_first = False
+        return found
+
+    def on_prefill(self, prefill: Prefill) -> None:
+        self._of(prefill.sequence).on_prefill(prefill)
+
+    def on_level(self, level: Level) -> None:
+        self._of(level.sequence).on_level(level)
+
+    def on_prune(self, pruning: Pruning) -> None:
+        self._of(pruning.sequence).on_prune(pruning)
+
+    def on_verify(self, verification: Verification) -> None:
+        self._of(verification.sequence).on_verify(verification)
+
+    def on_commit(self, commit: Commit) -> None:
+        self._of(commit.sequence).on_commit(commit)
+
+    def on_feedback(self, feedback: Feedback) -> None:
+        self._of(feedback.sequence).on_feedback(feedback)
+
+    def on_fault(self, fault: Fault) -> None:
+        self._of(fault.sequence).on_fault(fault)
+
+    def on_end(self, end: End) -> None:
+        found = self._of(end.sequence)
+        found.on_end(end)
+        if found.is_over and end.sequence != 0:  # an engine gives its number to nobody else
+            del self._generations[end.sequence]
+
+
+class _Generation:
+    """One generation that is being written, and after it the next one with the same number."""
+
+    def __init__(self, trace: Trace, number: int) -> None:
+        self._trace = trace
         self._number = number  # of the generation
-        self._is_over = True  # whether what begins next is another generation
+        self._is_over = True
         self._begun: Prefill | None = None  # what the generation began with
         self._committed: list[int] = []  # prompt and new tokens
         self._early_faults: list[Fault] = []  # of a generation that has not begun
@@ -234,6 +285,11 @@ class Recorder(Observer):
         self._commit: Commit | None = None  # that has not been written
         self._undrafted: int | None = None  # the first iteration without a draft, because of a fault
         self._has_drafter = True
+
+    @property
+    def is_over(self) -> bool:
+        """Whether what begins next is another generation."""
+        return self._is_over
 
     # what is told
 
