@@ -333,8 +333,8 @@ def test_passes_of_one_shape_are_not_shared():
     rows = Rows(target)
     engine.step()
     rows.hook.remove()
-    assert (1, 4) in rows.shapes
-    assert [lanes for lanes, _ in rows.shapes if lanes > 1] == [3]
+    assert rows.shapes.count((1, 4)) == 2
+    assert [lanes for lanes, _ in rows.shapes if lanes > 1] == [2]
     run_dry(engine)
     assert [handle.result().token_ids for handle in handles] == [greedy(target, prompt, 9) for prompt in PROMPTS]
 
