@@ -764,7 +764,7 @@ MUTANTS = (
         "after Ctrl-C sequences go on with what the step has left",
         "            for one in ready.values():\n                one.chunks = filled(one.lane)\n            raise",
         "            raise",
-        ("tests/test_batches.py::test_ctrl_c_leaves_an_engine_that_goes_on",),
+        ("tests/test_batches.py::test_ctrl_c_within_a_step_leaves_an_engine_that_goes_on",),
     ),
     Mutant(
         "a tree's time counts for its own sequence only",

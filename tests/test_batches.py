@@ -380,6 +380,7 @@ def test_who_is_put_back_when_memory_is_short_goes_on_later_as_if_nothing_had_be
     most, events = 0, []
     while not all(handle.is_done for handle in (*handles, sampled)):
         events += engine.step()
+        assert all(handle.partial.token_ids == handle.token_ids for handle in handles), "nothing is generated twice"
         most = max(most, sum(one.lane.cache.num_bytes for one in engine._scheduler._running))
     assert [handle.result().token_ids for handle in handles] == [greedy(target, prompt, 30) for prompt in PROMPTS]
     assert sampled.result().token_ids == reference(target, PROMPTS[2], 30, do_sample=True, seed=4)
@@ -467,6 +468,26 @@ def test_ctrl_c_leaves_an_engine_that_goes_on():
             raise KeyboardInterrupt
 
     handles = [engine.submit(p, max_new_tokens=12, eos_token_id=[], on_report=interrupt) for p in PROMPTS[:2]]
+    with pytest.raises(KeyboardInterrupt):
+        run_dry(engine)
+    run_dry(engine)
+    assert [handle.result().token_ids for handle in handles] == [greedy(engine.target, p, 12) for p in PROMPTS[:2]]
+
+
+def test_ctrl_c_within_a_step_leaves_an_engine_that_goes_on():
+    """It comes when the target has been asked, so that rows are in the caches that nobody has decided about."""
+
+    class Interrupting(Observer):
+        calls = 0
+
+        def on_verify(self, verification: Any) -> None:
+            self.calls += 1
+            if self.calls == 2:
+                raise KeyboardInterrupt
+
+    engine = Engine(tiny_model("llama"), perturbed("llama"))
+    options = {"max_new_tokens": 12, "eos_token_id": []}
+    handles = [engine.submit(PROMPTS[0], **options), engine.submit(PROMPTS[1], observer=Interrupting(), **options)]
     with pytest.raises(KeyboardInterrupt):
         run_dry(engine)
     run_dry(engine)
