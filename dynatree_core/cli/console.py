@@ -17,6 +17,7 @@ from rich.text import Text
 
 __all__ = [
     "PrefillBar",
+    "answers_bar",
     "clean_terminal",
     "complain",
     "fold",
@@ -47,6 +48,26 @@ def spinner(message: str, *, is_animated: bool = True) -> Iterator[Callable[[str
     else:
         with console.status(Text(message), spinner_style="cyan") as status:
             yield lambda message: status.update(Text(message))
+
+
+@contextmanager
+def answers_bar(num_questions: int, num_done: int) -> Iterator[Callable[[int, float], None]]:
+    """A bar on stderr while many prompts are answered; nothing where stderr is no terminal.
+
+    Args:
+        num_questions: how many answers there will be.
+        num_done: how many there are already.
+
+    Yields:
+        A function that takes how many have come since, and the tokens per second.
+    """
+    columns = (
+        TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]:.1f} tokens/s"),
+        TextColumn("left:"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("", total=num_questions, completed=num_done, speed=0.0)
+        yield lambda num_more, speed: progress.update(task, completed=num_done + num_more, speed=speed)
 
 
 class PrefillBar:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -31,6 +34,9 @@ from dynatree_core.cli.setup import Setup
 from dynatree_core.errors import DynaTreeError
 from dynatree_core.models import embedded
 
+if TYPE_CHECKING:
+    from dynatree_core.text.prompt_files import Prompts
+
 __all__ = ["generate"]
 
 
@@ -45,7 +51,20 @@ __all__ = ["generate"]
 )
 @click.option("--show-trees", "shows_trees", is_flag=True, help="Draw each iteration's tree on standard error.")
 @click.option("--compare", is_flag=True, help="Decode without drafting too; exit with 1 if tokens differ.")
-@with_options(*FILE_OPTIONS, *TRACE_OPTIONS, JSON)
+@with_options(*FILE_OPTIONS)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="With --prompts: write a line of JSON for each answer to this file, and go on where a run has left it.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --prompts: answer N at once, with --out FILE or --json.  [default: 1]",
+)
+@with_options(*TRACE_OPTIONS, JSON)
 def generate(
     prompt: str | None,
     target: str | None,
@@ -63,6 +82,8 @@ def generate(
     trace_file: str | None,
     is_trace_private: bool,
     shows_trees: bool,
+    out: Path | None,
+    batch_size: int | None,
     **request: Any,
 ) -> int:
     """Answer PROMPT, or what stands on standard input if PROMPT is `-`, or the prompts of a file.
@@ -77,9 +98,14 @@ def generate(
       dynatree generate --target ./big --drafter ./small "Once upon a time"
       dynatree generate --json - < prompt.txt > answer.json
       dynatree generate --json --prompts questions.jsonl > answers.jsonl
+      dynatree generate --prompts questions.jsonl --out answers.jsonl --batch-size 8
     """
     picks = PromptPicks(column, categories, num_prompts, is_played, pick_seed)
     picks.check(prompt, prompts_file)
+    is_many = out is not None or batch_size is not None
+    if is_many:
+        in_turn = {"--compare": compare, "--trace": trace_file is not None, "--show-trees": shows_trees}
+        _check_many(prompts_file, out, as_json, [name for name, is_asked in in_turn.items() if is_asked])
     if compare and request["max_time"] is not None:
         raise click.UsageError("--compare needs outputs of one length, and --max-time ends each at another token")
     check_names(policy=policy, drafter=drafter)
@@ -97,6 +123,9 @@ def generate(
         with console.warnings_in_one_line():
             text = typed_prompt(prompt) if prompt is not None else ""
             prompts = picks.read(prompts_file) if prompts_file is not None else None
+            if is_many:
+                assert prompts is not None, "checked above"
+                return _answer_many(setup, prompts, out, batch_size or 1, is_chat, is_played, request)
             loaded, tokenizer = setup.load(**request)
             if prompts is None:
                 questions = iter([Question(encode_prompt(text, tokenizer, is_chat))])
@@ -118,7 +147,8 @@ def generate(
             done, job = job, Job(setup)
             exit_code = max(exit_code, done.conclude())
     except KeyboardInterrupt:
-        job.conclude("interrupted")
+        if not is_many:
+            job.conclude("interrupted")
         return INTERRUPTED
     except DynaTreeError:
         if job.session is not None:
@@ -126,4 +156,54 @@ def generate(
         raise
     finally:
         setup.recorded.close()
+    return exit_code
+
+
+def _check_many(prompts_file: str | None, out: Path | None, as_json: bool, in_turn: Sequence[str]) -> None:
+    """Refuse what does not go with many prompts at once.
+
+    Args:
+        in_turn: options that were given and are about one answer after the other.
+
+    Raises:
+        UsageError: naming it.
+    """
+    context, named = click.get_current_context(), "--out" if out is not None else "--batch-size"
+    if prompts_file is None:
+        raise click.UsageError(f"{named} is about a file of prompts, and needs --prompts FILE", context)
+    if in_turn:
+        raise click.UsageError(f"{in_turn[0]} takes one prompt after the other; leave out {named}", context)
+    if out is None and not as_json:
+        raise click.UsageError("--batch-size needs --out FILE, or --json for answers on standard output", context)
+
+
+def _answer_many(
+    setup: Setup,
+    prompts: Prompts,
+    out: Path | None,
+    batch_size: int,
+    is_chat: bool | None,
+    is_played: bool,
+    request: dict[str, Any],
+) -> int:
+    """Answer the prompts of a file, several at once; the exit status."""
+    from dynatree_core.cli.answers import Answers, Fingerprints
+    from dynatree_core.cli.many import ManyAnswers
+    from dynatree_core.cli.questions import check_lengths
+
+    named = {"drafter": setup.drafter_name, "policy": setup.policy, "is_chat": is_chat, **request}
+    answers = Answers(out, Fingerprints.of(setup.target_name, **named))
+    answers.check(prompts)
+    loaded, tokenizer = setup.load(**request)
+    if request["cache"] is None:
+        check_lengths(prompts, tokenizer, is_chat, loaded.model, request["max_new_tokens"])
+    many = ManyAnswers(setup, prompts, answers, batch_size, is_chat, is_played)
+    try:
+        exit_code = many.run()
+    except KeyboardInterrupt:
+        exit_code = INTERRUPTED
+    if out is not None and setup.is_json:
+        click.echo(json.dumps(many.summary()))
+    elif out is not None:
+        console.complain("note", many.told())
     return exit_code

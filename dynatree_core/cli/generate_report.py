@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dynatree_core.cli.setup import Setup
     from dynatree_core.engine.session import Session
     from dynatree_core.models.load import LoadedModel
+    from dynatree_core.request.request import Request
 
 __all__ = ["Comparison", "document", "made_with", "report_table", "show_report"]
 
@@ -120,12 +121,14 @@ def _identical(token_ids: Sequence[int], baseline_ids: Sequence[int]) -> str:
     return f"no, from token {len(list(same))} on"
 
 
-def document(setup: Setup, session: Session | None, compared: Comparison | None, stop_reason: str) -> dict[str, Any]:
+def document(
+    setup: Setup, session: Session | Request | None, compared: Comparison | None, stop_reason: str
+) -> dict[str, Any]:
     """What --json prints; None stands for what the generation never came to."""
     options = setup.options
     found = {
         **_outcome(setup, compared.result if compared is not None else None, stop_reason),
-        "prompt_ids": session.prompt_ids if session is not None else None,
+        "prompt_ids": list(session.prompt_ids) if session is not None else None,
         "target": setup.target_name or "default",
         "expanded_policy": setup.expanded_policy,
         "exact": options.get("exact"),

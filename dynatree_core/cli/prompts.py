@@ -55,13 +55,14 @@ class PromptPicks:
             console.complain(
                 "note", f"{place} is running text, in {len(read.prompts):,} passages to go on with (docs/files.md)"
             )
+        places = {id(prompt): index for index, prompt in enumerate(read.prompts)}
         prompts = of_categories(read.prompts, self.categories, place)
-        places = {id(prompt): index for index, prompt in enumerate(prompts)}
         count = None if self.num_prompts in (None, ALL) else int(self.num_prompts or 0)
         some = some_of(prompts, count, is_text=read.is_text, seed=self.seed)
         if len(some) < len(read.prompts):
             console.complain("note", f"{len(some):,} of {len(read.prompts):,} prompts are taken")
-        return attrs.evolve(read, prompts=tuple(sorted(some, key=lambda prompt: places[id(prompt)])))
+        ordered = sorted(some, key=lambda prompt: places[id(prompt)])
+        return attrs.evolve(read, prompts=tuple(ordered), places=tuple(places[id(prompt)] for prompt in ordered))
 
 
 def typed_prompt(prompt: str) -> str:

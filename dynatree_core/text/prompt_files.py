@@ -28,6 +28,10 @@ class Prompts:
     prompts: tuple[Prompt, ...]
     is_text: bool  # passages of running text to go on with, not requests
     notes: tuple[str, ...] = ()  # what was left out and why, a sentence each
+    # of each prompt among all of the file, from 0: they stay where others are left out
+    places: tuple[int, ...] = attrs.field(
+        default=attrs.Factory(lambda read: tuple(range(len(read.prompts))), takes_self=True)
+    )
 
 
 def name_of(place: str | Path) -> str:
