@@ -191,6 +191,12 @@ _OPTIONS = [
 ]
 
 
+_OF_STUDIES = [  # no experiment has them
+    click.Option(
+        ["--batch-size", "batch_sizes"], type=_Counts(), metavar="N[,N…]", help="Sequences that are decoded at once."
+    ),
+]
+
 # those that every study understands
 _ALWAYS = ("is_quick", "threads", "seed", "with_report", "out")
 _PARTS = {"picks": ("column", "categories", "is_played")}  # an option of a study that is several here
@@ -210,7 +216,7 @@ def _study_command(name: str) -> click.Command:
     from dynatree_bench.studies.study import find_study
 
     names = {part for option in find_study(name).options for part in _PARTS.get(option, (option,))} | {*_ALWAYS}
-    options = [option for option in _OPTIONS if option.name in names]
+    options = [option for option in (*_OPTIONS, *_OF_STUDIES) if option.name in names]
     return _command(name, studies()[name], options, lambda **given: _run_study(name, **given))
 
 

@@ -13,7 +13,7 @@ from dynatree_bench.bench_cli import bench
 from dynatree_bench.report.tables import Spread, markdown
 from dynatree_bench.run.pairs import Models
 from dynatree_bench.run.progress import in_rounds
-from dynatree_bench.studies import long_context, memory, runners
+from dynatree_bench.studies import batch, long_context, memory, runners
 from dynatree_bench.studies.names import studies
 from dynatree_bench.studies.study import Asked, Found, find_study, read_found, run_study, write_report
 from dynatree_core import InputError, load_model
@@ -210,3 +210,65 @@ def test_memory_of_a_tiny_model(character_target, tmp_path):
     assert set(found.found["peaks"]) == set(memory.SETTINGS)
     assert all(set(of_methods) == set(memory.METHODS) for of_methods in found.found["peaks"].values())
     assert json.loads((tmp_path / "study.json").read_text())["study"] == "memory"
+
+
+def test_batches_on_a_tiny_model(character_target, tmp_path):
+    """Every output is that of the prompt alone, ours and others'; what is told of passes is what they were."""
+    models = Models(str(character_target), ("prompt_lookup",), device="cpu")
+    policies = ("linear(depth=2)", "phase3+governor")
+    asked = Asked(models, tmp_path, is_quick=True, policies=policies, batch_sizes=(1, 3), max_new_tokens=(5,))
+    found = run_study("batch", asked, command="the command")
+    assert set(found.said) >= PROVENANCE | {"target", "dtype", "drafter", "sizes", "rounds", "max_new_tokens"}
+    numbers, methods = found.found, [batch.PLAIN, *policies, batch.PADDED, batch.CONTINUOUS]
+    assert numbers["errors"] == {}
+    assert list(numbers["total"]) == sorted(methods, key=list(numbers["total"]).index)
+    assert set(numbers["total"]) == set(methods)
+    # 4 batches of one prompt and 2 of three
+    assert numbers["same"] == {name: [10, 10] for name in methods}
+    for name in methods:
+        assert {size: len(values) for size, values in numbers["total"][name].items()} == {"1": 1, "3": 1}
+        assert all(0 <= one < 1 for values in numbers["padding"][name].values() for one in values)
+    assert numbers["padding"][batch.PLAIN]["1"] == [0]
+    assert numbers["padding"][batch.PADDED]["3"][0] > 0
+    assert numbers["drafted"][batch.PLAIN] == {"1": [0], "3": [0]}
+    assert numbers["drafted"]["linear(depth=2)"]["3"][0] > 0
+    assert numbers["committed"][batch.PLAIN] == {"1": [1], "3": [1]}
+    assert numbers["pause"]["longest"] >= numbers["pause"]["usual_meanwhile"] > 0
+    assert [table.name for table in found.tables] == [
+        "total", "each", "relative", "drafted", "committed", "padding", "host", "pause",
+    ]  # fmt: skip
+    assert "all 30 outputs of ours are those of each sequence alone" in found.sentences
+    page = write_report(found, tmp_path / "report")
+    assert "what trees are worth" in (page.parent / "figures" / "batch.svg").read_text()
+
+
+def batch_found(**total: dict[str, list[float]]) -> dict[str, object]:
+    names = ("each", *batch.MORE)
+    pause = {"num_running": 4, "prompt_tokens": 9, "usual": 1.0}
+    same = {name: [2, 2] for name in total}
+    return {
+        "provenance": {"sizes": [1, 4]}, "total": total, "same": same, "errors": {}, "pause": pause,
+        **{name: {} for name in names},
+    }  # fmt: skip
+
+
+def test_a_policy_is_judged_by_plain_decoding_in_the_same_round():
+    found = batch_found(
+        **{batch.PLAIN: {"1": [10.0, 20.0], "4": [30.0, 60.0]}, "phase3": {"1": [20.0, 40.0], "4": [15.0, 30.0]}}
+    )
+    assert batch.relative(found, "phase3", "1") == Spread(2.0, 2.0, 2.0)
+    assert "phase3 pays with 1 at once" in batch.sentences(found)
+    found["host"] = {"phase3": {"1": [2.0], "4": [3.5]}}
+    assert batch.growth(found, "phase3") == 0.5
+    assert batch.growth(found, batch.PLAIN) is None
+
+
+def test_a_wrong_output_and_a_method_that_does_not_run_are_told_first():
+    found = batch_found(**{batch.PLAIN: {"1": [1.0]}, "phase3": {"1": [0.5]}})
+    found["same"]["phase3"] = [1, 2]
+    found["errors"][batch.CONTINUOUS] = "RuntimeError: no"
+    assert [*batch.sentences(found)] == [
+        "phase3: 1 of 2 outputs are not those of plain decoding alone",
+        f"{batch.CONTINUOUS} does not run here: RuntimeError: no",
+        "phase3 pays at no size",
+    ]

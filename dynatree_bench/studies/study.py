@@ -46,6 +46,7 @@ class Asked:
     picks: Picks = attrs.field(factory=Picks)
     max_new_tokens: tuple[int, ...] = ()
     prompt_tokens: tuple[int, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
     repeats: int | None = None
     seed: int = 0
     is_chat: bool | None = None

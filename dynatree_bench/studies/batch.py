@@ -1,0 +1,544 @@
+"""What do several sequences at once bring, and up to how many of them do trees pay?
+
+Question: tokens per second in total and of one sequence, with 1, 2, 4, 8 and 16 sequences at once: our own plain
+decoding, policies, and transformers' two ways, `generate` on a batch padded at the left and its continuous batching.
+
+Method: each batch is decoded from its prompts to its ends, prefill included, and what a method takes is the time from
+the first prompt's submission to the last token. Sizes up to 4 decode the same four prompts. All methods and sizes take
+turns, in rotating order, several times over in one process after a warm-up of all of it; medians are shown, with
+quartiles. Continuous batching is timed from where its first request runs, so that the start of its thread and the
+allocation of its cache, which a server pays once, do not count. Every output is compared with plain decoding of its
+prompt alone. What the host does besides is a step of the engine less the passes of both models, in steps in which
+nobody's prompt is filled in.
+
+Output: tables of speed, speed relative to our plain decoding, trees, host time, rows that were computed for nothing,
+and the pause of running sequences while a long prompt is filled in; a figure.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast, final
+
+import attrs
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from dynatree_bench.report.series import Panel
+from dynatree_bench.report.tables import Spread, Table, simple
+from dynatree_bench.run.pairs import Pair
+from dynatree_bench.run.progress import Job, in_rounds
+from dynatree_bench.studies.study import Asked, Study
+from dynatree_core import Engine, generate
+from dynatree_core.cache.base import KeyValueCache
+from dynatree_core.models.architectures import max_positions
+from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner
+from dynatree_core.runners.choice import made_runner
+from dynatree_core.runners.eager import EagerRunner
+from dynatree_core.tree.flatten import FlatTrees
+
+PLAIN = "autoregressive"
+POLICIES = (PLAIN, "phase3", "cost_aware", "phase3+governor")
+PADDED, CONTINUOUS = "hf generate, padded", "hf continuous batching"
+SIZES, QUICK_SIZES = (1, 2, 4, 8, 16), (1, 2)
+MIN_SEQUENCES = 4  # that a size decodes in a round, so that a small one has more than one prompt
+NUM_PROMPTS = 16
+WARM_UP_TOKENS = 3
+LONG_TOKENS, PAUSED = 2048, 4  # of the prompt that comes between, and sequences that run meanwhile
+PAGE = 256  # tokens of a block of continuous batching's cache, its own default
+
+Numbers = dict[str, dict[str, list[float]]]  # method -> size -> one of each round
+
+
+def measure(asked: Asked) -> dict[str, Any]:
+    """{"total", "each": tokens/s, "host": ms, …: method -> size -> numbers; "pause", "same", "errors"}"""
+    pair = asked.load()
+    new_tokens = asked.new_tokens(full=64, quick=6)
+    sizes = sorted(set(asked.batch_sizes)) or list(QUICK_SIZES if asked.is_quick else SIZES)
+    by_category = asked.prompts(pair, full=NUM_PROMPTS, quick=4, max_text_tokens=256)
+    in_turn = itertools.chain(*itertools.zip_longest(*by_category.values()))
+    bench = Batches(pair, [prompt for prompt in in_turn if prompt is not None], new_tokens)
+    methods = {policy: functools.partial(bench.ours, policy) for policy in asked.policies or POLICIES}
+    methods = {
+        PLAIN: functools.partial(bench.ours, PLAIN),
+        **methods,
+        PADDED: bench.padded,
+        CONTINUOUS: bench.continuous,
+    }
+    jobs = [_job(bench, name, method, size) for (name, method), size in itertools.product(methods.items(), sizes)]
+    rounds = asked.rounds(full=5, quick=1)
+    with bench.counting():
+        in_rounds(jobs, rounds)
+    limit = max_positions(pair.target.model)
+    wanted = max(asked.prompt_tokens, default=64 if asked.is_quick else LONG_TOKENS)
+    long_tokens = wanted if limit is None else min(wanted, limit - new_tokens - 1)
+    said = {
+        "target": pair.target.name,
+        "dtype": str(pair.target.model.dtype).removeprefix("torch."),
+        "drafter": str(pair.drafter),
+        "max_new_tokens": new_tokens,
+        "sizes": sizes,
+        "rounds": rounds,
+        "num_prompts": len(bench.prompts),
+    }
+    return {"provenance": said, **bench.found, "pause": bench.pause(long_tokens)}
+
+
+@attrs.frozen(eq=False)
+class Batch:
+    """What became of one batch."""
+
+    outputs: Sequence[Sequence[int]]  # new tokens of each prompt
+    seconds: float
+    each: Sequence[float] = ()  # tokens/s of each sequence, where it is known when each ended
+    numbers: Mapping[str, float | None] = attrs.field(factory=dict)  # more of it, by name
+
+
+@attrs.define
+class Meter:
+    """What the passes of an engine take, and the rows of the target's."""
+
+    target: nn.Module
+    counter: Counter
+    seconds: float = 0.0
+    num_rows: int = 0  # that were asked for
+    num_computed: int = 0  # with those of padding; 0 where the runner has no embedding of its model's
+
+    def runner(self, model: nn.Module, name: str) -> Runner:
+        """A model's runner that is measured."""
+        return MeteredRunner(made_runner(model, name), self if model is self.target else attrs.evolve(self), self)
+
+
+@attrs.define
+class Counter:
+    """Rows that have gone through an embedding."""
+
+    num_rows: int = 0
+
+    def note(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """As a hook before the embedding."""
+        self.num_rows += args[0].numel()
+
+
+@final
+class MeteredRunner(Runner):
+    """A runner around another one, whose passes are measured.
+
+    Args:
+        runner: computes the passes.
+        rows: where their rows are counted.
+        seconds: where their time goes.
+    """
+
+    name = "metered"
+
+    def __init__(self, runner: Runner, rows: Meter, seconds: Meter) -> None:
+        self.runner = runner
+        self.rows = rows
+        self.spent = seconds
+
+    @classmethod
+    def make(cls, model: nn.Module, kept: Kept) -> MeteredRunner:
+        """The plain runner, measured for nobody."""
+        meter = Meter(model, Counter())
+        return cls(EagerRunner(model), meter, meter)
+
+    def new_cache(self, capacity: int, *, lanes: int = 1, is_zeroed: bool = False) -> KeyValueCache:
+        return self.runner.new_cache(capacity, lanes=lanes, is_zeroed=is_zeroed)
+
+    def forward(
+        self,
+        flat: FlatTrees,
+        cache: KeyValueCache,
+        *,
+        hidden: bool = False,
+        last_row_only: bool = False,
+        is_prompt: bool = False,
+    ) -> PassOutput:
+        with self._measured(flat.num_rows):
+            return self.runner.forward(flat, cache, hidden=hidden, last_row_only=last_row_only, is_prompt=is_prompt)
+
+    def forward_together(
+        self, parts: Sequence[Rows], *, hidden: bool = False, last_row_only: bool = False
+    ) -> list[PassOutput]:
+        with self._measured(sum(part.flat.num_rows for part in parts)):
+            return self.runner.forward_together(parts, hidden=hidden, last_row_only=last_row_only)
+
+    @contextmanager
+    def _measured(self, num_rows: int) -> Iterator[None]:
+        before, begin = self.rows.counter.num_rows, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent.seconds += time.perf_counter() - begin
+            self.rows.num_rows += num_rows
+            self.rows.num_computed += self.rows.counter.num_rows - before
+
+    @property
+    def computed_by(self) -> str:
+        return self.runner.computed_by
+
+
+class Batches:
+    """The models, the prompts, and what was found about batches of them.
+
+    Args:
+        pair: the models.
+        prompts: in the target's tokens; they are taken again where a batch is larger.
+        new_tokens: of an output at most.
+    """
+
+    def __init__(self, pair: Pair, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        self.pair = pair
+        self.prompts = [list(prompt) for prompt in prompts]
+        self.new_tokens = new_tokens
+        self.found: dict[str, Any] = {
+            **{name: defaultdict(lambda: defaultdict(list)) for name in ("total", "each", *MORE)},
+            "same": defaultdict(lambda: [0, 0]),  # method -> outputs that are plain decoding's, and all
+            "errors": {},
+        }
+        self._counter = Counter()
+        self._engines: dict[tuple[str, int], tuple[Engine, Meter]] = {}
+        self._plain: dict[tuple[int, ...], list[int]] = {}
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count rows meanwhile."""
+        embedding = cast(Any, self.pair.target.model).get_input_embeddings()
+        handle = embedding.register_forward_pre_hook(self._counter.note)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def groups(self, size: int) -> list[list[list[int]]]:
+        """The batches of a size that a round decodes."""
+        prompts = itertools.cycle(self.prompts)
+        num_groups = -(-MIN_SEQUENCES // size)
+        return [list(itertools.islice(prompts, size)) for _ in range(num_groups)]
+
+    def plain(self, prompt: Sequence[int]) -> list[int]:
+        """What plain decoding makes of a prompt alone."""
+        key = tuple(prompt)
+        if key not in self._plain:
+            result = generate(
+                self.pair.target.model, None, list(prompt), policy=PLAIN, max_new_tokens=self.new_tokens,
+                eos_token_id=self.pair.end_token_ids, inherit_settings=False,
+            )  # fmt: skip
+            self._plain[key] = result.token_ids
+        return self._plain[key]
+
+    def note(self, name: str, size: int, prompts: Sequence[Sequence[int]], batches: Sequence[Batch]) -> None:
+        """Keep what one method did with the batches of one size in a round."""
+        num_tokens = sum(len(output) for batch in batches for output in batch.outputs)
+        each = [speed for batch in batches for speed in batch.each]
+        numbers: dict[str, float | None] = {
+            "total": num_tokens / sum(batch.seconds for batch in batches),
+            "each": statistics.fmean(each) if each else None,
+        }
+        for key in MORE:
+            known = [value for batch in batches if (value := batch.numbers.get(key)) is not None]
+            numbers[key] = statistics.fmean(known) if known else None
+        for key, value in numbers.items():
+            if value is not None:
+                self.found[key][name][str(size)].append(value)
+        same = self.found["same"][name]
+        for prompt, output in zip(prompts, (one for batch in batches for one in batch.outputs), strict=True):
+            same[0] += list(output) == self.plain(prompt)
+            same[1] += 1
+
+    # ways to decode a batch
+
+    def ours(self, policy: str, prompts: Sequence[Sequence[int]], new_tokens: int) -> Batch:
+        """By an engine of ours."""
+        engine, meter = self._engine(policy, len(prompts))
+        rows, computed = meter.num_rows, meter.num_computed
+        host: list[float] = []
+        begin = time.perf_counter()
+        handles = [
+            engine.submit(
+                list(prompt), policy=policy, max_new_tokens=new_tokens, eos_token_id=self.pair.end_token_ids,
+                inherit_settings=False,
+            )
+            for prompt in prompts
+        ]  # fmt: skip
+        while not all(handle.is_done for handle in handles):
+            in_passes, step_begin = meter.seconds, time.perf_counter()
+            kinds = [event.kind for event in engine.step()]
+            spent = time.perf_counter() - step_begin - (meter.seconds - in_passes)
+            if kinds == ["tokens"] * len(prompts):  # everybody, and nothing else
+                host.append(spent)
+        seconds = time.perf_counter() - begin
+        results = [handle.result() for handle in handles]
+        reports = [result.report for result in results]
+        num_iterations = sum(report.num_iterations for report in reports)
+        rows, computed = meter.num_rows - rows, meter.num_computed - computed
+        return Batch(
+            [result.token_ids for result in results],
+            seconds,
+            [len(result.token_ids) / (cast(float, handle.ended_at) - handle.submitted_at)
+             for result, handle in zip(results, handles, strict=True)],
+            {
+                "host": 1000 * statistics.median(host) if host else None,
+                "drafted": sum(report.num_drafted_nodes for report in reports) / num_iterations,
+                "committed": sum(report.num_new_tokens for report in reports) / num_iterations,
+                "padding": 1 - rows / computed if computed else None,
+            },
+        )  # fmt: skip
+
+    def _engine(self, policy: str, size: int) -> tuple[Engine, Meter]:
+        if (policy, size) not in self._engines:
+            meter = Meter(self.pair.target.model, self._counter)
+            engine = Engine(
+                self.pair.target.model,
+                None if policy == PLAIN else self.pair.drafter,
+                tokenizer=self.pair.target.tokenizer,
+                max_sequences=size,
+                make_runner=meter.runner,
+            )
+            self._engines[policy, size] = engine, meter
+        return self._engines[policy, size]
+
+    def padded(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Batch:
+        """By transformers' `generate`, on prompts that are padded at the left."""
+        device: Any = self.pair.target.model.device
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        before, begin = self._counter.num_rows, time.perf_counter()
+        output = self._plain_model().generate(ids, attention_mask=mask, generation_config=self._config(new_tokens))
+        seconds = time.perf_counter() - begin
+        outputs = [self._until_end(row) for row in output[:, longest:].tolist()]
+        # a row that has ended is computed on with the others, and its tokens come when all are done
+        return Batch(
+            outputs, seconds, [len(one) / seconds for one in outputs],
+            {"padding": self._wasted(prompts, outputs, self._counter.num_rows - before)},
+        )  # fmt: skip
+
+    def continuous(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Batch:
+        """By transformers' continuous batching, with a cache of just the size that is needed."""
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+        blocks = sum(-(-(len(prompt) + new_tokens) // PAGE) for prompt in prompts)
+        # its own defaults fill a share of the memory, which takes most of a minute on a CPU
+        settings = ContinuousBatchingConfig(
+            page_size=PAGE, num_blocks=blocks + 2, max_batch_tokens=max(PAGE, len(prompts)) * 2
+        )
+        before = self._counter.num_rows
+        found = self._plain_model().generate_batch(
+            [list(prompt) for prompt in prompts], generation_config=self._config(new_tokens),
+            continuous_batching_config=settings,
+        )  # fmt: skip
+        in_order = [found[name] for name in sorted(found, key=lambda name: int(name.rpartition("_")[2]))]
+        if len(in_order) != len(prompts) or any(one.error for one in in_order):
+            raise RuntimeError(next((one.error for one in in_order if one.error), "an output is missing"))
+        outputs = [self._until_end(one.generated_tokens) for one in in_order]
+        begin = min(one.lifespan[0] for one in in_order)
+        return Batch(
+            outputs,
+            max(one.lifespan[1] for one in in_order) - begin,
+            [len(output) / (one.lifespan[1] - begin) for output, one in zip(outputs, in_order, strict=True)],
+            {"padding": self._wasted(prompts, outputs, self._counter.num_rows - before)},
+        )
+
+    def _plain_model(self) -> Any:
+        """The target, whose own generation config fills nothing in."""
+        twin = copy.copy(self.pair.target.model)
+        twin.generation_config = cast(Any, GenerationConfig)(pad_token_id=0)
+        return twin
+
+    def _config(self, new_tokens: int) -> GenerationConfig:
+        make: Any = GenerationConfig
+        ends = self.pair.end_token_ids or None
+        return cast(
+            GenerationConfig, make(do_sample=False, pad_token_id=0, max_new_tokens=new_tokens, eos_token_id=ends)
+        )
+
+    def _until_end(self, token_ids: Sequence[int]) -> list[int]:
+        """An output with its end token, without what fills it up."""
+        ends = self.pair.end_token_ids
+        length = next((place + 1 for place, token in enumerate(token_ids) if token in ends), len(token_ids))
+        return list(token_ids[:length])
+
+    def _wasted(self, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], computed: int) -> float:
+        """Share of the rows that no output needed: the last token of each is never sent through the model."""
+        needed = sum(map(len, prompts)) + sum(map(len, outputs)) - len(outputs)
+        return 1 - needed / computed
+
+    def pause(self, long_tokens: int) -> dict[str, float]:
+        """How long running sequences wait between two tokens, while a long prompt is filled in and before.
+
+        Returns:
+            Milliseconds: the usual and the longest pause before it, likewise meanwhile, and what it takes alone.
+        """
+        text = list(itertools.islice(itertools.cycle(itertools.chain(*self.prompts)), long_tokens))
+        engine = Engine(self.pair.target.model, None, max_sequences=PAUSED + 1)
+        options = {"policy": PLAIN, "eos_token_id": [], "inherit_settings": False}
+        lone = generate(self.pair.target.model, None, text, max_new_tokens=1, **options)
+        running = [
+            engine.submit(prompt, max_new_tokens=16 + 2 * (long_tokens // 256), **options)
+            for prompt in itertools.islice(itertools.cycle(self.prompts), PAUSED)
+        ]
+        while min(handle.num_tokens for handle in running) < 6:
+            engine.step()
+        guest = engine.submit(text, max_new_tokens=1, **options)
+        guest.advance_until_done()
+        begin, end = guest.submitted_at, cast(float, guest.first_token_at)
+        before, meanwhile = [], []
+        for handle in running:
+            for earlier, later in itertools.pairwise(handle.token_times):
+                if later <= begin:
+                    before.append(1000 * (later - earlier))
+                elif earlier <= end:
+                    meanwhile.append(1000 * (later - earlier))
+            engine.cancel(handle)
+        return {
+            "num_running": PAUSED, "prompt_tokens": long_tokens,
+            "usual": statistics.median(before), "longest_before": max(before),
+            "usual_meanwhile": statistics.median(meanwhile), "longest": max(meanwhile),
+            "prefill_alone": 1000 * lone.report.prefill_seconds, "prefill_beside": 1000 * (end - begin),
+        }  # fmt: skip
+
+
+def _job(bench: Batches, name: str, method: Callable[[Sequence[Sequence[int]], int], Batch], size: int) -> Job:
+    """One method on the batches of one size."""
+
+    def job(turn: int) -> None:
+        groups = bench.groups(size)
+        if name in bench.found["errors"]:
+            return
+        try:
+            if not turn:
+                method(groups[0], WARM_UP_TOKENS)
+                return
+            batches = [method(group, bench.new_tokens) for group in groups]
+        except Exception as error:
+            if name not in (PADDED, CONTINUOUS):
+                raise
+            bench.found["errors"][name] = f"{type(error).__name__}: {error}"  # a result, too
+            return
+        bench.note(name, size, [prompt for group in groups for prompt in group], batches)
+
+    return job
+
+
+# what is told beside the speed: its title, and the digits that are shown
+MORE = {
+    "host": ("Host time of an iteration outside passes, ms", 2),
+    "drafted": ("Drafted nodes of a sequence's iteration", 1),
+    "committed": ("Tokens of a sequence's iteration", 2),
+    "padding": ("Rows that were computed for nothing, as a share", 2),
+}
+
+
+def relative(found: Mapping[str, Any], method: str, size: str) -> Spread | None:
+    """Tokens/s in total relative to our plain decoding in the same round."""
+    mine, plain = found["total"].get(method, {}).get(size), found["total"][PLAIN].get(size)
+    if not mine or not plain:
+        return None
+    return Spread.of([one / other for one, other in zip(mine, plain, strict=True)])
+
+
+def growth(found: Mapping[str, Any], method: str) -> float | None:
+    """Host time that one more sequence adds to an iteration, ms: from the smallest size to the largest."""
+    known = {int(size): statistics.median(values) for size, values in found["host"].get(method, {}).items() if values}
+    if len(known) < 2:
+        return None
+    least, most = min(known), max(known)
+    return (known[most] - known[least]) / (most - least)
+
+
+def _rows(found: Mapping[str, Any], name: str, digits: int) -> list[list[Any]]:
+    sizes = list(map(str, found["provenance"]["sizes"]))
+    return [
+        [method, *(Spread.of(by_size[size], digits=digits) if by_size.get(size) else None for size in sizes)]
+        for method, by_size in found[name].items()
+    ]
+
+
+def tables(found: Mapping[str, Any]) -> Sequence[Table | None]:
+    sizes = list(map(str, found["provenance"]["sizes"]))
+    header = ("sequences at once", *sizes)
+    note = "Median and quartiles of the rounds; with prefill."
+    ratios = [[method, *(relative(found, method, size) for size in sizes)] for method in found["total"]]
+    pause = found["pause"]
+    waits = [
+        (name.replace("_", " "), float(value))
+        for name, value in pause.items()
+        if not name.startswith(("num", "prompt"))
+    ]
+    host = [[*row, growth(found, row[0])] for row in _rows(found, "host", MORE["host"][1])]
+    return [
+        simple("total", "Tokens/s in total", note, header, _rows(found, "total", 1)),
+        simple("each", "Tokens/s of a sequence", note, header, _rows(found, "each", 1)),
+        simple("relative", "In total, relative to our plain decoding", "In the same round.", header, ratios),
+        *(
+            simple(name, MORE[name][0], "", header, _rows(found, name, MORE[name][1]))
+            for name in ("drafted", "committed", "padding")
+        ),
+        simple("host", MORE["host"][0], "", (*header, "for each further sequence"), host),
+        simple(
+            "pause",
+            f"Pause between two tokens of {pause['num_running']} running sequences, ms",
+            f"While a prompt of {pause['prompt_tokens']:,} tokens is filled in beside them; plain decoding.",
+            ("", "ms"), waits, digits=0,
+        ),
+    ]  # fmt: skip
+
+
+def panels(found: Mapping[str, Any]) -> Sequence[Panel]:
+    def lines(name: str) -> dict[str, dict[int, Spread]]:
+        return {
+            method: {int(size): Spread.of(values) for size, values in by_size.items()}
+            for method, by_size in found[name].items()
+        }
+
+    ratios = {
+        method: {int(size): spread for size in by_size if (spread := relative(found, method, size)) is not None}
+        for method, by_size in found["total"].items()
+        if method not in (PADDED, CONTINUOUS)
+    }
+    return [
+        Panel("in total", "sequences at once", "tokens/s", lines("total"), is_doubling=True),
+        Panel("of a sequence", "sequences at once", "tokens/s", lines("each"), is_doubling=True),
+        Panel("what trees are worth", "sequences at once", "1 = our plain decoding", ratios, is_doubling=True),
+    ]
+
+
+def sentences(found: Mapping[str, Any]) -> Sequence[str]:
+    said = []
+    for method, (num_same, num_all) in found["same"].items():
+        if num_same < num_all:
+            said.append(f"{method}: {num_all - num_same} of {num_all} outputs are not those of plain decoding alone")
+    ours = [method for method in found["same"] if method not in (PADDED, CONTINUOUS)]
+    if all(found["same"][method][0] == found["same"][method][1] for method in ours):
+        said.append(
+            f"all {sum(found['same'][method][1] for method in ours)} outputs of ours are those of each sequence alone"
+        )
+    said += [f"{method} does not run here: {error}" for method, error in found["errors"].items()]
+    for method in ours:
+        if method != PLAIN:
+            known = {int(size): relative(found, method, size) for size in found["total"][method]}
+            paying = [size for size, spread in known.items() if spread is not None and spread.median >= 1]
+            said.append(
+                f"{method} pays with {', '.join(map(str, paying))} at once" if paying else f"{method} pays at no size"
+            )
+    return said
+
+
+STUDY = Study(
+    (*("target", "drafters", "synthetic", "device", "dtype", "layers", "policies", "workloads", "num_prompts"),
+     *("picks", "max_new_tokens", "prompt_tokens", "repeats", "is_chat", "batch_sizes")),
+    measure,
+    tables,
+    panels,
+    sentences,
+)  # fmt: skip
