@@ -34,6 +34,7 @@ from transformers import GenerationConfig
 
 from dynatree_bench.report.series import Panel
 from dynatree_bench.report.tables import Spread, Table, simple
+from dynatree_bench.run.machine import now
 from dynatree_bench.run.pairs import Pair
 from dynatree_bench.run.progress import Job, in_rounds
 from dynatree_bench.studies.study import Asked, Study
@@ -262,7 +263,7 @@ class Batches:
         engine, meter = self._engine(policy, len(prompts))
         rows, computed = meter.num_rows, meter.num_computed
         host: list[float] = []
-        begin = time.perf_counter()
+        begin = now(engine.device)
         handles = [
             engine.submit(
                 list(prompt), policy=policy, max_new_tokens=new_tokens, eos_token_id=self.pair.end_token_ids,
@@ -276,7 +277,7 @@ class Batches:
             spent = time.perf_counter() - step_begin - (meter.seconds - in_passes)
             if kinds == ["tokens"] * len(prompts):  # everybody, and nothing else
                 host.append(spent)
-        seconds = time.perf_counter() - begin
+        seconds = now(engine.device) - begin
         results = [handle.result() for handle in handles]
         reports = [result.report for result in results]
         num_iterations = sum(report.num_iterations for report in reports)
@@ -287,7 +288,8 @@ class Batches:
             [len(result.token_ids) / (cast(float, handle.ended_at) - handle.submitted_at)
              for result, handle in zip(results, handles, strict=True)],
             {
-                "host": 1000 * statistics.median(host) if host else None,
+                # a GPU's passes are only begun in their calls, so nothing tells the two apart there
+                "host": 1000 * statistics.median(host) if host and engine.device.type == "cpu" else None,
                 "drafted": sum(report.num_drafted_nodes for report in reports) / num_iterations,
                 "committed": sum(report.num_new_tokens for report in reports) / num_iterations,
                 "padding": 1 - rows / computed if computed else None,
@@ -313,9 +315,9 @@ class Batches:
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        before, begin = self._counter.num_rows, time.perf_counter()
+        before, begin = self._counter.num_rows, now(device)
         output = self._plain_model().generate(ids, attention_mask=mask, generation_config=self._config(new_tokens))
-        seconds = time.perf_counter() - begin
+        seconds = now(device) - begin
         outputs = [self._until_end(row) for row in output[:, longest:].tolist()]
         # a row that has ended is computed on with the others, and its tokens come when all are done
         return Batch(
