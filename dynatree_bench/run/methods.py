@@ -175,9 +175,9 @@ def _by_transformers(pair: Pair, cell: Cell, prompt_ids: Sequence[int], eos: Seq
     input_ids = torch.tensor([list(prompt_ids)], device=model.device)
     chunks = Chunks()
     # generate() moves settings of an assistant's while it runs, and keeps a compiled model on the target
-    plain = kept_of(model).setdefault("transformers' generate", _with_settings(model, _config()))
+    plain = kept_of(model).setdefault("transformers' generate", with_settings(model, _config()))
     if assistant is not None:
-        assistant = _with_settings(assistant, _config(**(settings or {})))
+        assistant = with_settings(assistant, _config(**(settings or {})))
     # a hook would get in the way of a compiled model; without drafting each pass has one row
     is_drafting = assistant is not None or "prompt_lookup_num_tokens" in options
     with _counted_rows(model) if is_drafting else nullcontext() as rows:
@@ -203,7 +203,7 @@ def _config(**options: Any) -> GenerationConfig:
     return cast(GenerationConfig, make(do_sample=False, pad_token_id=0, **options))
 
 
-def _with_settings(model: PreTrainedModel, config: GenerationConfig) -> Any:
+def with_settings(model: PreTrainedModel, config: GenerationConfig) -> Any:
     """A second model object around the same modules: its generate() fills what a call leaves open from this config."""
     twin = copy.copy(model)
     twin.generation_config = config

@@ -17,7 +17,6 @@ and the pause of running sequences while a long prompt is filled in; a figure.
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import statistics
@@ -35,6 +34,7 @@ from transformers import GenerationConfig
 from dynatree_bench.report.series import Panel
 from dynatree_bench.report.tables import Spread, Table, simple
 from dynatree_bench.run.machine import now
+from dynatree_bench.run.methods import with_settings
 from dynatree_bench.run.pairs import Pair
 from dynatree_bench.run.progress import Job, in_rounds
 from dynatree_bench.studies.study import Asked, Study
@@ -353,9 +353,7 @@ class Batches:
 
     def _plain_model(self) -> Any:
         """The target, whose own generation config fills nothing in."""
-        twin = copy.copy(self.pair.target.model)
-        twin.generation_config = cast(Any, GenerationConfig)(pad_token_id=0)
-        return twin
+        return with_settings(self.pair.target.model, cast(Any, GenerationConfig)(pad_token_id=0))
 
     def _config(self, new_tokens: int) -> GenerationConfig:
         make: Any = GenerationConfig

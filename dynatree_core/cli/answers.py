@@ -43,7 +43,7 @@ class Fingerprints:
         asked = {"target": name, "files": _files(Path(name).expanduser()), **settings}
         return cls(_digest(asked))
 
-    def question(self, prompt: Prompt, turn: int) -> str:
+    def of_question(self, prompt: Prompt, turn: int) -> str:
         """Of one question."""
         said = [*prompt.before, prompt.text, *prompt.later[: turn - 1]]
         return f"{self.settings}-{_digest(said)}"
@@ -107,7 +107,7 @@ class Answers:
             if place is None or not self.fingerprints.is_of(record.get("request")):
                 return False
             prompt = prompts.get(place[0])  # None: not among those that are taken this time
-            if prompt is not None and record["request"] != self.fingerprints.question(prompt, place[1]):
+            if prompt is not None and record["request"] != self.fingerprints.of_question(prompt, place[1]):
                 return False
             if record.get("error") is None:
                 self._found[place] = record

@@ -149,7 +149,7 @@ class ManyAnswers:
             **question.about,
             **document(self.setup, handle.request if handle is not None else None, compared, reason),
             "error": None if error is None else console.fold(_told(error)),
-            "request": self.answers.fingerprints.question(talk.prompt, turn),
+            "request": self.answers.fingerprints.of_question(talk.prompt, turn),
         }
         self.answers.add((talk.index, turn), record)
         if error is None:
