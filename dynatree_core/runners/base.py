@@ -8,7 +8,8 @@ its clock, stands in `dynatree_core.runners.passes`. Runners are registered unde
 from __future__ import annotations
 
 import abc
-from collections.abc import Hashable, MutableMapping, Sequence
+import threading
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import attrs
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.cache.tree_cache import TreeCache
+from dynatree_core.models.state import state_of
 from dynatree_core.tree.flatten import FlatTrees
 
-__all__ = ["Kept", "PassOutput", "Rows", "Runner"]
+__all__ = ["Kept", "PassOutput", "Rows", "Runner", "kept_copy"]
 
 # what is kept of one model from generation to generation, such as packed copies; it must not hold the model
 Kept = MutableMapping[Hashable, Any]
@@ -139,3 +141,26 @@ class Runner(abc.ABC):
     def computed_by(self) -> str:
         """The name for reports: its own, or that of the runner that computes its passes by now."""
         return self.name
+
+
+_lock = threading.Lock()  # two threads that begin with one model copy it once
+
+
+def kept_copy(name: str, kept: Kept, model: nn.Module, make: Callable[[], Any]) -> Any:
+    """What a runner has made of a model as it is now: that of an earlier generation where it still holds, or a new one.
+
+    It is made anew when weights were changed in place or are others, when a module was replaced, when a plain attribute
+    of a module or the configuration was changed, and when another attention was chosen; what may be missed says
+    `dynatree_core.models.state`.
+
+    Args:
+        name: of the runner, under which it is kept.
+        kept: what earlier generations have left.
+        model: the model.
+        make: makes it.
+    """
+    with _lock:
+        state = state_of(model)
+        if name not in kept or kept[name][0] != state:
+            kept[name] = state, make()
+        return kept[name][1]

@@ -15,7 +15,6 @@ What a model consists of says its blueprint (`dynatree_core.models.blueprint`). 
 from __future__ import annotations
 
 import copy
-import threading
 import weakref
 from collections.abc import Hashable, Sequence
 from typing import Any, final
@@ -29,10 +28,10 @@ from dynatree_core import ops
 from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.errors import CacheError, ForwardPassError
 from dynatree_core.models.blueprint import Blueprint, Layer, NoBlueprintError, Rope, blueprint_of
-from dynatree_core.models.state import is_untouched, state_of
+from dynatree_core.models.state import is_untouched
 from dynatree_core.models.stored import StoredModel, pack_narrowest
 from dynatree_core.ops import PackedMatrix, Rotary, Visible
-from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner
+from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner, kept_copy
 from dynatree_core.tree.flatten import FlatTrees
 
 __all__ = ["NativeRunner", "Twin"]
@@ -46,8 +45,6 @@ ANGLES = 256
 
 # attributes of modules that a pass, a mode or a way of loading sets
 _NO_SETTINGS = frozenset({"training", "max_seq_len_cached", "name_or_path", "is_gradient_checkpointing"})
-
-_lock = threading.Lock()  # two threads that begin with one model pack it once
 
 
 @final
@@ -66,7 +63,6 @@ class NativeRunner(Runner):
     has_equal_bits = True
 
     def __init__(self, model: nn.Module) -> None:
-        self._state: Hashable = state_of(model)
         if isinstance(model, StoredModel):
             self.twin = Twin(model.blueprint)
             return
@@ -108,15 +104,9 @@ class NativeRunner(Runner):
 
     @classmethod
     def make(cls, model: nn.Module, kept: Kept) -> NativeRunner:
-        """The runner of a model, with the packed matrices of an earlier generation where they still hold.
-
-        What is looked at, and what may be missed, says `dynatree_core.models.state`.
-        """
-        with _lock:
-            runner = kept.get(cls.name)
-            if not isinstance(runner, cls) or runner._state != state_of(model):
-                runner = kept[cls.name] = cls(model)
-            return runner
+        """The runner of a model, with the packed matrices of an earlier generation where they hold (`kept_copy`)."""
+        runner: NativeRunner = kept_copy(cls.name, kept, model, lambda: cls(model))
+        return runner
 
     def forward(
         self,

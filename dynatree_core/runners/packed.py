@@ -17,7 +17,6 @@ copy of each matrix, so it takes up as much memory again. The next generation ta
 from __future__ import annotations
 
 import platform
-import threading
 from collections.abc import Hashable, Sequence
 from typing import Any, final
 
@@ -30,10 +29,10 @@ from transformers.pytorch_utils import Conv1D
 
 from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.models.architectures import attention_layout
-from dynatree_core.models.state import is_plain, is_untouched, state_of
+from dynatree_core.models.state import is_plain, is_untouched
 from dynatree_core.models.student import RestrictedHead
 from dynatree_core.models.twin import twin_of
-from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner
+from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner, kept_copy
 from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.runners.together import RaggedLane, ragged_lanes
 from dynatree_core.tree.flatten import FlatTrees
@@ -171,9 +170,6 @@ _KINDS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-_lock = threading.Lock()  # two threads that begin with one model pack it once
-
-
 @final
 class PackedRunner(Runner):
     """Calls a packed copy of a model.
@@ -191,7 +187,6 @@ class PackedRunner(Runner):
     name = "packed"
 
     def __init__(self, model: nn.Module) -> None:
-        self._state: Hashable = state_of(model)
         self.twin = _packed_copy(model)
         self._passes = EagerRunner(self.twin, attention_layout(model))
 
@@ -214,17 +209,9 @@ class PackedRunner(Runner):
 
     @classmethod
     def make(cls, model: nn.Module, kept: Kept) -> PackedRunner:
-        """The runner of a model, with the copy of an earlier generation where it still holds.
-
-        A copy is made anew when weights were changed in place or are others, when a module was replaced, when a plain
-        attribute of a module or the configuration was changed, and when another attention was chosen; what may be
-        missed says `dynatree_core.models.state`.
-        """
-        with _lock:
-            runner = kept.get(cls.name)
-            if not isinstance(runner, cls) or runner._state != state_of(model):
-                runner = kept[cls.name] = cls(model)
-            return runner
+        """The runner of a model, with the copy of an earlier generation where it still holds (`kept_copy`)."""
+        runner: PackedRunner = kept_copy(cls.name, kept, model, lambda: cls(model))
+        return runner
 
     def forward(
         self,
