@@ -26,7 +26,9 @@ from dynatree_core.files.outputs import check_out
 
 BUSY_PERCENT = 10  # of one core, used by others: above it, speeds are not to be believed
 MIN_SECONDS = 0.1  # the system counts processor time in hundredths of a second
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "datasets", "flashspec", "economize", "dejavuu")
+LIBRARIES = (
+    "torch", "transformers", "tokenizers", "numpy", "datasets", "flashspec", "economize", "dejavuu", "llama-cpp-python",
+)  # fmt: skip
 
 
 def busy_percent(*, seconds: float) -> float:

