@@ -242,7 +242,7 @@ def test_its_model_runs_without_gradients(can_infer, monkeypatch):
 
 def test_a_text_that_is_too_long_for_it_is_refused_before_anything_runs(small, monkeypatch):
     # which looks once at the rows of a target that was changed, and here a hook is added
-    monkeypatch.setattr("dynatree_core.engine.engine.refuse_dependent_rows", lambda *models: None)
+    monkeypatch.setattr("dynatree_core.engine.engine.refuse_dependent_rows", lambda *models, **shape: None)
     target, bigram = copy.deepcopy(tiny_model("llama")), build_drafter("bigram(limit=20)")
     target.config.max_position_embeddings = 1000
     small.model.config.max_position_embeddings = 20

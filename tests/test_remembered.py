@@ -335,7 +335,7 @@ def test_the_default_model_is_hashed_beside_the_imports_and_once(
 
 def test_a_generation_begins_with_the_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
-    monkeypatch.setattr(embedded, "check_early", lambda: begun.append(1))
+    monkeypatch.setattr(embedded, "check_early", lambda **which: begun.append(1))
     monkeypatch.setattr("dynatree_core.models.load.load_model", lambda *args, **options: 1 / 0)
     for args, times in ((["generate", "text"], 1), (["generate", "--target", "default", "text"], 2), (["chat"], 3)):
         with pytest.raises(SystemExit):
