@@ -319,6 +319,7 @@ def test_every_file_is_written_in_one_way() -> None:
         "streams.py": 1,  # the null device
         "records.py": 2,  # lines that are added to, and the torn one that is cut off
         "answers.py": 1,  # lines that are added to
+        "tensors.py": 2,  # into a draft of `whole_file`
         "machine.py": 1,  # a probe
         "memory.py": 1,  # a file of the kernel's
     }
@@ -327,4 +328,4 @@ def test_every_file_is_written_in_one_way() -> None:
     )
     for path in sorted([*ROOT.glob("dynatree_bench/**/*.py"), *ROOT.glob("dynatree_core/**/*.py")]):
         found = len(writes.findall(path.read_text(encoding="utf-8")))
-        assert found <= meant.get(path.name, 1 if path.name == "tensors.py" else 0), path
+        assert found <= meant.get(path.name, 0), path
