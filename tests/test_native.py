@@ -30,6 +30,7 @@ from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.runners.native import ANGLES, NativeRunner, Twin, _altered_part
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import ROPES, VARIANTS, greedy, perturbed, tiny_model, tiny_variant
+from dynatree_core.trace.replaying import KnownTarget
 from dynatree_core.tree.flatten import FlatTrees, flatten, flatten_chain
 from dynatree_core.tree.token_tree import TokenTree
 
@@ -349,3 +350,10 @@ def test_angles_of_a_position_are_the_same_however_far_the_table_goes() -> None:
 def test_the_name_of_the_class_is_that_of_the_entry_point() -> None:
     assert NativeRunner.name == "native"
     assert NativeRunner.has_equal_bits
+
+
+def test_a_class_that_takes_more_than_a_configuration_is_left_to_others(recwarn):
+    model = KnownTarget([1, 2, 3, 4, 5, 6, 7], vocab=9, room=8)  # one of this package, with a forward of its own
+    assert "cannot be made of a configuration alone" in NativeRunner.reason_against(model)
+    assert generate(model, None, [1, 2, 3], max_new_tokens=4).token_ids == [4, 5, 6, 7]
+    assert not [warning for warning in recwarn if "leaves out" in str(warning.message)]

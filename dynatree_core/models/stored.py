@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from dynatree_core import ops
 from dynatree_core.errors import ModelLoadError, ParameterError
 from dynatree_core.files.tensors import mapped_tensors, save_aligned
+from dynatree_core.files.writing import write_text
 from dynatree_core.models.blueprint import (
     Blueprint,
     Layer,
@@ -357,8 +358,8 @@ def save_packed(
     # the large ones last: what is read of the file before it is computed with is its beginning
     ordered = dict(sorted(tensors.items(), key=lambda item: item[1].numel()))
     save_aligned(ordered, folder / PACKED, {"blueprint": json.dumps(plan)})
-    (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2), encoding="utf-8")
-    (folder / GENERATION).write_text(json.dumps(dict(generation_config), indent=2), encoding="utf-8")
+    write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2))
+    write_text(folder / GENERATION, json.dumps(dict(generation_config), indent=2))
 
 
 def load_packed(

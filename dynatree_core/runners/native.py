@@ -356,8 +356,11 @@ def _altered_part(model: nn.Module) -> str | None:
 def _difference(model: nn.Module) -> str | None:
     kind: Any = type(model)
     config: Any = model.config
-    with torch.device("meta"):
-        fresh = dict(_structure(kind(copy.deepcopy(config))))
+    try:
+        with torch.device("meta"):
+            fresh = dict(_structure(kind(copy.deepcopy(config))))
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        return f"'{kind.__name__}' cannot be made of a configuration alone ({type(error).__name__}: {error})"
     modules: Any = model
     # those of a student are its target's
     shared = modules.get_input_embeddings(), modules.get_output_embeddings()
