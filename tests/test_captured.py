@@ -323,7 +323,8 @@ def test_a_generation_that_gets_a_cache_replays_its_graphs():
         with torch.no_grad():
             model.lm_head.weight.mul_(-1)
         assert generation(3) == (2, 7)
-        graphs = kept["cudagraph"]._by_cache
+        _, recorded = kept["cudagraph"]
+        graphs = recorded._by_cache
         assert len(graphs) == 1
         caches.clear()
         gc.collect()

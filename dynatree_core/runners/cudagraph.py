@@ -21,7 +21,7 @@ import gc
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from dynatree_core.cache.base import KeyValueCache
-from dynatree_core.models.state import can_infer, is_untouched, state_of
-from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner
+from dynatree_core.models.state import can_infer, is_untouched
+from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner, kept_copy
 from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.tree.flatten import FlatTrees
 
@@ -185,7 +185,7 @@ class CudaGraphRunner(Runner):
     def __init__(self, model: nn.Module, graphs: _Graphs | None = None) -> None:
         self.failure: str | None = None
         self._plain = EagerRunner(model)
-        self._graphs = _Graphs(None) if graphs is None else graphs
+        self._graphs = _Graphs() if graphs is None else graphs
 
     @classmethod
     def reason_against(cls, model: nn.Module) -> str | None:
@@ -203,10 +203,7 @@ class CudaGraphRunner(Runner):
     @classmethod
     def make(cls, model: nn.Module, kept: Kept) -> CudaGraphRunner:
         """The runner of a model, with the graphs of earlier generations where the model is as it was."""
-        state, graphs = state_of(model), kept.get(cls.name)
-        if not isinstance(graphs, _Graphs) or graphs.state != state:
-            graphs = kept[cls.name] = _Graphs(state)
-        return cls(model, graphs)
+        return cls(model, kept_copy(cls.name, kept, model, _Graphs))
 
     @property
     def computed_by(self) -> str:
@@ -306,14 +303,9 @@ class CudaGraphRunner(Runner):
 
 
 class _Graphs:
-    """The recorded passes of one model.
+    """The recorded passes of one model."""
 
-    Args:
-        state: what the model was when they were recorded; whoever keeps them compares.
-    """
-
-    def __init__(self, state: Hashable) -> None:
-        self.state = state
+    def __init__(self) -> None:
         self._by_cache: weakref.WeakKeyDictionary[KeyValueCache, _PassesOverCache] = weakref.WeakKeyDictionary()
 
     def of(self, cache: KeyValueCache) -> _PassesOverCache:
