@@ -240,7 +240,7 @@ def generate_batch(
         BatchError: some sequences failed, all others went on to their ends; it has the results.
     """
     with tracing(trace, options.get("tokenizer")) as new_observer:
-        handles = _submitted(target, drafter, prompts, each, max_sequences, options, new_observer)
+        _, handles = _submitted(target, drafter, prompts, each, max_sequences, options, new_observer)
         for handle in handles:
             handle.advance_until_done()
     _raise_faults(handles)
@@ -263,13 +263,12 @@ def stream_batch(
     """
     with contextlib.ExitStack() as opened:
         new_observer = opened.enter_context(tracing(trace, options.get("tokenizer")))
-        handles = _submitted(target, drafter, prompts, each, max_sequences, options, new_observer)
-        return _closing(_reports(handles), opened.pop_all())
+        engine, handles = _submitted(target, drafter, prompts, each, max_sequences, options, new_observer)
+        return _closing(_reports(engine, handles), opened.pop_all())
 
 
-def _reports(handles: Sequence[Handle]) -> Iterator[tuple[int, StepReport]]:
-    engine = handles[0].engine if handles else None
-    while engine is not None and not all(handle.is_done for handle in handles):
+def _reports(engine: Engine, handles: Sequence[Handle]) -> Iterator[tuple[int, StepReport]]:
+    while not all(handle.is_done for handle in handles):
         for event in engine.step():
             if event.report is not None:
                 yield event.handle.number, event.report
@@ -284,8 +283,8 @@ def _submitted(
     max_sequences: int,
     options: Mapping[str, Any],
     new_observer: Callable[[], Observer] | None,
-) -> list[Handle]:
-    """The prompts in the waiting line of an engine of their own."""
+) -> tuple[Engine, list[Handle]]:
+    """An engine, and the prompts in its waiting line."""
     prompts = _prompts(prompts)
     own_options = [{}] * len(prompts) if each is None else list(each)
     if len(own_options) != len(prompts):
@@ -308,7 +307,7 @@ def _submitted(
             requests.append(engine.request(prompt, **own))
         except InputError as error:
             raise type(error)(f"prompt {place}: {error}") from error
-    return [engine.submit(request) for request in requests]
+    return engine, [engine.submit(request) for request in requests]
 
 
 def _prompts(

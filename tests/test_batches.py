@@ -370,7 +370,7 @@ def test_observers_hear_whose_iteration_it_is():
 
 
 def test_who_is_put_back_when_memory_is_short_goes_on_later_as_if_nothing_had_been(monkeypatch):
-    monkeypatch.setattr("dynatree_core.engine.lane.SLOT_BLOCK", 8)
+    monkeypatch.setattr("dynatree_core.engine.resources.SLOT_BLOCK", 8)
     target = tiny_model("llama")
     row_bytes = 2 * 2 * 2 * 8 * 8  # layers, keys and values, heads, head_dim, float64
     engine = Engine(target, perturbed("llama"), max_bytes=60 * row_bytes, max_sequences=4)
@@ -391,7 +391,7 @@ def test_who_is_put_back_when_memory_is_short_goes_on_later_as_if_nothing_had_be
 
 
 def test_a_sequence_that_does_not_fit_alone_fails_and_the_next_runs(monkeypatch):
-    monkeypatch.setattr("dynatree_core.engine.lane.SLOT_BLOCK", 8)
+    monkeypatch.setattr("dynatree_core.engine.resources.SLOT_BLOCK", 8)
     engine = Engine(tiny_model("llama"), None, max_bytes=40 * 512)
     long = engine.submit([1] * 60, max_new_tokens=4, max_nodes=0)
     short = engine.submit(PROMPTS[0], max_new_tokens=4, max_nodes=0, eos_token_id=[])

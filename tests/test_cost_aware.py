@@ -218,7 +218,7 @@ def test_depth_doubles_when_a_tree_is_accepted_in_full():
 
 
 def test_acceptance_is_remembered_from_one_generation_to_the_next(tmp_path, monkeypatch):
-    monkeypatch.setattr("dynatree_core.engine.engine.measured_costs", lambda *_, **__: linear_costs(1.0, 0.01, 0.01))
+    monkeypatch.setattr("dynatree_core.engine.resources.measured_costs", lambda *_, **__: linear_costs(1.0, 0.01, 0.01))
     file, target, drafter = tmp_path / "acceptance.json", tiny_model("llama"), perturbed("llama", noise=0.02)
     seen = []
     for _ in range(2):
@@ -232,7 +232,7 @@ def test_acceptance_is_remembered_from_one_generation_to_the_next(tmp_path, monk
 
 @pytest.mark.parametrize("beside", [[], ["governor"]])
 def test_a_policy_object_remembers_what_its_copies_have_learnt(tmp_path, monkeypatch, beside):
-    monkeypatch.setattr("dynatree_core.engine.engine.measured_costs", lambda *_, **__: linear_costs(1.0, 0.01, 0.01))
+    monkeypatch.setattr("dynatree_core.engine.resources.measured_costs", lambda *_, **__: linear_costs(1.0, 0.01, 0.01))
     policy, target, drafter = CostAware(remember=str(tmp_path / "file")), tiny_model("llama"), perturbed("llama")
     seen = []
     for _ in range(3):
@@ -292,7 +292,7 @@ def price(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[CostModel, torc
         return add
 
     def set_up(costs: CostModel, target: torch.nn.Module, drafter: torch.nn.Module) -> None:
-        monkeypatch.setattr("dynatree_core.engine.engine.measured_costs", lambda *_, **__: costs)
+        monkeypatch.setattr("dynatree_core.engine.resources.measured_costs", lambda *_, **__: costs)
         for model, seconds in ((target, costs.target_pass_seconds), (drafter, costs.drafter_level_seconds)):
             handles.append(model.register_forward_pre_hook(charge(seconds), with_kwargs=True))
 

@@ -79,8 +79,8 @@ def test_an_engine_looks_at_its_models_once(monkeypatch):
         raise AssertionError("the weights are looked at again")
 
     monkeypatch.setattr(model_state, "tensor_state", unexpected)
-    monkeypatch.setattr("dynatree_core.engine.engine.can_infer", unexpected)
-    monkeypatch.setattr("dynatree_core.engine.engine.refuse_dependent_rows", unexpected)
+    monkeypatch.setattr("dynatree_core.engine.resources.can_infer", unexpected)
+    monkeypatch.setattr("dynatree_core.engine.resources.refuse_dependent_rows", unexpected)
     assert answer(engine, PROMPT, max_new_tokens=4) == expected
 
 
@@ -146,7 +146,7 @@ def test_refresh_follows_a_model_that_was_changed():
 
 
 def test_costs_that_are_given_are_not_measured(monkeypatch):
-    monkeypatch.setattr("dynatree_core.engine.engine.measured_costs", pytest.fail)
+    monkeypatch.setattr("dynatree_core.engine.resources.measured_costs", pytest.fail)
     costs = CostModel(StepFunction((1, 64), (1.0, 1.5)), StepFunction((1,), (0.1,)), 0.0)
     target = tiny_model("llama")
     found = generate(

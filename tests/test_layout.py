@@ -30,13 +30,10 @@ def syntax_of(module: str) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imported_names(module: str, *, at_run_time: bool = False) -> set[str]:
-    """Every `a.b.c` that a module imports, as `a.b.c` or `a.b.c.name`; `at_run_time` leaves out `if TYPE_CHECKING`."""
-    names, tree = set(), syntax_of(module)
-    for node in tree.body:
-        if at_run_time and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
-    for node in ast.walk(tree):
+def imported_names(module: str) -> set[str]:
+    """Every `a.b.c` that a module imports, as `a.b.c` or `a.b.c.name`; for types alone too."""
+    names = set()
+    for node in ast.walk(syntax_of(module)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -69,10 +66,10 @@ ROOMS = {
 }
 
 
-def own_imports(module: str, *, at_run_time: bool = False) -> set[str]:
+def own_imports(module: str) -> set[str]:
     """The modules of its own package that a module imports anywhere, without itself."""
     package = module.split(".")[0]
-    names = {name for name in imported_names(module, at_run_time=at_run_time) if name.startswith(f"{package}.")}
+    names = {name for name in imported_names(module) if name.startswith(f"{package}.")}
     found = {name if name in MODULES else name.rpartition(".")[0] for name in names}
     return found - {module, package}
 
@@ -94,12 +91,8 @@ def test_rooms_import_downward_only(package):
 
 @pytest.mark.parametrize("package", ROOMS)
 def test_no_module_imports_itself_in_a_circle(package):
-    """For types neither, but for the engine and its parts, which know each other's."""
-    graph = {
-        module: own_imports(module, at_run_time=module.startswith("dynatree_core.engine."))
-        for module in MODULES
-        if module.startswith(f"{package}.")
-    }
+    """For types neither."""
+    graph = {module: own_imports(module) for module in MODULES if module.startswith(f"{package}.")}
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the circle
 
 

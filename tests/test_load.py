@@ -109,13 +109,13 @@ def test_policies_are_told_the_load_of_their_pass():
     engine.submit([1, 2, 3], policy=Noting(), max_new_tokens=9, eos_token_id=[])
     engine.step()
     engine.submit([4, 5], policy="fixed(depth=2,branch=2,tau=0.0)", max_new_tokens=9, eos_token_id=[])
-    beside = engine.submit([6, 6, 6, 6], policy="linear(depth=2)", max_new_tokens=9, eos_token_id=[])
+    engine.submit([6, 6, 6, 6], policy="linear(depth=2)", max_new_tokens=9, eos_token_id=[])
     engine.step()
     engine.step()
     assert seen[0] == (1, 0, 0)
     assert seen[1][:2] == (3, 2)
     assert seen[2][0] == 3
-    assert seen[2][1] >= 1 + beside.engine.load.num_running - 2
+    assert seen[2][1] >= 1 + engine.load.num_running - 2
 
 
 @settings(max_examples=8)

@@ -234,7 +234,7 @@ def test_a_level_is_free_only_if_no_drafter_with_a_model_was_asked(small):
 def test_its_model_runs_without_gradients(can_infer, monkeypatch):
     """In inference mode if its weights can be used in it."""
     target, drafter = tiny_model("llama"), build_drafter("bigram")
-    monkeypatch.setattr("dynatree_core.engine.engine.can_infer", lambda model: can_infer or model is target)
+    monkeypatch.setattr("dynatree_core.engine.resources.can_infer", lambda model: can_infer or model is target)
     result = generate(target, drafter, PROMPT, policy="fixed(depth=3,tau=0.0)", max_new_tokens=12)
     assert result.token_ids == greedy(target, PROMPT, 12)
     assert set(drafter.table.modes) == {(can_infer, False)}
@@ -242,7 +242,7 @@ def test_its_model_runs_without_gradients(can_infer, monkeypatch):
 
 def test_a_text_that_is_too_long_for_it_is_refused_before_anything_runs(small, monkeypatch):
     # which looks once at the rows of a target that was changed, and here a hook is added
-    monkeypatch.setattr("dynatree_core.engine.engine.refuse_dependent_rows", lambda *models, **shape: None)
+    monkeypatch.setattr("dynatree_core.engine.resources.refuse_dependent_rows", lambda *models, **shape: None)
     target, bigram = copy.deepcopy(tiny_model("llama")), build_drafter("bigram(limit=20)")
     target.config.max_position_embeddings = 1000
     small.model.config.max_position_embeddings = 20

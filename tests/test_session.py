@@ -419,7 +419,7 @@ def test_a_drafter_that_refuses_while_costs_are_measured_is_not_the_policys_faul
     def refused(*_, **__):
         raise InputError("one generation at a time")
 
-    monkeypatch.setattr("dynatree_core.engine.engine.measured_costs", refused)
+    monkeypatch.setattr("dynatree_core.engine.resources.measured_costs", refused)
     with pytest.raises(DrafterError, match="drafter 'prompt_lookup' raised InputError: one generation at a time"):
         generate(TARGET, "prompt_lookup", PROMPT, policy="cost_aware")
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import attrs
 
 from dynatree_core.engine.lane import Lane, unstarted_result
+from dynatree_core.engine.resources import Resources
 from dynatree_core.report import GenerationResult
 from dynatree_core.request.request import Request
 from dynatree_core.tree.verdict import StepReport
-
-if TYPE_CHECKING:
-    from dynatree_core.engine.engine import Engine
 
 __all__ = ["Event", "Handle"]
 
@@ -35,7 +32,6 @@ class Handle:
     """One request of an engine. `Engine.submit` makes it; it may be read from any thread.
 
     Attributes:
-        engine: which computes it.
         request: what was asked.
         number: how many requests the engine was given before.
         submitted_at: seconds on the engine's clock (`now`).
@@ -47,12 +43,14 @@ class Handle:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Resources,
         request: Request,
         number: int,
+        step: Callable[[], object],
         on_report: Callable[[Handle, StepReport], object] | None = None,
     ) -> None:
-        self.engine = engine
+        self._engine = engine
+        self._step = step  # of the engine
         self.request = request
         self.number = number
         self.submitted_at = engine.now()
@@ -113,7 +111,7 @@ class Handle:
     def partial_at(self, stop_reason: str) -> GenerationResult:
         """What there is by now, of a sequence that ends for this reason."""
         lane = self._lane
-        return unstarted_result(self.engine, self.request, stop_reason) if lane is None else lane.result(stop_reason)
+        return unstarted_result(self._engine, self.request, stop_reason) if lane is None else lane.result(stop_reason)
 
     def new_tokens(self) -> list[int]:
         """The tokens since the last call. It does not wait."""
@@ -132,7 +130,7 @@ class Handle:
                 yield self._reports.pop(0)
             if self._done.is_set():
                 break
-            self.engine.step()
+            self._step()
         if self.error is not None:
             raise self.error
 
@@ -143,7 +141,7 @@ class Handle:
     def advance_until_done(self) -> None:
         """Have the engine make steps until this sequence is done, however it ends."""
         while not self._done.is_set():
-            self.engine.step()
+            self._step()
 
     def result(self) -> GenerationResult:
         """What came out, a part where it was cancelled. It has the engine make steps until this sequence is done.

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers import LogitsProcessorList
 from dynatree_core.drafters.base import DraftState
 from dynatree_core.engine.metrics import summarise
 from dynatree_core.engine.observer import End, Fault, Watch, observers_of
+from dynatree_core.engine.resources import Resources, in_blocks, slots_of
 from dynatree_core.engine.sequence import Sequence
 from dynatree_core.errors import DrafterError, DynaTreeError, InputError
 from dynatree_core.plugins.foreign import others_code
@@ -29,12 +30,7 @@ from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
 from dynatree_core.tree.verdict import StepReport
 
-if TYPE_CHECKING:
-    from dynatree_core.engine.engine import Engine
-
-__all__ = ["Lane", "in_blocks", "slots_of", "unstarted_result"]
-
-SLOT_BLOCK = 256  # slots are given out in such blocks, so that the memory of a cache suits the next generation too
+__all__ = ["Lane", "unstarted_result"]
 
 
 class Lane:
@@ -50,7 +46,7 @@ class Lane:
         InputError: the drafter cannot serve the request.
     """
 
-    def __init__(self, engine: Engine, request: Request, *, number: int = 0, is_growing: bool = False) -> None:
+    def __init__(self, engine: Resources, request: Request, *, number: int = 0, is_growing: bool = False) -> None:
         engine.admit(is_fixed_width=request.is_fixed_width)
         self.engine = engine
         self.sequence = Sequence(request, engine.device)
@@ -359,17 +355,7 @@ class Lane:
         )
 
 
-def slots_of(request: Request) -> int:
-    """Slots that the target's cache needs for a whole text with its last tree."""
-    return request.num_tokens + max(request.limits.max_nodes, request.pass_rows)
-
-
-def in_blocks(num_slots: int) -> int:
-    """So many slots, in whole blocks."""
-    return -(-num_slots // SLOT_BLOCK) * SLOT_BLOCK
-
-
-def unstarted_result(engine: Engine, request: Request, stop_reason: str) -> GenerationResult:
+def unstarted_result(engine: Resources, request: Request, stop_reason: str) -> GenerationResult:
     """What there is of a request that has never had a lane."""
     report = summarise(
         policy=str(request.stack),

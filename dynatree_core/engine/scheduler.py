@@ -11,20 +11,17 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import attrs
 
 from dynatree_core.engine.handle import Event, Handle
-from dynatree_core.engine.lane import Lane, in_blocks, slots_of
+from dynatree_core.engine.lane import Lane
 from dynatree_core.engine.recovery import ended_by, filled, named_lack_of_memory, steps
+from dynatree_core.engine.resources import Resources, in_blocks, slots_of
 from dynatree_core.errors import OutOfMemoryError, ParameterError, QueueFullError
 from dynatree_core.request.request import Request
 from dynatree_core.runners.passes import PREFILL_CHUNK
 from dynatree_core.tree.verdict import StepReport
-
-if TYPE_CHECKING:
-    from dynatree_core.engine.engine import Engine
 
 __all__ = ["Load", "Scheduler"]
 
@@ -79,9 +76,19 @@ class Scheduler:
             return Load(len(self._waiting), len(self._running), self._longest_pause, self._num_put_back)
 
     def submit(
-        self, engine: Engine, request: Request, on_report: Callable[[Handle, StepReport], object] | None
+        self,
+        engine: Resources,
+        request: Request,
+        step: Callable[[], object],
+        on_report: Callable[[Handle, StepReport], object] | None,
     ) -> Handle:
         """Put a request at the end of the waiting line.
+
+        Args:
+            engine: which computes it.
+            request: what is asked.
+            step: has the engine make a step, for who waits for the sequence's end.
+            on_report: called after each iteration of the sequence.
 
         Raises:
             QueueFullError: the line is full.
@@ -93,12 +100,12 @@ class Scheduler:
                     f"an engine has room for {self.max_sequences} running and {self.max_waiting} waiting requests, got "
                     "one more; submit it again when others are done, or give the engine a larger max_waiting"
                 )
-            handle = Handle(engine, request, self._num_submitted, on_report)
+            handle = Handle(engine, request, self._num_submitted, step, on_report)
             self._num_submitted += 1
             self._waiting.append(handle)
         return handle
 
-    def cancel(self, engine: Engine, handle: Handle) -> None:
+    def cancel(self, engine: Resources, handle: Handle) -> None:
         """End a sequence: at once where no step is being made, else within that step. It may be done already."""
         with self._lock:
             if not handle.is_done:
@@ -109,7 +116,7 @@ class Scheduler:
             finally:
                 self._stepping.release()
 
-    def step(self, engine: Engine) -> list[Event]:
+    def step(self, engine: Resources) -> list[Event]:
         """One iteration of everybody who can take part; before it, waiting ones start and a chunk is filled in.
 
         Returns:
@@ -132,7 +139,7 @@ class Scheduler:
             finally:
                 self._stepper = None
 
-    def _drop_cancelled(self, engine: Engine) -> list[Event]:
+    def _drop_cancelled(self, engine: Resources) -> list[Event]:
         with self._lock:
             cancelled, self._cancelled = self._cancelled, set()
             waiting = [handle for handle in self._waiting if handle in cancelled]
@@ -146,7 +153,7 @@ class Scheduler:
             self._end(engine, one, "cancelled")
         return [Event(handle, "cancelled") for handle in (*waiting, *(one.handle for one in running))]
 
-    def _start(self, engine: Engine) -> list[Event]:
+    def _start(self, engine: Resources) -> list[Event]:
         """Give free lanes to those who have waited longest."""
         events: list[Event] = []
         while True:
@@ -184,7 +191,7 @@ class Scheduler:
                 self._end(engine, one)
                 events.append(Event(handle, "stopped"))
 
-    def _has_memory(self, engine: Engine, handle: Handle) -> bool:
+    def _has_memory(self, engine: Resources, handle: Handle) -> bool:
         """Whether a sequence may start beside those that run."""
         if engine.max_bytes is None or not self._running:
             return True
@@ -198,7 +205,7 @@ class Scheduler:
         )
         return sum(used) + slots * row_bytes <= engine.max_bytes
 
-    def _make_room(self, engine: Engine) -> list[Event]:
+    def _make_room(self, engine: Resources) -> list[Event]:
         """Give each sequence the slots that its next iteration needs; when they are short, the youngest wait again."""
         events: list[Event] = []
         if engine.max_bytes is None:
@@ -230,7 +237,7 @@ class Scheduler:
         self._num_lanes = len(self._running)
         return Event(handle, "preempted")
 
-    def _fill(self, engine: Engine) -> list[Event]:
+    def _fill(self, engine: Resources) -> list[Event]:
         """Fill in prompts, in the order of their arrival: one chunk, or several that are as short together."""
         events: list[Event] = []
         num_left = PREFILL_CHUNK
@@ -247,7 +254,7 @@ class Scheduler:
                         events.append(Event(one.handle, "prefilled", num_tokens=num_tokens))
         return events
 
-    def _iterate(self, engine: Engine) -> list[Event]:
+    def _iterate(self, engine: Resources) -> list[Event]:
         """One iteration of all whose prompts are done."""
         events: list[Event] = []
         ready = {one.lane: one for one in self._running if one.chunks is None}
@@ -289,7 +296,7 @@ class Scheduler:
         return events
 
     @contextlib.contextmanager
-    def _own_faults(self, engine: Engine, one: _Running, events: list[Event]) -> Iterator[None]:
+    def _own_faults(self, engine: Resources, one: _Running, events: list[Event]) -> Iterator[None]:
         """What the block raises ends this sequence; what is not meant for it, such as Ctrl-C, leaves it as it was."""
         try:
             yield
@@ -301,7 +308,7 @@ class Scheduler:
             raise
 
     def _end(
-        self, engine: Engine, one: _Running, reason: str | None = None, error: BaseException | None = None
+        self, engine: Resources, one: _Running, reason: str | None = None, error: BaseException | None = None
     ) -> None:
         try:
             one.lane.report_end(reason)

@@ -1,0 +1,336 @@
+"""What generations share: models, runners, memory of caches, measured costs and kept prefixes."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from dynatree_core.cache.base import KeyValueCache
+from dynatree_core.cache.prefix_cache import PrefixCache, PrefixReuse
+from dynatree_core.cache.sink_cache import SinkCache
+from dynatree_core.clock import StageClock
+from dynatree_core.cost_model import CostModel
+from dynatree_core.costs import measured_costs
+from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
+from dynatree_core.drafters.build import as_drafter
+from dynatree_core.engine.row_probe import refuse_dependent_rows
+from dynatree_core.errors import DrafterError, ForwardPassError, OutOfMemoryError, ParameterError
+from dynatree_core.models.architectures import vocab_size
+from dynatree_core.models.kept import kept_of
+from dynatree_core.models.state import can_infer
+from dynatree_core.models.stored import StoredModel
+from dynatree_core.models.wrappers import plain_model
+from dynatree_core.plugins.foreign import others_code, raised
+from dynatree_core.request.arguments import checked_count
+from dynatree_core.request.request import Options, Request
+from dynatree_core.runners.base import Runner
+from dynatree_core.runners.choice import drafters_runner, load_runner, made_runner, runner_for
+from dynatree_core.runners.passes import Passes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ENGINE_OPTIONS", "Resources", "in_blocks", "slots_of"]
+
+ENGINE_OPTIONS = ("costs", "now", "prefix_cache", "runner", "tokenizer", "trust_model")
+SLOT_BLOCK = 256  # slots are given out in such blocks, so that the memory of a cache suits the next generation too
+
+
+@attrs.define(eq=False)
+class _Lease:
+    """The memory of a cache, and the generation that has it."""
+
+    runner: Runner
+    cache: KeyValueCache
+    owner: Callable[[], object | None] = lambda: None  # None: nobody has it
+
+    def suits(self, runner: Runner, capacity: int) -> bool:
+        return self.owner() is None and self.runner is runner and self.cache.capacity >= capacity
+
+
+class Resources:
+    """All that generations with one target and one drafter share. An `Engine` is this and a waiting line.
+
+    What it has made for one generation, such as the memory of a cache, is there for the next. It looks at its models
+    once; tell it by `refresh` when one was changed.
+
+    Arguments and errors are those of `Engine`.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        drafter: nn.Module | Drafter | str | None = None,
+        *,
+        runner: str = "auto",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        prefix_cache: PrefixCache | None = None,
+        trust_model: bool = False,
+        costs: CostModel | None = None,
+        now: Callable[[], float] | None = None,
+        max_bytes: int | None = None,
+        make_runner: Callable[[nn.Module, str], Runner] = made_runner,
+    ) -> None:
+        if not isinstance(prefix_cache, PrefixCache | None):
+            raise ParameterError(f"prefix_cache must be a PrefixCache, got {prefix_cache!r:.60}")
+        self.max_bytes = None if max_bytes is None else checked_count("max_bytes", max_bytes, 1)
+        self.caller = target  # as the caller knows it, such as PEFT's wrapper
+        self.target = plain_model(target, "target", is_trusted=trust_model)
+        self.device: torch.device = self.target.device  # type: ignore[assignment]
+        self.vocab_size = vocab_size(self.target)
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.prefix_cache = prefix_cache
+        self.trust_model = trust_model
+        self._given_drafter = drafter
+        self._given_costs = costs
+        self._now = now
+        self._make_runner = make_runner
+        self._lock = threading.Lock()  # sessions of several threads must not get the same memory
+        self.refresh()
+
+    @functools.cached_property
+    def drafter(self) -> Drafter | None:
+        """Made when a generation first needs it, since it may load a model."""
+        return as_drafter(self._given_drafter)
+
+    @property
+    def drafter_name(self) -> str | None:
+        return None if self.drafter is None else str(self.drafter)
+
+    def refresh(self) -> None:
+        """Look at the models anew when the next generation begins: one of them was changed."""
+        self._admitted: set[bool] = set()  # with passes of one shape or not
+        self._can_infer: dict[nn.Module, bool] = {}  # asked once: it looks at every weight
+        self._runners: dict[tuple[nn.Module, str], Runner] = {}  # by the name that was asked for
+        self._leases: list[_Lease] = []
+        self._row_bytes = 0
+        self._costs: dict[str, CostModel] = {}  # by the name of the runner
+
+    def admit(self, *, is_fixed_width: bool = False) -> None:
+        """See, once, that the target's rows are independent of each other.
+
+        Args:
+            is_fixed_width: whether all passes of the generation that begins have one shape.
+
+        Raises:
+            UnsupportedModelError: they are not, or passes of different shapes choose different tokens.
+        """
+        if is_fixed_width in self._admitted:
+            return
+        if not self.trust_model:
+            refuse_dependent_rows(self.target, self.caller, is_fixed_width=is_fixed_width)
+        self._note_models([self.target])
+        self._admitted.add(is_fixed_width)
+
+    def _note_models(self, models: Sequence[nn.Module]) -> None:
+        self._can_infer |= {model: can_infer(model) for model in models if model not in self._can_infer}
+
+    def request(self, input_ids: Tensor | Sequence[int] | Mapping[str, Tensor], **options: Any) -> Request:
+        """Read and check what is asked of one generation.
+
+        Args:
+            input_ids: the prompt.
+            options: those of `dynatree_core.generate` that are not the engine's own.
+
+        Raises:
+            InputError: something that cannot be used.
+        """
+        return Request.parse(
+            self.target,
+            input_ids,
+            Options.named(options),
+            caller=self.caller,
+            tokenizer=self.tokenizer,
+            trust_model=self.trust_model,
+            other_options=ENGINE_OPTIONS,
+        )
+
+    def now(self) -> float:
+        """Seconds on the clock of reports and handles."""
+        return (self._now or time.perf_counter)()
+
+    def without_gradients(self) -> AbstractContextManager[None]:
+        """A context for passes: torch's inference mode, where the models' weights can be used in it."""
+        return torch.inference_mode() if all(self._can_infer.values()) else torch.no_grad()
+
+    # what a generation takes from it
+
+    def new_clock(self) -> StageClock:
+        return StageClock(self.device, self._now)
+
+    def runner_of(self, model: nn.Module, name: str) -> Runner:
+        """What computes a model's passes; made for the first generation that needs it."""
+        if (model, name) not in self._runners:
+            self._runners[model, name] = self._make_runner(model, name)
+        return self._runners[model, name]
+
+    def runner_for(self, request: Request) -> Runner:
+        """What computes the target's passes of a generation.
+
+        Raises:
+            ParameterError: its cache is bounded, and the runner that was asked for takes no such cache.
+        """
+        name = self._runner_name(request.is_fixed_width)
+        if request.kept is not None and isinstance(self.target, StoredModel):
+            raise ParameterError(
+                f"cache='{request.kept}' asks a model's modules for their angles, got weights that are kept without "
+                "modules; load the model with weights=None, or leave out the cache"
+            )
+        runner = self.runner_of(self.target, name)
+        if request.kept is None or runner.takes_any_cache or runner.has_own_cache:
+            return runner
+        if name != "auto":
+            raise ParameterError(
+                f"the {runner.name} runner takes no bounded cache, got cache='{request.kept}'; use runner='auto'"
+            )
+        return self.runner_of(self.target, runner_for(self.target, "auto", any_cache=True))
+
+    def new_passes(self, request: Request, clock: StageClock, on_prefill: Callable[[int, int], None] | None) -> Passes:
+        """The target's passes of one generation."""
+        runner, positions = self.runner_for(request), request.positions
+        own_positions = None if positions is None else torch.tensor(positions, device=self.device)
+        return Passes(runner, clock, positions=own_positions, on_prefill=on_prefill)
+
+    def new_cache(self, request: Request, owner: object, num_slots: int | None = None) -> KeyValueCache:
+        """An empty cache for the target's rows of one generation.
+
+        It has the memory of an earlier generation's, where that is gone.
+
+        Args:
+            request: the generation's.
+            owner: whose cache it is as long as this object lives.
+            num_slots: that are enough for now, of a cache that can grow; None: as many as the whole text needs.
+
+        Raises:
+            ParameterError: the runner has a cache of its own, which cannot be bounded.
+        """
+        runner = self.runner_for(request)
+        if request.kept is not None and runner.has_own_cache:
+            raise ParameterError(
+                f"the {runner.name} runner has a cache of its own, got cache='{request.kept}' beside it; leave one of "
+                "them out"
+            )
+        if request.kept is not None:
+            return SinkCache(self.target, request.kept, request.limits.max_nodes)
+        capacity = slots_of(request)
+        if request.is_fixed_width:  # the capacity is part of its passes' shape
+            return runner.new_cache(capacity, is_zeroed=True)
+        if num_slots is not None:
+            small = runner.new_cache(min(in_blocks(num_slots), capacity))
+            return small if small.can_grow else runner.new_cache(capacity)
+        with self._lock:
+            lease = next((one for one in self._leases if one.suits(runner, capacity)), None)
+            if lease is None:
+                self._leases = [one for one in self._leases if one.owner() is not None]  # too small, and nobody's
+                lease = _Lease(runner, runner.new_cache(in_blocks(capacity), is_zeroed=False))
+                self._leases.append(lease)
+            lease.owner = weakref.ref(owner)
+        lease.cache.truncate(0)
+        return lease.cache
+
+    def row_bytes(self, cache: KeyValueCache) -> int:
+        """What a row of the target takes up; 0 before the first pass of a cache with all rows."""
+        if not self._row_bytes and cache.has_all_rows:
+            self._row_bytes = cache.row_bytes
+        return self._row_bytes
+
+    def take_back(self, cache: KeyValueCache) -> None:
+        """A generation needs the memory of its cache no more."""
+        with self._lock:
+            for lease in self._leases:
+                if lease.cache is cache:
+                    lease.owner = lambda: None
+
+    def new_prefix(self, request: Request, cache: KeyValueCache) -> PrefixReuse | None:
+        """The use that one generation makes of the prefix cache; None where its rows are not those of others."""
+        if self.prefix_cache is None or not (request.can_reuse_prefix and cache.has_all_rows):
+            return None
+        prefix = PrefixReuse(self.prefix_cache)
+        prefix.add(self.target, cache)
+        return prefix
+
+    def start_drafter(
+        self,
+        request: Request,
+        clock: StageClock,
+        prefix: PrefixReuse | None,
+        on_prefill: Callable[[int, int], None] | None,
+    ) -> DraftState | None:
+        """The drafter in one generation; None without one."""
+        if self.drafter is None:
+            return None
+        state = self.drafter.begin(
+            DraftPlan(
+                self.vocab_size,
+                request.num_tokens,
+                request.limits.max_nodes,
+                self.device,
+                clock,
+                self.target,
+                request.kept,
+                prefix=prefix,
+                runner=drafters_runner(self._runner_name(request.is_fixed_width)),
+                on_prefill=on_prefill,
+                tokenizer=self.tokenizer,
+                store=kept_of(self.target),
+                make_runner=self.runner_of,
+            )
+        )
+        self._note_models(self.drafter.models(self.target))
+        return state
+
+    def costs(self, is_fixed_width: bool, clock: StageClock) -> CostModel:
+        """What iterations take, measured at the first call if nobody has before on this machine.
+
+        Args:
+            is_fixed_width: whether every pass has one shape.
+            clock: of the generation that asks, to which the time of measuring does not count.
+        """
+        if self._given_costs is not None:
+            return self._given_costs
+        runner = self._runner_name(is_fixed_width)
+        if runner not in self._costs:
+            blamed = others_code(self.blamed_on_drafter, DrafterError, ForwardPassError, OutOfMemoryError)
+            with clock.leave_out(), blamed:
+                self._costs[runner] = measured_costs(
+                    self.target, self.drafter, runner=runner, tokenizer=self.tokenizer, known=kept_of(self.target)
+                )
+        return self._costs[runner]
+
+    def known_costs(self, is_fixed_width: bool) -> CostModel | None:
+        """What iterations take, if it was given or somebody has asked; nothing is measured."""
+        return self._given_costs or self._costs.get(self._runner_name(is_fixed_width))
+
+    def _runner_name(self, is_fixed_width: bool) -> str:
+        """The runner by name. With passes of one shape "auto" is the plain one, unless its own choice has equal bits.
+
+        The plain one's products round each row alike wherever it stands, as was measured (docs/audit.md).
+        """
+        if not is_fixed_width or self.runner != "auto":
+            return self.runner
+        chosen = runner_for(self.target, "auto", kept=kept_of(self.target))
+        return chosen if load_runner(chosen).has_equal_bits else "eager"
+
+    def blamed_on_drafter(self, error: BaseException) -> BaseException:
+        """The error that names the drafter, for whatever it has raised."""
+        return DrafterError(f"drafter '{self.drafter_name}' raised {raised(error)}")
+
+
+def slots_of(request: Request) -> int:
+    """Slots that the target's cache needs for a whole text with its last tree."""
+    return request.num_tokens + max(request.limits.max_nodes, request.pass_rows)
+
+
+def in_blocks(num_slots: int) -> int:
+    """So many slots, in whole blocks."""
+    return -(-num_slots // SLOT_BLOCK) * SLOT_BLOCK
