@@ -43,7 +43,7 @@ class CostModel:
 
     target_pass_seconds: StepFunction  # by the rows of the pass: drafted nodes and the root
     drafter_level_seconds: StepFunction  # by the nodes of the level, whose children the drafter proposes
-    rest_seconds: float  # making, laying out and committing a small tree
+    rest_seconds: float  # making, laying out and committing a small tree, of one sequence after the other
 
     if not TYPE_CHECKING:  # a type checker knows the new names only
 
@@ -63,9 +63,9 @@ class CostModel:
         """What a sequence is charged that shares its passes with others.
 
         Each second that its tree adds to a pass delays every one of them, so it counts for each. What all take anyway,
-        a pass over the others' rows and its own root, counts once. Who maximises tokens a second by these costs does so
-        for all: E − λ·T with the rate of one sequence and T charged is E − Λ·ΔT with the rate Λ of all. For one
-        sequence alone they are the costs themselves.
+        a pass over the others' rows and its own root, and the rest of each, counts once. Who maximises tokens a second
+        by these costs does so for all: E − λ·T with the rate of one sequence and T charged is E − Λ·ΔT with the rate Λ
+        of all. For one sequence alone they are the costs themselves.
 
         Args:
             num_sequences: that share the pass, this one among them.
@@ -115,7 +115,7 @@ def _charged(costs: CostModel, num_sequences: int, rows: int, width: int) -> Cos
             tuple(shared + num_sequences * (target(rows + own) - shared) for own in at_rows),
         ),
         StepFunction(tuple(at_width), tuple(num_sequences * (level(width + own) - level(width)) for own in at_width)),
-        costs.rest_seconds,
+        num_sequences * costs.rest_seconds,
     )
 
 

@@ -37,9 +37,10 @@ HORIZON = 6  # levels beyond the one that is decided on: one row more is dear, a
 MEMORY = 0.97  # share of what is known that another iteration leaves: it takes some 30 of them to forget
 PRIOR_HIT, PRIOR_LOOK = 0.6, 0.5  # before anything is known: chance that a chain goes on, and tokens that a look wins
 PRIOR_WEIGHT = 4.0
-# of a step without drafting: the hooks and the bookkeeping of a level, 1.4 to 2.2 ms of 38 on two cores. Without it,
-# levels of a drafter that costs nothing would be free
-LEVEL_SHARE = 0.04
+# the hooks and the bookkeeping of a level, in times that a small tree takes to be laid out and committed (both are work
+# of the host, however quick the passes are), and as a share of a step at least, where the costs know of no such work.
+# Without it, levels of a drafter that costs nothing would be free
+LEVEL_RESTS, LEVEL_SHARE = 1.5, 0.04
 STAKE, MAX_LOSS = 0.75, 0.015  # steps: what drafting may lose, and what an iteration adds to that
 FIRST_DEPTH = 4
 RESERVE = 8.0  # steps that the account holds at most: as much is lost before a change of the text is answered
@@ -50,7 +51,8 @@ CPU_NUMBERS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whate
 
 def level_seconds(costs: CostModel, width: int, *, is_free: bool = False) -> float:
     """A level over so many nodes: the drafter's pass, unless it did without, and what the host does besides."""
-    return (0.0 if is_free else costs.drafter_level_seconds(width)) + LEVEL_SHARE * costs.plain_step_seconds()
+    of_host = max(LEVEL_RESTS * costs.rest_seconds, LEVEL_SHARE * costs.plain_step_seconds())
+    return (0.0 if is_free else costs.drafter_level_seconds(width)) + of_host
 
 
 @attrs.define

@@ -426,7 +426,7 @@ MUTANTS = (
     ),
     Mutant(
         "levels of a free drafter are free",
-        "return (0.0 if is_free else costs.drafter_level_seconds(width)) + LEVEL_SHARE * costs.plain_step_seconds()",
+        "return (0.0 if is_free else costs.drafter_level_seconds(width)) + of_host",
         "return 0.0 if is_free else costs.drafter_level_seconds(width)",
         ("tests/test_cost_aware.py::test_a_level_is_not_free_where_the_drafter_is",),
     ),

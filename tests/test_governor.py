@@ -153,7 +153,7 @@ def test_an_iteration_in_which_nobody_asks_is_a_plain_step():
     policy = stack.find("governor")
     for seconds in (1.0, 3.0, 2.0):
         stack.on_iteration_end(StepReport(0, CHAINS[0], Verdict((), (), (1,)), seconds))
-    assert list(policy.plain) == [1.0, 3.0, 2.0]
+    assert list(policy.seen[1].plain) == [1.0, 3.0, 2.0]
     assert policy.account == 1.0 + 0.015 * 2.0  # the stake is in the lower of the first two
 
 

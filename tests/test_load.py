@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynatree_core import CostModel, Engine, Frontier, Proposals, StepFunction, TokenTree, hookimpl
+from dynatree_core import (
+    CostModel,
+    Engine,
+    Frontier,
+    Proposals,
+    StepFunction,
+    StepReport,
+    TokenTree,
+    Verdict,
+    build_stack,
+    hookimpl,
+)
 from dynatree_core.runners.base import PassOutput, Rows, Runner
 from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
@@ -74,10 +86,11 @@ def test_alone_a_tree_is_charged_what_it_costs():
 
 @given(st.integers(2, 16), st.integers(0, 8), st.integers(0, 8), st.integers(1, 20))
 def test_each_second_that_a_tree_adds_counts_for_every_sequence(num_sequences, rows, width, own):
-    costs = linear(1.0, 0.1, 0.2)
+    costs = attrs.evolve(linear(1.0, 0.1, 0.2), rest_seconds=0.3)
     charged = costs.beside(num_sequences, rows, width)
-    assert charged.plain_step_seconds() == pytest.approx(costs.target_pass_seconds(rows + 1))
-    added = charged.target_pass_seconds(own) - charged.plain_step_seconds()
+    # the host lays out and commits one sequence's tree after another's
+    assert charged.plain_step_seconds() == pytest.approx(costs.target_pass_seconds(rows + 1) + num_sequences * 0.3)
+    added = charged.target_pass_seconds(own) - charged.target_pass_seconds(1)
     assert added == pytest.approx(num_sequences * 0.1 * (own - 1))
     # a level that the drafter looks at anyway costs nothing more, one that it would not delays all
     assert charged.drafter_level_seconds(own) == pytest.approx(0.0 if width else num_sequences * 0.2)
@@ -155,3 +168,44 @@ def test_a_governor_stops_what_delays_all(num_sequences):
     step = costs.target_pass_seconds(num_sequences)
     tree = costs.target_pass_seconds(num_sequences * 15) + 3 * 0.2 - step
     assert seconds <= num_tokens * step * 1.015 + step + 3 * tree
+
+
+def test_a_governor_lets_none_of_many_short_generations_pay_for_trying():
+    costs = linear(1.0, 0.2, 0.3)
+    policy = "fixed(depth=3,branch=2,tau=0.0)+governor"
+    seconds, _ = decoded(tiny_model("llama", 1), costs, policy, 8, 24)
+    assert seconds <= 24 * costs.target_pass_seconds(8) * 1.01
+
+
+def test_many_sequences_gain_by_a_governor_where_rows_are_cheap():
+    drafter, cheap = perturbed("llama", noise=0.005), linear(1.0, 0.005, 0.05)
+    plain, _ = decoded(drafter, cheap, "autoregressive", 4, 60)
+    seconds, _ = decoded(drafter, cheap, "linear(depth=3)+governor", 4, 60)
+    assert seconds < 0.7 * plain
+
+
+def test_a_governor_measures_steps_in_which_nobody_drafts():
+    """Beside sequences that draft a step is longer; by that one's length trees would seem to win."""
+    root = TokenTree.root(torch.tensor([0]))
+    chain = root.grow(torch.tensor([0]), torch.tensor([1]), torch.tensor([0.0]))
+    stack = build_stack("governor")
+
+    def step(iteration: int, *, seconds: float, drafted_beside: int) -> bool:
+        frontier = Frontier(root, iteration, 9, 4, no_proposals, num_sequences=2)
+        drafts = stack.should_expand(frontier).value is not False
+        report = StepReport(iteration, chain if drafts else root, Verdict((), (), (1,)), seconds, num_sequences=2)
+        stack.on_iteration_end(attrs.evolve(report, rows_beside=1 + drafted_beside))
+        return drafts
+
+    assert not any(step(iteration, seconds=2.0, drafted_beside=8) for iteration in range(9))
+    assert [step(iteration, seconds=1.0, drafted_beside=0) for iteration in range(9, 12)] == [False, False, True]
+    governor = stack.find("governor")
+    assert governor is not None
+    # a tree that took half of 1 second more than a step holds up two sequences
+    before = governor.account
+    step(12, seconds=2.0, drafted_beside=1)
+    assert governor.account == pytest.approx(before - 2 * 0.5)
+
+
+def no_proposals() -> Proposals:
+    raise AssertionError("the drafter was asked")

@@ -101,7 +101,8 @@ def decode_steps(lanes: Sequence[Lane]) -> dict[Lane, StepReport | Exception]:
         trees = faults.each(prune, trees)  # what the policies think worth verifying
         logits = forward(trees, faults)  # one pass: ids, positions, who sees whom
         verdicts = verify(trees, logits, faults)  # accepted paths and bonus tokens, up to a stop
-        steps = {lane: (trees[lane], verdict) for lane, verdict in verdicts.items()}
+        num_rows = sum(tree.num_nodes for tree in trees.values())
+        steps = {lane: (tree := trees[lane], verdict, num_rows - tree.num_nodes) for lane, verdict in verdicts.items()}
         reports = faults.each(commit, steps)  # keep the paths' cache rows, append the tokens
         return {**faults.each(feedback, reports), **faults.errors}  # tell the policies
 

@@ -33,6 +33,7 @@ class StepReport:
     seconds: float = 0.0  # wall-clock time of the step, up to where the policies hear of it
     _measure: Callable[[], CostModel] = attrs.field(default=lambda: NOMINAL_COSTS, repr=False)
     num_sequences: int = 1  # that shared the target's pass, this one among them
+    rows_beside: int = 0  # of that pass, those of the other sequences; as many as these where none of them drafted
 
     @cached_property
     def costs(self) -> CostModel:
@@ -48,6 +49,11 @@ class StepReport:
     def num_accepted(self) -> int:
         """Committed tokens that had been drafted."""
         return len(self.verdict.path)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing was drafted, neither here nor in a sequence that shared the pass."""
+        return self.tree.num_drafted == 0 and self.rows_beside < self.num_sequences
 
     @property
     def path_acceptance(self) -> float | None:
