@@ -60,7 +60,7 @@ ROOMS = {
             "costs",
             "engine",
         ),
-        *("text", "trace", "generation", "audit", "hf", "cli", "testing", "__main__"),
+        *("text", "trace", "generation", "audit", "hf", "serve", "cli", "testing", "__main__"),
     ),
     "dynatree_bench": ("data", "run", "report", "distill", "studies", "bench_cli", "profile_cli"),
 }

@@ -40,6 +40,7 @@ FILES = {  # command -> the file of this folder that has it
     "new-policy": "scaffold",
     "policies": "policies",
     "replay": "replay",
+    "serve": "serve",
     "view": "view",
 }
 COMMANDS = "dynatree.commands"  # entry-point group: name -> click command, in a module that imports quickly

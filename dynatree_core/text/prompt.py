@@ -28,8 +28,15 @@ def tokenizer_of(target: LoadedModel) -> PreTrainedTokenizerBase:
     return target.tokenizer
 
 
-def chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def chat_ids(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, begins_answer: bool = True
+) -> list[int]:
     """The tokens of a conversation through the chat template, up to where the model's answer begins.
+
+    Args:
+        messages: each with `role` and `content`.
+        tokenizer: the target's, with a chat template.
+        begins_answer: whether what the template writes before an answer stands at the end.
 
     Raises:
         InputError: the template refuses the conversation, for example because of a system message.
@@ -37,7 +44,7 @@ def chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
     from jinja2 import TemplateError
 
     try:
-        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=begins_answer, tokenize=False))
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(

@@ -1,0 +1,131 @@
+"""The routes, as a FastAPI application."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from dynatree_core.errors import DynaTreeError
+from dynatree_core.serve.asked import Asked
+from dynatree_core.serve.errors import ApiError, as_api_error, error_record
+from dynatree_core.serve.faults import as_refusal, http_fault
+from dynatree_core.serve.records import CHAT, COMPLETION, Form, Head
+from dynatree_core.serve.schema import ChatBody, CompletionBody, GenerationBody, TokenizeBody
+from dynatree_core.serve.service import Service
+from dynatree_core.serve.stream import event_stream, whole_answer
+
+__all__ = ["make_app"]
+
+
+def make_app(service: Service) -> FastAPI:
+    """The application of one service. The engines run from its startup to its shutdown."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.loop.start()
+        try:
+            yield
+        finally:
+            service.loop.stop()
+
+    app = FastAPI(title="DynaTree", docs_url=None, redoc_url=None, lifespan=lifespan)
+    _add_faults(app)
+    _add_generation(app, service)
+    _add_models(app, service)
+    _add_health(app, service)
+    return app
+
+
+def _add_faults(app: FastAPI) -> None:
+    """Errors in OpenAI's shape, whatever has raised them."""
+
+    def answer(error: ApiError) -> Response:
+        headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+        return JSONResponse(error_record(error), error.status, headers)
+
+    @app.exception_handler(ApiError)
+    async def _(_: Request, error: ApiError) -> Response:
+        return answer(error)
+
+    @app.exception_handler(DynaTreeError)
+    async def _(_: Request, error: DynaTreeError) -> Response:
+        return answer(as_api_error(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def _(_: Request, error: RequestValidationError) -> Response:
+        return answer(as_refusal(error))
+
+    @app.exception_handler(HTTPException)
+    async def _(_: Request, error: HTTPException) -> Response:
+        return answer(http_fault(error))
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    async def answer(request: Request, body: GenerationBody, form: Form, asked: Asked, num_prompts: int) -> Response:
+        answers, head = service.answers(asked), Head(form, service.settings.model_names[0])
+        answers.submit()
+        if not body.stream:
+            return await whole_answer(request, head, answers, num_prompts)
+        has_usage = body.stream_options is not None and body.stream_options.include_usage
+        return event_stream(head, answers, num_prompts, has_usage=has_usage)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Go on with a text."""
+        asked = await service.read(service.reader.completion, body)
+        return await answer(request, body, COMPLETION, asked, len(body.prompts))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        """Answer in a conversation."""
+        asked = await service.read(service.reader.chat, body)
+        return await answer(request, body, CHAT, asked, 1)
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    def record(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "dynatree",
+            "max_model_len": service.context_limit,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The names that the model is served by."""
+        return {"object": "list", "data": [record(name) for name in service.settings.model_names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """One of them."""
+        service.reader.check_model(name)
+        return record(name)
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        """The tokens of a text or a conversation."""
+        ids = await service.read(service.reader.tokenized, body)
+        return {"count": len(ids), "max_model_len": service.context_limit, "tokens": ids}
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    @app.get("/health/live")
+    async def live() -> Response:
+        """Whether the engines' thread runs: if not, the process is to be started anew."""
+        is_alive = service.loop.error is None
+        return JSONResponse({"status": "alive" if is_alive else "dead"}, 200 if is_alive else 503)
+
+    @app.get("/health/ready")
+    @app.get("/health")
+    async def ready() -> Response:
+        """Whether requests are answered."""
+        status = "ready" if service.is_ready else "not ready"
+        return JSONResponse({"status": status}, 200 if service.is_ready else 503)

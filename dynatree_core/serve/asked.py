@@ -1,0 +1,177 @@
+"""From a request's body to requests of an engine: prompts to tokens, fields to options of `generate`."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from dynatree_core.errors import ContextLimitError, PromptError
+from dynatree_core.models.architectures import max_positions
+from dynatree_core.request.request import Request
+from dynatree_core.serve.errors import ApiError, refused
+from dynatree_core.serve.schema import ChatBody, CompletionBody, GenerationBody, Message, TokenizeBody
+from dynatree_core.serve.text import StopTextCriterion
+from dynatree_core.text.prompt import chat_ids
+from dynatree_core.text.reading import checked_text
+from dynatree_core.text.stream import decode_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dynatree_core.engine.engine import Engine
+    from dynatree_core.serve.settings import Settings
+
+__all__ = ["Asked", "Reader"]
+
+COMPLETION_TOKENS = 16  # of `/v1/completions` where the request does not say; OpenAI's own
+
+
+@attrs.frozen(eq=False)
+class Asked:
+    """One body, read: which engine computes it, and a request of that engine for each choice."""
+
+    drafter: str
+    policy: str
+    requests: tuple[Request, ...]  # in the order of the choices
+    stops: tuple[str, ...]
+
+
+@attrs.frozen(eq=False)
+class Reader:
+    """Reads bodies for engines of one target. One thread may use it at a time: it has its own tokenizer."""
+
+    engines: dict[str, Engine]  # by the name of their drafter
+    tokenizer: PreTrainedTokenizerBase
+    settings: Settings
+
+    def completion(self, body: CompletionBody) -> Asked:
+        """Raises: ApiError, InputError: what cannot be honoured."""
+        with blamed_on("prompt"):
+            prompts = [self.prompt_ids(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
+            return self._asked(body, prompts, COMPLETION_TOKENS)
+
+    def chat(self, body: ChatBody) -> Asked:
+        """Raises: ApiError, InputError: what cannot be honoured."""
+        with blamed_on("messages"):
+            return self._asked(body, [self.conversation_ids(body.messages)], None)
+
+    def tokenized(self, body: TokenizeBody) -> list[int]:
+        """Raises: ApiError, InputError: what cannot be read."""
+        if body.model is not None:
+            self.check_model(body.model)
+        if body.messages is not None and body.prompt is None:
+            return self.conversation_ids(body.messages, begins_answer=body.add_generation_prompt)
+        if body.prompt is None or body.messages is not None:
+            raise refused("prompt", "either 'prompt' or 'messages' must be given, and not both; leave one of them out")
+        return self.prompt_ids(body.prompt, has_special_tokens=body.add_special_tokens)
+
+    def prompt_ids(self, text: str, *, has_special_tokens: bool = True) -> list[int]:
+        """The tokens of a text."""
+        return list(self.tokenizer(checked_text(text, "prompt"), add_special_tokens=has_special_tokens).input_ids)
+
+    def conversation_ids(self, messages: list[Message], *, begins_answer: bool = True) -> list[int]:
+        """The tokens of a conversation, through the model's chat template."""
+        if self.tokenizer.chat_template is None:
+            message = "the model has no chat template, so it can hold no conversation; ask /v1/completions"
+            raise refused("messages", message, code="no_chat_template")
+        said = [
+            {"role": "system" if one.role == "developer" else one.role, "content": checked_text(one.text, "messages")}
+            for one in messages
+        ]
+        return chat_ids(said, self.tokenizer, begins_answer=begins_answer)
+
+    def check_model(self, name: str) -> None:
+        """Refuse another model's name."""
+        if name not in self.settings.model_names:
+            known = ", ".join(self.settings.model_names)
+            message = f"the model '{name:.100}' is not served here; there is: {known}"
+            raise ApiError(404, message, "model", "model_not_found")
+
+    def _asked(self, body: GenerationBody, prompts: list[list[int]], usual_tokens: int | None) -> Asked:
+        self.check_model(body.model)
+        if len(prompts) * body.n > self.settings.max_choices:
+            message = (
+                f"a request may ask for {self.settings.max_choices} choices at most, got {len(prompts)} prompts and "
+                f"n={body.n}; ask in several requests"
+            )
+            raise refused("n", message)
+        if body.stream_options is not None and not body.stream:
+            raise refused("stream_options", "'stream_options' is about a stream; set 'stream' to true, or leave it out")
+        drafter = chosen("drafter", body.dynatree.drafter, self.settings.drafters)
+        policy = chosen("policy", body.dynatree.policy, self.settings.policies)
+        engine, seed = self.engines[drafter], first_seed(body)
+        made = []
+        for prompt_ids in prompts:
+            num_tokens = self._max_tokens(body, len(prompt_ids), usual_tokens)
+            for choice in range(body.n):
+                options = self._options(body, prompt_ids) | {"seed": seed + choice}
+                made.append(engine.request(prompt_ids, policy=policy, max_new_tokens=num_tokens, **options))
+        return Asked(drafter, policy, tuple(made), tuple(body.stops))
+
+    def _max_tokens(self, body: GenerationBody, num_prompt: int, usual: int | None) -> int:
+        """The most tokens that an answer may have."""
+        limit, asked = self.settings.max_tokens, body.num_tokens_asked
+        if asked is not None:
+            if asked > limit:
+                raise refused(
+                    "max_tokens", f"an answer may have {limit} tokens at most here, got {asked}; ask for less"
+                )
+            return asked
+        context = max_positions(next(iter(self.engines.values())).target)
+        room = limit if context is None else max(1, context - num_prompt)
+        return min(limit, room, room if usual is None else usual)
+
+    def _options(self, body: GenerationBody, prompt_ids: list[int]) -> dict[str, Any]:
+        """What a body says beside prompt, length and policy, as options of `generate` (docs/serve.md has the table)."""
+        options = self._sampling(body) | self.settings.limits | {"on_error": self.settings.on_error}
+        if body.repetition_penalty is not None:
+            options["repetition_penalty"] = body.repetition_penalty
+        if body.min_tokens:
+            options["min_new_tokens"] = body.min_tokens
+        if body.ignore_eos:
+            options["eos_token_id"] = []
+        if body.stops:
+            options["stopping_criteria"] = [StopTextCriterion(self.decode, body.stops, len(prompt_ids))]
+        return options
+
+    def _sampling(self, body: GenerationBody) -> dict[str, Any]:
+        config: Any = next(iter(self.engines.values())).target.generation_config
+        temperature = body.temperature
+        if temperature is None:
+            temperature = config.temperature if config.temperature is not None else 1.0
+        if temperature == 0:
+            return {"do_sample": False}
+        top_k = body.top_k if body.top_k is not None else config.top_k
+        options = {"do_sample": True, "temperature": temperature, "top_k": max(top_k or 0, 0)}
+        given = {"top_p": body.top_p, "min_p": body.min_p}
+        return options | {name: value for name, value in given.items() if value is not None}
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return decode_text(self.tokenizer, token_ids)
+
+
+@contextlib.contextmanager
+def blamed_on(param: str) -> Iterator[None]:
+    """What is wrong with a prompt, as an error that names its field."""
+    try:
+        yield
+    except (PromptError, ContextLimitError) as error:
+        raise refused(param, str(error)) from error
+
+
+def chosen(param: str, name: str | None, allowed: tuple[str, ...]) -> str:
+    """The name that was asked for, which must be one of those that the server allows; the first where none was."""
+    if name is not None and name not in allowed:
+        message = f"'{param}' must be one of those that this server allows, got '{name:.100}'; there are: "
+        raise refused(f"dynatree.{param}", message + ", ".join(allowed), code="not_allowed")
+    return allowed[0] if name is None else name
+
+
+def first_seed(body: GenerationBody) -> int:
+    """The seed of the first choice; the others have the next ones."""
+    return secrets.randbits(62) if body.seed is None else body.seed % 2**62

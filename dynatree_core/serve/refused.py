@@ -1,0 +1,70 @@
+"""Fields of OpenAI's API that this server does not honour: the values that ask for nothing, and why no other is taken.
+
+A field that is null is taken as one that is not there. One that stands neither here nor in `schema` is unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from dynatree_core.serve.errors import refused
+
+__all__ = ["REFUSED", "without_neutral"]
+
+
+@attrs.frozen
+class RefusedField:
+    """One field of a request's body."""
+
+    neutral: tuple[object, ...]  # values with which it asks for nothing
+    reason: str
+
+
+REFUSED = {
+    "audio": RefusedField((), "answers are text"),
+    "best_of": RefusedField((1,), "answers are not ranked; ask for several with n"),
+    "echo": RefusedField((False,), "an answer does not repeat its prompt"),
+    "frequency_penalty": RefusedField((0, 0.0), "logits are not changed by how often a token was said"),
+    "function_call": RefusedField(("none", "auto"), "tools are not called"),
+    "functions": RefusedField(([],), "tools are not called"),
+    "logit_bias": RefusedField(({},), "logits are not changed token by token"),
+    "logprobs": RefusedField((False,), "log-probabilities are not given"),
+    "metadata": RefusedField(({},), "nothing is stored"),
+    "modalities": RefusedField((["text"],), "answers are text"),
+    "parallel_tool_calls": RefusedField((True, False), "tools are not called"),
+    "prediction": RefusedField((), "what is drafted comes from the drafter"),
+    "presence_penalty": RefusedField((0, 0.0), "logits are not changed by what was said"),
+    "reasoning_effort": RefusedField((), "the model has no such setting"),
+    "response_format": RefusedField(({"type": "text"},), "an answer's form is not enforced"),
+    "service_tier": RefusedField(("auto", "default"), "there is one tier"),
+    "store": RefusedField((False,), "nothing is stored"),
+    "suffix": RefusedField(("",), "text is continued, not filled in"),
+    "tool_choice": RefusedField(("none", "auto"), "tools are not called"),
+    "tools": RefusedField(([],), "tools are not called"),
+    "top_logprobs": RefusedField((), "log-probabilities are not given"),
+    "verbosity": RefusedField((), "the model has no such setting"),
+    "web_search_options": RefusedField((), "nothing is searched"),
+}
+
+
+def without_neutral(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A body without the fields that ask for nothing.
+
+    Raises:
+        ApiError: a field of the table asks for something.
+    """
+    kept = {}
+    for name, value in body.items():
+        field = REFUSED.get(name)
+        if value is None:
+            continue
+        if field is None:
+            kept[name] = value
+        elif not any(type(value) is type(neutral) and value == neutral for neutral in field.neutral):
+            raise refused(
+                name, f"'{name}' cannot be honoured, since {field.reason}; leave it out", code="unsupported_parameter"
+            )
+    return kept

@@ -1,0 +1,92 @@
+"""A server with a tiny model in this process, on loopback, and clients that ask it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+import httpx2
+import openai
+from tiny_folder import tiny_tokenizer
+
+from dynatree_core import Engine, generate
+from dynatree_core.serve.app import make_app
+from dynatree_core.serve.process import Listen, ServerProcess
+from dynatree_core.serve.service import Service
+from dynatree_core.serve.settings import Settings
+from dynatree_core.testing.models import tiny_model
+
+SECONDS = 60.0  # for each answer; a test that needs them has failed
+TARGET = tiny_model("llama")
+POLICIES = ("fixed(depth=3)", "autoregressive")
+
+
+def new_engine(drafter: Any = "prompt_lookup", **options: Any) -> Engine:
+    return Engine(TARGET, drafter, tokenizer=tiny_tokenizer(), **options)
+
+
+def new_service(engines: dict[str, Engine] | None = None, **settings: Any) -> Service:
+    """A service for "tiny", with two policies and prompt lookup."""
+    engines = {"prompt_lookup": new_engine()} if engines is None else engines
+    told = {"model_names": ("tiny", "alias"), "policies": POLICIES, "drafters": tuple(engines), **settings}
+    return Service(engines, Settings(**told))
+
+
+@attrs.frozen
+class Running:
+    """A server that runs, and its address."""
+
+    service: Service
+    process: ServerProcess
+    address: str
+
+    def openai(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(**self._options(), **options)
+
+    def async_openai(self, **options: Any) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(**self._options(), **options)
+
+    def _options(self) -> dict[str, Any]:
+        return {"base_url": f"{self.address}/v1", "api_key": "none", "timeout": SECONDS, "max_retries": 0}
+
+    def http(self, **options: Any) -> httpx2.Client:
+        return httpx2.Client(base_url=self.address, timeout=SECONDS, trust_env=False, **options)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx2.Response:
+        with self.http() as client:
+            return client.post(path, json=body, **options)
+
+
+@contextlib.contextmanager
+def running(service: Service) -> Iterator[Running]:
+    """Serve in a thread while the block runs."""
+    listener = socket.create_server(("127.0.0.1", 0))  # it takes connections from here on
+    process = ServerProcess(make_app(service), Listen())
+    service.loop.on_death = process.note_death
+    thread = threading.Thread(target=process.run, args=([listener],))
+    thread.start()
+    try:
+        yield Running(service, process, f"http://127.0.0.1:{listener.getsockname()[1]}")
+    finally:
+        process.should_exit = True
+        thread.join(SECONDS)
+        assert not thread.is_alive(), "a server ends when it is told to"
+
+
+def expected_text(prompt: str, max_new_tokens: int, **options: Any) -> str:
+    """The answer of `generate` to a text."""
+    tokenizer = tiny_tokenizer()
+    result = generate(
+        TARGET, None, tokenizer(prompt).input_ids, policy="autoregressive", max_new_tokens=max_new_tokens,
+        tokenizer=tokenizer, **options,
+    )  # fmt: skip
+    return tokenizer.decode(result.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def chat_text(*contents: str) -> str:
+    """What the tiny tokenizer's chat template makes of messages."""
+    return "".join(f"{content}! " for content in contents)

@@ -1,0 +1,152 @@
+"""`dynatree serve`: what OpenAI's client gets is what `generate` gives."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+
+import openai
+import pytest
+from serving import Running, chat_text, expected_text, new_service, running
+
+PROMPTS = ["the cat sat on the mat. the cat", "a man a plan a canal", "re, in the beginning"]
+MESSAGES = [{"role": "user", "content": "the cat sat on the mat"}]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running(new_service()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with server.openai() as client:
+        yield client
+
+
+@pytest.mark.parametrize("policy", ["fixed(depth=3)", "autoregressive"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_completions(client, prompt, policy):
+    found = client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=24, temperature=0, extra_body={"dynatree": {"policy": policy}}
+    )
+    assert found.choices[0].text == expected_text(prompt, 24)
+    assert found.usage.dynatree["policy"] == policy
+
+
+def test_greedy_chat(client):
+    found = client.chat.completions.create(model="tiny", messages=MESSAGES, max_completion_tokens=20, temperature=0)
+    assert found.object == "chat.completion"
+    assert found.choices[0].message.content == expected_text(chat_text(MESSAGES[0]["content"]), 20)
+    assert found.choices[0].message.role == "assistant"
+
+
+def test_seeded_answers(client):
+    sampling = {"temperature": 1.5, "top_p": 0.9}
+    found = client.completions.create(model="tiny", prompt="the cat", max_tokens=16, seed=7, n=3, **sampling)
+    expected = [expected_text("the cat", 16, do_sample=True, seed=7 + i, top_k=0, **sampling) for i in range(3)]
+    assert [choice.text for choice in found.choices] == expected
+    assert len(set(expected)) == 3
+
+
+def test_streams(client):
+    stream = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=20, temperature=0, stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    *chunks, last = stream
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == expected_text(chat_text(MESSAGES[0]["content"]), 20)
+    assert [chunk.choices[0].finish_reason for chunk in chunks][-1] in ("length", "stop")
+    assert last.choices == []
+    assert last.usage.completion_tokens <= 20
+    assert last.usage.dynatree["iterations"] <= last.usage.completion_tokens
+
+
+def test_many_at_once(server):
+    """Mixed lengths, greedy and seeded, streamed and whole: each answer is that of its prompt alone."""
+
+    async def ask(client: openai.AsyncOpenAI, number: int) -> str:
+        options = {"model": "tiny", "prompt": PROMPTS[number % 3], "max_tokens": 5 + number, "seed": number}
+        options["temperature"] = float(number % 2)
+        if number % 4 < 2:
+            return (await client.completions.create(**options)).choices[0].text
+        stream = await client.completions.create(**options, stream=True)
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def ask_all() -> list[str]:
+        async with server.async_openai() as client:
+            return await asyncio.gather(*(ask(client, number) for number in range(20)))
+
+    expected = [
+        expected_text(PROMPTS[i % 3], 5 + i, **({"do_sample": True, "seed": i, "top_k": 0} if i % 2 else {}))
+        for i in range(20)
+    ]
+    assert asyncio.run(ask_all()) == expected
+
+
+def test_several_prompts(client):
+    found = client.completions.create(model="alias", prompt=PROMPTS, max_tokens=6, temperature=0)
+    assert [choice.text for choice in found.choices] == [expected_text(prompt, 6) for prompt in PROMPTS]
+    assert found.usage.prompt_tokens == sum(map(len, PROMPTS))
+
+
+def test_models_and_tokens(server, client):
+    assert [model.id for model in client.models.list()] == ["tiny", "alias"]
+    assert client.models.retrieve("tiny").owned_by == "dynatree"
+    assert server.post("/tokenize", {"prompt": "abc"}).json() == {"count": 3, "max_model_len": 160, "tokens": [0, 1, 2]}
+    ids = server.post("/tokenize", {"messages": MESSAGES}).json()["tokens"]
+    assert len(ids) == len(chat_text(MESSAGES[0]["content"]))
+    with server.http() as http:
+        assert http.get("/health").status_code == http.get("/health/live").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "cannot be honoured"),
+        ({"temprature": 1}, "temprature", "did you mean 'temperature'?"),
+        ({"temperature": "1"}, "temperature", "should be a valid number"),
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 99}, "n", "16 choices at most"),
+        ({"max_tokens": 5000}, "max_tokens", "4096 tokens at most"),
+        ({"max_tokens": 500}, "prompt", "context of 160"),
+        ({"prompt": []}, "prompt", ""),
+        ({"prompt": [1, 999]}, "prompt", "vocabulary"),
+        ({"stop": [""]}, "stop.0", "at least 1 character"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "set 'stream' to true"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "no parameter"),
+        ({"dynatree": {"policy": "fixed(depth=9)"}}, "dynatree.policy", "there are: fixed(depth=3), autoregressive"),
+        ({"dynatree": {"drafter": "../model"}}, "dynatree.drafter", "there are: prompt_lookup"),
+        ({"prompt": "a\ud800"}, "prompt", "UTF-8"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(server, fields, param, words):
+    body = json.dumps({"model": "tiny", "prompt": "the cat", **fields})
+    with server.http() as http:
+        answer = http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param), error
+    assert words in error["message"]
+
+
+def test_a_refusal_is_an_error_of_the_client(client):
+    with pytest.raises(openai.BadRequestError, match="'top_k' cannot be used") as refused:
+        client.completions.create(model="tiny", prompt="the cat", extra_body={"top_k": "all"})
+    assert refused.value.param == "top_k"
+
+
+def test_another_model_is_not_found(client):
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.completions.create(model="gpt-4", prompt="a")
+    assert (refused.value.param, refused.value.code) == ("model", "model_not_found")
+
+
+@pytest.mark.parametrize("neutral", [{"logprobs": None}, {"logit_bias": {}}, {"presence_penalty": 0}, {"best_of": 1}])
+def test_neutral_values_ask_for_nothing(client, neutral):
+    found = client.completions.create(model="tiny", prompt="the cat", max_tokens=4, temperature=0, **neutral)
+    assert found.choices[0].text == expected_text("the cat", 4)
