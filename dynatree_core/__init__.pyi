@@ -20,7 +20,8 @@ from .policy.acceptance import AcceptanceEstimator
 from .policy.build import build_stack
 from .policy.hookspecs import hookimpl
 from .policy.stack import PolicyStack
-from .report import GenerationReport, GenerationResult, StepStats
+from .report import GenerationReport, GenerationResult, StepStats, TokenLogprob
+from .request.grammar import Grammar
 from .request.limits import Limits
 from .tree.frontier import Frontier, Proposals
 from .tree.token_tree import TokenTree
@@ -39,6 +40,7 @@ __all__ = [
     "Frontier",
     "GenerationReport",
     "GenerationResult",
+    "Grammar",
     "Handle",
     "InputError",
     "Limits",
@@ -57,6 +59,7 @@ __all__ = [
     "StepFunction",
     "StepReport",
     "StepStats",
+    "TokenLogprob",
     "TokenTree",
     "Verdict",
     "audit_generation",

@@ -67,6 +67,13 @@ def generate(
             `generate`. False by default, whatever the target's generation config says.
         seed: of a random generator for this generation. None: torch's global one is used, as by `generate`; with
             the same seed either way the text is that of `generate(do_sample=True)`.
+        logprobs: 0 or more: the result has the log-probability of each new token, by the model's own logits, and those
+            of so many most probable tokens at its place. None (default): it has none; see docs/generation.md.
+        logit_bias: a mapping from token ids to what is added to their logits.
+        presence_penalty, frequency_penalty: taken from the logits of tokens in the new text: once, or as often as they
+            are in it. 0 by default.
+        grammar: a `Grammar` that the new text must follow: JSON of a schema, or a regular expression; needs `tokenizer`
+            and the extra `grammar`. A text that reaches its length before its end breaks off.
         repetition_penalty, no_repeat_ngram_size, bad_words_ids, stop_strings, max_time and others: settings of
             `generate`; docs/generation.md has the list.
         tau: drafted nodes whose path probability is below it are cut.

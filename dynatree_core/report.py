@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import attrs
 
-__all__ = ["GenerationReport", "GenerationResult", "StepStats"]
+__all__ = ["GenerationReport", "GenerationResult", "StepStats", "TokenLogprob"]
+
+
+@attrs.frozen
+class TokenLogprob:
+    """What the target thought of a new token, before it was chosen: log-softmax of the logits at its place, in float32.
+
+    These are the model's own logits: logits processors, penalties, temperature and the like have not changed them.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # token id and log-probability of the most probable ones, as many as were asked
 
 
 @attrs.frozen
@@ -51,3 +63,4 @@ class GenerationResult:
     token_ids: list[int]  # the new tokens, the prompt not among them
     stop_reason: str  # "eos", "length", "stop_string", "time", "criterion", "interrupted" or "error"
     report: GenerationReport
+    logprobs: list[TokenLogprob] | None = None  # of each new token; None: not asked for

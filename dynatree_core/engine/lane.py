@@ -336,7 +336,8 @@ class Lane:
         Args:
             stop_reason: why the generation ended, where its own tokens do not say so.
         """
-        return GenerationResult(self.sequence.output_ids, self._ended_by(stop_reason), self.report())
+        sequence = self.sequence
+        return GenerationResult(sequence.output_ids, self._ended_by(stop_reason), self.report(), sequence.logprobs)
 
     def _ended_by(self, stop_reason: str | None) -> str:
         return stop_reason if stop_reason == "cancelled" else self.stop_reason or stop_reason or "interrupted"
@@ -367,7 +368,7 @@ def unstarted_result(engine: Resources, request: Request, stop_reason: str) -> G
         steps=[],
         clock=engine.new_clock(),
     )
-    return GenerationResult([], stop_reason, report)
+    return GenerationResult([], stop_reason, report, None if request.num_logprobs is None else [])
 
 
 def _model_name(model: nn.Module) -> str:

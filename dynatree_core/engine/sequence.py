@@ -11,7 +11,7 @@ from torch import Tensor
 from dynatree_core.drafters.base import DraftState
 from dynatree_core.errors import ParameterError
 from dynatree_core.policy.stack import PolicyStack
-from dynatree_core.report import StepStats
+from dynatree_core.report import StepStats, TokenLogprob
 from dynatree_core.request.limits import Limits
 from dynatree_core.request.request import Request
 from dynatree_core.request.sampling import Sampler
@@ -73,6 +73,7 @@ class Sequence:
         self._num_shown = num_given
         # behind what `_progress` counts may stand what a broken step has left
         self._new_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []  # of each new token, where they are asked for
         self._steps: list[StepStats] = []
         self._progress = _Progress()
 
@@ -84,6 +85,11 @@ class Sequence:
     def new_ids_from(self, start: int) -> list[int]:
         """The new tokens behind the first `start` of them."""
         return self._new_ids[start : self.num_new]
+
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        """What the target thought of each new token, a copy; None: not asked for."""
+        return None if self.request.num_logprobs is None else self._logprobs[: self.num_new]
 
     @property
     def steps(self) -> list[StepStats]:
@@ -201,6 +207,7 @@ class Sequence:
             num_committed=len(report.token_ids),
         )
         self._new_ids[self.num_new :] = report.token_ids
+        self._logprobs[self.num_new :] = report.verdict.logprobs or ()
         self._steps[self.num_steps :] = [step]
         self._progress = _Progress(
             self.num_new + len(report.token_ids),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dynatree_core.engine.faults import Faults, transferred
 from dynatree_core.engine.lane import Lane
+from dynatree_core.engine.logprobs import with_logprobs
 from dynatree_core.engine.observer import Verification
 from dynatree_core.errors import NonFiniteLogitsError
 from dynatree_core.tree.token_tree import TokenTree
@@ -36,6 +37,8 @@ def verify(trees: Mapping[Lane, TokenTree], logits: Mapping[Lane, Tensor], fault
             verdict = follow(lane, tree, own_logits)
         else:
             verdict = _until_stop(lane, _verdict(outcomes[lane]))
+        if lane.request.num_logprobs is not None:
+            verdict = with_logprobs(verdict, own_logits, lane.request.num_logprobs)
         if lane.observer is not None:
             wanted = own_logits if lane.observer.wants_logits else None
             lane.observer.tell(Verification(lane.num_iterations, tree, verdict, wanted))

@@ -22,6 +22,7 @@ from dynatree_core.request.refused import refused_settings
 __all__ = [
     "checked_count",
     "checked_list",
+    "checked_logprobs",
     "checked_positions",
     "checked_prompt",
     "checked_seed",
@@ -173,6 +174,20 @@ def checked_seed(seed: int | None) -> int | None:
         if seed >= 2**63:
             raise ParameterError(f"seed must be below 2**63, got {seed}")
     return seed
+
+
+def checked_logprobs(num_top: int | None, vocab: int) -> int | None:
+    """How many of the most probable tokens are told with each token's log-probability, or None.
+
+    Raises:
+        ParameterError: not an integer from 0 to the size of the vocabulary.
+    """
+    if num_top is None:
+        return None
+    num_top = checked_count("logprobs", num_top, 0)
+    if num_top > vocab:
+        raise ParameterError(f"logprobs must be at most {vocab}, the target's vocabulary, got {num_top}")
+    return num_top
 
 
 def checked_list(name: str, given: Iterable[Element] | None, kind: type[Element]) -> list[Element]:

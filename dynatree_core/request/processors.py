@@ -51,6 +51,7 @@ PROCESSORS = (
 
 def logits_processors(
     config: GenerationConfig,
+    added: list[LogitsProcessor],
     own: list[LogitsProcessor],
     *,
     eos_token_ids: frozenset[int],
@@ -64,6 +65,7 @@ def logits_processors(
 
     Args:
         config: the settings.
+        added: processors of options that `generate` does not have; they come first.
         own: the caller's processors; one of them takes the place of one of the same class that the settings ask for.
         eos_token_ids: tokens that end the generation.
         num_prompt: tokens of the prompt, padding included.
@@ -77,7 +79,7 @@ def logits_processors(
     """
     eos = torch.tensor(sorted(eos_token_ids), device=device) if eos_token_ids else None
     try:
-        asked = _from_settings(config, eos, num_prompt, num_padding, max_length, str(device))
+        asked = [*added, *_from_settings(config, eos, num_prompt, num_padding, max_length, str(device))]
         last = _for_sampling(config, str(device)) if config.do_sample else []
         if config.watermarking_config is not None:
             last.append(config.watermarking_config.construct_processor(vocab, str(device)))

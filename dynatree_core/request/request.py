@@ -22,6 +22,7 @@ from dynatree_core.policy.build import build_stack
 from dynatree_core.policy.stack import PolicyStack
 from dynatree_core.request.arguments import (
     checked_list,
+    checked_logprobs,
     checked_positions,
     checked_prompt,
     checked_seed,
@@ -34,7 +35,9 @@ from dynatree_core.request.arguments import (
     resolved_limits,
     settings_of,
 )
+from dynatree_core.request.grammar import Grammar, GrammarProcessor
 from dynatree_core.request.limits import Limits
+from dynatree_core.request.penalties import penalties
 from dynatree_core.request.processors import logits_processors
 from dynatree_core.request.stopping import Criterion
 from dynatree_core.request.stopping import stopping_criteria as criteria_of
@@ -60,6 +63,11 @@ class Options:
     logits_processor: Sequence[LogitsProcessor] | None = None
     stopping_criteria: Sequence[StoppingCriteria] | None = None
     seed: int | None = None
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    grammar: Grammar | None = None
     tau: float | None = None
     max_nodes: int | None = None
     max_depth: int | None = None
@@ -93,6 +101,7 @@ class Request:
     eos_token_ids: frozenset[int]
     do_sample: bool
     seed: int | None  # None: torch's global generator
+    num_logprobs: int | None  # most probable tokens whose log-probabilities are told with each token's; None: none are
     logits_processors: LogitsProcessorList
     stopping_criteria: Sequence[Criterion]
     stack: PolicyStack
@@ -184,9 +193,24 @@ class Request:
             max_positions(target) if kept is None else None,
         )
         device: torch.device = target.device  # type: ignore[assignment]
+        added = penalties(
+            options.logit_bias,
+            options.presence_penalty,
+            options.frequency_penalty,
+            num_prompt=len(given_ids),
+            vocab=vocab,
+            device=device,
+        )
+        own_processors = checked_list("logits_processor", options.logits_processor, LogitsProcessor)
+        if options.grammar is not None:  # behind all others, whatever they leave
+            rules = GrammarProcessor(
+                options.grammar, tokenizer, num_prompt=len(given_ids), vocab=vocab, eos_token_ids=eos_token_ids
+            )
+            own_processors = [*own_processors, rules]
         processors = logits_processors(
             config,
-            checked_list("logits_processor", options.logits_processor, LogitsProcessor),
+            added,
+            own_processors,
             eos_token_ids=eos_token_ids,
             num_prompt=len(given_ids),
             num_padding=padding,
@@ -210,6 +234,7 @@ class Request:
             eos_token_ids=eos_token_ids,
             do_sample=config.do_sample,
             seed=seed,
+            num_logprobs=checked_logprobs(options.logprobs, vocab),
             logits_processors=processors,
             stopping_criteria=criteria,
             stack=stack,

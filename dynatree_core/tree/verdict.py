@@ -8,6 +8,7 @@ from functools import cached_property
 import attrs
 
 from dynatree_core.cost_model import NOMINAL_COSTS, CostModel
+from dynatree_core.report import TokenLogprob
 from dynatree_core.tree.token_tree import TokenTree
 
 __all__ = ["StepReport", "Verdict"]
@@ -21,6 +22,7 @@ class Verdict:
     draft_path: tuple[int, ...]  # the same nodes, as they were numbered when drafted
     token_ids: tuple[int, ...]  # the accepted nodes' tokens, then the bonus token unless generation stops before it
     stop_reason: str | None = None  # why the generation ends with the last of them, if it does
+    logprobs: tuple[TokenLogprob, ...] | None = None  # of each token; None: not asked for
 
 
 @attrs.frozen(eq=False)
