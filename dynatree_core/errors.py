@@ -21,6 +21,7 @@ __all__ = [
     "DrafterError",
     "DynaTreeError",
     "ForwardPassError",
+    "GrammarError",
     "InputError",
     "ModelLoadError",
     "NonFiniteLogitsError",
@@ -72,6 +73,10 @@ class PluginLoadError(DynaTreeError):
 
 class ParameterError(InputError):
     """A parameter that a plugin does not have, or a value outside its type or range."""
+
+
+class GrammarError(ParameterError):
+    """A grammar that cannot be followed: nothing here reads it, or no token is left that it allows."""
 
 
 class PromptError(InputError):

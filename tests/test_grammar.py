@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dynatree_core import Grammar, Session, generate, generate_batch, run
-from dynatree_core.errors import ParameterError
+from dynatree_core.errors import GrammarError
 from dynatree_core.request.grammar import GrammarProcessor
 from dynatree_core.text.stream import decode_text
 
@@ -189,23 +189,23 @@ def test_one_of_several_end_tokens_may_end_it():
     ids=str,
 )
 def test_what_cannot_be_used_is_refused_before_anything_runs(options, message):
-    with pytest.raises(ParameterError, match=message):
+    with pytest.raises(GrammarError, match=message):
         generate(target(), None, PROMPT, **{**asked(Grammar.regex("(yes|no)")), **options})
 
 
 @pytest.mark.parametrize("schema", ["[1]", "{", 3, {"a": {1, 2}}], ids=str)
 def test_what_is_no_schema_is_refused(schema):
-    with pytest.raises(ParameterError, match="a JSON schema must be"):
+    with pytest.raises(GrammarError, match="a JSON schema must be"):
         Grammar.json_schema(schema)
 
 
 def test_where_nothing_may_follow_it_is_an_error_and_no_other_text():
     forbidden = [words().index(b"y"), words().index(b"n")]
-    with pytest.raises(ParameterError, match="a token must be left"):
+    with pytest.raises(GrammarError, match="a token must be left"):
         generate(target(), None, PROMPT, **asked(Grammar.regex("(yes|no)"), suppress_tokens=forbidden))
 
 
 def test_without_llguidance_it_is_refused_with_the_extras_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ParameterError, match=r"dynatree\[grammar\]"):
+    with pytest.raises(GrammarError, match=r"dynatree\[grammar\]"):
         generate(target(), None, PROMPT, **asked(Grammar.regex("(yes|no)")))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from dynatree_core.errors import ParameterError
+from dynatree_core.errors import GrammarError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,21 +39,21 @@ class Grammar:
         """JSON that fulfils this schema; `{}` for any. llguidance documents which keywords it takes.
 
         Raises:
-            ParameterError: it is no mapping, or no text of one.
+            GrammarError: it is no mapping, or no text of one.
         """
         try:
             read = json.loads(schema) if isinstance(schema, str) else json.loads(json.dumps(schema))
         except (TypeError, ValueError, RecursionError) as error:
-            raise ParameterError(f"a JSON schema must be JSON, got {schema!r:.60} ({error})") from error
+            raise GrammarError(f"a JSON schema must be JSON, got {schema!r:.60} ({error})") from error
         if not isinstance(read, dict):
-            raise ParameterError(f"a JSON schema must be a mapping, got {schema!r:.60}")
+            raise GrammarError(f"a JSON schema must be a mapping, got {schema!r:.60}")
         return cls("json_schema", json.dumps(read))
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
         """A text that this regular expression matches as a whole, in the syntax of Rust's regex crate."""
         if not isinstance(pattern, str):
-            raise ParameterError(f"a regular expression must be a text, got {pattern!r:.60}")
+            raise GrammarError(f"a regular expression must be a text, got {pattern!r:.60}")
         return cls("regex", pattern)
 
 
@@ -68,7 +68,7 @@ class GrammarProcessor(LogitsProcessor):
         eos_token_ids: tokens that end the text: allowed where it is complete.
 
     Raises:
-        ParameterError: llguidance is not installed, or it takes no such grammar or tokenizer; there is no end token.
+        GrammarError: llguidance is not installed, or it takes no such grammar or tokenizer; there is no end token.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class GrammarProcessor(LogitsProcessor):
         """The scores [1, vocab] with -inf for what may not follow the text [1, tokens].
 
         Raises:
-            ParameterError: nothing may follow, since other settings have taken what the grammar allows.
+            GrammarError: nothing may follow, since other settings have taken what the grammar allows.
         """
         self._read(input_ids[0, self._num_prompt :].tolist())
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8).bool()  # [vocab]
@@ -97,7 +97,7 @@ class GrammarProcessor(LogitsProcessor):
         allowed[self._end_ids] = allowed[self._end_ids[0]].clone()  # llguidance knows those that the tokenizer has
         scores = scores.masked_fill(~allowed.to(scores.device), -torch.inf)
         if not bool((scores > -torch.inf).any()):
-            raise ParameterError(
+            raise GrammarError(
                 "a token must be left that both the grammar and the other settings allow, got none after "
                 f"{self._num_read} tokens; leave out the settings that forbid tokens"
             )
@@ -116,27 +116,25 @@ class GrammarProcessor(LogitsProcessor):
 
     def _refuse_errors(self) -> None:
         if self._matcher.is_error():
-            raise ParameterError(
-                f"a text must be one that the grammar can go on from, but: {self._matcher.get_error()}"
-            )
+            raise GrammarError(f"a text must be one that the grammar can go on from, but: {self._matcher.get_error()}")
 
 
 def _new_matcher(
     grammar: Grammar, tokenizer: PreTrainedTokenizerBase | None, vocab: int, end_ids: Sequence[int]
 ) -> Any:  # llguidance.LLMatcher
     if not isinstance(grammar, Grammar):
-        raise ParameterError(
+        raise GrammarError(
             f"grammar must be a Grammar, got {grammar!r:.60}; make one by Grammar.json_schema or Grammar.regex"
         )
     try:
         from llguidance import LLMatcher
     except ImportError as error:
-        raise ParameterError(
+        raise GrammarError(
             f"a grammar needs the package llguidance, which cannot be imported ({error}); pip install "
             "'dynatree[grammar]'"
         ) from error
     if tokenizer is None:
-        raise ParameterError("a grammar needs the target's tokenizer, got none; give it as tokenizer=...")
+        raise GrammarError("a grammar needs the target's tokenizer, got none; give it as tokenizer=...")
     vocabulary = _vocabulary(tokenizer, vocab, end_ids)
     if grammar.kind == "json_schema":
         source = LLMatcher.grammar_from_json_schema(grammar.source, overrides={"whitespace_pattern": WHITESPACE})
@@ -144,7 +142,7 @@ def _new_matcher(
         source = LLMatcher.grammar_from_regex(grammar.source)
     matcher = LLMatcher(vocabulary, source, log_level=0)
     if matcher.is_error():
-        raise ParameterError(f"llguidance does not take this {grammar.kind}: {matcher.get_error()}")
+        raise GrammarError(f"llguidance does not take this {grammar.kind}: {matcher.get_error()}")
     return matcher
 
 
@@ -157,7 +155,7 @@ def _vocabularies() -> weakref.WeakKeyDictionary[Any, dict[object, Any]]:
 def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab: int, end_ids: Sequence[int]) -> Any:
     known_ends = [one for one in end_ids if one < len(tokenizer)]
     if not known_ends:
-        raise ParameterError(
+        raise GrammarError(
             f"a grammar needs an end token that the tokenizer knows, for the end of its text, got {list(end_ids)}; "
             "give eos_token_id=..."
         )
@@ -174,6 +172,6 @@ def _read_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab: int, end_ids: li
     try:
         return from_tokenizer(tokenizer, n_vocab=vocab, eos_token=end_ids)
     except Exception as error:  # llguidance names no types of errors
-        raise ParameterError(
+        raise GrammarError(
             f"a grammar needs a tokenizer that llguidance can read, got {type(tokenizer).__name__}: {error}"
         ) from error

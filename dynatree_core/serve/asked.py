@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from dynatree_core.errors import ContextLimitError, PromptError
+from dynatree_core.errors import ContextLimitError, GrammarError, PromptError
 from dynatree_core.models.architectures import max_positions
 from dynatree_core.request.request import Request
+from dynatree_core.serve.constraints import form_options
 from dynatree_core.serve.errors import ApiError, refused
 from dynatree_core.serve.schema import ChatBody, CompletionBody, GenerationBody, Message, TokenizeBody
 from dynatree_core.serve.text import StopTextCriterion
@@ -50,13 +51,13 @@ class Reader:
 
     def completion(self, body: CompletionBody) -> Asked:
         """Raises: ApiError, InputError: what cannot be honoured."""
-        with blamed_on("prompt"):
+        with blamed_on("prompt", body):
             prompts = [self.prompt_ids(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
             return self._asked(body, prompts, COMPLETION_TOKENS)
 
     def chat(self, body: ChatBody) -> Asked:
         """Raises: ApiError, InputError: what cannot be honoured."""
-        with blamed_on("messages"):
+        with blamed_on("messages", body):
             return self._asked(body, [self.conversation_ids(body.messages)], None)
 
     def tokenized(self, body: TokenizeBody) -> list[int]:
@@ -128,6 +129,7 @@ class Reader:
     def _options(self, body: GenerationBody, prompt_ids: list[int]) -> dict[str, Any]:
         """What a body says beside prompt, length and policy, as options of `generate` (docs/serve.md has the table)."""
         options = self._sampling(body) | self.settings.limits | {"on_error": self.settings.on_error}
+        options |= form_options(body)
         if body.repetition_penalty is not None:
             options["repetition_penalty"] = body.repetition_penalty
         if body.min_tokens:
@@ -156,12 +158,16 @@ class Reader:
 
 
 @contextlib.contextmanager
-def blamed_on(param: str) -> Iterator[None]:
-    """What is wrong with a prompt, as an error that names its field."""
+def blamed_on(param: str, body: GenerationBody) -> Iterator[None]:
+    """What is wrong with a prompt or a grammar, as an error that names its field."""
     try:
         yield
     except (PromptError, ContextLimitError) as error:
         raise refused(param, str(error)) from error
+    except GrammarError as error:
+        raise refused(
+            "response_format" if body.structured_outputs is None else "structured_outputs", str(error)
+        ) from error
 
 
 def chosen(param: str, name: str | None, allowed: tuple[str, ...]) -> str:

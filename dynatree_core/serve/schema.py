@@ -38,6 +38,29 @@ class OwnFields(Body):
     drafter: str | None = None  # likewise
 
 
+class NamedSchema(Body):
+    """A JSON schema, as `response_format` has it."""
+
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool = True  # an answer fulfils it with any value
+
+
+class ResponseFormat(Body):
+    """What an answer must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
+class StructuredOutputs(Body):
+    """The same as vLLM has it; one of the two."""
+
+    json_schema: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+
+
 class GenerationBody(Body):
     """What completions and chat completions have in common."""
 
@@ -48,6 +71,11 @@ class GenerationBody(Body):
     top_k: int | None = Field(None, ge=-1)  # 0 and -1: all tokens
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0)
+    presence_penalty: float = Field(0, ge=-2, le=2)
+    frequency_penalty: float = Field(0, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict, max_length=1024)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
     n: int = Field(1, ge=1)

@@ -1,0 +1,125 @@
+"""What an answer must be, asked over HTTP: bias, penalties, JSON and regular expressions, as `generate` has them."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from serving import Running, new_service, running
+from test_grammar import SCHEMA, target, tokenizer
+
+from dynatree_core import Engine, Grammar, generate
+from dynatree_core.text.stream import decode_text
+
+PROMPT = "Hello"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    engine = Engine(target(), "prompt_lookup", tokenizer=tokenizer())
+    with running(new_service({"prompt_lookup": engine})) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with server.openai() as client:
+        yield client
+
+
+def expected(num_tokens: int, **options: Any) -> str:
+    prompt = tokenizer()(PROMPT).input_ids
+    result = generate(
+        target(), None, prompt, policy="autoregressive", max_new_tokens=num_tokens, tokenizer=tokenizer(), **options
+    )
+    return decode_text(tokenizer(), result.token_ids)
+
+
+def ask(client: openai.OpenAI, num_tokens: int, **fields: Any) -> Any:
+    return client.completions.create(model="tiny", prompt=PROMPT, max_tokens=num_tokens, temperature=0, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        ({"presence_penalty": 1.5}, {"presence_penalty": 1.5}),
+        ({"frequency_penalty": -0.5}, {"frequency_penalty": -0.5}),
+        ({"logit_bias": {"65": 30, "66": -100}}, {"logit_bias": {65: 30.0, 66: -100.0}}),
+        ({"presence_penalty": 1, "logit_bias": {"65": 9.5}}, {"presence_penalty": 1.0, "logit_bias": {65: 9.5}}),
+    ],
+    ids=str,
+)
+def test_bias_and_penalties(client, fields, options):
+    found = ask(client, 24, **fields)
+    assert found.choices[0].text == expected(24, **options)
+    assert found.choices[0].text != expected(24)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_schema(client, seed):
+    format_ = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
+    sampling = {} if seed is None else {"do_sample": True, "seed": seed, "top_k": 0}
+    fields = {} if seed is None else {"seed": seed}
+    found = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=600, temperature=0 if seed is None else 1,
+        extra_body={"response_format": format_}, **fields,
+    )  # fmt: skip
+    assert found.choices[0].text == expected(600, grammar=Grammar.json_schema(SCHEMA), **sampling)
+    assert set(json.loads(found.choices[0].text)) == {"name", "kind", "sizes"}
+    assert found.choices[0].finish_reason == "stop"
+
+
+def test_json_of_any_kind_and_text(client):
+    found = ask(client, 40, extra_body={"response_format": {"type": "json_object"}})
+    assert found.choices[0].text == expected(40, grammar=Grammar.json_schema({"type": "object"}))
+    assert found.choices[0].text.lstrip()[:1] == "{"
+    assert ask(client, 40, extra_body={"response_format": {"type": "text"}}).choices[0].text == expected(40)
+
+
+def test_a_regex_in_a_stream(client):
+    fields = {"structured_outputs": {"regex": "[a-f]{3,9}(-[0-9]{2})*"}}
+    chunks = [*ask(client, 40, stream=True, extra_body=fields)]
+    text = "".join(chunk.choices[0].text for chunk in chunks)
+    assert text == expected(40, grammar=Grammar.regex("[a-f]{3,9}(-[0-9]{2})*"))
+    assert re.match("[a-f]{3,9}", text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format", "must have a 'json_schema'"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "should be 'text'"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "objec"}}}},
+            "response_format", "does not take this json_schema",
+        ),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs", "does not take this regex"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs", "either 'json' or 'regex'"),
+        ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs.choice", "no parameter"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs", "two ways",
+        ),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "structured_outputs", "needs an end token"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_be_followed_is_refused_by_name(server, fields, param, words):
+    answer = server.post("/v1/completions", {"model": "tiny", "prompt": PROMPT, **fields})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param), error
+    assert words in error["message"]
+
+
+def test_without_llguidance_a_form_is_refused_with_the_extras_name(server, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    fields = {"response_format": {"type": "json_object"}}
+    answer = server.post("/v1/completions", {"model": "tiny", "prompt": PROMPT, **fields})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "response_format"
+    assert "dynatree[grammar]" in answer.json()["error"]["message"]
