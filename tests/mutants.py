@@ -450,8 +450,8 @@ MUTANTS = (
     ),
     Mutant(
         "reports hold their session",
-        "verdict, measure=lane.measure_costs,",
-        "verdict, measure=lambda: lane.measure_costs(),",
+        "verdict,\n        measure=lane.measure_costs,",
+        "verdict,\n        measure=lambda: lane.measure_costs(),",
         ("tests/test_session.py::test_a_session_goes_without_the_garbage_collector",),
     ),
     Mutant(

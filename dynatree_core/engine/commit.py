@@ -12,19 +12,19 @@ from dynatree_core.tree.verdict import StepReport, Verdict
 __all__ = ["commit"]
 
 
-def commit(lane: Lane, step: tuple[TokenTree, Verdict, int]) -> StepReport:
-    """Make the verdict on a tree permanent, of a pass that had so many rows for others.
+def commit(lane: Lane, step: tuple[TokenTree, Verdict]) -> StepReport:
+    """Make the verdict on a tree permanent.
 
     The drafter comes last: should it fail, the tokens are committed and counted.
     """
-    tree, verdict, rows_beside = step
+    tree, verdict = step
     report = StepReport(
         lane.num_iterations,
         tree,
         verdict,
         measure=lane.measure_costs,
         num_sequences=1 + len(lane.beside),
-        rows_beside=rows_beside,
+        rows_beside=lane.rows_beside,
     )
     # the root and all new tokens but the last are cached now; the last one is the next root
     num_cached = len(verdict.token_ids) - 1

@@ -101,8 +101,7 @@ def decode_steps(lanes: Sequence[Lane]) -> dict[Lane, StepReport | Exception]:
         trees = faults.each(prune, trees)  # what the policies think worth verifying
         logits = forward(trees, faults)  # one pass: ids, positions, who sees whom
         verdicts = verify(trees, logits, faults)  # accepted paths and bonus tokens, up to a stop
-        num_rows = sum(tree.num_nodes for tree in trees.values())
-        steps = {lane: (tree := trees[lane], verdict, num_rows - tree.num_nodes) for lane, verdict in verdicts.items()}
+        steps = {lane: (trees[lane], verdict) for lane, verdict in verdicts.items()}
         reports = faults.each(commit, steps)  # keep the paths' cache rows, append the tokens
         return {**faults.each(feedback, reports), **faults.errors}  # tell the policies
 
@@ -110,6 +109,9 @@ def decode_steps(lanes: Sequence[Lane]) -> dict[Lane, StepReport | Exception]:
 def forward(trees: Mapping[Lane, TokenTree], faults: Faults) -> dict[Lane, Tensor]:
     """The target's logits [nodes, vocab] at the nodes of each tree, by one pass for all that may share one."""
     asked = faults.each(_asked_pass, trees)
+    num_rows = sum(tree.num_nodes for tree in trees.values())
+    for lane, tree in trees.items():
+        lane.rows_beside = num_rows - tree.num_nodes
     logits = {}
     for lane, output in zip(asked, computed([*asked.values()]), strict=True):
         if isinstance(output, Exception):

@@ -61,6 +61,7 @@ class Lane:
         # reports and frontiers keep it, so it must not hold the session
         self.measure_costs = functools.partial(engine.costs, request.is_fixed_width, self.clock)
         self.beside: list[tuple[int, ...]] = []  # nodes by level of those whose iteration it is too, as they had last
+        self.rows_beside = 0  # of this iteration's pass, those of the others
         self._take_place()
 
     def _take_place(self, *, is_drafting: bool = True) -> None:
