@@ -166,7 +166,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab: int, end_ids: Sequenc
     return made[key]
 
 
-def _read_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab: int, end_ids: list[int]) -> Any:
+def _read_vocabulary(tokenizer: Any, vocab: int, end_ids: list[int]) -> Any:
     from llguidance.hf import from_tokenizer
 
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from dynatree_core.errors import InputError
 
@@ -29,13 +30,18 @@ def tokenizer_of(target: LoadedModel) -> PreTrainedTokenizerBase:
 
 
 def chat_ids(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, begins_answer: bool = True
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    begins_answer: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
     """The tokens of a conversation through the chat template, up to where the model's answer begins.
 
     Args:
         messages: each with `role` and `content`.
         tokenizer: the target's, with a chat template.
+        tools: what the model may call, as the template takes it.
         begins_answer: whether what the template writes before an answer stands at the end.
 
     Raises:
@@ -44,7 +50,14 @@ def chat_ids(
     from jinja2 import TemplateError
 
     try:
-        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=begins_answer, tokenize=False))
+        text = str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                add_generation_prompt=begins_answer,
+                tokenize=False,
+            )
+        )
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(
