@@ -70,11 +70,11 @@ class StageClock:
     @contextmanager
     def leave_out(self) -> Iterator[None]:
         """The time of the block belongs to no stage, whatever is being measured around it."""
-        begin = time.perf_counter()
+        begin = self._now()
         try:
             yield
         finally:
-            self._left_out += time.perf_counter() - begin
+            self._left_out += self._now() - begin
 
     def _now(self) -> float:
         return (self._read or time.perf_counter)() - self._left_out

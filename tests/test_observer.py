@@ -397,6 +397,14 @@ def test_laps():
     assert (clock.lap(), clock.seconds("verify")) == ({}, 1.5)
 
 
+def test_what_is_left_out_is_so_by_the_clock_that_was_given():
+    now = iter([1.0, 2.0, 3.0, 5.0, 7.0, 9.0])
+    clock = StageClock(torch.device("cpu"), now=lambda: next(now))
+    with clock.measure("draft"), clock.leave_out(), clock.leave_out():
+        pass
+    assert clock.seconds("draft") == 3.0, "from 1 to 9 without 2 to 7, which is left out once"
+
+
 @pytest.mark.parametrize("observer", [print, "trace", [Recorder(), None], Recorder])
 def test_what_is_no_observer_is_refused(observer):
     with pytest.raises(ParameterError, match=r"observer must be an Observer or a list of them, got .*; derive from"):

@@ -16,6 +16,7 @@ from dynatree_bench.studies.study import Asked, run_study
 from dynatree_core import CostModel, Session, StepFunction, build_drafter, run
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter
+from dynatree_core.runners.around import RunnerAround
 from dynatree_core.runners.choice import made_runner
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
@@ -86,7 +87,7 @@ def test_what_a_model_was_left_out_of_is_paid_for_once_it_is_asked():
     def noting(model, name):
         if isinstance(model, KnownTarget):  # what it costs is not looked at here
             return made_runner(model, name)
-        return rehearse.PricedRunner(prices.runner(model, name), rows.append)
+        return RunnerAround(prices.runner(model, name), rehearse.charged(rows.append))
 
     session = known_session(tiny_model("llama"), DRAFTERS["union"], text, "fixed(depth=3,branch=1)", make_runner=noting)
     passes = [(prices.num_passes, len(report.token_ids)) for report in run(session)]

@@ -53,6 +53,29 @@ def test_built_in_stacks_with_the_recorded_limits(tmp_path, policy):
     assert (again.num_tokens, again.policy) == (24, policy)
 
 
+def test_a_recording_without_a_drafter_asks_for_nothing(tmp_path):
+    """Otherwise each node that was never asked about would count as unknown."""
+    sequence = traced(tmp_path / "run.jsonl", "best_first", drafter=None)
+    found = replay(sequence, "best_first")
+    assert found.steps == recorded(sequence).steps
+    assert sum(step.num_asked for step in found.steps) == 0
+
+
+def test_each_step_of_a_private_recording_takes_the_recorded_time(tmp_path):
+    """The first one's root is a token of the prompt, which is not known; what a stack does may hang on its time."""
+    sequences = []
+    for is_private in (False, True):
+        seconds = iter(range(1000))
+        with Trace(tmp_path / f"{is_private}.jsonl", is_private=is_private) as trace:
+            options = {"policy": "linear(depth=2)", "costs": COSTS, "max_new_tokens": 9, "now": lambda: next(seconds)}  # noqa: B023
+            list(run(Session(TARGET, DRAFTER, PROMPT, observer=trace.observer(), **options)))
+        sequences += read(trace.path).sequences
+    for sequence in sequences:
+        hears = Hears()
+        replay(sequence, [hears, "linear(depth=2)"])
+        assert hears.seconds == [iteration.seconds["iteration"] for iteration in sequence.iterations]
+
+
 def test_where_the_text_ends_by_a_token_or_a_caller(tmp_path):
     plain = traced(tmp_path / "plain.jsonl", "fixed(depth=3)").token_ids
     sequence = traced(tmp_path / "run.jsonl", "fixed(depth=3)", eos_token_id=plain[10])

@@ -6,8 +6,9 @@ import copy
 import gc
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from test_architectures import bushy_tree
 from tiny_folder import save_tiny
 from torch import nn
 
-from dynatree_core import PrefixCache, generate, ops
+from dynatree_core import Engine, PrefixCache, generate, ops
 from dynatree_core.cache import TreeCache
 from dynatree_core.cli.catalogue import plugin_rows
 from dynatree_core.cli.group import main
@@ -35,7 +36,8 @@ from dynatree_core.models.kept import kept_of
 from dynatree_core.models.state import is_untouched, state_of
 from dynatree_core.plugins.registry import RUNNERS
 from dynatree_core.runners import packed
-from dynatree_core.runners.base import PassOutput, Runner
+from dynatree_core.runners.around import RunnerAround
+from dynatree_core.runners.base import PassOutput, Rows, Runner
 from dynatree_core.runners.choice import load_runner, make_runner, runner_for
 from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.runners.passes import Passes
@@ -240,6 +242,29 @@ def test_a_runner_may_bring_a_cache_of_its_own(package: Any) -> None:  # noqa: F
         generate(model, None, PROMPT, runner="mine", cache="sinks=2,window=8")
     with pytest.raises(CacheError, match="needs a cache with has_all_rows, got a Rows"):
         make_runner(model, "mine").new_cache(8).copied()
+
+
+def test_a_runner_around_another_is_that_one_but_for_what_it_does_around_each_pass(package: Any) -> None:  # noqa: F811
+    package("mine", RUNNER + OWN_CACHE, entries="[dynatree.runners]\nmine = module_of_mine:R\n")
+    model, seen = tiny_model("llama"), []
+
+    @contextmanager
+    def each_pass(parts: Sequence[Rows], is_prompt: bool) -> Iterator[None]:
+        before = [part.cache.length for part in parts]
+        yield
+        seen.append(([part.flat.num_rows for part in parts], before, is_prompt))
+
+    inner = make_runner(model, "mine")
+    around = RunnerAround(inner, each_pass)
+    assert (around.name, around.computed_by, around.has_own_cache) == ("mine", inner.computed_by, True)
+    assert type(around.new_cache(8)) is type(inner.new_cache(8))
+    options = {"policy": "fixed(depth=2,branch=2)", "max_new_tokens": 9, "eos_token_id": []}
+    engine = Engine(model, None, make_runner=lambda model, name: RunnerAround(EagerRunner(model), each_pass))
+    handles = [engine.submit(prompt, **options) for prompt in (PROMPT, PROMPT[:4])]
+    assert [handle.result().token_ids for handle in handles] == [greedy(model, one, 9) for one in (PROMPT, PROMPT[:4])]
+    assert seen[:2] == [([9], [0], True), ([3], [0], True)]
+    assert seen[2] == ([1, 1], [9, 3], False), "one pass for both, told once, with the caches as they were before"
+    assert len(seen) == 2 + 9
 
 
 # ---- what is kept of a model ------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast, final
+from typing import Any, cast
 
 import attrs
 import torch
@@ -39,12 +39,10 @@ from dynatree_bench.run.pairs import Pair
 from dynatree_bench.run.progress import Job, in_rounds
 from dynatree_bench.studies.study import Asked, Study
 from dynatree_core import Engine, generate
-from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.models.architectures import max_positions
-from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner
+from dynatree_core.runners.around import RunnerAround
+from dynatree_core.runners.base import Rows, Runner
 from dynatree_core.runners.choice import made_runner
-from dynatree_core.runners.eager import EagerRunner
-from dynatree_core.tree.flatten import FlatTrees
 
 PLAIN = "autoregressive"
 POLICIES = (PLAIN, "phase3", "cost_aware", "phase3+governor")
@@ -115,7 +113,19 @@ class Meter:
 
     def runner(self, model: nn.Module, name: str) -> Runner:
         """A model's runner that is measured."""
-        return MeteredRunner(made_runner(model, name), self if model is self.target else attrs.evolve(self), self)
+        return RunnerAround(made_runner(model, name), functools.partial(self.measured, model is self.target))
+
+    @contextmanager
+    def measured(self, is_target: bool, parts: Sequence[Rows], is_prompt: bool) -> Iterator[None]:
+        """Around a pass: keep its time, and the rows of the target's."""
+        before, begin = self.counter.num_rows, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - begin
+            if is_target:
+                self.num_rows += sum(part.flat.num_rows for part in parts)
+                self.num_computed += self.counter.num_rows - before
 
 
 @attrs.define
@@ -127,65 +137,6 @@ class Counter:
     def note(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """As a hook before the embedding."""
         self.num_rows += args[0].numel()
-
-
-@final
-class MeteredRunner(Runner):
-    """A runner around another one, whose passes are measured.
-
-    Args:
-        runner: computes the passes.
-        rows: where their rows are counted.
-        seconds: where their time goes.
-    """
-
-    name = "metered"
-
-    def __init__(self, runner: Runner, rows: Meter, seconds: Meter) -> None:
-        self.runner = runner
-        self.rows = rows
-        self.spent = seconds
-
-    @classmethod
-    def make(cls, model: nn.Module, kept: Kept) -> MeteredRunner:
-        """The plain runner, measured for nobody."""
-        meter = Meter(model, Counter())
-        return cls(EagerRunner(model), meter, meter)
-
-    def new_cache(self, capacity: int, *, lanes: int = 1, is_zeroed: bool = False) -> KeyValueCache:
-        return self.runner.new_cache(capacity, lanes=lanes, is_zeroed=is_zeroed)
-
-    def forward(
-        self,
-        flat: FlatTrees,
-        cache: KeyValueCache,
-        *,
-        hidden: bool = False,
-        last_row_only: bool = False,
-        is_prompt: bool = False,
-    ) -> PassOutput:
-        with self._measured(flat.num_rows):
-            return self.runner.forward(flat, cache, hidden=hidden, last_row_only=last_row_only, is_prompt=is_prompt)
-
-    def forward_together(
-        self, parts: Sequence[Rows], *, hidden: bool = False, last_row_only: bool = False
-    ) -> list[PassOutput]:
-        with self._measured(sum(part.flat.num_rows for part in parts)):
-            return self.runner.forward_together(parts, hidden=hidden, last_row_only=last_row_only)
-
-    @contextmanager
-    def _measured(self, num_rows: int) -> Iterator[None]:
-        before, begin = self.rows.counter.num_rows, time.perf_counter()
-        try:
-            yield
-        finally:
-            self.spent.seconds += time.perf_counter() - begin
-            self.rows.num_rows += num_rows
-            self.rows.num_computed += self.rows.counter.num_rows - before
-
-    @property
-    def computed_by(self) -> str:
-        return self.runner.computed_by
 
 
 class Batches:

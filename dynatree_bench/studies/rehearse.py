@@ -22,8 +22,9 @@ from __future__ import annotations
 import itertools
 import string
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, final
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import attrs
 from torch import nn
@@ -35,12 +36,10 @@ from dynatree_bench.run.pairs import Pair
 from dynatree_bench.run.progress import bar
 from dynatree_bench.studies.study import Asked, Study
 from dynatree_core import CostModel, Drafter, generate, run
-from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.costs import measured_costs
-from dynatree_core.runners.base import Kept, PassOutput, Runner
+from dynatree_core.runners.around import EachPass, RunnerAround
+from dynatree_core.runners.base import Rows, Runner
 from dynatree_core.runners.choice import made_runner
-from dynatree_core.runners.eager import EagerRunner
-from dynatree_core.tree.flatten import FlatTrees
 
 POLICIES = ("phase1", "phase3", "cost_aware")
 GRID = {"depth": (2, 3, 4, 5, 6, 8), "branch": (1, 2, 3), "tau": (0.02, 0.05, 0.1)}
@@ -71,7 +70,7 @@ class Prices:
     def runner(self, model: nn.Module, name: str) -> Runner:
         """A model's runner whose passes cost something."""
         charge = self._verification if isinstance(model, KnownTarget) else self._level
-        return PricedRunner(made_runner(model, name), charge)
+        return RunnerAround(made_runner(model, name), charged(charge))
 
     def _verification(self, rows: int) -> None:
         self.seconds += self.costs.iteration_seconds(rows - 1, [])
@@ -81,41 +80,16 @@ class Prices:
         self.num_passes += 1
 
 
-@final
-class PricedRunner(Runner):
-    """A runner around another one, which charges for each pass before it; those of a prompt are free.
+def charged(charge: Callable[[int], None]) -> EachPass:
+    """Around each pass but those of a prompt: call this with its number of rows."""
 
-    Args:
-        runner: computes the passes.
-        charge: called with the number of rows of a pass.
-    """
-
-    name = "priced"
-
-    def __init__(self, runner: Runner, charge: Callable[[int], None]) -> None:
-        self.runner = runner
-        self.charge = charge
-
-    @classmethod
-    def make(cls, model: nn.Module, kept: Kept) -> PricedRunner:
-        """The plain runner, without a price."""
-        return cls(EagerRunner(model), lambda rows: None)
-
-    def new_cache(self, capacity: int, *, lanes: int = 1, is_zeroed: bool = False) -> KeyValueCache:
-        return self.runner.new_cache(capacity, lanes=lanes, is_zeroed=is_zeroed)
-
-    def forward(
-        self,
-        flat: FlatTrees,
-        cache: KeyValueCache,
-        *,
-        hidden: bool = False,
-        last_row_only: bool = False,
-        is_prompt: bool = False,
-    ) -> PassOutput:
+    @contextmanager
+    def each_pass(parts: Sequence[Rows], is_prompt: bool) -> Iterator[None]:
         if not is_prompt:
-            self.charge(flat.num_rows)
-        return self.runner.forward(flat, cache, hidden=hidden, last_row_only=last_row_only, is_prompt=is_prompt)
+            charge(sum(part.flat.num_rows for part in parts))
+        yield
+
+    return each_pass
 
 
 def rehearse(target: nn.Module, drafter: Drafter, text: Text, policy: str, costs: CostModel) -> Rehearsal:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import threading
 from collections.abc import Callable, Hashable, MutableMapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import attrs
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class Runner(abc.ABC):
 
     The class says which models it is for, and makes the runner of one. Threads may share a runner.
 
-    Attributes:
+    Attributes, of the class:
         name: of its entry point.
         has_own_cache: whether its passes take no other cache than that of `new_cache`.
         takes_any_cache: whether they take every `KeyValueCache`, rather than only one that `can_record`.
@@ -55,10 +55,10 @@ class Runner(abc.ABC):
             nor on their number. Then what is decoded with trees equals what is decoded without, in any precision.
     """
 
-    name: ClassVar[str]
-    has_own_cache: ClassVar[bool] = False
-    takes_any_cache: ClassVar[bool] = True
-    has_equal_bits: ClassVar[bool] = False
+    name: str
+    has_own_cache: bool = False
+    takes_any_cache: bool = True
+    has_equal_bits: bool = False
 
     @classmethod
     def reason_against(cls, model: nn.Module) -> str | None:

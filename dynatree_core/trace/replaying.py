@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any, final
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.cost_model import CostModel, StepFunction
 from dynatree_core.costs import isotonic
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
@@ -28,7 +28,8 @@ from dynatree_core.engine.engine import Engine
 from dynatree_core.engine.session import Session
 from dynatree_core.errors import InputError
 from dynatree_core.request.arguments import DEFAULT_MAX_DEPTH, DEFAULT_MAX_NODES, DEFAULT_TAU
-from dynatree_core.runners.base import Kept, PassOutput, Runner
+from dynatree_core.runners.around import RunnerAround
+from dynatree_core.runners.base import Rows
 from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.trace.reading import Iteration, SequenceTrace
 from dynatree_core.tree.flatten import FlatTrees
@@ -119,10 +120,10 @@ def replay(
         target = KnownTarget(script.text, settings["vocab_size"], room)
     engine = Engine(
         target,
-        _ReplayedDrafter(script),
+        None if sequence.begin["drafter"] is None else _ReplayedDrafter(script),
         costs=costs,
         now=script.now,
-        make_runner=lambda model, name: _TimedRunner(EagerRunner(model), script),
+        make_runner=lambda model, name: RunnerAround(EagerRunner(model), script.each_pass),
         trust_model=True,  # it says what comes next in one text, whatever stands in other rows
     )
     session = Session.on(
@@ -294,8 +295,14 @@ class _Script:
         if not is_free:
             self._widths.append(width)
 
-    def verified(self, flat: FlatTrees, start: int) -> None:
-        """The target's pass over a tree: let the step's time pass."""
+    @contextmanager
+    def each_pass(self, parts: Sequence[Rows], is_prompt: bool) -> Iterator[None]:
+        """Around a pass of the target's: one over a tree lets the step's time pass."""
+        for part in parts if not is_prompt else ():
+            self._verified(part.flat, part.cache.length + 1)
+        yield
+
+    def _verified(self, flat: FlatTrees, start: int) -> None:
         root = start - 1  # its slot
         num_nodes = int(flat.visible[0, :, root].sum())  # behind them stands padding, which nobody sees
         self._expected = self.costs.iteration_seconds(num_nodes - 1, self._widths)
@@ -373,9 +380,12 @@ def _verified(iteration: Iteration) -> list[int]:
 
 
 def _is_tree(iteration: Iteration, token_ids: Sequence[int], sees: Tensor) -> bool:
-    """Whether a recorded iteration has verified this tree, whose rows see their ancestors and themselves."""
+    """Whether a recorded iteration has verified this tree, whose rows see their ancestors and themselves.
+
+    The root is the text's own token. It is not compared: at the end of a private trace's prompt it is not known.
+    """
     nodes, verified = iteration.nodes, _verified(iteration)
-    if [nodes["token"][node] for node in verified] != token_ids:
+    if [nodes["token"][node] for node in verified[1:]] != token_ids[1:]:
         return False
     place = {node: row for row, node in enumerate(verified)}
     mask = torch.zeros_like(sees)
@@ -403,32 +413,3 @@ def _given_limits(sequence: SequenceTrace) -> dict[str, Any]:
     limits, by = sequence.begin["limits"], sequence.begin["limits_by"]
     given = {name: limits[name] for name, usual in DEFAULTS.items() if not by.get(name) and limits[name] != usual}
     return {**given, "max_branch": limits["max_branch"]}
-
-
-@final
-class _TimedRunner(Runner):
-    """Computes the stand-in's passes, and lets a step's time pass with each that verifies a tree."""
-
-    name = "replayed"
-
-    def __init__(self, runner: Runner, script: _Script | None = None) -> None:
-        self.runner = runner
-        self.script = script
-
-    @classmethod
-    def make(cls, model: nn.Module, kept: Kept) -> _TimedRunner:
-        """The plain runner."""
-        return cls(EagerRunner(model))
-
-    def forward(
-        self,
-        flat: FlatTrees,
-        cache: KeyValueCache,
-        *,
-        hidden: bool = False,
-        last_row_only: bool = False,
-        is_prompt: bool = False,
-    ) -> PassOutput:
-        if not is_prompt and self.script is not None:
-            self.script.verified(flat, cache.length + 1)
-        return self.runner.forward(flat, cache, hidden=hidden, last_row_only=last_row_only, is_prompt=is_prompt)
