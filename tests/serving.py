@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import queue
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -14,7 +16,9 @@ import openai
 from tiny_folder import tiny_tokenizer
 
 from dynatree_core import Engine, generate
+from dynatree_core.engine.handle import Handle
 from dynatree_core.serve.app import make_app
+from dynatree_core.serve.keys import Keys
 from dynatree_core.serve.process import Listen, ServerProcess
 from dynatree_core.serve.service import Service
 from dynatree_core.serve.settings import Settings
@@ -29,11 +33,11 @@ def new_engine(drafter: Any = "prompt_lookup", **options: Any) -> Engine:
     return Engine(TARGET, drafter, tokenizer=tiny_tokenizer(), **options)
 
 
-def new_service(engines: dict[str, Engine] | None = None, **settings: Any) -> Service:
+def new_service(engines: dict[str, Engine] | None = None, keys: Keys | None = None, **settings: Any) -> Service:
     """A service for "tiny", with two policies and prompt lookup."""
     engines = {"prompt_lookup": new_engine()} if engines is None else engines
     told = {"model_names": ("tiny", "alias"), "policies": POLICIES, "drafters": tuple(engines), **settings}
-    return Service(engines, Settings(**told))
+    return Service(engines, Settings(**told), keys)
 
 
 @attrs.frozen
@@ -65,8 +69,7 @@ class Running:
 def running(service: Service) -> Iterator[Running]:
     """Serve in a thread while the block runs."""
     listener = socket.create_server(("127.0.0.1", 0))  # it takes connections from here on
-    process = ServerProcess(make_app(service), Listen())
-    service.loop.on_death = process.note_death
+    process = ServerProcess(make_app(service), service, Listen())
     thread = threading.Thread(target=process.run, args=([listener],))
     thread.start()
     try:
@@ -90,3 +93,70 @@ def expected_text(prompt: str, max_new_tokens: int, **options: Any) -> str:
 def chat_text(*contents: str) -> str:
     """What the tiny tokenizer's chat template makes of messages."""
     return "".join(f"{content}! " for content in contents)
+
+
+class Gate:
+    """Lets an engine make its steps one by one, so that a test says what has happened when something else does.
+
+    Attributes:
+        submitted: the handles, as they come.
+        cancelled: is set when a handle, or all, are to be cancelled.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._permits = threading.Semaphore(0)
+        self._is_open = False
+        self.submitted: queue.SimpleQueue[Handle] = queue.SimpleQueue()
+        self.cancelled = threading.Event()
+        loop, (engine,) = service.loop, service.loop.engines.values()
+        loop.submit = self._then(loop.submit, self.submitted.put)
+        loop.cancel = self._then(loop.cancel, lambda _: self.cancelled.set())
+        loop.cancel_all = self._then(loop.cancel_all, lambda _: self.cancelled.set())
+        step = engine.step
+
+        def step_with_permit() -> Any:
+            if not self._is_open:
+                assert self._permits.acquire(timeout=SECONDS), "a test lets each step happen"
+            return step()
+
+        engine.step = step_with_permit
+
+    @staticmethod
+    def _then(call: Callable[..., Any], tell: Callable[[Any], Any]) -> Callable[..., Any]:
+        def both(*arguments: Any) -> Any:
+            answer = call(*arguments)
+            tell(answer)
+            return answer
+
+        return both
+
+    def step(self, number: int = 1) -> None:
+        """Let so many steps happen."""
+        self._permits.release(number)
+
+    def open(self) -> None:
+        """Let all steps happen from here on."""
+        self._is_open = True
+        self._permits.release(1000)
+
+    def next_handle(self) -> Handle:
+        """The next request that the engine is given."""
+        return self.submitted.get(timeout=SECONDS)
+
+
+@contextlib.contextmanager
+def gated(service: Service) -> Iterator[tuple[Running, Gate]]:
+    """A server whose engine makes the steps that a test lets happen; all of them when the block ends."""
+    gate = Gate(service)
+    with running(service) as server:
+        try:
+            yield server, gate
+        finally:
+            gate.open()
+
+
+def events(lines: Iterator[str]) -> Iterator[Any]:
+    """The records of server-sent events, without `[DONE]`."""
+    for line in lines:
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line.removeprefix("data: "))

@@ -3,146 +3,82 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import ipaddress
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dynatree_core.cli import console
 from dynatree_core.cli.checks import check_names, check_settings, checkable
-from dynatree_core.cli.exits import DONE
+from dynatree_core.cli.exits import DONE, INTERRUPTED
 from dynatree_core.cli.loading import is_packed, load, load_drafter, loadable_weights
-from dynatree_core.cli.options import LIMIT_OPTIONS, MODEL_OPTIONS, POLICY, WEIGHTS, with_options
+from dynatree_core.cli.recorded import Recorded
+from dynatree_core.cli.serve_options import name_variables, printed_config, serve_options
 from dynatree_core.errors import DynaTreeError, ParameterError
 from dynatree_core.models import embedded
 
 if TYPE_CHECKING:
     from dynatree_core.engine.engine import Engine
     from dynatree_core.models.load import LoadedModel
+    from dynatree_core.serve.keys import Keys
+    from dynatree_core.serve.process import ServerProcess
+    from dynatree_core.serve.settings import Settings
 
 __all__ = ["serve"]
 
 NEEDED = ("fastapi", "prometheus_client", "uvicorn")  # of the extra
+LIMITS = ("tau", "max_nodes", "max_depth", "max_branch")
 
 
 @click.command()
-@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where it listens.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
-@with_options(*MODEL_OPTIONS, WEIGHTS, POLICY, *LIMIT_OPTIONS)
-@click.option(
-    "--allow-policy",
-    "more_policies",
-    metavar="STACK",
-    multiple=True,
-    help="One that a request may choose beside --policy; may be repeated.",
-)
-@click.option(
-    "--allow-drafter",
-    "more_drafters",
-    metavar="NAME|ID|PATH",
-    multiple=True,
-    help="One that a request may choose beside --drafter; may be repeated.",
-)
-@click.option(
-    "--model-name",
-    "model_names",
-    metavar="NAME",
-    multiple=True,
-    help="What requests call the model; may be repeated.  [default: the target's own name]",
-)
-@click.option("--max-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Of one answer.")
-@click.option(
-    "--max-sequences", type=click.IntRange(min=1), default=8, show_default=True, help="Answers computed at once."
-)
-@click.option(
-    "--max-waiting", type=click.IntRange(min=0), default=64, show_default=True, help="Answers that may wait for that."
-)
-@click.option(
-    "--prefix-cache",
-    "cache_megabytes",
-    metavar="MB",
-    type=click.IntRange(min=0),
-    default=1024,
-    show_default=True,
-    help="Memory for what earlier requests have computed; 0: compute it again.",
-)
-@click.option(
-    "--on-error",
-    type=click.Choice(["raise", "fallback"]),
-    default="fallback",
-    show_default=True,
-    help="When a policy or drafter fails: end the request with an error, or go on without drafting.",
-)
+@serve_options
 def serve(
+    print_config: bool,
     host: str,
     port: int,
-    target: str | None,
-    drafter: str,
-    policy: str,
-    device: str | None,
-    dtype: str,
-    weights: str,
-    more_policies: Sequence[str],
-    more_drafters: Sequence[str],
-    model_names: Sequence[str],
-    max_tokens: int,
-    max_sequences: int,
-    max_waiting: int,
-    cache_megabytes: int,
-    on_error: str,
-    **settings: Any,
+    ssl_certfile: str | None,
+    ssl_keyfile: str | None,
+    api_key_file: Path | None,
+    log_format: str,
+    trace_file: str | None,
+    is_trace_private: bool,
+    **options: Any,
 ) -> int:
     """Serve the model over HTTP, with the routes of OpenAI's API (docs/serve.md).
+
+    Each option may come from the environment, as DYNATREE_SERVE_ and its name, or from the file of --config.
 
     \b
     Examples:
       dynatree serve
       dynatree serve --target ./model --policy phase3 --allow-policy autoregressive --port 8080
+      dynatree serve --config server.toml --print-config
     """
+    context = click.get_current_context()
+    if print_config:
+        click.echo(printed_config(context), nl=False)
+        return DONE
     check_extra()
-    policies, drafters = unique([policy, *more_policies]), unique([drafter, *more_drafters])
-    for name in policies:
-        check_names(policy=name)
-    for name in drafters:
-        check_names(drafter=name)
-    if target in (None, "default"):
-        embedded.check_early(is_packed=is_packed(weights, **settings))
-    sources = [
-        check_settings(target=target, drafter=name, policy=policies[0], device=device, **checkable(settings))
-        for name in drafters
-    ]
-    for name in policies[1:]:
-        check_settings(target=target, policy=name, device=device, **checkable(settings))
-    loaded = load(target, device, dtype, loadable_weights(weights, **settings))
-    models = [load_drafter(name, loaded).model if source is None else source
-              for name, source in zip(drafters, sources, strict=True)]  # fmt: skip
-    engines = dict(zip(drafters, _engines(
-        loaded, models, settings["runner"], max_sequences, max_waiting, cache_megabytes
-    ), strict=True))  # fmt: skip
-    from dynatree_core.serve.app import make_app
-    from dynatree_core.serve.process import Listen, ServerProcess
-    from dynatree_core.serve.service import Service
-    from dynatree_core.serve.settings import Settings
+    if (ssl_certfile is None) != (ssl_keyfile is None):
+        raise click.UsageError("HTTPS takes a certificate and its key: --ssl-certfile and --ssl-keyfile", context)
+    recorded = Recorded(trace_file, is_trace_private)
+    from dynatree_core.serve.keys import load_keys
+    from dynatree_core.serve.logs import set_up_logs
+    from dynatree_core.serve.process import Listen
 
-    limits = {name: settings[name] for name in ("tau", "max_nodes", "max_depth", "max_branch")}
-    service = Service(
-        engines,
-        Settings(
-            model_names=tuple(model_names) or (loaded.name,),
-            policies=tuple(policies),
-            drafters=tuple(drafters),
-            max_tokens=max_tokens,
-            on_error=on_error,
-            limits={name: value for name, value in limits.items() if value is not None},
-        ),
-    )
-    process = ServerProcess(make_app(service), Listen(host=host, port=port))
-    service.loop.on_death = process.note_death
-    console.complain("note", f"serving {loaded.name} on http://{host}:{port}/v1")
-    process.run_until_stopped()
-    if process.error is not None:
-        raise DynaTreeError(f"the engines must go on, but ended with {type(process.error).__name__}: {process.error}")
-    return DONE
+    keys = load_keys(api_key_file, os.environ)
+    listen = Listen(host=host, port=port, certificate=ssl_certfile, key=ssl_keyfile)
+    warn_of_strangers(host, keys)
+    recorded.check()
+    set_up_logs(log_format)
+    with recorded:
+        return _run(_process(listen, keys, recorded, **options))
+
+
+name_variables(serve)
 
 
 def check_extra() -> None:
@@ -159,29 +95,134 @@ def check_extra() -> None:
         )
 
 
-def unique(names: Sequence[str]) -> list[str]:
-    """Each name once, in their order."""
-    return [*dict.fromkeys(names)]
+def warn_of_strangers(host: str, keys: Keys) -> None:
+    """Say so where anybody on the network may ask."""
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = host == "localhost"
+    if not is_loopback and not keys:
+        console.complain(
+            "WARNING",
+            f"ANYBODY WHO REACHES {host} MAY USE THIS SERVER, since no API keys are set; give --api-key-file FILE, or "
+            "leave out --host",
+        )
+
+
+def _process(
+    listen: Any,
+    keys: Keys,
+    recorded: Recorded,
+    *,
+    target: str | None,
+    drafter: str,
+    policy: str,
+    device: str | None,
+    dtype: str,
+    weights: str,
+    more_policies: Sequence[str],
+    more_drafters: Sequence[str],
+    model_names: Sequence[str],
+    **options: Any,
+) -> ServerProcess:
+    """The server, with its models loaded, after everything that can be refused without them."""
+    policies, drafters = [*dict.fromkeys([policy, *more_policies])], [*dict.fromkeys([drafter, *more_drafters])]
+    sources = _checked(target, policies, drafters, device, options, is_packed(weights, **checkable(options)))
+    from dynatree_core.serve.app import make_app
+    from dynatree_core.serve.process import ServerProcess
+    from dynatree_core.serve.service import Service
+    from dynatree_core.text.prompt import tokenizer_of
+
+    loaded = load(target, device, dtype, loadable_weights(weights, **checkable(options)))
+    trace = recorded.open(tokenizer_of(loaded))
+    named = {name: load_drafter(name, loaded).model if source is None else source for name, source in sources.items()}
+    engines = _engines(loaded, named, **options)
+    settings = _settings(tuple(model_names) or (loaded.name,), tuple(policies), tuple(drafters), options)
+    observers = {} if trace is None else {name: trace.observer() for name in engines}
+    service = Service(engines, settings, keys, observers)
+    return ServerProcess(make_app(service), service, listen)
+
+
+def _checked(
+    target: str | None,
+    policies: Sequence[str],
+    drafters: Sequence[str],
+    device: str | None,
+    options: Mapping[str, Any],
+    is_packed_model: bool,
+) -> dict[str, Any]:
+    """Refuse what no model could make right; the registered drafters by name, None for a model that is to be loaded."""
+    for name in policies:
+        check_names(policy=name)
+    for name in drafters:
+        check_names(drafter=name)
+    if target in (None, "default"):
+        embedded.check_early(is_packed=is_packed_model)
+    limits = checkable(options)
+    for name in policies[1:]:
+        check_settings(target=target, policy=name, device=device, **limits)
+    return {
+        name: check_settings(target=target, drafter=name, policy=policies[0], device=device, **limits)
+        for name in drafters
+    }
 
 
 def _engines(
-    target: LoadedModel, drafters: Sequence[Any], runner: str, max_sequences: int, max_waiting: int, megabytes: int
-) -> list[Engine]:
+    target: LoadedModel,
+    drafters: Mapping[str, Any],
+    *,
+    runner: str,
+    max_sequences: int,
+    max_waiting: int,
+    max_megabytes: int | None,
+    cache_megabytes: int,
+    **_: Any,
+) -> dict[str, Engine]:
     """An engine for each drafter. They share the target, and what earlier requests have computed of prompts."""
     from dynatree_core.cache.prefix_cache import PrefixCache
     from dynatree_core.engine.engine import Engine
-    from dynatree_core.text.prompt import tokenizer_of
 
-    prefix_cache = PrefixCache(max_bytes=megabytes * 10**6) if megabytes else None
-    return [
-        Engine(
+    prefix_cache = PrefixCache(max_bytes=cache_megabytes * 10**6) if cache_megabytes else None
+    return {
+        name: Engine(
             target.model,
             drafter,
             runner=runner,
-            tokenizer=tokenizer_of(target),
+            tokenizer=target.tokenizer,
             prefix_cache=prefix_cache,
             max_sequences=max_sequences,
             max_waiting=max_waiting,
+            max_bytes=None if max_megabytes is None else max_megabytes * 10**6,
         )
-        for drafter in drafters
-    ]
+        for name, drafter in drafters.items()
+    }
+
+
+def _settings(
+    model_names: tuple[str, ...], policies: tuple[str, ...], drafters: tuple[str, ...], options: Mapping[str, Any]
+) -> Settings:
+    from dynatree_core.serve.settings import Settings
+
+    same = ("max_tokens", "max_choices", "max_seconds", "max_requests", "stop_seconds", "on_error", "logs_prompts")
+    return Settings(
+        model_names=model_names,
+        policies=policies,
+        drafters=drafters,
+        max_body_bytes=options["max_kilobytes"] * 1024,
+        warms_up=True,
+        cors_origins=tuple(options["cors_origins"]),
+        limits={name: options[name] for name in LIMITS if options[name] is not None},
+        **{name: options[name] for name in same},
+    )
+
+
+def _run(process: ServerProcess) -> int:
+    """Serve until a signal comes; the exit status.
+
+    Raises:
+        DynaTreeError: the engines have failed.
+    """
+    process.run()
+    if process.error is not None:
+        raise DynaTreeError(f"the engines must go on, but ended with {type(process.error).__name__}: {process.error}")
+    return INTERRUPTED if process.force_exit else DONE

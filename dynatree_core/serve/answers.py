@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 
 import attrs
@@ -10,6 +11,7 @@ import attrs
 from dynatree_core.engine.handle import Handle
 from dynatree_core.serve.asked import Asked
 from dynatree_core.serve.errors import ApiError, as_api_error
+from dynatree_core.serve.logs import log_fault
 from dynatree_core.serve.loop import EngineLoop, Update
 from dynatree_core.serve.text import AnswerText
 
@@ -38,19 +40,31 @@ class Piece:
 
 
 class Answers:
-    """All choices of one request. They are computed from `submit` on; whoever submits must `cancel` at the end.
+    """All choices of one request. They are computed from `submit` on; whoever submits must `close` at the end.
 
     Args:
         loop: the engines.
         asked: what was asked.
         decode: the text of token ids, for the event loop's thread.
+        max_seconds: from `submit` on, after which what there is becomes the answer; None: any time.
     """
 
-    def __init__(self, loop: EngineLoop, asked: Asked, decode: Callable[[list[int]], str]) -> None:
+    def __init__(
+        self,
+        loop: EngineLoop,
+        asked: Asked,
+        decode: Callable[[list[int]], str],
+        *,
+        max_seconds: float | None = None,
+    ) -> None:
         self.asked = asked
         self.choices = [Choice(index, AnswerText(decode, asked.stops)) for index in range(len(asked.requests))]
         self._loop = loop
+        self._max_seconds = max_seconds
+        self._deadline: float | None = None  # on the event loop's clock
+        self._is_late = False
         self._updates: asyncio.Queue[tuple[Choice, Update]] = asyncio.Queue()
+        self._at_close = contextlib.ExitStack()
 
     @property
     def handles(self) -> list[Handle]:
@@ -63,37 +77,77 @@ class Answers:
         Raises:
             ApiError: the waiting line has no room for all of them.
         """
-        event_loop = asyncio.get_running_loop()
+        self.submit_from(asyncio.get_running_loop())
+
+    def submit_from(self, event_loop: asyncio.AbstractEventLoop) -> None:
+        """The same from another thread than the event loop's, since an engine's first request takes a pass."""
+        if self._max_seconds is not None:
+            self._deadline = event_loop.time() + self._max_seconds
         try:
             for choice, request in zip(self.choices, self.asked.requests, strict=True):
                 listener = _listener(event_loop, self._updates, choice)
                 choice.handle = self._loop.submit(self.asked.drafter, request, listener)
         except Exception as error:
-            self.cancel()
+            self.close()
             raise as_api_error(error) from error
 
-    def cancel(self) -> None:
-        """Have no more computed; what is done stays."""
+    def at_close(self, callback: Callable[[], object]) -> None:
+        """Have something called by `close`."""
+        self._at_close.callback(callback)
+
+    def close(self) -> None:
+        """Have no more computed; what is done stays. Again: nothing."""
         for handle in self.handles:
             self._loop.cancel(handle)
+        self._at_close.close()
+
+    def line(self) -> dict[str, object]:
+        """What the log says of them when they are closed."""
+        reasons = [choice.finish_reason or "cut" for choice in self.choices]
+        return {"completion_tokens": sum(handle.num_tokens for handle in self.handles), "finish": reasons}
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """What comes, until all choices are done.
 
         Raises:
-            ApiError: one of them has failed.
+            ApiError: one of them has failed, or was cut off before it had any token.
         """
         num_open = len(self.choices)
         while num_open:
-            choice, update = await self._updates.get()
+            choice, update = await self._next()
             if update.error is not None:
+                log_fault("failed", update.error)
                 raise as_api_error(update.error) from update.error
             text = choice.text.push(update.token_ids)
             if update.is_last:
                 num_open -= 1
                 text += choice.text.finish()
-                choice.finish_reason = _finish_reason(choice, update)
+                choice.finish_reason = self._finish_reason(choice, update)
             yield Piece(choice, text, update)
+
+    async def _next(self) -> tuple[Choice, Update]:
+        """The next update. At the deadline all that still run are ended, each of which has an update of its own."""
+        if not self._is_late:
+            try:
+                async with asyncio.timeout_at(self._deadline):
+                    return await self._updates.get()
+            except TimeoutError:
+                self._is_late = True
+                for handle in self.handles:
+                    self._loop.cancel(handle)
+        return await self._updates.get()
+
+    def _finish_reason(self, choice: Choice, update: Update) -> str:
+        assert update.result is not None, "a sequence that ends without an error has a result"
+        if update.result.stop_reason != "cancelled":
+            is_stopped = choice.text.is_stopped or update.result.stop_reason in STOPPED
+            return "stop" if is_stopped else "length"
+        if not self._is_late:
+            raise ApiError(503, "the answer was cut off, since the server is about to end", code="stopping")
+        if not update.result.token_ids:
+            message = f"an answer has {self._max_seconds} s here, in which not one token has come; ask again later"
+            raise ApiError(503, message, code="timeout", retry_after=1)
+        return "length"
 
 
 def _listener(
@@ -104,10 +158,3 @@ def _listener(
             event_loop.call_soon_threadsafe(updates.put_nowait, (choice, update))
 
     return tell
-
-
-def _finish_reason(choice: Choice, update: Update) -> str:
-    assert update.result is not None, "a sequence that ends without an error has a result"
-    if update.result.stop_reason == "cancelled":
-        raise ApiError(503, "the answer was cut off, since the server is about to end", code="stopping")
-    return "stop" if choice.text.is_stopped or update.result.stop_reason in STOPPED else "length"

@@ -8,13 +8,16 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from dynatree_core.errors import DynaTreeError
+from dynatree_core.errors import DynaTreeError, InputError
 from dynatree_core.serve.asked import Asked
-from dynatree_core.serve.errors import ApiError, as_api_error, error_record
+from dynatree_core.serve.errors import ApiError, as_api_error
 from dynatree_core.serve.faults import as_refusal, http_fault
+from dynatree_core.serve.gate import Gate, RequestLog, error_response
+from dynatree_core.serve.logs import log_fault
 from dynatree_core.serve.records import CHAT, COMPLETION, Form, Head
 from dynatree_core.serve.schema import ChatBody, CompletionBody, GenerationBody, TokenizeBody
 from dynatree_core.serve.service import Service
@@ -28,7 +31,7 @@ def make_app(service: Service) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.loop.start()
+        await service.start()
         try:
             yield
         finally:
@@ -39,37 +42,43 @@ def make_app(service: Service) -> FastAPI:
     _add_generation(app, service)
     _add_models(app, service)
     _add_health(app, service)
+    # the last one added is the first that a request meets
+    app.add_middleware(Gate, keys=service.keys, max_body_bytes=service.settings.max_body_bytes)
+    if service.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=service.settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(RequestLog)
     return app
 
 
 def _add_faults(app: FastAPI) -> None:
     """Errors in OpenAI's shape, whatever has raised them."""
 
-    def answer(error: ApiError) -> Response:
-        headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-        return JSONResponse(error_record(error), error.status, headers)
-
     @app.exception_handler(ApiError)
     async def _(_: Request, error: ApiError) -> Response:
-        return answer(error)
+        return error_response(error)
 
     @app.exception_handler(DynaTreeError)
     async def _(_: Request, error: DynaTreeError) -> Response:
-        return answer(as_api_error(error))
+        if not isinstance(error, InputError):
+            log_fault("failed", error)
+        return error_response(as_api_error(error))
 
     @app.exception_handler(RequestValidationError)
     async def _(_: Request, error: RequestValidationError) -> Response:
-        return answer(as_refusal(error))
+        return error_response(as_refusal(error))
 
     @app.exception_handler(HTTPException)
     async def _(_: Request, error: HTTPException) -> Response:
-        return answer(http_fault(error))
+        return error_response(http_fault(error))
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
     async def answer(request: Request, body: GenerationBody, form: Form, asked: Asked, num_prompts: int) -> Response:
-        answers, head = service.answers(asked), Head(form, service.settings.model_names[0])
-        answers.submit()
+        answers, head = service.submitted(asked, request.state.client), Head(form, service.settings.model_names[0])
+        request.state.line.update(asked.line(), stream=body.stream, user=body.user)
+        answers.at_close(lambda: request.state.line.update(answers.line(), **service.told(answers)))
         if not body.stream:
             return await whole_answer(request, head, answers, num_prompts)
         has_usage = body.stream_options is not None and body.stream_options.include_usage

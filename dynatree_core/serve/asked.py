@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dynatree_core.engine.engine import Engine
+    from dynatree_core.engine.observer import Observer
     from dynatree_core.serve.settings import Settings
 
 __all__ = ["Asked", "Reader"]
 
+WARM_UP_TOKENS = 8
 COMPLETION_TOKENS = 16  # of `/v1/completions` where the request does not say; OpenAI's own
 
 
@@ -40,6 +42,17 @@ class Asked:
     requests: tuple[Request, ...]  # in the order of the choices
     stops: tuple[str, ...]
 
+    def line(self) -> dict[str, object]:
+        """What the log says of it: nothing of the prompts but their lengths."""
+        num_prompt = sum(len(request.prompt_ids) for request in self.requests)
+        return {
+            "policy": self.policy,
+            "drafter": self.drafter,
+            "choices": len(self.requests),
+            "prompt_tokens": num_prompt,
+            "max_tokens": self.requests[0].max_new_tokens,
+        }
+
 
 @attrs.frozen(eq=False)
 class Reader:
@@ -48,6 +61,7 @@ class Reader:
     engines: dict[str, Engine]  # by the name of their drafter
     tokenizer: PreTrainedTokenizerBase
     settings: Settings
+    observers: Mapping[str, Observer]  # of each engine, where somebody watches
 
     def completion(self, body: CompletionBody) -> Asked:
         """Raises: ApiError, InputError: what cannot be honoured."""
@@ -69,6 +83,20 @@ class Reader:
         if body.prompt is None or body.messages is not None:
             raise refused("prompt", "either 'prompt' or 'messages' must be given, and not both; leave one of them out")
         return self.prompt_ids(body.prompt, has_special_tokens=body.add_special_tokens)
+
+    def warm_ups(self) -> list[Asked]:
+        """A short request for each drafter and policy."""
+        prompt_ids = self.prompt_ids("The") or [0]
+        return [
+            Asked(
+                drafter,
+                policy,
+                (engine.request(prompt_ids, policy=policy, max_new_tokens=WARM_UP_TOKENS, **self.settings.limits),),
+                (),
+            )
+            for drafter, engine in self.engines.items()
+            for policy in self.settings.policies
+        ]
 
     def prompt_ids(self, text: str, *, has_special_tokens: bool = True) -> list[int]:
         """The tokens of a text."""
@@ -109,7 +137,8 @@ class Reader:
         for prompt_ids in prompts:
             num_tokens = self._max_tokens(body, len(prompt_ids), usual_tokens)
             for choice in range(body.n):
-                options = self._options(body, prompt_ids) | {"seed": seed + choice}
+                options = self._options(body, prompt_ids)
+                options |= {"seed": seed + choice, "observer": self.observers.get(drafter)}
                 made.append(engine.request(prompt_ids, policy=policy, max_new_tokens=num_tokens, **options))
         return Asked(drafter, policy, tuple(made), tuple(body.stops))
 

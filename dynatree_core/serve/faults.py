@@ -48,5 +48,6 @@ def _place(error: Any) -> list[str]:
 
 def http_fault(error: HTTPException) -> ApiError:
     """A route that is not there, or another fault of HTTP."""
-    words = {404: "there is no such route", 405: "this route takes another method"}
-    return ApiError(error.status_code, words.get(error.status_code, str(error.detail)), code="http_error")
+    words = {404: "there is no such route", 405: "this route takes another method", 400: "the body must be JSON"}
+    code = "invalid_json" if error.status_code == 400 else "http_error"
+    return ApiError(error.status_code, words.get(error.status_code, str(error.detail)), code=code)

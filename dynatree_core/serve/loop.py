@@ -63,7 +63,8 @@ class EngineLoop:
         self._open: dict[Handle, _Open] = {}  # sequences that are not done
         self._to_cancel: set[Handle] = set()
         self._is_stopping = False
-        self._changed = threading.Condition()  # guards the three above
+        self._fault: BaseException | None = None  # that somebody else has found, and that ends the thread
+        self._changed = threading.Condition()  # guards the four above
         self._thread = threading.Thread(target=self._run, name="dynatree-engines", daemon=True)
 
     def start(self) -> None:
@@ -122,6 +123,18 @@ class EngineLoop:
                 self._to_cancel.add(handle)
                 self._changed.notify()
 
+    def fail(self, error: BaseException) -> None:
+        """End the thread with this error. May be called from any thread."""
+        with self._changed:
+            self._fault = error
+            self._changed.notify()
+
+    def cancel_all(self) -> None:
+        """End all sequences before the next step. May be called from any thread."""
+        with self._changed:
+            self._to_cancel |= set(self._open)
+            self._changed.notify()
+
     # the thread
 
     def _run(self) -> None:
@@ -138,8 +151,10 @@ class EngineLoop:
     def _wait_for_work(self) -> bool:
         """Wait until there is something to do; False where the thread is to end."""
         with self._changed:
-            while not (self._is_stopping or self._to_cancel or any(map(is_busy, self.engines.values()))):
+            while not (self._is_stopping or self._fault or self._to_cancel or any(map(is_busy, self.engines.values()))):
                 self._changed.wait()
+            if self._fault is not None:
+                raise self._fault
             return not self._is_stopping
 
     def _cancel_all(self) -> None:

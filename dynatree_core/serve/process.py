@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import signal
+import socket
 from types import FrameType
 
 import attrs
 import uvicorn
 from fastapi import FastAPI
 
+from dynatree_core.serve.logs import log
+from dynatree_core.serve.service import Service
+
 __all__ = ["Listen", "ServerProcess"]
+
+
+CUT_SECONDS = 10  # in which requests that were cut off have told their clients so
 
 
 @attrs.frozen(kw_only=True)
@@ -18,18 +24,36 @@ class Listen:
 
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any that is free
+    certificate: str | None = None  # file of the certificate, for HTTPS
+    key: str | None = None  # and of its key
 
 
 class ServerProcess(uvicorn.Server):
     """uvicorn's server, which ends at once at a second signal of any kind, and where the engines have failed."""
 
-    def __init__(self, app: FastAPI, listen: Listen) -> None:
-        super().__init__(uvicorn.Config(app, host=listen.host, port=listen.port, log_config=None, access_log=False))
+    def __init__(self, app: FastAPI, service: Service, listen: Listen) -> None:
+        config = uvicorn.Config(
+            app,
+            host=listen.host,
+            port=listen.port,
+            ssl_certfile=listen.certificate,
+            ssl_keyfile=listen.key,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(service.settings.stop_seconds) + CUT_SECONDS,
+        )
+        super().__init__(config)
         self.error: BaseException | None = None  # what has ended the engines
+        self._service = service
+        service.loop.on_death = self.note_death
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal has come: the first ends the server when its requests are done or cut off, the second at once."""
         if self.should_exit:
             self.force_exit = True
+        else:
+            self._service.begin_to_stop()
         self.should_exit = True
 
     def note_death(self, error: BaseException) -> None:
@@ -37,8 +61,9 @@ class ServerProcess(uvicorn.Server):
         self.error = error
         self.should_exit = True
 
-    def run_until_stopped(self) -> None:
-        """Serve until a signal comes or the engines fail."""
-        before = signal.getsignal(signal.SIGTERM)
-        self.run()
-        signal.signal(signal.SIGTERM, before)
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and say where."""
+        await super().startup(sockets)
+        scheme = "http" if self.config.ssl is None else "https"
+        for place in [listener.getsockname() for server in self.servers for listener in server.sockets]:
+            log("serving", address=f"{scheme}://{place[0]}:{place[1]}", model=self._service.settings.model_names[0])

@@ -16,5 +16,12 @@ class Settings:
     drafters: tuple[str, ...]  # likewise
     max_tokens: int = 4096  # of one answer
     max_choices: int = 16  # sequences of one HTTP request
+    max_seconds: float | None = None  # from when a request is submitted; what there is by then is its answer
+    max_body_bytes: int = 4 * 2**20
+    max_requests: int | None = None  # that one client may have open at once
+    warms_up: bool = False  # whether each policy and drafter decodes a few tokens before the first request
+    stop_seconds: float = 30.0  # that open requests have to end, once the server is told to
+    cors_origins: tuple[str, ...] = ()  # of pages in browsers that may ask; none: pages of this server alone
+    logs_prompts: bool = False  # whether prompts and answers stand in the log
     on_error: str = "fallback"  # what a fault of a policy or drafter does to its sequence, as in `generate`
     limits: dict[str, object] = attrs.field(factory=dict)  # of trees: `tau`, `max_nodes`, `max_depth`, `max_branch`

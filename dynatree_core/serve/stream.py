@@ -42,7 +42,7 @@ async def whole_answer(request: Request, head: Head, answers: Answers, num_promp
     finally:
         for task in (collecting, leaving):
             task.cancel()
-        answers.cancel()
+        answers.close()
 
 
 async def _texts(answers: Answers) -> list[str]:
@@ -68,7 +68,7 @@ def event_stream(head: Head, answers: Answers, num_prompts: int, *, has_usage: b
         has_usage: whether a chunk with the usage comes last.
     """
     records = _chunks(head, answers, num_prompts, has_usage)
-    return EventStream(_events(records), on_end=answers.cancel)
+    return EventStream(_events(records), on_end=answers.close)
 
 
 class EventStream(StreamingResponse):

@@ -1,0 +1,150 @@
+"""What every request goes through before a route sees it: its id and its line in the log, the key, the body's size.
+
+Written against ASGI itself, where Starlette's own base for this would hide from the routes that a client has gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from typing import Any
+
+from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dynatree_core.serve.errors import ApiError, error_record
+from dynatree_core.serve.keys import Keys
+from dynatree_core.serve.logs import REQUEST_ID, log, log_fault
+
+__all__ = ["Gate", "RequestLog", "error_response"]
+
+OPEN_PATHS = ("/health", "/health/live", "/health/ready")  # without a key
+BODY_SECONDS = 60.0  # in which a body has to arrive
+_ID = re.compile(r"[\w.:-]{1,100}", re.ASCII)
+
+
+def error_response(error: ApiError) -> Response:
+    """An error as an answer."""
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_record(error), error.status, headers)
+
+
+class RequestLog:
+    """Gives each request an id, writes its line when it is over, and answers what nobody foresaw with 500.
+
+    A client's own `X-Request-Id` is taken where it is a word. Routes put what the line is to say besides into
+    `request.state.line`.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        line: dict[str, Any] = {}
+        scope.setdefault("state", {}).update(request_id=request_id, line=line)
+        REQUEST_ID.set(request_id)
+        begin, status = time.perf_counter(), 0
+
+        async def send_noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noting)
+        except Exception as error:
+            log_fault("unforeseen", error)
+            if status:  # it has begun: the connection breaks off, which is all that can be told
+                raise
+            fault = ApiError(500, "the server has failed; its log says why", code="internal_error")
+            await error_response(fault)(scope, receive, send_noting)
+        finally:
+            seconds = round(time.perf_counter() - begin, 6)
+            log("request", method=scope["method"], path=scope["path"], status=status, seconds=seconds, **line)
+
+
+class Gate:
+    """Lets a request through to the routes, or answers it with what is in the way."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, max_body_bytes: int) -> None:
+        self._app = app
+        self._keys = keys
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http":
+            try:
+                scope["state"]["client"] = scope["state"]["line"]["client"] = self._client(scope)
+                body = await self._body(scope, receive)
+            except ApiError as error:
+                app = error_response(error)
+            else:
+                if body is None:  # the client has gone
+                    return
+                receive = _replayed(body, receive)
+        await app(scope, receive, send)
+
+    def _client(self, scope: Scope) -> str:
+        """Who asks: the name of the key, or the address."""
+        if self._keys and scope["path"] not in OPEN_PATHS:
+            name = self._keys.name_of(Headers(scope=scope).get("authorization"))
+            if name is None:
+                message = "a valid API key must come in the header 'Authorization: Bearer KEY'"
+                raise ApiError(401, message, code="invalid_api_key")
+            return name
+        return scope["client"][0] if scope.get("client") else "unknown"
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body; None: the client has gone."""
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and (len(length) > 15 or int(length) > self._max_body_bytes):
+            raise self._too_large()
+        parts, num_bytes = [], 0
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    parts.append(message.get("body", b""))
+                    num_bytes += len(parts[-1])
+                    if num_bytes > self._max_body_bytes:
+                        raise self._too_large()
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            words = f"a body must arrive within {BODY_SECONDS:.0f} seconds"
+            raise ApiError(408, words, code="body_timeout") from None
+
+    def _too_large(self) -> ApiError:
+        message = (
+            f"a body may have {self._max_body_bytes} bytes at most; shorten the prompt, or ask in several requests"
+        )
+        return ApiError(413, message, code="body_too_large")
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives this body, then what the client does."""
+    is_given = False
+
+    async def replay() -> Message:
+        nonlocal is_given
+        if is_given:
+            return await receive()
+        is_given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay

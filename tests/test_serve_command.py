@@ -1,0 +1,209 @@
+"""`dynatree serve`: its options, where they come from, and the process."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+import click
+import openai
+import pytest
+from command import Dynatree, dynatree, is_one_error_line, spawn
+from serving import expected_text
+from test_docs import DOCS, code_words, table
+from tiny_folder import save_tiny
+
+from dynatree_core import Engine
+from dynatree_core.cli.serve import serve
+from dynatree_core.cli.serve_options import variable_of
+from dynatree_core.trace import read
+
+__all__ = ["dynatree"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+# where options come from
+
+
+def test_the_command_line_goes_before_the_environment_and_that_before_the_file(
+    dynatree: Dynatree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text('port = 1\nmax-tokens = 2\nmax-waiting = 3\nallow-policy = ["fixed", "linear(depth=2)"]\n')
+    monkeypatch.setenv("DYNATREE_SERVE_PORT", "11")
+    monkeypatch.setenv("DYNATREE_SERVE_MAX_TOKENS", "22")
+    monkeypatch.setenv("DYNATREE_SERVE_LOG_PROMPTS", "1")
+    monkeypatch.setenv("DYNATREE_SERVE_API_KEYS", "not-to-be-seen")
+    ran = dynatree("serve", "--config", file, "--port", 111, "--print-config")
+    assert ran.code == 0
+    assert "not-to-be-seen" not in ran.out + ran.err
+    lines = ran.out.splitlines()
+    for line in (
+        "port = 111  # command line", "max-tokens = 22  # environment", "max-waiting = 3  # file",
+        'allow-policy = ["fixed", "linear(depth=2)"]  # file', "log-prompts = true  # environment",
+        'host = "127.0.0.1"  # default',
+    ):  # fmt: skip
+        assert line in lines
+    file.write_text(ran.out)
+    again = dynatree("serve", "--config", file, "--print-config")
+    assert tomllib.loads(again.out) == tomllib.loads(ran.out) | {"port": 11}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max-tokn = 1", ["names 'max-tokn'", "did you mean 'max-tokens'?"]),
+        ("config = 'x'", ["names 'config'"]),
+        ("port = ", ["TOML"]),
+        ("port = 'many'", ["--port"]),
+    ],
+)
+def test_a_file_that_cannot_be_used(dynatree: Dynatree, tmp_path: Path, text: str, words: list[str]) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(text)
+    ran = dynatree("serve", "--config", file, "--print-config")
+    assert ran.code == 2
+    assert is_one_error_line(ran, *words), ran.err
+
+
+def test_every_option_has_a_variable_of_its_own() -> None:
+    options = [option for option in serve.params if option.name not in ("print_config", "help")]
+    assert len({variable_of(option) for option in options}) == len(options)
+    assert all(isinstance(option, click.Option) and option.envvar == variable_of(option) for option in options)
+
+
+def test_the_page_lists_every_option_with_its_variable() -> None:
+    rows = table(DOCS / "serve.md", "option", "variable", "default", "meaning")
+    listed = {code_words(row["option"])[0]: row for row in rows}
+    shown = [option for option in serve.params if isinstance(option, click.Option) and option.name != "help"]
+    assert list(listed) == [max(option.opts, key=len) for option in shown]
+    for option, row in zip(shown, rows, strict=True):
+        has_variable = option.name != "print_config"
+        assert row["variable"] == (f"`{variable_of(option)}`" if has_variable else "")
+        assert row["default"].strip("`") == shown_default(option), option.name
+        assert row["meaning"]
+
+
+def shown_default(option: click.Option) -> str:
+    has_one = isinstance(option.default, int | float | str) and not option.is_flag
+    return str(option.default) if has_one else ""
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--policy", "phse3"], ["did you mean 'phase3'"]),
+        (["--allow-policy", "fixed(dpth=1)"], ["did you mean 'depth'"]),
+        (["--allow-drafter", "promptlookup"], ["did you mean 'prompt_lookup'"]),
+        (["--ssl-certfile", __file__], ["--ssl-keyfile"]),
+        (["--api-key-file", "/nowhere"], ["API keys", "/nowhere"]),
+        (["--max-seconds", "0"], ["--max-seconds"]),
+        (["--trace-private"], ["--trace FILE"]),
+    ],
+)
+def test_what_cannot_be_used_is_told_before_a_model_is_loaded(
+    dynatree: Dynatree, folder: Path, args: list[str], words: list[str]
+) -> None:
+    ran = dynatree("serve", "--target", folder, *args)
+    assert ran.code == 2
+    assert is_one_error_line(ran, *words), ran.err
+
+
+def test_without_the_extra_it_says_what_to_install(dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynatree_core.cli.serve.NEEDED", ("fastapi", "no_such_package"))
+    ran = dynatree("serve")
+    assert ran.code == 2
+    assert is_one_error_line(ran, "needs no_such_package", "pip install 'dynatree[serve]'")
+
+
+def test_engines_that_fail_end_the_process(dynatree: Dynatree, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Engine) -> None:
+        raise RuntimeError("the bits have fallen out")
+
+    monkeypatch.setattr(Engine, "step", fail)
+    ran = dynatree("serve", "--target", folder, "--device", "cpu", "--port", 0)
+    assert ran.code == 1
+    assert "the engines must go on, but ended with RuntimeError: the bits have fallen out" in ran.err
+
+
+def test_strangers_are_warned_of(dynatree: Dynatree, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynatree_core.cli.serve._run", lambda process: 0)
+    plain = dynatree("serve", "--target", folder, "--host", "0.0.0.0")
+    assert "ANYBODY WHO REACHES 0.0.0.0" in plain.err
+    monkeypatch.setenv("DYNATREE_SERVE_API_KEYS", "a-long-key")
+    for args in (["--host", "0.0.0.0"], ["--host", "127.0.0.2"], ["--host", "localhost"]):
+        assert "ANYBODY" not in dynatree("serve", "--target", folder, *args).err
+
+
+# the process
+
+
+@attrs.frozen
+class Served:
+    """A server in a process of its own."""
+
+    process: subprocess.Popen[bytes]
+    address: str
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def lines(self) -> Iterator[dict[str, object]]:
+        """The log's lines, as they come."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if line.startswith(b"{"):
+                yield json.loads(line)
+
+
+def started(folder: Path, *args: object) -> Served:
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = spawn(
+        "serve", "--target", folder, "--device", "cpu", "--dtype", "float64", "--port", 0, "--model-name", "tiny",
+        *args,
+        stderr=subprocess.PIPE, env=environment,
+    )  # fmt: skip
+    served = Served(process, "")
+    for line in served.lines():
+        if line["event"] == "serving":
+            return attrs.evolve(served, address=str(line["address"]))
+    raise AssertionError(f"a server says where it serves, but ended with {process.wait()}")
+
+
+@pytest.mark.slow
+def test_a_server_answers_records_logs_and_ends_at_a_signal(folder: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    served = started(folder, "--trace", trace, "--policy", "fixed(depth=3)")
+    with served.client() as client:
+        answer = client.completions.create(model="tiny", prompt="the cat sat", max_tokens=12, temperature=0)
+        assert answer.choices[0].text == expected_text("the cat sat", 12)
+        served.process.send_signal(signal.SIGTERM)
+    lines = list(served.lines())
+    assert served.process.wait() == 0
+    [line] = [line for line in lines if line["event"] == "request"]
+    assert (line["status"], line["completion_tokens"], line["policy"]) == (200, 12, "fixed(depth=3)")
+    assert "cat" not in json.dumps(lines)
+    assert len(read(trace).sequences) == 1  # what warms it up is not recorded
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_it_at_once(folder: Path) -> None:
+    served = started(folder, "--stop-seconds", 1000)
+    host, port = served.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:  # a request whose body does not come
+        connection.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 100")
+        served.process.send_signal(signal.SIGTERM)
+        assert any(line["event"] == "stopping" for line in served.lines())
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(60) == 130

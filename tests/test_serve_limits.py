@@ -1,0 +1,284 @@
+"""`dynatree serve`: what it does not take, whom it does not wait for, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+from collections.abc import AsyncIterator
+
+import openai
+import pytest
+from serving import SECONDS, Gate, Running, events, expected_text, gated, new_engine, new_service, running
+
+from dynatree_core.errors import InputError
+from dynatree_core.serve.answers import Piece
+from dynatree_core.serve.errors import ApiError
+from dynatree_core.serve.keys import Keys, load_keys
+from dynatree_core.serve.logs import JsonLines, TextLines
+from dynatree_core.serve.schema import CompletionBody
+from dynatree_core.serve.service import Service
+
+LONG = {"model": "tiny", "prompt": "the cat sat", "max_tokens": 100, "temperature": 0, "ignore_eos": True}
+
+
+def one_lane(max_waiting: int = 0, **settings):
+    """A service that computes one answer at a time."""
+    return new_service({"prompt_lookup": new_engine(max_sequences=1, max_waiting=max_waiting)}, **settings)
+
+
+# clients that leave
+
+
+def test_who_leaves_a_stream_frees_the_lane_within_one_iteration():
+    with gated(one_lane()) as (server, gate):
+        with server.http() as http, http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as stream:
+            handle = gate.next_handle()
+            gate.step(2)
+            assert next(events(stream.iter_lines()))["choices"][0]["text"]
+        assert gate.cancelled.wait(SECONDS)
+        gate.step()  # the one that the engine is in, at most
+        assert handle.wait(SECONDS)
+        assert (handle.status, server.service.loop.engines["prompt_lookup"].load.num_running) == ("cancelled", 0)
+        assert 0 < handle.num_tokens <= 3 * 4
+
+
+def test_who_leaves_before_a_whole_answer_is_not_computed_for():
+    with gated(one_lane()) as (server, gate):
+        body = json.dumps(LONG).encode()
+        host, port = server.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+            handle = gate.next_handle()
+        assert gate.cancelled.wait(SECONDS)
+        gate.step()
+        assert handle.wait(SECONDS)
+        assert handle.status == "cancelled"
+
+
+# the waiting line
+
+
+def test_a_full_line_is_told_at_once_and_all_choices_come_or_none():
+    with gated(one_lane()) as (server, gate), server.openai() as client:
+        with server.http() as http, http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as first:
+            gate.next_handle()
+            gate.step()
+            with pytest.raises(openai.RateLimitError) as refused:
+                client.completions.create(model="tiny", prompt="a", max_tokens=2)
+            assert refused.value.code == "queue_full"
+            assert int(refused.value.response.headers["Retry-After"]) >= 1
+            gate.open()
+            text = "".join(record["choices"][0]["text"] for record in events(first.iter_lines()))
+            assert text == expected_text(LONG["prompt"], 100, eos_token_id=[])
+        with pytest.raises(openai.RateLimitError):
+            client.completions.create(model="tiny", prompt="a", max_tokens=2, n=3)
+        assert client.completions.create(model="tiny", prompt="a", max_tokens=2, temperature=0).choices
+
+
+def test_a_client_has_so_many_requests_at_once():
+    with gated(one_lane(4, max_requests=1)) as (server, gate), server.http() as http:
+        with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as first:
+            gate.next_handle()
+            refused = server.post("/v1/completions", LONG)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_requests")
+            gate.open()
+            assert [*events(first.iter_lines())]
+        assert server.post("/v1/completions", LONG).status_code == 200
+
+
+# time
+
+
+async def late(service: Service, gate: Gate, num_steps: int, *, num_before: int) -> list[Piece]:
+    """What comes of a request whose time is over after so many steps, while so many others are computed before it."""
+    await service.start()
+    asked = await service.read(service.reader.completion, CompletionBody(**LONG))
+    others = [service.submitted(asked, "other") for _ in range(num_before)]
+    asked = await service.read(service.reader.completion, CompletionBody(**LONG))
+    answers = service.submitted(asked, "client")
+    try:
+        pieces, found = answers.pieces(), []
+        gate.step(num_steps)
+        while not num_before and sum(bool(piece.update.token_ids) for piece in found) < num_steps:
+            found.append(await anext(pieces))
+        answers._deadline = 0.0
+        rest = asyncio.ensure_future(collected(pieces))
+        await asyncio.to_thread(gate.cancelled.wait, SECONDS)
+        gate.open()
+        return found + await rest
+    finally:
+        for one in (answers, *others):
+            one.close()
+        await asyncio.to_thread(service.loop.stop)
+
+
+async def collected(pieces: AsyncIterator[Piece]) -> list[Piece]:
+    return [piece async for piece in pieces]
+
+
+def test_what_there_is_at_the_deadline_is_the_answer():
+    service = one_lane(1, max_seconds=SECONDS)
+    pieces = asyncio.run(late(service, Gate(service), 2, num_before=0))
+    assert pieces[-1].choice.finish_reason == "length"
+    text = "".join(piece.text for piece in pieces)
+    assert 2 <= len(text) < 100
+    assert expected_text(LONG["prompt"], 100, eos_token_id=[]).startswith(text)
+
+
+def test_who_has_waited_all_the_time_is_told():
+    service = one_lane(1, max_seconds=SECONDS)
+    with pytest.raises(ApiError, match="not one token has come") as refused:
+        asyncio.run(late(service, Gate(service), 1, num_before=1))
+    assert (refused.value.status, refused.value.code) == (503, "timeout")
+
+
+# bodies
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(new_service(max_body_bytes=2000)) as server:
+        yield server
+
+
+def test_a_body_that_is_too_large(server: Running):
+    answer = server.post("/v1/completions", {**LONG, "prompt": "a" * 3000})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+    with server.http() as http:  # in chunks, without its length
+        answer = http.post("/v1/completions", content=(b" " * 500 for _ in range(10)))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [(b"{", "invalid_json"), (b"", "invalid_type"), (b"[1]", "invalid_type"), (b"\xff\xfe", "invalid_json"),
+     (b"[" * 1999, "invalid_json"), (b'{"model": NaN}', "invalid_type")],
+)  # fmt: skip
+def test_a_body_that_is_no_request(server: Running, content, code):
+    with server.http() as http:
+        answer = http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, code), answer.text
+
+
+def test_routes_that_are_not_there(server: Running):
+    with server.http() as http:
+        for method, path, status in [("GET", "/v2", 404), ("GET", "/v1/completions", 405)]:
+            answer = http.request(method, path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (status, "http_error")
+
+
+def test_a_request_has_an_id(server: Running):
+    with server.http() as http:
+        assert http.get("/health", headers={"X-Request-Id": "mine-1"}).headers["X-Request-Id"] == "mine-1"
+        for wrong in ("two words", "x" * 200):
+            assert len(http.get("/health", headers={"X-Request-Id": wrong}).headers["X-Request-Id"]) == 32
+
+
+# keys
+
+
+def test_only_who_has_a_key_may_ask():
+    with running(new_service(keys=Keys.of(["first-key", "second-key"]))) as server:
+        with server.http() as http:
+            assert http.get("/health").status_code == 200
+            for header in ({}, {"Authorization": "Bearer second-kez"}, {"Authorization": "Basic second-key"}):
+                refused = http.get("/v1/models", headers=header)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+                assert refused.headers["WWW-Authenticate"] == "Bearer"
+        with server.openai() as client, pytest.raises(openai.AuthenticationError):
+            client.models.list()
+        with openai.OpenAI(base_url=f"{server.address}/v1", api_key="second-key", max_retries=0) as client:
+            assert client.models.list().data
+
+
+def test_keys_come_from_a_file_and_the_environment(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# mine\nkey-of-the-file\n\n")
+    keys = load_keys(file, {"DYNATREE_SERVE_API_KEYS": "key-of-the-environment another-key"})
+    assert len(keys) == 3
+    assert keys.name_of("Bearer key-of-the-environment") == "key 1"
+    assert keys.name_of("bearer key-of-the-file") == "key 3"
+    assert keys.name_of(None) is None
+    assert "key-of" not in repr(keys)
+    assert not load_keys(None, {})
+
+
+@pytest.mark.parametrize(("text", "words"), [("", "at least one"), ("short", "8 characters"), (None, "can be read")])
+def test_keys_that_cannot_be_used(tmp_path, text, words):
+    file = tmp_path / "keys"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(InputError, match=words) as refused:
+        load_keys(file, {})
+    assert "short\n" not in str(refused.value)
+
+
+def test_pages_of_other_origins_may_ask_where_they_are_named():
+    with running(new_service(cors_origins=("https://a.example",))) as server, server.http() as http:
+        named, other = (
+            http.get("/health", headers={"Origin": origin}) for origin in ("https://a.example", "https://b.example")
+        )
+        assert named.headers["access-control-allow-origin"] == "https://a.example"
+        assert "access-control-allow-origin" not in other.headers
+    with running(new_service()) as server, server.http() as http:
+        assert "access-control-allow-origin" not in http.get("/health", headers={"Origin": "https://a.example"}).headers
+
+
+# the end
+
+
+def test_open_requests_are_finished_before_the_server_ends():
+    with gated(one_lane(stop_seconds=SECONDS)) as (server, gate), server.http() as http:
+        with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as stream:
+            gate.next_handle()
+            server.service.begin_to_stop()
+            refused = server.post("/v1/completions", LONG)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "stopping")
+            assert http.get("/health/ready").status_code == 503
+            gate.open()
+            text = "".join(record["choices"][0]["text"] for record in events(stream.iter_lines()))
+        assert text == expected_text(LONG["prompt"], 100, eos_token_id=[])
+
+
+def test_what_is_not_finished_in_time_is_cut_off_with_an_error():
+    with gated(one_lane(stop_seconds=0.01)) as (server, gate), server.http() as http:
+        with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as stream:
+            gate.next_handle()
+            server.service.begin_to_stop()
+            assert gate.cancelled.wait(SECONDS)
+            gate.step()
+            *_, last = events(stream.iter_lines())
+        assert last["error"]["code"] == "stopping"
+
+
+# the log
+
+
+@pytest.mark.parametrize("logs_prompts", [False, True])
+def test_a_line_of_the_log_has_texts_only_where_it_was_told_so(logs_prompts, caplog):
+    with (
+        caplog.at_level(logging.INFO, "dynatree.serve"),
+        running(new_service(logs_prompts=logs_prompts)) as server,
+    ):
+        body = {"model": "tiny", "prompt": "the cat", "max_tokens": 3, "temperature": 0, "user": "u-1"}
+        request_id = server.post("/v1/completions", body).headers["X-Request-Id"]
+        server.post("/v1/completions", {**body, "prompt": "the", "temprature": 1})
+    formatter, requests = JsonLines(), [record for record in caplog.records if record.msg == "request"]
+    line, refused = (json.loads(formatter.format(record)) for record in requests)
+    assert line["event"] == "request"
+    expected = {"status": 200, "prompt_tokens": 7, "completion_tokens": 3, "finish": ["length"], "user": "u-1"}
+    assert expected.items() <= line.items()
+    assert line["client"] == "127.0.0.1"
+    assert refused["status"] == 400
+    assert line["request_id"] == request_id
+    answer = expected_text("the cat", 3)
+    assert (line.get("prompts"), line.get("answers")) == ((["the cat"], [answer]) if logs_prompts else (None, None))
+
+
+def test_a_line_for_readers_has_the_same_fields():
+    record = logging.LogRecord("dynatree.serve", logging.INFO, "", 0, "request", (), None)
+    record.fields = {"status": 200, "path": "/v1 x", "user": None}
+    assert TextLines().format(record).endswith(' info request status=200 path="/v1 x"')
