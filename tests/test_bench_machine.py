@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import pytest
 
 from dynatree_bench.run import machine
@@ -33,3 +36,28 @@ def test_results_can_be_written_or_not(tmp_path):
     assert (tmp_path / "old.json").read_text() == "old results of it"
     with pytest.raises(InputError, match=f"got {tmp_path}, .*choose another"):
         check_writable(tmp_path, "it")
+
+
+class Used(NamedTuple):
+    """Processor seconds of the system or of a process, as far as they are read."""
+
+    user: float = 0.0
+    system: float = 0.0
+    children_user: float = 0.0
+    children_system: float = 0.0
+    idle: float = 0.0
+
+
+@pytest.mark.parametrize(("of_children", "share"), [(0.0, 0.5), (1.5, 0.125), (2.0, 0.0)])
+def test_programs_that_a_study_starts_are_no_others(monkeypatch, of_children, share):
+    """Four cores for a second, of which two seconds are used by others or by the study's own, ended, programs."""
+    now = [0.0]
+    process = SimpleNamespace(cpu_times=lambda: Used(children_user=of_children * now[0]))
+    system = SimpleNamespace(
+        cpu_count=lambda: 4, cpu_times=lambda: Used(user=2 * now[0], idle=2 * now[0]), Process=lambda: process
+    )
+    monkeypatch.setattr(machine, "psutil", system)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
+    meter = machine.LoadMeter()
+    now[0] = 1.0
+    assert meter.share() == pytest.approx(share)

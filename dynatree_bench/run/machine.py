@@ -71,14 +71,14 @@ class LoadMeter:
 
 
 class _Reading:
-    """Processor seconds so far: of the whole system, and of this process."""
+    """Processor seconds so far: of the whole system, and of this process with the children that it has waited for."""
 
     def __init__(self) -> None:
         system, own = psutil.cpu_times(), psutil.Process().cpu_times()
         idle = system.idle + getattr(system, "iowait", 0.0)
         guests = getattr(system, "guest", 0.0) + getattr(system, "guest_nice", 0.0)  # counted as user time already
         self.used = sum(system) - idle - guests
-        self.own = own.user + own.system
+        self.own = own.user + own.system + own.children_user + own.children_system
         self.seconds = time.perf_counter()
 
 

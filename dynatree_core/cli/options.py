@@ -13,6 +13,7 @@ import click
 from dynatree_core.cli.completion import complete_drafter, complete_model, complete_policy
 from dynatree_core.cli.loading import USUAL_DRAFTERS, usual_drafter
 from dynatree_core.cli.option_types import CountOrAll, FiniteRange, RunnerName, Words
+from dynatree_core.request.defaults import DEFAULT_POLICY
 
 __all__ = [
     "ANSWER_OPTIONS",
@@ -93,7 +94,7 @@ MODEL_OPTIONS = (TARGET, DRAFTER, DEVICE, DTYPE, RUNNER)  # TARGET first: the us
 POLICY = click.option(
     "--policy",
     metavar="STACK",
-    default="phase3",
+    default=DEFAULT_POLICY,
     shell_complete=complete_policy,
     show_default=True,
     help="How trees grow: a preset or policies joined by '+' (see `dynatree policies`).",

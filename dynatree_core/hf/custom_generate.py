@@ -44,6 +44,7 @@ from dynatree_core.hf.rows import (
 )
 from dynatree_core.models.adapters import adapters_of_rows
 from dynatree_core.models.architectures import cache_argument
+from dynatree_core.request.defaults import DEFAULT_POLICY
 from dynatree_core.request.refused import refused_settings
 from dynatree_core.request.sampling import Sampler
 
@@ -116,7 +117,7 @@ def generate(
     stopping_criteria: StoppingCriteriaList | None = None,
     generation_config: GenerationConfig | None = None,
     drafter: nn.Module | Drafter | str | None = "prompt_lookup",
-    policy: str | object | Sequence[str | object] = "phase3",
+    policy: str | object | Sequence[str | object] = DEFAULT_POLICY,
     streamer: Any = None,
     options: Mapping[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -326,7 +327,7 @@ def generate_with(
     inputs: Tensor | None = None,
     *,
     drafter: nn.Module | Drafter | str | None = "prompt_lookup",
-    policy: str | object | Sequence[str | object] = "phase3",
+    policy: str | object | Sequence[str | object] = DEFAULT_POLICY,
     streamer: Any = None,
     options: Mapping[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,

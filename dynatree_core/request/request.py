@@ -35,6 +35,7 @@ from dynatree_core.request.arguments import (
     resolved_limits,
     settings_of,
 )
+from dynatree_core.request.defaults import DEFAULT_POLICY
 from dynatree_core.request.grammar import Grammar, GrammarProcessor
 from dynatree_core.request.limits import Limits
 from dynatree_core.request.penalties import penalties
@@ -52,7 +53,7 @@ __all__ = ["Options", "Request"]
 class Options:
     """What can be asked of one generation, as it is given; `dynatree_core.generate` says what each means."""
 
-    policy: str | object | Sequence[str | object] = "phase3"
+    policy: str | object | Sequence[str | object] = DEFAULT_POLICY
     max_new_tokens: int | None = None
     max_length: int | None = None
     eos_token_id: int | Sequence[int] | None = None
