@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +29,8 @@ from dynatree_core.models.student import new_student
 from dynatree_core.runners.base import Rows
 from dynatree_core.runners.choice import make_runner, runner_for
 from dynatree_core.runners.eager import EagerRunner
-from dynatree_core.runners.native import ANGLES, NativeRunner, Twin, _altered_part
+from dynatree_core.runners.native import NativeRunner, Twin, _altered_part
+from dynatree_core.runners.workspace import ANGLES
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import ROPES, VARIANTS, greedy, perturbed, tiny_model, tiny_variant
 from dynatree_core.trace.replaying import KnownTarget
@@ -159,6 +162,38 @@ def test_sequences_of_one_pass_have_the_rows_that_each_has_alone(name: str) -> N
         assert same(one.hidden, own.hidden)
         assert same(final.logits, own.logits[:, -1:])
     assert [cache.block_len for cache in caches] == [tree.num_nodes for tree in trees]
+
+
+@needs_library
+def test_several_threads_compute_passes_of_one_twin() -> None:
+    """Each has a workspace of its own."""
+    passes, chunks = twin_of("llama"), [TEXT[:11], TEXT[11:], flatten([bushy_tree()], [len(TEXT)])]
+    alone, wrong = logits_of(passes, chunks), []
+
+    def call() -> None:
+        wrong.extend(number for number in range(8) if not torch.equal(logits_of(passes, chunks), alone))
+
+    callers = [threading.Thread(target=call) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert wrong == []
+
+
+@needs_library
+def test_a_workspace_grows_with_passes_and_keeps_no_cache() -> None:
+    twin = Twin(twin_of("gemma2").blueprint)
+    wanted = logits_of(twin_of("gemma2"), [TEXT * 4], capacity=200)
+    caches = [TreeCache(200), TreeCache(300)]
+    with torch.inference_mode():
+        for cache, text in zip(caches, (TEXT, TEXT * 4), strict=True):
+            found = twin.forward(flatten_chain(torch.tensor(text), 0), cache).logits[0]
+            assert torch.equal(found, wanted[: len(text)])
+            assert len(twin._spare) == 1
+    buffers = [weakref.ref(buffer) for cache in caches for buffer in (*cache.keys, *cache.values)]
+    del caches, cache
+    assert not [buffer for buffer in buffers if buffer() is not None]
 
 
 # ---- equal bits -----------------------------------------------------------------------------------------------
@@ -352,6 +387,7 @@ def test_the_name_of_the_class_is_that_of_the_entry_point() -> None:
     assert NativeRunner.has_equal_bits
 
 
+@needs_library
 def test_a_class_that_takes_more_than_a_configuration_is_left_to_others(recwarn):
     model = KnownTarget([1, 2, 3, 4, 5, 6, 7], vocab=9, room=8)  # one of this package, with a forward of its own
     assert "cannot be made of a configuration alone" in NativeRunner.reason_against(model)

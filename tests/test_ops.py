@@ -138,7 +138,7 @@ def test_attention_is_that_of_torch():
         queries.view(2, 5, 6, 8).transpose(1, 2), keys, values, attn_mask=mask[:, None], scale=0.3, enable_gqa=True
     )
     with ops.using("reference"):
-        result = ops.tree_attention(queries, keys, values, ops.Visible.of_mask(mask), scale=0.3)
+        result = ops.tree_attention(queries, ops.Slabs.of(keys, values), ops.Visible.of_mask(mask), scale=0.3)
     torch.testing.assert_close(result.view(2, 5, 6, 12), seen.transpose(1, 2))
 
 
@@ -167,7 +167,7 @@ def test_rotation_is_that_of_transformers():
     keys, values = torch.zeros(1, 2, 9, 8, dtype=torch.float64), torch.zeros(1, 2, 9, 8, dtype=torch.float64)
     lanes, slots = torch.zeros(3, dtype=torch.int32), torch.tensor([4, 5, 7], dtype=torch.int32)
     queries = ops.rope_write(
-        rows, keys, values, lanes, slots, num_heads=4, rotary=ops.Rotary(angles.cos(), angles.sin())
+        rows, ops.Slabs.of(keys, values), lanes, slots, num_heads=4, rotary=ops.Rotary(angles.cos(), angles.sin())
     )
     q, k, v = (part.view(3, -1, 8).transpose(0, 1)[None] for part in rows.split([32, 16, 16], dim=1))
     cos, sin = (torch.cat([part, part], dim=-1)[None] for part in (angles.cos(), angles.sin()))

@@ -97,7 +97,9 @@ def test_targets_that_fuse_agree_to_the_last_bit(monkeypatch):
         used = loading.load(name)
         monkeypatch.setattr(calls, "library", lambda used=used: used)
         results.append(ops.mlp(rows, inner, outer, activation="gelu", norm=ops.Norm("layer", torch.ones(96), 1e-5)))
-        results.append(ops.tree_attention(queries, keys, values, ops.Visible.of_mask(mask), scale=0.3, soft_cap=2.0))
+        results.append(
+            ops.tree_attention(queries, ops.Slabs.of(keys, values), ops.Visible.of_mask(mask), scale=0.3, soft_cap=2.0)
+        )
     assert all(torch.equal(a, b) for a, b in zip(results, results[2:], strict=False))
 
 
@@ -187,11 +189,10 @@ def test_attention(head_dim, has_sinks, soft_cap, target):
     queries, keys, values, mask = attention_case(head_dim=head_dim, slots=60, rows=7)
     sinks = torch.randn(6) if has_sinks else None
     visible = ops.Visible.of_mask(mask)
-    result = ops.tree_attention(queries, keys, values, visible, scale=0.3, soft_cap=soft_cap, sinks=sinks)
+    result = ops.tree_attention(queries, ops.Slabs.of(keys, values), visible, scale=0.3, soft_cap=soft_cap, sinks=sinks)
     right = ops.tree_attention(
         queries.double(),
-        keys.double(),
-        values.double(),
+        ops.Slabs.of(keys.double(), values.double()),
         visible,
         scale=0.3,
         soft_cap=soft_cap,
@@ -208,7 +209,7 @@ def test_slots_outside_of_the_cache_are_refused(implementation):
     with ops.using(implementation):
         for lanes, slots in ((good, good + 20), (good, good - 1), (good + 2, good), (good - 1, good)):
             with pytest.raises(InputError, match="must be in the cache"):
-                ops.rope_write(rows, keys, values, lanes, slots, num_heads=6)
+                ops.rope_write(rows, ops.Slabs.of(keys, values), lanes, slots, num_heads=6)
         for name, change in (
             ("lanes", 2),
             ("lanes", -1),
@@ -221,18 +222,18 @@ def test_slots_outside_of_the_cache_are_refused(implementation):
             visible = ops.Visible.of_mask(mask)
             getattr(visible, name).add_(change)
             with pytest.raises(InputError, match="must be in the cache"):
-                ops.tree_attention(queries, keys, values, visible, scale=1.0)
+                ops.tree_attention(queries, ops.Slabs.of(keys, values), visible, scale=1.0)
         for place, change in ((0, -1), (3, -20), (-1, 1)):
             visible = ops.Visible.of_mask(mask)
             visible.own_start[place] += change
             with pytest.raises(InputError, match="must be in the cache"):
-                ops.tree_attention(queries, keys, values, visible, scale=1.0)
+                ops.tree_attention(queries, ops.Slabs.of(keys, values), visible, scale=1.0)
 
 
 def test_a_row_that_sees_nothing_gets_zeros(target):
     queries, keys, values, mask = attention_case()
     mask[0, 1] = False
-    result = ops.tree_attention(queries, keys, values, ops.Visible.of_mask(mask), scale=0.3)
+    result = ops.tree_attention(queries, ops.Slabs.of(keys, values), ops.Visible.of_mask(mask), scale=0.3)
     assert result[1].eq(0).all()
     assert result.isfinite().all()
 
@@ -247,7 +248,7 @@ def test_attention_depends_on_a_rows_text_alone(data):
     query = torch.randn(1, heads * repeats, head_dim, generator=random)
     text = torch.randn(2, 1, heads, seen, head_dim, generator=random)  # keys and values in the text's order
     run = ops.Visible.of_mask(torch.ones(1, 1, seen, dtype=torch.bool))
-    alone = ops.tree_attention(query, text[0], text[1], run, scale=0.2)
+    alone = ops.tree_attention(query, ops.Slabs.of(text[0], text[1]), run, scale=0.2)
 
     num_slots, num_rows = 64, data.draw(st.integers(1, 9))
     slots = sorted(data.draw(st.sets(st.integers(0, num_slots - 1), min_size=seen, max_size=seen)))
@@ -266,7 +267,7 @@ def test_attention_depends_on_a_rows_text_alone(data):
         own_start = torch.cat([torch.zeros(1), mask.flatten(0, 1).sum(1).cumsum(0)]).int()
         nothing = torch.zeros(2 * num_rows, dtype=torch.int32)
         visible = ops.Visible(visible.lanes, nothing, nothing, own_start, own)
-    result = ops.tree_attention(queries, slabs[0], slabs[1], visible, scale=0.2)
+    result = ops.tree_attention(queries, ops.Slabs.of(slabs[0], slabs[1]), visible, scale=0.2)
     assert torch.equal(result[place], alone[0])
 
 
@@ -300,8 +301,7 @@ def test_queries_and_keys(norms, rotated, is_interleaved, target):
         cos, sin = (part[some].to(dtype).contiguous() for part in (angles.cos(), angles.sin()))
         queries = ops.rope_write(
             rows[some].to(dtype),
-            keys,
-            values,
+            ops.Slabs.of(keys, values),
             lanes[some],
             slots[some],
             num_heads=heads,
@@ -373,6 +373,90 @@ def test_a_forked_child_has_threads_of_its_own():
         assert torch.equal(ops.mlp(rows, inner, outer, activation="silu"), alone)
     finally:
         torch.set_num_threads(before)
+
+
+def test_operators_that_are_written_down_are_those_that_are_called(target):
+    """For any number of rows; what is written into the tensors later counts."""
+    norm, inner, outer = NORMS["rms"](40), matrix("4", 128, 40), matrix("float32", 40, 64)
+    rows, fused = torch.zeros(NUM_ROWS, 40), torch.zeros(NUM_ROWS, 128)
+    with ops.recorded() as recording:
+        ops.linear(rows, inner, norm=norm, out=fused)
+        ops.mlp(rows, inner, outer, activation="silu", residual=rows, out=rows)
+    assert rows.eq(0).all()
+    for num_rows in (1, 5, NUM_ROWS):
+        new = torch.randn(num_rows, 40)
+        rows[:num_rows] = new
+        before = fused.clone()
+        recording.run(num_rows)
+        assert torch.equal(fused[:num_rows], ops.linear(new, inner, norm=norm))
+        assert torch.equal(fused[num_rows:], before[num_rows:])
+        assert torch.equal(rows[:num_rows], ops.mlp(new, inner, outer, activation="silu", residual=new))
+
+
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+def test_lanes_of_several_caches_count_on(implementation):
+    """Attention and writing over two caches at once are those over each by itself."""
+    random = torch.Generator().manual_seed(3)
+    caches = [
+        [torch.randn(lanes, 2, slots, dim, generator=random) for dim in (8, 12)] for lanes, slots in ((2, 20), (1, 31))
+    ]
+    slabs = ops.Slabs(2, 8, 12, torch.float32, torch.zeros(5, 8, dtype=torch.int64))
+    slabs.hold(*zip(*caches, strict=True))
+    rows, lanes = torch.randn(6, (4 + 2) * 8 + 2 * 12, generator=random), torch.tensor([0, 0, 1, 2, 2, 2]).int()
+    slots = torch.tensor([3, 4, 3, 30, 29, 28]).int()
+    mask = torch.rand(1, 6, 31, generator=random) < 0.5
+    mask[:, :3, 20:] = False
+    seen = ops.Visible.of_mask(mask)
+    seen.lanes[:] = lanes
+    with ops.using(implementation):
+        copies = [[part.clone() for part in cache] for cache in caches]
+        queries = ops.rope_write(rows, slabs, lanes, slots, num_heads=4)
+        found = ops.tree_attention(queries, slabs, seen, scale=0.3)
+        for some, first_lane, copy in ((slice(0, 3), 0, copies[0]), (slice(3, 6), 2, copies[1])):
+            own = ops.Slabs.of(*copy)
+            alone = ops.rope_write(rows[some], own, lanes[some] - first_lane, slots[some], num_heads=4)
+            visible = ops.Visible.of_mask(mask[:, some])
+            visible.lanes[:] = lanes[some] - first_lane
+            assert torch.equal(queries[some], alone)
+            assert torch.equal(found[some], ops.tree_attention(alone, own, visible, scale=0.3))
+        assert all(torch.equal(a, b) for a, b in zip((*caches[0], *caches[1]), (*copies[0], *copies[1]), strict=True))
+        slabs.hold([caches[1][0]], [caches[1][1]])  # fewer lanes: the others are gone
+        for call in (
+            lambda: ops.rope_write(rows, slabs, lanes, slots, num_heads=4),
+            lambda: ops.tree_attention(queries, slabs, seen, scale=0.3),
+        ):
+            with pytest.raises(InputError, match="must be in the cache"):
+                call()
+    with pytest.raises(InputError, match="room in the table for all lanes, which is 5, got 6"):
+        slabs.hold([caches[0][0]] * 3, [caches[0][1]] * 3)
+    with pytest.raises(InputError, match=r"values must be \[lanes, 2, capacity, 12\]"):
+        slabs.hold([caches[0][0]], [caches[1][1]])
+
+
+def test_queries_grow_and_all_is_clipped(target):
+    rows, growth = 3 * torch.randn(NUM_ROWS, (4 + 2) * 8 + 2 * 12), 1 + torch.rand(NUM_ROWS)
+    lanes, slots = torch.zeros(NUM_ROWS, dtype=torch.int32), torch.arange(NUM_ROWS, dtype=torch.int32)
+    results = []
+    for some, clip in ((rows, 1.5), (rows.clamp(-1.5, 1.5), None)):
+        keys, values = torch.zeros(1, 2, NUM_ROWS, 8), torch.zeros(1, 2, NUM_ROWS, 12)
+        slabs = ops.Slabs.of(keys, values)
+        factor = growth if clip else None
+        queries = ops.rope_write(some, slabs, lanes, slots, num_heads=4, clip=clip, growth=factor)
+        results.append((queries if clip else queries * growth[:, None, None], keys, values))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with pytest.raises(InputError, match="clipped to a size above 0, got -1"):
+        ops.rope_write(rows, slabs, lanes, slots, num_heads=4, clip=-1.0)
+
+
+@pytest.mark.parametrize("kind", [*PLAIN, *PUBLISHED, "4", "8"])
+def test_looked_up_rows_are_those_of_the_matrix(kind, target):
+    packed = matrix(kind, 45, 256)
+    ids = torch.tensor([44, 0, 17, 17, 31])
+    assert torch.equal(ops.lookup(packed, ids), packed.unpacked()[ids])
+    for implementation in ("native", "reference"):
+        for wrong in (45, -1):
+            with ops.using(implementation), pytest.raises(InputError, match="below its number of outputs"):
+                ops.lookup(packed, torch.tensor([3, wrong]))
 
 
 def test_no_rows_at_all(target):

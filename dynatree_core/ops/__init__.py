@@ -5,7 +5,8 @@ names: `reference` in plain torch, which is the oracle, and `native` in C. What 
 to the reference where that is asked for (`using("reference")`), where tensors are float64, or where the library cannot
 be used, for which `reason_unavailable` says why. Only the library promises equal bits for any number of rows.
 
-Weights are laid out once, by `pack`, `pack_blocks` or `quantise`.
+Weights are laid out once, by `pack`, `pack_blocks` or `quantise`. Operators that follow each other again and again, as
+those of a model's pass, may be written down once and then computed in one call of the library: `recorded`.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ from torch import Tensor
 from dynatree_core.errors import InputError
 from dynatree_core.ops import native, reference
 from dynatree_core.ops.matrix import PackedMatrix, pack, pack_blocks, quantise
-from dynatree_core.ops.native import reason_unavailable
+from dynatree_core.ops.native import Recording, reason_unavailable, recorded
 from dynatree_core.ops.signature import (
     ACTIVATIONS,
     Activation,
     Norm,
     Rotary,
+    Slabs,
     Visible,
     check_attention,
     check_linear,
+    check_lookup,
     check_mlp,
     check_norm,
     check_rope_write,
@@ -40,15 +43,20 @@ __all__ = [
     "Activation",
     "Norm",
     "PackedMatrix",
+    "Recording",
     "Rotary",
+    "Slabs",
     "Visible",
+    "can_record",
     "linear",
+    "lookup",
     "mlp",
     "norm",
     "pack",
     "pack_blocks",
     "quantise",
     "reason_unavailable",
+    "recorded",
     "rope_write",
     "tree_attention",
     "using",
@@ -76,9 +84,12 @@ def using(implementation: Implementation) -> Iterator[None]:
 
 def _of(dtype: torch.dtype) -> Any:
     """The module that computes for rows of a dtype."""
-    if _asked.get() == "reference" or dtype == torch.float64 or reason_unavailable() is not None:
-        return reference
-    return native
+    return native if can_record(dtype) else reference
+
+
+def can_record(dtype: torch.dtype) -> bool:
+    """Whether operators for rows of a dtype are computed by the library, so that `recorded` serves."""
+    return _asked.get() != "reference" and dtype != torch.float64 and reason_unavailable() is None
 
 
 def norm(rows: Tensor, norm: Norm, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -134,6 +145,22 @@ def linear(
     return result
 
 
+def lookup(packed: PackedMatrix, outputs: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Some rows of a matrix, as of an embedding that is tied to the head.
+
+    Args:
+        packed: the matrix.
+        outputs: [rows] int64, each below its num_outputs.
+        out: [rows, inputs], where they are written.
+
+    Returns:
+        [rows, inputs]
+    """
+    check_lookup(outputs, packed, out)
+    result: Tensor = _of(packed.dtype).lookup(packed, outputs, out=out)
+    return result
+
+
 def mlp(
     rows: Tensor,
     inner: PackedMatrix,
@@ -168,8 +195,7 @@ def mlp(
 
 def rope_write(
     rows: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    slabs: Slabs,
     lanes: Tensor,
     slots: Tensor,
     *,
@@ -177,6 +203,8 @@ def rope_write(
     rotary: Rotary | None = None,
     query_norm: Norm | None = None,
     key_norm: Norm | None = None,
+    clip: float | None = None,
+    growth: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Norm and rotate queries and keys, and write keys and values into the cache.
@@ -184,29 +212,31 @@ def rope_write(
     Args:
         rows: [rows, (heads + key heads) * head_dim + key heads * value_dim]: queries, keys and values of each row, from
             one product.
-        keys: [lanes, key heads, capacity, head_dim], written in place; any strides but the last, which is 1.
-        values: [lanes, key heads, capacity, value_dim], the same.
+        slabs: keys and values of the cache, which are written in place.
         lanes: [rows] int32: the lane of a row.
         slots: [rows] int32: where its keys and values go. No two rows have the same slot of a lane.
         num_heads: of queries.
         rotary: angles; None: none are rotated.
         query_norm, key_norm: see `Norm`.
+        clip: queries, keys and values are cut to this size, above 0, before anything else; None: they are not.
+        growth: [rows]: what a row's queries are multiplied with at last; None: nothing.
         out: [rows, heads, head_dim], where the queries are written.
 
     Returns:
         The queries, [rows, heads, head_dim].
     """
-    check_rope_write(rows, keys, values, lanes, slots, num_heads, rotary, (query_norm, key_norm), out)
+    check_rope_write(rows, slabs, lanes, slots, num_heads, rotary, (query_norm, key_norm), clip, growth, out)
     queries: Tensor = _of(rows.dtype).rope_write(
         rows,
-        keys,
-        values,
+        slabs,
         lanes,
         slots,
         num_heads=num_heads,
         rotary=rotary,
         query_norm=query_norm,
         key_norm=key_norm,
+        clip=clip,
+        growth=growth,
         out=out,
     )
     return queries
@@ -214,8 +244,7 @@ def rope_write(
 
 def tree_attention(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    slabs: Slabs,
     visible: Visible,
     *,
     scale: float,
@@ -227,7 +256,7 @@ def tree_attention(
 
     Args:
         queries: [rows, heads, head_dim]; heads / key heads neighbours share a key head.
-        keys, values: as of `rope_write`, with the rows' own written already.
+        slabs: as of `rope_write`, with the rows' own keys and values written already.
         visible: the slots, in the order of each row's text.
         scale: of a score.
         soft_cap: cap * tanh(score / cap); None: none.
@@ -237,8 +266,8 @@ def tree_attention(
     Returns:
         [rows, heads * value_dim]; zeros where a row sees nothing.
     """
-    check_attention(queries, keys, values, visible, sinks, out)
+    check_attention(queries, slabs, visible, sinks, out)
     result: Tensor = _of(queries.dtype).tree_attention(
-        queries, keys, values, visible, scale=scale, soft_cap=soft_cap, sinks=sinks, out=out
+        queries, slabs, visible, scale=scale, soft_cap=soft_cap, sinks=sinks, out=out
     )
     return result

@@ -9,10 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dynatree_core.errors import InputError
 from dynatree_core.ops.matrix import PackedMatrix
-from dynatree_core.ops.signature import Activation, Norm, Rotary, Visible, check_slots, check_visible
+from dynatree_core.ops.signature import (
+    NO_SUCH_OUTPUT,
+    Activation,
+    Norm,
+    Rotary,
+    Slabs,
+    Visible,
+    check_slots,
+    check_visible,
+)
 
-__all__ = ["linear", "mlp", "norm", "rope_write", "tree_attention"]
+__all__ = ["linear", "lookup", "mlp", "norm", "rope_write", "tree_attention"]
 
 
 def norm(rows: Tensor, norm: Norm, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -39,6 +49,12 @@ def linear(
     return _kept(_add(product, residual), out)
 
 
+def lookup(packed: PackedMatrix, outputs: Tensor, *, out: Tensor | None = None) -> Tensor:
+    if outputs.numel() and not 0 <= int(outputs.min()) <= int(outputs.max()) < packed.num_outputs:
+        raise InputError(NO_SUCH_OUTPUT)
+    return _kept(packed.lookup(outputs), out)
+
+
 def mlp(
     rows: Tensor,
     inner: PackedMatrix,
@@ -62,8 +78,7 @@ def mlp(
 
 def rope_write(
     rows: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    slabs: Slabs,
     lanes: Tensor,
     slots: Tensor,
     *,
@@ -71,23 +86,28 @@ def rope_write(
     rotary: Rotary | None = None,
     query_norm: Norm | None = None,
     key_norm: Norm | None = None,
+    clip: float | None = None,
+    growth: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    check_slots(keys, lanes, slots)
-    _, key_heads, _, head_dim = keys.shape
+    check_slots(slabs, lanes, slots)
+    key_heads, head_dim = slabs.num_key_heads, slabs.head_dim
     num_rows = rows.shape[0]
-    q, k, v = torch.split(rows, [num_heads * head_dim, key_heads * head_dim, key_heads * values.shape[3]], dim=1)
+    if clip is not None:
+        rows = rows.clamp(-clip, clip)
+    q, k, v = torch.split(rows, [num_heads * head_dim, key_heads * head_dim, key_heads * slabs.value_dim], dim=1)
     queries = _rotated(_headwise(q.reshape(num_rows, num_heads, head_dim), query_norm), rotary)
     new_keys = _rotated(_headwise(k.reshape(num_rows, key_heads, head_dim), key_norm), rotary)
-    keys[lanes.long(), :, slots.long()] = new_keys
-    values[lanes.long(), :, slots.long()] = v.reshape(num_rows, key_heads, -1)
-    return _kept(queries, out)
+    for row, (lane, slot) in enumerate(zip(lanes.tolist(), slots.tolist(), strict=True)):
+        keys, values = slabs.lane(lane)
+        keys[:, slot] = new_keys[row]
+        values[:, slot] = v[row].view(key_heads, -1)
+    return _kept((queries if growth is None else queries * growth[:, None, None]).contiguous(), out)
 
 
 def tree_attention(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    slabs: Slabs,
     visible: Visible,
     *,
     scale: float,
@@ -95,18 +115,19 @@ def tree_attention(
     sinks: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    check_visible(keys, visible)
+    check_visible(slabs, visible)
     num_rows, heads, _ = queries.shape
-    repeats = heads // keys.shape[1]
-    result = queries.new_zeros(num_rows, heads * values.shape[3])
+    repeats = heads // slabs.num_key_heads
+    result = queries.new_zeros(num_rows, heads * slabs.value_dim)
     for row in range(num_rows):
-        lane, start, end = int(visible.lanes[row]), int(visible.start[row]), int(visible.end[row])
+        keys, values = slabs.lane(int(visible.lanes[row]))
+        start, end = int(visible.start[row]), int(visible.end[row])
         own = visible.own[int(visible.own_start[row]) : int(visible.own_start[row + 1])].long()
         slots = torch.cat([torch.arange(start, end), own])  # in the order of the row's text
         if not slots.numel():
             continue
-        seen_keys = keys[lane][:, slots].repeat_interleave(repeats, dim=0)  # [heads, seen, head_dim]
-        seen_values = values[lane][:, slots].repeat_interleave(repeats, dim=0)
+        seen_keys = keys[:, slots].repeat_interleave(repeats, dim=0)  # [heads, seen, head_dim]
+        seen_values = values[:, slots].repeat_interleave(repeats, dim=0)
         scores = (seen_keys @ queries[row][:, :, None])[..., 0] * scale  # [heads, seen]
         if soft_cap is not None:
             scores = torch.tanh(scores / soft_cap) * soft_cap

@@ -26,6 +26,8 @@ than elsewhere; for any number of rows they are equal there too.
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import attrs
@@ -37,13 +39,16 @@ from dynatree_core.ops.matrix import PackedMatrix
 
 __all__ = [
     "ACTIVATIONS",
+    "NO_SUCH_OUTPUT",
     "NO_SUCH_SLOTS",
     "Activation",
     "Norm",
     "Rotary",
+    "Slabs",
     "Visible",
     "check_attention",
     "check_linear",
+    "check_lookup",
     "check_mlp",
     "check_norm",
     "check_rope_write",
@@ -52,10 +57,13 @@ __all__ = [
 ]
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
+NO_SUCH_OUTPUT = "rows of a matrix that are looked up must be below its number of outputs, and not below 0"
 NO_SUCH_SLOTS = (
     "lanes and slots must be in the cache, and a row's run and list must not end before they begin or lie outside of "
     "what is given; the tensors of the call say otherwise"
 )
+
+_slab = struct.Struct("=8q")  # of source/ops.h: addresses, strides of a head and a slot, capacity
 
 # by the names of transformers' configurations
 ACTIVATIONS: dict[str, Activation] = {
@@ -94,6 +102,75 @@ class Rotary:
     cos: Tensor  # [rows, rotated dimensions / 2] float32, times the attention's scaling where a family has one
     sin: Tensor  # the same
     is_interleaved: bool = False  # pairs are neighbours (GPT-J), else half the rotated dimensions apart (NeoX)
+
+
+@attrs.define(eq=False)
+class Slabs:
+    """Keys and values of a layer, in one cache or several: lanes of the second count on from those of the first."""
+
+    num_key_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    table: Tensor  # [lanes at most, 8] int64: what `slab` of source/ops.h says of each; zeros where there is none
+    keys: tuple[Tensor, ...] = ()  # of each cache [lanes, key heads, capacity, head_dim]
+    values: tuple[Tensor, ...] = ()  # likewise, of value_dim
+    _described: list[Any] = attrs.field(factory=list, init=False)
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor) -> Slabs:
+        """Of one cache.
+
+        Args:
+            keys: [lanes, key heads, capacity, head_dim], to be written in place; any strides but the last, which is 1.
+            values: the same, of value_dim.
+
+        Raises:
+            InputError: shapes, dtypes or devices that do not fit.
+        """
+        table = torch.zeros(len(keys), _slab.size // 8, dtype=torch.int64)
+        slabs = cls(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, table)
+        slabs.hold([keys], [values])
+        return slabs
+
+    def hold(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Keys and values of each cache from now on, in the same table; as of `of`.
+
+        Raises:
+            InputError: they do not fit, or have more lanes than the table.
+        """
+        self.keys, self.values = tuple(keys), tuple(values)
+        described = [(one.data_ptr(), one.shape, one.stride(), one.dtype) for one in (*keys, *values)]
+        if described != self._described:
+            self._describe(keys, values)
+            self._described = described
+
+    def _describe(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        lanes = sum(map(len, keys))
+        if lanes > len(self.table):
+            raise InputError(f"there must be room in the table for all lanes, which is {len(self.table)}, got {lanes}")
+        place, numbers = 0, self.table.numpy().data
+        for one, other in zip(keys, values, strict=True):
+            _check_slabs(self, one, other)
+            (key_lane, *key_strides), (value_lane, *value_strides) = one.stride()[:3], other.stride()[:3]
+            first, second, size = one.data_ptr(), other.data_ptr(), one.element_size()
+            for lane in range(len(one)):
+                addresses = first + size * lane * key_lane, second + size * lane * value_lane
+                _slab.pack_into(numbers, place, *addresses, *key_strides, *value_strides, one.shape[2], 0)
+                place += _slab.size
+        self.table[lanes:] = 0
+
+    def release(self) -> None:
+        """Keep keys and values in memory no longer than others do."""
+        self.keys = self.values = ()
+
+    def lane(self, number: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a lane, each [key heads, capacity, dims]."""
+        for keys, values in zip(self.keys, self.values, strict=True):
+            if 0 <= number < len(keys):
+                return keys[number], values[number]
+            number -= len(keys)
+        raise InputError(NO_SUCH_SLOTS)
 
 
 @attrs.frozen(eq=False)
@@ -203,6 +280,13 @@ def check_linear(
             _check(name, tensor, (rows.shape[0], packed.num_outputs), dtype)
 
 
+def check_lookup(outputs: Tensor, packed: PackedMatrix, out: Tensor | None) -> None:
+    """Raise InputError unless `lookup` can be computed as it is called."""
+    _check("outputs", outputs, (None,), torch.int64)
+    if out is not None:
+        _check("out", out, (outputs.numel(), packed.num_inputs), packed.dtype)
+
+
 def check_mlp(
     rows: Tensor,
     inner: PackedMatrix,
@@ -229,51 +313,59 @@ def check_mlp(
             _check(name, tensor, (rows.shape[0], outer.num_outputs), outer.dtype)
 
 
-def check_slabs(keys: Tensor, values: Tensor, dtype: torch.dtype) -> None:
+def _check_slabs(slabs: Slabs, keys: Tensor, values: Tensor) -> None:
     """Raise InputError unless keys and values are [lanes, key heads, capacity, dims] with whole rows."""
-    for name, slab in (("keys", keys), ("values", values)):
-        fits = slab.dim() == 4 and slab.dtype == dtype and slab.device.type == "cpu" and slab.stride(3) == 1
-        if not fits or slab.shape[:3] != keys.shape[:3]:
+    for name, slab, dim in (("keys", keys, slabs.head_dim), ("values", values, slabs.value_dim)):
+        shape = slab.shape
+        fits = len(shape) == 4 and shape[1] == slabs.num_key_heads and shape[3] == dim and shape[:3] == keys.shape[:3]
+        if not fits or slab.dtype != slabs.dtype or not slab.is_cpu or slab.stride(3) != 1:
             raise InputError(
-                f"{name} must be [lanes, key heads, capacity, head_dim] {dtype} on the CPU, with a head's dimensions "
-                f"side by side, got {list(slab.shape)} {slab.dtype} with strides {slab.stride()}"
+                f"{name} must be [lanes, {slabs.num_key_heads}, capacity, {dim}] {slabs.dtype} on the CPU, with a "
+                f"head's dimensions side by side, got {list(shape)} {slab.dtype} with strides {slab.stride()}"
             )
 
 
-def check_slots(keys: Tensor, lanes: Tensor, slots: Tensor) -> None:
+def check_slots(slabs: Slabs, lanes: Tensor, slots: Tensor) -> None:
     """Raise InputError unless all slots are in the cache. The library looks itself, which takes no time there."""
-    for index, limit in ((lanes, keys.shape[0]), (slots, keys.shape[2])):
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < limit:
+    for lane, slot in zip(lanes.tolist(), slots.tolist(), strict=True):
+        if not 0 <= slot < slabs.lane(lane)[0].shape[1]:
             raise InputError(NO_SUCH_SLOTS)
 
 
-def check_visible(keys: Tensor, visible: Visible) -> None:
+def check_visible(slabs: Slabs, visible: Visible) -> None:
     """The same of the slots that rows see."""
-    check_slots(keys, visible.lanes, visible.own)
-    ends = visible.own_start[:1], visible.own.numel() - visible.own_start[-1:], keys.shape[2] - visible.end
-    if any(
-        bool((part < 0).any()) for part in (*ends, visible.start, visible.end - visible.start, visible.own_start.diff())
-    ):
+    own_start = visible.own_start.tolist()
+    if min(own_start) < 0 or sorted(own_start) != own_start or own_start[-1] > visible.own.numel():
         raise InputError(NO_SUCH_SLOTS)
+    for row, (lane, start, end) in enumerate(
+        zip(visible.lanes.tolist(), visible.start.tolist(), visible.end.tolist(), strict=True)
+    ):
+        own = visible.own[own_start[row] : own_start[row + 1]].tolist()
+        capacity = slabs.lane(lane)[0].shape[1]
+        if not 0 <= start <= end <= capacity or any(not 0 <= slot < capacity for slot in own):
+            raise InputError(NO_SUCH_SLOTS)
 
 
 def check_rope_write(
     rows: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    slabs: Slabs,
     lanes: Tensor,
     slots: Tensor,
     num_heads: int,
     rotary: Rotary | None,
     norms: tuple[Norm | None, Norm | None],
+    clip: float | None,
+    growth: Tensor | None,
     out: Tensor | None,
 ) -> None:
     """Raise InputError unless `rope_write` can be computed as it is called."""
-    dtype = rows.dtype
-    check_slabs(keys, values, dtype)
-    _, key_heads, _, head_dim = keys.shape
-    width = (num_heads + key_heads) * head_dim + key_heads * values.shape[3]
+    dtype, key_heads, head_dim = slabs.dtype, slabs.num_key_heads, slabs.head_dim
+    width = (num_heads + key_heads) * head_dim + key_heads * slabs.value_dim
     _check("rows", rows, (None, width), dtype)
+    if clip is not None and clip <= 0:
+        raise InputError(f"queries, keys and values are clipped to a size above 0, got {clip}")
+    if growth is not None:
+        _check("growth", growth, (rows.shape[0],), dtype)
     num_rows = rows.shape[0]
     for name, index in (("lanes", lanes), ("slots", slots)):
         _check(name, index, (num_rows,), torch.int32)
@@ -300,17 +392,14 @@ def check_rope_write(
 
 def check_attention(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    slabs: Slabs,
     visible: Visible,
     sinks: Tensor | None,
     out: Tensor | None,
 ) -> None:
     """Raise InputError unless `tree_attention` can be computed as it is called."""
-    dtype = queries.dtype
-    check_slabs(keys, values, dtype)
-    _, key_heads, _, head_dim = keys.shape
-    _check("queries", queries, (None, None, head_dim), dtype)
+    dtype, key_heads = slabs.dtype, slabs.num_key_heads
+    _check("queries", queries, (None, None, slabs.head_dim), dtype)
     num_rows, heads = queries.shape[:2]
     if heads % key_heads:
         raise InputError(f"query heads must be a multiple of the key heads, got {heads} for {key_heads}")
@@ -320,4 +409,4 @@ def check_attention(
     if sinks is not None:
         _check("sinks", sinks, (heads,), dtype)
     if out is not None:
-        _check("out", out, (num_rows, heads * values.shape[3]), dtype)
+        _check("out", out, (num_rows, heads * slabs.value_dim), dtype)

@@ -1,9 +1,10 @@
 """The `native` runner: a model put together from the fused operators of `dynatree_core.ops`, for CPUs.
 
 A decode step of a small model is some seven hundred small operators with Python between them, and the matrices, which
-are all that has to be read, are half of its time. Here a layer is five operators: norm and the product for queries,
-keys and values; rotary embedding and the write into the cache; attention; the product behind it with the residual; norm
-and MLP. Each reads its weights once, in the bits that they were published in, for any number of rows.
+are all that has to be read, are half of its time. Here all layers are one call, and a layer is five operators: norm and
+the product for queries, keys and values; rotary embedding and the write into the cache; attention; the product behind
+it with the residual; norm and MLP. Each reads its weights once, in the bits that they were published in, for any number
+of rows.
 
 A row's bits depend on its text alone. Every sum has one order, whatever stands in the other rows, and a row visits the
 slots that it sees in the order of its text, not of the tree (`dynatree_core.ops.signature`). So a tree's logits equal
@@ -16,32 +17,29 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, final
 
-import attrs
 import psutil
 import torch
 from torch import Tensor, nn
 
 from dynatree_core import ops
 from dynatree_core.cache.base import KeyValueCache
-from dynatree_core.errors import CacheError, ForwardPassError
-from dynatree_core.models.blueprint import Blueprint, Layer, NoBlueprintError, Rope, blueprint_of
+from dynatree_core.errors import ForwardPassError
+from dynatree_core.models.blueprint import Blueprint, NoBlueprintError, blueprint_of
 from dynatree_core.models.state import is_untouched
 from dynatree_core.models.stored import StoredModel, pack_narrowest
-from dynatree_core.ops import PackedMatrix, Rotary, Visible
+from dynatree_core.ops import PackedMatrix
 from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner, kept_copy
+from dynatree_core.runners.workspace import Angles, Placed, Size, Workspace
 from dynatree_core.tree.flatten import FlatTrees
 
 __all__ = ["NativeRunner", "Twin"]
 
 # of the memory that is free, what packed copies may take up where nobody asked for them
 MAX_SHARE_OF_MEMORY = 0.25
-
-# positions whose angles are computed together. A position's are always computed in the same place of the same vector:
-# torch rounds the last elements of a vector otherwise than the others
-ANGLES = 256
 
 # attributes of modules that a pass, a mode or a way of loading sets
 _NO_SETTINGS = frozenset({"training", "max_seq_len_cached", "name_or_path", "is_gradient_checkpointing"})
@@ -143,7 +141,10 @@ class Twin:
         self._head = _packed(blueprint.head)
         self._dtype = self._head.dtype
         ropes = [layer.rope for layer in blueprint.layers if layer.rope is not None]
-        self._angles = {id(rope): _Angles(rope, self._dtype) for rope in ropes}
+        self._angles = {id(rope): Angles(rope, self._dtype) for rope in ropes}
+        # one layer of each window, and workspaces with the layers' operators that no pass uses just now
+        self._seeing = list({layer.window: layer for layer in blueprint.layers}.values())
+        self._spare: list[tuple[Workspace, ops.Recording]] = []
         # what a cache is told of each layer: heads and their size
         self._keys, self._values = [], []
         for layer in blueprint.layers:
@@ -165,11 +166,10 @@ class Twin:
         self, parts: Sequence[Rows], *, hidden: bool = False, last_row_only: bool = False
     ) -> list[PassOutput]:
         """One pass over rows of several caches: products see all rows as one matrix, attention those of a cache."""
-        passings = [_Pass.of(part, self._keys, self._values) for part in parts]
+        placed = [Placed.of(part, self._keys, self._values) for part in parts]
         token_ids = torch.cat([part.flat.token_ids.reshape(-1) for part in parts])
-        rows = self._embedded(token_ids, torch.cat([passing.positions for passing in passings]))
-        for index, layer in enumerate(self.blueprint.layers):
-            rows = self._through(layer, index, rows, passings)
+        embedded = self._embedded(token_ids, torch.cat([part.positions for part in placed]))
+        rows = self._through_layers(embedded, placed)
         for part in parts:
             part.cache.append(part.flat.num_rows)
         shapes = [part.flat.token_ids.shape for part in parts]
@@ -191,7 +191,7 @@ class Twin:
         """[rows, hidden]: what goes into the first layer."""
         plan = self.blueprint
         if isinstance(plan.embedding, PackedMatrix):
-            rows = plan.embedding.lookup(token_ids)
+            rows = ops.lookup(plan.embedding, token_ids)
         else:
             rows = nn.functional.embedding(token_ids, plan.embedding).to(self._dtype)
         if plan.embedding_scale != 1.0:
@@ -200,48 +200,72 @@ class Twin:
             rows = rows + nn.functional.embedding(positions + plan.position_offset, plan.positions)
         return rows.contiguous()
 
-    def _through(self, layer: Layer, index: int, rows: Tensor, passings: Sequence[_Pass]) -> Tensor:
-        """[rows, hidden] through one layer."""
-        fused = ops.linear(rows, _packed(layer.qkv), norm=layer.attention_norm)
-        if layer.clip is not None:
-            fused = fused.clamp(-layer.clip, layer.clip)
-        owned = torch.split_with_sizes(fused, [len(passing.positions) for passing in passings])
-        parts = [self._attended(layer, index, own, passing) for own, passing in zip(owned, passings, strict=True)]
-        seen = parts[0] if len(parts) == 1 else torch.cat(parts)
-        mixed = ops.linear(
-            seen, _packed(layer.output), after=layer.attention_post_norm, residual=rows, scale=layer.residual_scale
-        )
-        return ops.mlp(
-            rows if layer.is_parallel else mixed,
-            _packed(layer.mlp.up),
-            _packed(layer.mlp.down),
-            activation=layer.mlp.activation,
-            norm=layer.mlp_norm,
-            after=layer.mlp_post_norm,
-            residual=mixed,
-            scale=layer.residual_scale,
-        )
+    def _through_layers(self, rows: Tensor, placed: Sequence[Placed]) -> Tensor:
+        """[rows, hidden] through all layers, whose operators are written down once and then computed in one call."""
+        visible = [part.visible(layer.window) for part in placed for layer in self._seeing]
+        size = Size(len(rows), sum(part.num_lanes for part in placed), sum(seen.own.numel() for seen in visible))
+        if not ops.can_record(self._dtype):
+            work = Workspace(self.blueprint, self._angles, self._dtype, size)
+            work.load(rows, placed)
+            self._add_layers(work)
+            return work.rows
+        with self._recorded(size) as (work, recording):
+            work.load(rows, placed)
+            recording.run(len(rows))
+            work.release()
+            return work.rows[: len(rows)].clone()
 
-    def _attended(self, layer: Layer, index: int, fused: Tensor, passing: _Pass) -> Tensor:
-        """[rows, heads * head_dim]: what rows of one cache see, whose own keys and values go there first."""
-        keys, values = passing.cache.keys[index], passing.cache.values[index]
-        queries = ops.rope_write(
-            fused,
-            keys,
-            values,
-            passing.lanes,
-            passing.slots,
-            num_heads=layer.num_heads,
-            rotary=None if layer.rope is None else passing.rotary(self._angles[id(layer.rope)]),
-            query_norm=layer.query_norm,
-            key_norm=layer.key_norm,
-        )
-        if layer.query_growth is not None:
-            queries = queries * passing.growth(*layer.query_growth).to(queries.dtype)
-        visible = passing.visible(layer.window)
-        return ops.tree_attention(
-            queries.contiguous(), keys, values, visible, scale=layer.scale, soft_cap=layer.softcap
-        )
+    @contextmanager
+    def _recorded(self, size: Size) -> Iterator[tuple[Workspace, ops.Recording]]:
+        """A workspace of at least this size that no other thread uses, and the layers' operators for it."""
+        spare = self._spare.pop() if self._spare else None
+        if spare is None or not spare[0].size.holds(size):
+            work = Workspace(self.blueprint, self._angles, self._dtype, size.rounded())
+            with ops.recorded() as recording:
+                self._add_layers(work)
+            spare = work, recording
+        yield spare
+        self._spare.append(spare)
+
+    def _add_layers(self, work: Workspace) -> None:
+        """All layers' operators, over the rows of a workspace."""
+        for index, layer in enumerate(self.blueprint.layers):
+            slabs, visible = work.slabs[index], work.visible[layer.window]
+            fused, queries, seen = work.fused(layer), work.queries(layer), work.seen(layer)
+            ops.linear(work.rows, _packed(layer.qkv), norm=layer.attention_norm, out=fused)
+            ops.rope_write(
+                fused,
+                slabs,
+                work.lanes,
+                work.slots,
+                num_heads=layer.num_heads,
+                rotary=None if layer.rope is None else work.rotary[id(layer.rope)],
+                query_norm=layer.query_norm,
+                key_norm=layer.key_norm,
+                clip=layer.clip,
+                growth=None if layer.query_growth is None else work.growth[layer.query_growth],
+                out=queries,
+            )
+            ops.tree_attention(queries, slabs, visible, scale=layer.scale, soft_cap=layer.softcap, out=seen)
+            ops.linear(
+                seen,
+                _packed(layer.output),
+                after=layer.attention_post_norm,
+                residual=work.rows,
+                scale=layer.residual_scale,
+                out=work.mixed,
+            )
+            ops.mlp(
+                work.rows if layer.is_parallel else work.mixed,
+                _packed(layer.mlp.up),
+                _packed(layer.mlp.down),
+                activation=layer.mlp.activation,
+                norm=layer.mlp_norm,
+                after=layer.mlp_post_norm,
+                residual=work.mixed,
+                scale=layer.residual_scale,
+                out=work.rows,
+            )
 
     def _logits(self, rows: Tensor) -> Tensor:
         """[rows, vocab]"""
@@ -253,88 +277,6 @@ class Twin:
             scale=plan.logit_scale,
             soft_cap=plan.logit_softcap,
         )
-
-
-@attrs.define(eq=False)
-class _Pass:
-    """What all layers of a pass have in common for the rows of one cache, computed once."""
-
-    cache: KeyValueCache
-    positions: Tensor  # [rows] int64: what the model is told
-    lanes: Tensor  # [rows] int32
-    slots: Tensor  # [rows] int32: where the rows' keys and values go
-    _flat: FlatTrees
-    _visible: dict[int | None, Visible] = attrs.field(factory=dict)
-    _rotary: dict[int, Rotary] = attrs.field(factory=dict)
-    _growth: dict[tuple[float, float], Tensor] = attrs.field(factory=dict)
-
-    @classmethod
-    def of(cls, part: Rows, keys: Sequence[Tensor], values: Sequence[Tensor]) -> _Pass:
-        """Get a cache ready for rows; `keys` and `values` say of each layer which buffers it needs."""
-        flat, cache = part.flat, part.cache
-        if not cache.can_record:
-            raise CacheError(
-                f"the native runner writes its rows into a cache that can_record, got a {type(cache).__name__}; use "
-                "another runner beside it"
-            )
-        lanes, num_rows = flat.token_ids.shape
-        first_slots = torch.tensor(cache.next_slots(num_rows), dtype=torch.int32)
-        cache.allocate(keys, values)
-        told = flat.position_ids if flat.model_positions is None else flat.model_positions
-        lane = torch.arange(lanes, dtype=torch.int32).repeat_interleave(num_rows)
-        slots = first_slots[:, None] + torch.arange(num_rows, dtype=torch.int32)
-        return cls(cache, told.reshape(-1), lane, slots.reshape(-1), flat)
-
-    def visible(self, window: int | None) -> Visible:
-        """The slots that each row sees within a window."""
-        if window not in self._visible:
-            mask = self._flat.visible
-            if window is not None:
-                distance = self._flat.position_ids[:, :, None] - self._flat.slot_positions[:, None, :]
-                mask = mask & (distance < window)
-            self._visible[window] = Visible.of_mask(mask)
-        return self._visible[window]
-
-    def rotary(self, angles: _Angles) -> Rotary:
-        if id(angles) not in self._rotary:
-            self._rotary[id(angles)] = angles.at(self.positions)
-        return self._rotary[id(angles)]
-
-    def growth(self, beta: float, length: float) -> Tensor:
-        """[rows, 1, 1]: what queries are multiplied with, by the position."""
-        if (beta, length) not in self._growth:
-            # one position a vector: torch rounds a number by its place in one
-            factors = [1 + beta * torch.log(1 + torch.floor(position / length)) for position in self.positions]
-            self._growth[beta, length] = torch.stack(factors)[:, None, None]
-        return self._growth[beta, length]
-
-
-class _Angles:
-    """Cosines and sines of one rotary embedding, by the position."""
-
-    def __init__(self, rope: Rope, dtype: torch.dtype) -> None:
-        self._rope = rope
-        self._dtype = dtype
-        self._tables: tuple[Tensor, Tensor] = self._computed(range(1))
-
-    def at(self, positions: Tensor) -> Rotary:
-        """The angles of rows at positions [rows]."""
-        cos, sin = self._tables
-        last = int(positions.max())
-        if last >= len(cos):
-            blocks = range(last // ANGLES + 1)
-            cos, sin = self._tables = self._computed(blocks)
-        return Rotary(cos[positions], sin[positions], self._rope.is_interleaved)
-
-    def _computed(self, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """[positions, frequencies] each, of whole blocks of positions."""
-        cosines, sines = [], []
-        for block in blocks:
-            positions = torch.arange(block * ANGLES, (block + 1) * ANGLES)
-            turned = positions[:, None].float() * self._rope.inv_freq
-            cosines.append((turned.cos() * self._rope.scaling).to(self._dtype))
-            sines.append((turned.sin() * self._rope.scaling).to(self._dtype))
-        return torch.cat(cosines), torch.cat(sines)
 
 
 _structures: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, str | None]] = weakref.WeakKeyDictionary()

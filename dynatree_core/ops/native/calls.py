@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import get_args
 
 import torch
@@ -13,13 +16,13 @@ from dynatree_core.errors import InputError
 from dynatree_core.ops.layout import KINDS, PLAIN
 from dynatree_core.ops.matrix import PackedMatrix
 from dynatree_core.ops.native.loading import library
-from dynatree_core.ops.signature import NO_SUCH_SLOTS, Activation, Norm, Rotary, Visible
+from dynatree_core.ops.signature import NO_SUCH_OUTPUT, NO_SUCH_SLOTS, Activation, Norm, Rotary, Slabs, Visible
 
-__all__ = ["linear", "mlp", "norm", "rope_write", "tree_attention"]
+__all__ = ["Recording", "linear", "lookup", "mlp", "norm", "recorded", "rope_write", "tree_attention"]
 
 RECORD = 256  # bytes
-NO_MEMORY, NO_SUCH_SLOT = 1, 2  # what the library answers where something is wrong
-NORM, LINEAR, MLP, ROPE_WRITE, ATTENTION = range(5)
+NO_MEMORY, NO_SUCH_SLOT, NO_SUCH_OUT = 1, 2, 3  # what the library answers where something is wrong
+NORM, LINEAR, MLP, ROPE_WRITE, ATTENTION, LOOKUP = range(6)
 KIND_CODES = {name: code for code, name in enumerate((*PLAIN, *KINDS))}
 ACTIVATION_CODES = {name: code for code, name in enumerate(get_args(Activation))}
 
@@ -28,11 +31,11 @@ _norm_fields = struct.Struct("=4q2d")
 _norm_record = struct.Struct("=q qq qddqq q 184x")
 _linear_record = struct.Struct("=q qq qddqq q 184x")
 _mlp_record = struct.Struct("=q qq qddqq qqq 168x")
-_rope_record = struct.Struct("=q 4q 4q 6q 2q 2q 2q 2q 2q 2q 40x")
-_attention_record = struct.Struct("=q 5q 4q 6q 3q 5q 2d 48x")
-assert all(
-    record.size == RECORD for record in (_norm_record, _linear_record, _mlp_record, _rope_record, _attention_record)
-)
+_rope_record = struct.Struct("=q 3q 5q 2q 2q 2q 4q dq 88x")
+_attention_record = struct.Struct("=q 4q 5q 5q q 2d 112x")
+_lookup_record = struct.Struct("=q 3q 224x")
+_records = (_norm_record, _linear_record, _mlp_record, _rope_record, _attention_record, _lookup_record)
+assert all(record.size == RECORD for record in _records)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -72,12 +75,58 @@ def _norm_address(norm: Norm | None, size: int) -> int:
     return address
 
 
+class Recording:
+    """Operators written down by `recorded`, and what they need: the tensors that they were called with must live on."""
+
+    def __init__(self) -> None:
+        self._records = bytearray()
+
+    def add(self, record: bytes) -> None:
+        self._records += record
+
+    def run(self, num_rows: int) -> None:
+        """Compute them one behind the other, each for the first rows of its tensors, as many as are asked for.
+
+        Raises:
+            InputError: slots that are not in the cache.
+        """
+        _compute(bytes(self._records), len(self._records) // RECORD, num_rows)
+
+
+_recording: ContextVar[Recording | None] = ContextVar("dynatree_recording", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[Recording]:
+    """Write down the operators of the block, whose results must be given as `out`, instead of computing them.
+
+    Numbers of rows are not written down, but what tensors are: their addresses. So what changes from one time to the
+    next is written into the same tensors.
+    """
+    recording = Recording()
+    token = _recording.set(recording)
+    try:
+        yield recording
+    finally:
+        _recording.reset(token)
+
+
 def _run(record: bytes, num_rows: int) -> None:
-    wrong = library().run(record, 1, num_rows, torch.get_num_threads())
+    recording = _recording.get()
+    if recording is None:
+        _compute(record, 1, num_rows)
+    else:
+        recording.add(record)
+
+
+def _compute(records: bytes, count: int, num_rows: int) -> None:
+    wrong = library().run(records, count, num_rows, torch.get_num_threads())
     if wrong == NO_MEMORY:
         raise MemoryError("there is no memory for the intermediate results of an operator")
     if wrong == NO_SUCH_SLOT:
         raise InputError(NO_SUCH_SLOTS)
+    if wrong == NO_SUCH_OUT:
+        raise InputError(NO_SUCH_OUTPUT)
 
 
 def norm(rows: Tensor, norm: Norm, *, residual: Tensor | None, out: Tensor | None) -> Tensor:
@@ -115,6 +164,13 @@ def linear(
         ),
         num_rows,
     )
+    return out
+
+
+def lookup(packed: PackedMatrix, outputs: Tensor, *, out: Tensor | None) -> Tensor:
+    num_rows = outputs.numel()
+    out = torch.empty(num_rows, packed.num_inputs) if out is None else out
+    _run(_lookup_record.pack(LOOKUP, _matrix_address(packed), outputs.data_ptr(), out.data_ptr()), num_rows)
     return out
 
 
@@ -162,8 +218,7 @@ def _head_norm(norm: Norm | None, heads: int, head_dim: int) -> tuple[int, int]:
 
 def rope_write(
     rows: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    slabs: Slabs,
     lanes: Tensor,
     slots: Tensor,
     *,
@@ -171,9 +226,11 @@ def rope_write(
     rotary: Rotary | None,
     query_norm: Norm | None,
     key_norm: Norm | None,
+    clip: float | None,
+    growth: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    num_rows, (_, key_heads, _, head_dim) = rows.shape[0], keys.shape
+    num_rows, key_heads, head_dim = rows.shape[0], slabs.num_key_heads, slabs.head_dim
     out = rows.new_empty(num_rows, num_heads, head_dim) if out is None else out
     query_norm_at, query_norm_heads = _head_norm(query_norm, num_heads, head_dim)
     key_norm_at, key_norm_heads = _head_norm(key_norm, key_heads, head_dim)
@@ -184,13 +241,11 @@ def rope_write(
     _run(
         _rope_record.pack(
             ROPE_WRITE,
-            *(rows.data_ptr(), out.data_ptr(), keys.data_ptr(), values.data_ptr()),
-            *(num_heads, key_heads, head_dim, values.shape[3]),
-            *keys.stride()[:3],
-            *values.stride()[:3],
-            *(keys.shape[0], keys.shape[2]),
+            *(rows.data_ptr(), out.data_ptr(), slabs.table.data_ptr()),
+            *(len(slabs.table), num_heads, key_heads, head_dim, slabs.value_dim),
             *(lanes.data_ptr(), slots.data_ptr(), cos, sin, half, is_interleaved),
             *(query_norm_at, key_norm_at, query_norm_heads, key_norm_heads),
+            *(clip or 0.0, _address(growth)),
         ),
         num_rows,
     )
@@ -199,8 +254,7 @@ def rope_write(
 
 def tree_attention(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    slabs: Slabs,
     visible: Visible,
     *,
     scale: float,
@@ -209,17 +263,15 @@ def tree_attention(
     out: Tensor | None,
 ) -> Tensor:
     num_rows, heads, head_dim = queries.shape
-    out = queries.new_empty(num_rows, heads * values.shape[3]) if out is None else out
+    out = queries.new_empty(num_rows, heads * slabs.value_dim) if out is None else out
     seen = (visible.lanes, visible.start, visible.end, visible.own_start, visible.own)
     _run(
         _attention_record.pack(
             ATTENTION,
-            *(queries.data_ptr(), keys.data_ptr(), values.data_ptr(), _address(sinks), out.data_ptr()),
-            *(heads, keys.shape[1], head_dim, values.shape[3]),
-            *keys.stride()[:3],
-            *values.stride()[:3],
-            *(keys.shape[0], keys.shape[2], visible.own.numel()),
+            *(queries.data_ptr(), _address(sinks), out.data_ptr(), slabs.table.data_ptr()),
+            *(len(slabs.table), heads, slabs.num_key_heads, head_dim, slabs.value_dim),
             *map(Tensor.data_ptr, seen),
+            visible.own.numel(),
             scale,
             soft_cap or 0.0,
         ),

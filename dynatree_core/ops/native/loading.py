@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import platform
+from pathlib import Path
 
 import attrs
 import torch
@@ -50,10 +51,24 @@ def load(target: str) -> Library:
     loaded.dynatree_source.restype = ctypes.c_char_p
     if loaded.dynatree_source().decode() != source_digest():
         raise OSError("it was compiled from other sources; run `python -m dynatree_core.ops.native`")
+    loaded.dynatree_use_openmp.argtypes = [ctypes.c_void_p]
+    loaded.dynatree_use_openmp.restype = None
+    loaded.dynatree_use_openmp(_openmp())
     run = loaded.dynatree_run
     run.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
     run.restype = ctypes.c_int
     return Library(target, run)
+
+
+def _openmp() -> int | None:
+    """The address of OpenMP's function that calls another on several threads, of the OpenMP that torch uses."""
+    try:
+        torch_library = ctypes.CDLL(
+            str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+        )  # it is loaded already
+        return ctypes.cast(torch_library.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):  # a torch with threads of another kind
+        return None
 
 
 @functools.cache

@@ -6,7 +6,6 @@
  * multiply-adds would wait for itself. */
 #include "elementary.h"
 #include "ops.h"
-#include "pool.h"
 
 /* Rows of a tile: as many as have their sums in registers, and of weights that are decoded as many as are worth a variant;
  * beyond that a block is decoded once for all tiles. */
@@ -196,10 +195,22 @@ inlined void decode_form(const int form, int64_t kind, const uint8_t *at, int64_
 static void decode(int64_t kind, const uint8_t *block, int64_t inputs, float *to) {
   switch (form_of(kind)) {
 #define CASE(form) case form: decode_form(form, kind, block, inputs, to); break;
-    CASE(BRAINS) CASE(HALVES) CASE(BYTES) CASE(NIBBLES) CASE(FIVES) CASE(SIXES)
+    CASE(FLOATS) CASE(BRAINS) CASE(HALVES) CASE(BYTES) CASE(NIBBLES) CASE(FIVES) CASE(SIXES)
 #undef CASE
-    default: break;
   }
+}
+
+int run_lookup(const lookup_args *args, int64_t num_rows) {
+  const matrix *m = args->packed;
+  float *panel = scratch(SCRATCH_PANEL, 64 * m->inputs);
+  if (!panel) return NO_MEMORY;
+  for (int64_t r = 0; r < num_rows; r++) {
+    const int64_t output = args->outputs[r];
+    if (output < 0 || output >= m->outputs) return NO_SUCH_OUTPUT;
+    decode(m->kind, m->data + output / LANES * m->block_bytes, m->inputs, panel);
+    for (int64_t i = 0; i < m->inputs; i++) args->out[r * m->inputs + i] = panel[LANES * i + output % LANES];
+  }
+  return 0;
 }
 
 typedef struct {
@@ -274,32 +285,32 @@ static void multiply(void *given, int64_t first, int64_t count) {
 
 /* out = rows @ packed.T + bias, and what follows where it needs no whole row. */
 static int product(const matrix *packed, const float *rows, float *out, const ending *end, int64_t num_rows,
-                   int64_t threads) {
+                   team *team) {
   product_job job = {packed, rows, out, num_rows, end, 0};
   const int64_t blocks = (packed->outputs + LANES - 1) / LANES;
-  run_job(multiply, &job, blocks, MAX_BLOCKS, threads);
+  run_job(multiply, &job, blocks, MAX_BLOCKS, team);
   return job.failed;
 }
 
-static const float *normed(const norm *how, const float *rows, int64_t num_rows, int64_t threads) {
+static const float *normed(const norm *how, const float *rows, int64_t num_rows, team *team) {
   if (!how) return rows;
   float *to = scratch(SCRATCH_ROWS, 4 * num_rows * how->size);
-  if (to) norm_rows(how, rows, to, num_rows, threads);
+  if (to) norm_rows(how, rows, to, num_rows, team);
   return to;
 }
 
 /* A product and all that follows it. */
-static int ended_product(const matrix *packed, const float *rows, const ending *end, int64_t num_rows, int64_t threads) {
-  if (!end->after) return product(packed, rows, end->out, end, num_rows, threads);
+static int ended_product(const matrix *packed, const float *rows, const ending *end, int64_t num_rows, team *team) {
+  if (!end->after) return product(packed, rows, end->out, end, num_rows, team);
   float *to = scratch(SCRATCH_PRODUCT, 4 * num_rows * packed->outputs); /* out may be the residual */
-  if (!to || product(packed, rows, to, NULL, num_rows, threads)) return 1;
-  end_rows(end, to, packed->outputs, num_rows, threads);
+  if (!to || product(packed, rows, to, NULL, num_rows, team)) return 1;
+  end_rows(end, to, packed->outputs, num_rows, team);
   return 0;
 }
 
-int run_linear(const linear_args *args, int64_t num_rows, int64_t threads) {
-  const float *rows = normed(args->norm, args->rows, num_rows, threads);
-  return !rows || ended_product(args->packed, rows, &args->end, num_rows, threads);
+int run_linear(const linear_args *args, int64_t num_rows, team *team) {
+  const float *rows = normed(args->norm, args->rows, num_rows, team);
+  return !rows || ended_product(args->packed, rows, &args->end, num_rows, team);
 }
 
 typedef struct {
@@ -321,13 +332,13 @@ static void activate(void *given, int64_t first, int64_t count) {
   }
 }
 
-int run_mlp(const mlp_args *args, int64_t num_rows, int64_t threads) {
+int run_mlp(const mlp_args *args, int64_t num_rows, team *team) {
   const int64_t size = args->outer->inputs, width = args->inner->outputs;
   float *hidden = scratch(SCRATCH_HIDDEN, 4 * num_rows * (width + size));
-  const float *rows = normed(args->norm, args->rows, num_rows, threads);
-  if (!hidden || !rows || product(args->inner, rows, hidden, NULL, num_rows, threads)) return 1;
+  const float *rows = normed(args->norm, args->rows, num_rows, team);
+  if (!hidden || !rows || product(args->inner, rows, hidden, NULL, num_rows, team)) return 1;
   float *activated = hidden + num_rows * width;
   activation_job job = {hidden, activated, size, args->activation, width != size};
-  run_job(activate, &job, num_rows, 1, num_rows * size < 8192 ? 1 : threads);
-  return ended_product(args->outer, activated, &args->end, num_rows, threads);
+  run_job(activate, &job, num_rows, 1, num_rows * size < 8192 ? NULL : team);
+  return ended_product(args->outer, activated, &args->end, num_rows, team);
 }

@@ -3,7 +3,6 @@
 
 #include "elementary.h"
 #include "ops.h"
-#include "pool.h"
 
 enum { FEW = 8192 }; /* elements that are not worth waking a thread for */
 
@@ -53,9 +52,9 @@ static void norm_some(void *given, int64_t first, int64_t count) {
   }
 }
 
-void norm_rows(const norm *how, const float *from, float *to, int64_t rows, int64_t threads) {
+void norm_rows(const norm *how, const float *from, float *to, int64_t rows, team *team) {
   norms_job job = {how, from, to};
-  run_job(norm_some, &job, rows, 1, rows * how->size < FEW ? 1 : threads);
+  run_job(norm_some, &job, rows, 1, rows * how->size < FEW ? NULL : team);
 }
 
 typedef struct { const ending *end; const float *products; int64_t size; } end_job;
@@ -78,16 +77,16 @@ static void end_some(void *given, int64_t first, int64_t count) {
   }
 }
 
-void end_rows(const ending *end, const float *products, int64_t size, int64_t rows, int64_t threads) {
+void end_rows(const ending *end, const float *products, int64_t size, int64_t rows, team *team) {
   end_job job = {end, products, size};
-  run_job(end_some, &job, rows, 1, rows * size < FEW ? 1 : threads);
+  run_job(end_some, &job, rows, 1, rows * size < FEW ? NULL : team);
 }
 
-int run_norm(const norm_args *args, int64_t rows, int64_t threads) {
+int run_norm(const norm_args *args, int64_t rows, team *team) {
   const int64_t size = args->size;
   float *to = scratch(SCRATCH_PRODUCT, 4 * rows * size); /* out may be the rows or the residual */
   if (!to) return 1;
-  norm_rows(args->norm, args->rows, to, rows, threads);
+  norm_rows(args->norm, args->rows, to, rows, team);
   for (int64_t i = 0; i < rows * size; i += 16) {
     f16x x = load_some(to + i, rows * size - i);
     if (args->end.residual) x = add16(load_some(args->end.residual + i, rows * size - i), x);
@@ -119,13 +118,22 @@ static void norm_heads(const norm *how, int64_t own, const float *from, float *t
   }
 }
 
+static void clip_row(const float *from, float *to, int64_t size, float most) {
+  for (int64_t i = 0; i < size; i++) to[i] = from[i] > most ? most : from[i] < -most ? -most : from[i];
+}
+
 static void rope_some(void *given, int64_t first, int64_t count) {
   const rope_args *a = given;
   const int64_t q_size = a->heads * a->head_dim, k_size = a->key_heads * a->head_dim;
   const int64_t width = q_size + k_size + a->key_heads * a->value_dim;
   float key_row[k_size]; /* of all heads: some hundreds to thousands of floats */
+  float clipped[a->clip > 0 ? width : 1];
   for (int64_t row = first; row < first + count; row++) {
     const float *from = a->rows + row * width;
+    if (a->clip > 0) {
+      clip_row(from, clipped, width, (float)a->clip);
+      from = clipped;
+    }
     const float *cos = a->cos ? a->cos + row * a->half : NULL, *sin = a->sin ? a->sin + row * a->half : NULL;
     float *queries = a->queries + row * q_size;
     norm_heads(a->query_norm, a->query_norm_heads, from, queries, a->heads, a->head_dim);
@@ -133,24 +141,26 @@ static void rope_some(void *given, int64_t first, int64_t count) {
     for (int64_t h = 0; cos && h < a->heads; h++) {
       rotate(queries + h * a->head_dim, cos, sin, a->half, a->is_interleaved);
     }
+    for (int64_t i = 0; a->growth && i < q_size; i++) queries[i] *= a->growth[row];
+    const slab *s = a->slabs + a->lanes[row];
+    const int64_t slot = a->slots[row];
     for (int64_t h = 0; h < a->key_heads; h++) {
       float *head = key_row + h * a->head_dim;
       if (cos) rotate(head, cos, sin, a->half, a->is_interleaved);
-      const int64_t *ks = a->key_strides, *vs = a->value_strides;
-      const int64_t lane = a->lanes[row], slot = a->slots[row];
-      memcpy(a->keys + lane * ks[0] + h * ks[1] + slot * ks[2], head, (size_t)(4 * a->head_dim));
-      memcpy(a->values + lane * vs[0] + h * vs[1] + slot * vs[2], from + q_size + k_size + h * a->value_dim,
-             (size_t)(4 * a->value_dim));
+      memcpy(s->keys + h * s->key_strides[0] + slot * s->key_strides[1], head, (size_t)(4 * a->head_dim));
+      memcpy(s->values + h * s->value_strides[0] + slot * s->value_strides[1],
+             from + q_size + k_size + h * a->value_dim, (size_t)(4 * a->value_dim));
     }
   }
 }
 
-int run_rope_write(const rope_args *args, int64_t rows, int64_t threads) {
+int run_rope_write(const rope_args *args, int64_t rows, team *team) {
   const int64_t size = (args->heads + 2 * args->key_heads) * args->head_dim;
   for (int64_t row = 0; row < rows; row++) {
-    if (args->lanes[row] < 0 || args->lanes[row] >= args->num_lanes) return NO_SUCH_SLOT;
-    if (args->slots[row] < 0 || args->slots[row] >= args->capacity) return NO_SUCH_SLOT;
+    const int64_t lane = args->lanes[row], slot = args->slots[row];
+    if (lane < 0 || lane >= args->num_lanes || !args->slabs[lane].keys) return NO_SUCH_SLOT;
+    if (slot < 0 || slot >= args->slabs[lane].capacity) return NO_SUCH_SLOT;
   }
-  run_job(rope_some, (void *)args, rows, 1, rows * size < FEW ? 1 : threads);
+  run_job(rope_some, (void *)args, rows, 1, rows * size < FEW ? NULL : team);
   return 0;
 }

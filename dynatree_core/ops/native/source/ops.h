@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include "pool.h"
 #include "simd.h"
 
 enum { FLOAT32, BFLOAT16, FLOAT16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, NUM_KINDS };
@@ -40,30 +41,40 @@ typedef struct {
   int64_t activation;
 } mlp_args;
 
+/* Keys and values of one lane: a row of the table of `Slabs` in `signature.py`. */
+typedef struct {
+  float *keys, *values; /* NULL: there is no such lane */
+  int64_t key_strides[2], value_strides[2]; /* of a head, a slot, in floats */
+  int64_t capacity, unused;
+} slab;
+
 typedef struct {
   const float *rows;
-  float *queries, *keys, *values;
-  int64_t heads, key_heads, head_dim, value_dim;
-  int64_t key_strides[3], value_strides[3]; /* of a lane, a head, a slot, in floats */
-  int64_t num_lanes, capacity;              /* of keys and values */
+  float *queries;
+  const slab *slabs; /* by lane */
+  int64_t num_lanes, heads, key_heads, head_dim, value_dim;
   const int32_t *lanes, *slots;
   const float *cos, *sin; /* [rows, half], or NULL */
   int64_t half, is_interleaved;
   const norm *query_norm, *key_norm; /* or NULL */
   int64_t query_norm_heads, key_norm_heads; /* heads that have weights of their own: 1, or all */
+  double clip;         /* 0: none */
+  const float *growth; /* [rows], or NULL */
 } rope_args;
 
 typedef struct {
-  const float *queries, *keys, *values, *sinks;
+  const float *queries, *sinks;
   float *out;
-  int64_t heads, key_heads, head_dim, value_dim;
-  int64_t key_strides[3], value_strides[3];
-  int64_t num_lanes, capacity, num_own; /* num_own: the length of `own` */
+  const slab *slabs; /* by lane */
+  int64_t num_lanes, heads, key_heads, head_dim, value_dim;
   const int32_t *lanes, *start, *end, *own_start, *own;
+  int64_t num_own; /* the length of `own` */
   double scale, soft_cap;
 } attention_args;
 
-enum { OP_NORM, OP_LINEAR, OP_MLP, OP_ROPE_WRITE, OP_ATTENTION };
+typedef struct { const matrix *packed; const int64_t *outputs; float *out; } lookup_args; /* out: [rows, inputs] */
+
+enum { OP_NORM, OP_LINEAR, OP_MLP, OP_ROPE_WRITE, OP_ATTENTION, OP_LOOKUP };
 
 typedef struct {
   int64_t code;
@@ -73,26 +84,28 @@ typedef struct {
     mlp_args mlp;
     rope_args rope;
     attention_args attention;
+    lookup_args lookup;
     int64_t fields[31];
   } of;
 } op;
 
 /* Compute `count` operators for the first `rows` rows of their tensors, on up to `threads` threads.
  * Returns 0, or what went wrong, and then nothing is promised of the results; nothing is written outside of tensors. */
-enum { NO_MEMORY = 1, NO_SUCH_SLOT = 2 };
+enum { NO_MEMORY = 1, NO_SUCH_SLOT = 2, NO_SUCH_OUTPUT = 3 };
 int dynatree_run(const op *ops, int64_t count, int64_t rows, int64_t threads);
 
-int run_norm(const norm_args *args, int64_t rows, int64_t threads);
-int run_linear(const linear_args *args, int64_t rows, int64_t threads);
-int run_mlp(const mlp_args *args, int64_t rows, int64_t threads);
-int run_rope_write(const rope_args *args, int64_t rows, int64_t threads);
-int run_attention(const attention_args *args, int64_t rows, int64_t threads);
+int run_norm(const norm_args *args, int64_t rows, team *team);
+int run_linear(const linear_args *args, int64_t rows, team *team);
+int run_mlp(const mlp_args *args, int64_t rows, team *team);
+int run_rope_write(const rope_args *args, int64_t rows, team *team);
+int run_attention(const attention_args *args, int64_t rows, team *team);
+int run_lookup(const lookup_args *args, int64_t rows);
 
 /* One row of a norm; `to` may be `from`. */
 void norm_row(const norm *how, const float *weight, const float *bias, const float *from, float *to);
 
 /* Rows [rows, how->size] one by one, on several threads where they are many. */
-void norm_rows(const norm *how, const float *from, float *to, int64_t rows, int64_t threads);
+void norm_rows(const norm *how, const float *from, float *to, int64_t rows, team *team);
 
 /* Finish products [rows, size], which lie in `out` already. */
-void end_rows(const ending *end, const float *products, int64_t size, int64_t rows, int64_t threads);
+void end_rows(const ending *end, const float *products, int64_t size, int64_t rows, team *team);

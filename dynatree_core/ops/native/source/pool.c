@@ -14,115 +14,119 @@
 #define relax() ((void)0)
 #endif
 
-enum { MAX_WORKERS = 255, SPINS = 4000, SPINS_UNTIL_YIELD = 20000 }; /* 4000 are some 100 microseconds */
+enum { MAX_THREADS = 256, SPINS_UNTIL_YIELD = 20000 };
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* for sleeping, and for making workers */
-static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
-static atomic_flag is_busy = ATOMIC_FLAG_INIT; /* held by the thread whose job it is */
-static int num_workers;
+struct team {
+  void (*lead)(void *given, team *team);
+  void *given;
+  int64_t threads;
+  atomic_int num_arrived; /* the first to arrive leads */
+  atomic_int is_done;
+  /* the job; written only while nobody is inside */
+  work_fn *work;
+  void *data;
+  int64_t items, piece;
+  _Atomic int64_t next;
+  atomic_uint number;    /* counts jobs, so that a worker knows a new one */
+  atomic_int is_open;    /* whether workers may enter */
+  atomic_int num_inside;
+};
 
-/* the job; written only while nobody is inside */
-static work_fn *job_work;
-static void *job_data;
-static int64_t job_items, job_piece, job_threads;
-static _Atomic int64_t job_next;
-static atomic_uint job_number; /* counts jobs, so that a worker knows a new one */
-static atomic_int is_open;     /* whether workers may enter */
-static atomic_int num_inside, num_asleep;
+static void wait_a_little(int *spins) {
+  if (++*spins < SPINS_UNTIL_YIELD) relax();
+  else sched_yield();
+}
 
 /* Take pieces until none is left. Pieces shrink towards the end, so that all threads end at about the same time. */
-static void take_pieces(void) {
-  int64_t first = atomic_load(&job_next);
-  while (first < job_items) {
-    int64_t fair = (job_items - first) / (2 * job_threads), count = fair < job_piece ? fair : job_piece;
+static void take_pieces(team *t) {
+  int64_t first = atomic_load(&t->next);
+  while (first < t->items) {
+    int64_t fair = (t->items - first) / (2 * t->threads), count = fair < t->piece ? fair : t->piece;
     if (count < 1) count = 1;
-    if (atomic_compare_exchange_weak(&job_next, &first, first + count)) {
-      job_work(job_data, first, count);
-      first = atomic_load(&job_next);
+    if (atomic_compare_exchange_weak(&t->next, &first, first + count)) {
+      t->work(t->data, first, count);
+      first = atomic_load(&t->next);
     }
   }
 }
 
-static void *be_worker(void *argument) {
-  int64_t number = (int64_t)(intptr_t)argument; /* from 1 on; the caller's thread is 0 */
+static void be_worker(team *t) {
   unsigned seen = 0;
-  for (;;) {
-    int spins = 0;
-    while (atomic_load(&job_number) == seen) {
-      if (++spins < SPINS) {
-        relax();
-        continue;
-      }
-      pthread_mutex_lock(&lock);
-      atomic_fetch_add(&num_asleep, 1); /* before looking again: a caller counts those asleep after its new number */
-      while (atomic_load(&job_number) == seen) pthread_cond_wait(&wake, &lock);
-      atomic_fetch_sub(&num_asleep, 1);
-      pthread_mutex_unlock(&lock);
+  for (int spins = 0;; spins = 0) {
+    while (atomic_load(&t->number) == seen) {
+      if (atomic_load(&t->is_done)) return;
+      wait_a_little(&spins);
     }
-    seen = atomic_load(&job_number);
-    atomic_fetch_add(&num_inside, 1); /* before looking whether it is open: a caller looks the other way round */
-    if (atomic_load(&is_open) && number < job_threads) take_pieces();
-    atomic_fetch_sub(&num_inside, 1);
+    seen = atomic_load(&t->number);
+    atomic_fetch_add(&t->num_inside, 1); /* before looking whether it is open: the leader looks the other way round */
+    if (atomic_load(&t->is_open)) take_pieces(t);
+    atomic_fetch_sub(&t->num_inside, 1);
   }
-  return NULL;
 }
 
-/* A child has the calling thread only: it begins without workers. */
-static void forget_workers(void) {
-  pthread_mutex_init(&lock, NULL);
-  pthread_cond_init(&wake, NULL);
-  num_workers = 0;
-  atomic_store(&num_inside, 0);
-  atomic_store(&num_asleep, 0);
-  atomic_store(&is_open, 0);
-  atomic_flag_clear(&is_busy);
-}
-
-static void before_fork(void) { pthread_mutex_lock(&lock); }
-static void after_fork(void) { pthread_mutex_unlock(&lock); }
-
-static void have_workers(int64_t wanted) {
-  static int is_registered;
-  if (wanted > MAX_WORKERS) wanted = MAX_WORKERS;
-  if (num_workers >= wanted) return;
-  pthread_mutex_lock(&lock);
-  if (!is_registered) {
-    pthread_atfork(before_fork, after_fork, forget_workers);
-    is_registered = 1;
-  }
-  while (num_workers < wanted) {
-    pthread_t thread;
-    if (pthread_create(&thread, NULL, be_worker, (void *)(intptr_t)(num_workers + 1))) break; /* fewer will do */
-    pthread_detach(thread);
-    num_workers++;
-  }
-  pthread_mutex_unlock(&lock);
-}
-
-void run_job(work_fn *work, void *job, int64_t items, int64_t piece, int64_t threads) {
-  if (threads <= 1 || items <= 1 || atomic_flag_test_and_set(&is_busy)) {
+void run_job(work_fn *work, void *job, int64_t items, int64_t piece, team *t) {
+  if (!t || items <= 1) {
     for (int64_t first = 0; first < items; first += piece) {
       work(job, first, items - first < piece ? items - first : piece);
     }
     return;
   }
-  have_workers(threads - 1);
-  job_work = work, job_data = job, job_items = items, job_piece = piece, job_threads = threads;
-  atomic_store(&job_next, 0);
-  atomic_store(&is_open, 1);
-  atomic_fetch_add(&job_number, 1);
-  if (atomic_load(&num_asleep)) {
-    pthread_mutex_lock(&lock);
-    pthread_cond_broadcast(&wake);
-    pthread_mutex_unlock(&lock);
+  t->work = work, t->data = job, t->items = items, t->piece = piece;
+  atomic_store(&t->next, 0);
+  atomic_store(&t->is_open, 1);
+  atomic_fetch_add(&t->number, 1);
+  take_pieces(t);
+  atomic_store(&t->is_open, 0); /* who is late stays outside */
+  for (int spins = 0; atomic_load(&t->num_inside);) wait_a_little(&spins);
+}
+
+int64_t team_size(const team *t) { return t ? t->threads : 1; }
+
+static void join(void *given) {
+  team *t = given;
+  if (atomic_fetch_add(&t->num_arrived, 1)) {
+    be_worker(t);
+  } else {
+    t->lead(t->given, t);
+    atomic_store(&t->is_done, 1);
   }
-  take_pieces();
-  atomic_store(&is_open, 0); /* who is late stays outside */
-  for (int spins = 0; atomic_load(&num_inside); spins++) {
-    if (spins < SPINS_UNTIL_YIELD) relax();
-    else sched_yield();
+}
+
+/* OpenMP's way to have a function called by several threads. torch's are used, where it has them: two sets of threads
+ * would take the cores from each other, since OpenMP's wait for some milliseconds without sleeping. */
+typedef void parallel_fn(void (*function)(void *), void *data, unsigned threads, unsigned flags);
+static parallel_fn *openmp;
+
+static void forget_openmp(void) { openmp = NULL; } /* its threads are not there after a fork */
+
+void dynatree_use_openmp(parallel_fn *given) {
+  static int is_registered;
+  if (!is_registered) pthread_atfork(NULL, NULL, forget_openmp);
+  is_registered = 1;
+  openmp = given;
+}
+
+static void *join_thread(void *given) {
+  join(given);
+  return NULL;
+}
+
+void with_team(void (*lead)(void *given, team *team), void *given, int64_t threads) {
+  if (threads > MAX_THREADS) threads = MAX_THREADS;
+  if (threads <= 1) {
+    lead(given, NULL);
+    return;
   }
-  atomic_flag_clear(&is_busy);
+  team t = {.lead = lead, .given = given, .threads = threads};
+  if (openmp) {
+    openmp(join, &t, (unsigned)threads, 0);
+    return;
+  }
+  pthread_t made[MAX_THREADS];
+  int64_t num_made = 0;
+  while (num_made < threads - 1 && !pthread_create(&made[num_made], NULL, join_thread, &t)) num_made++;
+  join(&t); /* fewer will do */
+  for (int64_t i = 0; i < num_made; i++) pthread_join(made[i], NULL);
 }
 
 typedef struct { void *of[SCRATCH_SLOTS]; int64_t bytes[SCRATCH_SLOTS]; } memory;

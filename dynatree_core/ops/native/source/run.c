@@ -1,18 +1,26 @@
 #include "ops.h"
 
-int dynatree_run(const op *ops, int64_t count, int64_t rows, int64_t threads) {
-  int failed = 0;
-  if (rows <= 0) return 0;
-  for (int64_t i = 0; i < count && !failed; i++) {
-    switch (ops[i].code) {
-      case OP_NORM: failed = run_norm(&ops[i].of.norm, rows, threads); break;
-      case OP_LINEAR: failed = run_linear(&ops[i].of.linear, rows, threads); break;
-      case OP_MLP: failed = run_mlp(&ops[i].of.mlp, rows, threads); break;
-      case OP_ROPE_WRITE: failed = run_rope_write(&ops[i].of.rope, rows, threads); break;
-      case OP_ATTENTION: failed = run_attention(&ops[i].of.attention, rows, threads); break;
+typedef struct { const op *ops; int64_t count, rows; int failed; } call;
+
+static void run_all(void *given, team *team) {
+  call *c = given;
+  for (int64_t i = 0; i < c->count && !c->failed; i++) {
+    const op *one = c->ops + i;
+    switch (one->code) {
+      case OP_NORM: c->failed = run_norm(&one->of.norm, c->rows, team); break;
+      case OP_LINEAR: c->failed = run_linear(&one->of.linear, c->rows, team); break;
+      case OP_MLP: c->failed = run_mlp(&one->of.mlp, c->rows, team); break;
+      case OP_ROPE_WRITE: c->failed = run_rope_write(&one->of.rope, c->rows, team); break;
+      case OP_ATTENTION: c->failed = run_attention(&one->of.attention, c->rows, team); break;
+      case OP_LOOKUP: c->failed = run_lookup(&one->of.lookup, c->rows); break;
     }
   }
-  return failed;
+}
+
+int dynatree_run(const op *ops, int64_t count, int64_t rows, int64_t threads) {
+  call c = {ops, count, rows, 0};
+  if (rows > 0) with_team(run_all, &c, threads);
+  return c.failed;
 }
 
 const char *dynatree_source(void) { return SOURCE_DIGEST; }

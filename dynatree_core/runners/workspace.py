@@ -1,0 +1,228 @@
+"""The tensors of a native pass: rows from layer to layer, and what all layers of the pass have in common.
+
+Operators that are written down (`dynatree_core.ops.recorded`) keep the addresses of their tensors, so those of a
+workspace stay where they are, and a pass writes into them what is its own: `Workspace.load`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from dynatree_core.cache.base import KeyValueCache
+from dynatree_core.errors import CacheError
+from dynatree_core.models.blueprint import Blueprint, Layer, Rope
+from dynatree_core.ops import PackedMatrix, Rotary, Slabs, Visible
+from dynatree_core.runners.base import Rows
+from dynatree_core.tree.flatten import FlatTrees
+
+__all__ = ["Angles", "Placed", "Size", "Workspace"]
+
+# positions whose angles are computed together. A position's are always computed in the same place of the same vector:
+# torch rounds the last elements of a vector otherwise than the others
+ANGLES = 256
+
+
+@attrs.frozen
+class Size:
+    """What a workspace has room for."""
+
+    rows: int
+    lanes: int  # of all caches
+    own: int  # slots of all rows' lists, see `Visible`
+
+    def holds(self, other: Size) -> bool:
+        return self.rows >= other.rows and self.lanes >= other.lanes and self.own >= other.own
+
+    def rounded(self) -> Size:
+        """Room for more, so that passes that differ a little have one workspace."""
+        return Size(_power(self.rows, 32), _power(self.lanes, 4), _power(self.own, 512))
+
+
+def _power(number: int, least: int) -> int:
+    """The next power of 2."""
+    return 1 << (max(least, number) - 1).bit_length()
+
+
+@attrs.define(eq=False)
+class Placed:
+    """The rows of one cache in a pass: where they go, and what they see."""
+
+    cache: KeyValueCache
+    positions: Tensor  # [rows] int64: what the model is told
+    slots: Tensor  # [rows] int32: where their keys and values go
+    num_lanes: int
+    _flat: FlatTrees
+    _visible: dict[int | None, Visible] = attrs.field(factory=dict)
+
+    @classmethod
+    def of(cls, part: Rows, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Placed:
+        """Get a cache ready for rows; `keys` and `values` say of each layer which buffers it needs."""
+        flat, cache = part.flat, part.cache
+        if not cache.can_record:
+            raise CacheError(
+                f"the native runner writes its rows into a cache that can_record, got a {type(cache).__name__}; use "
+                "another runner beside it"
+            )
+        lanes, num_rows = flat.token_ids.shape
+        first_slots = torch.tensor(cache.next_slots(num_rows), dtype=torch.int32)
+        cache.allocate(keys, values)
+        told = flat.position_ids if flat.model_positions is None else flat.model_positions
+        slots = first_slots[:, None] + torch.arange(num_rows, dtype=torch.int32)
+        return cls(cache, told.reshape(-1), slots.reshape(-1), lanes, flat)
+
+    @property
+    def num_rows(self) -> int:
+        return self.positions.numel()
+
+    def visible(self, window: int | None) -> Visible:
+        """The slots that each row sees within a window."""
+        if window not in self._visible:
+            mask = self._flat.visible
+            if window is not None:
+                distance = self._flat.position_ids[:, :, None] - self._flat.slot_positions[:, None, :]
+                mask = mask & (distance < window)
+            self._visible[window] = Visible.of_mask(mask)
+        return self._visible[window]
+
+
+class Workspace:
+    """Room for a pass of a blueprint.
+
+    Args:
+        blueprint: what the pass consists of.
+        angles: of its rotary embeddings, by `id`.
+        dtype: of its rows.
+        size: of the greatest pass.
+    """
+
+    def __init__(self, blueprint: Blueprint, angles: dict[int, Angles], dtype: torch.dtype, size: Size) -> None:
+        self.size = size
+        self._angles = angles
+        self._layers = blueprint.layers
+        layers = blueprint.layers
+        matrix = layers[0].qkv
+        assert isinstance(matrix, PackedMatrix), "a workspace is for a packed blueprint"
+        hidden = matrix.num_inputs
+        self.rows = torch.zeros(size.rows, hidden, dtype=dtype)  # what goes into a layer, and comes out
+        self.mixed = torch.zeros(size.rows, hidden, dtype=dtype)  # what attention leaves
+        heads = max(layer.num_heads * layer.head_dim for layer in layers)
+        both = max((layer.num_heads + 2 * layer.num_key_heads) * layer.head_dim for layer in layers)
+        self._fused = torch.zeros(size.rows * both, dtype=dtype)
+        self._queries = torch.zeros(size.rows * heads, dtype=dtype)
+        self._seen = torch.zeros(size.rows * heads, dtype=dtype)
+        self.lanes = torch.zeros(size.rows, dtype=torch.int32)
+        self.slots = torch.zeros(size.rows, dtype=torch.int32)
+        self.visible = {window: _nothing(size) for window in {layer.window for layer in layers}}
+        self.rotary = {key: one.room(size.rows) for key, one in angles.items()}
+        growths = {layer.query_growth for layer in layers if layer.query_growth is not None}
+        self.growth = {growth: torch.zeros(size.rows, dtype=dtype) for growth in growths}
+        self.slabs = [_slabs(layer, size.lanes, dtype) for layer in layers]
+
+    def fused(self, layer: Layer) -> Tensor:
+        """[rows, …]: queries, keys and values of a layer."""
+        width = (layer.num_heads + 2 * layer.num_key_heads) * layer.head_dim
+        return self._fused[: self.size.rows * width].view(-1, width)
+
+    def queries(self, layer: Layer) -> Tensor:
+        """[rows, heads, head_dim]"""
+        width = layer.num_heads * layer.head_dim
+        return self._queries[: self.size.rows * width].view(-1, layer.num_heads, layer.head_dim)
+
+    def seen(self, layer: Layer) -> Tensor:
+        """[rows, heads * head_dim]: what heads have found."""
+        width = layer.num_heads * layer.head_dim
+        return self._seen[: self.size.rows * width].view(-1, width)
+
+    def load(self, rows: Tensor, placed: Sequence[Placed]) -> None:
+        """Fill in a pass.
+
+        Args:
+            rows: [rows, hidden]: embeddings, those of one cache below those of the other.
+            placed: of each cache.
+        """
+        positions = torch.cat([part.positions for part in placed])
+        num_rows = len(rows)
+        self.rows[:num_rows] = rows
+        self.slots[:num_rows] = torch.cat([part.slots for part in placed])
+        first_lanes = [0]
+        for part in placed:
+            first_lanes.append(first_lanes[-1] + part.num_lanes)
+        for window, visible in self.visible.items():
+            _load_visible(visible, [part.visible(window) for part in placed], first_lanes)
+            self.lanes[:num_rows] = visible.lanes[:num_rows]
+        for key, rotary in self.rotary.items():
+            found = self._angles[key].at(positions)
+            rotary.cos[:num_rows], rotary.sin[:num_rows] = found.cos, found.sin
+        for (beta, length), growth in self.growth.items():
+            # one position a vector: torch rounds a number by its place in one
+            factors = [1 + beta * torch.log(1 + torch.floor(position / length)) for position in positions]
+            growth[:num_rows] = torch.stack(factors)
+        for index, slabs in enumerate(self.slabs):
+            slabs.hold([part.cache.keys[index] for part in placed], [part.cache.values[index] for part in placed])
+
+    def release(self) -> None:
+        """Hold nobody's keys and values any longer."""
+        for slabs in self.slabs:
+            slabs.release()
+
+
+def _slabs(layer: Layer, num_lanes: int, dtype: torch.dtype) -> Slabs:
+    table = torch.zeros(num_lanes, 8, dtype=torch.int64)
+    return Slabs(layer.num_key_heads, layer.head_dim, layer.head_dim, dtype, table)
+
+
+def _nothing(size: Size) -> Visible:
+    def zeros(number: int) -> Tensor:
+        return torch.zeros(number, dtype=torch.int32)
+
+    return Visible(zeros(size.rows), zeros(size.rows), zeros(size.rows), zeros(size.rows + 1), zeros(size.own))
+
+
+def _load_visible(room: Visible, parts: Sequence[Visible], first_lanes: Sequence[int]) -> None:
+    """Write down what the rows of several caches see, one behind the other."""
+    row = own = 0
+    for part, first_lane in zip(parts, first_lanes, strict=False):
+        end, own_end = row + part.num_rows, own + part.own.numel()
+        room.lanes[row:end] = part.lanes + first_lane
+        room.start[row:end] = part.start
+        room.end[row:end] = part.end
+        room.own_start[row : end + 1] = part.own_start + own
+        room.own[own:own_end] = part.own
+        row, own = end, own_end
+
+
+class Angles:
+    """Cosines and sines of one rotary embedding, by the position."""
+
+    def __init__(self, rope: Rope, dtype: torch.dtype) -> None:
+        self._rope = rope
+        self._dtype = dtype
+        self._tables: tuple[Tensor, Tensor] = self._computed(range(1))
+
+    def room(self, num_rows: int) -> Rotary:
+        """Angles of so many rows, which are yet to be written."""
+        cos, sin = (torch.zeros(num_rows, self._rope.inv_freq.numel(), dtype=self._dtype) for _ in range(2))
+        return Rotary(cos, sin, self._rope.is_interleaved)
+
+    def at(self, positions: Tensor) -> Rotary:
+        """The angles of rows at positions [rows]."""
+        cos, sin = self._tables
+        last = int(positions.max())
+        if last >= len(cos):
+            blocks = range(last // ANGLES + 1)
+            cos, sin = self._tables = self._computed(blocks)
+        return Rotary(cos[positions], sin[positions], self._rope.is_interleaved)
+
+    def _computed(self, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """[positions, frequencies] each, of whole blocks of positions."""
+        cosines, sines = [], []
+        for block in blocks:
+            positions = torch.arange(block * ANGLES, (block + 1) * ANGLES)
+            turned = positions[:, None].float() * self._rope.inv_freq
+            cosines.append((turned.cos() * self._rope.scaling).to(self._dtype))
+            sines.append((turned.sin() * self._rope.scaling).to(self._dtype))
+        return torch.cat(cosines), torch.cat(sines)
