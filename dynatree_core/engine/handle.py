@@ -9,7 +9,7 @@ import attrs
 
 from dynatree_core.engine.lane import Lane, unstarted_result
 from dynatree_core.engine.resources import Resources
-from dynatree_core.report import GenerationResult
+from dynatree_core.report import GenerationResult, TokenLogprob
 from dynatree_core.request.request import Request
 from dynatree_core.tree.verdict import StepReport
 
@@ -63,6 +63,7 @@ class Handle:
         self._reports: list[StepReport] = []  # that `reports` has not given yet
         self._keeps_reports = False
         self._num_taken = 0  # tokens that `new_tokens` has given
+        self._logprobs: list[TokenLogprob] = []  # that `new_logprobs` has not given yet
         self._lane: Lane | None = None
         self._result: GenerationResult | None = None
         self._done = threading.Event()
@@ -117,6 +118,11 @@ class Handle:
         """The tokens since the last call. It does not wait."""
         first, self._num_taken = self._num_taken, len(self._token_ids)
         return self._token_ids[first : self._num_taken]
+
+    def new_logprobs(self) -> list[TokenLogprob]:
+        """What the target thought of the tokens since the last call, where that was asked for. It does not wait."""
+        found, self._logprobs = self._logprobs, []
+        return found
 
     def reports(self) -> Iterator[StepReport]:
         """Each report from now on; it has the engine make steps until this sequence is done.
@@ -176,7 +182,10 @@ class Handle:
     def catch_up(self, now: float) -> None:
         """Take over what was committed: more than the last report says where a step was broken off behind it."""
         assert self._lane is not None, "tokens come from a lane"
-        token_ids = self._lane.sequence.new_ids_from(len(self._token_ids))
+        sequence = self._lane.sequence
+        token_ids = sequence.new_ids_from(len(self._token_ids))
+        if token_ids and self.request.num_logprobs is not None:
+            self._logprobs += sequence.logprobs_from(len(self._token_ids))
         self.token_times += [now] * len(token_ids)
         self._token_ids += token_ids
 

@@ -91,6 +91,10 @@ class Sequence:
         """What the target thought of each new token, a copy; None: not asked for."""
         return None if self.request.num_logprobs is None else self._logprobs[: self.num_new]
 
+    def logprobs_from(self, start: int) -> list[TokenLogprob]:
+        """Those of the new tokens behind the first `start` of them, where they are asked for."""
+        return self._logprobs[start : self.num_new]
+
     @property
     def steps(self) -> list[StepStats]:
         """The numbers of each decode step, a copy."""

@@ -27,7 +27,7 @@ class Choice:
     index: int
     text: AnswerText
     handle: Handle | None = None  # None: not submitted yet
-    finish_reason: str | None = None  # "stop" or "length", at the end
+    finish_reason: str | None = None  # "stop", "length" or "tool_calls", at the end
 
 
 @attrs.frozen(eq=False)
@@ -58,7 +58,11 @@ class Answers:
         max_seconds: float | None = None,
     ) -> None:
         self.asked = asked
-        self.choices = [Choice(index, AnswerText(decode, asked.stops)) for index in range(len(asked.requests))]
+        self.decode = decode
+        self.choices = [
+            Choice(index, AnswerText(decode, asked.stops, asked.new_tool_text()))
+            for index in range(len(asked.requests))
+        ]
         self._loop = loop
         self._max_seconds = max_seconds
         self._deadline: float | None = None  # on the event loop's clock
@@ -123,6 +127,8 @@ class Answers:
                 num_open -= 1
                 text += choice.text.finish()
                 choice.finish_reason = self._finish_reason(choice, update)
+                if choice.text.calls:
+                    choice.finish_reason = "tool_calls"
             yield Piece(choice, text, update)
 
     async def _next(self) -> tuple[Choice, Update]:

@@ -18,7 +18,7 @@ from dynatree_core.serve.errors import ApiError, as_api_error
 from dynatree_core.serve.faults import as_refusal, http_fault
 from dynatree_core.serve.gate import Gate, RequestLog, error_response
 from dynatree_core.serve.logs import log_fault
-from dynatree_core.serve.records import CHAT, COMPLETION, Form, Head
+from dynatree_core.serve.records import CHAT, COMPLETION, Form
 from dynatree_core.serve.schema import ChatBody, CompletionBody, GenerationBody, TokenizeBody
 from dynatree_core.serve.service import Service
 from dynatree_core.serve.stream import event_stream, whole_answer
@@ -76,7 +76,7 @@ def _add_faults(app: FastAPI) -> None:
 
 def _add_generation(app: FastAPI, service: Service) -> None:
     async def answer(request: Request, body: GenerationBody, form: Form, asked: Asked, num_prompts: int) -> Response:
-        answers, head = service.submitted(asked, request.state.client), Head(form, service.settings.model_names[0])
+        answers, head = service.submitted(asked, request.state.client), service.new_head(form)
         request.state.line.update(asked.line(), stream=body.stream, user=body.user)
         answers.at_close(lambda: request.state.line.update(answers.line(), **service.told(answers)))
         if not body.stream:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from dynatree_core.errors import ContextLimitError, GrammarError, PromptError
+from dynatree_core.errors import ContextLimitError, GrammarError, InputError, PromptError
 from dynatree_core.models.architectures import max_positions
 from dynatree_core.request.request import Request
 from dynatree_core.serve.constraints import form_options
@@ -19,6 +19,7 @@ from dynatree_core.serve.text import StopTextCriterion
 from dynatree_core.text.prompt import chat_ids
 from dynatree_core.text.reading import checked_text
 from dynatree_core.text.stream import decode_text
+from dynatree_core.text.tools import ToolForm, ToolText, form_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +42,12 @@ class Asked:
     policy: str
     requests: tuple[Request, ...]  # in the order of the choices
     stops: tuple[str, ...]
+    tool_form: ToolForm | None = None  # how the model writes calls of tools, where it was given some
+    has_steps: bool = False  # whether chunks say how their tokens came about
+
+    def new_tool_text(self) -> ToolText | None:
+        """What takes the calls out of one answer, where there may be some."""
+        return None if self.tool_form is None else ToolText(self.tool_form)
 
     def line(self) -> dict[str, object]:
         """What the log says of it: nothing of the prompts but their lengths."""
@@ -71,8 +78,14 @@ class Reader:
 
     def chat(self, body: ChatBody) -> Asked:
         """Raises: ApiError, InputError: what cannot be honoured."""
+        if body.top_logprobs is not None and not body.logprobs:
+            message = "'top_logprobs' is about log-probabilities; set 'logprobs' to true, or leave it out"
+            raise refused("top_logprobs", message)
         with blamed_on("messages", body):
-            return self._asked(body, [self.conversation_ids(body.messages)], None)
+            tools = self.tools_of(body)
+            form = None if tools is None else form_of(self.tokenizer, tools)
+            prompt_ids = self.conversation_ids(body.messages, tools=tools)
+            return attrs.evolve(self._asked(body, [prompt_ids], None), tool_form=form)
 
     def tokenized(self, body: TokenizeBody) -> list[int]:
         """Raises: ApiError, InputError: what cannot be read."""
@@ -102,16 +115,36 @@ class Reader:
         """The tokens of a text."""
         return list(self.tokenizer(checked_text(text, "prompt"), add_special_tokens=has_special_tokens).input_ids)
 
-    def conversation_ids(self, messages: list[Message], *, begins_answer: bool = True) -> list[int]:
+    def tools_of(self, body: ChatBody) -> list[dict[str, Any]] | None:
+        """The tools that the model is shown.
+
+        Raises:
+            ApiError: the template shows them to no model, or what is asked about calls cannot be made sure of.
+        """
+        if body.tool_choice not in (None, "none", "auto"):
+            raise refused("tool_choice", "'tool_choice' must be 'none' or 'auto', since calls cannot be enforced here")
+        if not body.tools or body.tool_choice == "none":
+            return None
+        if not body.parallel_tool_calls:
+            raise refused("parallel_tool_calls", "the model may write several calls at once; leave it out, or true")
+        if any(tool.function.strict for tool in body.tools):
+            raise refused("tools", "arguments are not held to a tool's schema here; leave out 'strict'")
+        tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
+        try:
+            form_of(self.tokenizer, tools)
+        except InputError as error:
+            raise refused("tools", str(error)) from error
+        return tools
+
+    def conversation_ids(
+        self, messages: list[Message], *, begins_answer: bool = True, tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
         """The tokens of a conversation, through the model's chat template."""
         if self.tokenizer.chat_template is None:
             message = "the model has no chat template, so it can hold no conversation; ask /v1/completions"
             raise refused("messages", message, code="no_chat_template")
-        said = [
-            {"role": "system" if one.role == "developer" else one.role, "content": checked_text(one.text, "messages")}
-            for one in messages
-        ]
-        return chat_ids(said, self.tokenizer, begins_answer=begins_answer)
+        said = [one.for_template() | {"content": checked_text(one.text, "messages")} for one in messages]
+        return chat_ids(said, self.tokenizer, begins_answer=begins_answer, tools=tools)
 
     def check_model(self, name: str) -> None:
         """Refuse another model's name."""
@@ -140,7 +173,7 @@ class Reader:
                 options = self._options(body, prompt_ids)
                 options |= {"seed": seed + choice, "observer": self.observers.get(drafter)}
                 made.append(engine.request(prompt_ids, policy=policy, max_new_tokens=num_tokens, **options))
-        return Asked(drafter, policy, tuple(made), tuple(body.stops))
+        return Asked(drafter, policy, tuple(made), tuple(body.stops), has_steps=body.dynatree.steps)
 
     def _max_tokens(self, body: GenerationBody, num_prompt: int, usual: int | None) -> int:
         """The most tokens that an answer may have."""
@@ -159,6 +192,8 @@ class Reader:
         """What a body says beside prompt, length and policy, as options of `generate` (docs/serve.md has the table)."""
         options = self._sampling(body) | self.settings.limits | {"on_error": self.settings.on_error}
         options |= form_options(body)
+        if body.num_logprobs is not None:
+            options["logprobs"] = body.num_logprobs
         if body.repetition_penalty is not None:
             options["repetition_penalty"] = body.repetition_penalty
         if body.min_tokens:

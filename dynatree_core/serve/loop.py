@@ -15,7 +15,7 @@ import attrs
 from dynatree_core.engine.engine import Engine
 from dynatree_core.engine.handle import Event, Handle
 from dynatree_core.engine.scheduler import Load
-from dynatree_core.report import GenerationResult
+from dynatree_core.report import GenerationResult, TokenLogprob
 from dynatree_core.request.request import Request
 from dynatree_core.serve.errors import EngineDeadError
 
@@ -27,7 +27,8 @@ class Update:
     """What an engine's step has brought one sequence."""
 
     token_ids: tuple[int, ...] = ()  # that were committed
-    num_accepted: int = 0  # of these, the first ones, had been drafted
+    logprobs: tuple[TokenLogprob, ...] = ()  # of these, where they were asked for
+    num_accepted: int = 0  # of the tokens, the first ones, had been drafted
     num_drafted: int = 0  # nodes of the tree
     is_last: bool = False  # whether nothing more will come
     result: GenerationResult | None = None  # at the end, unless an error has ended it
@@ -199,6 +200,7 @@ def update_of(event: Event, *, is_last: bool) -> Update:
     handle, report = event.handle, event.report
     return Update(
         token_ids=tuple(handle.new_tokens()),
+        logprobs=tuple(handle.new_logprobs()),
         num_accepted=report.num_accepted if report is not None else 0,
         num_drafted=report.tree.num_nodes - 1 if report is not None else 0,
         is_last=is_last,

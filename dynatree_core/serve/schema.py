@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dynatree_core.serve.refused import without_neutral
 
@@ -36,6 +37,7 @@ class OwnFields(Body):
 
     policy: str | None = None  # one of those that the server allows
     drafter: str | None = None  # likewise
+    steps: bool = False  # each chunk of a stream says how its tokens came about
 
 
 class NamedSchema(Body):
@@ -92,6 +94,11 @@ class GenerationBody(Body):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
+    def num_logprobs(self) -> int | None:
+        """How many alternatives each token's log-probability comes with; None: there are no log-probabilities."""
+        return None
+
+    @property
     def num_tokens_asked(self) -> int | None:
         """The most tokens that an answer may have, where the request says so."""
         return self.max_tokens
@@ -101,6 +108,12 @@ class CompletionBody(GenerationBody):
     """The body of `/v1/completions`."""
 
     prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1)]
+
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -117,16 +130,78 @@ class TextPart(Body):
     text: str
 
 
+class Function(Body):
+    """What a tool does."""
+
+    name: str = Field(min_length=1, max_length=64)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None  # a JSON schema, which the model is shown
+    strict: bool = False
+
+
+class Tool(Body):
+    """Something that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionCall(Body):
+    """What was called, and with what."""
+
+    name: str
+    arguments: str = "{}"
+
+    @field_validator("arguments")
+    @classmethod
+    def _must_be_a_mapping(cls, text: str) -> str:
+        try:
+            is_mapping = isinstance(json.loads(text), dict)
+        except (ValueError, RecursionError):
+            is_mapping = False
+        if not is_mapping:
+            raise ValueError("arguments must be a JSON object")
+        return text
+
+
+class Call(Body):
+    """One call that the model has made before."""
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates take it: with arguments that are read."""
+        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments)}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
 class Message(Body):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] = ""
+    tool_calls: list[Call] = Field(default_factory=list)  # of an assistant
+    tool_call_id: str | None = None  # of a tool: which call it answers
+
+    @model_validator(mode="after")
+    def _must_say_something(self) -> Message:
+        if not self.tool_calls and "content" not in self.model_fields_set:
+            raise ValueError("a message must have a content, or tool_calls")
+        return self
 
     @property
     def text(self) -> str:
         """What it says."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+    def for_template(self) -> dict[str, Any]:
+        """All but the content, as chat templates take it."""
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        return message if self.tool_call_id is None else message | {"tool_call_id": self.tool_call_id}
 
 
 class ChatBody(GenerationBody):
@@ -134,6 +209,15 @@ class ChatBody(GenerationBody):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] = Field(default_factory=list, max_length=128)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def num_tokens_asked(self) -> int | None:

@@ -8,11 +8,13 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
+import attrs
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from dynatree_core.serve.answers import Answers
+from dynatree_core.serve.answers import Answers, Piece
+from dynatree_core.serve.content import Content, StepTexts
 from dynatree_core.serve.errors import ApiError, error_record
 from dynatree_core.serve.figures import usage
 from dynatree_core.serve.records import Head
@@ -31,7 +33,7 @@ async def whole_answer(request: Request, head: Head, answers: Answers, num_promp
         answers: that were submitted.
         num_prompts: that they answer.
     """
-    collecting = asyncio.ensure_future(_texts(answers))
+    collecting = asyncio.ensure_future(_contents(answers))
     leaving = asyncio.ensure_future(_departure(request))
     try:
         await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -45,11 +47,17 @@ async def whole_answer(request: Request, head: Head, answers: Answers, num_promp
         answers.close()
 
 
-async def _texts(answers: Answers) -> list[str]:
-    texts = [""] * len(answers.choices)
+async def _contents(answers: Answers) -> list[Content]:
+    contents = [Content() for _ in answers.choices]
     async for piece in answers.pieces():
-        texts[piece.choice.index] += piece.text
-    return texts
+        contents[piece.choice.index] += _content(answers, piece)
+    return contents
+
+
+def _content(answers: Answers, piece: Piece) -> Content:
+    has_logprobs = answers.asked.requests[piece.choice.index].num_logprobs is not None
+    calls = piece.choice.text.calls if piece.update.is_last else ()
+    return Content(piece.text, piece.update.logprobs if has_logprobs else None, calls)
 
 
 async def _departure(request: Request) -> None:
@@ -106,8 +114,14 @@ async def _chunks(head: Head, answers: Answers, num_prompts: int, has_usage: boo
         opening = head.opening(choice.index)
         if opening is not None:
             yield opening
+    num_shown = [0 for _ in answers.choices]  # characters
+    steps = [StepTexts(answers.decode) for _ in answers.choices] if answers.asked.has_steps else None
     async for piece in answers.pieces():
-        if piece.text or piece.choice.finish_reason is not None:
-            yield head.chunk(piece.choice.index, piece.text, piece.choice.finish_reason)
+        index, reason, content = piece.choice.index, piece.choice.finish_reason, _content(answers, piece)
+        if steps is not None:
+            content = attrs.evolve(content, steps=steps[index].record(piece.update))
+        if content.text or content.logprobs or content.steps or reason is not None:
+            yield head.chunk(index, content, reason, num_shown[index])
+        num_shown[index] += len(content.text)
     if has_usage:
         yield head.last(usage(answers.handles, num_prompts=num_prompts))

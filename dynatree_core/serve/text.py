@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from dynatree_core.text.stream import IncrementalText
+from dynatree_core.text.tools import ToolCall, ToolText
 
 __all__ = ["AnswerText", "StopTextCriterion"]
 
@@ -24,23 +25,35 @@ class AnswerText:
     Args:
         decode: the text of token ids.
         stops: texts before the first of which the answer ends.
+        tools: takes calls out of the text; None: there are none.
     """
 
-    def __init__(self, decode: Decode, stops: Sequence[str] = ()) -> None:
+    def __init__(self, decode: Decode, stops: Sequence[str] = (), tools: ToolText | None = None) -> None:
         self._stops = stops
+        self._tools = tools
+        self.calls: tuple[ToolCall, ...] = ()  # at the end
         self._text = IncrementalText(decode)
         self._held = ""  # settled characters that may begin a stop text
         self.is_stopped = False  # whether a stop text has come
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The characters that these tokens let the client have."""
-        return "".join(self._shown(self._text.push(token_id)) for token_id in token_ids)
+        text = "".join(self._shown(self._text.push(token_id)) for token_id in token_ids)
+        return text if self._tools is None else self._tools.push(text)
 
     def finish(self) -> str:
         """What was held back, when no token will come any more."""
         piece = self._shown(self._text.finish()) + self._held
         self._held = ""
-        return "" if self.is_stopped else piece
+        return self._without_calls("" if self.is_stopped else piece)
+
+    def _without_calls(self, last: str) -> str:
+        if self._tools is None:
+            return last
+        text = self._tools.push(last)
+        rest, calls = self._tools.finish()
+        self.calls = tuple(calls)
+        return text + rest
 
     def _shown(self, piece: str) -> str:
         if self.is_stopped or not piece:

@@ -1,0 +1,100 @@
+"""What an answer has beside its text: log-probabilities, calls of tools, and how its tokens came about."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+
+from dynatree_core.report import TokenLogprob
+from dynatree_core.serve.loop import Update
+from dynatree_core.text.stream import IncrementalText
+from dynatree_core.text.tools import ToolCall
+
+__all__ = ["Content", "StepTexts", "call_records", "chat_logprobs", "completion_logprobs"]
+
+LOWEST = -9999.0  # for a token of probability 0: JSON has no infinity, and OpenAI's API has this number
+
+TokenText = Callable[[int], str]  # the text of one token
+
+
+@attrs.frozen
+class Content:
+    """Some of an answer, or all of it."""
+
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] | None = None  # of the tokens; None: not asked for
+    calls: tuple[ToolCall, ...] = ()
+    steps: dict[str, Any] | None = None  # how the tokens came about; None: not asked for
+
+    def __add__(self, other: Content) -> Content:
+        """This one and the next, as one."""
+        logprobs = None if other.logprobs is None else (*(self.logprobs or ()), *other.logprobs)
+        return Content(self.text + other.text, logprobs, self.calls + other.calls)
+
+
+class StepTexts:
+    """What the steps of one choice say about their tokens.
+
+    Args:
+        decode: the text of token ids.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._text = IncrementalText(decode)
+
+    def record(self, update: Update) -> dict[str, Any]:
+        """Of one iteration: the text that each token settles, the first `accepted` of which were drafted."""
+        texts = [self._text.push(token_id) for token_id in update.token_ids]
+        if update.is_last:
+            texts.append(self._text.finish())  # what was held back, behind the last token
+        return {"texts": texts, "accepted": update.num_accepted, "drafted": update.num_drafted}
+
+
+def call_records(calls: Sequence[ToolCall], *, is_chunk: bool) -> list[dict[str, Any]]:
+    """The calls as `tool_calls` has them; in a chunk each has its place."""
+    return [
+        ({"index": index} if is_chunk else {})
+        | {
+            "id": f"call_{secrets.token_hex(12)}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for index, call in enumerate(calls)
+    ]
+
+
+def chat_logprobs(listed: Sequence[TokenLogprob], token_text: TokenText) -> dict[str, Any]:
+    """Log-probabilities as chat completions have them."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        text = token_text(token_id)
+        return {"token": text, "logprob": max(logprob, LOWEST), "bytes": [*text.encode()]}
+
+    tokens = [
+        entry(one.token_id, one.logprob) | {"top_logprobs": [entry(*alternative) for alternative in one.top]}
+        for one in listed
+    ]
+    return {"content": tokens, "refusal": None}
+
+
+def completion_logprobs(listed: Sequence[TokenLogprob], token_text: TokenText, offset: int) -> dict[str, Any]:
+    """Log-probabilities as completions have them.
+
+    Args:
+        listed: of the tokens.
+        token_text: the text of one token.
+        offset: characters of the answer before them.
+    """
+    texts = [token_text(one.token_id) for one in listed]
+    alternatives = [dict([(one.token_id, one.logprob), *one.top]) for one in listed]
+    return {
+        "tokens": texts,
+        "token_logprobs": [max(one.logprob, LOWEST) for one in listed],
+        "top_logprobs": [
+            {token_text(token_id): max(logprob, LOWEST) for token_id, logprob in top.items()} for top in alternatives
+        ],
+        "text_offset": [offset + sum(map(len, texts[:place])) for place in range(len(texts))],
+    }
