@@ -104,19 +104,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def _small_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dynatree_bench.report import figures
+    from dynatree_bench.report import style
 
-    monkeypatch.setitem(figures.STYLE, "savefig.dpi", 40)
+    monkeypatch.setitem(style.STYLE, "savefig.dpi", 40)
 
 
 @pytest.fixture(scope="session")
 def main_page(runs: Path) -> Path:
     """The report of the run of `main`."""
-    from dynatree_bench.report import figures
+    from dynatree_bench.report import style
     from dynatree_bench.report.page import report
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(figures.STYLE, "savefig.dpi", 40)
+        patch.setitem(style.STYLE, "savefig.dpi", 40)
         return report(runs / "main")
 
 

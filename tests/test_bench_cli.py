@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from dynatree_bench import bench_cli
 from dynatree_bench.data.workloads import KNOWN, encode, load_workload
-from dynatree_bench.report import figures
+from dynatree_bench.report import style
 from dynatree_bench.report.memory_share import memory_sentence
 from dynatree_bench.report.statistics import lowest_speedup, summaries
 from dynatree_bench.run import bandwidth, measure, methods, pairs
@@ -46,7 +46,7 @@ def bench(capsys, monkeypatch):
     monkeypatch.setattr(measure, "busy_percent", lambda seconds: 0.0)
     monkeypatch.setattr(measure.LoadMeter, "share", lambda meter: 0.0)
     monkeypatch.setattr(bandwidth, "read_speed", lambda device: ReadSpeed(8e9, None))
-    monkeypatch.setitem(figures.STYLE, "savefig.dpi", 40)
+    monkeypatch.setitem(style.STYLE, "savefig.dpi", 40)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def run(*args):

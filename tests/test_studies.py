@@ -10,6 +10,8 @@ import click
 import pytest
 
 from dynatree_bench.bench_cli import bench
+from dynatree_bench.report.series import Panel, draw_panels
+from dynatree_bench.report.style import GREY, VERMILION, line_styles
 from dynatree_bench.report.tables import Spread, markdown
 from dynatree_bench.run.pairs import Models
 from dynatree_bench.run.progress import in_rounds
@@ -76,6 +78,21 @@ def test_what_is_no_result_of_a_study_says_so(text, said, tmp_path):
         read_found(tmp_path)
     with pytest.raises(InputError, match="must hold the results of a study, got FileNotFoundError"):
         read_found(tmp_path / "none")
+
+
+def test_a_line_has_one_colour_in_all_panels_of_a_figure(tmp_path):
+    line = {1: Spread.of([1.0]), 2: Spread.of([2.0])}
+    methods = dict.fromkeys(("phase3", "someone's", "autoregressive", *"abcdefgh"), line)
+    panels = [Panel("all", "x", "y", methods), Panel("some", "x", "y", {"b": line, "someone's": line})]
+    draw_panels(panels, "figure", "foot", tmp_path / "figure.svg")
+    styles = line_styles(methods)
+    assert (styles["phase3"]["color"], styles["autoregressive"]["color"]) == (VERMILION, "#000000")
+    assert len({tuple(style.values()) for style in styles.values()}) == len(methods)
+    assert VERMILION not in {style["color"] for name, style in styles.items() if name != "phase3"}
+    _, _, second = (tmp_path / "figure.svg").read_text().partition('id="axes_2"')
+    coloured = {style["color"] for style in styles.values()} - {"#000000", GREY}  # which text has too
+    drawn = {colour for colour in coloured if colour.lower() in second}
+    assert drawn == {styles["b"]["color"], styles["someone's"]["color"]}
 
 
 EARLIER = {

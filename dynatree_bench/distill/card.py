@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from dynatree_bench.distill.evaluate import Agreement, LevelCost
 from dynatree_bench.distill.request import Request
 from dynatree_bench.distill.teacher import Shard
-from dynatree_bench.report.figures import BLUE, GREY, VERMILION
+from dynatree_bench.report.style import BLUE, GREY, VERMILION
 from dynatree_bench.run.machine import provenance
 from dynatree_core.files.writing import whole_file, write_text
 

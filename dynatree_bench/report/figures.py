@@ -1,14 +1,12 @@
 """The figures of a report, each made from the records of one run alone.
 
-A method keeps its colour and its marker in all figures. The phases have the palette of Okabe and Ito, which the
-colour-blind can tell apart, what stands beside them mostly Tol's muted one. A long name is shortened in its middle; a
-dagger behind it says that some outputs differ from greedy decoding. Every figure has its provenance at its foot.
+A method keeps its colour and its marker in all figures (`style.py`). A long name is shortened in its middle; a dagger
+behind it says that some outputs differ from greedy decoding. Every figure has its provenance at its foot.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -41,40 +39,12 @@ from dynatree_bench.report.statistics import (
     replayed_texts,
     summaries,
 )
+from dynatree_bench.report.style import BLUE, GREY, ORANGE, SKY, STYLE, VERMILION, Styles, method_styles
 from dynatree_bench.run.records import OutputRecord, Results, is_busy
 from dynatree_core.files.writing import whole_file
 
 DAGGER = " †"
-GREY = "#777777"
-ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
-    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
-)  # fmt: skip
-COLOURS = {
-    BASELINE: "#000000", "linear": SKY, "fixed": BLUE, "phase1": ORANGE, "phase2": GREEN, "phase3": VERMILION,
-    "cost_aware": PURPLE,
-}  # fmt: skip
-# shades for transformers' own methods, in turn
-HF_COLOURS = ("#3D3D3D", "#5C5C5C", "#7A7A7A", "#949494", "#ABABAB", "#C2C2C2", "#D6D6D6")
-# of other packages, and of methods beside the phases: wine, olive, indigo, yellow, teal, brown, lime
-OTHER_COLOURS = ("#882255", "#999933", "#332288", YELLOW, "#44AA99", "#8C510A", "#A6D854")
-MARKERS = {BASELINE: "x", "linear": "v", "fixed": "s", "phase1": "^", "phase2": "D", "phase3": "o", "cost_aware": "d"}
-OTHER_MARKERS = ("P", "*", "<", ">", "h")
 STAGES = {"draft": SKY, "verify": BLUE, "rest": ORANGE}
-STYLE: dict[str, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "lines.markersize": 5,
-    "savefig.dpi": 200,
-}
 WIDTH = 7.0  # inches, the width of a printed page's text
 MAX_CURVE_NODES = 128
 MAX_LABEL = 34  # characters of a method's name
@@ -161,19 +131,10 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **opti
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _styles(results: Results) -> dict[str, dict[str, str]]:
+def _styles(results: Results) -> Styles:
     """Method -> colour and marker."""
     hf = {method.name for method in results.info.methods if method.kind == "hf"}
-    styles = {}
-    others = {colours: zip(itertools.cycle(colours), itertools.cycle(OTHER_MARKERS), strict=False)
-              for colours in (HF_COLOURS, OTHER_COLOURS)}  # fmt: skip
-    for name in method_names(results.records):
-        if name in COLOURS:
-            colour, marker = COLOURS[name], MARKERS[name]
-        else:
-            colour, marker = next(others[HF_COLOURS if name in hf else OTHER_COLOURS])
-        styles[name] = {"color": colour, "marker": marker}
-    return styles
+    return method_styles(method_names(results.records), hf.__contains__)
 
 
 def _labels(records: Iterable[OutputRecord]) -> dict[str, str]:

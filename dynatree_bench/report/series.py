@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,12 +10,9 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter
 
-from dynatree_bench.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, VERMILION
+from dynatree_bench.report.style import GREY, STYLE, Styles, line_styles
 from dynatree_bench.report.tables import Spread
 from dynatree_core.files.writing import whole_file
-
-COLOURS = (VERMILION, BLUE, ORANGE, SKY, GREEN, PURPLE, GREY)
-MARKERS = ("s", "o", "^", "v", "D", "P", "x")
 
 
 @attrs.frozen
@@ -31,6 +27,11 @@ class Panel:
     is_log: bool = False  # so are the values, about
 
 
+def lines_of(found: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[int, Spread]]:
+    """A panel's lines of what a study's file has: label -> place -> numbers of its rounds."""
+    return {label: {int(at): Spread.of(numbers) for at, numbers in line.items()} for label, line in found.items()}
+
+
 def draw_panels(panels: Sequence[Panel], name: str, foot: str, path: Any) -> None:
     """Write panels side by side as SVG, with small print below.
 
@@ -42,21 +43,19 @@ def draw_panels(panels: Sequence[Panel], name: str, foot: str, path: Any) -> Non
     """
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}):  # type: ignore[dict-item]
         figure = Figure(figsize=(6.4 if len(panels) == 1 else 4.3 * len(panels), 4.8), layout="constrained")
+        styles = line_styles(label for panel in panels for label in panel.lines)  # the same in every panel
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            _draw(axes, panel)
+            _draw(axes, panel, styles)
         figure.supxlabel(foot, fontsize=7, color=GREY)
         with whole_file(path) as draft:
             figure.savefig(draft, format="svg", metadata={"Date": None})
 
 
-def _draw(axes: Any, panel: Panel) -> None:
-    styles = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
-    for (label, line), (colour, marker) in zip(panel.lines.items(), styles, strict=False):
+def _draw(axes: Any, panel: Panel, styles: Styles) -> None:
+    for label, line in panel.lines.items():
         found = list(line.values())
         bars = [[one.median - one.low for one in found], [one.high - one.median for one in found]]
-        axes.errorbar(
-            list(line), [one.median for one in found], yerr=bars, label=label, color=colour, marker=marker, capsize=2
-        )
+        axes.errorbar(list(line), [one.median for one in found], yerr=bars, label=label, capsize=2, **styles[label])
     axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
     if panel.is_doubling:
         axes.set_xscale("log", base=2)

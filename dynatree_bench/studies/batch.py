@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from dynatree_bench.report.series import Panel
+from dynatree_bench.report.series import Panel, lines_of
 from dynatree_bench.report.tables import Spread, Table, simple
 from dynatree_bench.run.machine import now
 from dynatree_bench.run.methods import with_settings
@@ -446,20 +446,14 @@ def tables(found: Mapping[str, Any]) -> Sequence[Table | None]:
 
 
 def panels(found: Mapping[str, Any]) -> Sequence[Panel]:
-    def lines(name: str) -> dict[str, dict[int, Spread]]:
-        return {
-            method: {int(size): Spread.of(values) for size, values in by_size.items()}
-            for method, by_size in found[name].items()
-        }
-
     ratios = {
         method: {int(size): spread for size in by_size if (spread := relative(found, method, size)) is not None}
         for method, by_size in found["total"].items()
         if method not in (PADDED, CONTINUOUS)
     }
     return [
-        Panel("in total", "sequences at once", "tokens/s", lines("total"), is_doubling=True),
-        Panel("of a sequence", "sequences at once", "tokens/s", lines("each"), is_doubling=True),
+        Panel("in total", "sequences at once", "tokens/s", lines_of(found["total"]), is_doubling=True),
+        Panel("of a sequence", "sequences at once", "tokens/s", lines_of(found["each"]), is_doubling=True),
         Panel("what trees are worth", "sequences at once", "1 = our plain decoding", ratios, is_doubling=True),
     ]
 

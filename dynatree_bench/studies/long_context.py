@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from dynatree_bench.report.series import Panel
+from dynatree_bench.report.series import Panel, lines_of
 from dynatree_bench.report.tables import Spread, Table, simple
 from dynatree_bench.run.passes import pass_seconds
 from dynatree_bench.run.progress import Job, in_rounds
@@ -188,13 +188,7 @@ def tables(found: Mapping[str, Any]) -> Sequence[Table | None]:
 
 def panels(found: Mapping[str, Any]) -> Sequence[Panel]:
     titles = {"passes": "One verification pass", "tokens": f"Decoding, drafter {DRAFTER}", "memory": "Cache"}
-    return [
-        Panel(
-            title, "context (tokens)", TITLES[name][0],
-            {series: {int(c): Spread.of(v) for c, v in lines.items()} for series, lines in found[name].items()},
-        )
-        for name, title in titles.items()
-    ]  # fmt: skip
+    return [Panel(title, "context (tokens)", TITLES[name][0], lines_of(found[name])) for name, title in titles.items()]
 
 
 STUDY = Study(("target", "prompt_tokens", "max_new_tokens", "repeats"), measure, tables, panels)
