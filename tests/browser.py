@@ -58,11 +58,12 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": [scheme]})
 
-    def open(self, page: Path, fragment: str = "") -> None:
-        """Open a file; a new document even where the same one is open."""
+    def open(self, page: Path | str, fragment: str = "") -> None:
+        """Open a file or an address; a new document even where the same one is open."""
         self.driver.get("about:blank")
         self.console()
-        self.driver.get(f"{page.as_uri()}{fragment}")
+        self.driver.get(f"{page.as_uri() if isinstance(page, Path) else page}{fragment}")
+        self.wait("document.documentElement.dataset.ready !== undefined")
         assert self.js("return document.documentElement.dataset.ready") == "yes", self.console()
 
     def js(self, code: str, *arguments: Any) -> Any:
@@ -88,11 +89,11 @@ class Browser:
 
         ActionChains(self.driver).move_to_element(self.driver.find_element("css selector", selector)).perform()
 
-    def wait(self, code: str) -> None:
-        """Until an expression of the page is true."""
+    def wait(self, code: str, seconds: float = 10) -> None:
+        """Until an expression of the page is true; so long at most."""
         from selenium.webdriver.support.ui import WebDriverWait
 
-        WebDriverWait(self.driver, 10).until(lambda driver: driver.execute_script(f"return {code}"), code)
+        WebDriverWait(self.driver, seconds).until(lambda driver: driver.execute_script(f"return {code}"), code)
 
     def console(self) -> list[str]:
         """What the page has complained about since the last call."""

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from dynatree_core.errors import DynaTreeError, InputError
@@ -21,6 +21,7 @@ from dynatree_core.serve.logs import log_fault
 from dynatree_core.serve.records import CHAT, COMPLETION, Form
 from dynatree_core.serve.schema import ChatBody, CompletionBody, GenerationBody, TokenizeBody
 from dynatree_core.serve.service import Service
+from dynatree_core.serve.start_page import start_page
 from dynatree_core.serve.stream import event_stream, whole_answer
 
 __all__ = ["make_app"]
@@ -42,6 +43,7 @@ def make_app(service: Service) -> FastAPI:
     _add_generation(app, service)
     _add_models(app, service)
     _add_health(app, service)
+    _add_page(app)
     # the last one added is the first that a request meets
     app.add_middleware(Gate, keys=service.keys, max_body_bytes=service.settings.max_body_bytes)
     if service.settings.cors_origins:
@@ -105,6 +107,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
             "created": service.created,
             "owned_by": "dynatree",
             "max_model_len": service.context_limit,
+            "dynatree": service.choices(),
         }
 
     @app.get("/v1/models")
@@ -123,6 +126,13 @@ def _add_models(app: FastAPI, service: Service) -> None:
         """The tokens of a text or a conversation."""
         ids = await service.read(service.reader.tokenized, body)
         return {"count": len(ids), "max_model_len": service.context_limit, "tokens": ids}
+
+
+def _add_page(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        """A chat in the browser."""
+        return HTMLResponse(start_page().html, headers=start_page().headers)
 
 
 def _add_health(app: FastAPI, service: Service) -> None:

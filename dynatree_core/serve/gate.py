@@ -21,7 +21,7 @@ from dynatree_core.serve.logs import REQUEST_ID, log, log_fault
 
 __all__ = ["Gate", "RequestLog", "error_response"]
 
-OPEN_PATHS = ("/health", "/health/live", "/health/ready")  # without a key
+OPEN_PATHS = ("/", "/health", "/health/live", "/health/ready")  # without a key; the page asks for one
 BODY_SECONDS = 60.0  # in which a body has to arrive
 _ID = re.compile(r"[\w.:-]{1,100}", re.ASCII)
 

@@ -134,6 +134,16 @@ class Service:
         prompts = [str(self._tokenizer.decode(list(request.prompt_ids))) for request in answers.asked.requests]
         return {"prompts": prompts, "answers": [str(self._tokenizer.decode(one.token_ids)) for one in answers.handles]}
 
+    def choices(self) -> dict[str, object]:
+        """What a request may choose, for clients that offer it."""
+        settings = self.settings
+        return {
+            "policies": settings.policies,
+            "drafters": settings.drafters,
+            "max_tokens": settings.max_tokens,
+            "has_chat_template": self._tokenizer.chat_template is not None,
+        }
+
     def new_head(self, form: Form) -> Head:
         """What the records of one answer begin with."""
         return Head(form, self.settings.model_names[0], self.token_text)
