@@ -27,7 +27,7 @@ __all__ = ["adapters_of_rows", "inside_peft_wrapper", "is_peft_wrapper", "withou
 
 @attrs.frozen(eq=False)
 class _Entry:
-    """The model without adapters, and how the model with them was then."""
+    """A model without its adapters, and the state of the model that it was made of (`state_of`)."""
 
     twin: nn.Module
     state: Hashable
@@ -38,7 +38,7 @@ _lock = threading.Lock()
 
 
 def is_peft_wrapper(model: object) -> bool:
-    """Whether it is one of PEFT's models around another one, with adapters of one kind or of several."""
+    """Whether a module is a wrapper of PEFT's: `PeftModel` or `PeftMixedModel`."""
     if "peft" not in sys.modules:  # then nobody can have made one
         return False
     peft: Any = importlib.import_module("peft")
@@ -54,7 +54,7 @@ def inside_peft_wrapper(model: Any) -> nn.Module:
 
 
 def adapters_of_rows(model: nn.Module) -> list[str] | None:
-    """The adapters that a call of PEFT's generate() has chosen by `adapter_names`, one a row; None where it has not."""
+    """The adapter of each row of the batch, inside a PEFT generate() with `adapter_names`; None outside of one."""
     if "peft" not in sys.modules:
         return None
     # PEFT hands them to its layers by a hook on each, for as long as the call lasts
@@ -64,10 +64,10 @@ def adapters_of_rows(model: nn.Module) -> list[str] | None:
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
-    """The model as it is without its PEFT adapters, whether they are on or off at the moment.
+    """A model that computes without the PEFT adapters, whether these are enabled at the moment or not.
 
-    Its parameters and buffers are the model's own. It is made at the first call, and anew once the model was changed.
-    Sessions and threads share it.
+    It shares the parameters and buffers. It is made at the first call, and made anew after the model was changed;
+    sessions and threads share it.
 
     Raises:
         ParameterError: the model has no adapters, or they are merged into its weights, or they cannot be taken off.
@@ -107,7 +107,7 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 def _take_off(module: nn.Module) -> None:
-    """Put what they wrap in the place of all adapters below a module."""
+    """Replace each adapter layer below a module by the layer that it wraps."""
     for name, child in [*module.named_children()]:
         base = child
         while _is_adapted(base):
@@ -119,7 +119,7 @@ def _take_off(module: nn.Module) -> None:
 
 
 def _is_adapted(part: nn.Module) -> bool:
-    """Whether it is one of PEFT's layers around another one."""
+    """Whether a module is a layer of PEFT's that wraps another layer."""
     if "peft" not in sys.modules:  # then nobody can have made one
         return False
     layers: Any = importlib.import_module("peft.tuners.tuners_utils")

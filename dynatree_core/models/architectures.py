@@ -1,4 +1,4 @@
-"""Which models take a tree mask, and in which form. What is not known to be exact is refused, not tried.
+"""The table of model families that take a tree mask, and the form in which each wants it. Others are refused.
 
 Each family named here was compared in float64: one pass over a tree against separate passes over each of its
 paths (tests/test_architectures.py does it again for every one of them).
@@ -35,9 +35,9 @@ __all__ = [
 _FULL = "full_attention"
 _SLIDING = "sliding_attention"
 
-# How a family lets its layers look back: "all" the way; within config.sliding_window if there is one, in "every" layer;
+# Which tokens a family's layers attend to: "all"; those within config.sliding_window, if set, in "every" layer;
 # or by "layer" as config.layer_types says, with a mask for each type. A setting that a family ignores is ignored here.
-# model type -> which; each passes a 4-D mask through to every layer
+# model type -> one of these; all of them pass a 4-D mask through to every layer
 EXACT_FAMILIES = {
     "cohere": "all",
     "cohere2": "layer",
@@ -74,7 +74,7 @@ EXACT_FAMILIES = {
 
 _GENERATE = "; decode it with its own generate"
 _ALIBI = "its ALiBi position biases follow the order of the cache, not the positions in the tree" + _GENERATE
-# model type -> why not, where its configuration does not tell
+# model type -> reason for refusal that cannot be read off its configuration
 _REASONS = {
     "bloom": _ALIBI,
     "gpt_neo": "its local layers cut the mask by the order of the cache, not by the positions in the tree" + _GENERATE,
@@ -147,7 +147,7 @@ def check_causal_lm(model: nn.Module, role: str) -> None:
         )
     reason = _reason_against(model, config)
     inner = model_inside(model)
-    if role == "target" and inner is not None and not reason:  # a drafter can only be wrong
+    if role == "target" and inner is not None and not reason:  # a drafter's errors cost acceptance, not correctness
         reason = f"it hands its passes on to a {type(inner).__name__} whose parts are not its own; give that model"
     if reason:
         raise UnsupportedModelError(
@@ -199,7 +199,7 @@ def _reason_against(model: nn.Module, config: Any) -> str | None:
 
 
 def _drops(part: Any) -> bool:
-    """Whether a module drops numbers at random while it is in training mode."""
+    """Whether a module applies dropout when it is in training mode."""
     shares = (getattr(part, name, 0) for name in ("p", "attention_dropout", "dropout_p"))
     return any(isinstance(share, float) and share > 0 for share in shares)
 
@@ -272,7 +272,7 @@ def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     found: dict[str, inspect.Parameter] = {}
     for forward in (*own, *inherited):
         parameters = inspect.signature(forward).parameters
-        if forward is vars(nn.Module)["forward"]:  # the others hand all on, and not to a base class
+        if forward is vars(nn.Module)["forward"]:  # none of its own: a wrapper, which hands all to the model inside
             inner = model_inside(plain)
             return found if inner is None else {**forward_parameters(inner), **found}
         found |= {name: parameter for name, parameter in parameters.items() if name not in found}
@@ -282,7 +282,7 @@ def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def model_inside(model: nn.Module) -> nn.Module | None:
-    """The model that answers for this module in what it does not have itself; None for a model of its own."""
+    """The model that a wrapper delegates missing attributes to; None where the module is no such wrapper."""
     plain: Any = getattr(model, "_orig_mod", model)  # what `torch.compile` wraps is the model itself
     inner = getattr(getattr(plain, "get_output_embeddings", None), "__self__", plain)
     return None if inner is plain or not isinstance(inner, nn.Module) else inner

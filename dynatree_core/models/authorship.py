@@ -1,8 +1,8 @@
-"""Whose code a model runs: transformers', torch's and ours, or somebody else's.
+"""Whether a model runs code of transformers, torch and this package only, or anybody else's too.
 
-Classes of somebody else are found by their module. So are functions, also where they have taken the place of a
-method of a class, of a function that a model's module calls, of an attention function or of one of torch's: that is
-how many speed-up packages come into a model.
+Classes and functions are attributed by the module that defines them. Functions are looked for where speed-up packages
+put theirs: in the place of a class's method, of a function that a model's module calls, of an attention function, or of
+one of torch's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, s
 
 @attrs.frozen(eq=False)
 class Replacement:
-    """A function of somebody else's in the place of one that a model runs."""
+    """A function of another package in the place of one that a model runs."""
 
     place: str  # such as "transformers.models.llama.modeling_llama.LlamaMLP.forward"
     function: Any
@@ -56,7 +56,7 @@ def is_others(function: Any) -> bool:
 
 
 def function_of(method: Any) -> Any:
-    """The function of a method, and of what @staticmethod and @classmethod make; all else as it is."""
+    """The function inside of a method, staticmethod or classmethod; any other object unchanged."""
     return getattr(method, "__func__", method)
 
 

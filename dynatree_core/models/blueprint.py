@@ -72,7 +72,7 @@ class Rope:
     """A rotary embedding: the first `2 × frequencies` numbers of each head are turned by the position."""
 
     inv_freq: Tensor  # [frequencies] float32
-    scaling: float  # of cosine and sine
+    scaling: float  # cosine and sine are multiplied by it
     is_interleaved: bool  # pairs stand side by side, rather than half the turned numbers apart
 
 
@@ -140,7 +140,7 @@ class Blueprint:
 
 @attrs.frozen(kw_only=True)
 class Family:
-    """Where a family keeps what, by transformers' names. The defaults are Llama's."""
+    """Under which names transformers keeps a family's parameters and settings. The defaults are Llama's."""
 
     base: str = "model"
     layers: str = "layers"
@@ -152,7 +152,7 @@ class Family:
     is_one_added: bool = False  # norms multiply with 1 + weight
     attention: str = "self_attn"
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    qkv_order: str = "stacked"  # or how a fused matrix has them: "by_head", "by_group"
+    qkv_order: str = "stacked"  # order of the rows of a fused matrix: "stacked", "by_head" or "by_group"
     output: str = "o_proj"
     query_key_norms: tuple[str, str] | None = None
     attention_norm: str | None = "input_layernorm"
@@ -166,14 +166,14 @@ class Family:
     activation: str = "hidden_act"
     is_interleaved: bool = False
     is_transposed: bool = False  # matrices are [inputs, outputs], as GPT-2's Conv1D has them
-    details: Callable[[Any, _Reader], dict[str, Any]] | None = None  # what else a configuration says of the model
-    layer_details: Callable[[Any, int], dict[str, Any]] | None = None  # … and of one layer
-    refuses: Callable[[Any], str | None] = lambda config: None  # a setting that is not known here
-    variant: Callable[[Any], dict[str, Any]] = lambda config: {}  # what of the above a setting changes
+    details: Callable[[Any, _Reader], dict[str, Any]] | None = None  # more fields of Blueprint
+    layer_details: Callable[[Any, int], dict[str, Any]] | None = None  # further fields of one Layer
+    refuses: Callable[[Any], str | None] = lambda config: None  # names an unsupported setting
+    variant: Callable[[Any], dict[str, Any]] = lambda config: {}  # fields that a setting changes
 
 
 class _Reader:
-    """A model's parameters by their names. It counts which were taken, and converts what a layer needs."""
+    """A model's parameters by name. It notes which were used: an unused one is a layer that is not understood."""
 
     def __init__(self, weights: Mapping[str, Tensor], family: Family) -> None:
         self._weights = weights
@@ -208,7 +208,7 @@ class _Reader:
         return Norm(family.norm, weight, size, bias, offset=1.0 if family.is_one_added else 0.0)  # type: ignore[arg-type]
 
     def _of_norm(self, name: str, part: str) -> Tensor | None:
-        """[numbers], or [heads, head_dim] where each head has a norm of its own; None: it has none."""
+        """A norm's weight or bias: [hidden], or [heads, head_dim] where each head has its own; None: it has none."""
         if self.has(f"{name}.{part}"):
             return self.vector(f"{name}.{part}")
         heads: list[Tensor] = []

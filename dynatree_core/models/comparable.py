@@ -1,6 +1,6 @@
-"""Values of a model that are compared to see whether it was changed: tensors, attributes, hooks and what these read.
+"""Snapshots of tensors, attributes and hooks, which are equal as long as a model has not been changed.
 
-What is compared outlives the values, so nothing goes by an address: another object may come to stand there.
+A snapshot may outlive the objects it was made of, so no address or id is compared: a new object may have the same one.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 __all__ = ["comparable", "hooks_state", "is_plain", "noting_hooks_that_keep", "tensor_state"]
 
-_MAX_DEPTH = 4  # of containers and objects: deeper ones are told apart as a whole
-# never looked into: a model's modules and configuration are compared by themselves
+_MAX_DEPTH = 4  # levels of containers and objects that are compared by content; deeper ones are compared by identity
+# compared by identity: a model's modules and configuration have snapshots of their own
 _WHOLE = (nn.Module, PreTrainedConfig, GenerationConfig, type, types.ModuleType)
 
-_keeping: set[int] = set()  # the numbers of hooks that count or record
+_keeping: set[int] = set()  # registration numbers of hooks that change what they read, such as counters
 
 
 class _Same:
-    """Stands for an object, which is kept alive only where it takes no weak references."""
+    """Compares an object by identity, through a weak reference where it can have one."""
 
     def __init__(self, thing: object) -> None:
         try:
@@ -44,18 +44,18 @@ class _Same:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers, and is no class with a way of its own, such as a quantised one."""
+    """Whether a tensor is a plain one, not a subclass such as those of quantised weights."""
     return type(tensor) in (Tensor, nn.Parameter) or type(tensor) is getattr(nn, "Buffer", None)
 
 
 def comparable(value: object, *, reads_code: bool = False, depth: int = 0) -> Hashable:
-    """What is equal as long as a value stays as it is: plain data, tensors, and containers of them.
+    """A snapshot of a value: equal to a later one as long as the value is unchanged.
 
     Args:
-        value: whatever.
+        value: plain data, a tensor, a container of these, or any object.
         reads_code: whether to look into objects and functions too: attributes, arguments, enclosed and global
-            variables. Otherwise they are told apart as a whole.
-        depth: of the value in what was asked about.
+            variables. Otherwise they are compared by identity.
+        depth: nesting of the value in the one that was asked about.
     """
     if value is None or isinstance(value, int | float | complex | str | bytes | torch.dtype | torch.device):
         return type(value).__name__, value  # 1, 1.0 and True are not the same setting
@@ -71,24 +71,25 @@ def comparable(value: object, *, reads_code: bool = False, depth: int = 0) -> Ha
             return frozenset(map(within, value))
         if reads_code and not isinstance(value, _WHOLE):
             return _Same(getattr(value, "__func__", value)), *map(within, _read_by(value))
-    return _Same(getattr(value, "__func__", value))  # a method is made anew whenever it is asked for
+    return _Same(getattr(value, "__func__", value))  # each access makes a new method object
 
 
 def hooks_state(hooks: Mapping[int, Any], *, reads_code: bool) -> Hashable:
-    """Hooks by the number that torch gives each registration, which is never given again.
+    """A snapshot of hooks, by the number that torch gives each registration and never reuses.
 
-    One that is a function with plain arguments, such as PEFT's for `adapter_names`, is what these say.
+    A partial function with plain arguments, such as PEFT's for `adapter_names`, is compared by these arguments.
 
     Args:
         hooks: of one kind, of one module.
-        reads_code: as for `comparable`. Not of a hook that keeps what it sees: it would be another one after each pass.
+        reads_code: as for `comparable`. A hook that records what it sees is compared by its number alone: otherwise it
+            would differ after each pass.
     """
     return tuple(_hook(number, hook, reads_code and number not in _keeping) for number, hook in hooks.items())
 
 
 @contextmanager
 def noting_hooks_that_keep(hooks: Mapping[int, Any]) -> Iterator[None]:
-    """Note which of these hooks change what they read while the block runs passes and nobody else changes anything."""
+    """Find the hooks that change their own data in a pass: their snapshots differ after the block's passes."""
     before = {number: comparable(hook, reads_code=True) for number, hook in hooks.items()}
     yield
     _keeping.update(number for number, hook in hooks.items() if comparable(hook, reads_code=True) != before[number])
@@ -109,7 +110,7 @@ def _is_data(value: object) -> bool:
 
 
 def _read_by(code: Any) -> list[object]:
-    """What a function or an object reads: attributes, arguments, enclosed and global variables."""
+    """The values that a function or object depends on: attributes, default arguments, enclosed and global variables."""
     if isinstance(code, functools.partial):
         return [code.func, code.args, code.keywords]
     if isinstance(code, types.MethodType):
@@ -130,23 +131,23 @@ def _is_empty(cell: types.CellType) -> bool:
 
 
 def tensor_state(tensor: Tensor, reads_numbers: bool = True, *, waits: bool = False) -> Hashable:
-    """A tensor's memory and how often torch has counted a change of it, and where asked for some of its numbers.
+    """A snapshot of a tensor: its storage, torch's version counter and, if asked for, a checksum of some elements.
 
-    They are looked at on a CPU, and on another device if that may be waited for.
+    The checksum is taken on a CPU, and on another device only where the caller may wait for it.
     """
     if not is_plain(tensor):
         inner = _inner_tensors(tensor)
         return _Same(tensor), tuple(tensor_state(part, reads_numbers, waits=waits) for part in inner)
     version = 0 if tensor.is_inference() else tensor._version
     place: Hashable = tensor.data_ptr() if tensor.layout == torch.strided else _Same(tensor)
-    if tensor.layout == torch.strided:  # the address alone may be that of a tensor which has gone
+    if tensor.layout == torch.strided:  # the address alone could be that of an earlier tensor that was freed
         place = place, tuple(tensor.shape), StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
     is_read = reads_numbers and (waits or tensor.device.type == "cpu")
     return place, version, _sample(tensor) if is_read else None
 
 
 def _inner_tensors(tensor: Any) -> list[Tensor]:
-    """The tensors that a quantised one is made of."""
+    """The plain tensors inside of a quantised one."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return []
     names, _ = tensor.__tensor_flatten__()
@@ -154,9 +155,9 @@ def _inner_tensors(tensor: Any) -> list[Tensor]:
 
 
 def _sample(tensor: Tensor) -> int:
-    """A checksum of one number of each row, in another column each time.
+    """A checksum of one element of each row; the column moves on from row to row.
 
-    Neither changes through `.data` are counted in a tensor's version, nor those of tensors made in inference mode.
+    It is there for changes that torch's version counter misses: through `.data`, and of tensors made in inference mode.
     """
     if tensor.device.type == "meta" or tensor.layout != torch.strided:
         return 0

@@ -106,7 +106,7 @@ def _half_apart(num_rows: int, head_dim: int) -> Tensor:
 def _config(field: dict[str, Any]) -> tuple[LlamaConfig, dict[str, int]]:
     """The configuration, and the ids of special tokens."""
     special_ids = {f"{role}_token_id": field[f"tokenizer.ggml.{_ROLES[role]}_token_id"] for role in _ROLES}
-    del special_ids["unk_token_id"]  # the tokenizer's business only
+    del special_ids["unk_token_id"]  # only the tokenizer needs it
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         dtype="float32",

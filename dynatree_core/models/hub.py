@@ -20,12 +20,12 @@ SECONDS = 2.0  # for the connection and an answer, the look-up of the address in
 
 
 def offline_reason() -> str | None:
-    """Why nothing can be fetched from the hub, or None where it answers. Asked once a process."""
+    """Why nothing can be fetched from the hub; None where it answers. It is asked once a process."""
     return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable_reason()
 
 
 def unreachable_reason() -> str | None:
-    """Why the hub does not answer; None where it does, or where it must not be asked and its clients say so at once."""
+    """Why the hub does not answer; None where it does, and in offline mode, in which its client fails at once."""
     return None if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
 
 
@@ -40,7 +40,7 @@ def fetched_folder(name: str) -> Path | None:
 
 @functools.cache
 def _unreachable(endpoint: str) -> str | None:
-    """Why an address does not answer; any answer will do."""
+    """Why an address does not answer; None for any HTTP answer, an error status too."""
     failed: list[str] = []
 
     def ask() -> None:
@@ -49,7 +49,7 @@ def _unreachable(endpoint: str) -> str | None:
         except Exception as error:  # noqa: BLE001  # the client is another library in each version of the hub's package
             failed.append(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
 
-    # the system's look-up of an address knows no time limit, so it is left behind if need be
+    # name resolution has no time limit, so a thread does it and is abandoned if it takes too long
     thread = threading.Thread(target=ask, daemon=True, name="hub")
     thread.start()
     thread.join(SECONDS)

@@ -1,6 +1,6 @@
-"""What outlives an engine: things that are dear to make, kept for the next generation with the same model.
+"""A store for each model object, for things that take long to make: packed copies, students, measured costs.
 
-Packed copies of matrices, students and measured costs belong to one model object and go when it goes.
+The next generation with the same model finds them, with another engine too. They are freed with the model.
 """
 
 from __future__ import annotations
@@ -19,6 +19,6 @@ _lock = threading.Lock()
 
 
 def kept_of(model: nn.Module) -> dict[Hashable, Any]:
-    """The mapping of one model, empty at first. No value may hold the model itself, or it would never go."""
+    """The store of one model, empty at first. No value may refer to the model, or neither would ever be freed."""
     with _lock:
         return _kept.setdefault(model, {})

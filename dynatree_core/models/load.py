@@ -39,7 +39,7 @@ __all__ = [
 DEFAULT_MODEL = "default"
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
-# what transformers lets through when files are damaged; each was seen, or is raised by what it calls
+# exceptions that transformers raises for damaged files; each was seen, or is raised by a library that it calls
 _LOAD_FAILURES = (
     OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError,
     ImportError, pickle.UnpicklingError, SafetensorError, StrictDataclassError,
@@ -50,7 +50,7 @@ _VOCABULARY_FILES = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.
 
 @attrs.frozen(eq=False)
 class LoadedModel:
-    """A causal language model in evaluation mode, and what it was loaded by."""
+    """A causal language model in evaluation mode, with its tokenizer and name."""
 
     model: PreTrainedModel  # or a `StoredModel`, which has what a generation asks of one, where `weights` were given
     tokenizer: PreTrainedTokenizerBase | None  # None: its folder holds none
@@ -181,7 +181,7 @@ def _stored_model(name: str, weights: str, progress: Callable[[str], None] | Non
 
 
 def _load_generation_config(location: str, config: PreTrainedConfig) -> Any:
-    """What from_pretrained gives a model: the folder's, or what its configuration says of generation."""
+    """The generation config that from_pretrained would set: the folder's file, else one from the configuration."""
     from transformers import GenerationConfig
 
     kind: Any = GenerationConfig  # transformers leaves some of its functions unannotated
@@ -209,7 +209,7 @@ def check_model_name(name: str | None) -> None:
 
 
 def model_folder(name: str | None) -> Path:
-    """Where the files are that `load_model` has loaded.
+    """The folder that `load_model` loads a name from.
 
     Raises:
         ModelLoadError: there is no such folder.
@@ -226,7 +226,7 @@ def model_folder(name: str | None) -> Path:
 
 
 def vocabularies_match(target: PreTrainedTokenizerBase | None, drafter: PreTrainedTokenizerBase | None) -> bool | None:
-    """Whether both tokenizers give every token the same id; None when one is missing: nobody can tell."""
+    """Whether both tokenizers give every token the same id; None where one of the two is missing."""
     if target is None or drafter is None:
         return None
     return bool(target.get_vocab() == drafter.get_vocab())
@@ -248,7 +248,7 @@ def resolve_device(device: str | None) -> torch.device:
 
 
 def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    """What from_pretrained is to be told, which takes "auto" for the checkpoint's own."""
+    """The dtype argument of from_pretrained, for which "auto" means the checkpoint's own."""
     if dtype == "auto":
         return "auto" if device.type == "cuda" else torch.float32
     if dtype not in _DTYPES:
@@ -257,19 +257,19 @@ def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 
 
 def _is_folder(name: str) -> bool:
-    """Whether it is no id of the hub."""
+    """Whether a name means a folder rather than an id on the hub."""
     return name == DEFAULT_MODEL or _is_path(name)
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name means a folder: no id on the hub is empty, begins so or has more than one slash."""
+    """Whether a name has the form of a path: no hub id is empty, begins with . / or ~, or has two slashes."""
     return not name or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or Path(name).exists()
 
 
 def _location(name: str, is_folder: bool, progress: Callable[[str], None] | None) -> str:
-    """What to hand to transformers: an absolute path, or the hub id as it is.
+    """The argument of from_pretrained: an absolute path, or the hub id.
 
-    Without a connection it is the folder in the hub's local cache: by an id some files would be asked for nonetheless.
+    Without a connection it is the folder in the hub's local cache: given an id, transformers would still request files.
     """
     if name == DEFAULT_MODEL:
         return str(embedded.path(progress=progress))
@@ -288,7 +288,7 @@ def _location(name: str, is_folder: bool, progress: Callable[[str], None] | None
 
 
 def _load_config(name: str, location: str, is_folder: bool) -> PreTrainedConfig:
-    from transformers import AutoConfig  # with this and the like, transformers imports its models: for seconds
+    from transformers import AutoConfig  # imports take seconds: such names make transformers import its models
 
     expected = "a config.json of a model type that transformers knows"
     advice = "save it again, or choose another model"
@@ -296,7 +296,7 @@ def _load_config(name: str, location: str, is_folder: bool) -> PreTrainedConfig:
         expected = "a folder, or a model that can be fetched from the hub or was fetched before"
         advice = "check the id and the network, give a folder, or no name for the default model"
     with _explained(name, expected, advice, location):
-        # False, or transformers stops to ask on the terminal whether to run code that comes with the model
+        # by default transformers asks on the terminal whether to run code that comes with the model
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
     reason = _reason_against(config)
     if reason is not None:
@@ -331,10 +331,10 @@ def _load_weights(name: str, location: str, config: PreTrainedConfig, dtype: tor
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # seen to below: the error of transformers only points at its log
+            ignore_mismatched_sizes=True,  # refused below, with a message that names the parameter
         )
     model, found = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
-    # transformers would go on with random numbers in their place
+    # transformers fills missing weights with random numbers
     lacking = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
     if lacking:
         raise ModelLoadError(
@@ -356,7 +356,7 @@ def _load_tokenizer(name: str, location: str, is_folder: bool) -> PreTrainedToke
 
 @contextlib.contextmanager
 def _explained(name: str, expected: str, advice: str, location: str | None = None) -> Iterator[None]:
-    """Turn whatever transformers raises inside into one line, in which closed files are told from damaged ones."""
+    """Turn what transformers raises into one line, which says whether files are unreadable or damaged."""
     try:
         yield
     except _LOAD_FAILURES as error:

@@ -1,8 +1,8 @@
-"""What a model object is at this moment: whether it is as transformers made it, and whether it was changed since.
+"""The state of a model object: whether transformers made all of it, and whether it was changed since an earlier look.
 
-A copy, a probe or cached rows of a model hold as long as its state is the same. Compared are its weights, the plain
-attributes of its modules (numbers, names, and lists and dicts of them, such as a LoRA layer's active adapters), its
-hooks, replaced functions and its configuration.
+A packed copy, a probe's result or cached rows are valid as long as the state is equal. It consists of weights, plain
+attributes of modules (numbers, names, and lists and dicts of them, such as a LoRA layer's active adapters), hooks,
+replaced functions and the configuration.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dynatree_core.models.comparable import comparable, hooks_state, is_plain, t
 
 __all__ = ["can_infer", "foreign_parts", "hooks_of", "is_plain", "is_untouched", "state_of", "without_gradients"]
 
-_SMALL = 2**18  # numbers of a tensor that is looked at in any case
-_WRAPPED = ("base_layer", "original_module")  # where a layer of PEFT's has the one that it is around
-_NO_STATE = frozenset(vars(nn.Module())) - {"training"}  # torch's own attributes of a module, which are read otherwise
+_SMALL = 2**18  # elements of a tensor up to which it is checksummed in any case
+_WRAPPED = ("base_layer", "original_module")  # attributes in which layers of PEFT hold the layer that they wrap
+_NO_STATE = frozenset(vars(nn.Module())) - {"training"}  # torch's own attributes of a module
 
 
 def can_infer(model: nn.Module) -> bool:
@@ -35,19 +35,19 @@ def without_gradients(*models: nn.Module) -> torch.inference_mode | torch.no_gra
 
 
 def is_untouched(model: nn.Module, is_fine: Callable[[object], bool] = lambda code: False) -> bool:
-    """Whether a model's modules are as transformers made them, so that a copy of it does all that it does.
+    """Whether only code of transformers, torch and this package runs in a model, so that a copy computes the same.
 
-    A class, a hook or a forward of somebody's own, such as a LoRA layer, may keep a state that a copy would not follow.
+    Anybody else's class, hook or forward, such as a LoRA layer, may have state that a copy would not follow.
 
     Args:
         model: the model.
-        is_fine: whether a class or a hook of somebody's own does no harm.
+        is_fine: given somebody else's class or hook, whether it may stay.
     """
     return next(_foreign_code(model, is_fine), None) is None
 
 
 def foreign_parts(model: nn.Module) -> Iterator[str]:
-    """What of a model transformers has not made, in words: classes, hooks, replaced forwards, tensors."""
+    """Descriptions of the parts of a model that are not transformers': classes, hooks, forwards, tensors."""
     yield from _foreign_code(model, lambda code: False)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not is_plain(tensor):
@@ -76,18 +76,18 @@ def _name(function: Any) -> str:
 
 
 def state_of(model: nn.Module, *, reads_weights: bool = True, reads_code: bool = False) -> Hashable:
-    """What is compared to see whether a model was changed.
+    """A snapshot of a model: equal to a later one as long as the model was not changed.
 
-    Single numbers that were changed through `.data`, which counts no changes, may be missed: of each row one is looked
-    at, on a CPU; of adapters on any device.
+    Changes through `.data`, which torch does not count, may be missed: one element of each row is checksummed, on a
+    CPU, and on any device for adapters.
 
     Args:
         model: the model.
-        reads_weights: whether to look at the numbers of large tensors, which takes most of the time: 15 of 20 ms for
-            135 million parameters. Without, only those of adapters are, which PEFT's `hotswap_adapter` writes through
-            `.data`. Changes of others are seen only where torch counts them.
-        reads_code: whether to look at what hooks and functions of somebody's own read: their objects' attributes,
-            enclosed and global variables.
+        reads_weights: whether to checksum large tensors, which takes most of the time: 15 of 20 ms for 135 million
+            parameters. Without it only adapters are, since PEFT's `hotswap_adapter` writes through `.data`; changes of
+            other large tensors are noticed only where torch counts them.
+        reads_code: whether to compare the data that others' hooks and functions read: attributes, enclosed and global
+            variables.
     """
     adapters = {id(tensor) for tensor in _adapter_tensors(model)}
 
@@ -120,7 +120,7 @@ def state_of(model: nn.Module, *, reads_weights: bool = True, reads_code: bool =
 
 
 def hooks_of(model: nn.Module) -> dict[int, Any]:
-    """All forward hooks that a model's passes call, by the number of their registration."""
+    """All forward hooks that a pass calls, torch's global ones too, by the number of their registration."""
     found = {**torch_module._global_forward_hooks, **torch_module._global_forward_pre_hooks}
     for part in model.modules():
         found |= {**part._forward_hooks, **part._forward_pre_hooks}
@@ -133,11 +133,11 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _adapter_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """What layers hold beside the one that they wrap, as PEFT's do."""
+    """The tensors of wrapping layers, such as PEFT's, without those of the layers that they wrap."""
     for part in filter(_is_around_a_layer, model.modules()):
         yield from (tensor for tensor in (*part._parameters.values(), *part._buffers.values()) if tensor is not None)
         for name, held in part.named_children():
-            if name not in _WRAPPED and not _is_around_a_layer(held):  # one that is has its own turn
+            if name not in _WRAPPED and not _is_around_a_layer(held):  # such a one is visited by itself
                 yield from _tensors(held)
 
 

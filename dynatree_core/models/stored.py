@@ -1,7 +1,7 @@
-"""A model in the bits that it was published in: its blueprint with packed matrices, and no module of transformers.
+"""Models whose weights stay in their published bits: a blueprint with packed matrices, without transformers' modules.
 
-To decode with it takes neither transformers' code of models, whose import takes seconds, nor a second copy of the
-weights. It may be kept in one file, which is mapped into memory rather than read.
+Decoding needs neither transformers' model code, whose import takes seconds, nor a second copy of the weights. A model
+can be saved as one file, which is mapped into memory rather than read.
 
 `StoredModel.in_transformers` is the same model as transformers has it, in float32: for runners that need modules, and
 as the oracle of the tests.
@@ -65,7 +65,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class StoredModel(nn.Module):
-    """A causal language model as its blueprint. What it computes in is float32, on a CPU.
+    """A causal language model held as a blueprint with packed weights; it computes in float32, on a CPU.
 
     The `native` runner computes its passes. Other runners, and its own forward, use `in_transformers`.
 
@@ -73,8 +73,8 @@ class StoredModel(nn.Module):
         config: of the family, with all its settings.
         generation_config: what its folder says of generation.
         blueprint: with packed matrices.
-        weights: of WEIGHTS: which bits they have.
-        in_float32: loads the model in float32, as published, as transformers has it; None: nobody can.
+        weights: one of WEIGHTS, the bits of the packed matrices.
+        in_float32: loads the published weights into a float32 model of transformers; None: there is no such form.
     """
 
     device = torch.device("cpu")
@@ -96,8 +96,8 @@ class StoredModel(nn.Module):
         self.blueprint = blueprint
         self.weights = weights
         self._in_float32 = in_float32
-        self._lock = threading.Lock()  # two threads load it once
-        self._tables: tuple[StoredTable, StoredTable] = (  # in a tuple: they are no layers
+        self._lock = threading.Lock()  # so that two threads do not both load it
+        self._tables: tuple[StoredTable, StoredTable] = (  # in a tuple, so that torch does not register them as layers
             StoredTable(blueprint.embedding),
             head or StoredTable(_packed(blueprint.head)),
         )
@@ -111,7 +111,7 @@ class StoredModel(nn.Module):
 
     @property
     def num_bytes(self) -> int:
-        """What its weights take up."""
+        """Bytes of its weights."""
         matrices = {id(matrix): matrix for matrix in _matrices(self.blueprint)}
         table = self.blueprint.embedding
         own = 0 if isinstance(table, PackedMatrix) else table.numel() * table.element_size()
@@ -130,10 +130,10 @@ class StoredModel(nn.Module):
         return model
 
     def in_transformers(self) -> PreTrainedModel:
-        """The same model with transformers' modules, in float32; loaded at the first call.
+        """The same model as a float32 model of transformers; loaded at the first call.
 
         Raises:
-            ParameterError: it has no such form.
+            ParameterError: it has no such form, see `in_float32`.
         """
         with self._lock:
             return self._plain
@@ -146,19 +146,19 @@ class StoredModel(nn.Module):
         cache: Any = None,
         **others: Any,
     ) -> Any:
-        """What `in_transformers` computes."""
+        """The forward of `in_transformers()`."""
         return self.in_transformers()(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache, **others
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredModel:
-        return self  # nothing of it is ever changed
+        return self  # it is never changed
 
 
 class StoredTable(nn.Module):
-    """Embeddings or a head, for those who ask for its size or some of its rows."""
+    """A packed embedding or head as a module, for code that reads its size or some of its rows."""
 
-    token_ids: Tensor | None  # [outputs] int64: the token of each, of a head that says some tokens only
+    token_ids: Tensor | None  # [outputs] int64: the token of each output, where a head has some tokens only
 
     def __init__(self, weight: Tensor | PackedMatrix, token_ids: Tensor | None = None) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class StoredTable(nn.Module):
 
 @attrs.frozen(eq=False)
 class _Rows:
-    """A matrix whose rows are widened when they are asked for."""
+    """A packed matrix that unpacks rows to float32 when they are indexed."""
 
     packed: Tensor | PackedMatrix
 
@@ -209,7 +209,7 @@ def _matrices(blueprint: Blueprint) -> list[PackedMatrix]:
 
 
 def _copy_numbers(source: Blueprint, target: Blueprint) -> None:
-    """Give a model's own parameters, which its blueprint shows, the numbers of packed matrices.
+    """Write the numbers of packed matrices into a model's parameters, which its own blueprint refers to.
 
     Raises:
         ParameterError: some of them are in another order.
@@ -233,7 +233,7 @@ def _copy_numbers(source: Blueprint, target: Blueprint) -> None:
 
 
 def narrowest(weight: Tensor) -> torch.dtype:
-    """The narrowest dtype that holds the same numbers: of a float32 matrix that was published in 16 bits, these."""
+    """The narrowest dtype that holds the same numbers: 16 bits for a float32 matrix that was published in them."""
     if weight.dtype == torch.float32:
         for dtype in (torch.bfloat16, torch.float16):
             if torch.equal(weight.to(dtype).float(), weight):
@@ -264,7 +264,7 @@ def _requantised(matrix: PackedMatrix, weights: str) -> PackedMatrix:
 
 
 def _with_weights(blueprint: Blueprint, weights: str) -> Blueprint:
-    """A packed blueprint with other bits; embeddings that are one with the head stay so."""
+    """A packed blueprint with other bits; an embedding tied to the head stays tied."""
     if weights not in _BITS:
         return blueprint
     is_tied = blueprint.embedding is blueprint.head
@@ -303,7 +303,7 @@ def read_checkpoint(folder: Path, config: PreTrainedConfig, weights: str) -> Blu
     for part in ("weight", "bias"):
         if (named := f"{family.head_in_files}.{part}") in found:
             found[f"lm_head.{part}"] = found.pop(named)
-    # transformers ties the two only where the files do not have both, with different numbers
+    # transformers does not tie the two where the files have both, with different numbers
     is_tied = bool(config.tie_word_embeddings) and torch.equal(found.get("lm_head.weight", table), table)
     if is_tied:
         found["lm_head.weight"] = table
@@ -327,7 +327,7 @@ def _checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
     for file in files:
         tensors, _ = mapped_tensors(file, advice="fetch or save the model again")
         found |= tensors
-    # masks and angles that versions of before have stored beside the weights
+    # masks and rotary frequencies, which older versions of transformers saved with the weights
     return {name: tensor for name, tensor in found.items() if tensor.dim() < 4 and not name.endswith(_NO_WEIGHTS)}
 
 
@@ -336,7 +336,7 @@ def plain_config(settings: Mapping[str, Any]) -> PreTrainedConfig:
     config = PreTrainedConfig()
     for name, value in settings.items():
         setattr(config, name, value)
-    config._attn_implementation = "sdpa"  # how masks are wanted, should anybody ask
+    config._attn_implementation = "sdpa"  # decides the form of masks, where code asks for it
     return config
 
 
@@ -355,7 +355,7 @@ def save_packed(
     """
     tensors: dict[str, Tensor] = {}
     plan = _described(blueprint, "", tensors, {})
-    # the large ones last: what is read of the file before it is computed with is its beginning
+    # large tensors last, so that the beginning of the file, which is read first, has all small ones
     ordered = dict(sorted(tensors.items(), key=lambda item: item[1].numel()))
     save_aligned(ordered, folder / PACKED, {"blueprint": json.dumps(plan)})
     write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2))
@@ -411,7 +411,7 @@ def _described(value: Any, name: str, tensors: dict[str, Tensor], seen: dict[int
     parts = {
         field.name: _described(getattr(value, field.name), f"{name}.{field.name}".lstrip("."), tensors, seen)
         for field in attrs.fields(type(value))
-        if field.init  # the others are an implementation's own
+        if field.init  # the others are made by the implementation when it loads
     }
     return {"record": type(value).__name__, "name": name, "parts": parts}
 

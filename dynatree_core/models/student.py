@@ -42,13 +42,13 @@ __all__ = [
 ]
 
 WEIGHTS = "student.safetensors"
-CARD = "student.json"  # what target it was made for, and how
+CARD = "student.json"  # says for which target it was made, and how
 FORMAT = 1
 HEAD_IDS = "head_ids"  # among the weights: [outputs] int32, the token of each output
 
 
 class SharedEmbedding(nn.Module):
-    """The target's input embeddings, in the student's dtype. Nothing is copied, and nothing here can be trained."""
+    """The target's input embeddings in the student's dtype. The table is shared, and frozen."""
 
     def __init__(self, table: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class SharedEmbedding(nn.Module):
         self.dtype = dtype
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedEmbedding:
-        return self  # there is nothing of its own to copy
+        return self  # it owns no tensors
 
     @property
     def table(self) -> Any:
@@ -66,7 +66,7 @@ class SharedEmbedding(nn.Module):
 
     @property
     def num_embeddings(self) -> int:
-        """Token ids that it knows."""
+        """Rows of the table."""
         return int(self.table.weight.shape[0])
 
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class RestrictedHead(nn.Module):
 
 
 def _numbers(weight: Any) -> Tensor:
-    """A matrix whose rows can be picked; a quantised one is of a class that can only say all its numbers at once."""
+    """A matrix that can be indexed by rows; a quantised one is dequantised as a whole first."""
     if is_plain(weight) or not hasattr(weight, "dequantize"):
         return weight  # type: ignore[no-any-return]
     numbers: Tensor = weight.dequantize()
@@ -111,7 +111,7 @@ def new_student(
     Args:
         target: a causal language model; it is not changed.
         layers: which of its layers, counted from 0.
-        head_ids: [outputs] the tokens that the student can say.
+        head_ids: [outputs] the tokens that the student's head has.
         dtype: of the student.
 
     Raises:
@@ -139,7 +139,7 @@ def new_student(
 
 
 def save_student(student: PreTrainedModel, folder: Path, dtype: torch.dtype, card: Mapping[str, Any]) -> None:
-    """Store what is the student's own: configuration, layers, the tokens of its head, and a card with what it is."""
+    """Save the student's own parts: configuration, layers, the tokens of its head, and the card."""
     folder.mkdir(parents=True, exist_ok=True)
     parts: Any = student  # transformers leaves some of its functions unannotated
     head = parts.get_output_embeddings()
@@ -157,7 +157,7 @@ def is_student(folder: Path) -> bool:
 
 
 def read_card(folder: Path) -> dict[str, Any] | None:
-    """What `save_student` has left of a student; None where it made no such folder."""
+    """The card of a student's folder; None where the folder is not one of `save_student`."""
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -204,7 +204,7 @@ def load_student(folder: Path, target: PreTrainedModel, dtype: torch.dtype) -> P
         RuntimeError,
         IndexError,
         NoBlueprintError,
-    ) as error:  # tensors that are missing or of another shape, tokens that are none
+    ) as error:  # missing tensors, other shapes, token ids outside the vocabulary
         raise _damaged(folder, error) from error
     return student.eval()  # type: ignore[no-any-return, no-untyped-call]  # transformers leaves it unannotated
 
@@ -212,9 +212,9 @@ def load_student(folder: Path, target: PreTrainedModel, dtype: torch.dtype) -> P
 def _stored_student(
     folder: Path, config: PreTrainedConfig, target: StoredModel, head_ids: Tensor, weights: Mapping[str, Tensor]
 ) -> StoredModel:
-    """A student of a `StoredModel`, in the bits that it was stored in. Its head holds the target's rows as they are."""
+    """A student of a `StoredModel`, in its stored bits. Its head has the target's packed rows, unchanged."""
     family = family_of(config)
-    stand_in = torch.zeros(1, config.hidden_size)  # for the two that are the target's
+    stand_in = torch.zeros(1, config.hidden_size)  # for embeddings and head, which are the target's
     named = {**weights, f"{family.base}.{family.embedding}.weight": stand_in, "lm_head.weight": stand_in}
     own = read_blueprint(config, named, ropes_of_config(config)).packed(pack_narrowest)
     head = target.get_output_embeddings().packed
@@ -277,9 +277,9 @@ def _assembled(
     from transformers import AutoModelForCausalLM  # takes seconds, and a student of a `StoredModel` needs none
 
     config = copy.deepcopy(config)
-    # tables as small as can be: they are replaced at once
+    # smallest possible tables, since they are replaced below
     config.vocab_size, config.tie_word_embeddings = 1, False
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = None  # ids beyond such a table are complained of
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None  # or it warns of ids beyond the table
     auto: Any = AutoModelForCausalLM  # transformers leaves some of its functions unannotated
     source: Any = target
     # sampling without a seed draws from the same generators as the random layers, which are replaced as well

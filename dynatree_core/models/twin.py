@@ -1,4 +1,4 @@
-"""A second set of module objects around the tensors of a model, for who computes with its weights in another way."""
+"""A second set of module objects around a model's tensors, for code that replaces some of its layers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def twin_of(model: nn.Module, tensors: Iterable[Tensor], who: str, remedy: str) 
 
     Args:
         model: the model; it is not changed.
-        tensors: those that are taken as they are. Any other on a module is copied.
-        who: makes the copy, for the message, such as "the packed runner".
-        remedy: what to do where it cannot be made, for the message.
+        tensors: those that are shared. Any other tensor on a module is copied.
+        who: needs the copy, such as "the packed runner"; for the message.
+        remedy: what to do where it cannot be made; for the message.
 
     Raises:
-        ParameterError: somebody has put on a module what cannot be copied.
+        ParameterError: a module has an attribute that cannot be copied.
     """
     try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # what is in the memo is not copied
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # its memo is shared
     except Exception as error:
         raise ParameterError(
             f"{who} copies the model's modules with all that is on them, and making it failed: "

@@ -1,7 +1,7 @@
-"""What stands between a caller's model and its plain passes: PEFT wrappers, and generation methods of somebody's own.
+"""PEFT wrappers are taken off; models whose generation methods are not transformers' own are refused.
 
-generate() asks a model what its passes are given (`prepare_inputs_for_generation` and its like). Passes over trees are
-made without these methods, so a model is taken only where they are transformers' own and add nothing.
+generate() lets a model prepare the inputs of its passes (`prepare_inputs_for_generation` and its like). Passes over
+trees do not call these methods, so a model is accepted only where they are transformers' own and add nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dynatree_core.models.authorship import function_of, is_others
 
 __all__ = ["plain_model", "refuse_own_generate"]
 
-# methods by which a model decides what generate() feeds it, keeps of a pass, or makes of the logits
+# methods by which a model changes the inputs, the kept state or the logits of generate()'s passes
 _GENERATION_METHODS = (
     "prepare_inputs_for_generation",
     "create_masks_for_generate",
@@ -35,10 +35,9 @@ _GENERATION_METHODS = (
 
 
 def refuse_own_generate(model: Any) -> None:
-    """Refuse a target whose generate() is somebody's own, where that is not what called.
+    """Refuse a target whose generate() is not transformers', unless it is that one which has called.
 
-    transformers puts the one of a model's folder on the model, as a partial that knows the model: it is asked for by
-    whoever calls the model's generate.
+    A generate() from the model's folder (`custom_generate`) is a partial that transformers puts on the model.
 
     Raises:
         UnsupportedModelError: what its generate() does is not done here.
@@ -60,7 +59,7 @@ def plain_model(model: nn.Module, role: str, *, is_trusted: bool = False) -> nn.
     Args:
         model: what the caller gave.
         role: "target" or "drafter", for the message.
-        is_trusted: whether generation methods of somebody's own are taken to change nothing.
+        is_trusted: whether other generation methods than transformers' are accepted, as changing nothing.
 
     Raises:
         UnsupportedModelError: a model that tree decoding is not known to be exact on, an adapter that is a learned
@@ -99,12 +98,12 @@ def _unwrapped(model: Any, role: str) -> nn.Module:
 
 
 def _refuse_counting_adapters(model: Any, role: str) -> None:
-    """Refuse activated LoRA, which is on from a token of the prompt on: it counts rows from the end of each pass."""
+    """Refuse activated LoRA, which starts at a token of the prompt and finds it by counting from each pass's end."""
     if not isinstance(model, nn.Module):
         return
     for part in model.modules():
         variants = getattr(part, "lora_variant", None)
-        if not isinstance(variants, Mapping):  # first, since asking a module for what it lacks is slow
+        if not isinstance(variants, Mapping):  # checked first, since looking up a missing attribute of a module is slow
             continue
         is_on = not getattr(part, "disable_adapters", False) and not getattr(part, "merged", False)
         if is_on and any(map(_counts_tokens, variants.values())):
@@ -131,6 +130,6 @@ def _own_generation_method(model: Any) -> str | None:
 
 
 def _is_inherited(model: Any, name: str, method: Any) -> bool:
-    """Whether a method is one that the model's classes have under this name, and no stand-in."""
+    """Whether a method is the one that a class of the model defines under this name, not a replacement."""
     theirs = (vars(part)[name] for part in type(model).__mro__ if name in vars(part))
     return any(function_of(method) is function_of(one) for one in theirs)

@@ -1,4 +1,4 @@
-"""What a caller gives a session, checked before anything runs: prompt, lengths, end tokens, limits."""
+"""The arguments of a generation, checked before anything runs: prompt, lengths, end tokens, settings, limits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DEFAULT_TAU = 0.05
 DEFAULT_MAX_NODES = 128
 # with exact="fixed_width": matrix products of up to 16 rows cost about the same on many CPUs and GPUs
 DEFAULT_FIXED_ROWS = 16
-# no tree of the literature is deeper, and a policy that never stops must stop somewhere
+# deeper than any published tree; it bounds policies that would never stop
 DEFAULT_MAX_DEPTH = 64
 # settings of a generation config that are applied here as generate() applies them
 HONOURED_SETTINGS = (
@@ -66,7 +66,7 @@ HONOURED_SETTINGS = (
     "suppress_tokens",
     "watermarking_config",
 )
-# and those of sampling
+# settings of sampling, applied likewise
 SAMPLING_SETTINGS = (
     "do_sample",
     "epsilon_cutoff",
@@ -78,7 +78,7 @@ SAMPLING_SETTINGS = (
     "top_p",
     "typical_p",
 )
-# of generate()'s, those that round keys and values or keep them elsewhere
+# generate()'s caches that round keys and values or keep them off the device
 _OTHER_CACHES = ("quantized", "offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked", "paged")
 
 
@@ -113,12 +113,12 @@ def checked_prompt(input_ids: Tensor | Sequence[int], vocab: int, *, what: str =
 
 
 def refuse_other_inputs(given: Mapping[str, object], taken: Collection[str]) -> None:
-    """Refuse what generate() would hand on to the model and this does not, such as token types.
+    """Refuse inputs that generate() would pass to the model and tree decoding does not, such as token types.
 
-    What the model does not take is a by-product of a tokenizer, and changes nothing.
+    Entries that the model's forward does not take are ignored: some tokenizers return them.
 
     Raises:
-        PromptError: naming it.
+        PromptError: there are such inputs; it names them.
     """
     known = ("input_ids", "attention_mask", "position_ids")
     others = [name for name, value in given.items() if name not in known and name in taken and value is not None]
@@ -130,7 +130,7 @@ def refuse_other_inputs(given: Mapping[str, object], taken: Collection[str]) -> 
 
 
 def guessed_mask(prompt: Sequence[int], pad_id: object, end_ids: Collection[int]) -> list[int] | None:
-    """generate()'s guess where no mask is given: pad tokens are padding, unless the pad token also ends texts."""
+    """The mask that generate() infers where none is given: 0 at pad tokens, unless the pad token is an end token."""
     pad_id = as_python(pad_id)
     if not isinstance(pad_id, int) or pad_id in end_ids or pad_id not in prompt:
         return None
@@ -203,9 +203,9 @@ def checked_list(name: str, given: Iterable[Element] | None, kind: type[Element]
 
 
 def merged(asked: Sequence[Element], own: Sequence[Element]) -> list[Element]:
-    """Processors or criteria that settings ask for and the caller's own, as generate() merges them.
+    """Processors or criteria made from settings and the caller's own, merged as generate() merges them.
 
-    One of the caller's takes the place of one of the same class; the others follow.
+    A caller's one replaces the one of the same class that settings made; the caller's others come last.
     """
     found = [next((mine for mine in own if type(mine) is type(one)), one) for one in asked]
     for mine in own:
@@ -275,7 +275,7 @@ def new_token_limit(
 
 
 def _shorter(limit: int, num_positions: int) -> str:
-    """What makes a generation fit; no number of new tokens does where the prompt leaves room for none."""
+    """The advice for a generation that is too long: fewer new tokens, or a shorter prompt where none would fit."""
     if num_positions < limit:
         return f"shorten the prompt or set max_new_tokens to at most {limit - num_positions}"
     return (
@@ -305,11 +305,11 @@ def settings_of(
 ) -> GenerationConfig:
     """generate()'s settings: what the caller names, else what the given configuration says, else the target's own.
 
-    Sampling has to be asked for in the call or in the given configuration: many models' own configurations do, and
-    would make the output random unasked. Warns of what is asked for and not applied here.
+    The target's own configuration does not turn on sampling, though many have do_sample=True: the call or the given
+    configuration must. Settings that are asked for and not applied here are warned of.
 
     Args:
-        target: whose own configuration fills what is open; None: nobody's does.
+        target: its generation config fills settings that nobody has set; None: they keep their defaults.
         generation_config: the given one.
         settings: what the caller names.
         options: the other options there are, for the hint in an error message.
@@ -334,7 +334,7 @@ def settings_of(
     for name, value in vars(getattr(target, "generation_config", None) or config).items():
         if getattr(config, name, None) is None:
             setattr(config, name, copy.deepcopy(value))
-    if config.top_k is None:  # before what the caller names, where None is none
+    if config.top_k is None:  # before the caller's settings, in which None turns top_k off
         config.top_k = DEFAULT_TOP_K
     try:
         config.update(**settings)  # type: ignore[no-untyped-call]
@@ -350,7 +350,7 @@ def settings_of(
     not_applied = [
         (f"{name}={value!r}", setting.reason)
         for name, value, setting in refused_settings(config)
-        if not name.startswith("output_")  # these change no token
+        if not name.startswith("output_")  # they change outputs other than tokens
     ]
     if not_applied:
         listed, reasons = (", ".join(words) for words in zip(*not_applied, strict=True))

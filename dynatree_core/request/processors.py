@@ -1,6 +1,6 @@
-"""What changes the target's logits before a token is chosen: transformers' logits processors, as generate() has them.
+"""The logits processors of a generation, made from its settings and put in the order of transformers' generate().
 
-They act in generate()'s order, each node of a tree being judged with its own path (see verify.py).
+They are called once for each emitted token, with the text up to there (see verify.py).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dynatree_core.request.arguments import merged
 
 __all__ = ["PROCESSORS", "logits_processors"]
 
-# those that settings ask for; each judges a row by itself, whatever the others are
+# made from settings; each of them treats a row of scores independently of other rows
 PROCESSORS = (
     EpsilonLogitsWarper, EtaLogitsWarper, ExponentialDecayLengthPenalty, ForcedBOSTokenLogitsProcessor,
     ForcedEOSTokenLogitsProcessor, InfNanRemoveLogitsProcessor, LogitNormalization, MinLengthLogitsProcessor,
@@ -107,7 +107,7 @@ def _from_settings(
         processors.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
     if config.bad_words_ids is not None:
         processors.append(NoBadWordsLogitsProcessor(config.bad_words_ids, eos))
-    if config.min_length and config.min_new_tokens is None and eos is not None:  # generate() lets the latter win
+    if config.min_length and config.min_new_tokens is None and eos is not None:  # which takes precedence
         processors.append(MinLengthLogitsProcessor(config.min_length, eos, device=device))
     if config.min_new_tokens and eos is not None:
         processors.append(MinNewTokensLengthLogitsProcessor(num_prompt, config.min_new_tokens, eos, device=device))
@@ -124,14 +124,14 @@ def _from_settings(
     if config.suppress_tokens is not None:
         processors.append(SuppressTokensLogitsProcessor(config.suppress_tokens, device=device))
     if config.begin_suppress_tokens is not None:
-        # a forced first token is not the one to be suppressed, but the one after it
+        # with a forced first token, generate() suppresses at the second
         begin = num_prompt + (num_prompt == 1 and config.forced_bos_token_id is not None)
         processors.append(SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, begin, device=device))
     return processors
 
 
 def _for_sampling(config: GenerationConfig, device: str) -> list[LogitsProcessor]:
-    """What reshapes the distribution that a token is drawn from."""
+    """The processors that change the distribution tokens are sampled from."""
     processors: list[LogitsProcessor] = []
     if config.temperature not in (None, 1):
         processors.append(TemperatureLogitsWarper(config.temperature))

@@ -1,4 +1,4 @@
-"""Settings of `generate` that decoding with trees does not support: the value that is accepted, and why no other is."""
+"""Settings of `generate` that tree decoding does not support, each with the only accepted value and the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["REFUSED", "RefusedSetting", "refused_settings"]
 class RefusedSetting:
     """One setting of transformers' GenerationConfig."""
 
-    neutral: object  # the value with which it is off; None is off too
+    neutral: object  # the value that turns the setting off, as None does too
     reason: str
     # whether generate()'s decoding loop acts on it; if not, generate() has acted on it before it calls a custom loop
     is_in_loop: bool
@@ -35,7 +35,7 @@ REFUSED = {
 
 
 def refused_settings(config: GenerationConfig) -> Iterator[tuple[str, object, RefusedSetting]]:
-    """The settings of the table that a configuration turns on: name, value, and what the table says."""
+    """The unsupported settings that a configuration turns on: name, value and entry of the table."""
     for name, setting in REFUSED.items():
         value = getattr(config, name, None)
         if value not in (None, setting.neutral):

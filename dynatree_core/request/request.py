@@ -1,7 +1,7 @@
-"""The request: all that a caller asks of one generation, read and checked before anything runs.
+"""The request: all settings of one generation, read and checked before anything runs.
 
-`Options` has a field for each thing that can be asked, as it was given. `Request.parse` holds it against a target and
-makes a `Request` of it: plain values, of which nothing changes while the text is generated.
+`Options` has a field for each option, as the caller gave it. `Request.parse` checks the options against a target and
+returns a `Request`: plain values, which do not change while the text is generated.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ __all__ = ["Options", "Request"]
 
 @attrs.frozen(eq=False, kw_only=True)
 class Options:
-    """What can be asked of one generation, as it is given; `dynatree_core.generate` says what each means."""
+    """The options of one generation, unchecked; `dynatree_core.generate` documents each of them."""
 
     policy: str | object | Sequence[str | object] = DEFAULT_POLICY
     max_new_tokens: int | None = None
@@ -82,7 +82,7 @@ class Options:
 
     @classmethod
     def named(cls, options: Mapping[str, Any]) -> Options:
-        """Those that have a field, and the rest as `generate`'s settings."""
+        """Options from keyword arguments: those without a field here are settings of transformers' `generate`."""
         names = set(OPTION_NAMES)
         settings = {name: value for name, value in options.items() if name not in names}
         return cls(**{name: value for name, value in options.items() if name in names}, settings=settings)
@@ -93,7 +93,7 @@ OPTION_NAMES = tuple(field.name for field in attrs.fields(Options) if field.name
 
 @attrs.frozen(eq=False)
 class Request:
-    """One generation that is asked of one target. Good for one sequence: processors and criteria may remember calls."""
+    """The checked settings of one generation. It serves one sequence: processors and criteria may have state."""
 
     given_ids: tuple[int, ...]  # the prompt as it was given, with its padding
     num_padding: int  # of these, at the left
@@ -107,7 +107,7 @@ class Request:
     stopping_criteria: Sequence[Criterion]
     stack: PolicyStack
     limits: Limits
-    kept: SinkWindow | None  # all that the cache keeps of the text, if that is bounded
+    kept: SinkWindow | None  # the part of the text that a bounded cache keeps; None: all of it
     pass_rows: int  # rows that every verification pass has at least
     is_fixed_width: bool  # whether every verification pass has one shape
     on_prefill: Callable[[int, int], None] | None
@@ -126,9 +126,10 @@ class Request:
 
     @property
     def can_reuse_prefix(self) -> bool:
-        """Whether rows of other generations are this one's: at other positions, or in passes of one shape, they differ.
+        """Whether keys and values of other generations may be reused.
 
-        Where every pass has one shape, rows of passes of other shapes may be rounded otherwise.
+        Not with positions of the caller's own, which change them, nor with passes of one shape, since those of other
+        shapes may be rounded differently.
         """
         return self.positions is None and not self.is_fixed_width
 
@@ -144,21 +145,21 @@ class Request:
         trust_model: bool = False,
         other_options: Sequence[str] = (),
     ) -> Request:
-        """Read and check what is asked; nothing is run.
+        """Read and check the options; nothing is run.
 
         Args:
             target: the model that computes the text.
             input_ids: the prompt, [tokens] or [1, tokens], or what a tokenizer returns.
-            options: the rest.
-            caller: what the caller knows as the target, such as PEFT's wrapper around it; its generation config counts.
+            options: all other options.
+            caller: the object that the caller gave as target, such as PEFT's wrapper; its generation config is used.
             tokenizer: the target's.
-            trust_model: whether a `generate` of somebody's own on the target is taken to change nothing.
-            other_options: names that can be given beside these, for the hint in an error message.
+            trust_model: whether a `generate` on the target that is not transformers' is accepted, as changing nothing.
+            other_options: names of further valid options, for the hint in an error message.
 
         Raises:
             InputError: something that cannot be used.
         """
-        if options.inherit_settings and not trust_model:  # or it is the target's generate that has called
+        if options.inherit_settings and not trust_model:  # without, the target's generate has called
             refuse_own_generate(target)
         if options.on_error not in ("raise", "fallback"):
             raise ParameterError(f"on_error must be 'raise' or 'fallback', got {options.on_error!r}")
@@ -177,13 +178,13 @@ class Request:
             (*OPTION_NAMES, *other_options),
         )
         eos_token_ids = end_token_ids(config, options.eos_token_id)
-        if attention_mask is None and isinstance(input_ids, Tensor):  # what generate() takes too; a list is all text
+        if attention_mask is None and isinstance(input_ids, Tensor):  # as generate() does; a list has no padding
             attention_mask = guessed_mask(given_ids, config.pad_token_id, eos_token_ids)
         padding = num_padding(attention_mask, len(given_ids))
         positions = checked_positions(position_ids, len(given_ids))
         positions = positions and positions[padding:]
         if positions == [*range(len(given_ids) - padding)]:
-            positions = None  # those that it has anyway
+            positions = None  # the default positions
         kept = SinkWindow.parse(options.cache)
         if kept is not None:
             refuse_beside(kept, options.exact, positions)
@@ -203,7 +204,7 @@ class Request:
             device=device,
         )
         own_processors = checked_list("logits_processor", options.logits_processor, LogitsProcessor)
-        if options.grammar is not None:  # behind all others, whatever they leave
+        if options.grammar is not None:  # last, so that it sees the scores that the others have left
             rules = GrammarProcessor(
                 options.grammar, tokenizer, num_prompt=len(given_ids), vocab=vocab, eos_token_ids=eos_token_ids
             )
@@ -223,7 +224,7 @@ class Request:
         own_criteria = checked_list("stopping_criteria", options.stopping_criteria, StoppingCriteria)
         criteria = criteria_of(config, own_criteria, tokenizer)
         if any(type(criterion) is EosTokenCriteria for criterion in own_criteria):
-            eos_token_ids = frozenset()  # the caller's own says where texts end
+            eos_token_ids = frozenset()  # the caller's criterion decides on end tokens
         stack = build_stack(options.policy)
         pass_rows, max_nodes = fixed_width(options.exact, options.max_nodes)
         limits = resolved_limits(stack, options.max_depth, max_nodes, options.tau, options.max_branch, vocab)
@@ -250,7 +251,7 @@ class Request:
 
 
 def _asked_length(options: Options) -> tuple[int | None, int | None]:
-    """New tokens and tokens in all, as they are asked for: in the call, else in the given configuration."""
+    """max_new_tokens and max_length: from the call, else from the given configuration."""
     config = options.generation_config
     if options.max_new_tokens is not None or options.max_length is not None or config is None:
         return options.max_new_tokens, options.max_length

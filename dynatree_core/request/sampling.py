@@ -19,7 +19,7 @@ class Sampler:
     """Draws one token at a time, with a random generator of its own or torch's.
 
     Args:
-        device: where scores are.
+        device: of the scores.
         seed: of a generator of its own; None: torch's global one, as `generate` uses it.
     """
 
@@ -32,21 +32,21 @@ class Sampler:
         else:
             self._generator = torch.default_generator
 
-        self._other = self._generator  # while it draws apart from it
+        self._other = self._generator  # the generator to return to after `apart`
         self._row, self._num_rows = 0, 1
 
     def draw_for(self, row: int, num_rows: int) -> None:
-        """From now on, draw what this row of a batch would get from a draw for all its rows."""
+        """From now on, return the token that this row gets when `generate` draws for all rows of a batch at once."""
         self._row, self._num_rows = row, num_rows
 
     def apart(self, state: Tensor) -> None:
-        """Draw from now on from a generator of its own, which begins in this state of the other one."""
+        """From now on, draw from a separate generator that starts in this state."""
         self._other = self._generator
         self._generator = torch.Generator(self._device)
         self._generator.set_state(state)
 
     def rejoin(self, state: Tensor) -> None:
-        """Draw from the other generator again, and put that into this state."""
+        """Return to the generator in use before `apart`, and set its state."""
         self._generator = self._other
         self.restore(state)
 

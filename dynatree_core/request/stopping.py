@@ -22,7 +22,7 @@ __all__ = ["Criterion", "stopping_criteria"]
 
 @attrs.frozen
 class Criterion:
-    """One of transformers' stopping criteria, and the stop reason that it stands for."""
+    """A stopping criterion of transformers, with the stop reason that it gives a generation."""
 
     reason: str  # "stop_string", "time" or "criterion"
     is_done: StoppingCriteria  # called with the text [1, tokens] after each new token

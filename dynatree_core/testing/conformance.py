@@ -1,7 +1,7 @@
-"""What policies and drafters must keep to, as assertions that search for a counterexample.
+"""The contracts of policies and drafters as assertions. Each searches for a counterexample with hypothesis.
 
-A failure is the smallest example that hypothesis could find: the error's message, and as notes below it the example and
-the trees of its iterations as text.
+A failure shows the smallest counterexample found: the error's message first, then, as notes, the drawn example and the
+trees of its iterations as text.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ Policy = str | object | Sequence[str | object]
 def assert_lossless(policy: Policy, *, drafter: Any = None, max_examples: int = 50) -> None:
     """Generations with this stack, alone and beside random others, equal the target's own output.
 
-    Tiny random float64 models of several architectures, random prompts, lengths, end tokens, limits, logits processors
-    and sampling by seed, other registered policies before and behind the stack, drafters from perfect to hostile.
+    Drawn are tiny float64 models of several architectures, prompts, lengths, end tokens, limits, logits processors,
+    sampling by seed, other registered policies before and after the stack, and drafters from perfect to hostile.
 
     Args:
         policy: a stack's string, a policy object, a list of both, or a hypothesis strategy for any of them.
@@ -68,16 +68,16 @@ def assert_lossless(policy: Policy, *, drafter: Any = None, max_examples: int = 
         max_examples: generations to try.
 
     Raises:
-        AssertionError: the output differs; with the first difference and the tree of the step where it went wrong.
+        AssertionError: the output differs; the message has the first difference and the tree of the step that made it.
         DynaTreeError: a policy or drafter broke its contract in a generation; the message names it.
     """
     _check_lossless(cases(_composed(policy), drafter=drafter), max_examples)
 
 
 def assert_hook_contract(policy: Policy, *, max_examples: int = 100) -> None:
-    """Every hook of this stack answers within its contract for any tree, proposals and outcome, and changes nothing.
+    """Every hook of this stack keeps its contract for any tree, proposals and outcome, and changes no argument.
 
-    It also answers beside another session of the stack as it does alone.
+    Two sessions of the stack that take turns must not influence each other.
 
     Args:
         policy: a stack's string, a policy object, a list of both, or a hypothesis strategy for any of them.
@@ -85,7 +85,7 @@ def assert_hook_contract(policy: Policy, *, max_examples: int = 100) -> None:
 
     Raises:
         PolicyError: an answer of the wrong type, shape, dtype or range, or an exception; it names policy and hook.
-        AssertionError: a hook changed something that it was shown, or two sessions share a state.
+        AssertionError: a hook changed an argument, or two sessions share state.
     """
     _check_hooks(policy, max_examples)
     _check_independent_sessions(policy, max_examples)
@@ -100,21 +100,21 @@ def assert_drafter_contract(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_examples: int = 50,
 ) -> None:
-    """A drafter's proposals have the right form whatever tree it is asked about, and it forgets what was not accepted.
+    """A drafter proposes in the right form for any tree, and keeps nothing of nodes that were not accepted.
 
-    After every commit, rollback and break it must propose what a fresh state proposes that was only shown the
-    committed tokens, at each level of the next tree.
+    The second is checked at each level of every tree, after commits, rollbacks and broken iterations: the proposals
+    must equal those of a new state that was given the committed tokens only.
 
     Args:
         drafter: a registered name with parameters if any, a Drafter, or a model.
-        deterministic: whether to compare with a fresh state; False for a drafter that draws random numbers.
-        vocab_size: token ids that the target knows.
-        target: the model that the drafter is told of; None: a tiny one.
-        tokenizer: what it is told of the text; None: nothing.
+        deterministic: whether to compare with a new state; False for a drafter that draws random numbers.
+        vocab_size: number of the target's token ids.
+        target: the model that the drafter gets as its target; None: a tiny one.
+        tokenizer: what the drafter gets as `DraftPlan.tokenizer`.
         max_examples: generations to try.
 
     Raises:
-        AssertionError: what must hold of the proposals, and what came.
+        AssertionError: what must hold of the proposals, and what was proposed.
     """
     source = as_drafter(drafter)
     if source is None:
@@ -137,7 +137,7 @@ def assert_drafter_contract(
 
 
 def _search(check: Callable[[], None], max_examples: int) -> None:
-    """Run a check on many examples, and show one fault only: the smallest example of it."""
+    """Run a check on many examples. Of several faults the first is shown, by its smallest example."""
     with _steady():
         without_database(max_examples)(check)()
 
@@ -157,7 +157,7 @@ def without_database(max_examples: int) -> hypothesis_settings:
 
 @contextmanager
 def _steady() -> Iterator[None]:
-    """Say what hypothesis calls flaky in our own words."""
+    """Replace hypothesis' message about flaky tests by one that says what a policy's author can do."""
     try:
         yield
     except Flaky as error:
@@ -284,7 +284,7 @@ def _difference(case: Case, session: Session) -> str:
 
 @contextmanager
 def _only_read(who: str, tree: TokenTree, frontier: Frontier | None = None) -> Iterator[None]:
-    """Fail if one writes to what it is shown."""
+    """Fail if the block writes to these tensors."""
     shown = {f"tree.{name}": value for name, value in attrs.asdict(tree, recurse=False).items()}
     if frontier is not None:
         of_drafter = attrs.asdict(frontier.proposals, recurse=False)
@@ -309,14 +309,14 @@ def _unwatched(who: str, tree: TokenTree, frontier: Frontier | None = None) -> I
 
 @attrs.frozen
 class _Hooks:
-    """A stack, asked as a decode step asks it, its answers checked as a decode step checks them."""
+    """Calls a stack's hooks, and checks their answers, as a decode step does."""
 
     stack: PolicyStack
     watch: Callable[..., Any] = _only_read
 
     @torch.inference_mode()
     def widths(self, frontier: Frontier) -> list[int]:
-        """How many children each frontier node gets, 0 where it is not expanded; [] if a plain False ends the tree."""
+        """Children of each frontier node, 0 where it is not expanded; [] where should_expand says False for all."""
         with self.watch("hook should_expand", frontier.tree, frontier):
             expand = self.stack.should_expand(frontier).value
         if expand is False:
@@ -333,7 +333,7 @@ class _Hooks:
     def kept(self, tree: TokenTree) -> Tensor:
         """[nodes] bool: the nodes that would be verified."""
         everything = torch.ones(tree.num_nodes, dtype=torch.bool)
-        if tree.num_drafted == 0:  # then nobody is asked
+        if tree.num_drafted == 0:  # a decode step calls keep_nodes only where something was drafted
             return everything
         with self.watch("hook keep_nodes", tree):
             keep = self.stack.keep_nodes(tree).value
@@ -345,8 +345,8 @@ class _Hooks:
             self.stack.on_iteration_end(report)
 
     def answers(self, iteration: ours.Iteration) -> tuple[list[int], list[bool]]:
-        """All four hooks, in the order of a decode step."""
-        own = attrs.evolve(iteration.frontier)  # what one stack makes of it is not another's
+        """The answers of all four hooks, called in the order of a decode step."""
+        own = attrs.evolve(iteration.frontier)  # it caches what is asked of it, which two stacks must not share
         answers = self.widths(own), self.kept(iteration.tree).tolist()
         self.tell(iteration.report)
         return answers
@@ -364,7 +364,7 @@ def _check_hooks(policy: Policy, max_examples: int, *, watch: Callable[..., Any]
 
 
 def _check_independent_sessions(policy: Policy, max_examples: int) -> None:
-    """A session beside another one answers as it does alone."""
+    """A session answers the same whether or not another session of the stack runs in between."""
 
     @given(policy=_drawn(policy), iterations=ours.iterations(), of_another=ours.iterations())
     def independent_sessions(
@@ -390,10 +390,10 @@ def _check_independent_sessions(policy: Policy, max_examples: int) -> None:
 
 
 class PolicyMachine(RuleBasedStateMachine):
-    """Drives the hooks of a stack through sessions that do anything a session may do, in any order.
+    """A state machine of hypothesis: it calls a stack's hooks in every order in which a session may call them.
 
-    Trees grow as the stack answers and as a random drafter proposes, are cut as it says, and a random path is
-    accepted; an iteration may also be broken off. Every answer is held to its contract.
+    A random drafter proposes; the stack's answers decide which nodes are grown and verified; a random path is accepted,
+    or the iteration is broken off. Every answer is checked against its contract.
 
         run_state_machine_as_test(lambda: PolicyMachine("my_policy(x=3)"))
     """
@@ -479,7 +479,7 @@ def _check_any_order(policy: Policy, max_examples: int) -> None:
 
 
 def _check_prints_back(stack: str, max_examples: int) -> None:
-    """What is printed parses to the same stack, with any parameters."""
+    """`str(stack)` parses to an equal stack, whatever its parameters are."""
 
     @given(text=st.just(stack) | ours.other_parameters(stack))
     def prints_back(text: str) -> None:
@@ -499,7 +499,7 @@ def _check_prints_back(stack: str, max_examples: int) -> None:
 
 
 def _parameters(stack: PolicyStack) -> dict[str, Any]:
-    """The parameters of each policy, as far as its fields say what they are."""
+    """Values for the parameters of each policy whose fields declare a range (`count`, `fraction`, `choice`)."""
     found: dict[str, Any] = {}
     for name, policy in stack.policies.items():
         kind: Any = type(policy)
@@ -515,9 +515,9 @@ def _parameters(stack: PolicyStack) -> dict[str, Any]:
 class _Round:
     """One iteration of a drafter: which proposed children the tree grows, and how the iteration ends."""
 
-    picks: list[list[int]]  # a level each: places among the children that are proposed
-    ending: str  # "commit", "rollback", or "break": the session stopped within the iteration and goes on
-    node: int  # the end of the accepted path
+    picks: list[list[int]]  # one list a level: indices of the proposed children that the tree grows
+    ending: str  # "commit", "rollback", or "break": interrupted in the iteration, then resumed
+    node: int  # last node of the accepted path
     bonus: int
 
 
@@ -532,7 +532,7 @@ def _rounds(vocab_size: int) -> st.SearchStrategy[_Round]:
 
 
 class _Drafting:
-    """A drafter's state in one generation, beside fresh ones that only ever saw committed tokens."""
+    """A drafter's state in one generation, compared with new states that have seen committed tokens only."""
 
     def __init__(self, source: Drafter, plan: DraftPlan, prompt: list[int], k: int, is_compared: bool) -> None:
         self.source, self.plan, self.k, self.is_compared = source, plan, k, is_compared
@@ -559,10 +559,10 @@ class _Drafting:
                 self.state.rollback()
             if played.ending == "break":
                 self.state.prefill(self.committed_ids[:-1])
-        self._drafted([[0]])  # what the last ending left behind
+        self._drafted([[0]])  # a last small tree, to see what the last ending has left behind
 
     def _drafted(self, picks: list[list[int]]) -> TokenTree:
-        """A tree of proposed children; at each level the state proposes what a fresh one does."""
+        """Grow a tree of proposed children, and compare the proposals of each level with those of a new state."""
         tree = TokenTree.root(self.committed_ids[-1:].clone())
         fresh = self._fresh() if self.is_compared else None
         for level in picks:
@@ -578,7 +578,7 @@ class _Drafting:
         return tree
 
     def _proposed(self, state: DraftState, tree: TokenTree) -> Proposals:
-        """The proposals for the last level, after a look at their form."""
+        """The proposals for the last level, whose shapes, dtypes and ranges are checked."""
         ids_before = self.committed_ids.clone()
         with _only_read(f"drafter '{self.source}'", tree):
             proposals = state.propose(self.committed_ids, tree, self.k)
@@ -602,7 +602,7 @@ class _Drafting:
         return proposals
 
     def _compare(self, kept: Proposals, fresh: Proposals, tree: TokenTree) -> None:
-        """Equal up to rounding, and up to the order of children that are equally probable."""
+        """Fail unless two proposals are equal up to rounding; children with equal probabilities may be swapped."""
         is_close = torch.isclose(kept.logprobs, fresh.logprobs, rtol=1e-3, atol=1e-3)
         gaps = kept.logprobs[:, :-1] - kept.logprobs[:, 1:] < 1e-3
         end = torch.zeros(gaps.shape[0], 1, dtype=torch.bool)
@@ -622,7 +622,7 @@ class _Drafting:
 
 
 def _shown(proposals: Proposals) -> str:
-    """Each node's children with their probabilities, a line a node."""
+    """The proposals as text: a line for each node, with its children and their probabilities."""
     rows = zip(proposals.token_ids.tolist(), proposals.logprobs.exp().tolist(), strict=True)
     return "\n".join(
         "  " + (", ".join(f"{token} p {prob:.3f}" for token, prob in zip(*row, strict=True) if prob > 0) or "nothing")
@@ -631,7 +631,7 @@ def _shown(proposals: Proposals) -> str:
 
 
 def _check_description(source: Drafter, target: nn.Module) -> None:
-    """What a drafter says of itself has the right types, and is the same the second time."""
+    """The drafter's own description (models, context limit, ...) has the right types and does not change."""
     models = source.models(target)
     if not (isinstance(models, Sequence) and all(isinstance(model, nn.Module) for model in models)):
         raise AssertionError(f"drafter '{source}' must return a sequence of modules from models, got {models!r:.200}")

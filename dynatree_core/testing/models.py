@@ -28,10 +28,10 @@ _ROTARY = {
 _GROUPED = {**_ROTARY, "num_key_value_heads": 2}
 
 _HEADS = {**_GROUPED, "head_dim": 8}
-_WINDOW = 6  # shorter than the texts of the tests
+_WINDOW = 6  # tokens; shorter than the tests' texts, so that sliding windows matter
 _ALTERNATING = {"sliding_window": _WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-_UNTIED = {"tie_word_embeddings": False}  # a tied random head repeats the last token for ever
+_UNTIED = {"tie_word_embeddings": False}  # with a tied head, random weights repeat the last token for ever
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": CONTEXT // 2}
 
 # model type -> configuration; every one of architectures.EXACT_FAMILIES is here
@@ -161,7 +161,7 @@ ROPES: dict[str, dict[str, Any]] = {
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "mamba_n_groups": 1}
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 
-# what is refused: how the reason begins -> model type -> configuration
+# models that must be refused: begin of the reason -> model type -> configuration
 REFUSED: dict[str, dict[str, dict[str, Any]]] = {
     "it carries a state from token to token": {
         "bamba": {**_GROUPED, **_MAMBA, "attn_layer_indices": [1]},
@@ -215,7 +215,7 @@ REFUSED: dict[str, dict[str, dict[str, Any]]] = {
 
 @functools.cache
 def tiny_model(model_type: str, seed: int = 0, *, attention: str | None = None, **overrides: Any) -> nn.Module:
-    """A random model, the same for the same arguments. Its distributions are neither flat nor certain.
+    """A random model; equal arguments give equal weights. Its next-token distributions are neither flat nor peaked.
 
     With `attention=None` transformers chooses: SDPA where the family has it.
     """
@@ -229,7 +229,7 @@ def tiny_model(model_type: str, seed: int = 0, *, attention: str | None = None, 
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.35)
-    model.config.name_or_path = f"tiny_model({model_type!r}, {seed})"  # how failures name it
+    model.config.name_or_path = f"tiny_model({model_type!r}, {seed})"  # so that a failing test names it
     tiny: nn.Module = model
     return tiny
 
@@ -243,7 +243,7 @@ def tiny_variant(name: str, *, attention: str | None = None) -> nn.Module:
 
 @functools.cache
 def perturbed(model_type: str, seed: int = 0, noise: float = 0.05) -> nn.Module:
-    """A copy of `tiny_model` with noise on its weights: a drafter that is right most of the time."""
+    """`tiny_model` with noise added to its weights: as a drafter it agrees with the original most of the time."""
     model: Any = copy.deepcopy(tiny_model(model_type, seed))
     torch.manual_seed(seed + 1000)
     with torch.no_grad():
@@ -257,7 +257,7 @@ def perturbed(model_type: str, seed: int = 0, noise: float = 0.05) -> nn.Module:
 def greedy(
     model: Any, prompt: list[int], max_new_tokens: int, eos: list[int] | None = None, **settings: Any
 ) -> list[int]:
-    """What transformers' own greedy decoding says; `settings` are those of its `generate`."""
+    """The tokens that transformers' `generate` decodes greedily; `settings` are its arguments."""
     return reference(model, prompt, max_new_tokens, eos, **settings)
 
 
@@ -281,7 +281,7 @@ def reference(
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Unfeasible length constraints"
-        )  # a minimum above the maximum is meant
+        )  # of a minimum length above the maximum, which some tests ask for
         torch.manual_seed(seed)
         output = model.generate(input_ids, do_sample=do_sample, max_new_tokens=max_new_tokens, **settings)
     new_token_ids: list[int] = output[0, len(prompt) :].tolist()

@@ -1,4 +1,4 @@
-"""`pytest --dynatree-policy STACK --dynatree-drafter NAME`: the conformance suite of what is installed.
+"""A pytest plugin: `--dynatree-policy STACK` and `--dynatree-drafter NAME` run the conformance suite on these.
 
 Every property is an item of its own, `dynatree::PROPERTY[STACK]`; no test file is needed. A run without these options
 loads nothing more than this file: neither torch nor transformers.
@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Names that nobody provides are mistakes of the command line."""
+    """Refuse names that no installed package provides, as pytest refuses unknown options."""
     policies, drafters = config.getoption("--dynatree-policy"), config.getoption("--dynatree-drafter")
     if config.getoption("--dynatree-examples") < 1:
         raise pytest.UsageError("--dynatree-examples must be at least 1")
@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 
 
 class ConformanceSuite(pytest.Collector):
-    """What the items hang on, since they come from no file."""
+    """The collector of the suite's items, which come from no file."""
 
     def collect(self) -> Iterator[pytest.Item]:
         from dynatree_core.testing.conformance import DRAFTER_PROPERTIES, POLICY_PROPERTIES
@@ -99,7 +99,7 @@ class ConformanceItem(pytest.Item):
         self.check(self.subject, self.config.getoption("--dynatree-examples"))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """A broken property says all in its message and notes; a traceback would only show the kit."""
+        """The message and notes without a traceback, which would show the kit's own code only."""
         from dynatree_core.errors import DynaTreeError
 
         error = excinfo.value

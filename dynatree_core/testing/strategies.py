@@ -1,6 +1,6 @@
 """Hypothesis strategies, from small to large: prompts, models, parameters, stacks, trees, and what happens to them.
 
-Everything here is public. What is drawn is small, and shrinks to what is smaller: one token, a tree without children.
+Everything here is public. Examples are small and shrink towards the smallest: one token, a tree without children.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ __all__ = [
 ]
 
 FAMILIES = ("gpt_neox", "llama", "gpt2")
-MAX_BRANCH = 16  # the default of a session: any policy must live with it
-# counts are drawn up to here: enough to see everything, and few enough that trees stay small
+MAX_BRANCH = 16  # a session's default, with which every policy must work
+# largest drawn value of a parameter made by `count`: larger ones make large trees and no new cases
 LARGEST_COUNT = 12
 
 token_ids = st.integers(0, VOCAB - 1)
 prompts = st.lists(token_ids, min_size=1, max_size=14)
 families = st.sampled_from(FAMILIES)
-model_seeds = st.integers(0, 3)  # few, since building a model costs more than decoding with it
+model_seeds = st.integers(0, 3)  # few seeds, so that models are reused: building one takes longer than decoding with it
 probabilities = st.sampled_from([0.0, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0]) | st.floats(0, 1)
 
 # limits, as generate() takes them; max_branch not below the default, which policies may count on
@@ -102,7 +102,7 @@ limits = st.fixed_dictionaries(
         "max_branch": st.integers(MAX_BRANCH, 50),
     },
 )
-# limits at their ends: no tree at all, one node, one level, nothing cut, all but certain nodes cut
+# extreme limits: no tree, one node, one level, nothing cut, all nodes cut but those with probability 1
 tight_limits = st.fixed_dictionaries(
     {
         "tau": st.sampled_from([0.0, 1.0, 0.5]),
@@ -116,7 +116,7 @@ tight_limits = st.fixed_dictionaries(
 
 
 def _can_force(settings: Mapping[str, Any]) -> bool:
-    """Whether generate() takes these settings together: it refuses to force what is suppressed."""
+    """Whether generate() accepts these settings together: it refuses a forced token that is suppressed."""
     forced = {settings.get("forced_bos_token_id"), settings.get("forced_eos_token_id")}
     return not forced & {*settings.get("suppress_tokens", ()), *settings.get("begin_suppress_tokens", ())}
 
@@ -145,7 +145,7 @@ processor_settings: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "remove_invalid_values": st.just(True),
     },
 ).filter(_can_force)
-# its settings that change the law of what is sampled
+# its settings that change the distribution tokens are sampled from
 warper_settings: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {},
     optional={
@@ -177,9 +177,9 @@ def policy_names() -> list[str]:
 
 
 def sound_plugins(group: str) -> list[str]:
-    """The registered policies or presets that can be made, or could with parameters.
+    """The registered policies or presets that can be imported, with or without required parameters.
 
-    A warning tells of others: a fault of some package is none of the policy that is being tested.
+    Others are left out with a warning, so that a broken package does not fail the test of another one's policy.
     """
     table = plugin_table(group)
     return list(_sound(group, tuple(table), tuple(entry for entries in table.values() for entry in entries)))
@@ -200,10 +200,10 @@ def _sound(group: str, names: tuple[str, ...], installed: tuple[EntryPoint, ...]
 
 
 def parameters(plugin: type) -> dict[str, st.SearchStrategy[Any]]:
-    """A policy's or drafter's parameters -> values for each.
+    """Strategies for a policy's or drafter's parameters, by name.
 
-    Fields made by `count`, `fraction` and `choice` say what is allowed; flags are drawn too. Of any other parameter
-    nothing is known, so it is left out and keeps its default.
+    Fields made by `count`, `fraction` and `choice` declare their range; booleans are drawn too. The range of any other
+    parameter is unknown, so it keeps its default.
     """
     fields = {field.alias: field for field in attrs.fields(plugin)} if attrs.has(plugin) else {}
     found: dict[str, st.SearchStrategy[Any]] = {}
@@ -226,7 +226,7 @@ def parameters(plugin: type) -> dict[str, st.SearchStrategy[Any]]:
 def policy_specs(draw: st.DrawFn, name: str, *, given: Mapping[str, Any] | None = None) -> PluginSpec:
     """One registered policy: a variant of it if it has any, with some of its parameters set at random.
 
-    Parameters that are given hold unless they are drawn.
+    Parameters given by the caller are used unless others are drawn for them.
     """
     plugin = load_plugin(POLICIES, name)
     drawn = draw(st.fixed_dictionaries({}, optional=parameters(plugin)))
@@ -236,7 +236,7 @@ def policy_specs(draw: st.DrawFn, name: str, *, given: Mapping[str, Any] | None 
 
 
 def _is_allowed(spec: PluginSpec) -> bool:
-    """Whether the policy takes these values together: it may have rules about more than one of them."""
+    """Whether the policy accepts these values together; some combinations may be refused."""
     try:
         build_stack(str(spec))
     except ParameterError:
@@ -246,7 +246,7 @@ def _is_allowed(spec: PluginSpec) -> bool:
 
 @st.composite
 def other_parameters(draw: st.DrawFn, stack: str) -> str:
-    """The stack's policies with other parameters, presets written out."""
+    """The stack with other parameters of its policies; presets are replaced by the policies that they stand for."""
     specs = [spec for given in parse_stack(stack) for spec in expand_preset(given)]
     return format_stack([draw(policy_specs(spec.name, given=spec.parameters)) for spec in specs])
 
@@ -272,7 +272,7 @@ def stacks(draw: st.DrawFn) -> str:
 
 @st.composite
 def compositions(draw: st.DrawFn, policy: str | object | Sequence[str | object]) -> list[str | object]:
-    """A stack with up to three registered policies that it does not hold around it, at times a hostile one too."""
+    """A stack with up to three other registered policies before and after it, and sometimes a hostile one."""
     own = list(policy) if isinstance(policy, list | tuple) else [policy]
     taken = build_stack(own).policies
     free = [name for name in policy_names() if name not in taken]
@@ -286,7 +286,7 @@ def compositions(draw: st.DrawFn, policy: str | object | Sequence[str | object])
 
 @attrs.define
 class HostilePolicy:
-    """Answers every hook at random, within the contract and against all sense."""
+    """Answers every hook at random within its contract, without regard to what would be sensible."""
 
     seed: int
     random: random.Random = attrs.field(init=False, repr=False, eq=False)
@@ -362,10 +362,10 @@ class HostileState(DraftState):
 
 @st.composite
 def drafters(draw: st.DrawFn, family: str, seed: int) -> Any:
-    """For the target `tiny_model(family, seed)`, from perfect to hostile.
+    """Drafters for the target `tiny_model(family, seed)`, from perfect to hostile.
 
-    The target itself, a perturbed copy, an unrelated model, one of another family, the prompt, a model where the
-    prompt knows too little, noise, or None.
+    The target itself, a perturbed copy, an unrelated model, one of another family, prompt lookup, prompt lookup united
+    with a model, random tokens, or None.
     """
     kind = draw(st.sampled_from(["self", "near", "far", "other_family", "prompt_lookup", "union", "hostile", "none"]))
     match kind:
@@ -407,7 +407,7 @@ def trees(draw: st.DrawFn, *, max_depth: int = 5, max_width: int = 5) -> TokenTr
 
 @st.composite
 def _children(draw: st.DrawFn) -> list[tuple[int, float]]:
-    """What a drafter says about one node: up to four tokens, and probabilities that descend and sum to at most 1."""
+    """The proposals for one node: up to four tokens with descending probabilities that sum to at most 1."""
     found: list[tuple[int, float]] = []
     highest = left = 1.0
     for token in draw(st.lists(token_ids, max_size=4, unique=True)):
@@ -417,12 +417,12 @@ def _children(draw: st.DrawFn) -> list[tuple[int, float]]:
     return found
 
 
-# what a drafter says about a level, as lists of (token, probability) for its first nodes; see proposals_of
+# the proposals for a level: a list of (token, probability) for each of its first nodes; see proposals_of
 levels = st.lists(_children(), min_size=1, max_size=3)
 
 
 def proposals_of(level: Sequence[Sequence[tuple[int, float]]], width: int, k: int) -> Proposals:
-    """Proposals of that shape: a level that is drawn narrower repeats, and what is missing has probability 0."""
+    """Proposals [width, k]: drawn lists are repeated until there are `width`, and filled up with probability 0."""
     token_ids_ = torch.zeros(width, k, dtype=torch.int64)
     probs = torch.zeros(width, k)
     for row in range(width):
@@ -433,7 +433,7 @@ def proposals_of(level: Sequence[Sequence[tuple[int, float]]], width: int, k: in
 
 @st.composite
 def frontiers(draw: st.DrawFn, tree: TokenTree, iteration: int = 0) -> Frontier:
-    """The tree's last level with anything that a drafter may say about it."""
+    """The frontier of a tree, with any proposals that keep a drafter's contract."""
     max_branch = draw(st.sampled_from([MAX_BRANCH, VOCAB]))
     proposals = proposals_of(draw(levels), tree.level_sizes[-1], max_branch)
     return Frontier(tree, iteration, draw(st.integers(1, 128)), max_branch, lambda: proposals)
@@ -442,7 +442,7 @@ def frontiers(draw: st.DrawFn, tree: TokenTree, iteration: int = 0) -> Frontier:
 def report_of(
     tree: TokenTree, iteration: int, node: int, bonus: int, num_cut: int = 0, stop_reason: str | None = None
 ) -> StepReport:
-    """The step in which the path to a node was accepted, less the last tokens if generation stopped before them."""
+    """The report of a step that accepted the path to a node; with a stop, the last tokens of the path are missing."""
     path = tuple(tree.ancestor_mask[node].nonzero().flatten().tolist()[1:])
     token_ids_ = (*tree.token_ids[list(path)].tolist(), bonus)
     end = max(len(token_ids_) - num_cut, 1)
@@ -452,7 +452,7 @@ def report_of(
 
 @attrs.frozen(eq=False)
 class Iteration:
-    """What the policies of a stack see of one decode step: a level of the tree, the tree, and the outcome."""
+    """The arguments of a stack's hooks in one decode step: a frontier, the whole tree, and the report."""
 
     frontier: Frontier
     report: StepReport
@@ -475,9 +475,9 @@ class Iteration:
 
 @st.composite
 def iterations(draw: st.DrawFn, *, max_size: int = 8) -> list[Iteration]:
-    """Decode steps in their order, each with a tree and an outcome that have nothing to do with the policies.
+    """Successive decode steps. Their trees and outcomes are drawn, not made by the policies under test.
 
-    With the last one the generation may stop.
+    The last step may end the generation.
     """
     found = []
     num_iterations = draw(st.integers(1, max_size))

@@ -1,4 +1,4 @@
-"""A token tree as text, for failures and for looking at trees by hand."""
+"""Token trees as text, for failure messages and for debugging."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def format_tree(tree: TokenTree, accepted: Collection[int] = ()) -> str:
     """
     parents, tokens, probs = tree.parent.tolist(), tree.token_ids.tolist(), tree.logprob.exp().tolist()
     children: defaultdict[int, list[int]] = defaultdict(list)
-    tops = []  # the root; in a tree that a policy has damaged, also what does not hang on a node before it
+    tops = []  # the root; in a damaged tree also nodes whose parent does not come before them
     for node, parent in enumerate(parents):
         if 0 <= parent < node:
             children[parent].append(node)
