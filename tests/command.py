@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -103,22 +104,23 @@ class Ran:
         return json.loads(self.out)
 
 
+def run_command(capture: pytest.CaptureFixture[str], *args: object) -> Ran:
+    """Run `dynatree` in this process; what was printed before is not part of what it leaves behind."""
+    capture.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([str(arg) for arg in args])
+    captured = capture.readouterr()
+    assert isinstance(ended.value.code, int)
+    return Ran(ended.value.code, captured.out, captured.err)
+
+
 Dynatree = Callable[..., Ran]
 
 
 @pytest.fixture
 def dynatree(capfd: pytest.CaptureFixture[str]) -> Dynatree:
     """Runs the command in this process; file descriptors are captured, so what libraries print is seen too."""
-
-    def run(*args: object) -> Ran:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(arg) for arg in args])
-        captured = capfd.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Ran(ended.value.code, captured.out, captured.err)
-
-    return run
+    return functools.partial(run_command, capfd)
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import attrs
 import pytest
+from command import run_command
 
-from dynatree_core.cli.group import main
 from dynatree_core.plugins import distributions
 from dynatree_core.plugins.registry import (
     plugin_table,
@@ -65,10 +66,6 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]
 
     def command(*args: str) -> tuple[int, str, str]:
         plugin_table.cache_clear()
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(args)
-        said = capfd.readouterr()
-        return ended.value.code, said.out, said.err
+        return attrs.astuple(run_command(capfd, *args))
 
     return command

@@ -11,10 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from command import ON_CPU, TEMPLATE, Ran, byte_level_tokenizer, for_transformers, save_model
+from command import ON_CPU, TEMPLATE, Ran, byte_level_tokenizer, for_transformers, run_command, save_model
 
 from dynatree_core import PrefixCache, generate, load_model
-from dynatree_core.cli.group import main
 from dynatree_core.text.conversation import Conversation
 from dynatree_core.text.stream import decode_text
 
@@ -58,13 +57,7 @@ def say(
     def run(*lines: str | bytes, args: tuple[object, ...] = (), target: object = None) -> Ran:
         data = b"".join(line if isinstance(line, bytes) else f"{line}\n".encode() for line in lines)
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
-        words = ["chat", *ON_CPU, "--target", target or folders.plain, "--max-new-tokens", 12, *args]
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        captured = capfd.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Ran(ended.value.code, captured.out, captured.err)
+        return run_command(capfd, "chat", *ON_CPU, "--target", target or folders.plain, "--max-new-tokens", 12, *args)
 
     return run
 

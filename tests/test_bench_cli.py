@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import attrs
 import pytest
-from command import byte_level_tokenizer, for_transformers, save_model
+from command import byte_level_tokenizer, for_transformers, run_command, save_model
 from transformers import AutoTokenizer
 
 from dynatree_bench import bench_cli
@@ -25,19 +26,11 @@ from dynatree_bench.run.experiments import EXPERIMENTS, HF, RIVALS, chosen_metho
 from dynatree_bench.run.records import OutputRecord, read_results
 from dynatree_bench.studies.names import studies
 from dynatree_core import InputError, LoadedModel
-from dynatree_core.cli.group import main
 from dynatree_core.cli.loading import usual_drafter
 from dynatree_core.models import embedded
 from dynatree_core.testing.models import tiny_model
 
 ROOT = Path(__file__).parents[1]
-
-
-@attrs.frozen
-class Ran:
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture
@@ -49,14 +42,7 @@ def bench(capsys, monkeypatch):
     monkeypatch.setitem(style.STYLE, "savefig.dpi", 40)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
-    def run(*args):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(["bench", *map(str, args)])
-        captured = capsys.readouterr()
-        return Ran(ended.value.code, captured.out, captured.err)
-
-    return run
+    return functools.partial(run_command, capsys, "bench")
 
 
 @pytest.fixture(scope="module")

@@ -166,6 +166,20 @@ def test_commit_moves_only_the_path(device):
     assert keys.flatten().tolist() == [10, 11, 12, 13, 0, 2, 5, 99]
 
 
+@pytest.mark.parametrize("lane", [0, 1])
+def test_rows_are_loaded_into_the_lane_that_was_named(lane):
+    """The machine above seldom loads into one lane while the other has a text of its own."""
+    cache = TreeCache(8, lanes=2)
+    cache.update(torch.cat([rows(3), rows(3, 10)]), torch.cat([rows(3, 20), rows(3, 30)]), 0)
+    cache.commit([[0, 1, 2], [0, 1, 2]])
+    cache.load([rows(8, 50)], [rows(8, 60)], 2, lane)
+    other = 1 - lane
+    assert (cache.lengths[lane], cache.lengths[other]) == (2, 3)
+    for buffer, loaded, kept in ((cache.keys[0], 50, 10 * other), (cache.values[0], 60, 20 + 10 * other)):
+        assert buffer[lane, 0, :2, 0].tolist() == [loaded, loaded + 1]
+        assert buffer[other, 0, :3, 0].tolist() == [kept, kept + 1, kept + 2]
+
+
 def append(cache: TreeCache, states: torch.Tensor) -> None:
     """What a forward pass of two layers does."""
     for layer in (0, 1):

@@ -9,10 +9,12 @@ import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import attrs
 import pytest
 from click.shell_completion import ShellComplete
+from command import run_command
 
-from dynatree_core.cli.group import _dynatree, main
+from dynatree_core.cli.group import _dynatree
 from dynatree_core.plugins import registry as registry
 from dynatree_core.plugins.registry import DRAFTERS, POLICIES, PRESETS, plugin_table
 
@@ -78,10 +80,7 @@ def test_what_is_installed_later_is_offered(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def script(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[object, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(["completion", *args])
-    said = capsys.readouterr()
-    return ended.value.code, said.out, said.err
+    return attrs.astuple(run_command(capsys, "completion", *args))
 
 
 def test_the_shell_in_use_is_the_default(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from command import run_command
 
 from dynatree_core import ops
 from dynatree_core.cli import examine
 from dynatree_core.cli.catalogue import PluginRow
-from dynatree_core.cli.group import main
 from dynatree_core.models import embedded
 
 ROOT = Path(__file__).parents[1]
@@ -40,10 +40,8 @@ Run = Callable[..., tuple[object, str]]
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     def ran(*args: str) -> tuple[object, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(["doctor", *args])
-        return ended.value.code, capsys.readouterr().out
+        done = run_command(capsys, "doctor", *args)
+        return done.code, done.out
 
     return ran
 

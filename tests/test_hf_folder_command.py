@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import run_command
 from hf_folders import CHOSEN, PLAIN, PROMPT, modules_cache, plain, source, used, written
 from students import tiny_student
 from tiny_folder import save_tiny, tiny_tokenizer
@@ -19,7 +20,6 @@ from transformers import (
 )
 
 from dynatree_core import hf
-from dynatree_core.cli.group import main
 from dynatree_core.errors import ModelLoadError
 from dynatree_core.hf.export import Chosen, check_place, program, write_folder
 from dynatree_core.models.load import model_folder
@@ -92,10 +92,8 @@ def test_programs_of_the_target_itself_are_left_out(tmp_path):
 
 
 def dynatree(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[object, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(arg) for arg in args])
-    said = capsys.readouterr()
-    return ended.value.code, said.out + said.err
+    done = run_command(capsys, *args)
+    return done.code, done.out + done.err
 
 
 def test_the_command(capsys, source, plain, used, tmp_path):

@@ -11,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import attrs
 import pytest
 import torch
+from command import run_command
 from fake_package import package  # noqa: F401  # a fixture
 from test_architectures import bushy_tree
 from tiny_folder import save_tiny
@@ -21,7 +23,6 @@ from torch import nn
 from dynatree_core import Engine, PrefixCache, generate, ops
 from dynatree_core.cache import TreeCache
 from dynatree_core.cli.catalogue import plugin_rows
-from dynatree_core.cli.group import main
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import (
     CacheError,
@@ -112,15 +113,7 @@ R.new_cache = lambda self, capacity, *, lanes=1, is_zeroed=False: Rows(capacity,
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs the command in this process: its exit status, what it printed, and what it complained of."""
-
-    def command(*args: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(args)
-        said = capfd.readouterr()
-        return ended.value.code, said.out, said.err
-
-    return command
+    return lambda *args: attrs.astuple(run_command(capfd, *args))
 
 
 @pytest.fixture
