@@ -44,6 +44,7 @@ MOVED: dict[str, tuple[str, ...]] = {  # old module of dynatree_core -> where it
     "sampling": ("request.sampling",),
     "stopping": ("request.stopping",),
     "commit": ("engine.commit",),
+    "costs": ("engine.costs",),
     "decode": ("engine.decode",),
     "draft": ("engine.draft",),
     "feedback": ("engine.feedback",),
@@ -54,7 +55,7 @@ MOVED: dict[str, tuple[str, ...]] = {  # old module of dynatree_core -> where it
     "verify": ("engine.verify",),
     "hf_entry": ("hf.entry",),
     "hf_export": ("hf.export",),
-    "chat": ("cli.chat", "text.conversation"),
+    "chat": ("cli.chat", "conversation"),
     "console": ("cli.console", "cli.screen", "cli.generate_report", "text.stream"),
     "scaffold": ("cli.scaffold",),
 }

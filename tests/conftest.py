@@ -65,7 +65,7 @@ def costs_of_these_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     """Costs of the tests' models, and what was read of plugins, are kept for one run, and not among the user's."""
     with pytest.MonkeyPatch.context() as patch:
         folder, plugins = tmp_path_factory.mktemp("costs"), tmp_path_factory.mktemp("plugins")
-        patch.setattr("dynatree_core.costs.folder", lambda: folder)
+        patch.setattr("dynatree_core.engine.costs.folder", lambda: folder)
         patch.setattr("dynatree_core.plugins.remembered.folder", lambda: plugins)
         yield
 

@@ -14,7 +14,7 @@ import pytest
 from command import ON_CPU, TEMPLATE, Ran, byte_level_tokenizer, for_transformers, run_command, save_model
 
 from dynatree_core import PrefixCache, generate, load_model
-from dynatree_core.text.conversation import Conversation
+from dynatree_core.conversation import Conversation
 from dynatree_core.text.stream import decode_text
 
 # as many checkpoints' own: a system's message may stand first, and roles alternate

@@ -13,8 +13,8 @@ from command import Ran, is_one_error_line
 from talk import as_shown, conversation, expected_answers, folders, say, summaries
 
 from dynatree_core.cli.chat_lines import obey_or_answer
+from dynatree_core.conversation import Conversation
 from dynatree_core.errors import ContextLimitError
-from dynatree_core.text.conversation import Conversation
 from dynatree_core.trace import read
 
 __all__ = ["conversation", "folders", "say"]  # fixtures

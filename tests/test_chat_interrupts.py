@@ -21,9 +21,9 @@ from dynatree_core.cli.chat_lines import answer
 from dynatree_core.cli.console import PrefillBar
 from dynatree_core.cli.group import main
 from dynatree_core.cli.screen import Answer
+from dynatree_core.conversation import Conversation
 from dynatree_core.errors import PolicyError
 from dynatree_core.runners import passes
-from dynatree_core.text.conversation import Conversation
 from dynatree_core.text.stream import decode_text
 
 __all__ = ["conversation", "folders", "say"]  # fixtures

@@ -127,7 +127,7 @@ def test_calibrate_where_nothing_can_be_kept(
     dynatree: Dynatree, folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("dynatree_core.costs.folder", lambda: tmp_path / "file" / "costs")
+    monkeypatch.setattr("dynatree_core.engine.costs.folder", lambda: tmp_path / "file" / "costs")
     ran = dynatree("calibrate", *ON_CPU, "--target", folders.plain, "--drafter", "prompt_lookup", "--rounds", "1")
     assert ran.code == 0
     assert "kept in" not in ran.out

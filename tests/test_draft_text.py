@@ -30,6 +30,7 @@ from dynatree_core import (
 )
 from dynatree_core.cache.prefix_cache import PrefixCache
 from dynatree_core.cli.group import main
+from dynatree_core.conversation import Conversation
 from dynatree_core.drafters.base import padded_proposals
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.errors import ParameterError
@@ -37,7 +38,6 @@ from dynatree_core.models.load import LoadedModel
 from dynatree_core.plugins import registry as registry
 from dynatree_core.testing import assert_drafter_contract
 from dynatree_core.testing.models import VOCAB, tiny_model
-from dynatree_core.text.conversation import Conversation
 
 WORDS = [f"w{number}" for number in range(VOCAB)]
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynatree_core import Drafter, DraftPlan, DraftState, Proposals, TokenTree, build_drafter, generate
 from dynatree_core.clock import StageClock
-from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter
+from dynatree_core.engine.costs import measured_costs
 from dynatree_core.runners.choice import drafters_runner
 from dynatree_core.testing import assert_drafter_contract, assert_lossless
 from dynatree_core.testing import strategies as ours
@@ -171,7 +171,7 @@ def test_a_drafters_passes_are_computed_in_a_way_that_its_device_has():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("is_target_on_gpu", [True, False])
 def test_the_gpu_and_the_cpu(is_target_on_gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr("dynatree_core.costs.folder", lambda: tmp_path)
+    monkeypatch.setattr("dynatree_core.engine.costs.folder", lambda: tmp_path)
     target, model = copy.deepcopy(tiny_model("llama")), copy.deepcopy(perturbed("llama", noise=0.02))
     (target if is_target_on_gpu else model).cuda()
     expected = greedy(tiny_model("llama"), PROMPT, 30)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import graphlib
 import importlib
+import itertools
+import re
 import subprocess
 import sys
 import warnings
@@ -42,27 +44,22 @@ def imported_names(module: str) -> set[str]:
     return names
 
 
-# rooms of a package, a folder or a file each: a room may import from those above it, never from below
-ROOMS = {
+# the floors of a package from the ground up; on each its rooms, a folder or a file each
+FLOORS = {
     "dynatree_core": (
-        *("moved", "advice", "renamed", "clock", "cost_model", "report", "errors"),
-        *(
-            "files",
-            "plugins",
-            "tree",
-            "ops",
-            "models",
-            "cache",
-            "runners",
-            "policy",
-            "drafters",
-            "request",
-            "costs",
-            "engine",
-        ),
-        *("text", "trace", "generation", "audit", "hf", "serve", "cli", "testing", "__main__"),
+        ("advice", "clock", "cost_model", "errors", "moved", "renamed", "report"),
+        ("files", "ops", "tree"),
+        ("models", "plugins"),
+        ("cache", "policy", "text"),
+        ("request", "runners"),
+        ("drafters",),
+        ("engine",),
+        ("conversation", "serve", "trace"),
+        ("generation",),
+        ("audit", "hf", "testing"),
+        ("cli", "__main__"),
     ),
-    "dynatree_bench": ("data", "run", "report", "distill", "studies", "bench_cli", "profile_cli"),
+    "dynatree_bench": (("data",), ("run",), ("report",), ("distill",), ("studies",), ("bench_cli", "profile_cli")),
 }
 
 
@@ -74,22 +71,48 @@ def own_imports(module: str) -> set[str]:
     return found - {module, package}
 
 
-@pytest.mark.parametrize("package", ROOMS)
+@pytest.mark.parametrize("package", FLOORS)
 def test_rooms_import_downward_only(package):
-    wrong, rooms = [], ROOMS[package]
+    """From lower floors; the files of the ground know each other, and `python -m` knows the command line."""
+    floors = {room: number for number, rooms in enumerate(FLOORS[package]) for room in rooms}
+    wrong = []
     for module in MODULES:
         _, _, inside = module.partition(f"{package}.")
         if not inside:
             continue
         room = inside.split(".")[0]
-        assert room in rooms, f"{module} is in no room; add it to the list, above those that import it"
+        assert room in floors, f"{module} is in no room; add it to the list, above those that it imports"
         for name in own_imports(module):
-            if rooms.index(name.split(".")[1]) > rooms.index(room):
+            other = name.split(".")[1]
+            is_beside = other == room or room == "__main__" or floors[room] == 0
+            if floors[other] > floors[room] or (floors[other] == floors[room] and not is_beside):
                 wrong.append(f"{module} imports {name}")
     assert wrong == []
 
 
-@pytest.mark.parametrize("package", ROOMS)
+def test_no_room_could_stand_lower():
+    """Each imports one of the floor right below, so that there are no more floors than the imports ask for."""
+    floors = FLOORS["dynatree_core"]
+    needed: dict[str, set[str]] = {room: set() for rooms in floors for room in rooms}
+    for module in MODULES:
+        if module.startswith("dynatree_core."):
+            needed[module.split(".")[1]] |= {name.split(".")[1] for name in own_imports(module)}
+    for below, rooms in itertools.pairwise(floors):
+        assert [room for room in rooms if room != "__main__" and not needed[room] & set(below)] == []
+
+
+def test_the_architecture_page_draws_the_floors():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    _, _, drawing = page.partition("| floor | room | holds |\n")
+    drawn: dict[int, set[str]] = {}
+    for line in drawing.partition("\n\n")[0].splitlines()[1:]:
+        number, names, _ = (cell.strip() for cell in line.strip("|").split(" | "))
+        rooms = {re.sub(r"(/|\.py)$", "", name) for name in re.findall("`(.+?)`", names)}
+        drawn.setdefault(int(number), set()).update(rooms)
+    assert drawn == {number: set(rooms) for number, rooms in enumerate(FLOORS["dynatree_core"], 1)}
+
+
+@pytest.mark.parametrize("package", FLOORS)
 def test_no_module_imports_itself_in_a_circle(package):
     """For types neither."""
     graph = {module: own_imports(module) for module in MODULES if module.startswith(f"{package}.")}

@@ -29,16 +29,16 @@ from dynatree_core import (
     generate,
 )
 from dynatree_core.clock import StageClock
+from dynatree_core.conversation import Conversation
 from dynatree_core.cost_model import CostModel
-from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter
+from dynatree_core.engine.costs import measured_costs
 from dynatree_core.errors import ContextLimitError, ParameterError, VocabularyMismatchError
 from dynatree_core.plugins.registry import plugin_table
 from dynatree_core.testing import assert_drafter_contract, assert_lossless
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
-from dynatree_core.text.conversation import Conversation
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 LOOP = [7, 3, 5] * 4

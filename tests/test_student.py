@@ -20,11 +20,11 @@ from students import HEAD_IDS, drafter_of_each_kind, tiny_student
 
 from dynatree_core import DraftPlan, Proposals, TokenTree, build_drafter, generate
 from dynatree_core.clock import StageClock
-from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.base import Drafter, DraftState, padded_proposals
 from dynatree_core.drafters.distilled import DistilledDrafter, fast_dtype
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter, backed_off
+from dynatree_core.engine.costs import measured_costs
 from dynatree_core.errors import ModelLoadError, ParameterError, VocabularyMismatchError
 from dynatree_core.models.kept import kept_of
 from dynatree_core.models.student import CARD, WEIGHTS, is_student, load_student, new_student, save_student
@@ -198,7 +198,7 @@ def test_a_student_that_is_kept_may_be_used_in_any_mode(tmp_path):
 
 
 def test_costs_are_measured_with_the_student_that_generations_use(tmp_path, monkeypatch):
-    monkeypatch.setattr("dynatree_core.costs.folder", lambda: tmp_path / "costs")
+    monkeypatch.setattr("dynatree_core.engine.costs.folder", lambda: tmp_path / "costs")
     target, loaded = tiny_model("llama"), []
     save_student(tiny_student(target), tmp_path, torch.float32, {"target": "tiny"})
     load = load_student

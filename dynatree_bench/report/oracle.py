@@ -26,7 +26,7 @@ import attrs
 import numpy as np
 
 from dynatree_bench.run.records import OutputRecord, Steps
-from dynatree_core.costs import isotonic
+from dynatree_core.engine.costs import isotonic
 
 
 @attrs.frozen

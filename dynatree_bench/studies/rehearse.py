@@ -36,7 +36,7 @@ from dynatree_bench.run.pairs import Pair
 from dynatree_bench.run.progress import bar
 from dynatree_bench.studies.study import Asked, Study
 from dynatree_core import CostModel, Drafter, generate, run
-from dynatree_core.costs import measured_costs
+from dynatree_core.engine.costs import measured_costs
 from dynatree_core.runners.around import EachPass, RunnerAround
 from dynatree_core.runners.base import Rows, Runner
 from dynatree_core.runners.choice import made_runner

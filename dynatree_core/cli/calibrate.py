@@ -48,8 +48,8 @@ def calibrate(
     """
     check_names(drafter=drafter)
     from dynatree_core.cli.generate_report import made_with
-    from dynatree_core.costs import NotKeptWarning, folder, measured_costs
     from dynatree_core.drafters.model import ModelDrafter
+    from dynatree_core.engine.costs import NotKeptWarning, folder, measured_costs
 
     source = check_settings(target=target, drafter=drafter, device=device, runner=runner)
     loaded = load(target, device, dtype, loadable_weights(weights, runner=runner))

@@ -31,7 +31,7 @@ from dynatree_core.errors import ContextLimitError, DynaTreeError, InputError, P
 from dynatree_core.models import embedded
 
 if TYPE_CHECKING:
-    from dynatree_core.text.conversation import Conversation
+    from dynatree_core.conversation import Conversation
 
 __all__ = ["chat"]
 
@@ -97,7 +97,7 @@ def chat(
     if target in (None, "default"):
         embedded.check_early(is_packed=is_packed(weights, **settings))
     from dynatree_core.cache.prefix_cache import PrefixCache
-    from dynatree_core.text.conversation import Conversation
+    from dynatree_core.conversation import Conversation
     from dynatree_core.text.prompt import tokenizer_of
 
     limits = checkable(settings)

@@ -13,10 +13,10 @@ from rich.text import Text
 from dynatree_core.cli import console
 from dynatree_core.cli.loading import load_drafter, registered_drafter
 from dynatree_core.cli.screen import Answer
+from dynatree_core.conversation import Conversation
 from dynatree_core.errors import InputError, nearest_match
 from dynatree_core.generation import run
 from dynatree_core.report import GenerationResult
-from dynatree_core.text.conversation import Conversation
 
 __all__ = ["answer", "obey_or_answer", "say"]
 

@@ -19,9 +19,9 @@ from dynatree_core.cache.prefix_cache import PrefixCache, PrefixReuse
 from dynatree_core.cache.sink_cache import SinkCache
 from dynatree_core.clock import StageClock
 from dynatree_core.cost_model import CostModel
-from dynatree_core.costs import measured_costs
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
 from dynatree_core.drafters.build import as_drafter
+from dynatree_core.engine.costs import measured_costs
 from dynatree_core.engine.row_probe import refuse_dependent_rows
 from dynatree_core.errors import DrafterError, ForwardPassError, OutOfMemoryError, ParameterError
 from dynatree_core.models.architectures import vocab_size

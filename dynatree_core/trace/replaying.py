@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dynatree_core.cost_model import CostModel, StepFunction
-from dynatree_core.costs import isotonic
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
+from dynatree_core.engine.costs import isotonic
 from dynatree_core.engine.decode import decode_step, prefill
 from dynatree_core.engine.engine import Engine
 from dynatree_core.engine.session import Session
