@@ -531,7 +531,7 @@ MUTANTS = (
     ),
     Mutant(
         "packing changes the model itself",
-        "return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # what is in the memo is not copied",
+        "return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # its memo is shared",
         "return model",
         ("tests/test_packed.py::test_the_model_is_shared_and_not_changed",),
     ),

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from dynatree_core import CostModel, Session, StepFunction, build_drafter, costs, generate, hookimpl, run
+from dynatree_core import CostModel, Session, StepFunction, build_drafter, generate, hookimpl, run
 from dynatree_core.cost_model import NOMINAL_COSTS
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter
+from dynatree_core.engine import costs
 from dynatree_core.engine.costs import ROWS, WIDTHS, isotonic, measured_costs
 from dynatree_core.testing.models import perturbed, tiny_model
 
