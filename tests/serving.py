@@ -47,6 +47,7 @@ class Running:
     service: Service
     process: ServerProcess
     address: str
+    thread: threading.Thread
 
     def openai(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(**self._options(), **options)
@@ -73,7 +74,7 @@ def running(service: Service) -> Iterator[Running]:
     thread = threading.Thread(target=process.run, args=([listener],))
     thread.start()
     try:
-        yield Running(service, process, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        yield Running(service, process, f"http://127.0.0.1:{listener.getsockname()[1]}", thread)
     finally:
         process.should_exit = True
         thread.join(SECONDS)

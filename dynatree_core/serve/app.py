@@ -18,6 +18,7 @@ from dynatree_core.serve.errors import ApiError, as_api_error
 from dynatree_core.serve.faults import as_refusal, http_fault
 from dynatree_core.serve.gate import Gate, RequestLog, error_response
 from dynatree_core.serve.logs import log_fault
+from dynatree_core.serve.metrics import CONTENT_TYPE
 from dynatree_core.serve.records import CHAT, COMPLETION, Form
 from dynatree_core.serve.schema import ChatBody, CompletionBody, GenerationBody, TokenizeBody
 from dynatree_core.serve.service import Service
@@ -44,36 +45,41 @@ def make_app(service: Service) -> FastAPI:
     _add_models(app, service)
     _add_health(app, service)
     _add_page(app)
+    _add_metrics(app, service)
     # the last one added is the first that a request meets
     app.add_middleware(Gate, keys=service.keys, max_body_bytes=service.settings.max_body_bytes)
     if service.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=service.settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(RequestLog)
+    app.add_middleware(RequestLog, count_refusal=service.metrics.refuse)
     return app
 
 
 def _add_faults(app: FastAPI) -> None:
     """Errors in OpenAI's shape, whatever has raised them."""
 
-    @app.exception_handler(ApiError)
-    async def _(_: Request, error: ApiError) -> Response:
+    def answer(request: Request, error: ApiError) -> Response:
+        request.state.line["code"] = error.code
         return error_response(error)
 
+    @app.exception_handler(ApiError)
+    async def _(request: Request, error: ApiError) -> Response:
+        return answer(request, error)
+
     @app.exception_handler(DynaTreeError)
-    async def _(_: Request, error: DynaTreeError) -> Response:
+    async def _(request: Request, error: DynaTreeError) -> Response:
         if not isinstance(error, InputError):
             log_fault("failed", error)
-        return error_response(as_api_error(error))
+        return answer(request, as_api_error(error))
 
     @app.exception_handler(RequestValidationError)
-    async def _(_: Request, error: RequestValidationError) -> Response:
-        return error_response(as_refusal(error))
+    async def _(request: Request, error: RequestValidationError) -> Response:
+        return answer(request, as_refusal(error))
 
     @app.exception_handler(HTTPException)
-    async def _(_: Request, error: HTTPException) -> Response:
-        return error_response(http_fault(error))
+    async def _(request: Request, error: HTTPException) -> Response:
+        return answer(request, http_fault(error))
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
@@ -133,6 +139,13 @@ def _add_page(app: FastAPI) -> None:
     async def page() -> Response:
         """A chat in the browser."""
         return HTMLResponse(start_page().html, headers=start_page().headers)
+
+
+def _add_metrics(app: FastAPI, service: Service) -> None:
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """What Prometheus reads."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
 
 def _add_health(app: FastAPI, service: Service) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 
 from dynatree_core.errors import DynaTreeError, InputError, OutOfMemoryError, QueueFullError
+from dynatree_core.runners.passes import is_out_of_memory
 
 __all__ = ["ApiError", "EngineDeadError", "as_api_error", "error_record", "refused"]
 
@@ -57,9 +58,14 @@ def as_api_error(error: BaseException, *, retry_after: int = 1) -> ApiError:
         case QueueFullError():
             message = "the server's waiting line is full; ask again later"
             return ApiError(429, message, code="queue_full", retry_after=retry_after)
-        case OutOfMemoryError():
-            message = "the device has no memory for this request; ask for fewer tokens, or again later"
-            return ApiError(503, message, code="out_of_memory", retry_after=retry_after)
         case EngineDeadError():
             return ApiError(503, "the engine has failed and the server is about to end", code="engine_dead")
+    if isinstance(error, OutOfMemoryError) or _is_lack_of_memory(error.__cause__):
+        message = "the device has no memory for this request; ask for fewer tokens, or again later"
+        return ApiError(503, message, code="out_of_memory", retry_after=retry_after)
     return ApiError(500, f"the generation failed ({type(error).__name__}); the server's log says why", code="failed")
+
+
+def _is_lack_of_memory(cause: BaseException | None) -> bool:
+    """Whether a drafter's or a policy's fault was that there is no memory."""
+    return isinstance(cause, Exception) and is_out_of_memory(cause)

@@ -9,6 +9,7 @@ import asyncio
 import re
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from fastapi.responses import JSONResponse, Response
@@ -38,11 +39,12 @@ class RequestLog:
     """Gives each request an id, writes its line when it is over, and answers what nobody foresaw with 500.
 
     A client's own `X-Request-Id` is taken where it is a word. Routes put what the line is to say besides into
-    `request.state.line`.
+    `request.state.line`; with an error, its code.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, count_refusal: Callable[[str], None]) -> None:
         self._app = app
+        self._count_refusal = count_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -69,9 +71,12 @@ class RequestLog:
             if status:  # it has begun: the connection breaks off, which is all that can be told
                 raise
             fault = ApiError(500, "the server has failed; its log says why", code="internal_error")
+            line["code"] = fault.code
             await error_response(fault)(scope, receive, send_noting)
         finally:
             seconds = round(time.perf_counter() - begin, 6)
+            if "code" in line:
+                self._count_refusal(line["code"])
             log("request", method=scope["method"], path=scope["path"], status=status, seconds=seconds, **line)
 
 
@@ -90,6 +95,7 @@ class Gate:
                 scope["state"]["client"] = scope["state"]["line"]["client"] = self._client(scope)
                 body = await self._body(scope, receive)
             except ApiError as error:
+                scope["state"]["line"]["code"] = error.code
                 app = error_response(error)
             else:
                 if body is None:  # the client has gone

@@ -54,6 +54,7 @@ class EngineLoop:
 
     Attributes:
         error: what has ended the thread; None while it runs, and where it was stopped.
+        on_events: called by the thread with what each step has brought; must not raise.
         on_death: called by the thread when it ends with an error, after all who wait were told.
     """
 
@@ -61,6 +62,7 @@ class EngineLoop:
         self.engines = dict(engines)
         self.error: BaseException | None = None
         self.on_death: Callable[[BaseException], None] | None = None
+        self.on_events: Callable[[list[Event]], None] | None = None
         self._open: dict[Handle, _Open] = {}  # sequences that are not done
         self._to_cancel: set[Handle] = set()
         self._is_stopping = False
@@ -168,6 +170,8 @@ class EngineLoop:
 
     def _tell(self, events: list[Event]) -> None:
         """Tell listeners what a step has brought."""
+        if self.on_events is not None:
+            self.on_events(events)
         for event in events:
             is_last = event.kind in ("stopped", "failed", "cancelled")
             if event.kind != "tokens" and not is_last:

@@ -22,6 +22,7 @@ from dynatree_core.serve.errors import ApiError
 from dynatree_core.serve.keys import Keys
 from dynatree_core.serve.logs import log
 from dynatree_core.serve.loop import EngineLoop
+from dynatree_core.serve.metrics import Metrics
 from dynatree_core.serve.records import Form, Head
 from dynatree_core.serve.settings import Settings
 from dynatree_core.text.stream import decode_text
@@ -54,6 +55,8 @@ class Service:
         self.settings = settings
         self.keys = Keys.of([]) if keys is None else keys
         self.loop = EngineLoop(engines)
+        self.metrics = Metrics(settings.model_names[0], lambda: self.loop.loads, lambda: self.loop.is_alive)
+        self.loop.on_events = self.metrics.hear
         self.clients = Clients(settings.max_requests)
         self.context_limit = max_positions(first.target)
         self.created = int(time.time())
@@ -94,7 +97,7 @@ class Service:
                 async for _ in answers.pieces():
                     pass
         except Exception as error:  # noqa: BLE001  # whatever it is ends the server
-            self.loop.fail(error)
+            self.loop.fail(error.__cause__ or error)  # what a client would be told says less
         else:
             self._is_warm = True
             log("ready", seconds=round(time.monotonic() - begin, 3))

@@ -1,0 +1,68 @@
+"""`dynatree serve`: its metrics say what has happened."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+from serving import Running, gated, new_engine, new_service, running
+from test_docs import DOCS, first_words, table
+
+BODY = {"model": "tiny", "prompt": "the cat sat on the mat. the cat", "max_tokens": 24, "temperature": 0}
+
+
+def samples(server: Running) -> dict[str, float]:
+    """Value by name, with the labels beside the model's."""
+    with server.http() as http:
+        text = http.get("/metrics").text
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            assert sample.labels["model_name"] == "tiny"
+            others = [f"{name}={value}" for name, value in sample.labels.items() if name != "model_name"]
+            found[",".join([sample.name, *others])] = sample.value
+    return found
+
+
+def test_what_is_counted_is_what_the_answers_say():
+    with running(new_service({"prompt_lookup": new_engine(prefix_cache=None)})) as server:
+        before = samples(server)
+        assert (before["vllm:generation_tokens_total"], before["vllm:num_requests_running"]) == (0, 0)
+        usages = [server.post("/v1/completions", {**BODY, "n": n}).json()["usage"] for n in (1, 2)]
+        assert server.post("/v1/completions", {**BODY, "n": 0}).status_code == 400
+        found = samples(server)
+    own = [usage["dynatree"] for usage in usages]
+    assert found["vllm:prompt_tokens_total"] == 3 * 31
+    assert found["vllm:generation_tokens_total"] == sum(usage["completion_tokens"] for usage in usages)
+    assert found["dynatree_iterations_total"] == sum(one["iterations"] for one in own)
+    assert found["vllm:spec_decode_num_draft_tokens_total"] == sum(one["drafted_tokens"] for one in own) > 0
+    accepted = sum(one["accepted_tokens"] for one in own)
+    assert found["vllm:spec_decode_num_accepted_tokens_total"] == accepted > 0
+    by_position = [value for name, value in found.items() if "accepted_tokens_per_pos_total" in name]
+    assert sum(by_position) == accepted
+    assert by_position == sorted(by_position, reverse=True)
+    assert found["vllm:request_success_total,finished_reason=length"] == 3
+    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
+        assert found[f"vllm:{name}_count"] == 3
+    assert found["vllm:inter_token_latency_seconds_count"] == sum(one["iterations"] for one in own) - 3
+    assert found["dynatree_requests_refused_total,code=invalid_type"] == 1
+    assert found["dynatree_engine_up"] == 1
+
+
+def test_who_runs_and_who_waits():
+    with (
+        gated(new_service({"prompt_lookup": new_engine(max_sequences=1)})) as (server, gate),
+        server.http() as http,
+        http.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as first,
+        http.stream("POST", "/v1/completions", json={**BODY, "stream": True}),
+    ):
+        gate.step()
+        next(line for line in first.iter_lines() if line)
+        found = samples(server)
+        assert (found["vllm:num_requests_running"], found["vllm:num_requests_waiting"]) == (1, 1)
+
+
+def test_the_page_lists_every_metric():
+    with running(new_service()) as server, server.http() as http:
+        text = http.get("/metrics").text
+    families = {family.name for family in text_string_to_metric_families(text)}
+    listed = first_words(table(DOCS / "serve.md", "metric", "kind", "what it counts"))
+    assert sorted(name.removesuffix("_total") for name in listed) == sorted(families)
