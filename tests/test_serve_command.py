@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import socket
 import subprocess
@@ -22,9 +23,21 @@ from tiny_folder import save_tiny
 from dynatree_core import Engine
 from dynatree_core.cli.serve import serve
 from dynatree_core.cli.serve_options import variable_of
+from dynatree_core.serve.logs import LIBRARIES
 from dynatree_core.trace import read
 
 __all__ = ["dynatree"]  # a fixture
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """A command has lines written to its own standard error, for its whole process."""
+    loggers = [logging.getLogger(name) for name in ("dynatree.serve", *LIBRARIES)]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")
