@@ -15,7 +15,7 @@ from dynatree_bench.report.style import GREY, VERMILION, line_styles
 from dynatree_bench.report.tables import Spread, markdown
 from dynatree_bench.run.pairs import Models
 from dynatree_bench.run.progress import in_rounds
-from dynatree_bench.studies import batch, long_context, memory, runners
+from dynatree_bench.studies import batch, long_context, memory, runners, serve
 from dynatree_bench.studies.names import studies
 from dynatree_bench.studies.study import Asked, Found, find_study, read_found, run_study, write_report
 from dynatree_core import InputError, load_model
@@ -290,3 +290,48 @@ def test_a_wrong_output_and_a_method_that_does_not_run_are_told_first():
         f"{batch.CONTINUOUS} does not run here: RuntimeError: no",
         "phase3 pays at no size",
     ]
+
+
+@pytest.mark.slow  # it starts servers
+def test_the_server_of_a_tiny_model_under_load(character_target, tmp_path, monkeypatch):
+    """Whole answers are right, those that were cut off, malformed or oversized are what they should be."""
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)  # `transformers serve` has tests of its own
+    models = Models(str(character_target), ("prompt_lookup",), device="cpu")
+    asked = Asked(models, tmp_path, is_quick=True, policies=("fixed",), batch_sizes=(1, 3), num_prompts=16)
+    found = run_study("serve", asked, command="the command")
+    assert "none of 64 requests to our server went wrong" in found.sentences
+    assert set(found.found["errors"]) == set(serve.THEIRS)
+    for policy in ("fixed", serve.PLAIN):
+        counts = found.found["outcomes"][policy]
+        assert counts == {"whole: right": 26, "cut off: cut": 2, "malformed: refused": 2, "oversized: refused": 2}
+        assert {size: len(values) for size, values in found.found["total"][policy].items()} == {"1": 1, "3": 1}
+        assert len(found.found["first"][policy]["3"]) == 14
+    assert [table.name for table in found.tables] == ["total", *serve.WAITS, "memory", "outcomes"]
+    assert found.found["memory"]["dynatree serve"][0][1] > 100
+    page = write_report(found, tmp_path / "report")
+    assert "first token" in (page.parent / "figures" / "serve.svg").read_text()
+
+
+def test_wrong_answers_of_the_server_are_told_first():
+    said = {"clients": [8]}
+    outcomes = {"phase3": {"whole: right": 7, "whole: wrong": 1, "whole: failed (500)": 2}}
+    found = {"provenance": said, "outcomes": outcomes | {next(iter(serve.THEIRS)): {"whole: wrong": 3}}, "errors": {}}
+    assert serve.sentences(found) == [
+        "3 of 10 requests to our server went wrong",
+        "transformers serve: 3 of 3 answers differ from plain decoding alone",
+    ]
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path):
+    with (
+        pytest.raises(serve.ServerError, match="did not: No module"),
+        serve.started(["-c", "raise SystemExit('No module')"], "model", tmp_path / "log", is_ours=True),
+    ):
+        pytest.fail("it must not begin")
+
+
+def test_percentiles_are_values_that_were_there():
+    values = [float(value) for value in range(100)]
+    assert [serve.percentile(values, percent) for percent in (50, 95, 99)] == [50.0, 95.0, 99.0]
+    assert serve.percentile([3.0], 99) == 3.0
+    assert serve.percentile([], 50) is None
