@@ -39,7 +39,7 @@ from dynatree_bench.report.statistics import (
     replayed_texts,
     summaries,
 )
-from dynatree_bench.report.tables import Table, interval, markdown, shown, simple, write_csv, write_lines
+from dynatree_bench.report.tables import Table, interval, shown, simple, write_lines, write_tables
 from dynatree_bench.run.records import (
     INFO_FILE,
     OutputRecord,
@@ -132,16 +132,12 @@ def _report_run(results: Results, out: Path) -> Path:
         raise InputError("a report needs matplotlib, which is not installed: pip install 'dynatree[bench]'") from error
     results = attrs.evolve(results, records=in_order(results))
     write_lines(out / PAGE, [_title(results)])  # first: the folder is known by it, should this be interrupted
-    for name in ("figures", "tables"):
-        (out / name).mkdir(parents=True, exist_ok=True)
+    (out / "figures").mkdir(exist_ok=True)
     ours = [*(f"figures/{plot.name}.png" for plot in FIGURES), *(f"tables/{name}.csv" for name in TABLES)]
     for name in ours:
         (out / name).unlink(missing_ok=True)  # of an earlier report
     lines = [_title(results), "", *_warnings(results), *_worth(results), provenance(results), ""]
-    for table in _tables(results):
-        write_csv(out / "tables" / f"{table.name}.csv", table)
-        lines += markdown(table)
-    lines += ["## Figures", ""]
+    lines += [*write_tables(_tables(results), out), "## Figures", ""]
     for plot in FIGURES:
         path = out / "figures" / f"{plot.name}.png"
         if draw(plot, results, path):

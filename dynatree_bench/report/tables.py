@@ -97,11 +97,16 @@ def markdown(table: Table) -> list[str]:
     return [f"## {table.title}", "", *cells, "", *([table.note, ""] if table.note else [])]
 
 
-def write_csv(path: Path, table: Table) -> None:
-    """The table's numbers as a CSV file."""
-    lines = io.StringIO()
-    csv.writer(lines, lineterminator="\n").writerows([table.data_header, *table.data])
-    write_text(path, lines.getvalue())
+def write_tables(tables: Iterable[Table], out: Path) -> list[str]:
+    """Write the numbers of each as a CSV file in a folder of a report; the lines that show them on its page."""
+    page = []
+    for table in tables:
+        (out / "tables").mkdir(parents=True, exist_ok=True)
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows([table.data_header, *table.data])
+        write_text(out / "tables" / f"{table.name}.csv", lines.getvalue())
+        page += markdown(table)
+    return page
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> Path:

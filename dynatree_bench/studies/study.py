@@ -19,7 +19,7 @@ import torch
 from dynatree_bench.data.workloads import Picks, encode, load_workload
 from dynatree_bench.report.page import is_report
 from dynatree_bench.report.series import Panel, draw_panels
-from dynatree_bench.report.tables import Table, markdown, write_csv, write_lines
+from dynatree_bench.report.tables import Table, write_lines, write_tables
 from dynatree_bench.run.machine import LoadMeter, idle_or_busy, provenance
 from dynatree_bench.run.pairs import Models, Pair
 from dynatree_bench.studies.names import studies
@@ -200,10 +200,7 @@ def write_report(found: Found, out: Path) -> Path:
     versions = ", ".join(f"{name} {number}" for name, number in said["versions"].items())
     lines = [f"# Benchmark results: {found.name}", "", studies()[found.name], ""]
     lines += [*(f"- {sentence}" for sentence in found.sentences), "", f"{foot} · {versions} · `{said['command']}`", ""]
-    for table in found.tables:
-        (out / "tables").mkdir(parents=True, exist_ok=True)
-        write_csv(out / "tables" / f"{table.name}.csv", table)
-        lines += markdown(table)
+    lines += write_tables(found.tables, out)
     if (panels := find_study(found.name).panels) is not None:
         (out / "figures").mkdir(parents=True, exist_ok=True)
         busy = "" if "not to be believed" not in " ".join(found.sentences) else " (on a busy machine: provisional)"
