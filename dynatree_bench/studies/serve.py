@@ -236,7 +236,7 @@ def our_server(models: Models, policies: Sequence[str], folder: Path) -> context
     words += ["--dtype", models.dtype]
     given = {"--target": models.target, "--drafter": next(iter(models.drafters), None), "--device": models.device}
     words += [word for option, value in given.items() if value is not None for word in (option, value)]
-    words += ["--max-body", str(MAX_BODY_KB), "--prefix-cache", "256"]
+    words += ["--max-body", str(MAX_BODY_KB), "--max-requests", "1024", "--prefix-cache", "256"]
     for policy in policies[1:]:
         words += ["--allow-policy", policy]
     return started(words, "model", folder / "ours.log", is_ours=True)
