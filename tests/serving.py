@@ -67,10 +67,10 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(service: Service) -> Iterator[Running]:
+def running(service: Service, listen: Listen | None = None) -> Iterator[Running]:
     """Serve in a thread while the block runs."""
     listener = socket.create_server(("127.0.0.1", 0))  # it takes connections from here on
-    process = ServerProcess(make_app(service), service, Listen())
+    process = ServerProcess(make_app(service), service, listen or Listen())
     thread = threading.Thread(target=process.run, args=([listener],))
     thread.start()
     try:

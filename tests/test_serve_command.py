@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +131,14 @@ def test_what_cannot_be_used_is_told_before_a_model_is_loaded(
     ran = dynatree("serve", "--target", folder, *args)
     assert ran.code == 2
     assert is_one_error_line(ran, *words), ran.err
+
+
+def test_other_commands_do_not_import_what_the_server_is_made_of() -> None:
+    code = (
+        "import sys, dynatree_core.cli.serve; print({'fastapi', 'uvicorn', 'torch', 'transformers'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_without_the_extra_it_says_what_to_install(dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import shutil
 import socket
+import ssl
+import subprocess
 from collections.abc import AsyncIterator
 
+import httpx2
 import openai
 import pytest
 from serving import SECONDS, Gate, Running, events, expected_text, gated, new_engine, new_service, running
@@ -17,6 +21,7 @@ from dynatree_core.serve.answers import Piece
 from dynatree_core.serve.errors import ApiError
 from dynatree_core.serve.keys import Keys, load_keys
 from dynatree_core.serve.logs import JsonLines, TextLines
+from dynatree_core.serve.process import Listen
 from dynatree_core.serve.schema import CompletionBody
 from dynatree_core.serve.service import Service
 
@@ -76,6 +81,21 @@ def test_a_full_line_is_told_at_once_and_all_choices_come_or_none():
         with pytest.raises(openai.RateLimitError):
             client.completions.create(model="tiny", prompt="a", max_tokens=2, n=3)
         assert client.completions.create(model="tiny", prompt="a", max_tokens=2, temperature=0).choices
+
+
+def test_when_there_may_be_room_is_guessed_from_how_long_answers_take():
+    service = one_lane(3)
+    loop = service.loop
+    assert loop.seconds_to_room == 1
+    engine = loop.engines["prompt_lookup"]
+    handles = [engine.submit([1, 2, 3], max_new_tokens=2) for _ in range(3)]
+    for seconds in (10.0, 26.0):  # the mean moves by an eighth of what is new
+        handles[0].started_at, handles[0].ended_at = 0.0, seconds
+        loop._note_seconds(handles[0])
+    assert loop.seconds_to_room == 36  # 12 s for each of the three that wait
+    for _ in range(20):
+        loop._note_seconds(handles[0])
+    assert loop.seconds_to_room == 60
 
 
 def test_a_client_has_so_many_requests_at_once():
@@ -192,6 +212,19 @@ def test_only_who_has_a_key_may_ask():
             client.models.list()
         with openai.OpenAI(base_url=f"{server.address}/v1", api_key="second-key", max_retries=0) as client:
             assert client.models.list().data
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl, which makes a certificate, is not here")
+def test_it_speaks_https(tmp_path):
+    certificate, key = str(tmp_path / "certificate.pem"), str(tmp_path / "key.pem")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", certificate, "-keyout", key]
+    subprocess.run(command, check=True, capture_output=True)
+    trusting = ssl.create_default_context(cafile=certificate)
+    with running(new_service(), Listen(certificate=certificate, key=key)) as server:
+        address = server.address.replace("http:", "https:")
+        with httpx2.Client(base_url=address, verify=trusting, trust_env=False) as http:
+            assert http.get("/health").status_code == 200
 
 
 def test_keys_come_from_a_file_and_the_environment(tmp_path):

@@ -93,7 +93,7 @@ class Answers:
                 choice.handle = self._loop.submit(self.asked.drafter, request, listener)
         except Exception as error:
             self.close()
-            raise as_api_error(error) from error
+            raise as_api_error(error, retry_after=self._loop.seconds_to_room) from error
 
     def at_close(self, callback: Callable[[], object]) -> None:
         """Have something called by `close`."""

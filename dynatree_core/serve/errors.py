@@ -40,7 +40,9 @@ def refused(param: str, message: str, code: str = "invalid_value") -> ApiError:
 def error_record(error: ApiError) -> dict[str, Any]:
     """The body of an answer with this error."""
     kind = TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    record = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    # what it quotes may have halves of characters, which no answer can
+    return {"error": {name: value and value.encode(errors="replace").decode() for name, value in record.items()}}
 
 
 def as_api_error(error: BaseException, *, retry_after: int = 1) -> ApiError:

@@ -24,7 +24,7 @@ def as_refusal(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body must be JSON, got {first['ctx']['error']}", code="invalid_json")
     place = _place(first)
-    param = ".".join(place) or None
+    param = ".".join(place) if place else None
     if first["type"] == "extra_forbidden":
         hint = nearest_match(place[-1], FIELDS)
         return ApiError(
@@ -42,8 +42,15 @@ def _first(errors: Sequence[Any]) -> Any:
 
 def _place(error: Any) -> list[str]:
     """Where in the body an error is, without the types between that pydantic has tried for a field."""
-    parts = error["loc"][1:]
-    return [str(part) for part in parts if isinstance(part, int) or (part.isidentifier() and part not in TYPES)]
+    *parts, last = error["loc"]
+    if error["type"] != "extra_forbidden":  # else it is a field's name, whatever it looks like
+        parts, last = [*parts, last], None
+    place = [str(part) for part in parts[1:] if _is_field(part)]
+    return place if last is None else [*place, str(last)]
+
+
+def _is_field(part: object) -> bool:
+    return isinstance(part, int) or (isinstance(part, str) and part.isidentifier() and part not in TYPES)
 
 
 def http_fault(error: HTTPException) -> ApiError:

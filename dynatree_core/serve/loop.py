@@ -7,6 +7,7 @@ something to do, in turn. Whatever else may touch an engine is done by this thre
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 
@@ -35,6 +36,7 @@ class Update:
     error: BaseException | None = None  # what has ended it
 
 
+USUAL = 8  # sequences that the usual time is about
 Listener = Callable[[Update], None]  # called by the engines' thread; it must not wait and must not raise
 
 
@@ -65,6 +67,7 @@ class EngineLoop:
         self.on_events: Callable[[list[Event]], None] | None = None
         self._open: dict[Handle, _Open] = {}  # sequences that are not done
         self._to_cancel: set[Handle] = set()
+        self._usual_seconds = 0.0  # from lane to end, of the latest sequences
         self._is_stopping = False
         self._fault: BaseException | None = None  # that somebody else has found, and that ends the thread
         self._changed = threading.Condition()  # guards the four above
@@ -92,6 +95,12 @@ class EngineLoop:
         """Sequences that are not done."""
         with self._changed:
             return len(self._open)
+
+    @property
+    def seconds_to_room(self) -> int:
+        """A guess, from how long sequences took so far, of when one more may find room; from 1 to 60."""
+        num_before = max((load.num_waiting / max(load.num_running, 1) for load in self.loads), default=0.0)
+        return min(max(math.ceil(self._usual_seconds * num_before), 1), 60)
 
     @property
     def loads(self) -> list[Load]:
@@ -176,10 +185,17 @@ class EngineLoop:
             is_last = event.kind in ("stopped", "failed", "cancelled")
             if event.kind != "tokens" and not is_last:
                 continue
+            if event.kind == "stopped":
+                self._note_seconds(event.handle)
             with self._changed:
                 one = self._open.pop(event.handle, None) if is_last else self._open.get(event.handle)
             if one is not None:
                 one.listener(update_of(event, is_last=is_last))
+
+    def _note_seconds(self, handle: Handle) -> None:
+        if handle.started_at is not None and handle.ended_at is not None:
+            seconds = handle.ended_at - handle.started_at
+            self._usual_seconds += (seconds - self._usual_seconds) / USUAL if self._usual_seconds else seconds
 
     def _die(self, error: BaseException) -> None:
         with self._changed:

@@ -85,7 +85,7 @@ class GenerationBody(Body):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None  # stands in the log
+    user: str | None = Field(None, max_length=256)  # stands in the log
     dynatree: OwnFields = Field(default_factory=OwnFields)
 
     @property
