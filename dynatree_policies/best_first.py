@@ -48,13 +48,19 @@ class BestFirst:
         if frontier.depth >= self.depth:
             return False
         is_in_beam = self._beam(frontier)
-        gain = torch.where(is_in_beam, frontier.cum_logprob.exp(), 0).sum()
-        return is_in_beam if gain > self.min_gain else False  # a wait for the device, which may save a drafter pass
+        if self.min_gain > 0:  # a wait for the device, which may save a drafter pass
+            paths = frontier.cum_logprob.exp()
+            gain = paths.sum() if is_in_beam is None else paths.masked_fill(~is_in_beam, 0).sum()
+            if gain <= self.min_gain:
+                return False
+        return True if is_in_beam is None else is_in_beam
 
     @hookimpl
     def branch_factor(self, frontier: Frontier) -> Tensor:
         scores = frontier.cum_logprob[:, None] + frontier.top_logprobs[:, : self.branch]
-        scores = torch.where(self._beam(frontier)[:, None], scores, -torch.inf)
+        is_in_beam = self._beam(frontier)
+        if is_in_beam is not None:
+            scores = scores.masked_fill(~is_in_beam[:, None], -torch.inf)
         rivals = torch.cat([frontier.tree.cum_logprob[1:], scores.flatten()])
         least = rivals.topk(min(self.nodes, rivals.numel())).values[-1]
         return ((scores >= least) & (scores > -torch.inf)).sum(dim=1)
@@ -66,10 +72,11 @@ class BestFirst:
         # stable and breadth first: of equals the shallower stays, so a child of probability 1 brings its parent
         order = tree.cum_logprob[1:].argsort(descending=True, stable=True)
         keep = torch.zeros(tree.num_nodes, dtype=torch.bool, device=tree.device)
-        keep[order[: self.nodes] + 1] = True
-        return keep
+        return keep.index_fill_(0, order[: self.nodes] + 1, True)
 
-    def _beam(self, frontier: Frontier) -> Tensor:
-        """[width] bool: the most probable nodes of the level."""
-        best = frontier.cum_logprob.topk(min(self.beam, frontier.width)).indices
+    def _beam(self, frontier: Frontier) -> Tensor | None:
+        """[width] bool: the most probable nodes of the level; None: all of them."""
+        if frontier.width <= self.beam:
+            return None
+        best = frontier.cum_logprob.topk(self.beam).indices
         return torch.zeros_like(frontier.cum_logprob, dtype=torch.bool).index_fill(0, best, True)

@@ -23,7 +23,9 @@ each second that it adds delays every one of them, and counts for each.
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,19 @@ def level_seconds(costs: CostModel, width: int, *, is_free: bool = False) -> flo
     """A level over so many nodes: the drafter's pass, unless it did without, and what the host does besides."""
     of_host = max(LEVEL_RESTS * costs.rest_seconds, LEVEL_SHARE * costs.plain_step_seconds())
     return (0.0 if is_free else costs.drafter_level_seconds(width)) + of_host
+
+
+@attrs.frozen(eq=False)
+class _Level:
+    """Children that are wanted for a tree's last level."""
+
+    tree: TokenTree
+    acceptance: Tensor  # [children] float32: how likely each path is to be accepted, breadth first
+    mass: float  # their sum, on the host
+
+    def is_grown_to(self, tree: TokenTree) -> bool:
+        """Whether a tree has all of them and no others: nobody else had a say."""
+        return tree.level_sizes == (*self.tree.level_sizes, self.acceptance.numel())
 
 
 @attrs.define
@@ -85,7 +100,7 @@ class CostAware:
     costs: CostModel | None = attrs.field(default=None, init=False, repr=False)
     _tables: tuple[CostModel, Tensor, Tensor] | None = attrs.field(default=None, init=False, repr=False)
     _last: tuple[TokenTree, Tensor] | None = attrs.field(default=None, init=False, repr=False)
-    _wanted: Tensor | None = attrs.field(default=None, init=False, repr=False)  # path acceptances of the next level
+    _wanted: _Level | None = attrs.field(default=None, init=False, repr=False)  # that branch_factor asked for last
 
     def __attrs_post_init__(self) -> None:
         if self.remember and not Path(self.remember).parent.is_dir():
@@ -103,9 +118,7 @@ class CostAware:
                 self.is_recalled = True
         if frontier.depth >= min(self.max_depth, self.depth_limit) or self.account < 0:
             return False
-        mass = 1.0  # the root is accepted
-        if frontier.depth > 0:
-            mass = float(self._path_acceptance(frontier.tree)[frontier.tree.last_level].sum())
+        mass = self._mass(frontier.tree)
         costs = frontier.charged_costs
         pays = mass * self.look_value > self._rate(costs) * level_seconds(costs, frontier.width)
         if pays:
@@ -118,32 +131,37 @@ class CostAware:
         at_parent = self._path_acceptance(tree)[tree.last_level]
         rank = torch.arange(frontier.max_branch, device=device)
         given_parent = self.estimator.predict(frontier.top_logprobs, rank, frontier.depth + 1)
-        own = at_parent[:, None] * given_parent  # [width, k]
-        # a child comes with those of lower rank, so it is worth no more than the least of them
-        accepted = own.cummin(dim=1).values
-        best = accepted.flatten().topk(min(frontier.nodes_left, accepted.numel())).values
-        wins = self._wins(best, tree.num_drafted, self._rate(costs), costs, self.max_depth - frontier.depth - 1)
+        own = (at_parent[:, None] * given_parent).flatten()  # [width · k]
+        # a child comes with those of lower rank, so it is worth no more than the least of them; of equals these first
+        accepted = own.view(frontier.width, -1).cummin(dim=1).values.flatten()
+        best = accepted.sort(descending=True, stable=True)
+        values, places = (of[: frontier.nodes_left] for of in (best.values, best.indices))
+        # all that the host has to know, by one transfer
+        best_values, best_own, at_parents = _on_host(values, own[places], at_parent)
+        wins = self._wins(best_values, tree.num_drafted, self._rate(costs), costs, self.max_depth - frontier.depth - 1)
         num_children = int(wins.argmax())
-        self._learn_look(float(wins[num_children]) / max(float(at_parent.sum()), 1e-6))
+        self._learn_look(float(wins[num_children]) / max(sum(at_parents), 1e-6))
         if num_children == 0:
             return torch.zeros(frontier.width, dtype=torch.int64, device=device)
-        is_wanted = (accepted >= best[num_children - 1]) & (accepted > 0)
-        self._wanted = own[is_wanted]
-        return is_wanted.sum(dim=1)
+        # who is worth as much as the last of them may be held down by a sibling, and comes too
+        num_wanted = sum(value > 0 and value >= best_values[num_children - 1] for value in best_values)
+        is_wanted = torch.zeros_like(own, dtype=torch.bool).index_fill_(0, places[:num_wanted], True)
+        wanted = own[torch.nonzero_static(is_wanted, size=num_wanted)[:, 0]]
+        self._wanted = _Level(tree, wanted, sum(best_own[:num_wanted]))
+        return is_wanted.view(frontier.width, -1).sum(dim=1)
 
     @hookimpl
     def keep_nodes(self, tree: TokenTree) -> Tensor | None:
         if self.costs is None:
             return None
-        value = self._path_acceptance(tree)[1:]
-        best = value.sort(descending=True, stable=True)
-        wins = self._wins(best.values, 0, self._rate(self.costs), self.costs, 0)
+        best = self._path_acceptance(tree)[1:].sort(descending=True, stable=True)
+        (values,) = _on_host(best.values)
+        wins = self._wins(values, 0, self._rate(self.costs), self.costs, 0)
         num_kept = int(wins.argmax())
         if num_kept == tree.num_drafted:
             return None
         keep = torch.zeros(tree.num_nodes, dtype=torch.bool, device=tree.device)
-        keep[best.indices[:num_kept] + 1] = True
-        return keep
+        return keep.index_fill_(0, best.indices[:num_kept] + 1, True)
 
     @hookimpl
     def on_iteration_end(self, report: StepReport) -> None:
@@ -182,21 +200,31 @@ class CostAware:
         if self._last is not None and self._last[0] is tree:
             return self._last[1]
         before, wanted = self._last, self._wanted
-        if before and wanted is not None and tree.level_sizes == (*before[0].level_sizes, wanted.numel()):
-            value = torch.cat([before[1], wanted])  # the level has all that were wanted: nobody else had a say
+        if before and wanted is not None and wanted.is_grown_to(tree):
+            value = torch.cat([before[1], wanted.acceptance])
         else:
             given_parent = self.estimator.predict(tree.logprob, tree.rank, tree.depth).clamp(min=1e-9)
-            given_parent[0] = 1.0
+            given_parent[:1].fill_(1.0)
             value = (tree.ancestor_mask.float() @ given_parent.log()).exp()
         self._last, self._wanted = (tree, value), None
         return value
+
+    def _mass(self, tree: TokenTree) -> float:
+        """How many nodes of the last level will be accepted, in expectation."""
+        if tree.max_depth == 0:
+            return 1.0  # the root is
+        if self._wanted is not None and self._wanted.is_grown_to(tree):
+            return self._wanted.mass
+        return float(self._path_acceptance(tree)[tree.last_level].sum())
 
     def _rate(self, costs: CostModel) -> float:
         """λ: tokens a second of late, as many at least as without drafting."""
         lately = self.tokens / self.seconds if self.seconds > 0 else 0.0
         return max(lately, 1 / costs.plain_step_seconds())
 
-    def _wins(self, accepted: Tensor, num_before: int, rate: float, costs: CostModel, levels_left: int) -> Tensor:
+    def _wins(
+        self, accepted: Sequence[float], num_before: int, rate: float, costs: CostModel, levels_left: int
+    ) -> Tensor:
         """[nodes + 1] float32: tokens that the first 0, 1, 2, … of some nodes win, less what the seconds are worth.
 
         Args:
@@ -204,7 +232,7 @@ class CostAware:
             num_before: drafted nodes beside them.
             levels_left: levels that may follow; chains of as many as pay are counted in.
         """
-        gained = torch.nn.functional.pad(accepted.cpu().cumsum(0), (1, 0))
+        gained = torch.tensor([0.0, *itertools.accumulate(accepted)], **CPU_NUMBERS)
         hit = (PRIOR_WEIGHT * PRIOR_HIT + self.hits) / (PRIOR_WEIGHT + self.trials)
         levels = min(HORIZON, max(levels_left, 0)) + 1
         per_node = torch.tensor([sum(hit**i for i in range(level + 1)) for level in range(levels)], **CPU_NUMBERS)
@@ -232,8 +260,15 @@ class CostAware:
         """How often an accepted node with children has an accepted child."""
         num_accepted, tree = report.num_accepted, report.tree
         last = report.verdict.path[-1] if report.verdict.path else 0
-        goes_on = tree.num_drafted > 0 and bool((tree.parent == last).any())
+        # the root of a tree has children, a node of its last level none; of others the device has to be asked
+        goes_on = num_accepted < tree.max_depth and (last == 0 or bool((tree.parent == last).any()))
         num_trials = num_accepted + (goes_on and report.verdict.stop_reason is None)
         if num_trials:
             self.hits = MEMORY * self.hits + num_accepted
             self.trials = MEMORY * self.trials + num_trials
+
+
+def _on_host(*tensors: Tensor) -> list[list[float]]:
+    """The numbers of each [numbers], by one transfer."""
+    left = iter(torch.cat(tensors).tolist())
+    return [list(itertools.islice(left, one.numel())) for one in tensors]

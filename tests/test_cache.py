@@ -211,29 +211,30 @@ def failing(function, call):
     return fail
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 4])
+@pytest.mark.parametrize("call", [1, 2])
 def test_a_commit_that_fails_keeps_nothing(call, monkeypatch):
-    """Memory ends between the layers, or between keys and values: committed rows stay, the block is forgotten."""
+    """Memory ends between the layers, of which nobody has said how many there are: committed rows stay, the block is
+    forgotten."""
     cache = TreeCache(16)
     append(cache, rows(3, 10))
     cache.commit([[0, 1, 2]])
     append(cache, rows(4))
-    monkeypatch.setattr(torch.Tensor, "index_select", failing(torch.Tensor.index_select, call))
+    monkeypatch.setattr(torch.Tensor, "clone", failing(torch.Tensor.clone, call))
     with pytest.raises(torch.OutOfMemoryError):
-        cache.commit([[0, 2]])
+        cache.commit([[0, 2, 3]])  # rows that go where one of them stands are copied first
     assert (cache.lengths, cache.block_len) == ([3], 0)
     for layer in (0, 1):
         for seen in cache.update(rows(1, 99), rows(1, 99), layer):
             assert seen.flatten().tolist() == [10, 11, 12, 99]
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 4])
+@pytest.mark.parametrize("call", [1, 2])
 def test_an_allocation_that_fails_adds_no_layer(call, monkeypatch):
     cache = TreeCache(8)
     monkeypatch.setattr(torch.Tensor, "new_empty", failing(torch.Tensor.new_empty, call))
     with pytest.raises(torch.OutOfMemoryError):
         append(cache, rows(3))
-    assert len(cache.keys) == len(cache.values) == (call - 1) // 2  # whole layers
+    assert len(cache.keys) == len(cache.values) == call - 1  # keys and values of a layer are allocated together
     cache.rollback()
     for layer in (0, 1):
         for seen in cache.update(rows(2, layer), rows(2, layer), layer):

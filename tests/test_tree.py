@@ -77,6 +77,35 @@ def test_pruning_keeps_the_invariants(tree, data):
         assert pruned.token_ids[pruned.ancestor_mask[node]].tolist() == before
 
 
+@given(ours.trees(), st.data())
+def test_a_tree_may_grow_in_two_ways(tree, data):
+    """Trees share memory, which must not show: what grows from one leaves the others as they were."""
+    widths = st.lists(st.integers(tree.last_level.start, tree.num_nodes - 1), min_size=1, max_size=4)
+    grown, before = [], tree.ancestor_mask.clone()
+    for start in (100, 200):
+        parent = torch.tensor(sorted(data.draw(widths)))
+        tokens = torch.arange(start, start + parent.numel())
+        grown.append((tree.grow(parent, tokens, -torch.ones(parent.numel())), parent, tokens))
+    assert torch.equal(tree.ancestor_mask, before)
+    for one, parent, tokens in grown:
+        assert_is_tree(one)
+        level = one.last_level
+        assert (one.parent[level].tolist(), one.token_ids[level].tolist()) == (parent.tolist(), tokens.tolist())
+        assert torch.equal(one.ancestor_mask[: tree.num_nodes, : tree.num_nodes], before)
+
+
+def test_growing_among_proposals_equals_growing_by_the_children_themselves():
+    tree = TokenTree.root(torch.tensor([7])).grow(
+        torch.tensor([0, 0]), torch.tensor([1, 2]), torch.tensor([-0.5, -1.0])
+    )
+    token_ids, logprobs = torch.tensor([[3, 4], [5, 6]]), torch.tensor([[-0.1, -2.0], [-0.3, -0.7]])
+    scores, chosen = tree.cum_logprob[tree.last_level, None] + logprobs, torch.tensor([0, 2, 3])
+    among = tree.grow_among(chosen, token_ids, logprobs, scores)
+    plain = tree.grow(torch.tensor([1, 2, 2]), torch.tensor([3, 5, 6]), torch.tensor([-0.1, -0.3, -0.7]))
+    for name in ("token_ids", "parent", "depth", "logprob", "cum_logprob", "ancestor_mask", "rank", "draft_index"):
+        assert torch.equal(getattr(among, name), getattr(plain, name)), name
+
+
 def test_a_mask_that_is_not_closed_is_refused():
     tree = TokenTree.root(torch.tensor([1]))
     tree = tree.grow(torch.tensor([0]), torch.tensor([2]), torch.tensor([-0.1]))

@@ -20,6 +20,8 @@ from dynatree_core.tree.flatten import FlatTrees
 
 __all__ = ["TreeCache"]
 
+_Place = tuple[int, int]  # a shelf, and a buffer on it
+
 
 class TreeCache(Cache, KeyValueCache):
     """Keys and values of one model, [lanes, heads, capacity, head_dim] a layer.
@@ -31,13 +33,15 @@ class TreeCache(Cache, KeyValueCache):
         capacity: slots of a lane, for committed and undecided rows together.
         lanes: how many there are; a session has one.
         is_zeroed: whether slots that were never written may be shown to a pass, see `min_slots`.
+        num_layers: of the model, where they are known: their buffers are then parts of one, so that a row moves in all
+            of them by one operation.
     """
 
     has_all_rows = True
     can_record = True
     can_grow = True
 
-    def __init__(self, capacity: int, *, lanes: int = 1, is_zeroed: bool = False) -> None:
+    def __init__(self, capacity: int, *, lanes: int = 1, is_zeroed: bool = False, num_layers: int = 1) -> None:
         super().__init__(layers=[])
         self.capacity = capacity
         self.min_slots = 0  # slots of the next pass's view at least
@@ -45,6 +49,9 @@ class TreeCache(Cache, KeyValueCache):
         self.lengths = [0] * lanes  # committed rows of each lane
         self.keys = []
         self.values = []
+        self._num_layers = num_layers
+        self._shelves: list[Tensor] = []  # [buffers, lanes, heads, capacity, head_dim] each: what layers are parts of
+        self._places: list[tuple[_Place, _Place]] = []  # of each layer's keys and values
         self._taken: set[int] = set()  # lanes that somebody has joined
         self._block_lens: list[int] = []  # per layer: rows appended since the last commit
 
@@ -115,6 +122,7 @@ class TreeCache(Cache, KeyValueCache):
 
     def allocate(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Make the buffers, unless there are some, as `KeyValueCache.allocate`."""
+        self._num_layers = max(self._num_layers, len(keys))
         for layer in range(len(self.keys), len(keys)):
             self._add_layer(keys[layer], values[layer])
 
@@ -207,25 +215,25 @@ class TreeCache(Cache, KeyValueCache):
         assert length <= self.capacity, f"{length} rows do not fit a cache of {self.capacity}"
         self._forget_own_block()
         self.lengths[lane] = 0  # should this be broken off, the lane is empty
-        while len(self.keys) < len(keys):
-            self._add_layer(keys[len(self.keys)], values[len(self.values)])
+        self.allocate(keys, values)
         for buffer, rows in zip((*self.keys, *self.values), (*keys, *values), strict=True):
             buffer[lane, :, :length] = rows[0, :, :length]
         self.lengths[lane] = length
 
     @torch.inference_mode()
     def grow(self, capacity: int) -> None:
-        """Have more slots, as `KeyValueCache.grow`: rows move to larger buffers, one buffer after the other."""
+        """Have more slots, as `KeyValueCache.grow`: rows move to larger buffers."""
         if self.block_len > 0:
             raise CacheError(f"a cache grows between two steps, got a block of {self.block_len} rows; commit it first")
         if capacity <= self.capacity:
             return
         self.capacity = capacity
-        for buffers in (self.keys, self.values):
-            for layer, buffer in enumerate(buffers):
-                larger = self._allocate(buffer)
-                larger[:, :, : self.length] = buffer[:, :, : self.length]
-                buffers[layer] = larger
+        for index, shelf in enumerate(self._shelves):
+            larger = self._allocate(shelf[0], len(shelf))
+            larger[..., : self.length, :] = shelf[..., : self.length, :]
+            self._shelves[index] = larger
+        self.keys = [self._shelves[index][place] for (index, place), _ in self._places]
+        self.values = [self._shelves[index][place] for _, (index, place) in self._places]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Rows that the next pass finds before its own; asked by models that are given no positions."""
@@ -253,17 +261,34 @@ class TreeCache(Cache, KeyValueCache):
             )
 
     def _add_layer(self, key_states: Tensor, value_states: Tensor) -> None:
-        keys, values = [*self.keys, self._allocate(key_states)], [*self.values, self._allocate(value_states)]
+        are_alike = key_states.shape == value_states.shape
+        num_buffers = (2 if are_alike else 1) * max(self._num_layers - len(self._places), 1)
+        taken = [place for places in self._places for place in places]
+        of_keys = self._free_place(key_states, num_buffers, taken)
+        places = of_keys, self._free_place(value_states, num_buffers, [*taken, of_keys])
+        keys, values = (self._shelves[index][place] for index, place in places)
         # all or nothing: a layer without its values, where memory ended, would shift the layers behind it
-        self.keys, self.values, self._block_lens = keys, values, [*self._block_lens, 0]
+        self._places, self.keys, self.values = [*self._places, places], [*self.keys, keys], [*self.values, values]
+        self._block_lens = [*self._block_lens, 0]
+
+    def _free_place(self, states: Tensor, num_buffers: int, taken: Sequence[_Place]) -> _Place:
+        """A buffer for such rows; where none is free, so many are made, for the layers to come too."""
+        for index, shelf in enumerate(self._shelves):
+            are_alike = shelf.dtype == states.dtype and shelf.shape[2::2] == states.shape[1::2]
+            num_taken = sum(of_shelf == index for of_shelf, _ in taken)
+            if are_alike and num_taken < len(shelf):
+                return index, num_taken
+        self._shelves = [*self._shelves, self._allocate(states, num_buffers)]
+        return len(self._shelves) - 1, 0
 
     def _copied(self, buffers: Sequence[Tensor], lane: int) -> tuple[Tensor, ...]:
         rows = (buffer[lane : lane + 1, :, : self.lengths[lane]] for buffer in buffers)
         return tuple(states.clone(memory_format=torch.contiguous_format) for states in rows)
 
-    def _allocate(self, states: Tensor) -> Tensor:
+    def _allocate(self, states: Tensor, num_buffers: int) -> Tensor:
+        """[buffers, lanes, heads, capacity, head_dim] for rows [lanes, heads, any number, head_dim]."""
         with torch.inference_mode(False):  # so that passes in and outside of that mode may write into it
-            buffer = states.new_empty(len(self.lengths), states.shape[1], self.capacity, states.shape[3])
+            buffer = states.new_empty(num_buffers, len(self.lengths), states.shape[1], self.capacity, states.shape[3])
         if self._is_zeroed:
             # A lane that is shorter than the longest, and a view that is longer than its rows, show slots that were
             # never written. They are hidden, with weight 0 in attention, but 0 × NaN would be NaN. Otherwise no such
@@ -272,12 +297,23 @@ class TreeCache(Cache, KeyValueCache):
         return buffer
 
     def _gather(self, lane: int, path: Sequence[int]) -> None:
-        in_place = next((i for i, source in enumerate(path) if i != source), len(path))
-        moved = path[in_place:]
-        if not moved:
-            return
+        """Move rows of the block to its front, in all layers. Slices need nothing of a GPU's host but to be named."""
         start = self.lengths[lane]
-        source = torch.tensor(moved, device=self.keys[0].device) + start
-        target = slice(start + in_place, start + len(path))
-        for buffer in (*self.keys, *self.values):
-            buffer[lane, :, target] = buffer[lane].index_select(1, source)
+        for source, target, num_rows in _runs(path):
+            for shelf in self._shelves:
+                block = shelf[:, lane, :, start:]
+                rows = block[:, :, source : source + num_rows]
+                block[:, :, target : target + num_rows] = rows if num_rows <= source - target else rows.clone()
+
+
+def _runs(path: Sequence[int]) -> list[tuple[int, int, int]]:
+    """What of an ascending path does not stand in its place: source, target and number of rows that are neighbours."""
+    runs: list[tuple[int, int, int]] = []
+    for target, source in enumerate(path):
+        if source == target:
+            continue
+        if runs and runs[-1][0] + runs[-1][2] == source:
+            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+        else:
+            runs.append((source, target, 1))
+    return runs

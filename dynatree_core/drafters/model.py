@@ -100,6 +100,7 @@ class ModelDraftState(DraftState):
         # outputs that say a token which the target knows
         self.num_outputs = vocab_size(model) if self.token_of is not None else min(plan.vocab_size, vocab_size(model))
         self.last_id = num_embeddings(model) - 1
+        self.knows_all_ids = plan.vocab_size <= num_embeddings(model)
         self.num_settled = 0  # cache rows of earlier iterations: where a rollback goes back to
 
     def prefill(self, committed_ids: Tensor) -> None:
@@ -141,7 +142,8 @@ class ModelDraftState(DraftState):
         return self._asked(flatten_chain(followed[self.num_settled :], self.num_settled), last_row_only=True)
 
     def _asked(self, flat: FlatTrees, *, last_row_only: bool = False) -> AskedPass:
-        flat = attrs.evolve(flat, token_ids=self._own(flat.token_ids))
+        if not self.knows_all_ids:
+            flat = attrs.evolve(flat, token_ids=self._own(flat.token_ids))
         return AskedPass(self.passes, flat, self.cache, "draft_forward", last_row_only)
 
     def commit(self, draft_path: tuple[int, ...]) -> None:
@@ -167,7 +169,7 @@ class ModelDraftState(DraftState):
 
     def _own(self, token_ids: Tensor) -> Tensor:
         """Ids that this drafter can embed: padding ids of the target beyond its table become its last id."""
-        return token_ids.clamp(max=self.last_id)
+        return token_ids if self.knows_all_ids else token_ids.clamp(max=self.last_id)
 
 
 def restricted_ids(model: nn.Module) -> Tensor | None:
@@ -194,7 +196,5 @@ def check_vocabularies(target_size: int, drafter_size: int) -> None:
 
 def top_proposals(logits: Tensor, k: int) -> Proposals:
     """The k best children from a drafter's logits [width, vocab]; -inf where the vocabulary is smaller than k."""
-    logits = logits.float()
-    top = logits.topk(min(k, logits.shape[-1]), dim=-1)
-    logprobs = top.values - logits.logsumexp(dim=-1, keepdim=True)
-    return padded_proposals(top.indices, logprobs, k)
+    top = logits.float().log_softmax(dim=-1).topk(min(k, logits.shape[-1]), dim=-1)
+    return padded_proposals(top.indices, top.values, k)

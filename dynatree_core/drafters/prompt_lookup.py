@@ -84,6 +84,9 @@ class PromptLookupState(DraftState):
         order = lengths * earlier + torch.arange(earlier, device=ids.device)
         self.ends = order.topk(min(self.drafter.max_matches, earlier)).indices  # [matches]
         self.lengths = lengths[self.ends].float()  # [matches]
+        # a continuation that reaches the end of the text is read again from its beginning: the text is taken for a
+        # loop, whose period is the distance between the occurrence and the suffix
+        self.begins, self.periods = self.ends + 1, (earlier - self.ends).clamp(min=1)  # [matches]
         self.is_followed = (self.lengths > 0)[None]  # [width, matches]: which occurrences agree with a node's path
 
     def _follow(self, tree: TokenTree) -> None:
@@ -94,13 +97,8 @@ class PromptLookupState(DraftState):
         self.is_followed = self.is_followed[parents] & (self.next_ids == tree.token_ids[level][:, None])
 
     def _next_tokens(self, ids: Tensor, depth: int) -> Tensor:
-        """[matches]: what each occurrence's continuation has after `depth` tokens.
-
-        A continuation that reaches the end of the text is read again from its beginning: the text is taken for a loop,
-        whose period is the distance between the occurrence and the suffix.
-        """
-        period = (ids.numel() - 1 - self.ends).clamp(min=1)
-        return ids[self.ends + 1 + depth % period]
+        """[matches]: what each occurrence's continuation has after `depth` tokens."""
+        return ids[self.begins + depth % self.periods]
 
     def _vote(self, depth: int, k: int) -> Proposals:
         """Distinct next tokens by the weight of the occurrences behind them."""

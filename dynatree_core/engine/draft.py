@@ -35,7 +35,7 @@ def draft(lanes: Sequence[Lane], faults: Faults) -> dict[Lane, TokenTree]:
     """
     for lane in lanes:
         lane.note_load([other.last_tree_sizes for other in lanes if other is not lane])
-    trees = {lane: TokenTree.root(lane.committed_ids[-1:].clone()) for lane in lanes}
+    trees = {lane: TokenTree.root(lane.committed_ids[-1:]) for lane in lanes}
     growing = trees
     while growing:
         levels = _grow_level(growing, faults)
@@ -96,9 +96,11 @@ def _ask(lane: Lane, tree: TokenTree, shared: SharedProposals) -> Level | _Wante
         return level("width", expand, branch, frontier.proposals if frontier.is_drafter_asked else None)
     scores = frontier.cum_logprob[:, None] + frontier.top_logprobs  # [width, k] of each proposed child's path
     conditions = _conditions(lane, frontier, expand, branch, scores)
-    scores = torch.where(functools.reduce(operator.and_, conditions.values()), scores, -torch.inf)
+    is_admitted = functools.reduce(operator.and_, conditions.values())
+    if Outcome.BELOW_TAU not in conditions:
+        is_admitted = is_admitted & (scores > -torch.inf)
     level = functools.partial(level, expand=expand, branch=branch, proposals=frontier.proposals, conditions=conditions)
-    return _Wanted(lane, frontier, branch, scores, level)
+    return _Wanted(lane, frontier, branch, scores, is_admitted, level)
 
 
 @attrs.frozen(eq=False)
@@ -108,7 +110,8 @@ class _Wanted:
     lane: Lane
     frontier: Frontier
     branch: Decision[Tensor | int]
-    scores: Tensor  # [width, k] log-probability of each child's path; -inf: it is refused
+    scores: Tensor  # [width, k] log-probability of each child's path
+    is_admitted: Tensor  # [width, k] bool
     level: Callable[..., Level]  # makes the record, of what ends the tree or of the tree grown
 
     @property
@@ -116,9 +119,9 @@ class _Wanted:
         """[checks] int64 on the device: how many children there are, and what could be wrong."""
         proposals = self.frontier.proposals
         checks = [
-            (self.scores > -torch.inf).sum(),
+            self.is_admitted.sum(),
             *proposals.token_ids.aminmax(),
-            (proposals.logprobs <= 1e-3).all(),  # False for NaN too; rounding may exceed log 1 = 0 a little
+            (proposals.logprobs <= 1e-3).sum(),  # not NaN; rounding may exceed log 1 = 0 a little
         ]
         if isinstance(self.branch.value, Tensor):
             checks += self.branch.value.aminmax()
@@ -131,12 +134,12 @@ class _Wanted:
             PolicyError: a branch factor out of range.
             DrafterError: a proposal that is NaN, or a token that the target does not know.
         """
-        num_children, min_id, max_id, is_sound, *widths = checks
+        num_children, min_id, max_id, num_sound, *widths = checks
         frontier, proposals, lane = self.frontier, self.frontier.proposals, self.lane
         if widths and not 0 <= widths[0] <= widths[1] <= frontier.max_branch:
             lane.stack.refuse_branch_factor(self.branch.decider, f"{widths[0]} to {widths[1]}", frontier.max_branch)
         fault = None
-        if not is_sound:
+        if num_sound < proposals.logprobs.numel():
             fault = "log-probabilities must be numbers of at most 0"
         elif not 0 <= min_id <= max_id < lane.vocab_size:
             fault = f"token ids must be from 0 to {lane.vocab_size - 1}"
@@ -144,11 +147,17 @@ class _Wanted:
             raise DrafterError(f"drafter '{lane.drafter_name}' made a bad proposal: {fault}, got {proposals}")
         if num_children == 0:
             return self.level("refused")
-        # the best of what fits, then back into breadth-first order
-        chosen = self.scores.flatten().topk(min(num_children, frontier.nodes_left)).indices.sort().values
-        parent = frontier.tree.last_level.start + chosen // frontier.max_branch
-        children = proposals.token_ids.flatten()[chosen], proposals.logprobs.flatten()[chosen]
-        return self.level(None, chosen=chosen, grown=frontier.tree.grow(parent, *children))
+        chosen = self._chosen(num_children)
+        grown = frontier.tree.grow_among(chosen, proposals.token_ids, proposals.logprobs, self.scores)
+        return self.level(None, chosen=chosen, grown=grown)
+
+    def _chosen(self, num_children: int) -> Tensor:
+        """[children] int64: places in width × k of the best that fit, breadth first."""
+        nodes_left = self.frontier.nodes_left
+        if num_children <= nodes_left:
+            return torch.nonzero_static(self.is_admitted.flatten(), size=num_children)[:, 0]
+        scores = torch.where(self.is_admitted, self.scores, -torch.inf)
+        return scores.flatten().topk(nodes_left).indices.sort().values
 
 
 def _conditions(
@@ -159,7 +168,7 @@ def _conditions(
     scores: Tensor,
 ) -> Mapping[Outcome, Tensor]:
     """What a proposed child must meet, by its outcome where it does not; bools that broadcast to [width, k]."""
-    rank = torch.arange(frontier.max_branch, device=frontier.tree.device)
+    rank = _ranks(frontier.max_branch, frontier.tree.device)
     wanted = branch.value if isinstance(branch.value, int) else branch.value[:, None]
     conditions = {Outcome.BEYOND_WIDTH: rank < wanted}
     if lane.sequence.limits.tau > 0:
@@ -167,3 +176,10 @@ def _conditions(
     if isinstance(expand.value, Tensor):
         conditions[Outcome.NOT_EXPANDED] = expand.value[:, None]
     return conditions
+
+
+@functools.cache
+def _ranks(max_branch: int, device: torch.device) -> Tensor:
+    """[k] int64: the places of children among their siblings."""
+    with torch.inference_mode(False):
+        return torch.arange(max_branch, device=device)

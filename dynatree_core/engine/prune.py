@@ -20,7 +20,7 @@ def prune(lane: Lane, tree: TokenTree) -> TokenTree:
     With exact="fixed_width" it is the first chain of what is left, whose node at depth d stands in row d.
     """
     keep = lane.stack.keep_nodes(tree) if tree.num_drafted else Decision(None, {})
-    kept = tree if keep.value is None else tree.subtree(tree.close_under_ancestors(keep.value))
+    kept = tree if keep.value is None else tree.pruned(keep.value)
     if lane.request.is_fixed_width and kept.num_drafted:
         kept = kept.first_chain()
     if lane.observer is not None:

@@ -202,8 +202,8 @@ class Sequence:
 
     def record(self, report: StepReport) -> None:
         """Append a step's verified tokens and count it."""
-        end = self.num_committed + len(report.token_ids)
-        self._ids[self.num_committed : end] = torch.tensor(report.token_ids, dtype=torch.int64)
+        for place, token_id in enumerate(report.token_ids, start=self.num_committed):
+            self._ids[place].fill_(token_id)  # an argument of its kernel: the host waits for no copy
         step = StepStats(
             num_drafted=report.tree.num_drafted,
             depth=report.tree.max_depth,

@@ -17,6 +17,8 @@ from dynatree_core.tree.verdict import Verdict
 
 __all__ = ["follow", "longest_match", "verify"]
 
+NOT_A_NUMBER = -1  # in the place of a token
+
 
 def verify(trees: Mapping[Lane, TokenTree], logits: Mapping[Lane, Tensor], faults: Faults) -> dict[Lane, Verdict]:
     """For each tree the path that the target follows in it, with its tokens, up to where the generation stops.
@@ -124,36 +126,35 @@ def longest_match(tree: TokenTree, logits: Tensor) -> Verdict:
 
 
 def _matched(tree: TokenTree, logits: Tensor) -> Tensor:
-    """[3 + 3 · levels] int64: the match's depth and bonus token, whether it has NaN, and nodes and tokens by depth."""
+    """[3 · levels] int64: the path's nodes from the root on, behind its end the root again; the places that they had
+    when drafted; and the target's tokens at them, which are what is committed.
+
+    Nothing is indexed by a number that the host would have to be told. What is NaN has the token −1: it is no child's,
+    so no path goes on from there. Off the path it does no harm: a wrong draft may overflow where the target's own text
+    never goes.
+    """
     if logits.dtype == torch.float64:
         # generate() chooses in float32; two float64 logits that are one float32 number tie there, and must tie here
         logits = logits.float()
     top_logit, top_token = logits.max(dim=-1)  # [nodes]; max() puts NaN above every number
-    matches = torch.ones_like(tree.token_ids, dtype=torch.bool)
-    matches[1:] = tree.token_ids[1:] == top_token[tree.parent[1:]]
-    is_alive = ~(tree.ancestor_mask & ~matches).any(dim=1)
-    deepest = torch.where(is_alive, tree.depth, -1).argmax()
-    # a stable sort brings the path's nodes to the front, by depth, without asking the device how many they are
-    levels = tree.max_depth + 1
-    path = torch.argsort((~tree.ancestor_mask[deepest]).byte(), stable=True)[:levels]
-    # off the path NaN does no harm: a wrong draft may overflow where the target's own text never goes
-    has_nan = (top_logit.isnan() & tree.ancestor_mask[deepest]).any()
-    return torch.cat(
-        [
-            torch.stack([tree.depth[deepest], top_token[deepest], has_nan]),
-            path,
-            tree.draft_index[path],
-            tree.token_ids[path],
-        ]
-    )
+    top_token = top_token.masked_fill(top_logit.isnan(), NOT_A_NUMBER)
+    if tree.num_drafted == 0:
+        return torch.nn.functional.pad(top_token, (2, 0))
+    differs = tree.token_ids[1:] != top_token.index_select(0, tree.parent[1:])
+    is_dead = (tree.ancestor_mask[:, 1:] & differs).any(dim=1)
+    deepest = tree.depth.masked_fill(is_dead, -1).argmax(dim=0, keepdim=True)
+    on_path = tree.ancestor_mask.index_select(0, deepest)[0]
+    path = torch.nonzero_static(on_path, size=tree.max_depth + 1, fill_value=0)[:, 0]
+    return torch.cat([path, tree.draft_index.index_select(0, path), top_token.index_select(0, path)])
 
 
 def _verdict(outcome: Sequence[int]) -> Verdict:
-    num_accepted, bonus_token_id, is_broken, *nodes_and_tokens = outcome
-    _check_number(bool(is_broken))
-    levels = len(nodes_and_tokens) // 3
-    nodes, draft_nodes, token_ids = (nodes_and_tokens[i * levels :][1 : num_accepted + 1] for i in range(3))
-    return Verdict(tuple(nodes), tuple(draft_nodes), (*token_ids, bonus_token_id))
+    levels = len(outcome) // 3
+    nodes, draft_nodes, token_ids = (tuple(outcome[i * levels :][:levels]) for i in range(3))
+    num_accepted = sum(node > 0 for node in nodes)
+    token_ids = token_ids[: num_accepted + 1]
+    _check_number(NOT_A_NUMBER in token_ids)
+    return Verdict(nodes[1 : num_accepted + 1], draft_nodes[1 : num_accepted + 1], token_ids)
 
 
 def _check_number(is_nan: bool) -> None:

@@ -60,10 +60,9 @@ class AcceptanceEstimator:
         """
         if self._line is None or self._line.device != logprob.device:
             self._line = self._estimate().to(logprob.device)
-        slope, offset = self._line.unbind()
-        cell = self._cell(logprob, rank, depth)
-        estimate = slope[cell] * logprob.exp().clamp(max=1) + offset[cell]
-        return torch.where(logprob > -torch.inf, estimate, 0)
+        slope, offset = self._line[:, self._cell(logprob, rank, depth)]
+        estimate = torch.addcmul(offset, slope, logprob.exp().clamp(max=1))
+        return estimate.masked_fill(logprob == -torch.inf, 0)
 
     def observe(self, report: StepReport) -> None:
         """Count a step's verdict: the target has judged the children of each accepted node.
@@ -73,8 +72,8 @@ class AcceptanceEstimator:
         tree = report.tree
         if tree.num_drafted == 0 or report.verdict.stop_reason is not None:
             return
-        is_accepted = torch.zeros(tree.num_nodes, dtype=torch.float32, device=tree.device)
-        is_accepted[[0, *report.verdict.path]] = 1
+        last = report.verdict.path[-1] if report.verdict.path else 0
+        is_accepted = tree.ancestor_mask[last].float()
         judged = is_accepted[tree.parent[1:]]  # 1 for the children of accepted nodes
         cell = self._cell(tree.logprob[1:], tree.rank[1:], tree.depth[1:])
         outcomes = torch.stack([judged * is_accepted[1:], judged])
@@ -137,7 +136,8 @@ class AcceptanceEstimator:
             depth_class: Tensor | int = torch.bucketize(depth, deep)
         else:
             depth_class = bisect.bisect_left(_DEEP, depth)
-        return (alike * _RANKS + rank.clamp(max=_RANKS - 1)) * _DEPTHS + depth_class
+        place = torch.add(depth_class, rank.clamp(max=_RANKS - 1), alpha=_DEPTHS)  # of a shape that fits
+        return torch.add(place, alike, alpha=_RANKS * _DEPTHS)
 
 
 @functools.cache

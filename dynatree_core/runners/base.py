@@ -53,12 +53,14 @@ class Runner(abc.ABC):
         takes_any_cache: whether they take every `KeyValueCache`, rather than only one that `can_record`.
         has_equal_bits: whether a row's logits depend, to the last bit, on its text alone: not on the rows beside it,
             nor on their number. Then what is decoded with trees equals what is decoded without, in any precision.
+        num_layers: that its passes cache, where it knows; the buffers of a cache are made together then.
     """
 
     name: str
     has_own_cache: bool = False
     takes_any_cache: bool = True
     has_equal_bits: bool = False
+    num_layers: int = 1
 
     @classmethod
     def reason_against(cls, model: nn.Module) -> str | None:
@@ -94,7 +96,7 @@ class Runner(abc.ABC):
 
     def new_cache(self, capacity: int, *, lanes: int = 1, is_zeroed: bool = False) -> KeyValueCache:
         """A cache for its passes; the arguments are those of `TreeCache`."""
-        return TreeCache(capacity, lanes=lanes, is_zeroed=is_zeroed)
+        return TreeCache(capacity, lanes=lanes, is_zeroed=is_zeroed, num_layers=self.num_layers)
 
     @abc.abstractmethod
     def forward(

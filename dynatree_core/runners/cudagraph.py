@@ -185,6 +185,7 @@ class CudaGraphRunner(Runner):
     def __init__(self, model: nn.Module, graphs: _Graphs | None = None) -> None:
         self.failure: str | None = None
         self._plain = EagerRunner(model)
+        self.num_layers = self._plain.num_layers
         self._graphs = _Graphs() if graphs is None else graphs
 
     @classmethod

@@ -38,6 +38,7 @@ class EagerRunner(Runner):
         self.model = model
         self._layout = layout or attention_layout(model)
         self._dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+        self.num_layers = int(getattr(model.config, "num_hidden_layers", 1))
         # whether the head can be told to compute the last rows only, which saves most of a prefill's memory
         parameters = forward_parameters(model)
         self._can_skip_logits = "logits_to_keep" in parameters

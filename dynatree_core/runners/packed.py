@@ -189,6 +189,7 @@ class PackedRunner(Runner):
     def __init__(self, model: nn.Module) -> None:
         self.twin = _packed_copy(model)
         self._passes = EagerRunner(self.twin, attention_layout(model))
+        self.num_layers = self._passes.num_layers
 
     @classmethod
     def reason_against(cls, model: nn.Module) -> str | None:

@@ -6,7 +6,9 @@ tokens before the root plus its depth, so siblings share a position whatever slo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import attrs
 import torch
@@ -24,9 +26,14 @@ class FlatTrees:
     token_ids: Tensor  # [lanes, rows] int64
     position_ids: Tensor  # [lanes, rows] int64
     visible: Tensor  # [lanes, rows, slots] bool: which cache slots a row attends to
-    slot_positions: Tensor  # [lanes, slots] int64: the position of the token that a slot holds
+    _slot_positions: Tensor | Callable[[], Tensor]  # as below, or what makes them for who looks
     num_places: int  # different positions that the rows have, from that of the first row on
     model_positions: Tensor | None = None  # [lanes, rows] int64: what the model is told in place of position_ids
+
+    @cached_property
+    def slot_positions(self) -> Tensor:
+        """[lanes, slots] int64: the position of the token that a slot holds. Only layers with a window look."""
+        return self._slot_positions if isinstance(self._slot_positions, Tensor) else self._slot_positions()
 
     @property
     def num_rows(self) -> int:
@@ -51,6 +58,8 @@ def flatten(
     lanes, device = len(trees), trees[0].device
     rows = max(min_rows, *(tree.num_nodes for tree in trees))
     slots = max(min_slots, max(prefix_lens) + rows)
+    if lanes == 1 and rows == trees[0].num_nodes and slots == prefix_lens[0] + rows:
+        return _unpadded(trees[0], prefix_lens[0])
     token_ids = torch.zeros(lanes, rows, dtype=torch.int64, device=device)
     position_ids = torch.zeros(lanes, rows, dtype=torch.int64, device=device)
     visible = torch.zeros(lanes, rows, slots, dtype=torch.bool, device=device)
@@ -66,6 +75,29 @@ def flatten(
         slot_positions[lane, prefix_len : prefix_len + nodes] = position_ids[lane, :nodes]
     num_places = 1 + max(tree.max_depth for tree in trees)
     return FlatTrees(token_ids, position_ids, visible, slot_positions, num_places)
+
+
+def _unpadded(tree: TokenTree, prefix_len: int) -> FlatTrees:
+    """One tree alone."""
+    positions = tree.depth + prefix_len
+    return FlatTrees(
+        tree.token_ids[None],
+        positions[None],
+        _behind_prefix(tree.ancestor_mask, prefix_len)[None],
+        functools.partial(_counted_up_to, prefix_len, positions),
+        num_places=1 + tree.max_depth,
+    )
+
+
+def _behind_prefix(mask: Tensor, prefix_len: int) -> Tensor:
+    """[rows, slots] bool: each row sees the whole prefix, and what the mask says of the slots behind it."""
+    prefix = torch.ones(mask.shape[0], prefix_len, dtype=torch.bool, device=mask.device)
+    return torch.cat([prefix, mask], dim=1)
+
+
+def _counted_up_to(prefix_len: int, positions: Tensor) -> Tensor:
+    """[1, slots] int64: a prefix 0, 1, 2, … and behind it rows at these positions."""
+    return torch.cat([torch.arange(prefix_len, device=positions.device), positions])[None]
 
 
 def flatten_chain(token_ids: Tensor, prefix_len: int) -> FlatTrees:
@@ -90,18 +122,18 @@ def flatten_level(tree: TokenTree, prefix_len: int, num_cached: int | None = Non
     """
     first = tree.last_level.start if num_cached is None else 1 + num_cached
     rows = tree.num_nodes - first
-    prefix = torch.ones(rows, prefix_len, dtype=torch.bool, device=tree.device)
-    visible = torch.cat([prefix, tree.ancestor_mask[first:, 1:]], dim=1)
-    node_positions = tree.depth[1:] + (prefix_len - 1)
-    prefix_positions = torch.arange(prefix_len, device=tree.device)
     num_places, places_rows = 0, 0
     while places_rows < rows:
         num_places += 1
         places_rows += tree.level_sizes[-num_places]
+    if num_places == 1:
+        positions = torch.full((rows,), tree.max_depth + prefix_len - 1, device=tree.device)
+    else:
+        positions = tree.depth[first:] + (prefix_len - 1)
     return FlatTrees(
-        token_ids=tree.token_ids[first:][None],
-        position_ids=node_positions[first - 1 :][None],
-        visible=visible[None],
-        slot_positions=torch.cat([prefix_positions, node_positions])[None],
-        num_places=num_places,
+        tree.token_ids[first:][None],
+        positions[None],
+        _behind_prefix(tree.ancestor_mask[first:, 1:], prefix_len)[None],
+        lambda: _counted_up_to(prefix_len, tree.depth[1:] + (prefix_len - 1)),
+        num_places,
     )

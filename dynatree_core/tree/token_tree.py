@@ -7,6 +7,10 @@ size never waits for the device.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from functools import cached_property
+
 import attrs
 import torch
 from torch import Tensor
@@ -14,6 +18,44 @@ from torch import Tensor
 from dynatree_core.errors import TreeError
 
 __all__ = ["TokenTree"]
+
+
+FIRST_ROOM = 32  # nodes that a growing tree has memory for at first; twice as many each time that it is full
+
+
+@attrs.define(eq=False)
+class _Room:
+    """Memory that a tree grows into, so that a level is written once and nothing before it is copied."""
+
+    integers: Tensor  # [2, room] int64: token ids and parents
+    scores: Tensor  # [2, room] float32: log-probabilities of nodes and of their paths
+    mask: Tensor  # [room, room] bool: ancestors; on the diagonal what every node sees, itself
+    num_used: int = 0  # nodes of the largest tree in it
+
+    @classmethod
+    def for_nodes(cls, num_nodes: int, device: torch.device) -> _Room:
+        return cls(
+            torch.empty(2, num_nodes, dtype=torch.int64, device=device),
+            torch.empty(2, num_nodes, dtype=torch.float32, device=device),
+            torch.eye(num_nodes, dtype=torch.bool, device=device),
+        )
+
+    def has_place_behind(self, tree: TokenTree, num_nodes: int) -> bool:
+        """Whether nobody has grown this tree in it before, and so many nodes fit in all."""
+        return (
+            self.num_used == tree.num_nodes
+            and num_nodes <= self.mask.shape[0]
+            and self.mask.is_inference() == torch.is_inference_mode_enabled()  # else torch lets nobody write into it
+        )
+
+
+@attrs.frozen(eq=False)
+class _Cut:
+    """What only the tree as it was drafted knows of the nodes that pruning has left, [nodes] int64 each."""
+
+    depth: Tensor
+    rank: Tensor
+    draft_index: Tensor
 
 
 @attrs.frozen(eq=False)
@@ -26,23 +68,36 @@ class TokenTree:
     """
 
     token_ids: Tensor  # [nodes] int64
-    parent: Tensor  # [nodes] int64, -1 for the root
-    depth: Tensor  # [nodes] int64, 0 for the root
+    parent: Tensor  # [nodes] int64, -1 for the root; ascending
     logprob: Tensor  # [nodes] float32, natural log of the draft probability given the parent; root 0
     cum_logprob: Tensor  # [nodes] float32, sum of logprob along the path from the root
     ancestor_mask: Tensor  # [nodes, nodes] bool, row i marks node i and its ancestors
-    rank: Tensor  # [nodes] int64, place among the siblings as they were drafted, before pruning, from 0 on; root 0
-    draft_index: Tensor  # [nodes] int64, the node's place in the tree as it was drafted, before pruning
     level_sizes: tuple[int, ...]  # nodes at depth 0, 1, ...; the first is 1
+    _cut: _Cut | None = attrs.field(default=None, repr=False)  # None: nothing was pruned
+    _room: _Room | None = attrs.field(default=None, repr=False)  # None: that of a tree which grows from here on
 
     @classmethod
     def root(cls, token_id: Tensor) -> TokenTree:
         """A tree that holds only the last committed token, given as a [1] int64 tensor on its device."""
-        device = token_id.device
-        index = torch.zeros(1, dtype=torch.int64, device=device)
-        score = torch.zeros(1, dtype=torch.float32, device=device)
-        mask = torch.ones(1, 1, dtype=torch.bool, device=device)
-        return cls(token_id, index - 1, index, score, score, mask, index, index, (1,))
+        parent, score, mask = _root_parts(token_id.device)
+        return cls(token_id, parent, score, score, mask, (1,))
+
+    @cached_property
+    def depth(self) -> Tensor:
+        """[nodes] int64, 0 for the root."""
+        return self.ancestor_mask.sum(dim=1) - 1 if self._cut is None else self._cut.depth
+
+    @cached_property
+    def rank(self) -> Tensor:
+        """[nodes] int64, place among the siblings as they were drafted, before pruning, from 0 on; root 0."""
+        if self._cut is not None:
+            return self._cut.rank
+        return self.draft_index - torch.searchsorted(self.parent, self.parent)  # where the siblings of each begin
+
+    @cached_property
+    def draft_index(self) -> Tensor:
+        """[nodes] int64, the node's place in the tree as it was drafted, before pruning."""
+        return torch.arange(self.num_nodes, device=self.device) if self._cut is None else self._cut.draft_index
 
     @property
     def num_nodes(self) -> int:
@@ -66,10 +121,10 @@ class TokenTree:
     def to(self, device: torch.device) -> TokenTree:
         """The same tree on another device: three copies, one for each dtype."""
         integers = torch.stack([self.token_ids, self.parent, self.depth, self.rank, self.draft_index]).to(device)
-        token_ids, parent, depth, rank, draft_index = integers
+        token_ids, parent, *others = integers
         logprob, cum_logprob = torch.stack([self.logprob, self.cum_logprob]).to(device)
         mask = self.ancestor_mask.to(device)
-        return TokenTree(token_ids, parent, depth, logprob, cum_logprob, mask, rank, draft_index, self.level_sizes)
+        return TokenTree(token_ids, parent, logprob, cum_logprob, mask, self.level_sizes, _Cut(*others))
 
     @property
     def last_level(self) -> slice:
@@ -77,33 +132,70 @@ class TokenTree:
         return slice(self.num_nodes - self.level_sizes[-1], self.num_nodes)
 
     def grow(self, parent: Tensor, token_ids: Tensor, logprob: Tensor) -> TokenTree:
-        """The tree with one more level.
+        """The tree with one more level. One that was pruned counts as drafted as it is.
 
         Args:
             parent: [children] int64, nodes of the last level, ascending.
             token_ids: [children] int64.
             logprob: [children] float32, natural log of the draft probability given the parent.
-
-        The new rows of the mask are one gather: a child sees what its parent sees, and itself.
         """
-        nodes, children = self.num_nodes, parent.numel()
-        mask = torch.zeros(nodes + children, nodes + children, dtype=torch.bool, device=self.device)
-        mask[:nodes, :nodes] = self.ancestor_mask
-        mask[nodes:, :nodes] = self.ancestor_mask[parent]
-        mask.diagonal().fill_(True)
-        index = torch.arange(nodes + children, device=self.device)
-        first_of = torch.searchsorted(parent, parent)  # [children]: where the siblings of each begin
+        logprob = logprob.float()
+        cum_logprob = self.cum_logprob[parent] + logprob
+        every = torch.arange(parent.numel(), device=self.device)
+        return self._grown(parent, every, token_ids, logprob, cum_logprob)
+
+    def grow_among(self, chosen: Tensor, token_ids: Tensor, logprobs: Tensor, scores: Tensor) -> TokenTree:
+        """The tree with one more level, of some of the children that were proposed for its last one.
+
+        Args:
+            chosen: [children] int64, their places in the flattened proposals, ascending.
+            token_ids: [width, k] int64, of all that were proposed.
+            logprobs: [width, k] float32, natural log of the draft probability given the parent.
+            scores: [width, k] float32, log-probability of the path.
+        """
+        parent = torch.div(chosen, token_ids.shape[1], rounding_mode="floor") + self.last_level.start
+        return self._grown(parent, chosen, token_ids.flatten(), logprobs.flatten(), scores.flatten())
+
+    def _grown(
+        self, parent: Tensor, chosen: Tensor, token_ids: Tensor, logprob: Tensor, cum_logprob: Tensor
+    ) -> TokenTree:
+        """The tree with these parents' children, those at the chosen places of what follows [proposed].
+
+        Each of its tensors is written once, where it stays: a child sees what its parent sees, and itself.
+        """
+        old, new = self.num_nodes, self.num_nodes + parent.numel()
+        room = self._room_for(new)
+        room.num_used = new
+        integers, scores, level = room.integers, room.scores, slice(old, new)
+        integers[1, level] = parent
+        torch.index_select(token_ids, 0, chosen, out=integers[0, level])
+        torch.index_select(logprob, 0, chosen, out=scores[0, level])
+        torch.index_select(cum_logprob, 0, chosen, out=scores[1, level])
+        torch.index_select(room.mask[:, :old], 0, parent, out=room.mask[level, :old])
         return TokenTree(
-            token_ids=torch.cat([self.token_ids, token_ids]),
-            parent=torch.cat([self.parent, parent]),
-            depth=torch.cat([self.depth, torch.full_like(parent, self.max_depth + 1)]),
-            logprob=torch.cat([self.logprob, logprob]),
-            cum_logprob=torch.cat([self.cum_logprob, self.cum_logprob[parent] + logprob]),
-            ancestor_mask=mask,
-            rank=torch.cat([self.rank, index[:children] - first_of]),
-            draft_index=index,
-            level_sizes=(*self.level_sizes, children),
+            token_ids=integers[0, :new],
+            parent=integers[1, :new],
+            logprob=scores[0, :new],
+            cum_logprob=scores[1, :new],
+            ancestor_mask=room.mask[:new, :new],
+            level_sizes=(*self.level_sizes, parent.numel()),
+            room=room,
         )
+
+    def _room_for(self, num_nodes: int) -> _Room:
+        """Where a tree of so many nodes is, of which this one's are there already."""
+        if self._room is not None and self._room.has_place_behind(self, num_nodes):
+            return self._room
+        size = FIRST_ROOM
+        while size < num_nodes:
+            size *= 2
+        room, old = _Room.for_nodes(size, self.device), self.num_nodes
+        room.integers[0, :old] = self.token_ids
+        room.integers[1, :old] = self.parent
+        room.scores[0, :old] = self.logprob
+        room.scores[1, :old] = self.cum_logprob
+        room.mask[:old, :old] = self.ancestor_mask
+        return room
 
     def subtree(self, keep: Tensor) -> TokenTree:
         """The tree of the kept nodes, in the same order.
@@ -116,40 +208,64 @@ class TokenTree:
 
         Costs one transfer to the host, which learns the new level sizes.
         """
-        is_orphan = keep & ~self.close_under_ancestors(keep)
-        sizes = torch.zeros(len(self.level_sizes) + 1, dtype=torch.int64, device=self.device)
-        sizes[1:].scatter_add_(0, self.depth, keep.long())
-        sizes[0] = is_orphan.sum()
-        num_orphans, *level_sizes = sizes.tolist()
+        num_orphans, *level_sizes = self._sizes_of(keep, (keep & ~self.close_under_ancestors(keep)).sum())
         if num_orphans or level_sizes[0] != 1:
             raise TreeError(
                 "a pruned tree must keep the root and every ancestor of a kept node, got a mask that "
                 f"keeps {num_orphans} nodes without all of their ancestors; close it under ancestors first"
             )
-        # a stable sort brings the kept nodes to the front without asking the device how many they are
-        index = torch.argsort((~keep).byte(), stable=True)[: sum(level_sizes)]
+        return self._kept(keep, level_sizes)
+
+    def pruned(self, keep: Tensor) -> TokenTree:
+        """The tree of the kept nodes [nodes] bool whose ancestors are all kept, and of the root, in the same order.
+
+        Costs one transfer to the host, which learns the new level sizes.
+        """
+        closed = self.close_under_ancestors(keep)
+        return self._kept(closed, self._sizes_of(closed))
+
+    def _sizes_of(self, keep: Tensor, *before: Tensor) -> list[int]:
+        """Kept nodes by level, behind other numbers, by one transfer to the host."""
+        sizes = torch.zeros(len(self.level_sizes), dtype=torch.int64, device=self.device)
+        sizes.scatter_add_(0, self.depth, keep.long())
+        numbers: list[int] = (torch.cat([torch.stack(before), sizes]) if before else sizes).tolist()
+        return numbers
+
+    def _kept(self, keep: Tensor, level_sizes: Sequence[int]) -> TokenTree:
+        # how many they are is known here, so the device need not be asked
+        index = torch.nonzero_static(keep, size=sum(level_sizes))[:, 0]
         new_index = torch.cumsum(keep, 0) - 1
-        parent = torch.where(self.parent[index] < 0, -1, new_index[self.parent[index]])
+        parent = new_index[self.parent[index].clamp_(min=0)]
+        parent[:1].fill_(-1)
         return TokenTree(
             token_ids=self.token_ids[index],
             parent=parent,
-            depth=self.depth[index],
             logprob=self.logprob[index],
             cum_logprob=self.cum_logprob[index],
             ancestor_mask=self.ancestor_mask[index[:, None], index],
-            rank=self.rank[index],
-            draft_index=self.draft_index[index],
             level_sizes=tuple(size for size in level_sizes if size),
+            cut=_Cut(self.depth[index], self.rank[index], self.draft_index[index]),
         )
 
     def first_chain(self) -> TokenTree:
         """The root, its most probable child, that one's most probable child, and so on."""
         is_first = torch.ones_like(self.parent, dtype=torch.bool)
         is_first[1:] = self.parent[1:] != self.parent[:-1]  # children of one parent are adjacent
-        return self.subtree(self.close_under_ancestors(is_first))
+        return self.pruned(is_first)
 
     def close_under_ancestors(self, keep: Tensor) -> Tensor:
         """[nodes] bool: the kept nodes all of whose ancestors are kept too. The root always is."""
-        keep = keep.clone()
-        keep[0] = True
-        return ~(self.ancestor_mask & ~keep).any(dim=1)
+        is_cut = ~keep
+        is_cut[:1].fill_(False)
+        return ~(self.ancestor_mask & is_cut).any(dim=1)
+
+
+@functools.cache
+def _root_parts(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Parent, log-probability and mask of a root, which are the same for all of them."""
+    with torch.inference_mode(False):  # whoever looks at one later may do so in another mode
+        return (
+            torch.full((1,), -1, device=device),
+            torch.zeros(1, dtype=torch.float32, device=device),
+            torch.ones(1, 1, dtype=torch.bool, device=device),
+        )

@@ -1,0 +1,327 @@
+"""A pretended CUDA device: tensors that say `cuda:0` and keep their numbers on the CPU.
+
+It finds what needs no GPU to be found: what a GPU's host would wait for, how many kernels it would launch, and what it
+would copy, stage by stage and with the line that asks for it. Branches for CUDA are taken, and devices that are mixed
+are an error. It says nothing of time and runs no kernel, so it takes no GPU's place.
+
+Tensors are wrapped and each operation on them is seen in `__torch_dispatch__`. torch enters the device of a tensor by
+a guard, and a build for CPUs has none for CUDA: that of the meta device, which does nothing, takes its place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from dynatree_core.engine import decode
+from dynatree_core.engine.proposals import SharedProposals
+from dynatree_core.policy.stack import PolicyStack
+from dynatree_core.runners.eager import EagerRunner
+
+CUDA = torch.device("cuda:0")
+PASSES = "passes"  # the stage of what a model itself does
+_REGISTRY, _NUM_REGISTERED = "_ZN3c104impl26device_guard_impl_registryE", 23  # of torch's libc10
+_CUDA, _META = 1, 14  # places in it, as in c10/core/DeviceType.h
+
+# operations without a kernel: they make another view, or memory without numbers
+_VIEWS = frozenset(
+    {
+        *("view", "_unsafe_view", "_reshape_alias", "as_strided", "slice", "select", "expand", "unsqueeze", "squeeze"),
+        *("permute", "t", "transpose", "detach", "alias", "split", "split_with_sizes", "unbind", "diagonal", "unfold"),
+        *("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "lift_fresh", "item"),
+    }
+)
+# kernels of an operation, roughly; one for any other
+_KERNELS = {"sort": 2, "argsort": 2, "topk": 3, "nonzero": 4, "nonzero_static": 3, "index_put_": 2, "index_put": 3}
+_KERNELS |= {"equal": 2, "logsumexp": 5}
+# operations whose result has a size that the host has to be told, or is on the host
+_WAITING = frozenset(
+    {
+        *("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "unique", "_unique2", "unique_dim"),
+        *("bincount", "repeat_interleave"),
+    }
+)
+
+
+@attrs.define
+class Counts:
+    """What was counted, by stage."""
+
+    launches: Counter[str] = attrs.field(factory=Counter)  # of kernels
+    waits: Counter[tuple[str, str]] = attrs.field(factory=Counter)  # of the host: stage, and what waits where
+    copies: Counter[str] = attrs.field(factory=Counter)  # from the host to the device
+
+    def num_waits(self) -> int:
+        """Outside the passes."""
+        return sum(number for (stage, _), number in self.waits.items() if stage != PASSES)
+
+    def num_launches(self) -> int:
+        """Outside the passes."""
+        return sum(number for stage, number in self.launches.items() if stage != PASSES)
+
+    def num_copies(self) -> int:
+        """Outside the passes."""
+        return sum(number for stage, number in self.copies.items() if stage != PASSES)
+
+
+class OnDevice(Tensor):
+    """A tensor that says it is on the device."""
+
+    numbers: Tensor
+
+    @staticmethod
+    def __new__(cls, numbers: Tensor) -> OnDevice:
+        wrapped: OnDevice = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            numbers.size(),
+            strides=numbers.stride(),
+            storage_offset=numbers.storage_offset(),
+            dtype=numbers.dtype,
+            device=CUDA,
+        )
+        return wrapped
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __repr__(self, **_: Any) -> str:
+        return f"OnDevice({self.numbers!r})"
+
+    def tolist(self) -> Any:
+        PretendedDevice.current().wait("tolist")
+        return self.numbers.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        return PretendedDevice.current().run(function, arguments, options or {})
+
+
+class PretendedDevice:
+    """What happens on it; made by `pretended`."""
+
+    _current: PretendedDevice | None = None
+
+    def __init__(self) -> None:
+        self.counts: Counts | None = None  # None: nothing is counted
+        self._stages = ["outside"]
+
+    @classmethod
+    def current(cls) -> PretendedDevice:
+        assert cls._current is not None, "a tensor of the pretended device must be used within `pretended`"
+        return cls._current
+
+    @contextmanager
+    def counting(self) -> Iterator[Counts]:
+        self.counts = counts = Counts()
+        try:
+            yield counts
+        finally:
+            self.counts = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._stages.append(name)
+        try:
+            yield
+        finally:
+            self._stages.pop()
+
+    def wait(self, what: str) -> None:
+        if self.counts is not None:
+            self.counts.waits[self._stages[-1], f"{what}: {_asking_line()}"] += 1
+
+    def launch(self, number: int = 1) -> None:
+        if self.counts is not None:
+            self.counts.launches[self._stages[-1]] += number
+
+    def run(self, function: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """An operation: it is counted, and computed on the CPU."""
+        name = function.overloadpacket.__name__
+        tensors = [one for one in tree_flatten((arguments, options))[0] if isinstance(one, Tensor)]
+        is_here = any(isinstance(one, OnDevice) for one in tensors)
+        asked = options.get("device")
+        goes_to = None if asked is None else torch.device(asked).type
+        if is_here or goes_to == "cuda":
+            self._check_devices(name, tensors)
+            self._count(name, arguments, goes_to, is_here=is_here)
+        plain = {**tree_map(_numbers, options), **({"device": torch.device("cpu")} if goes_to == "cuda" else {})}
+        result = function(*tree_map(_numbers, arguments), **plain)
+        written = [
+            value
+            for argument, value in zip(function._schema.arguments, arguments, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ] + [options[one.name] for one in function._schema.arguments if one.is_out and one.name in options]
+        if written:
+            return written[0] if len(written) == 1 else tuple(written)
+        stays = goes_to == "cuda" or (is_here and goes_to is None)
+        return tree_map(lambda one: OnDevice(one) if isinstance(one, Tensor) else one, result) if stays else result
+
+    def _check_devices(self, name: str, tensors: list[Tensor]) -> None:
+        """As CUDA: numbers of the host may be copied, used as one number each, or as an index."""
+        if name in ("copy_", "_to_copy", "index", "index_put", "index_put_"):
+            return
+        foreign = [one for one in tensors if not isinstance(one, OnDevice) and one.dim() > 0]
+        if foreign:
+            raise RuntimeError(f"expected all tensors on one device in {name}, got one on the CPU: {_asking_line()}")
+
+    def _count(self, name: str, arguments: tuple[Any, ...], goes_to: str | None, *, is_here: bool) -> None:
+        if name not in _VIEWS:
+            self.launch(_kernels(name, arguments))
+        if name in _WAITING:
+            self.wait(name)
+        if name == "_to_copy" and is_here and goes_to == "cpu":
+            self.wait("to the host")
+        if name == "_to_copy" and not is_here:
+            self._copy_here()
+        if name == "copy_" and not isinstance(arguments[0], OnDevice):
+            self.wait("to the host")
+        if name == "copy_" and not isinstance(arguments[1], OnDevice):
+            self._copy_here()
+        if name in ("index", "index_put", "index_put_"):
+            for index in arguments[1]:
+                if index is not None and index.dtype in (torch.bool, torch.uint8):
+                    self.wait("index by bools")
+                if index is not None and not isinstance(index, OnDevice):
+                    self._copy_here()
+
+    def _copy_here(self) -> None:
+        """From memory that is not pinned: the host waits until the numbers have been read."""
+        if self.counts is not None:
+            self.counts.copies[self._stages[-1]] += 1
+        self.wait("to the device")
+
+
+def _numbers(value: Any) -> Any:
+    return value.numbers if isinstance(value, OnDevice) else value
+
+
+def _kernels(name: str, arguments: tuple[Any, ...]) -> int:
+    if name in ("cat", "stack"):
+        return len(arguments[0]) if len({part.dtype for part in arguments[0]}) > 1 else 1
+    return _KERNELS.get(name, 1)
+
+
+def _asking_line() -> str:
+    """The innermost line of ours on the stack."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if any(part.startswith("dynatree_") for part in path.parts[-4:]):
+            return f"{path.parent.name}/{path.name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "a line outside the project"
+
+
+class _Operations(TorchDispatchMode):
+    """Makes tensors that are asked for on the device."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        return PretendedDevice.current().run(function, arguments, options or {})
+
+
+class _Attention(TorchFunctionMode):
+    """torch chooses the kernel of an attention by the device before it dispatches: it is one operation here."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        options = options or {}
+        is_here = bool(arguments) and isinstance(arguments[0], OnDevice)
+        if function is not torch.nn.functional.scaled_dot_product_attention or not is_here:
+            return function(*arguments, **options)
+        PretendedDevice.current().launch()
+        with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+            return OnDevice(function(*tree_map(_numbers, arguments), **tree_map(_numbers, options)))
+
+
+class _Event:
+    def __init__(self, **_: Any) -> None: ...
+
+    def record(self, stream: object = None) -> None: ...
+
+    def elapsed_time(self, other: object) -> float:
+        return 1.0
+
+
+_lock = threading.Lock()
+
+
+@contextmanager
+def pretended() -> Iterator[PretendedDevice]:
+    """A device for the block."""
+    if torch.cuda.is_available():
+        raise RuntimeError("a device can be pretended where there is none; count on the real one")
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    guards = (ctypes.c_void_p * _NUM_REGISTERED).in_dll(library, _REGISTRY)
+    with _lock, ExitStack() as undo:
+        device = PretendedDevice()
+        before, guards[_CUDA] = guards[_CUDA], guards[_META]
+        undo.callback(guards.__setitem__, _CUDA, before)
+        lifts = torch._C._only_lift_cpu_tensors()  # type: ignore[attr-defined]
+        torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
+        undo.callback(torch._C._set_only_lift_cpu_tensors, lifts)  # type: ignore[attr-defined]
+        undo.enter_context(mock.patch.object(PretendedDevice, "_current", device))
+        for name, instead in {
+            "_lazy_init": lambda: None,
+            "Event": _Event,
+            "current_stream": lambda device=None: None,
+            "synchronize": lambda _=None: device.wait("synchronize"),
+            "get_device_name": lambda device=None: "pretended",
+        }.items():
+            undo.enter_context(mock.patch.object(torch.cuda, name, instead))
+        # wrapped tensors have no version counter, which inference mode asks some of them for
+        undo.enter_context(
+            mock.patch.object(torch._C, "_InferenceMode", lambda mode: torch.no_grad() if mode else nullcontext())
+        )
+        undo.enter_context(_Attention())
+        undo.enter_context(_Operations())
+        yield device
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """The same model, whose weights are on the device from now on."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(OnDevice(parameter.data), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = OnDevice(buffer)
+    return model
+
+
+@contextmanager
+def by_stage(device: PretendedDevice) -> Iterator[None]:
+    """Count by the stages of a decode step, and in them what policies do, what the drafter does, and what models do."""
+
+    def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def staged(*arguments: Any, **options: Any) -> Any:
+            with device.stage(name):
+                return function(*arguments, **options)
+
+        return staged
+
+    places: list[tuple[Any, str, str]] = [
+        *((decode, name, name) for name in ("draft", "prune", "flatten", "verify", "commit", "feedback")),
+        *((PolicyStack, hook, "policies") for hook in ("should_expand", "branch_factor")),
+        (SharedProposals, "of", "proposals"),
+        *((EagerRunner, name, PASSES) for name in ("forward", "forward_together")),
+    ]
+    with ExitStack() as undo:
+        for place, name, stage in places:
+            undo.enter_context(mock.patch.object(place, name, named(stage, getattr(place, name))))
+        yield

@@ -1,0 +1,145 @@
+"""What an iteration asks of a GPU and of its host outside the models' passes, counted on a pretended device.
+
+Each wait of the host leaves a GPU idle for as long as the host needs to give it the next work, and small kernels take
+the host longer to launch than the GPU to run. What is counted here bounds both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from pretended_device import Counts, by_stage, moved, pretended
+
+from dynatree_bench.data.synthetic import Shape, synthetic_pair
+from dynatree_core import CostModel, Session
+from dynatree_core.cost_model import StepFunction
+from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.drafters.prompt_lookup import PromptLookupDrafter
+from dynatree_core.drafters.union import UnionDrafter
+from dynatree_core.generation import run
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a device is pretended where there is none")
+
+WARM_UP, MEASURED = 6, 8
+# a pass of 2.4 ms whatever its rows, and a level of 0.45 ms: trees of up to 16 nodes cost hardly more than a step
+COSTS = CostModel(
+    StepFunction((1, 8, 16, 32, 64), (2.4e-3, 2.45e-3, 2.5e-3, 2.6e-3, 2.8e-3)),
+    StepFunction((1, 8, 32), (0.45e-3, 0.46e-3, 0.5e-3)),
+    0.6e-3,
+)
+STACKS = {
+    "fixed": "fixed(depth=5,branch=2,max_nodes=16,tau=0.02)",
+    "phase3": "phase3",
+    "best_first": "best_first(nodes=16,depth=5)",
+    "sequoia": "sequoia(nodes=16,depth=5,size='full')",
+    "cost_aware": "cost_aware(max_nodes=16,max_depth=5)",
+    "autoregressive": "autoregressive",
+}
+
+
+@attrs.frozen
+class Measured:
+    counts: Counts
+    num_iterations: int
+    num_levels: float  # that trees have, an iteration
+
+    @property
+    def launches(self) -> float:
+        return self.counts.num_launches() / self.num_iterations
+
+    @property
+    def waits(self) -> float:
+        return self.counts.num_waits() / self.num_iterations
+
+    @property
+    def copies(self) -> float:
+        return self.counts.num_copies() / self.num_iterations
+
+
+def _pair(num_layers: int = 4) -> Any:
+    """Models whose text goes round after 80 tokens, so that looking it up finds something."""
+    target = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    target |= {"vocab_size": 80, "max_position_embeddings": 512, "num_hidden_layers": num_layers}
+    return synthetic_pair(Shape(target, {**target, "num_hidden_layers": 1}), acceptance=0.75, num_choices=16)
+
+
+def measured(stack: str, drafter: str, num_layers: int = 4) -> Measured:
+    pair = _pair(num_layers)
+    with pretended() as device:
+        target, model = moved(pair.target), moved(pair.drafter)
+        made: Any = {
+            "model": lambda: ModelDrafter(model),
+            "prompt_lookup": PromptLookupDrafter,
+            "union": lambda: UnionDrafter([ModelDrafter(model), PromptLookupDrafter()]),
+            "none": lambda: None,
+        }[drafter]()
+        session = Session(
+            target, made, pair.source.text(0, 100), policy=STACKS[stack], max_new_tokens=200, eos_token_id=[],
+            inherit_settings=False, runner="eager", costs=COSTS, trust_model=True,
+        )  # fmt: skip
+        steps = run(session)
+        for _ in range(WARM_UP):
+            next(steps)
+        with by_stage(device), device.counting() as counts:
+            depths = [next(steps).tree.max_depth for _ in range(MEASURED)]
+        steps.close()  # type: ignore[attr-defined]
+    return Measured(counts, MEASURED, sum(depths) / MEASURED)
+
+
+# an iteration at most: waits for each level that a tree has, other waits, launches
+LIMITS = {
+    ("autoregressive", "none"): (0, 1, 10),
+    ("fixed", "model"): (1, 1.1, 165),
+    ("fixed", "prompt_lookup"): (1, 1, 260),
+    ("fixed", "union"): (2, 1, 300),  # the host decides for each level whether the model is asked
+    ("phase3", "model"): (1, 2, 290),  # the last level is asked about, and refused
+    ("phase3", "union"): (2, 1, 550),
+    ("best_first", "model"): (1, 2, 275),  # and the host learns what the cut left
+    ("sequoia", "model"): (1, 2.3, 240),  # and counts the ranks that were accepted
+    ("cost_aware", "model"): (2, 3.4, 275),  # the host decides for each level, and what is cut
+    ("cost_aware", "union"): (3, 2, 500),
+}
+
+
+@pytest.mark.parametrize(("stack", "drafter"), LIMITS)
+def test_what_an_iteration_asks_outside_passes_stays_within_its_limits(stack: str, drafter: str) -> None:
+    of_a_level, others, launches = LIMITS[stack, drafter]
+    found = measured(stack, drafter)
+    assert found.waits <= of_a_level * found.num_levels + others, found.counts.waits
+    assert found.launches <= launches, found.counts.launches
+    assert found.copies < 0.5, found.counts.waits  # once in a while, as when a plan is made anew
+
+
+def test_a_commit_takes_as_many_operations_whatever_the_number_of_layers() -> None:
+    few, many = (measured("fixed", "model", num_layers) for num_layers in (2, 8))
+    assert many.counts.launches["commit"] == few.counts.launches["commit"] > 0
+
+
+def test_what_would_wait_or_mix_devices_is_seen() -> None:
+    """The pretended device itself: each kind of wait is counted, with the stage, and mixed devices are refused."""
+    with pretended() as device, device.counting() as counts:
+        numbers = torch.arange(4, device="cuda:0")
+        assert numbers.device == torch.device("cuda:0")
+        asked: list[Callable[[], object]] = [
+            numbers.tolist,
+            lambda: numbers.sum().item(),
+            lambda: bool(numbers.any()),
+            lambda: numbers[numbers > 1],
+            lambda: numbers[numbers[0]],
+            lambda: numbers.cpu(),
+            lambda: torch.tensor([1, 2], device="cuda:0"),
+            lambda: numbers.nonzero(),
+        ]
+        for ask in asked:
+            before = counts.num_waits()
+            ask()
+            assert counts.num_waits() == before + 1, ask
+        before = counts.num_waits()
+        (numbers + 1)[1:3].fill_(7)
+        assert counts.num_waits() == before
+        with pytest.raises(RuntimeError, match="one device"):
+            numbers + torch.arange(4)
