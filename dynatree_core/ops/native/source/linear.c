@@ -2,28 +2,22 @@
  *
  * A tile is some rows and some blocks of 16 outputs. Its sums stay in registers while the inputs pass by in ascending
  * order: one load gives 16 weights, and each row's input multiplies them. So a sum has one order, whatever the tile. Many
- * rows share each weight that was read and decoded; a row alone takes four blocks at once, since one chain of
+ * rows share each weight that was read and decoded; a row alone takes some blocks at once, since one chain of
  * multiply-adds would wait for itself. */
 #include "elementary.h"
 #include "ops.h"
 
-/* Rows of a tile: as many as have their sums in registers, and of weights that are decoded as many as are worth a variant;
- * beyond that a block is decoded once for all tiles. */
+/* Rows of a tile at most: as many as have their sums in registers. */
 #if WIDTH == 16
-enum { MAX_ROWS = 16, MAX_DECODED = 8 };
+enum { MAX_ROWS = 16 };
 #elif WIDTH == 8 || defined(__aarch64__)
-enum { MAX_ROWS = 6, MAX_DECODED = 6 };
+enum { MAX_ROWS = 6 };
 #else
-enum { MAX_ROWS = 4, MAX_DECODED = 4 };
+enum { MAX_ROWS = 4 };
 #endif
 enum { MAX_BLOCKS = 4 };
 
-/* How many blocks a tile has at most. */
-#if WIDTH == 4 && !defined(__aarch64__)
-#define BLOCKS(rows) 1
-#else
-#define BLOCKS(rows) ((rows) == 1 ? 4 : (rows) <= 3 ? 2 : 1)
-#endif
+enum { AHEAD = 4096 }; /* bytes that are fetched ahead of a block's reading: hardware stops at the end of a page */
 
 /* How the codes of a kind lie; kinds of one form differ in their scales only. */
 enum { FLOATS, BRAINS, HALVES, BYTES, NIBBLES, FIVES, SIXES, NUM_FORMS };
@@ -33,6 +27,20 @@ inlined int form_of(int64_t kind) {
       [FLOAT32] = FLOATS, [BFLOAT16] = BRAINS, [FLOAT16] = HALVES, [Q8_0] = BYTES,   [Q4_0] = NIBBLES, [Q4_1] = NIBBLES,
       [Q5_0] = FIVES,     [Q5_1] = FIVES,      [Q4_K] = NIBBLES,   [Q5_K] = FIVES, [Q6_K] = SIXES};
   return forms[kind];
+}
+
+/* Rows of a tile at most whose weights are decoded in it; with more rows a block is decoded once for all tiles. With 16
+ * registers there is not much room beside scales and codes. */
+inlined int64_t most_rows(int form) { return WIDTH != 8 || form <= HALVES ? MAX_ROWS : form == BYTES ? 4 : 3; }
+
+/* Blocks of a tile: measured, the fastest for each. */
+inlined int64_t most_blocks(int form, int64_t rows) {
+#if WIDTH == 4 && !defined(__aarch64__)
+  return 1;
+#else
+  if (rows == 1) return WIDTH == 8 && form >= NIBBLES ? 2 : 4;
+  return form <= HALVES && rows <= 3 ? 2 : 1;
+#endif
 }
 
 /* Of 16 outputs of one group of inputs: w = code * scale + least, code from 0 on but of bytes. Code times scale is exact,
@@ -97,6 +105,10 @@ inlined f16x plain_weights(int form, const uint8_t *block, int64_t input) {
   return w;
 }
 
+inlined void fetch_ahead(const uint8_t *at, int bytes) {
+  UNROLLED for (int line = 0; line < bytes; line += 64) __builtin_prefetch((const void *)((uintptr_t)at + AHEAD + (uintptr_t)line), 0, 2);
+}
+
 #define EACH_BLOCK UNROLLED for (int b = 0; b < num_blocks; b++)
 #define EACH_ROW UNROLLED for (int r = 0; r < num_rows; r++)
 
@@ -111,7 +123,9 @@ inlined void tile(const int form, const int num_rows, const int num_blocks, int6
     EACH_BLOCK sum[r][b] = fma16(x, w[b], sum[r][b]);            \
   }
   if (form <= HALVES) {
+    const int bytes = form == FLOATS ? 64 : 32; /* of one input */
     for (int64_t i = 0; i < inputs; i++) {
+      if (form == FLOATS || i % 2 == 0) EACH_BLOCK fetch_ahead(block[b] + bytes * i, 64);
       EACH_BLOCK w[b] = plain_weights(form, block[b], i);
       ADD_INPUT(i)
     }
@@ -124,6 +138,7 @@ inlined void tile(const int form, const int num_rows, const int num_blocks, int6
     for (int64_t first = 0; first < inputs; first += group) {
       const int count = inputs - first < group ? (int)(inputs - first) : group;
       EACH_BLOCK {
+        fetch_ahead(at[b], code_bytes(form) + 64);
         at[b] = read_scales(kind, &scales[b], at[b], first);
         if (form > NIBBLES) codes[b].high = load_words(at[b] + 8 * group);
       }
@@ -153,20 +168,17 @@ typedef void tile_fn(int64_t kind, const uint8_t *const *block, int64_t inputs, 
 #define FEW_ROWS(form, X)                                                                                          \
   X(form, 1, 1) X(form, 1, 2) X(form, 1, 4) X(form, 2, 1) X(form, 2, 2) X(form, 3, 1) X(form, 3, 2) X(form, 4, 1)
 #if WIDTH == 16
-#define DECODED_ROWS(form, X) FEW_ROWS(form, X) X(form, 5, 1) X(form, 6, 1) X(form, 7, 1) X(form, 8, 1)
-#define FLOAT_ROWS(X)                                                                                           \
-  DECODED_ROWS(FLOATS, X) X(FLOATS, 9, 1) X(FLOATS, 10, 1) X(FLOATS, 11, 1) X(FLOATS, 12, 1) X(FLOATS, 13, 1)   \
-  X(FLOATS, 14, 1) X(FLOATS, 15, 1) X(FLOATS, 16, 1)
+#define ALL_ROWS(form, X)                                                                                       \
+  FEW_ROWS(form, X) X(form, 5, 1) X(form, 6, 1) X(form, 7, 1) X(form, 8, 1) X(form, 9, 1) X(form, 10, 1)        \
+  X(form, 11, 1) X(form, 12, 1) X(form, 13, 1) X(form, 14, 1) X(form, 15, 1) X(form, 16, 1)
 #elif WIDTH == 8 || defined(__aarch64__)
-#define DECODED_ROWS(form, X) FEW_ROWS(form, X) X(form, 5, 1) X(form, 6, 1)
-#define FLOAT_ROWS(X) DECODED_ROWS(FLOATS, X)
+#define ALL_ROWS(form, X) FEW_ROWS(form, X) X(form, 5, 1) X(form, 6, 1)
 #else
-#define DECODED_ROWS(form, X) X(form, 1, 1) X(form, 2, 1) X(form, 3, 1) X(form, 4, 1)
-#define FLOAT_ROWS(X) DECODED_ROWS(FLOATS, X)
+#define ALL_ROWS(form, X) X(form, 1, 1) X(form, 2, 1) X(form, 3, 1) X(form, 4, 1)
 #endif
 #define ALL_VARIANTS(X)                                                                                         \
-  FLOAT_ROWS(X) DECODED_ROWS(BRAINS, X) DECODED_ROWS(HALVES, X) DECODED_ROWS(BYTES, X) DECODED_ROWS(NIBBLES, X) \
-  DECODED_ROWS(FIVES, X) DECODED_ROWS(SIXES, X)
+  ALL_ROWS(FLOATS, X) ALL_ROWS(BRAINS, X) ALL_ROWS(HALVES, X) ALL_ROWS(BYTES, X) ALL_ROWS(NIBBLES, X)           \
+  ALL_ROWS(FIVES, X) ALL_ROWS(SIXES, X)
 #define ENTRY(form, num_rows, num_blocks) [form][num_rows][num_blocks] = tile_##form##_##num_rows##_##num_blocks,
 
 ALL_VARIANTS(VARIANT)
@@ -249,14 +261,14 @@ static void multiply(void *given, int64_t first, int64_t count) {
   const matrix *m = job->packed;
   const int64_t inputs = m->inputs, num_rows = job->num_rows;
   float sums[MAX_ROWS * MAX_BLOCKS * 16] __attribute__((aligned(64)));
-  const int64_t most = m->kind == FLOAT32 ? MAX_ROWS : MAX_DECODED;
-  if (num_rows <= most) {
+  const int form = form_of(m->kind);
+  if (num_rows <= most_rows(form)) {
     for (int64_t done = 0, step; done < count; done += step) {
-      const int64_t left = count - done, wide = BLOCKS(num_rows);
+      const int64_t left = count - done, wide = most_blocks(form, num_rows);
       const uint8_t *block[MAX_BLOCKS];
       step = left >= wide ? wide : left >= 2 && wide >= 2 ? 2 : 1;
       for (int64_t b = 0; b < step; b++) block[b] = m->data + (first + done + b) * m->block_bytes;
-      tiles[form_of(m->kind)][num_rows][step](m->kind, block, inputs, job->rows, inputs, sums);
+      tiles[form][num_rows][step](m->kind, block, inputs, job->rows, inputs, sums);
       write_sums(job, first + done, step, 0, num_rows, sums);
     }
     return;
