@@ -39,6 +39,7 @@ def logs_as_before() -> Iterator[None]:
     for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
         logger.handlers, logger.propagate = handlers, propagate
         logger.setLevel(level)
+    logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="module")
@@ -158,13 +159,20 @@ def test_engines_that_fail_end_the_process(dynatree: Dynatree, folder: Path, mon
     assert "the engines must go on, but ended with RuntimeError: the bits have fallen out" in ran.err
 
 
+def test_an_address_that_another_program_has(dynatree: Dynatree) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        ran = dynatree("serve", "--target", "/nowhere", "--port", other.getsockname()[1])
+    assert ran.code == 1
+    assert is_one_error_line(ran, "listen on 127.0.0.1", "in use", "another --host or --port"), ran.err
+
+
 def test_strangers_are_warned_of(dynatree: Dynatree, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynatree_core.cli.serve._run", lambda process: 0)
-    plain = dynatree("serve", "--target", folder, "--host", "0.0.0.0")
+    monkeypatch.setattr("dynatree_core.cli.serve._run", lambda process, bound: 0)
+    plain = dynatree("serve", "--target", folder, "--port", 0, "--host", "0.0.0.0")
     assert "ANYBODY WHO REACHES 0.0.0.0" in plain.err
     monkeypatch.setenv("DYNATREE_SERVE_API_KEYS", "a-long-key")
     for args in (["--host", "0.0.0.0"], ["--host", "127.0.0.2"], ["--host", "localhost"]):
-        assert "ANYBODY" not in dynatree("serve", "--target", folder, *args).err
+        assert "ANYBODY" not in dynatree("serve", "--target", folder, "--port", 0, *args).err
 
 
 # the process

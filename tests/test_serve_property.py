@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import POLICIES, SECONDS, Running, events, expected_text, new_engine, new_service, running
 
+from dynatree_core.engine.handle import Handle
 from dynatree_core.serve.refused import REFUSED
 from dynatree_core.serve.schema import ChatBody, CompletionBody, TokenizeBody
 
@@ -131,4 +133,6 @@ def test_nothing_is_left_behind(server):
     service = server.service
     assert service.loop.is_alive
     assert (service.loop.num_open, service.clients._num_open) == (0, {})
+    gc.collect()
+    assert [one for one in gc.get_objects() if type(one) is Handle] == []
     assert [(load.num_running, load.num_waiting) for load in service.loop.loads] == [(0, 0)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,8 +75,8 @@ def serve(
     warn_of_strangers(host, keys)
     recorded.check()
     set_up_logs(log_format)
-    with recorded:
-        return _run(_process(listen, keys, recorded, **options))
+    with listen.bound() as bound, recorded:
+        return _run(_process(listen, keys, recorded, **options), bound)
 
 
 name_variables(serve)
@@ -216,13 +217,13 @@ def _settings(
     )
 
 
-def _run(process: ServerProcess) -> int:
+def _run(process: ServerProcess, bound: socket.socket) -> int:
     """Serve until a signal comes; the exit status.
 
     Raises:
         DynaTreeError: the engines have failed.
     """
-    process.run()
+    process.run([bound])
     if process.error is not None:
         raise DynaTreeError(f"the engines must go on, but ended with {type(process.error).__name__}: {process.error}")
     return INTERRUPTED if process.force_exit else DONE

@@ -16,7 +16,7 @@ __all__ = ["REQUEST_ID", "log", "log_fault", "set_up_logs"]
 
 REQUEST_ID: contextvars.ContextVar[str | None] = contextvars.ContextVar("request_id", default=None)
 _LOGGER = logging.getLogger("dynatree.serve")
-LIBRARIES = ("uvicorn", "uvicorn.error", "fastapi")
+LIBRARIES = ("uvicorn", "uvicorn.error", "fastapi", "py.warnings")
 
 
 def log(event: str, *, level: int = logging.INFO, **fields: object) -> None:
@@ -35,12 +35,13 @@ def _extra(fields: dict[str, object]) -> dict[str, object]:
 
 
 def set_up_logs(form: str, *, level: int = logging.INFO) -> None:
-    """Have this server's lines, and uvicorn's, written to standard error.
+    """Have this server's lines, uvicorn's and warnings written to standard error.
 
     Args:
         form: "json": an object a line; "text": for a reader.
         level: of the lines to write, as `logging` has them.
     """
+    logging.captureWarnings(True)  # such as those of a policy that has failed
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     for name in ("dynatree.serve", *LIBRARIES):

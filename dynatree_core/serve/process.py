@@ -9,6 +9,7 @@ import attrs
 import uvicorn
 from fastapi import FastAPI
 
+from dynatree_core.errors import DynaTreeError
 from dynatree_core.serve.logs import log
 from dynatree_core.serve.service import Service
 
@@ -27,6 +28,24 @@ class Listen:
     certificate: str | None = None  # file of the certificate, for HTTPS
     key: str | None = None  # and of its key
 
+    def bound(self) -> socket.socket:
+        """A socket of that address, which takes no connections yet.
+
+        Raises:
+            DynaTreeError: there is no such address here, or another program has it.
+        """
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            found = socket.socket(family, kind, protocol)
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+        except OSError as error:
+            raise DynaTreeError(
+                f"a server must be able to listen on {self.host}, port {self.port}, got: {error.strerror}; take "
+                "another --host or --port"
+            ) from error
+        return found
+
 
 class ServerProcess(uvicorn.Server):
     """uvicorn's server, which ends at once at a second signal of any kind, and where the engines have failed."""
@@ -34,8 +53,6 @@ class ServerProcess(uvicorn.Server):
     def __init__(self, app: FastAPI, service: Service, listen: Listen) -> None:
         config = uvicorn.Config(
             app,
-            host=listen.host,
-            port=listen.port,
             ssl_certfile=listen.certificate,
             ssl_keyfile=listen.key,
             log_config=None,
@@ -65,5 +82,6 @@ class ServerProcess(uvicorn.Server):
         """Begin to listen, and say where."""
         await super().startup(sockets)
         scheme = "http" if self.config.ssl is None else "https"
-        for place in [listener.getsockname() for server in self.servers for listener in server.sockets]:
-            log("serving", address=f"{scheme}://{place[0]}:{place[1]}", model=self._service.settings.model_names[0])
+        for host, port, *_ in [listener.getsockname() for server in self.servers for listener in server.sockets]:
+            place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            log("serving", address=f"{scheme}://{place}", model=self._service.settings.model_names[0])
