@@ -19,18 +19,22 @@ from dynatree_core.engine.recovery import ended_by, filled, step, steps
 from dynatree_core.engine.session import Session
 from dynatree_core.errors import BatchError, DynaTreeError, InputError, ParameterError, PromptError
 from dynatree_core.report import GenerationResult
+from dynatree_core.request.request import Request
 from dynatree_core.trace.record import Trace, tracing
 from dynatree_core.tree.verdict import StepReport
 
 __all__ = ["generate", "generate_batch", "run", "run_beside", "stream", "stream_batch"]
 
 Result = TypeVar("Result")
+# token ids, [tokens] or [1, tokens], or what a tokenizer returns
+Prompt = Tensor | Sequence[int] | Mapping[str, Tensor]
+Prompts = Sequence[Prompt] | Tensor | Mapping[str, Tensor]  # of several, or what a tokenizer returns for several texts
 
 
 def generate(
     target: nn.Module,
     drafter: nn.Module | Drafter | str | None,
-    input_ids: Tensor | Sequence[int] | Mapping[str, Tensor],
+    input_ids: Prompt,
     *,
     trace: Trace | str | os.PathLike[str] | None = None,
     **options: Any,
@@ -119,7 +123,7 @@ def generate(
 def stream(
     target: nn.Module,
     drafter: nn.Module | Drafter | str | None,
-    input_ids: Tensor | Sequence[int] | Mapping[str, Tensor],
+    input_ids: Prompt,
     *,
     trace: Trace | str | os.PathLike[str] | None = None,
     **options: Any,
@@ -218,7 +222,7 @@ def _closing(reports: Iterator[Result], opened: contextlib.ExitStack) -> Iterato
 def generate_batch(
     target: nn.Module,
     drafter: nn.Module | Drafter | str | None,
-    prompts: Sequence[Tensor | Sequence[int] | Mapping[str, Tensor]] | Tensor | Mapping[str, Tensor],
+    prompts: Prompts,
     *,
     each: Sequence[Mapping[str, Any]] | None = None,
     max_sequences: int = 8,
@@ -246,18 +250,16 @@ def generate_batch(
         InputError: something that cannot be used, with the place of the prompt; nothing was run.
         BatchError: some sequences failed, all others went on to their ends; it has the results.
     """
-    with tracing(trace, options.get("tokenizer")) as new_observer:
-        _, handles = _submitted(target, drafter, prompts, each, max_sequences, options, new_observer)
-        for handle in handles:
-            handle.advance_until_done()
-    _raise_faults(handles)
+    handles, reports = _submitted(target, drafter, prompts, each, max_sequences, trace, options)
+    for _ in reports:
+        pass
     return [handle.result() for handle in handles]
 
 
 def stream_batch(
     target: nn.Module,
     drafter: nn.Module | Drafter | str | None,
-    prompts: Sequence[Tensor | Sequence[int] | Mapping[str, Tensor]] | Tensor | Mapping[str, Tensor],
+    prompts: Prompts,
     *,
     each: Sequence[Mapping[str, Any]] | None = None,
     max_sequences: int = 8,
@@ -268,10 +270,8 @@ def stream_batch(
 
     Arguments are checked at once. A `BatchError` comes when all that can go on have ended.
     """
-    with contextlib.ExitStack() as opened:
-        new_observer = opened.enter_context(tracing(trace, options.get("tokenizer")))
-        engine, handles = _submitted(target, drafter, prompts, each, max_sequences, options, new_observer)
-        return _closing(_reports(engine, handles), opened.pop_all())
+    _, reports = _submitted(target, drafter, prompts, each, max_sequences, trace, options)
+    return reports
 
 
 def _reports(engine: Engine, handles: Sequence[Handle]) -> Iterator[tuple[int, StepReport]]:
@@ -285,22 +285,37 @@ def _reports(engine: Engine, handles: Sequence[Handle]) -> Iterator[tuple[int, S
 def _submitted(
     target: nn.Module,
     drafter: nn.Module | Drafter | str | None,
-    prompts: Sequence[Tensor | Sequence[int] | Mapping[str, Tensor]] | Tensor | Mapping[str, Tensor],
+    prompts: Prompts,
     each: Sequence[Mapping[str, Any]] | None,
     max_sequences: int,
+    trace: Trace | str | os.PathLike[str] | None,
     options: Mapping[str, Any],
+) -> tuple[list[Handle], Iterator[tuple[int, StepReport]]]:
+    """The prompts in the waiting line of an engine of their own, and their reports, which drive it to their end."""
+    listed = _prompts(prompts)
+    of_engine = {name: value for name, value in options.items() if name in ENGINE_OPTIONS}
+    common = {name: value for name, value in options.items() if name not in ENGINE_OPTIONS}
+    with contextlib.ExitStack() as opened:
+        new_observer = opened.enter_context(tracing(trace, options.get("tokenizer")))
+        engine = Engine(target, drafter, max_sequences=max_sequences, max_waiting=len(listed), **of_engine)
+        requests = _requests(engine, listed, each, common, new_observer)
+        handles = [engine.submit(request) for request in requests]
+        return handles, _closing(_reports(engine, handles), opened.pop_all())
+
+
+def _requests(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    each: Sequence[Mapping[str, Any]] | None,
+    common: Mapping[str, Any],
     new_observer: Callable[[], Observer] | None,
-) -> tuple[Engine, list[Handle]]:
-    """An engine, and the prompts in its waiting line."""
-    prompts = _prompts(prompts)
+) -> list[Request]:
+    """A request for each prompt, with the options that all have and its own."""
     own_options = [{}] * len(prompts) if each is None else list(each)
     if len(own_options) != len(prompts):
         raise ParameterError(
             f"each must have a mapping of options for each of the {len(prompts)} prompts, got {len(own_options)}"
         )
-    of_engine = {name: value for name, value in options.items() if name in ENGINE_OPTIONS}
-    common = {name: value for name, value in options.items() if name not in ENGINE_OPTIONS}
-    engine = Engine(target, drafter, max_sequences=max_sequences, max_waiting=len(prompts), **of_engine)
     requests = []
     for place, (prompt, own) in enumerate(zip(prompts, own_options, strict=True)):
         of_engine_too = [name for name in own if name in ENGINE_OPTIONS]
@@ -314,12 +329,10 @@ def _submitted(
             requests.append(engine.request(prompt, **own))
         except InputError as error:
             raise type(error)(f"prompt {place}: {error}") from error
-    return engine, [engine.submit(request) for request in requests]
+    return requests
 
 
-def _prompts(
-    prompts: Sequence[Tensor | Sequence[int] | Mapping[str, Tensor]] | Tensor | Mapping[str, Tensor],
-) -> list[Tensor | Sequence[int] | Mapping[str, Tensor]]:
+def _prompts(prompts: Prompts) -> list[Prompt]:
     """One prompt each, of those of a tokenizer too."""
     if isinstance(prompts, Mapping):
         ids = prompts.get("input_ids")
