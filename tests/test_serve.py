@@ -9,6 +9,9 @@ from collections.abc import Iterator
 import openai
 import pytest
 from serving import Running, chat_text, expected_text, new_service, running
+from test_docs import DOCS, first_words, table
+
+from dynatree_core.serve.schema import ChatBody, CompletionBody
 
 PROMPTS = ["the cat sat on the mat. the cat", "a man a plan a canal", "re, in the beginning"]
 MESSAGES = [{"role": "user", "content": "the cat sat on the mat"}]
@@ -154,3 +157,23 @@ def test_another_model_is_not_found(client):
 def test_neutral_values_ask_for_nothing(client, neutral):
     found = client.completions.create(model="tiny", prompt="the cat", max_tokens=4, temperature=0, **neutral)
     assert found.choices[0].text == expected_text("the cat", 4)
+
+
+def test_the_page_lists_every_route(server):
+    rows = first_words(table(DOCS / "serve.md", "route", "what it does"))
+    app = server.process.config.app
+    routes = {
+        f"{method} {route.path}"
+        for route in app.routes
+        for method in route.methods
+        if method not in ("HEAD", "OPTIONS")
+    }
+    assert set(rows) == {route.replace("/{name:path}", "") for route in routes}
+    with server.http() as http:
+        assert set(http.get("/openapi.json").json()["paths"]) >= {"/v1/completions", "/v1/chat/completions"}
+
+
+def test_the_page_lists_every_field():
+    rows = first_words(table(DOCS / "serve.md", "field", "option", "where it is missing"))
+    listed = {row.split(".")[0] for row in rows}
+    assert {*ChatBody.model_fields, *CompletionBody.model_fields} - {"model", "prompt", "messages"} <= listed

@@ -24,6 +24,7 @@ from dynatree_core.serve.logs import JsonLines, TextLines
 from dynatree_core.serve.process import Listen
 from dynatree_core.serve.schema import CompletionBody
 from dynatree_core.serve.service import Service
+from dynatree_core.serve.stream import EventStream
 
 LONG = {"model": "tiny", "prompt": "the cat sat", "max_tokens": 100, "temperature": 0, "ignore_eos": True}
 
@@ -61,6 +62,21 @@ def test_who_leaves_before_a_whole_answer_is_not_computed_for():
         gate.step()
         assert handle.wait(SECONDS)
         assert handle.status == "cancelled"
+
+
+def test_who_does_not_read_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr("dynatree_core.serve.stream.SEND_SECONDS", 0.01)
+    ended = []
+
+    async def never(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    async def one_event() -> AsyncIterator[str]:
+        yield "data: {}\n\n"
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+    asyncio.run(EventStream(one_event(), on_end=lambda: ended.append(1))(scope, never, never))
+    assert ended == [1]
 
 
 # the waiting line

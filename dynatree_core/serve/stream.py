@@ -5,22 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import attrs
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from dynatree_core.serve.answers import Answers, Piece
 from dynatree_core.serve.content import Content, StepTexts
 from dynatree_core.serve.errors import ApiError, error_record
 from dynatree_core.serve.figures import usage
+from dynatree_core.serve.logs import log
 from dynatree_core.serve.records import Head
 
 __all__ = ["event_stream", "whole_answer"]
 
+SEND_SECONDS = 60.0  # in which a client has to take what it is sent
 CLIENT_HAS_LEFT = 499  # nginx's number; nobody reads it but the log
 
 
@@ -88,8 +91,14 @@ class EventStream(StreamingResponse):
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
+        except TimeoutError:
+            log("unread", level=logging.WARNING, seconds=SEND_SECONDS)  # the connection is closed then
         finally:
             self._on_end()
 
