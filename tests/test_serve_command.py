@@ -149,6 +149,31 @@ def test_without_the_extra_it_says_what_to_install(dynatree: Dynatree, monkeypat
     assert is_one_error_line(ran, "needs no_such_package", "pip install 'dynatree[serve]'")
 
 
+def test_replicas_need_ray(dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynatree_core.cli.serve.RAY", "no_such_package")
+    ran = dynatree("serve", "--ray")
+    assert ran.code == 2
+    assert is_one_error_line(ran, "--ray needs Ray Serve", "dynatree[ray]")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--replicas", "3", "--max-replicas", "2"], ["--max-replicas", "at least --replicas, 3, got 2"]),
+        (["--trace", "run.jsonl"], ["a trace is of one process"]),
+        (["--ssl-certfile", __file__, "--ssl-keyfile", __file__], ["without HTTPS"]),
+        (["--policy", "phse3"], ["did you mean 'phase3'"]),
+    ],
+)
+def test_what_replicas_cannot_do_is_told_before_any_is_made(
+    dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch, args: list[str], words: list[str]
+) -> None:
+    monkeypatch.setattr("dynatree_core.cli.serve.RAY", "attrs")  # something that is installed
+    ran = dynatree("serve", "--ray", *args)
+    assert ran.code == 2
+    assert is_one_error_line(ran, *words), ran.err
+
+
 def test_engines_that_fail_end_the_process(dynatree: Dynatree, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: Engine) -> None:
         raise RuntimeError("the bits have fallen out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import ipaddress
 import os
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dynatree_core.advice import pip_install
 from dynatree_core.cli import console
 from dynatree_core.cli.checks import check_names, check_settings, checkable
 from dynatree_core.cli.exits import DONE, INTERRUPTED
@@ -25,12 +27,14 @@ if TYPE_CHECKING:
     from dynatree_core.engine.engine import Engine
     from dynatree_core.models.load import LoadedModel
     from dynatree_core.serve.keys import Keys
-    from dynatree_core.serve.process import ServerProcess
+    from dynatree_core.serve.process import Listen
+    from dynatree_core.serve.service import Service
     from dynatree_core.serve.settings import Settings
 
 __all__ = ["serve"]
 
 NEEDED = ("fastapi", "prometheus_client", "uvicorn")  # of the extra
+RAY = "ray"  # of another
 LIMITS = ("tau", "max_nodes", "max_depth", "max_branch")
 
 
@@ -46,6 +50,10 @@ def serve(
     log_format: str,
     trace_file: str | None,
     is_trace_private: bool,
+    on_ray: bool,
+    replicas: int,
+    max_replicas: int | None,
+    replica_cpus: float | None,
     **options: Any,
 ) -> int:
     """Serve the model over HTTP, with the routes of OpenAI's API (docs/serve.md).
@@ -57,6 +65,7 @@ def serve(
       dynatree serve
       dynatree serve --target ./model --policy phase3 --allow-policy autoregressive --port 8080
       dynatree serve --config server.toml --print-config
+      dynatree serve --ray --replicas 2
     """
     context = click.get_current_context()
     if print_config:
@@ -75,8 +84,15 @@ def serve(
     warn_of_strangers(host, keys)
     recorded.check()
     set_up_logs(log_format)
+    if on_ray:
+        refuse_beside_ray(ssl_certfile, trace_file)
+        if max_replicas is not None and max_replicas < replicas:
+            raise click.UsageError(f"--max-replicas must be at least --replicas, {replicas}, got {max_replicas}")
+        return _run_on_ray(
+            host, port, replicas, max_replicas, replica_cpus, keys=keys, log_format=log_format, **options
+        )
     with listen.bound() as bound, recorded:
-        return _run(_process(listen, keys, recorded, **options), bound)
+        return _run(service_of(keys, recorded, **options), listen, bound)
 
 
 name_variables(serve)
@@ -96,6 +112,20 @@ def check_extra() -> None:
         )
 
 
+def refuse_beside_ray(certificate: str | None, trace_file: str | None) -> None:
+    """Refuse what replicas cannot share.
+
+    Raises:
+        click.UsageError: naming the option and what to do instead.
+    """
+    if importlib.util.find_spec(RAY) is None:
+        raise ParameterError(f"--ray needs Ray Serve; {pip_install('dynatree[ray]')}")
+    if certificate is not None:
+        raise click.UsageError("--ray listens by Ray's own proxies, without HTTPS; put one that has it before them")
+    if trace_file is not None:
+        raise click.UsageError("a trace is of one process, so --trace goes without --ray")
+
+
 def warn_of_strangers(host: str, keys: Keys) -> None:
     """Say so where anybody on the network may ask."""
     try:
@@ -110,8 +140,7 @@ def warn_of_strangers(host: str, keys: Keys) -> None:
         )
 
 
-def _process(
-    listen: Any,
+def service_of(
     keys: Keys,
     recorded: Recorded,
     *,
@@ -125,12 +154,10 @@ def _process(
     more_drafters: Sequence[str],
     model_names: Sequence[str],
     **options: Any,
-) -> ServerProcess:
-    """The server, with its models loaded, after everything that can be refused without them."""
+) -> Service:
+    """What a server's routes work with, the models loaded, after everything that can be refused without them."""
     policies, drafters = [*dict.fromkeys([policy, *more_policies])], [*dict.fromkeys([drafter, *more_drafters])]
     sources = _checked(target, policies, drafters, device, options, is_packed(weights, **checkable(options)))
-    from dynatree_core.serve.app import make_app
-    from dynatree_core.serve.process import ServerProcess
     from dynatree_core.serve.service import Service
     from dynatree_core.text.prompt import tokenizer_of
 
@@ -140,8 +167,15 @@ def _process(
     engines = _engines(loaded, named, **options)
     settings = _settings(tuple(model_names) or (loaded.name,), tuple(policies), tuple(drafters), options)
     observers = {} if trace is None else {name: trace.observer() for name in engines}
-    service = Service(engines, settings, keys, observers)
-    return ServerProcess(make_app(service), service, listen)
+    return Service(engines, settings, keys, observers)
+
+
+def replica_of(keys: Keys, log_format: str, options: Mapping[str, Any]) -> Service:
+    """The same in a process that Ray has started."""
+    from dynatree_core.serve.logs import set_up_logs
+
+    set_up_logs(log_format)
+    return service_of(keys, Recorded(), **options)
 
 
 def _checked(
@@ -217,13 +251,48 @@ def _settings(
     )
 
 
-def _run(process: ServerProcess, bound: socket.socket) -> int:
+def _run(service: Service, listen: Listen, bound: socket.socket) -> int:
     """Serve until a signal comes; the exit status.
 
     Raises:
         DynaTreeError: the engines have failed.
     """
+    from dynatree_core.serve.app import make_app
+    from dynatree_core.serve.process import ServerProcess
+
+    process = ServerProcess(make_app(service), service, listen)
     process.run([bound])
     if process.error is not None:
         raise DynaTreeError(f"the engines must go on, but ended with {type(process.error).__name__}: {process.error}")
     return INTERRUPTED if process.force_exit else DONE
+
+
+def _run_on_ray(
+    host: str,
+    port: int,
+    least: int,
+    most: int | None,
+    num_cpus: float | None,
+    *,
+    keys: Keys,
+    log_format: str,
+    **options: Any,
+) -> int:
+    """Serve by replicas until a signal comes; the exit status."""
+    policies, drafters = [options["policy"], *options["more_policies"]], [options["drafter"], *options["more_drafters"]]
+    is_packed_model = is_packed(options["weights"], **checkable(options))
+    _checked(options["target"], policies, drafters, options["device"], options, is_packed_model)
+    from dynatree_core.serve.on_ray import Replicas, run_on_ray
+
+    has_gpu = str(options["device"] or "").startswith("cuda")
+    replicas = Replicas(
+        least=least,
+        most=most,
+        num_cpus=num_cpus or max((os.cpu_count() or 1) // (most or least), 1),
+        num_gpus=float(has_gpu),
+        max_sequences=options["max_sequences"],
+        max_waiting=options["max_waiting"],
+        stop_seconds=options["stop_seconds"],
+    )
+    run_on_ray(functools.partial(replica_of, keys, log_format, options), replicas, host=host, port=port)
+    return DONE

@@ -217,7 +217,17 @@ PROCESS = (
     ),
     click.option("--log-prompts", "logs_prompts", is_flag=True, help="Have prompts and answers in the log."),
 )
+RAY = (
+    click.option("--ray", "on_ray", is_flag=True, help="Serve by replicas under Ray Serve (docs/serve.md)."),
+    click.option("--replicas", type=click.IntRange(min=1), default=1, show_default=True, help="With --ray: at least."),
+    click.option("--max-replicas", type=click.IntRange(min=1), help="With --ray: at most, as many as requests want."),
+    click.option(
+        "--replica-cpus",
+        type=FiniteRange(min=0, min_open=True),
+        help="With --ray: of each replica.  [default: an equal share of this machine's]",
+    ),
+)
 serve_options = with_options(
-    *LISTEN, *MODEL_OPTIONS, WEIGHTS, POLICY, *CHOICES, *LIMIT_OPTIONS, *CAPACITY, *REQUEST, *PROCESS, *TRACE_OPTIONS,
-    *CONFIG,
+    *LISTEN, *MODEL_OPTIONS, WEIGHTS, POLICY, *CHOICES, *LIMIT_OPTIONS, *CAPACITY, *REQUEST, *PROCESS, *RAY,
+    *TRACE_OPTIONS, *CONFIG,
 )  # fmt: skip
