@@ -79,6 +79,9 @@ def plain_loop(pattern: str, length: int, *, seed: int = 0) -> list[int]:
     return said
 
 
+TOO_LARGE = {"type": "object", "properties": {str(number): {"type": "integer"} for number in range(3000)}}
+
+
 class OfWords:
     """No tokenizer of those that llguidance reads."""
 
@@ -180,6 +183,8 @@ def test_one_of_several_end_tokens_may_end_it():
     [
         ({"grammar": Grammar.regex("(unclosed")}, "does not take this regex"),
         ({"grammar": Grammar.json_schema({"type": "objec"})}, "does not take this json_schema"),
+        ({"grammar": Grammar.regex("(a{1000}){1000}")}, "does not take this regex: lexer error"),
+        ({"grammar": Grammar.json_schema(TOO_LARGE)}, "does not take this json_schema: Parser Error"),
         ({"grammar": "(yes|no)"}, "must be a Grammar"),
         ({"tokenizer": None}, "needs the target's tokenizer"),
         ({"eos_token_id": []}, "needs an end token"),
@@ -196,6 +201,22 @@ def test_what_cannot_be_used_is_refused_before_anything_runs(options, message):
 @pytest.mark.parametrize("schema", ["[1]", "{", 3, {"a": {1, 2}}], ids=str)
 def test_what_is_no_schema_is_refused(schema):
     with pytest.raises(GrammarError, match="a JSON schema must be"):
+        Grammar.json_schema(schema)
+
+
+def test_what_becomes_too_large_on_the_way_is_an_error_that_says_so(monkeypatch):
+    monkeypatch.setattr("dynatree_core.request.grammar.PROBED_TOKENS", 0)
+    with pytest.raises(GrammarError, match="can go on with, but: lexer error") as ended:
+        generate(target(), None, PROMPT, **asked(Grammar.regex("(a{1000}){1000}")))
+    assert "state" not in str(ended.value)
+    assert ended.value.partial.token_ids == tokenizer()("a").input_ids
+
+
+def test_a_schema_that_is_nested_too_deeply_is_refused():
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(5000):
+        schema = {"type": "array", "items": schema}
+    with pytest.raises(GrammarError, match="must not be nested so deeply"):
         Grammar.json_schema(schema)
 
 

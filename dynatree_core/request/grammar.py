@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Grammar", "GrammarProcessor"]
 
+PROBED_TOKENS = 2
 WHITESPACE = r"[ \t\n\r]{0,20}"  # between JSON's parts: indentation fits, and no model can write blanks for ever
 
 
@@ -43,7 +44,11 @@ class Grammar:
         """
         try:
             read = json.loads(schema) if isinstance(schema, str) else json.loads(json.dumps(schema))
-        except (TypeError, ValueError, RecursionError) as error:
+        except RecursionError as error:  # and its repr would fail likewise
+            raise GrammarError(
+                "a JSON schema must not be nested so deeply; name its parts by $defs and $ref"
+            ) from error
+        except (TypeError, ValueError) as error:
             raise GrammarError(f"a JSON schema must be JSON, got {schema!r:.60} ({error})") from error
         if not isinstance(read, dict):
             raise GrammarError(f"a JSON schema must be a mapping, got {schema!r:.60}")
@@ -116,7 +121,7 @@ class GrammarProcessor(LogitsProcessor):
 
     def _refuse_errors(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(f"a text must be one that the grammar can go on from, but: {self._matcher.get_error()}")
+            raise GrammarError(f"a grammar must be one that llguidance can go on with, but: {_said(self._matcher)}")
 
 
 def _new_matcher(
@@ -141,9 +146,28 @@ def _new_matcher(
     else:
         source = LLMatcher.grammar_from_regex(grammar.source)
     matcher = LLMatcher(vocabulary, source, log_level=0)
-    if matcher.is_error():
-        raise GrammarError(f"llguidance does not take this {grammar.kind}: {matcher.get_error()}")
+    if fault := _said(matcher) or _fault_ahead(matcher):
+        raise GrammarError(f"llguidance does not take this {grammar.kind}: {fault}")
     return matcher
+
+
+def _fault_ahead(matcher: Any) -> str:
+    """What goes wrong within the first tokens of a text: most grammars that are too large for llguidance show it there.
+
+    So they are refused in the thread that reads the request, and hold up nobody's step.
+    """
+    probe = matcher.deep_copy()
+    for _ in range(PROBED_TOKENS):
+        allowed = probe.compute_logit_bias()  # a byte for each token, 0 where it may not follow
+        if probe.is_error() or probe.is_stopped():
+            break
+        probe.consume_token(next(token for token, byte in enumerate(allowed) if byte))
+    return _said(probe)
+
+
+def _said(matcher: Any) -> str:
+    """What is wrong, without llguidance's own state, which it adds below."""
+    return str(matcher.get_error()).partition("<state>")[0].strip()
 
 
 @functools.cache
