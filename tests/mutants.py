@@ -29,6 +29,7 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dynatree_core", "dynatree_policies")
 COPIED = (*PACKAGES, "tests", "pyproject.toml")
+OPERATORS = ROOT / "dynatree_core" / "ops" / "native"
 TIME_LIMIT = 300  # seconds for the tests of one mutant, which need a few
 
 
@@ -62,7 +63,8 @@ class Mutant:
 
 @functools.cache
 def _sources(root: Path) -> list[tuple[Path, str]]:
-    files = [path for package in PACKAGES for path in sorted((root / package).rglob("*.py"))]
+    files = [path for package in PACKAGES for path in sorted((root / package).rglob("*.[pch]*"))]
+    files = [path for path in files if path.suffix in (".py", ".c", ".h")]
     return [(path.relative_to(root), path.read_text(encoding="utf-8")) for path in files]
 
 
@@ -813,6 +815,31 @@ MUTANTS = (
         "        trees = {next(iter(self._undecided)): self._undecided.pop(next(iter(self._undecided)))}\n",
         ("tests/test_batches.py::test_a_level_of_all_trees_is_one_pass",),
     ),
+    Mutant(
+        "several rows take their inputs from the last to the first",
+        "      EACH_BLOCK w[b] = plain_weights(form, block[b], i);\n      ADD_INPUT(i)\n",
+        "      const int64_t place = num_rows > 1 ? inputs - 1 - i : i;\n"
+        "      EACH_BLOCK w[b] = plain_weights(form, block[b], place);\n      ADD_INPUT(place)\n",
+        ("tests/test_ops_native.py::test_a_product_is_right_and_no_row_knows_its_neighbours",),
+    ),
+    Mutant(
+        "blocks of a tile have the scales of the first",
+        "w[b] = next_weights(form, &scales[b], ",
+        "w[b] = next_weights(form, &scales[0], ",
+        ("tests/test_ops_native.py::test_weights_are_decoded_to_the_last_bit",),
+    ),
+    Mutant(
+        "a row visits its own slots from the last to the first",
+        "s->own[place - s->run]",
+        "s->own[s->num - 1 - place]",
+        ("tests/test_ops_native.py::test_attention_depends_on_a_rows_text_alone",),
+    ),
+    Mutant(
+        "lanes that are no longer there are still written to",
+        "        self.table[lanes:] = 0\n",
+        "",
+        ("tests/test_ops_native.py::test_lanes_of_several_caches_count_on",),
+    ),
 )
 
 
@@ -864,17 +891,28 @@ def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
     return 1 if done.returncode < 0 else done.returncode, failed[1]
 
 
+def compile_operators(folder: Path, changed: Path) -> None:
+    """Compile the copy's operators where one of their sources was changed."""
+    if changed.suffix in (".c", ".h"):
+        done = run_there(folder, "-m", "dynatree_core.ops.native")
+        if done.returncode:
+            raise SystemExit(f"the changed operators must compile, but the compiler said: {done.stderr[-500:]}")
+
+
 def outcome(folder: Path, mutant: Mutant) -> tuple[bool, str]:
     """Whether a test noticed the mutant, and which one."""
     path = folder / mutant.file(folder)
     before = path.read_text(encoding="utf-8")
     path.write_text(mutant.source(folder), encoding="utf-8")
     try:
+        compile_operators(folder, path)
         code, said = run_tests(folder, mutant.tests)
     except subprocess.TimeoutExpired:
         return False, f"no answer within {TIME_LIMIT} s"
     finally:
         path.write_text(before, encoding="utf-8")
+        for library in OPERATORS.glob("*.so"):
+            shutil.copy(library, folder / library.relative_to(ROOT))
     return code == 1, said if code == 1 else f"pytest ended with {code}: {said}"  # 1: tests ran, and some failed
 
 

@@ -15,8 +15,10 @@ def test_names_are_unique():
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
 def test_a_mutant_is_a_change_that_compiles_and_has_tests(mutant):
-    before = Path(ROOT, mutant.file()).read_text(encoding="utf-8")
-    assert ast.dump(ast.parse(mutant.source())) != ast.dump(ast.parse(before))
+    before, after = Path(ROOT, mutant.file()).read_text(encoding="utf-8"), mutant.source()
+    assert after != before
+    if mutant.file().suffix == ".py":  # that those in C compile, the script says
+        assert ast.dump(ast.parse(after)) != ast.dump(ast.parse(before))
     for test in mutant.tests:
         file, _, name = test.partition("::")
         defined = {

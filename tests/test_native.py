@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,8 @@ from dynatree_core.models.blueprint import FAMILIES, NoBlueprintError, blueprint
 from dynatree_core.models.kept import kept_of
 from dynatree_core.models.stored import narrowest, pack_narrowest
 from dynatree_core.models.student import new_student
+from dynatree_core.ops.native import loading
+from dynatree_core.runners import choice
 from dynatree_core.runners.base import Rows
 from dynatree_core.runners.choice import make_runner, runner_for
 from dynatree_core.runners.eager import EagerRunner
@@ -312,6 +315,23 @@ def test_reasons_against_a_model() -> None:
     assert "weights are all float32, got torch.bfloat16, torch.float32" in reason(mixed)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert "under autocast" in reason(single("llama"))
+
+
+def test_a_library_that_could_be_there_is_missed_once(monkeypatch, tmp_path) -> None:
+    monkeypatch.delenv(loading.CHOICE, raising=False)
+    monkeypatch.setattr(loading, "FOLDER", tmp_path)
+    monkeypatch.setattr(loading, "_chosen", functools.cache(loading._chosen.__wrapped__))
+    choice._tell_of_missing_library.cache_clear()
+    with pytest.warns(
+        RuntimeWarning, match=r"packed serves: its library is missing; it was not compiled .* run `python"
+    ):
+        assert runner_for(single("llama"), "auto") == "packed"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert runner_for(single("llama"), "auto") == "packed"
+        choice._tell_of_missing_library.cache_clear()
+        monkeypatch.setenv(loading.CHOICE, "off")  # somebody's own choice
+        assert runner_for(single("llama"), "auto") == "packed"
 
 
 @needs_library

@@ -195,9 +195,9 @@ def load_student(folder: Path, target: PreTrainedModel, dtype: torch.dtype) -> P
             "as prompt_lookup"
         )
     try:
-        _check_embeddings(target, head_ids)
-        if isinstance(target, StoredModel):
+        if isinstance(target, StoredModel):  # whose rows can be read, without widening all of them
             return cast("PreTrainedModel", _stored_student(folder, config, target, head_ids, weights))
+        _check_embeddings(target, head_ids)
         student = _assembled(config, target, head_ids, dtype)
         student.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()})
     except (

@@ -22,7 +22,7 @@ from torch import Tensor
 from dynatree_core.errors import InputError
 from dynatree_core.ops import native, reference
 from dynatree_core.ops.matrix import PackedMatrix, pack, pack_blocks, quantise
-from dynatree_core.ops.native import Recording, reason_unavailable, recorded
+from dynatree_core.ops.native import Recording, reason_missing, reason_unavailable, recorded
 from dynatree_core.ops.signature import (
     ACTIVATIONS,
     Activation,
@@ -55,6 +55,7 @@ __all__ = [
     "pack",
     "pack_blocks",
     "quantise",
+    "reason_missing",
     "reason_unavailable",
     "recorded",
     "rope_write",

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dynatree_core.ops.layout import KINDS, LANES, SUPER, Kind
+from dynatree_core.ops.layout import CHUNK, KINDS, LANES, SUPER, Kind
 from dynatree_core.ops.matrix import DTYPES, PackedMatrix
 
 __all__ = ["selected"]
@@ -25,9 +25,11 @@ def selected(packed: PackedMatrix, outputs: Tensor) -> PackedMatrix:
     rows = outputs.numpy()
     filled = np.concatenate([rows, np.repeat(rows[-1:], -num_outputs % LANES)])  # the last block is filled up
     data = packed.data.numpy()
-    taken = data[filled[:, None] // LANES, places[filled % LANES]]  # [outputs, bytes of a lane]
     chosen = np.empty((len(filled) // LANES, data.shape[1]), np.uint8)
-    chosen[:, places] = taken.reshape(-1, *places.shape)
+    for first in range(0, len(chosen), CHUNK):  # an index has 8 bytes for each byte
+        some = filled[first * LANES : (first + CHUNK) * LANES]
+        taken = data[some[:, None] // LANES, places[some % LANES]]  # [outputs, bytes of a lane]
+        chosen[first : first + CHUNK, places] = taken.reshape(-1, *places.shape)
     bias = None
     if packed.bias is not None:
         bias = packed.bias[torch.from_numpy(filled)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
+from dynatree_core import ops
 from dynatree_core.errors import DynaTreeError, ParameterError, PluginLoadError
 from dynatree_core.models.kept import kept_of
 from dynatree_core.models.stored import StoredModel
@@ -21,6 +23,7 @@ from dynatree_core.runners.passes import is_out_of_memory
 __all__ = ["drafters_runner", "load_runner", "made_runner", "make_runner", "runner_for"]
 
 NATIVE = "native"  # the runner of a `StoredModel`
+PACKED = "packed"  # what serves a CPU where that cannot
 
 
 def make_runner(model: nn.Module, name: str, *, kept: Kept | None = None) -> Runner:
@@ -90,7 +93,20 @@ def runner_for(model: nn.Module, name: str, *, kept: Kept | None = None, any_cac
                 preferences[known] = _preference(known, model, {} if kept is None else kept)
         except DynaTreeError as error:
             warnings.warn(f"runner='auto' leaves out '{known}': {error}", RuntimeWarning, stacklevel=3)
-    return max(preferences, key=lambda known: preferences[known], default=EagerRunner.name)
+    chosen = max(preferences, key=lambda known: preferences[known], default=EagerRunner.name)
+    if chosen == PACKED and model.dtype == torch.float32 and not any_cache:
+        _tell_of_missing_library(ops.reason_missing())
+    return chosen
+
+
+@functools.cache  # once in a process
+def _tell_of_missing_library(reason: str | None) -> None:
+    if reason is not None:
+        warnings.warn(
+            f"the native runner, which is faster, cannot be used and packed serves: its library is missing; {reason}",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def in_transformers(model: StoredModel) -> tuple[nn.Module, Kept]:

@@ -1,7 +1,7 @@
 """The operators in C: `source` is compiled when the package is installed, `library` loads what fits the CPU."""
 
 from dynatree_core.ops.native.calls import Recording, linear, lookup, mlp, norm, recorded, rope_write, tree_attention
-from dynatree_core.ops.native.loading import Library, library, reason_unavailable, runnable_targets
+from dynatree_core.ops.native.loading import Library, library, reason_missing, reason_unavailable, runnable_targets
 
 __all__ = [
     "Library",
@@ -11,6 +11,7 @@ __all__ = [
     "lookup",
     "mlp",
     "norm",
+    "reason_missing",
     "reason_unavailable",
     "recorded",
     "rope_write",

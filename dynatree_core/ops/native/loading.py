@@ -13,7 +13,7 @@ import torch
 
 from dynatree_core.ops.native.build import FOLDER, TARGETS, library_name, source_digest
 
-__all__ = ["Library", "library", "reason_unavailable", "runnable_targets"]
+__all__ = ["Library", "library", "reason_missing", "reason_unavailable", "runnable_targets"]
 
 NEEDS = {"x86_64_v3": "AVX2", "x86_64_v4": "AVX512"}  # a target, and what torch calls what it needs
 RANKS = {"AVX2": 1, "AVX512": 2}
@@ -93,6 +93,11 @@ def library() -> Library:
     chosen = _chosen()
     assert isinstance(chosen, Library), chosen
     return chosen
+
+
+def reason_missing() -> str | None:
+    """Why the library cannot be used though this machine could run it and nobody switched it off; None elsewhere."""
+    return reason_unavailable() if os.environ.get(CHOICE) != "off" and runnable_targets() else None
 
 
 def reason_unavailable() -> str | None:
