@@ -230,6 +230,19 @@ def test_slots_outside_of_the_cache_are_refused(implementation):
                 ops.tree_attention(queries, ops.Slabs.of(keys, values), visible, scale=1.0)
 
 
+@pytest.mark.parametrize(("slots", "heads"), [(40000, 2), (37, 20), (16, 8)])
+def test_long_texts_and_large_groups_of_heads(slots, heads, target):
+    """Rows whose scores fill more than a cache, and more heads of one group than are computed together."""
+    queries, keys, values, mask = attention_case(heads=heads, key_heads=1, slots=slots, lanes=1, rows=6)
+    slabs, visible = ops.Slabs.of(keys, values), ops.Visible.of_mask(mask)
+    result = ops.tree_attention(queries, slabs, visible, scale=0.3)
+    right = ops.tree_attention(queries.double(), ops.Slabs.of(keys.double(), values.double()), visible, scale=0.3)
+    torch.testing.assert_close(result.double(), right, atol=3e-6, rtol=1e-4)
+    for row in range(6):
+        alone = ops.Visible.of_mask(mask[:, row : row + 1])
+        assert torch.equal(ops.tree_attention(queries[row : row + 1], slabs, alone, scale=0.3)[0], result[row])
+
+
 def test_a_row_that_sees_nothing_gets_zeros(target):
     queries, keys, values, mask = attention_case()
     mask[0, 1] = False

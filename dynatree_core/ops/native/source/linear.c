@@ -231,6 +231,7 @@ typedef struct {
   float *out;        /* [num_rows, outputs] */
   int64_t num_rows;
   const ending *end; /* NULL: only the bias */
+  int64_t num_blocks, tile_blocks; /* of the matrix, and of an item of the job */
   int failed;
 } product_job;
 
@@ -256,15 +257,14 @@ static void write_sums(const product_job *job, int64_t block, int64_t num_blocks
   }
 }
 
-static void multiply(void *given, int64_t first, int64_t count) {
-  product_job *job = given;
+static void multiply_blocks(product_job *job, int64_t first, int64_t count) {
   const matrix *m = job->packed;
   const int64_t inputs = m->inputs, num_rows = job->num_rows;
   float sums[MAX_ROWS * MAX_BLOCKS * 16] __attribute__((aligned(64)));
   const int form = form_of(m->kind);
   if (num_rows <= most_rows(form)) {
     for (int64_t done = 0, step; done < count; done += step) {
-      const int64_t left = count - done, wide = most_blocks(form, num_rows);
+      const int64_t left = count - done, wide = job->tile_blocks;
       const uint8_t *block[MAX_BLOCKS];
       step = left >= wide ? wide : left >= 2 && wide >= 2 ? 2 : 1;
       for (int64_t b = 0; b < step; b++) block[b] = m->data + (first + done + b) * m->block_bytes;
@@ -295,12 +295,19 @@ static void multiply(void *given, int64_t first, int64_t count) {
   }
 }
 
+/* Items are as many blocks as a tile has, so that only the matrix's last ones are ever by themselves. */
+static void multiply(void *given, int64_t first, int64_t count) {
+  product_job *job = given;
+  const int64_t begin = first * job->tile_blocks, end = (first + count) * job->tile_blocks;
+  multiply_blocks(job, begin, (end < job->num_blocks ? end : job->num_blocks) - begin);
+}
+
 /* out = rows @ packed.T + bias, and what follows where it needs no whole row. */
 static int product(const matrix *packed, const float *rows, float *out, const ending *end, int64_t num_rows,
                    team *team) {
-  product_job job = {packed, rows, out, num_rows, end, 0};
-  const int64_t blocks = (packed->outputs + LANES - 1) / LANES;
-  run_job(multiply, &job, blocks, MAX_BLOCKS, team);
+  const int64_t num_blocks = (packed->outputs + LANES - 1) / LANES, blocks = most_blocks(form_of(packed->kind), num_rows);
+  product_job job = {packed, rows, out, num_rows, end, num_blocks, blocks, 0};
+  run_job(multiply, &job, (num_blocks + blocks - 1) / blocks, MAX_BLOCKS / blocks, team);
   return job.failed;
 }
 
