@@ -18,6 +18,7 @@ from dynatree_core.engine.handle import Handle
 from dynatree_core.serve.refused import REFUSED
 from dynatree_core.serve.schema import ChatBody, CompletionBody, TokenizeBody
 
+NUM_EXAMPLES = settings().max_examples  # of the profile
 ROUTES = ("/v1/completions", "/v1/chat/completions", "/tokenize")
 FIELDS = sorted({*REFUSED, *ChatBody.model_fields, *CompletionBody.model_fields, *TokenizeBody.model_fields})
 TEXTS = st.text("abcdehinrst .,!?'", min_size=1, max_size=16)
@@ -102,13 +103,13 @@ async def answers(server: Running, bodies: list[dict[str, Any]]) -> list[list[st
         return await asyncio.gather(*(ask(client, body) for body in bodies))
 
 
-@settings(max_examples=30)
+@settings(max_examples=NUM_EXAMPLES // 2)
 @given(bodies=st.lists(COMPLETIONS, min_size=1, max_size=6))
 def test_each_answer_is_that_of_its_own_request(server, bodies):
     assert asyncio.run(answers(server, bodies)) == [expected(body) for body in bodies]
 
 
-@settings(max_examples=150)
+@settings(max_examples=NUM_EXAMPLES * 2)
 @given(route=st.sampled_from(ROUTES), body=BODIES | JSON)
 def test_no_body_makes_the_server_fail(server, route, body):
     with server.http() as http:
