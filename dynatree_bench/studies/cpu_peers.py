@@ -53,12 +53,13 @@ from dynatree_core.cli.loading import usual_drafter
 from dynatree_core.models import embedded
 from dynatree_core.models.conversion import convert_llama, pack_llama
 from dynatree_core.models.stored import load_packed
+from dynatree_core.request.defaults import DEFAULT_POLICY
 from dynatree_core.runners.packed import can_pack
 
 ROWS = (1, 2, 4, 6, 8, 16, 32)
 REPEATS = 3  # of a pass in a round; the fastest counts
 STORED = "Q4_1"  # kind of the embedded model's own file
-PLAIN, STACK, LOOKUP = "plain", "phase3", "prompt lookup"
+PLAIN, STACK, LOOKUP = "plain", DEFAULT_POLICY, "prompt lookup"
 NATIVE, LLAMA, HF = "native", "llama.cpp", "hf generate"
 WARM_UP_TOKENS = 8
 MEMORY_SLOTS, MEMORY_TOKENS = 512, 32  # of the generation whose memory is measured
@@ -75,7 +76,7 @@ class Way:
 
     engine: str  # NATIVE, "packed", LLAMA or HF
     kind: str  # of the weights
-    how: str  # PLAIN, STACK or LOOKUP, of llama.cpp with the number of drafted tokens
+    how: str  # PLAIN, a stack or LOOKUP, of llama.cpp with the number of drafted tokens
 
     def __str__(self) -> str:
         return f"{self.engine} {self.kind}, {self.how}"
@@ -83,7 +84,7 @@ class Way:
     @classmethod
     def named(cls, text: str) -> Way:
         """The way that is shown so."""
-        name, how = text.split(", ")
+        name, how = text.split(", ", maxsplit=1)
         engine, kind = name.rsplit(" ", 1)
         return cls(engine, kind, how)
 
@@ -95,6 +96,7 @@ class _Measuring:
     prompts: Sequence[tuple[int, ...]]  # the first one for the warm-up, then that of each round
     max_new_tokens: int
     end_ids: Sequence[int]
+    policies: Sequence[str] = ()  # beside the default stack
     bandwidth: list[float] = attrs.field(factory=list)
     flops: list[float] = attrs.field(factory=list)
     passes: dict[str, dict[str, list[float]]] = attrs.field(factory=lambda: defaultdict(lambda: defaultdict(list)))
@@ -144,7 +146,9 @@ def _measured(asked: Asked, source: Path, folder: Path) -> dict[str, Any]:
     by_category = asked.prompts(pair, full=6, quick=2)
     prompts = [prompt for several in by_category.values() for prompt in several]
     tokens = asked.new_tokens(full=64, quick=16)
-    run = _Measuring([prompts[0], *prompts], tokens, pair.end_token_ids)
+    run = _Measuring(
+        [prompts[0], *prompts], tokens, pair.end_token_ids, [one for one in asked.policies if one != STACK]
+    )
     slots = max(CONTEXT, max(map(len, prompts)) + tokens) + max(ROWS) + max(LOOKUPS)
     peers, left_out = _peers(files, slots)
     jobs = [*_device_jobs(run), *_pass_jobs(run, pair, pairs, peers), *_decoding_jobs(run, pair, pairs, peers)]
@@ -254,10 +258,11 @@ def _pass_jobs(run: _Measuring, pair: Pair, pairs: Mapping[str, Pair], peers: Ma
 
 def _decoding_jobs(run: _Measuring, pair: Pair, pairs: Mapping[str, Pair], peers: Mapping[Way, Peer]) -> list[Job]:
     policies = {PLAIN: "autoregressive", STACK: STACK}
+    beside = {policy: policy for policy in run.policies}
     own = {
         Way(NATIVE, kind, how): (of_kind, Method(how, policy=policy, options={"runner": NATIVE}))
         for kind, of_kind in pairs.items()
-        for how, policy in policies.items()
+        for how, policy in (policies | beside).items()
     }
     if can_pack(pair.target.model):
         own |= {
@@ -541,5 +546,9 @@ def panels(found: Mapping[str, Any]) -> Sequence[Panel]:
 
 
 STUDY = Study(
-    ("drafters", "workloads", "num_prompts", "picks", "is_chat", "max_new_tokens"), measure, tables, panels, sentences
+    ("drafters", "policies", "workloads", "num_prompts", "picks", "is_chat", "max_new_tokens"),
+    measure,
+    tables,
+    panels,
+    sentences,
 )
