@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from dynatree_core import Grammar, Session, generate, generate_batch, run
+from dynatree_core import Engine, Grammar, Session, generate, generate_batch, run
 from dynatree_core.errors import GrammarError
 from dynatree_core.request.grammar import GrammarProcessor
 from dynatree_core.text.stream import decode_text
@@ -230,3 +231,18 @@ def test_without_llguidance_it_is_refused_with_the_extras_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(GrammarError, match=r"dynatree\[grammar\]"):
         generate(target(), None, PROMPT, **asked(Grammar.regex("(yes|no)")))
+
+
+def test_who_is_put_back_when_memory_is_short_goes_on_with_the_same_text():
+    engine = Engine(target(), target(), tokenizer=tokenizer(), max_sequences=2)
+    handles = [
+        engine.submit(PROMPT, policy="fixed", max_new_tokens=40, grammar=Grammar.regex(PATTERNS[0])) for _ in range(2)
+    ]
+    for step in itertools.count():
+        if all(handle.is_done for handle in handles):
+            break
+        if step in (1, 3) and engine.load.num_running > 1:
+            engine._scheduler._put_back()
+        engine.step()
+    assert engine.load.num_preempted > 0
+    assert [handle.result().token_ids for handle in handles] == [plain_loop(PATTERNS[0], 40)] * 2

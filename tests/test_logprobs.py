@@ -165,3 +165,22 @@ def test_an_impossible_token_has_minus_infinity():
     target.lm_head = nn.Sequential(target.lm_head, Muted())
     result = generate(target, None, PROMPT, max_new_tokens=2, logprobs=VOCAB, trust_model=True, runner="eager")
     assert all(one.top[-1] == (3, -math.inf) for one in result.logprobs)
+
+
+def test_who_is_put_back_when_memory_is_short_has_each_once():
+    """By the handle too, which a server reads while a text grows."""
+    engine = Engine(TARGET, DRAFTER, max_sequences=2)
+    handles = [engine.submit(PROMPT, policy="fixed", max_new_tokens=LENGTH, logprobs=1) for _ in range(2)]
+    listed: list[list[TokenLogprob]] = [[], []]
+    for step in itertools.count():
+        if all(handle.is_done for handle in handles):
+            break
+        if step in (1, 3) and engine.load.num_running > 1:
+            engine._scheduler._put_back()
+        engine.step()
+        for handle, found in zip(handles, listed, strict=True):
+            found += handle.new_logprobs()
+    assert engine.load.num_preempted > 0
+    for handle, found in zip(handles, listed, strict=True):
+        assert found == handle.result().logprobs
+        check(found, handle.result().token_ids, 1)
