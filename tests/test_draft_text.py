@@ -21,7 +21,6 @@ from dynatree_core import (
     Proposals,
     Session,
     TokenTree,
-    costs,
     generate,
     hf,
     hookimpl,
@@ -33,6 +32,7 @@ from dynatree_core.cli.group import main
 from dynatree_core.conversation import Conversation
 from dynatree_core.drafters.base import padded_proposals
 from dynatree_core.drafters.union import UnionDrafter
+from dynatree_core.engine import costs
 from dynatree_core.errors import ParameterError
 from dynatree_core.models.load import LoadedModel
 from dynatree_core.plugins import registry as registry

@@ -25,7 +25,6 @@ from dynatree_core import (
     StepFunction,
     TokenTree,
     build_drafter,
-    costs,
     generate,
 )
 from dynatree_core.clock import StageClock
@@ -33,6 +32,7 @@ from dynatree_core.conversation import Conversation
 from dynatree_core.cost_model import CostModel
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter
+from dynatree_core.engine import costs
 from dynatree_core.engine.costs import measured_costs
 from dynatree_core.errors import ContextLimitError, ParameterError, VocabularyMismatchError
 from dynatree_core.plugins.registry import plugin_table
