@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,8 +66,20 @@ BODIES = st.builds(
 )  # fmt: skip
 
 
+def handles() -> list[Handle]:
+    """All that are kept in this process."""
+    gc.collect()
+    return [one for one in gc.get_objects() if type(one) is Handle]
+
+
 @pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
+def of_others() -> weakref.WeakSet[Handle]:
+    """Those that tests of other files have left."""
+    return weakref.WeakSet(handles())
+
+
+@pytest.fixture(scope="module")
+def server(of_others) -> Iterator[Running]:
     with running(new_service({"prompt_lookup": new_engine(max_sequences=3)})) as server:
         yield server
 
@@ -129,11 +142,10 @@ def test_no_bytes_make_the_server_fail(server, route, content):
         assert http.post(route, content=content, headers={"Content-Type": "application/json"}).status_code == 400
 
 
-def test_nothing_is_left_behind(server):
+def test_nothing_is_left_behind(server, of_others):
     """After all of the above: no sequence runs, and no client is counted."""
     service = server.service
     assert service.loop.is_alive
     assert (service.loop.num_open, service.clients._num_open) == (0, {})
-    gc.collect()
-    assert [one for one in gc.get_objects() if type(one) is Handle] == []
+    assert [handle for handle in handles() if handle not in of_others] == []
     assert [(load.num_running, load.num_waiting) for load in service.loop.loads] == [(0, 0)]
