@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # processes that the tests are spread over
 JOBS ?= 2
 
-.PHONY: demo test test-matrix test-clients lint docs viewer fuzz mutants bench-smoke wheel release-check lock clean
+.PHONY: demo test test-gpu test-matrix test-clients lint docs viewer fuzz mutants bench-smoke wheel release-check lock clean
 
 demo: $(VENV)/installed  ## real text by tree speculative decoding, checked against plain decoding
 	$(BIN)/dynatree models install
@@ -16,6 +16,9 @@ demo: $(VENV)/installed  ## real text by tree speculative decoding, checked agai
 test: $(VENV)/installed  ## all tests; those on the default model want `dynatree models install`, which this does
 	$(BIN)/dynatree models install
 	DYNATREE_LOCKED=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-gpu: $(VENV)/installed  ## the tests that need a CUDA device, each by its name; the others see none
+	DYNATREE_TEST_GPU=1 $(BIN)/python -m pytest -v -m gpu
 
 test-matrix: $(VENV)/installed  ## what depends on transformers, with its oldest supported, 5.23.0 and newest release
 	$(BIN)/python .ci/matrix.py

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out; read when the hub's client is imported
+# commands take a GPU where they see one, and so would their tests; read when torch first looks for one
+os.environ.update({} if os.environ.get("DYNATREE_TEST_GPU") == "1" else {"CUDA_VISIBLE_DEVICES": ""})
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from hypothesis import HealthCheck, Phase, settings
 from transformers.utils import logging as transformers_logging
 
 from dynatree_core.cli.quiet import IMPORTED, quiet_imports
+
+NO_GPU = "no CUDA device here"  # why a test is skipped that needs one
 
 quiet_imports()
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
@@ -43,7 +47,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that take long run last: a fault in another is known sooner, and processes end at about the same time."""
+    """Those that take long run last: a fault in another is known sooner, and processes end at about the same time.
+
+    What is skipped where there is no GPU is marked `gpu`.
+    """
+    for item in items:
+        if any(mark.kwargs.get("reason") == NO_GPU for mark in item.iter_markers("skipif")):
+            item.add_marker(pytest.mark.gpu)
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # else in their order
 
 
@@ -73,7 +83,7 @@ def costs_of_these_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 @pytest.fixture(
     params=[
         "cpu",
-        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")),
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)),
     ]
 )
 def device(request: pytest.FixtureRequest) -> torch.device:

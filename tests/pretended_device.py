@@ -2,7 +2,7 @@
 
 It finds what needs no GPU to be found: what a GPU's host would wait for, how many kernels it would launch, and what it
 would copy, stage by stage and with the line that asks for it. Branches for CUDA are taken, and devices that are mixed
-are an error. It says nothing of time and runs no kernel, so it takes no GPU's place.
+are an error. Its times are made up, though in a right order, and it runs no kernel, so it takes no GPU's place.
 
 Tensors are wrapped and each operation on them is seen in `__torch_dispatch__`. torch enters the device of a tensor by
 a guard, and a build for CPUs has none for CUDA: that of the meta device, which does nothing, takes its place.
@@ -33,6 +33,7 @@ from dynatree_core.policy.stack import PolicyStack
 from dynatree_core.runners.eager import EagerRunner
 
 CUDA = torch.device("cuda:0")
+LAUNCH_SECONDS, KERNEL_SECONDS = 4e-6, 10e-6  # so that the host runs ahead where nothing makes it wait
 PASSES = "passes"  # the stage of what a model itself does
 _REGISTRY, _NUM_REGISTERED = "_ZN3c104impl26device_guard_impl_registryE", 23  # of torch's libc10
 _CUDA, _META = 1, 14  # places in it, as in c10/core/DeviceType.h
@@ -120,6 +121,16 @@ class PretendedDevice:
     def __init__(self) -> None:
         self.counts: Counts | None = None  # None: nothing is counted
         self._stages = ["outside"]
+        self.host_seconds = 0.0  # the host's clock, which runs while it launches and while it waits
+        self.done_seconds = 0.0  # on the same clock: when the device will be done with what was launched
+
+    def now(self) -> float:
+        """The host's clock."""
+        return self.host_seconds
+
+    def reached(self) -> float:
+        """When the device will have reached what is launched next."""
+        return max(self.host_seconds, self.done_seconds)
 
     @classmethod
     def current(cls) -> PretendedDevice:
@@ -143,10 +154,13 @@ class PretendedDevice:
             self._stages.pop()
 
     def wait(self, what: str) -> None:
+        self.host_seconds = self.reached()
         if self.counts is not None:
             self.counts.waits[self._stages[-1], f"{what}: {_asking_line()}"] += 1
 
     def launch(self, number: int = 1) -> None:
+        self.host_seconds += number * LAUNCH_SECONDS
+        self.done_seconds = self.reached() + number * KERNEL_SECONDS
         if self.counts is not None:
             self.counts.launches[self._stages[-1]] += number
 
@@ -249,12 +263,17 @@ class _Attention(TorchFunctionMode):
 
 
 class _Event:
-    def __init__(self, **_: Any) -> None: ...
+    """A moment on the device: when it will be done with what was launched before."""
 
-    def record(self, stream: object = None) -> None: ...
+    def __init__(self, **_: Any) -> None:
+        self.at = 0.0
 
-    def elapsed_time(self, other: object) -> float:
-        return 1.0
+    def record(self, stream: object = None) -> None:
+        self.at = PretendedDevice.current().reached()
+
+    def elapsed_time(self, other: _Event) -> float:
+        """Milliseconds, as torch says them."""
+        return 1000 * (other.at - self.at)
 
 
 _lock = threading.Lock()

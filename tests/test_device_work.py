@@ -119,6 +119,25 @@ def test_a_commit_takes_as_many_operations_whatever_the_number_of_layers() -> No
     assert many.counts.launches["commit"] == few.counts.launches["commit"] > 0
 
 
+def test_times_of_stages_add_up_where_the_host_runs_ahead_of_the_device() -> None:
+    """A model's passes have the device's time, so what is around them has too: no share of an iteration is negative."""
+    pair = _pair()
+    with pretended() as device:
+        session = Session(
+            moved(pair.target), ModelDrafter(moved(pair.drafter)), pair.source.text(0, 30), policy="phase3",
+            max_new_tokens=20, eos_token_id=[], inherit_settings=False, runner="eager", trust_model=True,
+            now=device.now,
+        )  # fmt: skip
+        for _ in run(session):
+            pass
+        report, in_passes = session.result().report, session.clock.seconds("draft_forward")
+    assert 0 < in_passes < report.draft_seconds
+    assert report.rest_seconds > 0
+    assert report.overhead_seconds > 0
+    parts = report.draft_seconds + report.verify_seconds + report.rest_seconds
+    assert parts == pytest.approx(report.decode_seconds)
+
+
 def test_what_would_wait_or_mix_devices_is_seen() -> None:
     """The pretended device itself: each kind of wait is counted, with the stage, and mixed devices are refused."""
     with pretended() as device, device.counting() as counts:

@@ -56,7 +56,8 @@ class SharedProposals:
         trees, self._undecided = self._undecided, {}
         with ExitStack() as clocks:
             for lane in trees:
-                clocks.enter_context(lane.clock.measure("draft"))
+                # by the device's time where there is one, as the passes in it are: the host may run ahead of both
+                clocks.enter_context(lane.clock.measure("draft", on_device=True))
             running = self._faults.each(_steps, trees)
             asked = {lane: wanted for lane in trees if lane in running and (wanted := self._advanced(lane, running))}
             while asked:  # who wants passes one after the other has each made together with those of others
