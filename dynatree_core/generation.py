@@ -155,7 +155,8 @@ def run(session: Session) -> Iterator[StepReport]:
         reason = "interrupted"
         raise
     finally:
-        session.report_end(reason)
+        with _ending(session):  # telling of the end takes memory too
+            session.report_end(reason)
 
 
 def run_beside(sessions: Sequence[Session]) -> None:
@@ -181,7 +182,8 @@ def run_beside(sessions: Sequence[Session]) -> None:
     finally:
         for session in sessions:
             session.keep_prefix()
-            session.report_end(reason)
+            with _ending(session):
+                session.report_end(reason)
 
 
 @contextlib.contextmanager
