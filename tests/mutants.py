@@ -102,7 +102,7 @@ MUTANTS = (
         "rows that stand in their new place are overwritten first",
         "rows if num_rows <= source - target else rows.clone()",
         "rows.flip(2)",
-        (CACHE,),
+        ("tests/test_cache.py::TestCacheMachine",),
     ),
     Mutant(
         "siblings see each other",
