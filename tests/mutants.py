@@ -102,7 +102,7 @@ MUTANTS = (
         "rows that stand in their new place are overwritten first",
         "rows if num_rows <= source - target else rows.clone()",
         "rows.flip(2)",
-        ("tests/test_cache.py::TestCacheMachine",),
+        ("tests/test_cache.py::test_neighbours_that_move_together_keep_their_order",),
     ),
     Mutant(
         "siblings see each other",

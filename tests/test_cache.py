@@ -228,6 +228,15 @@ def test_a_commit_that_fails_keeps_nothing(call, monkeypatch):
             assert seen.flatten().tolist() == [10, 11, 12, 99]
 
 
+def test_neighbours_that_move_together_keep_their_order():
+    cache = TreeCache(16)
+    append(cache, rows(7, 20))
+    cache.commit([[0, 2, 3, 4, 6]])  # three rows go where one of them stands
+    for layer in (0, 1):
+        for seen in cache.update(rows(1, 99), rows(1, 99), layer):
+            assert seen.flatten().tolist() == [20, 22, 23, 24, 26, 99]
+
+
 @pytest.mark.parametrize("call", [1, 2])
 def test_an_allocation_that_fails_adds_no_layer(call, monkeypatch):
     cache = TreeCache(8)
