@@ -250,6 +250,34 @@ def test_an_allocation_that_fails_adds_no_layer(call, monkeypatch):
             assert seen.flatten().tolist() == [layer, layer + 1]
 
 
+def test_layers_of_other_shapes_or_on_other_devices_have_buffers_of_their_own():
+    cache = TreeCache(8, num_layers=3)
+    shapes = [((1, 2, 1, 4), "cpu"), ((1, 2, 1, 4), "meta"), ((1, 1, 1, 8), "cpu")]
+    with torch.inference_mode():
+        for layer, (shape, device) in enumerate(shapes):
+            states = torch.ones(shape, device=device)
+            assert cache.update(states, states, layer)[0].device.type == device
+    assert [buffer.shape[1::2] for buffer in cache.keys] == [(2, 4), (2, 4), (1, 8)]
+
+
+def test_a_growth_that_fails_leaves_the_cache_as_it_was(monkeypatch):
+    keys, values = rows(3, 20), torch.cat([rows(3, 20)] * 2, dim=-1)  # of two sizes, so of two allocations
+    cache = TreeCache(4)
+    cache.update(keys, values, 0)
+    cache.commit([range(3)])
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "new_empty", failing(torch.Tensor.new_empty, 2))
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.grow(8)
+    assert cache.capacity == 4
+    with pytest.raises(CacheError, match="room for 4 rows"):
+        cache.update(rows(2, 40), torch.cat([rows(2, 40)] * 2, dim=-1), 0)
+    cache.grow(8)
+    cache.update(rows(2, 40), torch.cat([rows(2, 40)] * 2, dim=-1), 0)
+    cache.commit([[1]])
+    assert cache.copied()[0][0].flatten().tolist() == [20, 21, 22, 41]
+
+
 def test_models_may_use_it_without_positions_and_masks():
     """The public forward with nothing but the cache: transformers makes the causal mask from the cache's sizes."""
     model, cache = tiny_model("llama"), TreeCache(32)

@@ -199,6 +199,45 @@ def test_a_workspace_grows_with_passes_and_keeps_no_cache() -> None:
     assert not [buffer for buffer in buffers if buffer() is not None]
 
 
+@needs_library
+def test_a_workspace_serves_in_and_outside_of_inference_mode() -> None:
+    """A drafter whose weights have no views in inference mode has its target leave that mode, too."""
+    twin, wanted = Twin(twin_of("llama").blueprint), logits_of(twin_of("llama"), [TEXT])
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(twin.forward(flatten_chain(torch.tensor(TEXT), 0), TreeCache(40)).logits[0], wanted)
+    assert len(twin._spare) == 1
+
+
+@needs_library
+def test_long_passes_of_one_sequence_and_short_ones_of_many_have_one_workspace() -> None:
+    twin, works = Twin(twin_of("llama").blueprint), set()
+    with torch.inference_mode():
+        for _ in range(2):
+            twin.forward(flatten_chain(torch.tensor(TEXT * 3), 0), TreeCache(80))
+            works.add(twin._spare[0][0])
+            twin.forward_together([Rows(flatten_chain(torch.tensor([7]), 0), TreeCache(8)) for _ in range(5)])
+            works.add(twin._spare[0][0])
+    assert len(works) == 2  # the second has room for both
+
+
+class OneTakenByAnother(list):  # type: ignore[type-arg]
+    """Workspaces of which another thread takes the last one whenever it is looked whether there is one."""
+
+    def __bool__(self) -> bool:
+        found = len(self) > 0
+        self.clear()
+        return found
+
+
+@needs_library
+def test_a_workspace_that_another_thread_takes_first_is_made_anew() -> None:
+    twin, wanted = Twin(twin_of("llama").blueprint), logits_of(twin_of("llama"), [TEXT])
+    twin._spare = OneTakenByAnother()
+    for _ in range(2):
+        assert torch.equal(logits_of(twin, [TEXT]), wanted)
+
+
 # ---- equal bits -----------------------------------------------------------------------------------------------
 
 

@@ -406,6 +406,22 @@ def test_operators_that_are_written_down_are_those_that_are_called(target):
         assert torch.equal(rows[:num_rows], ops.mlp(new, inner, outer, activation="silu", residual=new))
 
 
+def test_only_what_the_library_computes_is_written_down():
+    """The reference would compute now, and `run` nothing."""
+    inner, rows, out = matrix("float32", 8, 40), torch.zeros(2, 40), torch.zeros(2, 8)
+    with ops.using("reference"), ops.recorded(), pytest.raises(InputError, match="only operators that the library"):
+        ops.linear(rows, inner, out=out)
+
+
+def test_a_description_stays_where_it_was_written_down():
+    """Another thread that describes the same at the same time takes over what is there."""
+    inner, norm = matrix("float32", 8, 40), NORMS["rms"](40)
+    found = calls._matrix_address(inner), calls._norm_address(norm, 40)
+    calls._describe(inner.kept, "described", bytes(48))  # of a thread that has looked before it was there
+    calls._describe(norm.kept, 40, bytes(48))
+    assert (calls._matrix_address(inner), calls._norm_address(norm, 40)) == found
+
+
 @pytest.mark.parametrize("implementation", ["native", "reference"])
 def test_lanes_of_several_caches_count_on(implementation):
     """Attention and writing over two caches at once are those over each by itself."""

@@ -227,11 +227,10 @@ class TreeCache(Cache, KeyValueCache):
             raise CacheError(f"a cache grows between two steps, got a block of {self.block_len} rows; commit it first")
         if capacity <= self.capacity:
             return
-        self.capacity = capacity
-        for index, shelf in enumerate(self._shelves):
-            larger = self._allocate(shelf[0], len(shelf))
+        shelves = [self._allocate(shelf[0], len(shelf), capacity) for shelf in self._shelves]
+        for larger, shelf in zip(shelves, self._shelves, strict=True):
             larger[..., : self.length, :] = shelf[..., : self.length, :]
-            self._shelves[index] = larger
+        self.capacity, self._shelves = capacity, shelves  # all or nothing, where memory ends
         self.keys = [self._shelves[index][place] for (index, place), _ in self._places]
         self.values = [self._shelves[index][place] for _, (index, place) in self._places]
 
@@ -274,21 +273,22 @@ class TreeCache(Cache, KeyValueCache):
     def _free_place(self, states: Tensor, num_buffers: int, taken: Sequence[_Place]) -> _Place:
         """A buffer for such rows; where none is free, so many are made, for the layers to come too."""
         for index, shelf in enumerate(self._shelves):
-            are_alike = shelf.dtype == states.dtype and shelf.shape[2::2] == states.shape[1::2]
+            are_alike = (shelf.dtype, shelf.device) == (states.dtype, states.device)
+            are_alike = are_alike and shelf.shape[2::2] == states.shape[1::2]
             num_taken = sum(of_shelf == index for of_shelf, _ in taken)
             if are_alike and num_taken < len(shelf):
                 return index, num_taken
-        self._shelves = [*self._shelves, self._allocate(states, num_buffers)]
+        self._shelves = [*self._shelves, self._allocate(states, num_buffers, self.capacity)]
         return len(self._shelves) - 1, 0
 
     def _copied(self, buffers: Sequence[Tensor], lane: int) -> tuple[Tensor, ...]:
         rows = (buffer[lane : lane + 1, :, : self.lengths[lane]] for buffer in buffers)
         return tuple(states.clone(memory_format=torch.contiguous_format) for states in rows)
 
-    def _allocate(self, states: Tensor, num_buffers: int) -> Tensor:
+    def _allocate(self, states: Tensor, num_buffers: int, capacity: int) -> Tensor:
         """[buffers, lanes, heads, capacity, head_dim] for rows [lanes, heads, any number, head_dim]."""
         with torch.inference_mode(False):  # so that passes in and outside of that mode may write into it
-            buffer = states.new_empty(num_buffers, len(self.lengths), states.shape[1], self.capacity, states.shape[3])
+            buffer = states.new_empty(num_buffers, len(self.lengths), states.shape[1], capacity, states.shape[3])
         if self._is_zeroed:
             # A lane that is shorter than the longest, and a view that is longer than its rows, show slots that were
             # never written. They are hidden, with weight 0 in attention, but 0 × NaN would be NaN. Otherwise no such

@@ -85,7 +85,14 @@ def using(implementation: Implementation) -> Iterator[None]:
 
 def _of(dtype: torch.dtype) -> Any:
     """The module that computes for rows of a dtype."""
-    return native if can_record(dtype) else reference
+    if can_record(dtype):
+        return native
+    if native.is_recording():
+        raise InputError(
+            f"only operators that the library computes can be written down, got {dtype} rows for the reference; call "
+            "them outside of `recorded`"
+        )
+    return reference
 
 
 def can_record(dtype: torch.dtype) -> bool:

@@ -142,6 +142,7 @@ class Slabs:
         self.keys, self.values = tuple(keys), tuple(values)
         described = [(one.data_ptr(), one.shape, one.stride(), one.dtype) for one in (*keys, *values)]
         if described != self._described:
+            self._described = []  # should this be broken off, the table is written anew
             self._describe(keys, values)
             self._described = described
 

@@ -218,14 +218,21 @@ class Twin:
     @contextmanager
     def _recorded(self, size: Size) -> Iterator[tuple[Workspace, ops.Recording]]:
         """A workspace of at least this size that no other thread uses, and the layers' operators for it."""
-        spare = self._spare.pop() if self._spare else None
-        if spare is None or not spare[0].size.holds(size):
-            work = Workspace(self.blueprint, self._angles, self._dtype, size.rounded())
-            with ops.recorded() as recording:
-                self._add_layers(work)
-            spare = work, recording
+        try:
+            spare = self._spare.pop()
+        except IndexError:  # there is none, or another thread was quicker
+            spare = self._recording_for(size.rounded())
+        if not spare[0].size.holds(size):
+            spare = self._recording_for(size.joined(spare[0].size).rounded())
         yield spare
         self._spare.append(spare)
+
+    def _recording_for(self, size: Size) -> tuple[Workspace, ops.Recording]:
+        with torch.inference_mode(False):  # so that passes in and outside of that mode may write into it
+            work = Workspace(self.blueprint, self._angles, self._dtype, size)
+        with ops.recorded() as recording:
+            self._add_layers(work)
+        return work, recording
 
     def _add_layers(self, work: Workspace) -> None:
         """All layers' operators, over the rows of a workspace."""

@@ -37,6 +37,10 @@ class Size:
     def holds(self, other: Size) -> bool:
         return self.rows >= other.rows and self.lanes >= other.lanes and self.own >= other.own
 
+    def joined(self, other: Size) -> Size:
+        """Room for either, so that prefills and iterations that take turns have one workspace."""
+        return Size(max(self.rows, other.rows), max(self.lanes, other.lanes), max(self.own, other.own))
+
     def rounded(self) -> Size:
         """Room for more, so that passes that differ a little have one workspace."""
         return Size(_power(self.rows, 32), _power(self.lanes, 4), _power(self.own, 512))

@@ -1,11 +1,22 @@
 """The operators in C: `source` is compiled when the package is installed, `library` loads what fits the CPU."""
 
-from dynatree_core.ops.native.calls import Recording, linear, lookup, mlp, norm, recorded, rope_write, tree_attention
+from dynatree_core.ops.native.calls import (
+    Recording,
+    is_recording,
+    linear,
+    lookup,
+    mlp,
+    norm,
+    recorded,
+    rope_write,
+    tree_attention,
+)
 from dynatree_core.ops.native.loading import Library, library, reason_missing, reason_unavailable, runnable_targets
 
 __all__ = [
     "Library",
     "Recording",
+    "is_recording",
     "library",
     "linear",
     "lookup",

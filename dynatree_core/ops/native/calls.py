@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from dynatree_core.ops.matrix import PackedMatrix
 from dynatree_core.ops.native.loading import library
 from dynatree_core.ops.signature import NO_SUCH_OUTPUT, NO_SUCH_SLOTS, Activation, Norm, Rotary, Slabs, Visible
 
-__all__ = ["Recording", "linear", "lookup", "mlp", "norm", "recorded", "rope_write", "tree_attention"]
+__all__ = ["Recording", "is_recording", "linear", "lookup", "mlp", "norm", "recorded", "rope_write", "tree_attention"]
 
 RECORD = 256  # bytes
 NO_MEMORY, NO_SUCH_SLOT, NO_SUCH_OUT = 1, 2, 3  # what the library answers where something is wrong
@@ -42,10 +42,16 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _describe(kept: dict[Any, Any], key: Hashable, fields: bytes) -> None:
+    """Keep a description and its address. The first stays: another thread may have written that address down."""
+    buffer = ctypes.create_string_buffer(fields, len(fields))
+    kept.setdefault(key, (buffer, ctypes.addressof(buffer)))
+
+
 def _matrix_address(packed: PackedMatrix) -> int:
     """Of the matrix's description, which is written once and kept with it."""
     kept = packed.kept
-    if not kept:
+    if "described" not in kept:
         fields = _matrix_fields.pack(
             KIND_CODES[packed.kind],
             packed.num_outputs,
@@ -54,9 +60,8 @@ def _matrix_address(packed: PackedMatrix) -> int:
             packed.data.data_ptr(),
             _address(packed.bias),
         )
-        buffer = ctypes.create_string_buffer(fields, len(fields))
-        kept["buffer"], kept["address"] = buffer, ctypes.addressof(buffer)
-    address: int = kept["address"]
+        _describe(kept, "described", fields)
+    address: int = kept["described"][1]
     return address
 
 
@@ -69,8 +74,7 @@ def _norm_address(norm: Norm | None, size: int) -> int:
         fields = _norm_fields.pack(
             1 if norm.kind == "rms" else 2, size, _address(norm.weight), _address(norm.bias), norm.eps, norm.offset
         )
-        buffer = ctypes.create_string_buffer(fields, len(fields))
-        kept[size] = buffer, ctypes.addressof(buffer)
+        _describe(kept, size, fields)
     address: int = kept[size][1]
     return address
 
@@ -109,6 +113,11 @@ def recorded() -> Iterator[Recording]:
         yield recording
     finally:
         _recording.reset(token)
+
+
+def is_recording() -> bool:
+    """Whether operators are written down just now instead of computed."""
+    return _recording.get() is not None
 
 
 def _run(record: bytes, num_rows: int) -> None:
