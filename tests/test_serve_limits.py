@@ -11,9 +11,11 @@ import ssl
 import subprocess
 from collections.abc import AsyncIterator
 
+import attrs
 import httpx2
 import openai
 import pytest
+from pydantic import ValidationError
 from serving import SECONDS, Gate, Running, events, expected_text, gated, new_engine, new_service, running
 
 from dynatree_core.errors import InputError
@@ -22,7 +24,7 @@ from dynatree_core.serve.errors import ApiError
 from dynatree_core.serve.keys import Keys, load_keys
 from dynatree_core.serve.logs import JsonLines, TextLines
 from dynatree_core.serve.process import Listen
-from dynatree_core.serve.schema import CompletionBody
+from dynatree_core.serve.schema import ChatBody, CompletionBody
 from dynatree_core.serve.service import Service
 from dynatree_core.serve.stream import EventStream
 
@@ -125,6 +127,20 @@ def test_a_client_has_so_many_requests_at_once():
         assert server.post("/v1/completions", LONG).status_code == 200
 
 
+def test_a_client_is_counted_while_its_body_arrives():
+    with running(new_service(max_requests=1)) as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            head = "POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
+            connection.sendall(head.encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 100")  # it is asked for the body
+            for path in ("/tokenize", "/v1/completions"):
+                refused = server.post(path, LONG)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_requests")
+            with server.http() as http:
+                assert http.get("/v1/models").status_code == 200
+
+
 # time
 
 
@@ -132,9 +148,9 @@ async def late(service: Service, gate: Gate, num_steps: int, *, num_before: int)
     """What comes of a request whose time is over after so many steps, while so many others are computed before it."""
     await service.start()
     asked = await service.read(service.reader.completion, CompletionBody(**LONG))
-    others = [service.submitted(asked, "other") for _ in range(num_before)]
+    others = [service.submitted(asked) for _ in range(num_before)]
     asked = await service.read(service.reader.completion, CompletionBody(**LONG))
-    answers = service.submitted(asked, "client")
+    answers = service.submitted(asked)
     try:
         pieces, found = answers.pieces(), []
         gate.step(num_steps)
@@ -197,6 +213,42 @@ def test_a_body_that_is_no_request(server: Running, content, code):
     with server.http() as http:
         answer = http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, code), answer.text
+
+
+MANY = {f"field-{number}": 1 for number in range(2000)}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"prompt": [1.5] * 1000}, {"prompt": [[1.5]] * 1000}, {"logit_bias": MANY}, {"stop": [1] * 1000}],
+    ids=lambda fields: str(fields)[:30],
+)
+def test_of_a_body_with_many_faults_few_are_collected(fields):
+    with pytest.raises(ValidationError) as refused:
+        CompletionBody(**{"model": "tiny", "prompt": "a", **fields})
+    assert refused.value.error_count() < 10
+
+
+@pytest.mark.parametrize(
+    "fields", [{"messages": [{}] * 1000}, {"messages": [{"role": "user", "content": [{}] * 1000}]}]
+)
+def test_of_a_conversation_with_many_faults_few_are_collected(fields):
+    with pytest.raises(ValidationError) as refused:
+        ChatBody(model="tiny", **fields)
+    assert refused.value.error_count() < 10
+
+
+@pytest.mark.parametrize("body", [MANY, {"model": "tiny", "messages": [MANY]}], ids=["body", "message"])
+def test_more_fields_than_there_are_is_one_error(body):
+    with pytest.raises(ApiError, match="100 fields at most, got 2000"):
+        ChatBody(**body)
+
+
+def test_too_many_prompts_are_refused_before_one_is_read():
+    reader = attrs.evolve(new_service().reader, tokenizer=None)
+    with pytest.raises(ApiError, match="16 choices at most, got 17 prompts") as refused:
+        reader.completion(CompletionBody(model="tiny", prompt=["a"] * 17))
+    assert refused.value.param == "n"
 
 
 def test_routes_that_are_not_there(server: Running):

@@ -47,7 +47,7 @@ def make_app(service: Service) -> FastAPI:
     _add_page(app)
     _add_metrics(app, service)
     # the last one added is the first that a request meets
-    app.add_middleware(Gate, keys=service.keys, max_body_bytes=service.settings.max_body_bytes)
+    app.add_middleware(Gate, keys=service.keys, clients=service.clients, max_body_bytes=service.settings.max_body_bytes)
     if service.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=service.settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
@@ -84,7 +84,7 @@ def _add_faults(app: FastAPI) -> None:
 
 def _add_generation(app: FastAPI, service: Service) -> None:
     async def answer(request: Request, body: GenerationBody, form: Form, asked: Asked, num_prompts: int) -> Response:
-        answers, head = service.submitted(asked, request.state.client), service.new_head(form)
+        answers, head = service.submitted(asked), service.new_head(form)
         request.state.line.update(asked.line(), stream=body.stream, user=body.user)
         answers.at_close(lambda: request.state.line.update(answers.line(), **service.told(answers)))
         if not body.stream:

@@ -72,6 +72,7 @@ class Reader:
 
     def completion(self, body: CompletionBody) -> Asked:
         """Raises: ApiError, InputError: what cannot be honoured."""
+        self._check(body, len(body.prompts))
         with blamed_on("prompt", body):
             prompts = [self.prompt_ids(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
             return self._asked(body, prompts, COMPLETION_TOKENS)
@@ -81,6 +82,7 @@ class Reader:
         if body.top_logprobs is not None and not body.logprobs:
             message = "'top_logprobs' is about log-probabilities; set 'logprobs' to true, or leave it out"
             raise refused("top_logprobs", message)
+        self._check(body, 1)
         with blamed_on("messages", body):
             tools = self.tools_of(body)
             form = None if tools is None else form_of(self.tokenizer, tools)
@@ -153,16 +155,19 @@ class Reader:
             message = f"the model '{name:.100}' is not served here; there is: {known}"
             raise ApiError(404, message, "model", "model_not_found")
 
-    def _asked(self, body: GenerationBody, prompts: list[list[int]], usual_tokens: int | None) -> Asked:
+    def _check(self, body: GenerationBody, num_prompts: int) -> None:
+        """Refuse what can be told before a prompt is read, which may take long."""
         self.check_model(body.model)
-        if len(prompts) * body.n > self.settings.max_choices:
+        if num_prompts * body.n > self.settings.max_choices:
             message = (
-                f"a request may ask for {self.settings.max_choices} choices at most, got {len(prompts)} prompts and "
+                f"a request may ask for {self.settings.max_choices} choices at most, got {num_prompts} prompts and "
                 f"n={body.n}; ask in several requests"
             )
             raise refused("n", message)
         if body.stream_options is not None and not body.stream:
             raise refused("stream_options", "'stream_options' is about a stream; set 'stream' to true, or leave it out")
+
+    def _asked(self, body: GenerationBody, prompts: list[list[int]], usual_tokens: int | None) -> Asked:
         drafter = chosen("drafter", body.dynatree.drafter, self.settings.drafters)
         policy = chosen("policy", body.dynatree.policy, self.settings.policies)
         engine, seed = self.engines[drafter], first_seed(body)

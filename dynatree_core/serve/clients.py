@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 
 from dynatree_core.serve.errors import ApiError
 
@@ -10,7 +12,7 @@ __all__ = ["Clients"]
 
 
 class Clients:
-    """Counts the requests that are being computed, by client. For one thread.
+    """Counts the requests that are read or answered, by client. For one thread.
 
     Args:
         most: that one client may have open at once; None: any number.
@@ -20,8 +22,9 @@ class Clients:
         self._most = most
         self._num_open: Counter[str] = Counter()
 
-    def enter(self, client: str) -> None:
-        """One more of this client.
+    @contextlib.contextmanager
+    def counted(self, client: str) -> Iterator[None]:
+        """One more of this client, as long as the block runs.
 
         Raises:
             ApiError: it has as many as it may.
@@ -30,9 +33,9 @@ class Clients:
             message = f"a client may have {self._most} requests open at once; ask again when one of them is answered"
             raise ApiError(429, message, code="too_many_requests", retry_after=1)
         self._num_open[client] += 1
-
-    def leave(self, client: str) -> None:
-        """One of this client's is over."""
-        self._num_open[client] -= 1
-        if not self._num_open[client]:
-            del self._num_open[client]
+        try:
+            yield
+        finally:
+            self._num_open[client] -= 1
+            if not self._num_open[client]:
+                del self._num_open[client]

@@ -6,6 +6,7 @@ Written against ASGI itself, where Starlette's own base for this would hide from
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 import uuid
@@ -16,6 +17,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dynatree_core.serve.clients import Clients
 from dynatree_core.serve.errors import ApiError, error_record
 from dynatree_core.serve.keys import Keys
 from dynatree_core.serve.logs import REQUEST_ID, log, log_fault
@@ -81,27 +83,37 @@ class RequestLog:
 
 
 class Gate:
-    """Lets a request through to the routes, or answers it with what is in the way."""
+    """Lets a request through to the routes, or answers it with what is in the way.
 
-    def __init__(self, app: ASGIApp, keys: Keys, max_body_bytes: int) -> None:
+    A client's requests are counted from before their bodies are read, since reading many large ones takes memory and
+    time, too. Those without a body, such as health checks, are not.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys, clients: Clients, max_body_bytes: int) -> None:
         self._app = app
         self._keys = keys
+        self._clients = clients
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._app
-        if scope["type"] == "http":
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        app, line = self._app, scope["state"]["line"]
+        with contextlib.ExitStack() as counted:
             try:
-                scope["state"]["client"] = scope["state"]["line"]["client"] = self._client(scope)
+                line["client"] = client = self._client(scope)
+                if scope["method"] == "POST":
+                    counted.enter_context(self._clients.counted(client))
                 body = await self._body(scope, receive)
             except ApiError as error:
-                scope["state"]["line"]["code"] = error.code
+                line["code"] = error.code
                 app = error_response(error)
             else:
                 if body is None:  # the client has gone
                     return
                 receive = _replayed(body, receive)
-        await app(scope, receive, send)
+            await app(scope, receive, send)
 
     def _client(self, scope: Scope) -> str:
         """Who asks: the name of the key, or the address."""

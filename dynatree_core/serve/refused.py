@@ -10,9 +10,12 @@ from typing import Any
 
 import attrs
 
-from dynatree_core.serve.errors import refused
+from dynatree_core.serve.errors import ApiError, refused
 
 __all__ = ["REFUSED", "without_neutral"]
+
+
+MOST_FIELDS = 100
 
 
 @attrs.frozen
@@ -42,11 +45,14 @@ REFUSED = {
 
 
 def without_neutral(body: Mapping[str, Any]) -> dict[str, Any]:
-    """A body without the fields that ask for nothing.
+    """A body, or an object in it, without the fields that ask for nothing.
 
     Raises:
-        ApiError: a field of the table asks for something.
+        ApiError: a field of the table asks for something, or there are more than anything here has.
     """
+    if len(body) > MOST_FIELDS:  # each of them would be an error of its own
+        message = f"an object of a request has {MOST_FIELDS} fields at most, got {len(body)}; leave out unknown ones"
+        raise ApiError(400, message, code="unknown_parameter")
     kept = {}
     for name, value in body.items():
         field = REFUSED.get(name)

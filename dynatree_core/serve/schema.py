@@ -12,7 +12,10 @@ from dynatree_core.serve.refused import without_neutral
 __all__ = ["ChatBody", "CompletionBody", "GenerationBody", "Message", "OwnFields", "StreamOptions", "TokenizeBody"]
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-TokenIds = list[Annotated[int, Field(ge=0)]]
+FIRST_FAULT = Field(fail_fast=True)  # of a list: what is wrong with its other items is not collected
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], FIRST_FAULT]
+SeveralPrompts = Annotated[list[str], FIRST_FAULT] | Annotated[list[TokenIds], FIRST_FAULT]
+MOST_BIASES = 1024
 
 
 class Body(BaseModel):
@@ -75,7 +78,7 @@ class GenerationBody(Body):
     repetition_penalty: float | None = Field(None, gt=0)
     presence_penalty: float = Field(0, ge=-2, le=2)
     frequency_penalty: float = Field(0, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict, max_length=1024)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     min_tokens: int = Field(0, ge=0)
@@ -87,6 +90,13 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=256)  # stands in the log
     dynatree: OwnFields = Field(default_factory=OwnFields)
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _must_be_short(cls, bias: Any) -> Any:
+        if isinstance(bias, dict) and len(bias) > MOST_BIASES:  # before each of them is looked at
+            raise ValueError(f"it may name {MOST_BIASES} tokens at most")
+        return bias
 
     @property
     def stops(self) -> list[str]:
@@ -107,7 +117,7 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """The body of `/v1/completions`."""
 
-    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1)]
+    prompt: str | TokenIds | Annotated[SeveralPrompts, Field(min_length=1)]
 
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -181,8 +191,8 @@ class Message(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] = ""
-    tool_calls: list[Call] = Field(default_factory=list)  # of an assistant
+    content: str | Annotated[list[TextPart], FIRST_FAULT] = ""
+    tool_calls: list[Call] = Field(default_factory=list, fail_fast=True)  # of an assistant
     tool_call_id: str | None = None  # of a tool: which call it answers
 
     @model_validator(mode="after")
@@ -207,11 +217,11 @@ class Message(Body):
 class ChatBody(GenerationBody):
     """The body of `/v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Tool] = Field(default_factory=list, max_length=128)
+    tools: list[Tool] = Field(default_factory=list, max_length=128, fail_fast=True)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
 
@@ -229,6 +239,6 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Annotated[list[Message], FIRST_FAULT] | None = Field(None, min_length=1)
     add_special_tokens: bool = True  # of `prompt`; a conversation has those that its template writes
     add_generation_prompt: bool = True  # of `messages`: whether the beginning of an answer follows

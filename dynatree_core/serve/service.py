@@ -116,7 +116,7 @@ class Service:
         """Call a method of the reader in a thread, so that a long prompt holds nobody up."""
         return await anyio.to_thread.run_sync(how, *what, limiter=self._reading)
 
-    def submitted(self, asked: Asked, client: str) -> Answers:
+    def submitted(self, asked: Asked) -> Answers:
         """The answers to what was read, which are being computed.
 
         Raises:
@@ -124,9 +124,7 @@ class Service:
         """
         if self._is_stopping:
             raise ApiError(503, "the server is about to end; ask again later", code="stopping", retry_after=5)
-        self.clients.enter(client)
         answers = Answers(self.loop, asked, self.decode_of(asked), max_seconds=self.settings.max_seconds)
-        answers.at_close(lambda: self.clients.leave(client))
         answers.submit()
         return answers
 
