@@ -157,6 +157,18 @@ def test_an_iteration_in_which_nobody_asks_is_a_plain_step():
     assert policy.account == 1.0 + 0.015 * 2.0  # the stake is in the lower of the first two
 
 
+def test_a_step_that_is_done_again_by_one_of_two_sequences_is_a_plain_step_of_one():
+    """Its draft had made the target overflow, so nobody is asked again, and a step of one sequence was never seen."""
+    stack = build_stack("governor")
+    policy = stack.find("governor")
+    for iteration in range(3):
+        drafts = stack.should_expand(Frontier(CHAINS[0], iteration, 99, 16, fail, num_sequences=2)).value
+        again = {"num_sequences": 2, "rows_beside": 1} if iteration < 2 else {}
+        stack.on_iteration_end(StepReport(iteration, CHAINS[0], Verdict((), (), (1,)), 1.0, **again))
+    assert drafts is True
+    assert (list(policy.seen[1].plain), list(policy.seen[2].wins)) == ([1.0], [])
+
+
 def test_it_is_asked_before_a_policy_that_looks_at_the_drafter():
     """Off, it costs no drafter pass, though it stands at the right of the stack."""
 
