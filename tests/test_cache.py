@@ -250,6 +250,20 @@ def test_an_allocation_that_fails_adds_no_layer(call, monkeypatch):
             assert seen.flatten().tolist() == [layer, layer + 1]
 
 
+def test_a_layer_that_comes_after_a_reservation_shows_no_slot_that_was_never_written():
+    """As after a first pass that failed in its second layer: the buffers of both are there by then."""
+    cache = TreeCache(8, num_layers=2)
+    cache.update(rows(1), rows(1), 0)
+    cache.rollback()
+    for shelf in cache._shelves:
+        shelf.fill_(torch.nan)  # what memory may have
+    cache.reserve(2)
+    cache.min_slots = 8
+    for layer in (0, 1):
+        for seen in cache.update(rows(1, 5), rows(1, 5), layer):
+            assert seen.flatten().tolist() == [5.0] + [0.0] * 7
+
+
 def test_layers_of_other_shapes_or_on_other_devices_have_buffers_of_their_own():
     cache = TreeCache(8, num_layers=3)
     shapes = [((1, 2, 1, 4), "cpu"), ((1, 2, 1, 4), "meta"), ((1, 1, 1, 8), "cpu")]

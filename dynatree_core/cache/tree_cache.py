@@ -115,8 +115,8 @@ class TreeCache(Cache, KeyValueCache):
         self._check_room(self.block_len, rows)
         start = self.length + self.block_len
         if not self._is_zeroed:
-            for buffer in self.keys + self.values:
-                buffer[:, :, start:] = 0
+            for shelf in self._shelves:  # buffers of layers that are yet to come among them
+                shelf[..., start:, :] = 0
             self._is_zeroed = True
         return start
 
