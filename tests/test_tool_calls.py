@@ -28,6 +28,13 @@ ANSWERS = [
     (HERMES, f"Let me see.\n<tool_call>\n{ASK}\n</tool_call>", "Let me see.\n", [PARIS]),
     (HERMES, f'<tool_call>{ASK}</tool_call>\n<tool_call>{{"name": "time"}}</tool_call>', "", [PARIS, OSLO]),
     (HERMES, f"<tool_call>{QUOTED}", "", [PARIS]),
+    (
+        HERMES,
+        f"One. <tool_call>{ASK}</tool_call> Two. <tool_call>{ASK}</tool_call>\nThree.",
+        "One. Two. \nThree.",
+        [PARIS] * 2,
+    ),
+    (HERMES, f"<tool_call>{' ' * 2_000}{ASK}{' ' * 2_000}</tool_call>", "", [PARIS]),
     (MISTRAL, f'Sure. [TOOL_CALLS][{ASK}, {{"name": "time", "arguments": {{}}}}]', "Sure. ", [PARIS, OSLO]),
     (MISTRAL, '[TOOL_CALLS] {"name": "time", "arguments": {}}', "", [OSLO]),
     (LLAMA, ASK_LLAMA, "", [PARIS]),
@@ -40,6 +47,9 @@ NO_CALLS = [
     (HERMES, '<tool_call>{"arguments": {}}</tool_call>'),
     (HERMES, '<tool_call>{"name": "a", "arguments": [1]}</tool_call>'),
     (HERMES, '<tool_call>["weather"]</tool_call>'),
+    (HERMES, f"<tool_call>x{' ' * 2_000}y</tool_call>"),
+    (HERMES, '<tool_call>{"name": "a", "arguments": {"b": NaN}}</tool_call>'),
+    (HERMES, '<tool_call>{"name": "a", "arguments": {"b": 1e999}}</tool_call>'),
     (MISTRAL, "[TOOL_CALLS]"),
     (MISTRAL, "[TOOL_CALLS][]"),
     (LLAMA, '{"name": "weather", "parameters": {"city": "Paris"}'),
@@ -113,7 +123,7 @@ def test_other_templates_are_refused(template, words):
 
 
 def test_arguments_are_json_whatever_letters_they_have():
-    calls = HERMES.read('<tool_call>{"name": "say", "arguments": {"text": "größer 🌲"}}</tool_call>')
+    _, calls = HERMES.read('<tool_call>{"name": "say", "arguments": {"text": "größer 🌲"}}</tool_call>')
     assert json.loads(calls[0].arguments) == {"text": "größer 🌲"}
     assert "🌲" in calls[0].arguments
 

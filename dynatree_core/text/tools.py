@@ -37,27 +37,31 @@ class ToolForm:
     name: str
     marker: str  # calls begin with it; what stands before is text
     is_marker_needed: bool  # without: an answer that begins with "{" is a call too
-    read: Callable[[str], list[ToolCall]]  # the calls of a text that begins with the marker; ValueError: it has none
+    # of a text that begins with the marker, the text beside the calls, and the calls; ValueError: it has none
+    read: Callable[[str], tuple[str, list[ToolCall]]]
     is_taught_by: Callable[[str], bool]  # whether a chat template shows this form
 
 
-def _hermes(text: str) -> list[ToolCall]:
-    parts = re.findall(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", text, re.S)
-    return [_call(json.loads(part), "arguments") for part in parts]
+_HERMES_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.S)
 
 
-def _mistral(text: str) -> list[ToolCall]:
+def _hermes(text: str) -> tuple[str, list[ToolCall]]:
+    calls = [_call(json.loads(part.strip()), "arguments") for part in _HERMES_CALL.findall(text)]
+    return _HERMES_CALL.sub("", text).strip(), calls
+
+
+def _mistral(text: str) -> tuple[str, list[ToolCall]]:
     calls = json.loads(text.removeprefix("[TOOL_CALLS]"))
-    return [_call(call, "arguments") for call in (calls if isinstance(calls, list) else [calls])]
+    return "", [_call(call, "arguments") for call in (calls if isinstance(calls, list) else [calls])]
 
 
-def _llama(text: str) -> list[ToolCall]:
+def _llama(text: str) -> tuple[str, list[ToolCall]]:
     decoder, rest, calls = json.JSONDecoder(), text.removeprefix("<|python_tag|>").strip(), []
     while rest:
         call, end = decoder.raw_decode(rest)
         calls.append(_call(call, "parameters"))
         rest = rest[end:].lstrip("; \n")
-    return calls
+    return "", calls
 
 
 def _call(record: Any, key: str) -> ToolCall:
@@ -68,7 +72,8 @@ def _call(record: Any, key: str) -> ToolCall:
         arguments = json.loads(arguments)
     if not isinstance(arguments, dict):
         raise ValueError(f"a call's {key} must be a mapping")
-    return ToolCall(record["name"], json.dumps(arguments, ensure_ascii=False))
+    # Python reads and writes NaN and infinities, which are no JSON
+    return ToolCall(record["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False))
 
 
 FORMS = (
@@ -143,10 +148,10 @@ class ToolText:
         if not self._is_call:
             return held, []
         try:
-            calls = self._form.read(held.strip())
+            rest, calls = self._form.read(held.strip())
         except (ValueError, RecursionError):
             return held, []
-        return ("", calls) if calls else (held, [])
+        return (rest, calls) if calls else (held, [])
 
     def _call_start(self) -> int | None:
         """Where in what is held a call begins."""
