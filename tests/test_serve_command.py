@@ -8,9 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import attrs
 import click
@@ -22,8 +24,9 @@ from test_docs import DOCS, code_words, table
 from tiny_folder import save_tiny
 
 from dynatree_core import Engine
-from dynatree_core.cli.serve import serve
+from dynatree_core.cli.serve import equal_share, serve
 from dynatree_core.cli.serve_options import variable_of
+from dynatree_core.serve import on_ray
 from dynatree_core.serve.logs import LIBRARIES
 from dynatree_core.trace import read
 
@@ -162,6 +165,7 @@ def test_replicas_need_ray(dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch) 
         (["--replicas", "3", "--max-replicas", "2"], ["--max-replicas", "at least --replicas, 3, got 2"]),
         (["--trace", "run.jsonl"], ["a trace is of one process"]),
         (["--ssl-certfile", __file__, "--ssl-keyfile", __file__], ["without HTTPS"]),
+        (["--port", "0"], ["must be told where to listen", "name a port"]),
         (["--policy", "phse3"], ["did you mean 'phase3'"]),
     ],
 )
@@ -172,6 +176,62 @@ def test_what_replicas_cannot_do_is_told_before_any_is_made(
     ran = dynatree("serve", "--ray", *args)
     assert ran.code == 2
     assert is_one_error_line(ran, *words), ran.err
+
+
+@pytest.mark.parametrize(("num_cpus", "num_replicas", "share"), [(8, 2, 4), (8, 3, 2), (2, 2, 1), (2, 4, 0.5)])
+def test_replicas_share_the_cpus(num_cpus: int, num_replicas: int, share: float) -> None:
+    assert equal_share(num_cpus, num_replicas) == share
+
+
+@pytest.fixture
+def made_ray(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What Ray Serve is asked for, without Ray: `deployed_at` says when replicas were last made."""
+    made = SimpleNamespace(deployed_at=1.0, calls=[])
+
+    def status() -> SimpleNamespace:
+        return SimpleNamespace(applications={"dynatree": SimpleNamespace(last_deployed_time_s=made.deployed_at)})
+
+    def noting(name: str) -> Callable[..., None]:
+        return lambda *_, **__: made.calls.append(name)
+
+    serving = ModuleType("ray.serve")
+    vars(serving).update({name: noting(name) for name in ("start", "run", "delete", "shutdown")}, status=status)
+    config, ray = ModuleType("ray.serve.config"), ModuleType("ray")
+    vars(config).update(HTTPOptions=SimpleNamespace)
+    vars(ray).update(serve=serving, init=noting("init"), shutdown=noting("ray.shutdown"))
+    for module in (ray, serving, config):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(on_ray, "application", lambda *_: None)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("is_replaced", "ended"), [(False, ["delete"]), (True, [])], ids=["its own", "a later start's"]
+)
+def test_a_command_ends_the_replicas_that_it_has_made(
+    made_ray: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, is_replaced: bool, ended: list[str]
+) -> None:
+    def wait(_: threading.Event) -> None:
+        made_ray.deployed_at += is_replaced
+
+    monkeypatch.setattr(threading.Event, "wait", wait)
+    on_ray.run_on_ray(lambda: None, on_ray.Replicas(), host="127.0.0.1", port=8000)  # type: ignore[arg-type,return-value]
+    assert made_ray.calls == ["init", "start", "run", *ended, "ray.shutdown"]
+
+
+def test_a_second_signal_of_any_kind_meets_pythons_own_handlers() -> None:
+    event = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        signal.signal(signal.SIGTERM, on_ray._setting(event))
+        signal.raise_signal(signal.SIGTERM)
+        assert event.is_set()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_engines_that_fail_end_the_process(dynatree: Dynatree, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def serve(
     recorded.check()
     set_up_logs(log_format)
     if on_ray:
-        refuse_beside_ray(ssl_certfile, trace_file)
+        refuse_beside_ray(ssl_certfile, trace_file, port)
         if max_replicas is not None and max_replicas < replicas:
             raise click.UsageError(f"--max-replicas must be at least --replicas, {replicas}, got {max_replicas}")
         return _run_on_ray(
@@ -112,7 +112,7 @@ def check_extra() -> None:
         )
 
 
-def refuse_beside_ray(certificate: str | None, trace_file: str | None) -> None:
+def refuse_beside_ray(certificate: str | None, trace_file: str | None, port: int) -> None:
     """Refuse what replicas cannot share.
 
     Raises:
@@ -122,8 +122,17 @@ def refuse_beside_ray(certificate: str | None, trace_file: str | None) -> None:
         raise ParameterError(f"--ray needs Ray Serve; {pip_install('dynatree[ray]')}")
     if certificate is not None:
         raise click.UsageError("--ray listens by Ray's own proxies, without HTTPS; put one that has it before them")
+    if port == 0:
+        raise click.UsageError(
+            "Ray's proxies must be told where to listen, so --port 0 goes without --ray; name a port"
+        )
     if trace_file is not None:
         raise click.UsageError("a trace is of one process, so --trace goes without --ray")
+
+
+def equal_share(num_cpus: int, num_replicas: int) -> float:
+    """CPUs for each replica: whole ones where there are enough, else parts of one, so that all replicas are made."""
+    return float(num_cpus // num_replicas or num_cpus / num_replicas)
 
 
 def warn_of_strangers(host: str, keys: Keys) -> None:
@@ -288,7 +297,7 @@ def _run_on_ray(
     replicas = Replicas(
         least=least,
         most=most,
-        num_cpus=num_cpus or max((os.cpu_count() or 1) // (most or least), 1),
+        num_cpus=num_cpus or equal_share(os.cpu_count() or 1, most or least),
         num_gpus=float(has_gpu),
         max_sequences=options["max_sequences"],
         max_waiting=options["max_waiting"],

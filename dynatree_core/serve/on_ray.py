@@ -152,9 +152,13 @@ def run_on_ray(build: Callable[[], Service], replicas: Replicas, *, host: str, p
         serve.start(http_options=HTTPOptions(host=host, port=port))
         serve.run(application(build, replicas), name=NAME, route_prefix="/")
         log("serving", address=f"http://{host}:{port}", replicas=replicas.least)
+        deployed_at = _deployed_at()
         stop.wait()
-        log("stopping", seconds=replicas.stop_seconds)
-        serve.delete(NAME)
+        if _deployed_at() == deployed_at:
+            log("stopping", seconds=replicas.stop_seconds)
+            serve.delete(NAME)
+        else:  # a later start has replaced these replicas, and the ones that are there are not ours to end
+            log("replaced")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -163,11 +167,20 @@ def run_on_ray(build: Callable[[], Service], replicas: Replicas, *, host: str, p
         ray.shutdown()
 
 
-def _setting(event: threading.Event) -> Callable[[int, FrameType | None], None]:
-    """A handler of signals that sets an event: at a second signal Python's own is back."""
+def _deployed_at() -> float | None:
+    """When the replicas that are there were last deployed, in seconds since 1970; None: there are none."""
+    from ray import serve
 
-    def handle(number: int, _: FrameType | None) -> None:
+    found = serve.status().applications.get(NAME)
+    return None if found is None else float(found.last_deployed_time_s)
+
+
+def _setting(event: threading.Event) -> Callable[[int, FrameType | None], None]:
+    """A handler of signals that sets an event: at a second signal, of any kind, Python's own are back."""
+
+    def handle(_: int, __: FrameType | None) -> None:
         event.set()
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     return handle
