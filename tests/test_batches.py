@@ -113,6 +113,18 @@ def test_requests_wait_in_their_order_and_the_line_has_an_end():
     assert engine.step() == []
 
 
+def test_a_request_that_found_no_room_may_be_submitted_later():
+    engine = Engine(tiny_model("llama"), max_sequences=1, max_waiting=0)
+    request = engine.request(PROMPTS[0], max_new_tokens=4, eos_token_id=[])
+    engine.submit(PROMPTS[1], max_new_tokens=1)
+    with pytest.raises(QueueFullError):
+        engine.submit(request)
+    run_dry(engine)
+    assert engine.submit(request).result().token_ids == greedy(engine.target, PROMPTS[0], 4)
+    with pytest.raises(ParameterError, match="submitted before"):
+        engine.submit(request)
+
+
 def test_a_handle_says_when_what_came():
     ticks = iter(range(10**6))
     engine = Engine(tiny_model("llama"), "prompt_lookup", now=lambda: float(next(ticks)))

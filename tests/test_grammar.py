@@ -18,7 +18,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dynatree_core import Engine, Grammar, Session, generate, generate_batch, run
 from dynatree_core.errors import GrammarError
-from dynatree_core.request.grammar import GrammarProcessor
+from dynatree_core.request.grammar import GrammarProcessor, _fault_ahead
 from dynatree_core.text.stream import decode_text
 
 pytest.importorskip("llguidance", reason="llguidance is not installed: pip install 'dynatree[grammar]'")
@@ -219,6 +219,22 @@ def test_a_schema_that_is_nested_too_deeply_is_refused():
         schema = {"type": "array", "items": schema}
     with pytest.raises(GrammarError, match="must not be nested so deeply"):
         Grammar.json_schema(schema)
+
+
+def test_a_grammar_that_begins_with_what_no_token_writes_is_refused():
+    class Mute:  # llguidance's matcher, of a vocabulary without the letters that the grammar asks for
+        def deep_copy(self) -> Mute:
+            return self
+
+        def compute_logit_bias(self) -> bytes:
+            return bytes(4)
+
+        def is_error(self) -> bool:
+            return False
+
+        is_stopped = is_error
+
+    assert "no token of the vocabulary" in _fault_ahead(Mute())
 
 
 def test_where_nothing_may_follow_it_is_an_error_and_no_other_text():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 from command import BrokenDrafter, BrokenState, more_plugins
-from serving import SECONDS, TARGET, Running, events, expected_text, gated, new_engine, new_service, running
+from serving import SECONDS, TARGET, Gate, Running, events, expected_text, gated, new_engine, new_service, running
 from torch import nn
 
 from dynatree_core import DraftPlan, DraftState, Engine
+from dynatree_core.engine.handle import Handle
+from dynatree_core.errors import QueueFullError
 from dynatree_core.runners.base import PassOutput, Runner
 from dynatree_core.runners.choice import made_runner
 
@@ -138,6 +141,31 @@ def test_a_process_whose_engines_have_died_ends():
         server.thread.join(SECONDS)
         assert not server.thread.is_alive()
     assert isinstance(server.process.error, RuntimeError)
+
+
+def test_warming_up_waits_where_others_have_filled_the_line(monkeypatch):
+    monkeypatch.setattr("dynatree_core.serve.service.FULL_SECONDS", 0.01)
+    engine = new_engine(max_sequences=1, max_waiting=0)
+    service = new_service({"prompt_lookup": engine}, warms_up=True)
+    gate, submit, refused = Gate(service), service.loop.submit, threading.Event()
+
+    def noting(*arguments: Any) -> Handle:
+        try:
+            return submit(*arguments)
+        except QueueFullError:
+            refused.set()
+            raise
+
+    service.loop.submit = noting
+    engine.submit([1, 2, 3], max_new_tokens=1)
+    with running(service):
+        assert refused.wait(SECONDS)
+        gate.open()
+        for _ in service.settings.policies:
+            handle = gate.next_handle()
+            assert handle.wait(SECONDS)
+            assert handle.status == "stopped"
+        assert service.loop.is_alive
 
 
 def test_what_cannot_be_warmed_up_ends_the_server():

@@ -16,7 +16,7 @@ from dynatree_core.drafters.base import Drafter
 from dynatree_core.engine.handle import Event, Handle
 from dynatree_core.engine.resources import ENGINE_OPTIONS, Resources
 from dynatree_core.engine.scheduler import Load, Scheduler
-from dynatree_core.errors import ParameterError
+from dynatree_core.errors import ParameterError, QueueFullError
 from dynatree_core.request.arguments import checked_count
 from dynatree_core.request.request import Request
 from dynatree_core.runners.base import Runner
@@ -111,7 +111,7 @@ class Engine(Resources):
 
         Raises:
             InputError: something that cannot be used; nothing was run.
-            QueueFullError: as many as may are waiting.
+            QueueFullError: as many as may are waiting; the same request may be submitted later.
         """
         if isinstance(input_ids, Request):
             if options:
@@ -130,9 +130,15 @@ class Engine(Resources):
                     "that was submitted before; make another by Engine.request"
                 )
             self._given.add(request)
+        seeded = request
         if request.do_sample and request.seed is None:  # torch's generator cannot be everybody's at once
-            request = attrs.evolve(request, seed=int(torch.randint(2**62, ()).item()))
-        return self._scheduler.submit(self, request, self.step, on_report)
+            seeded = attrs.evolve(request, seed=int(torch.randint(2**62, ()).item()))
+        try:
+            return self._scheduler.submit(self, seeded, self.step, on_report)
+        except QueueFullError:  # nothing of it was called, so it may come again
+            with self._lock:
+                self._given.discard(request)
+            raise
 
     def step(self) -> list[Event]:
         """One iteration of all sequences that run; before it, waiting ones start, and part of a prompt is filled in.

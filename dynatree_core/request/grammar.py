@@ -161,7 +161,10 @@ def _fault_ahead(matcher: Any) -> str:
         allowed = probe.compute_logit_bias()  # a byte for each token, 0 where it may not follow
         if probe.is_error() or probe.is_stopped():
             break
-        probe.consume_token(next(token for token, byte in enumerate(allowed) if byte))
+        token = next((token for token, byte in enumerate(allowed) if byte), None)
+        if token is None:
+            return "no token of the vocabulary may come next"
+        probe.consume_token(token)
     return _said(probe)
 
 

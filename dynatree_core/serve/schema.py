@@ -16,6 +16,7 @@ FIRST_FAULT = Field(fail_fast=True)  # of a list: what is wrong with its other i
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], FIRST_FAULT]
 SeveralPrompts = Annotated[list[str], FIRST_FAULT] | Annotated[list[TokenIds], FIRST_FAULT]
 MOST_BIASES = 1024
+LEAST_TEMPERATURE = 1e-5  # logits divided by less may be no numbers
 
 
 class Body(BaseModel):
@@ -75,7 +76,7 @@ class GenerationBody(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)  # 0 and -1: all tokens
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)  # beyond, logits would be no numbers
     presence_penalty: float = Field(0, ge=-2, le=2)
     frequency_penalty: float = Field(0, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
@@ -90,6 +91,13 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=256)  # stands in the log
     dynatree: OwnFields = Field(default_factory=OwnFields)
+
+    @field_validator("temperature")
+    @classmethod
+    def _must_leave_numbers(cls, temperature: float | None) -> float | None:
+        if temperature and temperature < LEAST_TEMPERATURE:
+            raise ValueError(f"it must be 0, which takes the most probable token, or at least {LEAST_TEMPERATURE}")
+        return temperature
 
     @field_validator("logit_bias", mode="before")
     @classmethod

@@ -31,6 +31,7 @@ from dynatree_core.text.tools import text_with_marker
 __all__ = ["Service"]
 
 Result = TypeVar("Result")
+FULL_SECONDS = 0.5  # between two looks for room in the waiting line
 
 
 class Service:
@@ -92,15 +93,28 @@ class Service:
         begin = time.monotonic()
         try:
             for asked in await self.read(self.reader.warm_ups):
-                answers = Answers(self.loop, asked, self.decode)
-                await anyio.to_thread.run_sync(answers.submit_from, asyncio.get_running_loop())
+                answers = await self._submitted_when_there_is_room(asked)
                 async for _ in answers.pieces():
                     pass
-        except Exception as error:  # noqa: BLE001  # whatever it is ends the server
-            self.loop.fail(error.__cause__ or error)  # what a client would be told says less
+        except Exception as error:  # noqa: BLE001  # whatever it is ends the server, unless it is about to end
+            if not self._is_stopping:
+                self.loop.fail(error.__cause__ or error)  # what a client would be told says less
         else:
             self._is_warm = True
             log("ready", seconds=round(time.monotonic() - begin, 3))
+
+    async def _submitted_when_there_is_room(self, asked: Asked) -> Answers:
+        """Answers that are being computed. Clients may ask before the server is warm, and so fill the waiting line."""
+        while True:
+            answers = Answers(self.loop, asked, self.decode)
+            try:
+                await anyio.to_thread.run_sync(answers.submit_from, asyncio.get_running_loop())
+            except ApiError as error:
+                if error.code != "queue_full":
+                    raise
+                await asyncio.sleep(FULL_SECONDS)
+            else:
+                return answers
 
     def begin_to_stop(self) -> None:
         """Take no more requests, and cut off those that are not done in time. For a signal's handler."""
