@@ -211,10 +211,10 @@ def test_ratios_are_those_of_the_numbers():
 def test_texts_that_differ_and_engines_that_are_missing_are_said():
     found = made()
     assert cpu_peers.sentences(found)[-1].endswith("than plain native decoding: none")
-    found["speeds"]["native Q4_1, phase3"]["equal"] = [8, 7]
+    found["speeds"][str(Way(NATIVE, "Q4_1", STACK))]["equal"] = [8, 7]
     found["provenance"]["left_out"] = ["llama.cpp: not installed"]
     *_, differing, missing = cpu_peers.sentences(found)
-    assert differing.endswith("than plain native decoding: native Q4_1, phase3")
+    assert differing.endswith(f"than plain native decoding: {Way(NATIVE, 'Q4_1', STACK)}")
     assert missing == "left out: llama.cpp: not installed"
 
 

@@ -103,11 +103,9 @@ IN_DRAFTER_MODEL: dict[str, Callable[[Session, Fault], Where]] = {
 }
 IN_TENSORS: dict[str, Callable[[Session, Fault], Where]] = {
     "buffers of a cache": lambda session, fault: in_method(torch.Tensor, "new_empty", fault),
-    "rows of a commit": lambda session, fault: in_method(torch.Tensor, "index_select", fault),
-    "rows of a commit, one layer later": lambda session, fault: in_method(
-        torch.Tensor, "index_select", fault, when="after"
-    ),
-    "masks": lambda session, fault: in_method(torch.Tensor, "diagonal", fault),
+    "rows that move": lambda session, fault: in_method(torch.Tensor, "__setitem__", fault),
+    "rows that have moved": lambda session, fault: in_method(torch.Tensor, "__setitem__", fault, when="after"),
+    "nodes and masks": lambda session, fault: in_method(torch, "index_select", fault),
     "choices": lambda session, fault: in_method(torch.Tensor, "max", fault),
 }
 IN_SESSION: dict[str, Callable[[Session, Fault], Where]] = {
@@ -238,6 +236,14 @@ def test_no_memory_for_tensors(place, call, drafter, error):
     """Whoever asked for them, target or drafter."""
     fault, session = Fault(error, call), new_session(drafter)
     check_strike(session, fault, IN_TENSORS[place](session, fault), (OutOfMemoryError, DrafterError), str(error))
+
+
+@pytest.mark.parametrize("place", IN_TENSORS)
+def test_each_of_these_places_is_met(place):
+    """A fault that never strikes would show nothing."""
+    fault, session = Fault(NO_MEMORY[0], 1), new_session(DRAFTER)
+    check_strike(session, fault, IN_TENSORS[place](session, fault), (OutOfMemoryError, DrafterError), "no memory")
+    assert fault.has_struck
 
 
 @pytest.mark.parametrize("place", IN_SESSION)

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from dynatree_core import GenerationReport, Session
 from dynatree_core.cli.generate_report import Comparison, report_table
 from dynatree_core.cli.group import main
-from dynatree_core.cli.loading import usual_drafter
+from dynatree_core.cli.loading import usual_drafter, usual_policy
 from dynatree_core.models.student import new_student, save_student
 
 __all__ = ["audit", "dynatree", "folders", "generate"]  # fixtures
@@ -55,6 +55,12 @@ def test_the_default_target_is_the_embedded_model(
 def test_the_usual_drafter_suits_the_target(generate: Dynatree) -> None:
     assert usual_drafter(None) == usual_drafter("default") == "distilled+prompt_lookup"
     assert generate("--json", "--max-new-tokens", 2, "abc").document["drafter"] == "prompt_lookup"
+
+
+def test_the_usual_policy_suits_the_target(generate: Dynatree) -> None:
+    assert usual_policy(None) == usual_policy("default") == "cost_aware"
+    assert generate("--json", "--max-new-tokens", 2, "abc").document["policy"] == "phase3"
+    assert generate("--json", "--policy", "fixed", "--max-new-tokens", 2, "abc").document["policy"] == "fixed"
 
 
 def test_a_student_or_a_union_as_drafter(generate: Dynatree, folders: SimpleNamespace, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import attrs
@@ -43,6 +43,7 @@ from dynatree_core.models.architectures import max_positions
 from dynatree_core.runners.around import RunnerAround
 from dynatree_core.runners.base import Rows, Runner
 from dynatree_core.runners.choice import made_runner
+from dynatree_core.runners.eager import EagerRunner
 
 PLAIN = "autoregressive"
 POLICIES = (PLAIN, "phase3", "cost_aware", "phase3+governor")
@@ -74,8 +75,7 @@ def measure(asked: Asked) -> dict[str, Any]:
     }
     jobs = [_job(bench, name, method, size) for (name, method), size in itertools.product(methods.items(), sizes)]
     rounds = asked.rounds(full=5, quick=1)
-    with bench.counting():
-        in_rounds(jobs, rounds)
+    in_rounds(jobs, rounds)
     limit = max_positions(pair.target.model)
     wanted = max(asked.prompt_tokens, default=64 if asked.is_quick else LONG_TOKENS)
     long_tokens = wanted if limit is None else min(wanted, limit - new_tokens - 1)
@@ -109,18 +109,24 @@ class Meter:
     counter: Counter
     seconds: float = 0.0
     num_rows: int = 0  # that were asked for
-    num_computed: int = 0  # with those of padding; 0 where the runner has no embedding of its model's
+    num_computed: int = 0  # with those of padding; 0 where they are not counted
 
     def runner(self, model: nn.Module, name: str) -> Runner:
         """A model's runner that is measured."""
-        return RunnerAround(made_runner(model, name), functools.partial(self.measured, model is self.target))
+        made = made_runner(model, name)
+        # other runners refuse a model with a hook, and pad nothing but, with `packed`, some families
+        counted = model if made.name == EagerRunner.name else None
+        return RunnerAround(made, functools.partial(self.measured, model is self.target, counted))
 
     @contextmanager
-    def measured(self, is_target: bool, parts: Sequence[Rows], is_prompt: bool) -> Iterator[None]:
+    def measured(
+        self, is_target: bool, counted: nn.Module | None, parts: Sequence[Rows], is_prompt: bool
+    ) -> Iterator[None]:
         """Around a pass: keep its time, and the rows of the target's."""
         before, begin = self.counter.num_rows, time.perf_counter()
         try:
-            yield
+            with nullcontext() if counted is None else self.counter.counting(counted):
+                yield
         finally:
             self.seconds += time.perf_counter() - begin
             if is_target:
@@ -134,9 +140,18 @@ class Counter:
 
     num_rows: int = 0
 
-    def note(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """As a hook before the embedding."""
-        self.num_rows += args[0].numel()
+    @contextmanager
+    def counting(self, model: nn.Module) -> Iterator[None]:
+        """Count those of a model meanwhile."""
+
+        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.num_rows += args[0].numel()
+
+        handle = cast(Any, model).get_input_embeddings().register_forward_pre_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 class Batches:
@@ -160,16 +175,6 @@ class Batches:
         self._counter = Counter()
         self._engines: dict[tuple[str, int], tuple[Engine, Meter]] = {}
         self._plain: dict[tuple[int, ...], list[int]] = {}
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count rows meanwhile."""
-        embedding = cast(Any, self.pair.target.model).get_input_embeddings()
-        handle = embedding.register_forward_pre_hook(self._counter.note)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def groups(self, size: int) -> list[list[list[int]]]:
         """The batches of a size that a round decodes."""
@@ -267,7 +272,8 @@ class Batches:
         ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         before, begin = self._counter.num_rows, now(device)
-        output = self._plain_model().generate(ids, attention_mask=mask, generation_config=self._config(new_tokens))
+        with self._counter.counting(self.pair.target.model):
+            output = self._plain_model().generate(ids, attention_mask=mask, generation_config=self._config(new_tokens))
         seconds = now(device) - begin
         outputs = [self._until_end(row) for row in output[:, longest:].tolist()]
         # a row that has ended is computed on with the others, and its tokens come when all are done
@@ -286,10 +292,11 @@ class Batches:
             page_size=PAGE, num_blocks=blocks + 2, max_batch_tokens=max(PAGE, len(prompts)) * 2
         )
         before = self._counter.num_rows
-        found = self._plain_model().generate_batch(
-            [list(prompt) for prompt in prompts], generation_config=self._config(new_tokens),
-            continuous_batching_config=settings,
-        )  # fmt: skip
+        with self._counter.counting(self.pair.target.model):
+            found = self._plain_model().generate_batch(
+                [list(prompt) for prompt in prompts], generation_config=self._config(new_tokens),
+                continuous_batching_config=settings,
+            )  # fmt: skip
         in_order = [found[name] for name in sorted(found, key=lambda name: int(name.rpartition("_")[2]))]
         if len(in_order) != len(prompts) or any(one.error for one in in_order):
             raise RuntimeError(next((one.error for one in in_order if one.error), "an output is missing"))

@@ -49,17 +49,16 @@ from dynatree_bench.run.progress import Job, in_rounds
 from dynatree_bench.studies.memory import peak_memory
 from dynatree_bench.studies.study import Asked, Study
 from dynatree_core import InputError, LoadedModel, generate, load_model, ops
-from dynatree_core.cli.loading import usual_drafter
+from dynatree_core.cli.loading import usual_drafter, usual_policy
 from dynatree_core.models import embedded
 from dynatree_core.models.conversion import convert_llama, pack_llama
 from dynatree_core.models.stored import load_packed
-from dynatree_core.request.defaults import DEFAULT_POLICY
 from dynatree_core.runners.packed import can_pack
 
 ROWS = (1, 2, 4, 6, 8, 16, 32)
 REPEATS = 3  # of a pass in a round; the fastest counts
 STORED = "Q4_1"  # kind of the embedded model's own file
-PLAIN, STACK, LOOKUP = "plain", DEFAULT_POLICY, "prompt lookup"
+PLAIN, STACK, LOOKUP = "plain", usual_policy(None), "prompt lookup"
 NATIVE, LLAMA, HF = "native", "llama.cpp", "hf generate"
 WARM_UP_TOKENS = 8
 MEMORY_SLOTS, MEMORY_TOKENS = 512, 32  # of the generation whose memory is measured

@@ -17,6 +17,7 @@ from dynatree_core.cli import console
 from dynatree_core.errors import ModelLoadError, UnknownPluginError, VocabularyMismatchError, nearest_match
 from dynatree_core.plugins.registry import DRAFTERS, plugin_table
 from dynatree_core.plugins.spec import canonical_name, parse_stack
+from dynatree_core.request.defaults import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from dynatree_core.drafters.base import Drafter
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "USUAL_DRAFTERS",
+    "USUAL_POLICIES",
     "check_drafter_model",
     "check_drafter_name",
     "is_packed",
@@ -32,6 +34,7 @@ __all__ = [
     "loadable_weights",
     "registered_drafter",
     "usual_drafter",
+    "usual_policy",
 ]
 
 
@@ -152,3 +155,12 @@ def load_drafter(name: str, target: LoadedModel) -> LoadedModel:
             f"'{drafter.name}' do not; choose a drafter of the target's family, or prompt_lookup"
         )
     return drafter
+
+
+USUAL_POLICIES = f"cost_aware for the embedded model, else {DEFAULT_POLICY}"  # as a help text says it
+
+
+def usual_policy(target: str | None) -> str:
+    """The stack where none is asked for: the embedded model's passes are so quick that it depends on their prices
+    whether trees pay (docs/results/cpu-peers.md)."""
+    return "cost_aware" if target in (None, "default") else DEFAULT_POLICY

@@ -11,9 +11,8 @@ from typing import Any
 import click
 
 from dynatree_core.cli.completion import complete_drafter, complete_model, complete_policy
-from dynatree_core.cli.loading import USUAL_DRAFTERS, usual_drafter
+from dynatree_core.cli.loading import USUAL_DRAFTERS, USUAL_POLICIES, usual_drafter, usual_policy
 from dynatree_core.cli.option_types import CountOrAll, FiniteRange, RunnerName, Words
-from dynatree_core.request.defaults import DEFAULT_POLICY
 
 __all__ = [
     "ANSWER_OPTIONS",
@@ -94,9 +93,9 @@ MODEL_OPTIONS = (TARGET, DRAFTER, DEVICE, DTYPE, RUNNER)  # TARGET first: the us
 POLICY = click.option(
     "--policy",
     metavar="STACK",
-    default=DEFAULT_POLICY,
+    callback=lambda context, _, given: usual_policy(context.params["target"]) if given is None else given,
     shell_complete=complete_policy,
-    show_default=True,
+    show_default=USUAL_POLICIES,
     help="How trees grow: a preset or policies joined by '+' (see `dynatree policies`).",
 )
 TAU = click.option("--tau", type=FiniteRange(0, 1), help="Cut drafted nodes of a lower path probability.")
