@@ -8,6 +8,8 @@ Method: each server is a process of its own on loopback, with the same model, an
 greedily. Clients are threads that take requests from one line: prompts of the workload with answers of 8, 24 and 64
 tokens at most, in an order that a seed draws. Of a hundred requests to our server 8 are cut off after the first chunk,
 6 are malformed and 4 are larger than a body may be; the rest must get the text that `generate` gives without drafting.
+Prompts come again and again, and our server keeps their rows (`--prefix-cache 256`), so its first tokens mostly come
+without a prefill; `transformers serve` runs as it is.
 Policies are fields of requests to one server. Servers take turns, in rotating order, several times over, each time
 after a warm-up. A token's pause is that of its chunk divided by the chunk's tokens; of `transformers serve` each chunk
 counts as one token. Memory is the server's resident set, twice a second.
