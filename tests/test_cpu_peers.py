@@ -239,7 +239,7 @@ def test_the_study_measures_every_way(source, fake_llama_cpp, monkeypatch, tmp_p
         f"{engine}, {how}"
         for kind in ("Q4_1", "F32")
         for engine, hows in {
-            f"native {kind}": ("plain", "phase3"),
+            f"native {kind}": ("plain", STACK),
             f"llama.cpp {kind}": ("plain", "prompt lookup of 10", "prompt lookup of 2"),
         }.items()
         for how in hows
@@ -248,7 +248,7 @@ def test_the_study_measures_every_way(source, fake_llama_cpp, monkeypatch, tmp_p
     for way, numbers in found["speeds"].items():
         assert numbers["prompts"] == list(range(num_prompts))
         assert numbers["equal"] == numbers["tokens"], f"{way} has the same weights, and nothing rounds differently here"
-    assert {"native Q4_1, plain", "native F32, phase3", "llama.cpp Q4_1, plain"} <= set(found["memory"])
+    assert {"native Q4_1, plain", f"native F32, {STACK}", "llama.cpp Q4_1, plain"} <= set(found["memory"])
     assert [table.name for table in result.tables] == ["ratios", "speeds", "passes", "memory"]
     assert "with other texts than plain native decoding: none" in "\n".join(result.sentences)
 
