@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -218,6 +219,18 @@ def test_a_command_ends_the_replicas_that_it_has_made(
     monkeypatch.setattr(threading.Event, "wait", wait)
     on_ray.run_on_ray(lambda: None, on_ray.Replicas(), host="127.0.0.1", port=8000)  # type: ignore[arg-type,return-value]
     assert made_ray.calls == ["init", "start", "run", *ended, "ray.shutdown"]
+
+
+def test_a_cluster_of_its_own_ends_with_the_command_and_tells_nobody(
+    made_ray: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")  # and it is forgotten after the test
+    monkeypatch.setattr(threading.Event, "wait", lambda _: None)
+    on_ray.run_on_ray(lambda: None, on_ray.Replicas(), host="127.0.0.1", port=8000)  # type: ignore[arg-type,return-value]
+    assert made_ray.calls == ["init", "start", "run", "delete", "shutdown", "ray.shutdown"]
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
 def test_a_second_signal_of_any_kind_meets_pythons_own_handlers() -> None:
