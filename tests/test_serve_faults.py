@@ -16,6 +16,7 @@ from dynatree_core.engine.handle import Handle
 from dynatree_core.errors import QueueFullError
 from dynatree_core.runners.base import PassOutput, Runner
 from dynatree_core.runners.choice import made_runner
+from dynatree_core.serve.schema import CompletionBody
 
 __all__ = ["more_plugins"]  # a fixture
 
@@ -175,3 +176,10 @@ def test_what_cannot_be_warmed_up_ends_the_server():
         assert not server.thread.is_alive()
     assert "no draft" in str(server.process.error)
     assert not service.is_ready
+
+
+def test_what_the_engines_thread_calls_has_not_the_readers_tokenizer(monkeypatch):
+    service = new_service()
+    (request,) = service.reader.completion(CompletionBody(**BODY, stop=["zzzz"])).requests
+    monkeypatch.setattr(service.reader.tokenizer, "decode", None)
+    assert service.loop.engines["prompt_lookup"].submit(request).result().report.num_new_tokens == BODY["max_tokens"]

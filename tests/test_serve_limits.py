@@ -66,7 +66,10 @@ def test_who_leaves_before_a_whole_answer_is_not_computed_for():
         assert handle.status == "cancelled"
 
 
-def test_who_does_not_read_is_not_waited_for(monkeypatch):
+@pytest.mark.parametrize(
+    "version", ["2.3", "2.4"]
+)  # of ASGI; from 2.4 on a server's `send` says that a client has gone
+def test_who_does_not_read_is_not_waited_for(monkeypatch, caplog, version):
     monkeypatch.setattr("dynatree_core.serve.stream.SEND_SECONDS", 0.01)
     ended = []
 
@@ -76,9 +79,10 @@ def test_who_does_not_read_is_not_waited_for(monkeypatch):
     async def one_event() -> AsyncIterator[str]:
         yield "data: {}\n\n"
 
-    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+    scope = {"type": "http", "asgi": {"spec_version": version}}
     asyncio.run(EventStream(one_event(), on_end=lambda: ended.append(1))(scope, never, never))
     assert ended == [1]
+    assert [record.msg for record in caplog.records] == ["unread"]
 
 
 # the waiting line

@@ -13,6 +13,7 @@ from serving import POLICIES, TARGET, Running, chat_text, new_service, running
 from tiny_folder import TEXTS, tiny_tokenizer
 
 from dynatree_core import TokenLogprob, generate
+from dynatree_core.serve.content import chat_logprobs
 
 PROMPT = "the cat sat on the mat. the cat"
 MESSAGES = [{"role": "user", "content": "the cat sat"}]
@@ -74,6 +75,13 @@ def test_of_a_chat(client, num_top):
     assert [[one.token for one in each.top_logprobs] for each in content] == [
         [TEXTS[token] for token, _ in one.top] for one in wanted
     ]
+
+
+def test_a_part_of_a_character_has_no_bytes():
+    listed = [TokenLogprob(0, -0.5, ((1, -1.0),))]
+    (one,) = chat_logprobs(listed, ["\ufffd", "é"].__getitem__)["content"]
+    assert (one["token"], one["bytes"]) == ("\ufffd", None)
+    assert one["top_logprobs"] == [{"token": "é", "logprob": -1.0, "bytes": [0xC3, 0xA9]}]
 
 
 def test_a_stream_has_those_of_the_whole(client):

@@ -63,7 +63,10 @@ class Asked:
 
 @attrs.frozen(eq=False)
 class Reader:
-    """Reads bodies for engines of one target. One thread may use it at a time: it has its own tokenizer."""
+    """Reads bodies for engines of one target. One thread may use it at a time: it has its own tokenizer.
+
+    What it makes for engines, such as the search for stop texts, is called by their thread and has their tokenizer.
+    """
 
     engines: dict[str, Engine]  # by the name of their drafter
     tokenizer: PreTrainedTokenizerBase
@@ -206,7 +209,7 @@ class Reader:
         if body.ignore_eos:
             options["eos_token_id"] = []
         if body.stops:
-            options["stopping_criteria"] = [StopTextCriterion(self.decode, body.stops, len(prompt_ids))]
+            options["stopping_criteria"] = [StopTextCriterion(self.engines_decode, body.stops, len(prompt_ids))]
         return options
 
     def _sampling(self, body: GenerationBody) -> dict[str, Any]:
@@ -221,9 +224,11 @@ class Reader:
         given = {"top_p": body.top_p, "min_p": body.min_p}
         return options | {name: value for name, value in given.items() if value is not None}
 
-    def decode(self, token_ids: list[int]) -> str:
-        """The text of tokens, special ones left out."""
-        return decode_text(self.tokenizer, token_ids)
+    def engines_decode(self, token_ids: list[int]) -> str:
+        """The text of tokens, special ones left out, for the engines' thread."""
+        tokenizer = next(iter(self.engines.values())).tokenizer
+        assert tokenizer is not None, "a server reads texts"
+        return decode_text(tokenizer, token_ids)
 
 
 @contextlib.contextmanager

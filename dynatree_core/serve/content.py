@@ -10,7 +10,7 @@ import attrs
 
 from dynatree_core.report import TokenLogprob
 from dynatree_core.serve.loop import Update
-from dynatree_core.text.stream import IncrementalText
+from dynatree_core.text.stream import REPLACEMENT, IncrementalText
 from dynatree_core.text.tools import ToolCall
 
 __all__ = ["Content", "StepTexts", "call_records", "chat_logprobs", "completion_logprobs"]
@@ -71,7 +71,9 @@ def chat_logprobs(listed: Sequence[TokenLogprob], token_text: TokenText) -> dict
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         text = token_text(token_id)
-        return {"token": text, "logprob": max(logprob, LOWEST), "bytes": [*text.encode()]}
+        # a part of a character has bytes, but its text does not say which
+        known = None if REPLACEMENT in text else [*text.encode()]
+        return {"token": text, "logprob": max(logprob, LOWEST), "bytes": known}
 
     tokens = [
         entry(one.token_id, one.logprob) | {"top_logprobs": [entry(*alternative) for alternative in one.top]}

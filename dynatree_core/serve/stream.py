@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from dynatree_core.serve.answers import Answers, Piece
@@ -92,13 +93,17 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send(message)
+            try:
+                async with asyncio.timeout(SEND_SECONDS):
+                    await send(message)
+            except TimeoutError:
+                log("unread", level=logging.WARNING, seconds=SEND_SECONDS)
+                raise
 
         try:
-            await super().__call__(scope, receive, send_in_time)
-        except TimeoutError:
-            log("unread", level=logging.WARNING, seconds=SEND_SECONDS)  # the connection is closed then
+            # the connection is closed then; ClientDisconnect: Starlette's word for it where a server speaks newer ASGI
+            with contextlib.suppress(TimeoutError, ClientDisconnect):
+                await super().__call__(scope, receive, send_in_time)
         finally:
             self._on_end()
 
