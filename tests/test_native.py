@@ -199,6 +199,21 @@ def test_a_workspace_grows_with_passes_and_keeps_no_cache() -> None:
     assert not [buffer for buffer in buffers if buffer() is not None]
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gptj"])
+def test_a_blueprint_is_the_same_whatever_torchs_default_is(name: str) -> None:
+    wanted, before = blueprint_of(single(name)), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = blueprint_of(single(name))
+    finally:
+        torch.set_default_dtype(before)
+    assert found.embedding_scale == wanted.embedding_scale
+    for one, other in zip(found.layers, wanted.layers, strict=True):
+        assert one.rope is not None
+        assert other.rope is not None
+        assert torch.equal(one.rope.inv_freq, other.rope.inv_freq)
+
+
 @needs_library
 def test_a_workspace_serves_in_and_outside_of_inference_mode() -> None:
     """A drafter whose weights have no views in inference mode has its target leave that mode, too."""

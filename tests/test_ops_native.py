@@ -413,6 +413,17 @@ def test_only_what_the_library_computes_is_written_down():
         ops.linear(rows, inner, out=out)
 
 
+def test_what_is_written_down_needs_tensors_that_last_and_are_large_enough():
+    inner, outer, rows = matrix("float32", 8, 40), matrix("float32", 5, 8), torch.zeros(3, 40)
+    with ops.recorded() as recording:
+        ops.linear(rows, inner, out=(hidden := torch.zeros(3, 8)))
+        ops.linear(hidden[:2], outer, out=torch.zeros(2, 5))
+        with pytest.raises(InputError, match="must be given as `out`"):
+            ops.linear(rows, inner)
+    with pytest.raises(InputError, match="as their tensors have, 2 here, got 3"):
+        recording.run(3)
+
+
 def test_a_description_stays_where_it_was_written_down():
     """Another thread that describes the same at the same time takes over what is there."""
     inner, norm = matrix("float32", 8, 40), NORMS["rms"](40)
@@ -486,6 +497,20 @@ def test_looked_up_rows_are_those_of_the_matrix(kind, target):
         for wrong in (45, -1):
             with ops.using(implementation), pytest.raises(InputError, match="below its number of outputs"):
                 ops.lookup(packed, torch.tensor([3, wrong]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_results_are_float32_whatever_torchs_default_is(dtype):
+    packed, ids = matrix("4", 45, 256), torch.tensor([44, 0, 17])
+    wanted = ops.lookup(packed, ids)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = ops.lookup(packed, ids)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted)
 
 
 def test_no_rows_at_all(target):

@@ -395,7 +395,8 @@ def _ropes(model: nn.Module, family: Family) -> dict[str, Rope | None]:
         return {"all": None}
     if hasattr(module, "embed_positions"):  # GPT-J's, a table of the default angles
         pairs = module.embed_positions.shape[1]
-        return {"all": Rope(1.0 / 10000 ** (torch.arange(0, pairs, 2) / pairs), 1.0, family.is_interleaved)}
+        turned = torch.arange(0, pairs, 2, dtype=torch.float32) / pairs
+        return {"all": Rope(1.0 / 10000**turned, 1.0, family.is_interleaved)}
     # frequencies that grow with the text stay as they are within the context limit (`architectures.max_positions`)
     buffers: Iterator[tuple[str, Tensor]] = module.named_buffers(recurse=False)
     ropes: dict[str, Rope | None] = {}
@@ -446,7 +447,10 @@ def _frequencies(config: Any, rope: Mapping[str, Any], kind: str | None) -> tupl
 
 def _gemma(config: Any, reader: _Reader) -> dict[str, Any]:
     softcap = getattr(config, "final_logit_softcapping", None)
-    return {"embedding_scale": float(torch.tensor(config.hidden_size**0.5)), "logit_softcap": softcap}
+    return {
+        "embedding_scale": float(torch.tensor(config.hidden_size**0.5, dtype=torch.float32)),
+        "logit_softcap": softcap,
+    }
 
 
 def _gemma_layer(config: Any, index: int) -> dict[str, Any]:

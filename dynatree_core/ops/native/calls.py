@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, get_args
@@ -84,16 +84,23 @@ class Recording:
 
     def __init__(self) -> None:
         self._records = bytearray()
+        self._rows: list[int] = []  # that the tensors of each operator have
 
-    def add(self, record: bytes) -> None:
+    def add(self, record: bytes, num_rows: int) -> None:
         self._records += record
+        self._rows.append(num_rows)
 
     def run(self, num_rows: int) -> None:
         """Compute them one behind the other, each for the first rows of its tensors, as many as are asked for.
 
         Raises:
-            InputError: slots that are not in the cache.
+            InputError: slots that are not in the cache, or more rows than the tensors have.
         """
+        if num_rows > min(self._rows, default=num_rows):
+            raise InputError(
+                f"operators are computed for as many rows at most as their tensors have, {min(self._rows)} here, got "
+                f"{num_rows}; write them down with larger ones"
+            )
         _compute(bytes(self._records), len(self._records) // RECORD, num_rows)
 
 
@@ -125,7 +132,17 @@ def _run(record: bytes, num_rows: int) -> None:
     if recording is None:
         _compute(record, 1, num_rows)
     else:
-        recording.add(record)
+        recording.add(record, num_rows)
+
+
+def _result(out: Tensor | None, make: Callable[[], Tensor]) -> Tensor:
+    """Where a result is written: what was given, or a new tensor."""
+    if out is None and is_recording():
+        raise InputError(
+            "the result of an operator that is written down must be given as `out`, got none; a new tensor would be "
+            "gone before it is written to"
+        )
+    return make() if out is None else out
 
 
 def _compute(records: bytes, count: int, num_rows: int) -> None:
@@ -140,7 +157,7 @@ def _compute(records: bytes, count: int, num_rows: int) -> None:
 
 def norm(rows: Tensor, norm: Norm, *, residual: Tensor | None, out: Tensor | None) -> Tensor:
     num_rows, size = rows.shape
-    out = torch.empty_like(rows) if out is None else out
+    out = _result(out, lambda: torch.empty_like(rows))
     ending = 0, 1.0, 0.0, _address(residual), out.data_ptr()
     _run(_norm_record.pack(NORM, rows.data_ptr(), _norm_address(norm, size), *ending, size), num_rows)
     return out
@@ -158,7 +175,7 @@ def linear(
     out: Tensor | None,
 ) -> Tensor:
     num_rows, num_inputs = rows.shape
-    out = rows.new_empty(num_rows, packed.num_outputs) if out is None else out
+    out = _result(out, lambda: rows.new_empty(num_rows, packed.num_outputs))
     _run(
         _linear_record.pack(
             LINEAR,
@@ -178,7 +195,7 @@ def linear(
 
 def lookup(packed: PackedMatrix, outputs: Tensor, *, out: Tensor | None) -> Tensor:
     num_rows = outputs.numel()
-    out = torch.empty(num_rows, packed.num_inputs) if out is None else out
+    out = _result(out, lambda: torch.empty(num_rows, packed.num_inputs, dtype=packed.dtype, device="cpu"))
     _run(_lookup_record.pack(LOOKUP, _matrix_address(packed), outputs.data_ptr(), out.data_ptr()), num_rows)
     return out
 
@@ -196,7 +213,7 @@ def mlp(
     out: Tensor | None,
 ) -> Tensor:
     num_rows, num_inputs = rows.shape
-    out = rows.new_empty(num_rows, outer.num_outputs) if out is None else out
+    out = _result(out, lambda: rows.new_empty(num_rows, outer.num_outputs))
     _run(
         _mlp_record.pack(
             MLP,
@@ -240,7 +257,7 @@ def rope_write(
     out: Tensor | None,
 ) -> Tensor:
     num_rows, key_heads, head_dim = rows.shape[0], slabs.num_key_heads, slabs.head_dim
-    out = rows.new_empty(num_rows, num_heads, head_dim) if out is None else out
+    out = _result(out, lambda: rows.new_empty(num_rows, num_heads, head_dim))
     query_norm_at, query_norm_heads = _head_norm(query_norm, num_heads, head_dim)
     key_norm_at, key_norm_heads = _head_norm(key_norm, key_heads, head_dim)
     cos, sin, half, is_interleaved = 0, 0, 0, False
@@ -272,7 +289,7 @@ def tree_attention(
     out: Tensor | None,
 ) -> Tensor:
     num_rows, heads, head_dim = queries.shape
-    out = queries.new_empty(num_rows, heads * slabs.value_dim) if out is None else out
+    out = _result(out, lambda: queries.new_empty(num_rows, heads * slabs.value_dim))
     seen = (visible.lanes, visible.start, visible.end, visible.own_start, visible.own)
     _run(
         _attention_record.pack(
