@@ -67,6 +67,10 @@ class CostModel:
         by these costs does so for all: E − λ·T with the rate of one sequence and T charged is E − Λ·ΔT with the rate Λ
         of all. For one sequence alone they are the costs themselves.
 
+        All decide at the same time, each knowing what the others had last. If only that counted, all would take the
+        rows that are cheap beside it, and find together that they were not. So a tree is charged no less than its share
+        of what is added where everybody has one like it.
+
         Args:
             num_sequences: that share the pass, this one among them.
             rows: of the target's pass, those of the others.
@@ -108,13 +112,18 @@ def _coarse(count: int) -> int:
 def _charged(costs: CostModel, num_sequences: int, rows: int, width: int) -> CostModel:
     target, level = costs.target_pass_seconds, costs.drafter_level_seconds
     shared = target(rows + 1)
+
+    def of_rows(own: int) -> float:
+        beside_the_last = num_sequences * (target(rows + own) - shared)
+        return shared + max(beside_the_last, target(num_sequences * own) - target(num_sequences))
+
+    def of_level(own: int) -> float:
+        return max(num_sequences * (level(width + own) - level(width)), level(num_sequences * own))
+
     at_rows, at_width = range(1, target.at[-1] + 1), range(1, level.at[-1] + 1)
     return CostModel(
-        StepFunction(
-            tuple(at_rows),
-            tuple(shared + num_sequences * (target(rows + own) - shared) for own in at_rows),
-        ),
-        StepFunction(tuple(at_width), tuple(num_sequences * (level(width + own) - level(width)) for own in at_width)),
+        StepFunction(tuple(at_rows), tuple(map(of_rows, at_rows))),
+        StepFunction(tuple(at_width), tuple(map(of_level, at_width))),
         num_sequences * costs.rest_seconds,
     )
 

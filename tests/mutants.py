@@ -781,9 +781,15 @@ MUTANTS = (
     ),
     Mutant(
         "a tree's time counts for its own sequence only",
-        "tuple(shared + num_sequences * (target(rows + own) - shared) for own in at_rows)",
-        "tuple(target(rows + own) for own in at_rows)",
+        "return shared + max(beside_the_last, target(num_sequences * own) - target(num_sequences))",
+        "return target(rows + own)",
         ("tests/test_load.py::test_each_second_that_a_tree_adds_counts_for_every_sequence",),
+    ),
+    Mutant(
+        "rows that others had last make rows cheap for all",
+        "return shared + max(beside_the_last, target(num_sequences * own) - target(num_sequences))",
+        "return shared + beside_the_last",
+        ("tests/test_load.py::test_all_together_draft_no_more_than_pays",),
     ),
     Mutant(
         "a sequence that is put back begins anew",

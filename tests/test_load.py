@@ -28,7 +28,7 @@ from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
 from dynatree_policies.cost_aware import MAX_LOSS, STAKE
 
-COUNTS = tuple(range(1, 200))
+COUNTS = tuple(range(1, 400))
 
 
 def linear(a_pass: float, a_row: float, a_level: float) -> CostModel:
@@ -92,8 +92,33 @@ def test_each_second_that_a_tree_adds_counts_for_every_sequence(num_sequences, r
     assert charged.plain_step_seconds() == pytest.approx(costs.target_pass_seconds(rows + 1) + num_sequences * 0.3)
     added = charged.target_pass_seconds(own) - charged.target_pass_seconds(1)
     assert added == pytest.approx(num_sequences * 0.1 * (own - 1))
-    # a level that the drafter looks at anyway costs nothing more, one that it would not delays all
-    assert charged.drafter_level_seconds(own) == pytest.approx(0.0 if width else num_sequences * 0.2)
+    # a level that the drafter looks at anyway costs nothing more, and is shared; one that it would not delays all
+    assert charged.drafter_level_seconds(own) == pytest.approx(0.2 if width else num_sequences * 0.2)
+
+
+def test_rows_that_are_cheap_for_one_are_charged_as_if_all_took_them():
+    """Four rows more are free beside the eight that others had last; if all eight sequences take one each, four pay."""
+    steps = CostModel(
+        StepFunction(COUNTS, tuple(1.0 + 0.25 * max(rows - 12, 0) for rows in COUNTS)), StepFunction((1,), (0.0,)), 0.0
+    )
+    charged = steps.beside(8, 7, 0).target_pass_seconds
+    assert steps.target_pass_seconds(9) == steps.target_pass_seconds(8) == 1.0
+    assert charged(1) == 1.0
+    assert charged(2) == pytest.approx(1.0 + 0.25 * 4)
+
+
+@pytest.mark.parametrize("num_sequences", [4, 8])
+def test_all_together_draft_no_more_than_pays(num_sequences):
+    """Rows are free up to twelve, and dear beyond: who goes by what the others had last draws all into it by turns."""
+    costs = CostModel(
+        StepFunction(COUNTS, tuple(1.0 + 0.01 * rows + 0.15 * max(rows - 12, 0) for rows in COUNTS)),
+        StepFunction(COUNTS, (0.05,) * len(COUNTS)),
+        0.0,
+    )
+    drafter = perturbed("llama", noise=0.02)
+    plain, _ = decoded(drafter, costs, "autoregressive", num_sequences, 40)
+    seconds, _ = decoded(drafter, costs, "cost_aware", num_sequences, 40)
+    assert seconds <= 1.03 * plain
 
 
 def test_a_frontier_knows_the_load():
