@@ -631,8 +631,9 @@ MUTANTS = (
     ),
     Mutant(
         "buffers of a cache belong to inference mode",
-        "with torch.inference_mode(False):  # so that passes",
-        "if True:  # so that passes",
+        "with torch.inference_mode(False):  # so that passes in and outside of that mode may write into it\n"
+        "            buffer = ",
+        "if True:\n            buffer = ",
         ("tests/test_model_state.py::test_weights_that_inference_mode_cannot_use",),
     ),
     Mutant(
@@ -806,7 +807,7 @@ MUTANTS = (
     Mutant(
         "a cache that grows loses its rows",
         "            larger[..., : self.length, :] = shelf[..., : self.length, :]\n",
-        "",
+        "            pass\n",
         ("tests/test_batches.py::test_who_is_put_back_when_memory_is_short_goes_on_later_as_if_nothing_had_been",),
     ),
     Mutant(
