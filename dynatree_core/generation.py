@@ -74,8 +74,8 @@ def generate(
         logprobs: 0 or more: the result has the log-probability of each new token, by the model's own logits, and those
             of so many most probable tokens at its place. None (default): it has none; see docs/generation.md.
         logit_bias: a mapping from token ids to what is added to their logits.
-        presence_penalty, frequency_penalty: taken from the logits of tokens in the new text: once, or as often as they
-            are in it. 0 by default.
+        presence_penalty: taken from the logits of tokens that the new text has. 0 by default.
+        frequency_penalty: likewise, as many times as the new text has them.
         grammar: a `Grammar` that the new text must follow: JSON of a schema, or a regular expression; needs `tokenizer`
             and the extra `grammar`. A text that reaches its length before its end breaks off.
         repetition_penalty, no_repeat_ngram_size, bad_words_ids, stop_strings, max_time and others: settings of

@@ -241,3 +241,14 @@ def test_rank_is_the_place_among_siblings():
     # of those that were drafted: who was cut counts
     cut = tree.subtree(torch.tensor([True, False, True, True, False, False, True]))
     assert cut.rank.tolist() == [0, 1, 2, 1]
+
+
+def test_who_writes_into_a_tree_writes_into_no_other():
+    tree, text = TokenTree.root(torch.tensor([3])), torch.tensor([1, 2, 3])
+    tree.logprob.fill_(-1.0)
+    tree.parent.fill_(7)
+    tree.ancestor_mask.fill_(False)
+    other = TokenTree.root(text[-1:].clone())
+    assert (other.logprob.item(), other.cum_logprob.item(), other.parent.item()) == (0.0, 0.0, -1)
+    assert other.ancestor_mask.all()
+    assert tree.cum_logprob.item() == 0.0

@@ -35,7 +35,7 @@ def draft(lanes: Sequence[Lane], faults: Faults) -> dict[Lane, TokenTree]:
     """
     for lane in lanes:
         lane.note_load([other.last_tree_sizes for other in lanes if other is not lane])
-    trees = {lane: TokenTree.root(lane.committed_ids[-1:]) for lane in lanes}
+    trees = {lane: TokenTree.root(lane.committed_ids[-1:].clone()) for lane in lanes}
     growing = trees
     while growing:
         levels = _grow_level(growing, faults)

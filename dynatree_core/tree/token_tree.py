@@ -7,7 +7,6 @@ size never waits for the device.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -79,8 +78,15 @@ class TokenTree:
     @classmethod
     def root(cls, token_id: Tensor) -> TokenTree:
         """A tree that holds only the last committed token, given as a [1] int64 tensor on its device."""
-        parent, score, mask = _root_parts(token_id.device)
-        return cls(token_id, parent, score, score, mask, (1,))
+        device = token_id.device  # nothing is shared with other trees: who writes into one harms that one alone
+        return cls(
+            token_ids=token_id,
+            parent=torch.full((1,), -1, device=device),
+            logprob=torch.zeros(1, dtype=torch.float32, device=device),
+            cum_logprob=torch.zeros(1, dtype=torch.float32, device=device),
+            ancestor_mask=torch.ones(1, 1, dtype=torch.bool, device=device),
+            level_sizes=(1,),
+        )
 
     @cached_property
     def depth(self) -> Tensor:
@@ -258,14 +264,3 @@ class TokenTree:
         is_cut = ~keep
         is_cut[:1].fill_(False)
         return ~(self.ancestor_mask & is_cut).any(dim=1)
-
-
-@functools.cache
-def _root_parts(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Parent, log-probability and mask of a root, which are the same for all of them."""
-    with torch.inference_mode(False):  # whoever looks at one later may do so in another mode
-        return (
-            torch.full((1,), -1, device=device),
-            torch.zeros(1, dtype=torch.float32, device=device),
-            torch.ones(1, 1, dtype=torch.bool, device=device),
-        )
