@@ -24,6 +24,7 @@ from dynatree_core.cli.options import (
     POLICY,
     TRACE_OPTIONS,
     WEIGHTS,
+    prefix_cache,
     with_options,
 )
 from dynatree_core.cli.recorded import Recorded
@@ -50,15 +51,7 @@ SAMPLING_OPTIONS = (
 @with_options(*MODEL_OPTIONS, WEIGHTS, POLICY, *ANSWER_OPTIONS, *LIMIT_OPTIONS, *SAMPLING_OPTIONS)
 @click.option("--system", type=Typed(), metavar="TEXT", help="What the model is told before the conversation.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer.")
-@click.option(
-    "--prefix-cache",
-    "cache_megabytes",
-    metavar="MB",
-    type=click.IntRange(min=0),
-    default=1024,
-    show_default=True,
-    help="Memory for what earlier turns have computed; 0: compute it again.",
-)
+@prefix_cache("turns")
 @with_options(*TRACE_OPTIONS)
 def chat(
     target: str | None,

@@ -31,6 +31,7 @@ __all__ = [
     "TARGET",
     "TRACE_OPTIONS",
     "WEIGHTS",
+    "prefix_cache",
     "with_options",
 ]
 
@@ -188,7 +189,21 @@ FILE_OPTIONS = (
     click.option("--seed", "pick_seed", type=click.IntRange(min=0), help="With --num-prompts: pick them at random."),
 )
 
-# what is recorded
+# what is kept, and recorded
+
+
+def prefix_cache(of_what: str) -> Option:
+    """The option for the memory of what was computed before, for turns of a conversation or requests."""
+    return click.option(
+        "--prefix-cache",
+        "cache_megabytes",
+        metavar="MB",
+        type=click.IntRange(min=0),
+        default=1024,
+        show_default=True,
+        help=f"Memory for what earlier {of_what} have computed; 0: compute it again.",
+    )
+
 
 TRACE_OPTIONS = (
     click.option(

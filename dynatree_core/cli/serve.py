@@ -107,8 +107,7 @@ def check_extra() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ParameterError(
-            f"`dynatree serve` needs {', '.join(missing)}, which are not installed; python -m pip install "
-            "'dynatree[serve]'"
+            f"`dynatree serve` needs {', '.join(missing)}, which are not installed; {pip_install('dynatree[serve]')}"
         )
 
 

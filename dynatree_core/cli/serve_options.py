@@ -14,7 +14,15 @@ import click
 from click.core import ParameterSource
 
 from dynatree_core.cli.option_types import FiniteRange
-from dynatree_core.cli.options import LIMIT_OPTIONS, MODEL_OPTIONS, POLICY, TRACE_OPTIONS, WEIGHTS, with_options
+from dynatree_core.cli.options import (
+    LIMIT_OPTIONS,
+    MODEL_OPTIONS,
+    POLICY,
+    TRACE_OPTIONS,
+    WEIGHTS,
+    prefix_cache,
+    with_options,
+)
 from dynatree_core.errors import nearest_match
 
 __all__ = ["name_variables", "printed_config", "serve_options", "variable_of"]
@@ -165,15 +173,7 @@ CAPACITY = (
         type=click.IntRange(min=1),
         help="Memory for what is computed now; where it is short, answers wait.  [default: a whole answer's for each]",
     ),
-    click.option(
-        "--prefix-cache",
-        "cache_megabytes",
-        metavar="MB",
-        type=click.IntRange(min=0),
-        default=1024,
-        show_default=True,
-        help="Memory for what earlier requests have computed; 0: compute it again.",
-    ),
+    prefix_cache("requests"),
 )
 REQUEST = (
     click.option("--max-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Of one answer."),
