@@ -144,9 +144,7 @@ def run_on_ray(build: Callable[[], Service], replicas: Replicas, *, host: str, p
     from ray.serve.config import HTTPOptions
 
     is_own = "RAY_ADDRESS" not in os.environ
-    if (
-        is_own
-    ):  # Ray sends its makers figures of use unless it is told not to; in a cluster of others that is theirs to say
+    if is_own:  # Ray sends its makers figures of use unless it is told not to; of others' clusters they decide
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     alone = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if is_own else {}
     ray.init(configure_logging=False, **alone)
