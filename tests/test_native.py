@@ -29,10 +29,11 @@ from dynatree_core.models.stored import narrowest, pack_narrowest
 from dynatree_core.models.student import new_student
 from dynatree_core.ops.native import loading
 from dynatree_core.runners import choice
+from dynatree_core.runners.altered import altered_part
 from dynatree_core.runners.base import Rows
 from dynatree_core.runners.choice import make_runner, runner_for
 from dynatree_core.runners.eager import EagerRunner
-from dynatree_core.runners.native import NativeRunner, Twin, _altered_part
+from dynatree_core.runners.native import NativeRunner, Twin
 from dynatree_core.runners.workspace import ANGLES
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import ROPES, VARIANTS, greedy, perturbed, tiny_model, tiny_variant
@@ -338,18 +339,18 @@ def test_a_setting_that_is_not_known_is_a_reason_against_the_model() -> None:
 
 
 def test_a_module_that_was_replaced_or_set_otherwise_is_a_reason_against_the_model() -> None:
-    assert all(_altered_part(single(name)) is None for name in FITTING)
-    assert _altered_part(new_student(single("llama"), [1], HEAD_IDS)) is None
+    assert all(altered_part(single(name)) is None for name in FITTING)
+    assert altered_part(new_student(single("llama"), [1], HEAD_IDS)) is None
     model: Any = copy.deepcopy(single("llama"))
     model.model.layers[0].mlp.act_fn = nn.ReLU()  # which a blueprint, read from the configuration, would not follow
-    assert _altered_part(model) == "'model.layers.0.mlp.act_fn' is another one"
+    assert altered_part(model) == "'model.layers.0.mlp.act_fn' is another one"
     model = copy.deepcopy(single("llama"))
-    assert _altered_part(model) is None
+    assert altered_part(model) is None
     model.model.layers[1].self_attn.scaling *= 2
-    assert _altered_part(model) == "'model.layers.1.self_attn' is another one"
+    assert altered_part(model) == "'model.layers.1.self_attn' is another one"
     model = copy.deepcopy(single("qwen3"))
     del model.model.layers[1].self_attn.q_norm
-    assert "self_attn.q_norm' is missing" in str(_altered_part(model))
+    assert "self_attn.q_norm' is missing" in str(altered_part(model))
 
 
 @needs_library

@@ -15,9 +15,7 @@ What a model consists of says its blueprint (`dynatree_core.models.blueprint`). 
 
 from __future__ import annotations
 
-import copy
-import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -32,6 +30,7 @@ from dynatree_core.models.blueprint import Blueprint, NoBlueprintError, blueprin
 from dynatree_core.models.state import is_untouched
 from dynatree_core.models.stored import StoredModel, pack_narrowest
 from dynatree_core.ops import PackedMatrix
+from dynatree_core.runners.altered import altered_part
 from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner, kept_copy
 from dynatree_core.runners.workspace import Angles, Placed, Size, Workspace
 from dynatree_core.tree.flatten import FlatTrees
@@ -40,9 +39,6 @@ __all__ = ["NativeRunner", "Twin"]
 
 # of the memory that is free, what packed copies may take up where nobody asked for them
 MAX_SHARE_OF_MEMORY = 0.25
-
-# attributes of modules that a pass, a mode or a way of loading sets
-_NO_SETTINGS = frozenset({"training", "max_seq_len_cached", "name_or_path", "is_gradient_checkpointing"})
 
 
 @final
@@ -84,7 +80,7 @@ class NativeRunner(Runner):
             blueprint = blueprint_of(model)
         except NoBlueprintError as error:
             return f"knows no model whose {error}"
-        altered = _altered_part(model)
+        altered = altered_part(model)
         if altered is not None:
             return f"is for models as transformers makes them of their configuration, got one whose {altered}"
         dtypes = {tensor.dtype for tensor in (*model.parameters(), *_tensors(blueprint))}
@@ -284,54 +280,6 @@ class Twin:
             scale=plan.logit_scale,
             soft_cap=plan.logit_softcap,
         )
-
-
-_structures: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, str | None]] = weakref.WeakKeyDictionary()
-
-
-def _altered_part(model: nn.Module) -> str | None:
-    """What of a model's modules is not as its configuration says, such as an activation that was replaced.
-
-    A blueprint is read from the configuration, so it would not follow. Compared are classes and plain attributes with
-    those of a model that is made of the configuration, without weights; once, as long as they stay as they are.
-    """
-    found = _structure(model)
-    known = _structures.get(model)
-    if known is None or known[0] != found:
-        known = _structures[model] = found, _difference(model)
-    return known[1]
-
-
-def _difference(model: nn.Module) -> str | None:
-    kind: Any = type(model)
-    config: Any = model.config
-    try:
-        with torch.device("meta"):
-            fresh = dict(_structure(kind(copy.deepcopy(config))))
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        return f"'{kind.__name__}' cannot be made of a configuration alone ({type(error).__name__}: {error})"
-    modules: Any = model
-    # those of a student are its target's
-    shared = modules.get_input_embeddings(), modules.get_output_embeddings()
-    others = {name for name, part in model.named_modules() if any(part is one for one in shared)}
-    for name, part in _structure(model):
-        if name not in others and fresh.pop(name, None) != part:
-            return f"'{name or type(model).__name__}' is another one"
-    return next((f"'{name}' is missing" for name in fresh.keys() - others), None)
-
-
-def _structure(model: nn.Module) -> tuple[tuple[str, Hashable], ...]:
-    """Classes and plain attributes of a model's modules, by their names."""
-    return tuple((name, (type(part), _settings(part))) for name, part in model.named_modules())
-
-
-def _settings(part: nn.Module) -> Hashable:
-    plain = (bool, int, float, str, type(None))
-    return tuple(
-        (name, value)
-        for name, value in sorted(vars(part).items())
-        if isinstance(value, plain) and name not in _NO_SETTINGS and not name.startswith("_")
-    )
 
 
 def _packed(matrix: Any) -> PackedMatrix:
