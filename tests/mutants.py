@@ -847,6 +847,18 @@ MUTANTS = (
         "",
         ("tests/test_ops_native.py::test_lanes_of_several_caches_count_on",),
     ),
+    Mutant(
+        "spans have texts that nobody asked for",
+        "        if self.has_texts:\n",
+        "        if True:\n",
+        ("tests/test_serve_spans.py::test_no_text_stands_in_a_span",),
+    ),
+    Mutant(
+        "a client's trace is not gone on with",
+        "            propagate.extract(Headers(scope=scope), getter=_HeaderGetter()),\n",
+        "            None,\n",
+        ("tests/test_serve_spans.py::test_a_request_has_one_span_with_times_and_figures",),
+    ),
 )
 
 

@@ -33,11 +33,13 @@ def new_engine(drafter: Any = "prompt_lookup", **options: Any) -> Engine:
     return Engine(TARGET, drafter, tokenizer=tiny_tokenizer(), **options)
 
 
-def new_service(engines: dict[str, Engine] | None = None, keys: Keys | None = None, **settings: Any) -> Service:
+def new_service(
+    engines: dict[str, Engine] | None = None, keys: Keys | None = None, spans: Any = None, **settings: Any
+) -> Service:
     """A service for "tiny", with two policies and prompt lookup."""
     engines = {"prompt_lookup": new_engine()} if engines is None else engines
     told = {"model_names": ("tiny", "alias"), "policies": POLICIES, "drafters": tuple(engines), **settings}
-    return Service(engines, Settings(**told), keys)
+    return Service(engines, Settings(**told), keys, spans=spans)
 
 
 @attrs.frozen

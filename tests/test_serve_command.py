@@ -20,8 +20,9 @@ import click
 import openai
 import pytest
 from command import Dynatree, dynatree, is_one_error_line, spawn
-from serving import expected_text
+from serving import expected_text, new_service, running
 from test_docs import DOCS, code_words, table
+from test_serve_spans import BODY, Kept, ended
 from tiny_folder import save_tiny
 
 from dynatree_core import Engine
@@ -111,6 +112,17 @@ def test_the_page_lists_every_option_with_its_variable() -> None:
         assert row["variable"] == (f"`{variable_of(option)}`" if has_variable else "")
         assert row["default"].strip("`") == shown_default(option), option.name
         assert row["meaning"]
+
+
+def test_the_page_lists_every_attribute_of_a_span() -> None:
+    kept = Kept()
+    with running(new_service(spans=kept.spans)) as server:
+        server.post("/v1/completions", BODY)
+        found = {*ended(kept, server).attributes, "error.type"}
+    rows = table(DOCS / "serve.md", "attribute", "what it says")
+    listed = {name for row in rows for name in code_words(row["attribute"])}
+    kinds = tuple(name.removesuffix("*") for name in listed if name.endswith("*"))
+    assert {name for name in found if not name.startswith(kinds)} == {name for name in listed if name[-1] != "*"}
 
 
 def shown_default(option: click.Option) -> str:

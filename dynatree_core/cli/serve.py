@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from dynatree_core.serve.process import Listen
     from dynatree_core.serve.service import Service
     from dynatree_core.serve.settings import Settings
+    from dynatree_core.serve.spans import Spans
 
 __all__ = ["serve"]
 
 NEEDED = ("fastapi", "prometheus_client", "uvicorn")  # of the extra
 RAY = "ray"  # of another
+OTEL = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")  # of a third
 LIMITS = ("tau", "max_nodes", "max_depth", "max_branch")
 
 
@@ -111,6 +113,27 @@ def check_extra() -> None:
         )
 
 
+def new_spans() -> Spans:
+    """Spans of requests, which go where the environment says.
+
+    Raises:
+        ParameterError: naming what to install, or what of the environment cannot be used.
+    """
+    if not all(map(is_installed, OTEL)):
+        raise ParameterError(f"--otel needs OpenTelemetry; {pip_install('dynatree[otel]')}")
+    from dynatree_core.serve.spans import spans_of_environment
+
+    return spans_of_environment()
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module is there; its packages are imported to find out."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it is not
+        return False
+
+
 def refuse_beside_ray(certificate: str | None, trace_file: str | None, port: int) -> None:
     """Refuse what replicas cannot share.
 
@@ -152,6 +175,7 @@ def service_of(
     keys: Keys,
     recorded: Recorded,
     *,
+    has_spans: bool,
     target: str | None,
     drafter: str,
     policy: str,
@@ -166,6 +190,7 @@ def service_of(
     """What a server's routes work with, the models loaded, after everything that can be refused without them."""
     policies, drafters = [*dict.fromkeys([policy, *more_policies])], [*dict.fromkeys([drafter, *more_drafters])]
     sources = _checked(target, policies, drafters, device, options, is_packed(weights, **checkable(options)))
+    spans = new_spans() if has_spans else None
     from dynatree_core.serve.service import Service
     from dynatree_core.text.prompt import tokenizer_of
 
@@ -175,7 +200,7 @@ def service_of(
     engines = _engines(loaded, named, **options)
     settings = _settings(tuple(model_names) or (loaded.name,), tuple(policies), tuple(drafters), options)
     observers = {} if trace is None else {name: trace.observer() for name in engines}
-    return Service(engines, settings, keys, observers)
+    return Service(engines, settings, keys, observers, spans)
 
 
 def replica_of(keys: Keys, log_format: str, options: Mapping[str, Any]) -> Service:
@@ -287,6 +312,8 @@ def _run_on_ray(
     **options: Any,
 ) -> int:
     """Serve by replicas until a signal comes; the exit status."""
+    if options["has_spans"]:
+        new_spans().shutdown()  # refuses what each replica would
     policies, drafters = [options["policy"], *options["more_policies"]], [options["drafter"], *options["more_drafters"]]
     is_packed_model = is_packed(options["weights"], **checkable(options))
     _checked(options["target"], policies, drafters, options["device"], options, is_packed_model)

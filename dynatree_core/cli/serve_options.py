@@ -216,6 +216,9 @@ PROCESS = (
         "--log-format", type=click.Choice(["json", "text"]), default="json", show_default=True, help="Of its lines."
     ),
     click.option("--log-prompts", "logs_prompts", is_flag=True, help="Have prompts and answers in the log."),
+    click.option(
+        "--otel", "has_spans", is_flag=True, help="A span of OpenTelemetry for each request; OTEL_* say where they go."
+    ),
 )
 RAY = (
     click.option("--ray", "on_ray", is_flag=True, help="Serve by replicas under Ray Serve (docs/serve.md)."),

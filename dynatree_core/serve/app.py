@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import anyio.to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
@@ -38,6 +39,8 @@ def make_app(service: Service) -> FastAPI:
             yield
         finally:
             service.loop.stop()
+            if service.spans is not None:
+                await anyio.to_thread.run_sync(service.spans.shutdown)
 
     app = FastAPI(title="DynaTree", docs_url=None, redoc_url=None, lifespan=lifespan)
     _add_faults(app)
@@ -52,6 +55,8 @@ def make_app(service: Service) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=service.settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
+    if service.spans is not None:
+        app.add_middleware(service.spans.around)
     app.add_middleware(RequestLog, count_refusal=service.metrics.refuse)
     return app
 
@@ -87,6 +92,9 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         answers, head = service.submitted(asked), service.new_head(form)
         request.state.line.update(asked.line(), stream=body.stream, user=body.user)
         answers.at_close(lambda: request.state.line.update(answers.line(), **service.told(answers)))
+        if service.spans is not None:
+            engine = service.loop.engines[asked.drafter]
+            service.spans.watch(request.state.span, body, head, answers, engine.now)
         if not body.stream:
             return await whole_answer(request, head, answers, num_prompts)
         has_usage = body.stream_options is not None and body.stream_options.include_usage

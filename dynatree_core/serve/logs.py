@@ -16,7 +16,7 @@ __all__ = ["REQUEST_ID", "log", "log_fault", "set_up_logs"]
 
 REQUEST_ID: contextvars.ContextVar[str | None] = contextvars.ContextVar("request_id", default=None)
 _LOGGER = logging.getLogger("dynatree.serve")
-LIBRARIES = ("uvicorn", "uvicorn.error", "fastapi", "py.warnings")
+LIBRARIES = ("uvicorn", "uvicorn.error", "fastapi", "opentelemetry", "py.warnings")
 
 
 def log(event: str, *, level: int = logging.INFO, **fields: object) -> None:

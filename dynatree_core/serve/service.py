@@ -7,7 +7,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -28,6 +28,9 @@ from dynatree_core.serve.settings import Settings
 from dynatree_core.text.stream import decode_text
 from dynatree_core.text.tools import text_with_marker
 
+if TYPE_CHECKING:
+    from dynatree_core.serve.spans import Spans  # which needs an extra
+
 __all__ = ["Service"]
 
 Result = TypeVar("Result")
@@ -42,6 +45,7 @@ class Service:
         settings: what is allowed.
         keys: of those who may ask; without any, everybody may.
         observers: that hear of all generations of an engine, by the same names.
+        spans: of requests; None: there are none.
     """
 
     def __init__(
@@ -50,10 +54,12 @@ class Service:
         settings: Settings,
         keys: Keys | None = None,
         observers: Mapping[str, Observer] | None = None,
+        spans: Spans | None = None,
     ) -> None:
         first = next(iter(engines.values()))
         assert first.tokenizer is not None, "a server reads texts"
         self.settings = settings
+        self.spans = spans
         self.keys = Keys.of([]) if keys is None else keys
         self.loop = EngineLoop(engines)
         self.metrics = Metrics(settings.model_names[0], lambda: self.loop.loads, lambda: self.loop.is_alive)
