@@ -120,6 +120,18 @@ def test_incremental_text_of_any_bytes(token_ids: list[int]) -> None:
     assert "".join(pieces) + incremental.finish() == MERGED.decode(token_ids)
 
 
+@given(st.data(), st.lists(st.integers(0, len(MERGED) - 1), max_size=100))
+def test_incremental_text_of_several_tokens_at_once(data: st.DataObject, token_ids: list[int]) -> None:
+    """An iteration's tokens together have the texts of one after another."""
+    together, alone, place = IncrementalText(MERGED.decode), IncrementalText(MERGED.decode), 0
+    while place < len(token_ids):
+        end = place + data.draw(st.integers(1, 6))
+        expected = "".join(alone.push(token) for token in token_ids[place:end])
+        assert together.push(*token_ids[place:end]) == expected
+        place = end
+    assert together.finish() == alone.finish()
+
+
 @given(text=st.text(alphabet="abcdefghé 日🌲", max_size=120))
 @example(text="日" * 60)  # one run of bytes, in which the window would begin within a character
 def test_incremental_text_with_byte_fallback(text: str) -> None:

@@ -24,7 +24,7 @@ from dynatree_core.engine.observer import Commit, Feedback, Level, Outcome, Prun
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import greedy
 from dynatree_core.trace import SequenceTrace, Trace, json_schema, print_iteration, read, tree_lines
-from dynatree_core.trace.format import OUTCOMES, float_list
+from dynatree_core.trace.format import OUTCOMES, float_list, int_list
 
 LENGTH = 14
 
@@ -459,6 +459,11 @@ def test_float32_numbers_are_exact(values):
     for value, found in zip(values, json.loads(float_list(values)), strict=True):
         assert (found is None) == (not math.isfinite(value))
         assert found is None or torch.tensor(found, dtype=torch.float32) == torch.tensor(value)
+
+
+@given(st.lists(st.integers()))
+def test_whole_numbers_are_written_as_json_writes_them(values):
+    assert int_list(values) == json.dumps(values, separators=(",", ":"))
 
 
 def test_sequences_of_an_engine_may_share_an_observer(tmp_path):

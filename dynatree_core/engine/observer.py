@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, final
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,9 @@ class Outcome(enum.IntEnum):
     OVER_BUDGET = 5  # more probable paths of the level took the places that the node budget had left
 
 
+_LAST_REASON_FIRST = sorted(Outcome, reverse=True)
+
+
 @attrs.frozen
 class Prefill:
     """The caches are filled with all committed tokens but the last. Told when it begins, and when it is done."""
@@ -87,17 +91,21 @@ class Level:
 
     @cached_property
     def outcomes(self) -> Tensor | None:
-        """[width, k] int64: the `Outcome` of each proposed child; None where the drafter was not asked."""
+        """[width, k] int64 on the host: the `Outcome` of each proposed child; None where the drafter was not asked."""
         if self.proposals is None:
             return None
         refused = {"expand": Outcome.NOT_EXPANDED, "width": Outcome.BEYOND_WIDTH}.get(self.end or "")
-        logprobs = self.proposals.logprobs
-        outcomes = torch.full(logprobs.shape, refused or Outcome.OVER_BUDGET, device=logprobs.device)
+        # a few numbers, for which NumPy takes a third of torch's time
+        logprobs = self.proposals.logprobs.float().cpu().numpy()
+        outcomes = np.full(logprobs.shape, int(refused or Outcome.OVER_BUDGET))
         if self._chosen is not None:
-            outcomes.view(-1)[self._chosen] = Outcome.ADMITTED
-        for outcome, is_met in sorted(self._conditions.items(), reverse=True):  # the first reason is written last
-            outcomes = outcomes.masked_fill(~is_met, outcome)
-        return outcomes.masked_fill(logprobs == -torch.inf, Outcome.NO_TOKEN)
+            outcomes.reshape(-1)[self._chosen.cpu().numpy()] = Outcome.ADMITTED
+        for outcome in _LAST_REASON_FIRST:  # the first reason is written last
+            is_met = self._conditions.get(outcome)
+            if is_met is not None:
+                np.copyto(outcomes, int(outcome), where=~is_met.cpu().numpy())
+        np.copyto(outcomes, int(Outcome.NO_TOKEN), where=logprobs == -np.inf)
+        return torch.from_numpy(outcomes)
 
 
 @attrs.frozen(eq=False)

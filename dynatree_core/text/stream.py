@@ -29,9 +29,9 @@ class IncrementalText:
         self._window: list[int] = []  # the latest tokens; the text of those before it has been given out
         self._num_given = 0  # characters of the window's text that have been given out
 
-    def push(self, token_id: int) -> str:
-        """The characters that this token settles, often its own."""
-        self._window.append(token_id)
+    def push(self, *token_ids: int) -> str:
+        """The characters that these tokens settle, often their own."""
+        self._window += token_ids
         text = self._decode(self._window)
         piece = text[self._num_given : len(text.rstrip(REPLACEMENT))]
         self._num_given += len(piece)

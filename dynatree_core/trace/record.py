@@ -40,7 +40,7 @@ from dynatree_core.plugins.params import as_python
 from dynatree_core.policy.stack import Decision, PolicyStack
 from dynatree_core.report import GenerationReport
 from dynatree_core.text.stream import IncrementalText, decode_text
-from dynatree_core.trace.format import OUTCOMES, SCHEMA, dumps, float_list, is_compressed, is_trace
+from dynatree_core.trace.format import OUTCOMES, SCHEMA, dumps, float_list, int_list, is_compressed, is_trace
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
 
@@ -435,7 +435,7 @@ class _Generation:
                 "path": verdict.draft_path,
                 "committed": verdict.token_ids,
                 "bonus": verdict.token_ids[-1] if len(verdict.token_ids) > len(verdict.path) else None,
-                "text": "".join(map(self._text.push, verdict.token_ids)) if self._text is not None else None,
+                "text": self._text.push(*verdict.token_ids) if self._text is not None else None,
                 "stop": verdict.stop_reason,
                 "seconds": {"iteration": seconds, **{stage: commit.seconds[stage] for stage in stages}},
                 "policies": changes,
@@ -553,11 +553,10 @@ class _Nodes:
 
     def json(self) -> str:
         """The columns, and who the sources are, as members of a JSON object."""
-        integers = {name: getattr(self, name) for name in ("token", "parent", "rank", "depth", "outcome")}
-        if self.sources:
-            integers["source"] = self.source
+        names = ("token", "parent", "rank", "depth", "outcome", *(["source"] if self.sources else []))
+        integers = ",".join(f'"{name}":{int_list(getattr(self, name))}' for name in names)
         floats = f'"logprob":{float_list(self.logprob)},"cum_logprob":{float_list(self.cum_logprob)}'
-        return f'"sources":{dumps(self.sources or None)},"nodes":{dumps(integers)[:-1]},{floats}}}'
+        return f'"sources":{dumps(self.sources or None)},"nodes":{{{integers},{floats}}}'
 
 
 @attrs.frozen(eq=False)
@@ -574,16 +573,16 @@ class _Wanted:
         verdict = verification.verdict
         logits = verification.logits.float()  # in which generate() chooses
         logprobs = torch.log_softmax(logits, dim=-1)
-        # on the CPU NumPy finds the largest of a row ten times as fast as torch
-        on_host = torch.from_numpy(logits.numpy().argmax(axis=-1)) if logits.device.type == "cpu" else None
-        tokens = logits.argmax(dim=-1) if on_host is None else on_host
         # the token after a node was chosen by that node's logits
-        chosen_by = [0, *verdict.path][: len(verdict.token_ids)]
-        return cls(
-            tokens.tolist(),
-            logprobs.gather(1, tokens[:, None])[:, 0].tolist(),
-            logprobs[chosen_by, list(verdict.token_ids)].tolist(),
-        )
+        chosen_by, chosen = [0, *verdict.path][: len(verdict.token_ids)], list(verdict.token_ids)
+        if logits.device.type != "cpu":
+            tokens = logits.argmax(dim=-1)
+            found = torch.cat([logprobs.gather(1, tokens[:, None])[:, 0], logprobs[chosen_by, chosen]]).tolist()
+            return cls(tokens.tolist(), found[: len(tokens)], found[len(tokens) :])
+        on_host = logprobs.numpy()  # where NumPy finds the largest of a row ten times as fast as torch
+        best = logits.numpy().argmax(axis=-1)
+        rows = range(len(best))
+        return cls(best.tolist(), on_host[rows, best].tolist(), on_host[chosen_by, chosen].tolist())
 
     def json(self, pruning: Pruning) -> str:
         """What is wanted at each drafted node, null where it was not verified, as members of a JSON object."""
@@ -700,8 +699,14 @@ def _states(stack: PolicyStack) -> dict[str, dict[str, Any]]:
 def _state(policy: object) -> dict[str, Any]:
     kind = type(policy)
     names = _fields(kind) if attrs.has(kind) else tuple(getattr(policy, "__dict__", ()))
-    found = {name: _plain(getattr(policy, name, None)) for name in names}
-    return {name: value for name, value in found.items() if value is not _NOT_PLAIN}
+    found = {}
+    for name in names:
+        value = getattr(policy, name, None)
+        if type(value) not in _PLAIN:
+            value = _plain(value)
+        if value is not _NOT_PLAIN:
+            found[name] = value
+    return found
 
 
 @functools.cache
@@ -710,7 +715,7 @@ def _fields(kind: type) -> tuple[str, ...]:
 
 
 _NOT_PLAIN = object()
-_PLAIN = (int, bool, str, type(None))
+_PLAIN = frozenset((int, bool, str, type(None)))
 
 
 def _plain(value: object) -> Any:
@@ -720,6 +725,8 @@ def _plain(value: object) -> Any:
     if isinstance(value, list | tuple | deque):
         parts = [_plain(one) for one in value] if len(value) <= LONGEST_LIST else [_NOT_PLAIN]
         return _NOT_PLAIN if _NOT_PLAIN in parts else parts
+    if type(value) is float and math.isfinite(value):
+        return value
     if isinstance(value, Tensor):
         return _NOT_PLAIN  # reading it may wait for the device
     value = as_python(value)
