@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 BROKEN: dict[str, dict[str, Any]] = {
     "no_metadata": {"metadata": None},
     "empty_metadata": {"metadata": "\n"},
+    "name_in_the_description": {"metadata": "Metadata-Version: 2.1\n\nName: name_in_the_description\n"},
     "metadata_of_bytes": {"metadata": b"Metadata-Version: 2.1\nName: caf\xe9\n"},
     "entries_of_bytes": {"entries": b"[dynatree.policies]\nx = caf\xe9:P\n"},
     "entries_without_value": {"entries": "[dynatree.policies]\nx\n"},
@@ -89,6 +90,14 @@ def test_a_distribution_without_a_version_works(package: Any, run: Any) -> None:
     assert (code, err) == (0, "")
     [row] = [row for row in json.loads(out) if row["name"] == "unversioned"]
     assert (row["package"], row["version"], row["error"]) == ("unversioned", "?", None)
+
+
+def test_names_are_found_without_parsing_projects_pages(package: Any, monkeypatch: Any) -> None:
+    """importlib parses the whole of METADATA for a name, which each start of a command would wait for."""
+    package("plain")
+    package("returns", metadata=b"Metadata-Version: 2.1\r\nNAME:  returns \r\nVersion: 1.0\r\n\r\nName: another\r\n")
+    monkeypatch.setattr("email.message_from_string", lambda text: pytest.fail("a page was parsed"))
+    assert {"plain", "returns", "fixed"} <= {entry.name for entry in entry_points(group=POLICIES)}
 
 
 def test_a_distribution_that_is_found_twice_is_one(package: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tiny_folder import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from dynatree_core import generate, load_model, ops
+from dynatree_core.cli.imports import importing
 from dynatree_core.errors import ModelLoadError, ParameterError
 from dynatree_core.files.tensors import ALIGNMENT, load_tensors, mapped_tensors, save_aligned
 from dynatree_core.models.architectures import vocab_size
@@ -251,16 +254,46 @@ def test_load_model_takes_weights_by_name(tmp_path: Path) -> None:
         load_model(folder, device="cpu", weights="int2")
 
 
+NEEDLESS = (  # modules that `dynatree generate` has no use for with the embedded model, each with all below it
+    "transformers.models", "transformers.modeling_utils", "transformers.generation.utils", "torch._dynamo",
+    "torch._inductor", "torchvision", "torchao", "accelerate", "peft", "gguf", "datasets", "pandas", "pyarrow", "scipy",
+    "sympy", "networkx", "matplotlib", "fastapi", "starlette", "uvicorn", "openai", "ray", "llama_cpp", "llguidance",
+    "cryptography", "IPython", "dynatree_bench", "dynatree_core.serve", "dynatree_core.hf", "dynatree_core.testing",
+    "dynatree_core.trace.replaying", "dynatree_core.models.conversion", "dynatree_core.runners.packed",
+    "dynatree_core.runners.cudagraph",
+)  # fmt: skip
+
+
 @needs_library
-def test_the_command_decodes_without_transformers_models(tmp_path: Path) -> None:
-    """What a terminal waits for at a start: no module of transformers' models is imported for the embedded one."""
+def test_the_command_starts_without_needless_modules_and_collections() -> None:
+    """What a terminal waits for at a start: imports, and collections of garbage among their objects."""
     code = (
-        "import sys; from dynatree_core.cli.group import main\n"
+        "import gc, json, sys; from dynatree_core.cli.group import main\n"
         "try: main(['generate', '--max-new-tokens', '3', '--json', 'hi'])\n"
         "except SystemExit as ended: assert not ended.code\n"
-        "assert not {'transformers.models', 'transformers.modeling_utils', 'gguf'} & sys.modules.keys()"
+        "print(json.dumps([[*sys.modules], gc.get_stats()[2]['collections'], gc.isenabled(), gc.get_freeze_count()]))"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    document = json.loads(ended.stdout)
-    assert (document["runner"], len(document["token_ids"])) == ("native", 3)
+    answer, start = map(json.loads, ended.stdout.splitlines())
+    modules, num_collections, is_collecting, num_frozen = start
+    found = [name for name in modules if name.startswith(tuple(f"{one}." for one in NEEDLESS)) or name in NEEDLESS]
+    assert not found
+    assert num_collections == 0, "of all objects"
+    assert is_collecting
+    assert num_frozen > 100_000, "torch's, which stay"
+    assert (answer["runner"], len(answer["token_ids"])) == ("native", 3)
+
+
+@pytest.mark.parametrize("is_collecting", [True, False])
+def test_importing_leaves_the_collector_as_it_was(is_collecting: bool) -> None:
+    (gc.enable if is_collecting else gc.disable)()
+    try:
+        frozen = gc.get_freeze_count()
+        with suppress(ImportError), importing():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == is_collecting
+        assert gc.get_freeze_count() == frozen, "somebody's program, which had torch before"
+    finally:
+        gc.enable()

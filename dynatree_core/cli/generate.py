@@ -13,6 +13,7 @@ import click
 from dynatree_core.cli import console
 from dynatree_core.cli.checks import check_names
 from dynatree_core.cli.exits import DONE, INTERRUPTED
+from dynatree_core.cli.imports import importing
 from dynatree_core.cli.job import Job
 from dynatree_core.cli.loading import is_packed
 from dynatree_core.cli.option_types import FiniteRange
@@ -112,7 +113,8 @@ def generate(
     if target in (None, "default"):
         embedded.check_early(is_packed=is_packed(**request))
     # first: torch cannot be imported again, as a conclusion needs it, once an interrupt has left it half imported
-    importlib.import_module("dynatree_core.engine.session")
+    with importing():
+        importlib.import_module("dynatree_core.engine.session")
     from dynatree_core.cli.questions import Question, asked, check_lengths
     from dynatree_core.text.prompt import encode_prompt
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynatree_core.cli import console
+from dynatree_core.cli.imports import importing
 from dynatree_core.errors import ModelLoadError, UnknownPluginError, VocabularyMismatchError, nearest_match
 from dynatree_core.plugins.registry import DRAFTERS, plugin_table
 from dynatree_core.plugins.spec import canonical_name, parse_stack
@@ -40,7 +41,8 @@ __all__ = [
 
 def load(name: str | None, device: str | None, dtype: str, weights: str | None = None) -> LoadedModel:
     """Load a model; a terminal shows what is being waited for. The arguments are those of `load_model`."""
-    from dynatree_core.models.load import DEFAULT_MODEL, load_model
+    with importing():
+        from dynatree_core.models.load import DEFAULT_MODEL, load_model
 
     _quiet_libraries()
     is_here = name is None or name == DEFAULT_MODEL or Path(name).expanduser().exists()
