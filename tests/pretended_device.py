@@ -49,6 +49,10 @@ _VIEWS = frozenset(
 # kernels of an operation, roughly; one for any other
 _KERNELS = {"sort": 2, "argsort": 2, "topk": 3, "nonzero": 4, "nonzero_static": 3, "index_put_": 2, "index_put": 3}
 _KERNELS |= {"equal": 2, "logsumexp": 5}
+# what torch does with a mask in each layer before its attention runs (ATen/native/transformers/attention.cpp): a bias
+# of a boolean one (a number on the device, a choice for each element), and rows that begin at a multiple of eight
+MASK_KERNELS, PADDING_KERNELS = 2, 2
+EFFICIENT_ATTENTION = "_scaled_dot_product_efficient_attention"
 # operations whose result has a size that the host has to be told, or is on the host
 _WAITING = frozenset(
     {
@@ -167,6 +171,8 @@ class PretendedDevice:
     def run(self, function: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """An operation: it is counted, and computed on the CPU."""
         name = function.overloadpacket.__name__
+        if name == EFFICIENT_ATTENTION:
+            return self._attend(arguments, options)
         tensors = [one for one in tree_flatten((arguments, options))[0] if isinstance(one, Tensor)]
         is_here = any(isinstance(one, OnDevice) for one in tensors)
         asked = options.get("device")
@@ -185,6 +191,24 @@ class PretendedDevice:
             return written[0] if len(written) == 1 else tuple(written)
         stays = goes_to == "cuda" or (is_here and goes_to is None)
         return tree_map(lambda one: OnDevice(one) if isinstance(one, Tensor) else one, result) if stays else result
+
+    def _attend(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """The memory-efficient attention, which a CPU has not: one kernel, with what CUDA asks of its tensors."""
+        query, key, value, bias = map(_numbers, arguments[:4])
+        self._check_devices(EFFICIENT_ATTENTION, list(arguments[:4]))
+        assert query.dtype != torch.float64, "the kernel does not know float64"
+        aligned = 4 if query.dtype == torch.float32 else 8
+        for tensor in (query, key, value):
+            strides = [stride for stride, size in zip(tensor.stride()[:-1], tensor.shape, strict=False) if size > 1]
+            assert tensor.stride(-1) == 1, tensor.stride()
+            assert not any(stride % aligned for stride in (*strides, tensor.shape[-1])), (tensor.shape, tensor.stride())
+        assert bias.shape == (*query.shape[:3], key.shape[2]), "the kernel takes a bias for each head"
+        assert bias.dtype == query.dtype, "another dtype is silently wrong"
+        rows = [stride for stride, size in zip(bias.stride()[:-1], bias.shape, strict=False) if size > 1]
+        assert not any(stride % aligned for stride in rows), bias.stride()
+        self.launch()
+        seen = torch.nn.functional.scaled_dot_product_attention(query, key, value, bias, scale=options.get("scale"))
+        return OnDevice(seen), None, None, None
 
     def _check_devices(self, name: str, tensors: list[Tensor]) -> None:
         """As CUDA: numbers of the host may be copied, used as one number each, or as an index."""
@@ -257,7 +281,10 @@ class _Attention(TorchFunctionMode):
         is_here = bool(arguments) and isinstance(arguments[0], OnDevice)
         if function is not torch.nn.functional.scaled_dot_product_attention or not is_here:
             return function(*arguments, **options)
-        PretendedDevice.current().launch()
+        mask = options.get("attn_mask", arguments[3] if len(arguments) > 3 else None)
+        is_padded = mask is not None and mask.shape[-1] % 8 != 0
+        is_made = mask is not None and mask.dtype == torch.bool
+        PretendedDevice.current().launch(1 + MASK_KERNELS * is_made + PADDING_KERNELS * is_padded)
         with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
             return OnDevice(function(*tree_map(_numbers, arguments), **tree_map(_numbers, options)))
 

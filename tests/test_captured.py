@@ -28,10 +28,12 @@ from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import CacheError, ParameterError
 from dynatree_core.models.architectures import EXACT_FAMILIES
+from dynatree_core.models.state import is_replayable
 from dynatree_core.runners import cudagraph as captured
 from dynatree_core.runners.base import PassOutput
 from dynatree_core.runners.choice import drafters_runner, make_runner, runner_for
-from dynatree_core.runners.cudagraph import MAX_ROWS, CudaGraphRunner, is_replayable, rounded_rows, rounded_slots
+from dynatree_core.runners.cudagraph import MAX_ROWS, CudaGraphRunner, rounded_rows, rounded_slots
+from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.runners.passes import Passes
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import CONTEXT, greedy, perturbed, tiny_model, tiny_variant
@@ -267,7 +269,7 @@ def test_a_drafters_levels_are_replayed():
 
 
 def test_other_caches_and_modes_run_as_they_are():
-    passes, tree = CudaGraphRunner(tiny_model("llama")), TokenTree.root(torch.tensor([1]))
+    passes, tree = CudaGraphRunner(EagerRunner(tiny_model("llama"))), TokenTree.root(torch.tensor([1]))
     with on_the_cpu() as count:
         moving = [
             generate(tiny_model("llama"), None, PROMPT, max_new_tokens=30, runner=name, cache="sinks=2,window=8")

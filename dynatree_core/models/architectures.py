@@ -31,6 +31,8 @@ __all__ = [
     "vocab_size",
 ]
 
+BIAS_ALIGNMENT = 16  # elements, as torch pads the biases of its memory-efficient attention
+
 # as in a configuration's layer_types
 _FULL = "full_attention"
 _SLIDING = "sliding_attention"
@@ -88,9 +90,12 @@ class AttentionLayout:
     windows: dict[str, int | None]  # layer type -> how far back it sees, itself counted; None: all the way
     is_mapping: bool  # one mask a layer type in a dict, rather than one mask for all layers
     is_additive: bool  # eager attention adds a float mask to the scores; SDPA takes a boolean one
+    group: int | None = None  # for `runners.folded`: heads that share keys, each of which has its own rows in a bias
 
     def masks(self, flat: FlatTrees, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
         """The `attention_mask` argument for the model's forward, [lanes, 1, rows, slots] each.
+
+        With a group it is [lanes, 1, group * rows, slots].
 
         Windows are measured in positions: slots of a tree are not in the order of positions.
         """
@@ -102,9 +107,23 @@ class AttentionLayout:
         if window is not None:
             distance = flat.position_ids[:, :, None] - flat.slot_positions[:, None, :]
             visible = visible & (distance < window)
+        if self.group is not None:
+            return _bias(visible, dtype, self.group)
         if self.is_additive:  # SDPA with a float mask of another dtype than the queries is silently wrong
             visible = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
         return visible[:, None]
+
+
+def _bias(visible: Tensor, dtype: torch.dtype, group: int) -> Tensor:
+    """[lanes, 1, group * rows, slots]: 0 where a row sees a slot; each row once for each head of a group.
+
+    A row of it begins at a multiple of BIAS_ALIGNMENT in memory, without which torch copies it in every layer.
+    """
+    lanes, rows, slots = visible.shape
+    shape = lanes, group, rows, -(-slots // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
+    bias = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=visible.device)
+    bias[..., :slots].masked_fill_(visible[:, None], 0)
+    return bias.flatten(1, 2)[:, None, :, :slots]
 
 
 def attention_layout(model: nn.Module) -> AttentionLayout:

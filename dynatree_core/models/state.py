@@ -17,7 +17,17 @@ from torch.nn.modules import module as torch_module
 from dynatree_core.models.authorship import is_known_class, replacements
 from dynatree_core.models.comparable import comparable, hooks_state, is_plain, tensor_state
 
-__all__ = ["can_infer", "foreign_parts", "hooks_of", "is_plain", "is_untouched", "state_of", "without_gradients"]
+__all__ = [
+    "can_infer",
+    "foreign_parts",
+    "hooks_of",
+    "is_plain",
+    "is_replayable",
+    "is_untouched",
+    "says_replayable",
+    "state_of",
+    "without_gradients",
+]
 
 _SMALL = 2**18  # elements of a tensor up to which it is checksummed in any case
 _WRAPPED = ("base_layer", "original_module")  # attributes in which layers of PEFT hold the layer that they wrap
@@ -44,6 +54,20 @@ def is_untouched(model: nn.Module, is_fine: Callable[[object], bool] = lambda co
         is_fine: given somebody else's class or hook, whether it may stay.
     """
     return next(_foreign_code(model, is_fine), None) is None
+
+
+def is_replayable(model: nn.Module) -> bool:
+    """Whether all that a pass of this model does is to tell the device what to do, so that a recording repeats it.
+
+    A class, a hook or a forward of somebody's own may run code of the host that a CUDA graph does not have. One that
+    only tells the device what to do says so by an attribute `is_replayable = True`.
+    """
+    return is_untouched(model, says_replayable) and can_infer(model)
+
+
+def says_replayable(code: object) -> bool:
+    """Whether somebody's class, hook or function says that all it does is to tell the device what to do."""
+    return getattr(code, "is_replayable", False) is True
 
 
 def foreign_parts(model: nn.Module) -> Iterator[str]:

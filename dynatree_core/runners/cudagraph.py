@@ -31,19 +31,16 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from dynatree_core.cache.base import KeyValueCache
-from dynatree_core.models.state import can_infer, is_untouched
+from dynatree_core.models.state import is_replayable
+from dynatree_core.runners.agreement import TOLERANCE, apart
 from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner, kept_copy
 from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.tree.flatten import FlatTrees
 
-__all__ = ["CudaGraphRunner", "can_capture", "is_replayable", "rounded_rows", "rounded_slots"]
+__all__ = ["CudaGraphRunner", "can_capture", "rounded_rows", "rounded_slots"]
 
 MAX_ROWS = 128  # of a pass that is recorded; larger ones keep the device busy without
 MIN_SLOTS = 256
-
-# by the model's dtype, how far numbers of a replay may be from those of a plain pass, relative to the largest: products
-# of other shapes round otherwise. A replay that went wrong is as far off as two texts are
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.05, torch.bfloat16: 0.15}
 
 Run = Callable[[], PassOutput]
 
@@ -54,19 +51,6 @@ def can_capture(model: nn.Module) -> bool:
     """Whether a model is where CUDA graphs are."""
     device: torch.device = model.device  # type: ignore[assignment]
     return device.type == "cuda"
-
-
-def is_replayable(model: nn.Module) -> bool:
-    """Whether a replay does all that a pass of this model does.
-
-    A class, a hook or a forward of somebody's own may run code of the host that a graph does not have. One that only
-    tells the device what to do says so by an attribute `is_replayable = True`.
-    """
-    return is_untouched(model, _says_so) and can_infer(model)
-
-
-def _says_so(code: object) -> bool:
-    return getattr(code, "is_replayable", False) is True
 
 
 def rounded_rows(rows: int) -> int:
@@ -173,7 +157,7 @@ class CudaGraphRunner(Runner):
     A shape that comes for the first time is computed without recording, for it may be the only time.
 
     Args:
-        model: the model.
+        plain: computes passes one kernel at a time, and those that are recorded.
         graphs: where recorded passes are kept, by the cache that they write to.
 
     Attributes:
@@ -182,9 +166,9 @@ class CudaGraphRunner(Runner):
 
     name = "cudagraph"
 
-    def __init__(self, model: nn.Module, graphs: _Graphs | None = None) -> None:
+    def __init__(self, plain: EagerRunner, graphs: _Graphs | None = None) -> None:
         self.failure: str | None = None
-        self._plain = EagerRunner(model)
+        self._plain = plain
         self.num_layers = self._plain.num_layers
         self._graphs = _Graphs() if graphs is None else graphs
 
@@ -204,7 +188,7 @@ class CudaGraphRunner(Runner):
     @classmethod
     def make(cls, model: nn.Module, kept: Kept) -> CudaGraphRunner:
         """The runner of a model, with the graphs of earlier generations where the model is as it was."""
-        return cls(model, kept_copy(cls.name, kept, model, _Graphs))
+        return cls(EagerRunner.make(model, kept), kept_copy(cls.name, kept, model, _Graphs))
 
     @property
     def computed_by(self) -> str:
@@ -286,7 +270,7 @@ class CudaGraphRunner(Runner):
         expected = self._plain.forward(flat, cache, hidden=shape.hidden, last_row_only=shape.last_row_only)
         if failure is None:
             pairs = zip(found, [*_tensors(expected), *block], strict=True)
-            off = float(torch.stack([_off(*pair) for pair in pairs]).amax())
+            off = float(torch.stack([apart(*pair) for pair in pairs]).amax())
             if not off <= TOLERANCE[cache.keys[0].dtype]:  # of the model; NaN is not either
                 failure = f"the first replay was off by {off:.2g} of the largest number"
         if failure is None:
@@ -403,10 +387,3 @@ def _without_gc() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _off(found: Tensor, expected: Tensor) -> Tensor:
-    """[] float32: the largest difference relative to the largest number; infinities have to be the same."""
-    difference = torch.where(found == expected, 0, found - expected).abs().amax()
-    largest = expected.nan_to_num(posinf=0, neginf=0).abs().amax()
-    return difference.float() / largest.float().clamp(min=1e-30)

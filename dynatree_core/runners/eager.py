@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -11,13 +12,27 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from dynatree_core.cache.base import KeyValueCache
+from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.errors import ForwardPassError
-from dynatree_core.models.architectures import AttentionLayout, attention_layout, cache_argument, forward_parameters
-from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner
+from dynatree_core.models.architectures import (
+    AttentionLayout,
+    attention_layout,
+    cache_argument,
+    forward_parameters,
+    max_positions,
+    num_embeddings,
+)
+from dynatree_core.models.state import without_gradients
+from dynatree_core.runners.agreement import TOLERANCE, apart
+from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner, kept_copy
+from dynatree_core.runners.folded import ATTENTION, Folded, folded, reason_against_folding
 from dynatree_core.runners.together import padded, ragged
-from dynatree_core.tree.flatten import FlatTrees
+from dynatree_core.tree.flatten import FlatTrees, flatten, flatten_chain
+from dynatree_core.tree.token_tree import TokenTree
 
 __all__ = ["EagerRunner"]
+
+NUM_COMPARED = 13  # rows by which folded attention is compared with a model's own: eight tokens and a tree behind them
 
 
 @final
@@ -52,7 +67,23 @@ class EagerRunner(Runner):
 
     @classmethod
     def make(cls, model: nn.Module, kept: Kept) -> EagerRunner:
-        return cls(model)
+        """The runner of a model; on CUDA that of `with_folded_attention`."""
+        device: torch.device = model.device  # type: ignore[assignment]
+        return cls.with_folded_attention(model, kept) if device.type == "cuda" else cls(model)
+
+    @classmethod
+    def with_folded_attention(cls, model: nn.Module, kept: Kept) -> EagerRunner:
+        """A runner with folded attention where the model can have it, and else with the model's own.
+
+        Args:
+            model: it is not changed.
+            kept: what earlier generations have left, as for `make`.
+        """
+        limit = max_positions(model)
+        if reason_against_folding(model) is not None or (limit is not None and limit < NUM_COMPARED):
+            return cls(model)
+        found: Folded | None = kept_copy(ATTENTION, kept, model, lambda: _compared(model))
+        return cls(model) if found is None else cls(found.model, found.layout)
 
     def forward(
         self,
@@ -128,6 +159,49 @@ class EagerRunner(Runner):
                 f"{output.logits.shape[1]}; take off the model what drops the others"
             )
         return output
+
+
+def _compared(model: nn.Module) -> Folded | None:
+    """A model with folded attention that says what the model says; None, with a warning, where it does not."""
+    made = folded(model)
+    if made is None:
+        return None
+    own = EagerRunner(model)
+    failure = None
+    with without_gradients(model):
+        expected = _of_a_small_tree(own, model)
+        try:
+            found = _of_a_small_tree(EagerRunner(made.model, made.layout), model)
+        except (RuntimeError, ForwardPassError) as error:  # so torch and ours say what a kernel does not take
+            failure = f"{type(error).__name__}: {error}"
+        else:
+            off = float(torch.stack([apart(*pair) for pair in zip(found, expected, strict=True)]).amax())
+            if not off <= TOLERANCE[own._dtype]:  # NaN is not either
+                failure = f"a pass over a small tree was off by {off:.2g} of the largest number"
+    if failure is None:
+        return made
+    warnings.warn(
+        f"folded attention cannot take the place of the model's own, so passes are slower than they could be ({failure}"
+        "); load the model with attn_implementation='eager'",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
+
+
+def _of_a_small_tree(runner: EagerRunner, model: nn.Module) -> list[Tensor]:
+    """Logits, keys and values of two children and two grandchildren of a root behind a few tokens."""
+    device: torch.device = model.device  # type: ignore[assignment]
+    token_ids = torch.arange(NUM_COMPARED, device=device) % num_embeddings(model)
+    prefix, root, children, grandchildren = torch.split_with_sizes(token_ids, [NUM_COMPARED - 5, 1, 2, 2])
+    first, second = torch.zeros_like(children), 1 + torch.arange(2, device=device)  # parents
+    logprob = torch.zeros(2, device=device)
+    tree = TokenTree.root(root).grow(first, children, logprob).grow(second, grandchildren, logprob)
+    cache = TreeCache(NUM_COMPARED)
+    logits = [runner.forward(cache.prepare(flatten_chain(prefix, 0)), cache).logits]
+    cache.commit([range(cache.block_len)])
+    logits.append(runner.forward(cache.prepare(flatten([tree], [cache.length])), cache).logits)
+    return [*logits, *cache.keys, *cache.values]
 
 
 class _ListeningHead(nn.Module):
