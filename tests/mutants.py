@@ -691,6 +691,36 @@ MUTANTS = (
         ("tests/test_captured.py::test_rows_that_do_not_arrive_are_noticed",),
     ),
     Mutant(
+        "a recorded pass is shown what an earlier text has left",
+        "                self._is_zeroed = self._is_always_zeroed\n",
+        "                pass\n",
+        ("tests/test_captured.py::test_what_a_text_has_left_is_not_shown_to_the_next_one",),
+    ),
+    Mutant(
+        "each generation's drafter has a cache of its own",
+        "self.cache = plan.new_cache(runner, plan.num_followed + plan.max_nodes, self)",
+        "self.cache = runner.new_cache(plan.num_followed + plan.max_nodes)",
+        ("tests/test_captured.py::test_a_generation_records_few_passes_and_the_next_one_none",),
+    ),
+    Mutant(
+        "folded heads stand in the order of rows",
+        "folded_rows = query.reshape(lanes, key.shape[1], group * rows, head_dim)",
+        "folded_rows = query.transpose(1, 2).reshape(lanes, key.shape[1], group * rows, head_dim)",
+        ("tests/test_folded.py::test_grouped_heads_are_rows",),
+    ),
+    Mutant(
+        "folded attention is used whatever it says",
+        "if not off <= TOLERANCE[own._dtype]:",
+        "if False:",
+        ("tests/test_folded.py",),
+    ),
+    Mutant(
+        "the bias of folded attention has rows that torch has to copy",
+        "-(-slots // BIAS_ALIGNMENT) * BIAS_ALIGNMENT",
+        "slots",
+        ("tests/test_folded.py::test_a_bias_is_as_the_kernel_wants_it",),
+    ),
+    Mutant(
         "a ragged pass gives every sequence the first one's rows",
         "return list(torch.split_with_sizes(rows, self.num_rows, dim=1))",
         "return [rows[:, :num_rows] for num_rows in self.num_rows]",

@@ -22,10 +22,11 @@ from test_packed import check_the_same_up_to_a_tie, single
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dynatree_bench.data.synthetic import synthetic_pair
-from dynatree_core import generate
+from dynatree_bench.data.synthetic import Shape, synthetic_pair
+from dynatree_core import Engine, generate
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
+from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import CacheError, ParameterError
 from dynatree_core.models.architectures import EXACT_FAMILIES
 from dynatree_core.models.state import is_replayable
@@ -145,12 +146,49 @@ class Both:
 
 
 def test_rows_and_slots_are_rounded_up():
-    assert [rounded_rows(rows) for rows in (1, 2, 3, 4, 5, 64, 65)] == [1, 2, 4, 4, 8, 64, 128]
-    asked = (1, 256, 257, 2047, 2048, 2049, 4096, 4097, 100_000)
+    assert [rounded_rows(rows) for rows in (1, 2, 16, 17, 64, 65, 128)] == [1, 16, 16, 64, 64, 128, 128]
+    asked = (1, 1024, 1025, 8191, 8192, 8193, 16_384, 16_385, 100_000)
     assert [rounded_slots(slots, 10**6) for slots in asked] == [
-        256, 256, 512, 2048, 2048, 2560, 4096, 5120, 114_688,
+        1024, 1024, 2048, 8192, 8192, 10_240, 16_384, 20_480, 114_688,
     ]  # fmt: skip
     assert rounded_slots(257, 300) == 300, "there are no more"
+
+
+def test_a_generation_records_few_passes_and_the_next_one_none():
+    """Graphs of target and drafter belong to the engine: 256 tokens of `phase3`."""
+    llama = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    llama |= {"vocab_size": 400, "max_position_embeddings": 512, "num_hidden_layers": 1}
+    pair = synthetic_pair(Shape(llama, llama), acceptance=0.75, num_choices=16)
+    with on_the_cpu() as count, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(captured, "MIN_SLOTS", 1024)
+        engine = Engine(pair.target, ModelDrafter(pair.drafter), runner="cudagraph", trust_model=True)
+        recorded = []
+        for start in (0, 50, 100):
+            asked = {"policy": "phase3", "max_new_tokens": 256, "eos_token_id": [], "inherit_settings": False}
+            found = engine.submit(pair.source.text(start, 60), **asked).result()
+            assert found.token_ids == pair.source.text(start + 60, 256)
+            assert found.report.runner == "cudagraph"
+            recorded.append(count.recorded)
+    assert 4 <= recorded[0] <= recorded[1] <= 8, "rows of target and drafter, of one number of slots"
+    assert recorded[1] - recorded[0] <= 1, "what came only once in the first generation comes for the second time"
+    assert recorded[2] == recorded[1]
+
+
+def test_what_a_text_has_left_is_not_shown_to_the_next_one():
+    """Where an earlier generation ended with NaN in its rows, a mask would not hide it from the next one's graph."""
+    with on_the_cpu():
+        both = Both(tiny_model("llama"))
+        both.prefill(PROMPT * 3)
+        for turn in range(2):
+            both.check_pass(TokenTree.root(torch.tensor([7])))
+            both.commit([0])
+            for cache in both.caches:
+                if not turn:
+                    for buffer in (*cache.keys, *cache.values):
+                        buffer[:, :, :] = float("nan")
+                    cache.truncate(0)
+            if not turn:
+                both.prefill(PROMPT)
 
 
 # mixtures of experts ask the device which experts they need, in the implementation that takes float64

@@ -45,7 +45,8 @@ class TreeCache(Cache, KeyValueCache):
         super().__init__(layers=[])
         self.capacity = capacity
         self.min_slots = 0  # slots of the next pass's view at least
-        self._is_zeroed = is_zeroed or lanes > 1
+        self._is_always_zeroed = is_zeroed or lanes > 1
+        self._is_zeroed = self._is_always_zeroed
         self.lengths = [0] * lanes  # committed rows of each lane
         self.keys = []
         self.values = []
@@ -176,6 +177,8 @@ class TreeCache(Cache, KeyValueCache):
         if lane is None:
             self.lengths = [min(length, old) for old in self.lengths]
             self.rollback()
+            if length == 0:  # another text begins: what the last one has left, NaN perhaps, must not be shown
+                self._is_zeroed = self._is_always_zeroed
         else:
             self._forget_own_block()
             self.lengths[lane] = min(length, self.lengths[lane])

@@ -16,6 +16,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.cache.prefix_cache import PrefixReuse
 from dynatree_core.cache.sink_cache import SinkWindow
 from dynatree_core.clock import StageClock
@@ -61,6 +62,11 @@ class DraftPlan:
     tokenizer: PreTrainedTokenizerBase | None = None
     # gives the runner of a model by the runner's name; an engine gives the one that earlier generations had
     make_runner: Callable[[nn.Module, str], Runner] = attrs.field(default=made_runner, repr=False)
+    # gives the cache of a runner's passes with so many slots, to whom has it as long as that object lives; an engine
+    # gives the memory that earlier generations had, over which passes may be recorded
+    new_cache: Callable[[Runner, int, object], KeyValueCache] = attrs.field(
+        default=lambda runner, capacity, owner: runner.new_cache(capacity), repr=False
+    )
     # kept as long as the target: what later generations with it are to find again. A key begins with the drafter's
     # name; a value must not hold the target's module, or neither would ever be freed
     store: MutableMapping[Hashable, Any] = attrs.field(factory=dict, repr=False)

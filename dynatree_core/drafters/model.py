@@ -90,7 +90,7 @@ class ModelDraftState(DraftState):
             check_vocabularies(plan.vocab_size, vocab_size(model))
         runner = plan.make_runner(model, plan.runner)
         self.passes = Passes(runner, plan.clock, on_prefill=plan.on_prefill)
-        self.cache = runner.new_cache(plan.num_followed + plan.max_nodes)
+        self.cache = plan.new_cache(runner, plan.num_followed + plan.max_nodes, self)
         self.prefix = plan.prefix if self.cache.has_all_rows else None
         if self.prefix is not None:
             self.prefix.add(model, self.cache)

@@ -228,10 +228,22 @@ class Resources:
         if num_slots is not None:
             small = runner.new_cache(min(in_blocks(num_slots), capacity))
             return small if small.can_grow else runner.new_cache(capacity)
+        return self.leased_cache(runner, capacity, owner)
+
+    def leased_cache(self, runner: Runner, capacity: int, owner: object) -> KeyValueCache:
+        """An empty cache of so many slots at least, with the memory of an earlier one that a runner wrote to.
+
+        What was recorded over that memory is replayed. Target and drafters of a generation have one each.
+
+        Args:
+            runner: whose passes write to it.
+            capacity: slots.
+            owner: whose it is as long as this object lives.
+        """
         with self._lock:
             lease = next((one for one in self._leases if one.suits(runner, capacity)), None)
-            if lease is None:
-                self._leases = [one for one in self._leases if one.owner() is not None]  # too small, and nobody's
+            if lease is None:  # those that are nobody's are too small
+                self._leases = [one for one in self._leases if one.runner is not runner or one.owner() is not None]
                 lease = _Lease(runner, runner.new_cache(in_blocks(capacity), is_zeroed=False))
                 self._leases.append(lease)
             lease.owner = weakref.ref(owner)
@@ -284,6 +296,7 @@ class Resources:
                 tokenizer=self.tokenizer,
                 store=kept_of(self.target),
                 make_runner=self.runner_of,
+                new_cache=self.leased_cache,
             )
         )
         self._note_models(self.drafter.models(self.target))

@@ -8,8 +8,9 @@ gets inputs that stay where they are, and its shape is rounded up to one of a fe
   So a padding row writes what is there anyway, and no slot is used up.
 - Slots of the cache are shown up to the next of a few numbers. Those behind the block are hidden by the mask.
 
-Keys and values are written into the cache's own buffers, by index and not by slice. So a graph belongs to one cache. It
-goes with the cache, and a generation that gets an earlier one's cache replays the earlier one's graphs.
+Keys and values are written into the cache's own buffers, by index and not by slice. So a graph belongs to one cache and
+goes with it. An engine owns the caches of target and drafter and lends them to its generations, which replay what
+earlier ones have recorded.
 
 Whether a model can be recorded shows when it is tried. So the first replay of each shape is compared with a plain pass
 over the same rows: logits, keys and values. Where anything fails the runner warns and goes on with plain passes.
@@ -39,12 +40,16 @@ from dynatree_core.tree.flatten import FlatTrees
 
 __all__ = ["CudaGraphRunner", "can_capture", "rounded_rows", "rounded_slots"]
 
-MAX_ROWS = 128  # of a pass that is recorded; larger ones keep the device busy without
-MIN_SLOTS = 256
+# rows of recorded passes: a pass of a few is bound by reading the weights, so that those of padding cost little beside
+# another recording; larger passes keep the device busy without
+ROWS = (1, 16, 64, 128)
+MAX_ROWS = ROWS[-1]
+MIN_SLOTS = 1024
 
 Run = Callable[[], PassOutput]
 
 _recording = threading.Lock()  # a process can record one graph at a time
+_streams: dict[torch.device, torch.cuda.Stream] = {}  # on which they are recorded: libraries settle on each new one
 
 
 def can_capture(model: nn.Module) -> bool:
@@ -54,12 +59,12 @@ def can_capture(model: nn.Module) -> bool:
 
 
 def rounded_rows(rows: int) -> int:
-    """The rows of the recorded pass that so many rows fit in: the next power of two."""
-    return 1 << (rows - 1).bit_length()
+    """The rows of the recorded pass that so many rows fit in: the next of `ROWS`."""
+    return next(number for number in ROWS if number >= rows)
 
 
 def rounded_slots(slots: int, capacity: int) -> int:
-    """The slots that a recorded pass sees: a multiple of 256, from 2,048 on of a quarter of a power of two."""
+    """The slots that a recorded pass sees: a multiple of 1,024, from 8,192 on of a quarter of a power of two."""
     step = max(MIN_SLOTS, 1 << max(slots.bit_length() - 3, 0))
     return min(-(-slots // step) * step, capacity)
 
@@ -321,7 +326,6 @@ class _Recorder:
     """Records the graphs of one cache. They share memory, since one is replayed at a time and its output copied."""
 
     def __init__(self) -> None:
-        self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
 
     def recorded(self, run: Run, device: torch.device) -> Run:
@@ -334,10 +338,11 @@ class _Recorder:
             RuntimeError: it waits for the device, which cannot be recorded, or anything else that CUDA refuses.
         """
         with _recording, torch.cuda.device(device):
-            if self._stream is None:
-                self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            stream, current = self._stream, torch.cuda.current_stream()
+            if device not in _streams:
+                _streams[device] = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream, current = _streams[device], torch.cuda.current_stream()
             stream.wait_stream(current)
             # libraries make themselves at home on a stream the first time
             with torch.cuda.stream(stream), _refused_waiting():
