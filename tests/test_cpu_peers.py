@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import gguf
 import numpy as np
@@ -19,7 +19,7 @@ from dynatree_bench.run.bandwidth import ReadSpeed
 from dynatree_bench.run.pairs import MethodError, Models
 from dynatree_bench.run.peers import KINDS, llama_cpp, matrix_sizes, write_gguf
 from dynatree_bench.studies import cpu_peers
-from dynatree_bench.studies.cpu_peers import LLAMA, NATIVE, PLAIN, ROWS, STACK, Way
+from dynatree_bench.studies.cpu_peers import LLAMA, NATIVE, OPENVINO, PLAIN, ROWS, STACK, Way
 from dynatree_bench.studies.study import Asked, run_study
 from dynatree_core import InputError, load_model, ops
 from dynatree_core.models import embedded
@@ -97,6 +97,74 @@ def fake_llama_cpp(monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp.llama_speculative", speculative)
 
 
+class FakePipeline:
+    """What OpenVINO GenAI's LLMPipeline has, by FakeLlama; it reads no float32, as the real one does not."""
+
+    def __init__(self, path, device, **settings):
+        assert device == "CPU"
+        if Path(path).name.startswith("F32"):
+            raise RuntimeError("Exception from src/building_blocks.cpp:716:\nUnsupported quantization type\n")
+        self.settings = settings
+        self.engine = FakeLlama(
+            model_path=path, n_ctx=512, n_threads=1, n_threads_batch=1, logits_all=False, draft_model=None,
+            verbose=False,
+        )  # fmt: skip
+
+    def generate(self, inputs, how):
+        assert inputs.attention_mask.data.tolist() == [[1] * inputs.input_ids.data.shape[1]]
+        self.engine.reset()
+        tokens: list[int] = []
+        for token in self.engine.generate(inputs.input_ids.data[0].tolist(), temp=0.0):
+            tokens.append(token)
+            if len(tokens) == how.max_new_tokens or (not how.ignore_eos and token in how.stop_token_ids):
+                break
+        metrics = SimpleNamespace(get_tpot=lambda: SimpleNamespace(mean=250.0))
+        return SimpleNamespace(tokens=[tokens], perf_metrics=metrics)
+
+
+@pytest.fixture
+def fake_openvino(monkeypatch):
+    module, runtime = ModuleType("openvino_genai"), ModuleType("openvino")
+    runtime.Tensor = lambda data: SimpleNamespace(data=data)
+    module.LLMPipeline, module.GenerationConfig = FakePipeline, SimpleNamespace
+    module.TokenizedInputs = lambda ids, mask: SimpleNamespace(input_ids=ids, attention_mask=mask)
+    monkeypatch.setitem(sys.modules, "openvino_genai", module)
+    monkeypatch.setitem(sys.modules, "openvino", runtime)
+
+
+def test_openvino_decodes_up_to_the_limit_or_an_end_token(source, fake_openvino, fake_llama_cpp):
+    peer = peers.openvino(source, threads=1, is_float32=False)
+    found = peer.decode(PROMPT, 4, [])
+    assert found.token_ids == opened(source).decode(PROMPT, 4, []).token_ids
+    assert found.decode_seconds == 1.0, "four tokens of a quarter of a second"
+    first = peer.decode(PROMPT, 4, [found.token_ids[0]])
+    assert (first.token_ids, first.decode_seconds) == (found.token_ids[:1], 0.0)
+    assert peer.pass_seconds is None
+
+
+def test_openvino_computes_float32_where_it_is_asked_to(source, fake_openvino, monkeypatch):
+    made = []
+    pipeline = sys.modules["openvino_genai"].LLMPipeline
+    monkeypatch.setattr(
+        sys.modules["openvino_genai"], "LLMPipeline", lambda *a, **b: made.append(pipeline(*a, **b)) or made[-1]
+    )
+    for is_float32 in (True, False):
+        peers.openvino(source, threads=3, is_float32=is_float32)
+    exact, usual = (one.settings for one in made)
+    assert usual == {"INFERENCE_NUM_THREADS": 3}
+    assert exact["INFERENCE_PRECISION_HINT"] == exact["KV_CACHE_PRECISION"] == "f32"
+    assert exact["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == 0, "activations are not rounded"
+
+
+def test_openvino_says_why_it_is_left_out(source, fake_openvino, monkeypatch, tmp_path):
+    write_gguf(source, tmp_path / "F32.gguf", "F32")
+    with pytest.raises(MethodError, match=r"^OpenVINO GenAI: cannot read F32.gguf \(Unsupported quantization type\)$"):
+        peers.openvino(tmp_path / "F32.gguf", threads=1, is_float32=True)
+    monkeypatch.setitem(sys.modules, "openvino_genai", None)
+    with pytest.raises(MethodError, match=r"^OpenVINO GenAI: not installed; run .*dynatree\[peers\]"):
+        peers.openvino(source, threads=1, is_float32=False)
+
+
 def opened(source: Path, **changes):
     return llama_cpp(source, **{"threads": 1, "num_slots": 64, "num_drafted": None, "is_float32": True} | changes)
 
@@ -168,7 +236,7 @@ def made(**changes):
 
     speeds = {
         native: numbers(2.0), Way(NATIVE, "Q4_1", STACK): numbers(1.0), llama: numbers(3.0),
-        lookups[0]: numbers(4.0, (8, 3)), lookups[1]: numbers(1.5),
+        lookups[0]: numbers(4.0, (8, 3)), lookups[1]: numbers(1.5), Way(OPENVINO, "Q4_1", PLAIN): numbers(1.25, (8, 1)),
     }  # fmt: skip
     return {
         "provenance": {
@@ -179,6 +247,7 @@ def made(**changes):
         "passes": {name: {str(rows): [2.0] * 3 for rows in ROWS} for name in ("native Q4_1", "llama.cpp Q4_1")},
         "speeds": {str(way): one for way, one in speeds.items()},
         "memory": {str(native): {"imported": 10**6, "peak": 10**6 + 1500}},
+        "starts": {"importing torch": {"seconds": 2.5, "computing": 3.0}},
     } | changes  # fmt: skip
 
 
@@ -186,7 +255,7 @@ def test_ratios_are_those_of_the_numbers():
     found = made(bandwidth=[1000.0])
     assert cpu_peers.limit_seconds(found, "Q4_1", 1) == 1.0, "reading"
     assert cpu_peers.limit_seconds(found, "Q4_1", 32) == 16.0, "multiplying"
-    ratios, speeds, passes, memory = cpu_peers.tables(found)
+    ratios, speeds, passes, memory, starts = cpu_peers.tables(found)
     rows = dict(ratios.rows)
     prefix = "max(bytes ÷ bandwidth, flops ÷ peak), native Q4_1"
     assert [rows[f"pass of {count} rows ÷ {prefix}"] for count in (1, 4, 8)] == ["2.00", "1.00", "0.50"]
@@ -195,14 +264,17 @@ def test_ratios_are_those_of_the_numbers():
     assert interval["default stack ÷ llama.cpp plain, Q4_1"] == "3.00"
     lookup = "the faster one, prompt lookup of 2"
     assert interval[f"default stack ÷ llama.cpp's prompt lookup, Q4_1 ({lookup})"] == "1.50"
-    best = "llama.cpp Q4_1, prompt lookup of 2"
-    assert interval[f"default stack as installed ÷ the fastest of llama.cpp in any precision ({best})"] == "1.50"
+    fastest = "default stack as installed ÷ the fastest of other engines in any precision"
+    assert interval[f"{fastest} (OpenVINO Q4_1, plain)"] == "1.25"
+    assert interval[f"{fastest} with equal texts (llama.cpp Q4_1, prompt lookup of 2)"] == "1.50"
+    assert interval["plain ÷ OpenVINO plain, Q4_1"] == "0.62"
     assert interval["memory beside imports ÷ weights as stored, plain"] == "1.50"
     shown = {row[0]: row[1:] for row in speeds.rows}
     assert shown["native Q4_1, plain"] == ("4.00", "4.00", "400.00", "2 of 2")
     assert shown["llama.cpp Q4_1, prompt lookup of 10"][-1] == "1 of 2"
     assert passes.rows[0] == ("1", "1000.0", "2000.0", "2000.0")
     assert memory.rows[0][-1] == "1.50"
+    assert starts.rows == (("importing torch", "2.50", "3.00"),)
     lines = cpu_peers.panels(found)
     assert [panel.title for panel in lines] == ["DynaTree", "llama.cpp"]
     assert lines[0].lines["native Q4_1"][32].median == 2 / 16
@@ -219,12 +291,13 @@ def test_texts_that_differ_and_engines_that_are_missing_are_said():
 
 
 @needs_native
-def test_the_study_measures_every_way(source, fake_llama_cpp, monkeypatch, tmp_path):
+def test_the_study_measures_every_way(source, fake_llama_cpp, fake_openvino, monkeypatch, tmp_path):
     monkeypatch.setattr(cpu_peers, "gguf_source", lambda: source)
     monkeypatch.setattr(cpu_peers, "read_speed", lambda device: ReadSpeed(12.5e9, None))
     monkeypatch.setattr(cpu_peers, "PEAK_SIZE", 64)
     # in this process, whose highest size other tests have set: what counts here is that each way runs
     monkeypatch.setattr(cpu_peers, "_in_process", cpu_peers.memory_of)
+    monkeypatch.setattr(cpu_peers, "STARTS", {"nothing": "print(1)"})
     models = Models(drafters=("prompt_lookup",))
     asked = Asked(models, tmp_path / "out", is_quick=True, num_prompts=2, max_new_tokens=(12,))
     result = run_study("cpu-peers", asked, command="the command")
@@ -243,14 +316,23 @@ def test_the_study_measures_every_way(source, fake_llama_cpp, monkeypatch, tmp_p
             f"llama.cpp {kind}": ("plain", "prompt lookup of 10", "prompt lookup of 2"),
         }.items()
         for how in hows
-    }
+    } | {"OpenVINO Q4_1, plain"}
     assert ways | {"hf generate F32, plain", "hf generate F32, prompt lookup"} <= set(found["speeds"])
     for way, numbers in found["speeds"].items():
         assert numbers["prompts"] == list(range(num_prompts))
         assert numbers["equal"] == numbers["tokens"], f"{way} has the same weights, and nothing rounds differently here"
-    assert {"native Q4_1, plain", f"native F32, {STACK}", "llama.cpp Q4_1, plain"} <= set(found["memory"])
-    assert [table.name for table in result.tables] == ["ratios", "speeds", "passes", "memory"]
+    assert {"native Q4_1, plain", f"native F32, {STACK}", "llama.cpp Q4_1, plain", "OpenVINO Q4_1, plain"} <= set(
+        found["memory"]
+    )
+    assert found["provenance"]["left_out"] == ["OpenVINO GenAI: cannot read F32.gguf (Unsupported quantization type)"]
+    assert 0 < found["starts"]["nothing"]["seconds"] < 60
+    assert [table.name for table in result.tables] == ["ratios", "speeds", "passes", "memory", "starts"]
     assert "with other texts than plain native decoding: none" in "\n".join(result.sentences)
+
+
+def test_a_start_that_fails_is_no_time():
+    with pytest.raises(MethodError, match=r"a start ended with 3: no model"):
+        cpu_peers._start("import sys; print(1, flush=True); print('no model', file=sys.stderr); sys.exit(3)")
 
 
 @needs_native

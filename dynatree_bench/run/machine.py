@@ -28,6 +28,7 @@ BUSY_PERCENT = 10  # of one core, used by others: above it, speeds are not to be
 MIN_SECONDS = 0.1  # the system counts processor time in hundredths of a second
 LIBRARIES = (
     "torch", "transformers", "tokenizers", "numpy", "datasets", "flashspec", "economize", "dejavuu", "llama-cpp-python",
+    "openvino-genai",
 )  # fmt: skip
 
 

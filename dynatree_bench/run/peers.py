@@ -36,7 +36,8 @@ class Peer:
     """A model file in another engine."""
 
     decode: Callable[[Sequence[int], int, Sequence[int]], Decoded]  # prompt, new tokens at most, end tokens
-    pass_seconds: Callable[[Sequence[int], int], Mapping[int, float]]  # numbers of rows, repeats -> best by rows
+    # numbers of rows, repeats -> best by rows; None: it does not let passes be measured
+    pass_seconds: Callable[[Sequence[int], int], Mapping[int, float]] | None = None
 
 
 def llama_cpp(file: Path, *, threads: int, num_slots: int, num_drafted: int | None, is_float32: bool) -> Peer:
@@ -96,6 +97,49 @@ def llama_cpp(file: Path, *, threads: int, num_slots: int, num_drafted: int | No
         return found
 
     return Peer(decode, pass_seconds)
+
+
+def openvino(file: Path, *, threads: int, is_float32: bool) -> Peer:
+    """A GGUF file in OpenVINO GenAI, which reads it by itself.
+
+    Args:
+        file: the model.
+        threads: that it computes with.
+        is_float32: compute, and keep keys and values, in float32, as ours are; else in its defaults, which round
+            activations, and keys and values, to 8 bits.
+
+    Raises:
+        MethodError: it is not installed, cannot be loaded, or cannot read the file.
+    """
+    try:
+        module, runtime = (importlib.import_module(name) for name in ("openvino_genai", "openvino"))
+    except ModuleNotFoundError as error:
+        raise MethodError(f"OpenVINO GenAI: not installed; run {pip_install('dynatree[peers]')}") from error
+    except (ImportError, OSError, RuntimeError) as error:
+        raise MethodError(f"OpenVINO GenAI: cannot be loaded ({type(error).__name__}: {error})") from error
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads}
+    if is_float32:
+        settings |= {
+            "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        }  # fmt: skip
+    try:
+        engine: Any = module.LLMPipeline(str(file), "CPU", **settings)
+    except RuntimeError as error:  # its only one; the reason follows the place in its sources
+        reason = str(error).strip().splitlines()[-1]
+        raise MethodError(f"OpenVINO GenAI: cannot read {file.name} ({reason})") from error
+
+    def decode(prompt_ids: Sequence[int], max_new_tokens: int, end_ids: Sequence[int]) -> Decoded:
+        ids = np.array([prompt_ids], np.int64)
+        how = module.GenerationConfig()  # greedy; that of the file has its own end tokens
+        how.max_new_tokens, how.ignore_eos, how.stop_token_ids = max_new_tokens, not end_ids, set(end_ids)
+        inputs = module.TokenizedInputs(runtime.Tensor(ids), runtime.Tensor(np.ones_like(ids)))
+        found = engine.generate(inputs, how)
+        token_ids = tuple(map(int, found.tokens[0]))
+        number = len(token_ids)
+        milliseconds = found.perf_metrics.get_tpot().mean  # of a token after the first
+        return Decoded(token_ids, number * milliseconds / 1000 if number > 1 else 0.0)
+
+    return Peer(decode)
 
 
 def write_gguf(source: Path, file: Path, kind: str) -> None:

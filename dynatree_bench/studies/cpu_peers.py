@@ -2,18 +2,20 @@
 
 Question: time of a pass over few rows relative to max(bytes ÷ bandwidth, operations ÷ peak), for our runners and for
 llama.cpp; tokens per second of plain decoding, of the default stack, of transformers' `generate` and of llama.cpp, each
-with its prompt lookup too; memory of a process.
+with its prompt lookup too, and of OpenVINO GenAI; memory of a process; seconds from a command to its first token.
 
-Method: the embedded model's GGUF file is written as F32, F16 and Q8_0 too, and each file goes to llama.cpp and to our
-native runner, so that weights are equal to the bit. The prompts are decoded greedily by every way, one prompt a round,
-in rotating order after a warm-up; the read bandwidth, the peak of a float32 product of 1,024 rows and passes over 1 to
-32 rows behind 256 tokens are measured in the same rounds. Bytes are those of the weights, without keys and values. A
-speed is all tokens ÷ all decoding seconds, the prompt's pass and the token that comes out of it left out; ratios have
-95 % intervals over the prompts. Each text is compared with plain decoding by our native runner from the same file.
-llama.cpp keeps keys and values in float32 for F32, else in its default. Memory: a process for each way, its highest
-resident size, beside what it has when the engine's library is imported.
+Method: the embedded model's GGUF file is written as F32, F16 and Q8_0 too, and each file goes to llama.cpp, to OpenVINO
+GenAI where it can read it, and to our native runner, so that weights are equal to the bit. The prompts are decoded
+greedily by every way, one prompt a round, in rotating order after a warm-up; the read bandwidth, the peak of a float32
+product of 1,024 rows and passes over 1 to 32 rows behind 256 tokens are measured in the same rounds. Bytes are those of
+the weights, without keys and values. A speed is all tokens ÷ all decoding seconds, the prompt's pass and the token that
+comes out of it left out; ratios have 95 % intervals over the prompts. Each text is compared with plain decoding by our
+native runner from the same file. The others keep keys and values in float32 for F32, else in their defaults. Memory: a
+process for each way, its highest resident size, beside what it has when the engine's library is imported. Start:
+`dynatree generate` with the default model in a process of its own, from its start to the first byte of the answer,
+beside importing torch alone; the fastest of some.
 
-Output: ratios, speeds, passes, memory. Engines that are not installed are said.
+Output: ratios, speeds, passes, memory, starts. Engines that are not installed, or cannot read a file, are said.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from dynatree_bench.run.experiments import Cell, Method
 from dynatree_bench.run.methods import decode
 from dynatree_bench.run.pairs import MethodError, Pair, load_pair
 from dynatree_bench.run.passes import CONTEXT, filled, pass_seconds
-from dynatree_bench.run.peers import KINDS, LOOKUPS, Peer, llama_cpp, matrix_sizes, write_gguf
+from dynatree_bench.run.peers import KINDS, LOOKUPS, Peer, llama_cpp, matrix_sizes, openvino, write_gguf
 from dynatree_bench.run.progress import Job, in_rounds
 from dynatree_bench.studies.memory import peak_memory
 from dynatree_bench.studies.study import Asked, Study
@@ -59,7 +61,7 @@ ROWS = (1, 2, 4, 6, 8, 16, 32)
 REPEATS = 3  # of a pass in a round; the fastest counts
 STORED = "Q4_1"  # kind of the embedded model's own file
 PLAIN, STACK, LOOKUP = "plain", usual_policy(None), "prompt lookup"
-NATIVE, LLAMA, HF = "native", "llama.cpp", "hf generate"
+NATIVE, LLAMA, OPENVINO, HF = "native", "llama.cpp", "OpenVINO", "hf generate"
 WARM_UP_TOKENS = 8
 MEMORY_SLOTS, MEMORY_TOKENS = 512, 32  # of the generation whose memory is measured
 PEAK_SIZE = 1024  # rows and columns of the product that shows the peak
@@ -67,13 +69,20 @@ PROGRAM = (
     "import json, sys; from dynatree_bench.studies import cpu_peers; "
     "print(json.dumps(cpu_peers.memory_of(*sys.argv[1:])))"
 )
+NUM_STARTS = 3  # of each program, after one that does not count
+STARTS = {  # what is shown -> a program that prints something once it has started
+    "`dynatree generate` to its first token": (
+        "from dynatree_core.cli.group import main; main(['generate', '--max-new-tokens', '1', 'Why is the sky blue?'])"
+    ),
+    "importing torch": "import torch; print(torch.__version__)",
+}
 
 
 @attrs.frozen
 class Way:
     """A way to decode."""
 
-    engine: str  # NATIVE, "packed", LLAMA or HF
+    engine: str  # NATIVE, "packed", LLAMA, OPENVINO or HF
     kind: str  # of the weights
     how: str  # PLAIN, a stack or LOOKUP, of llama.cpp with the number of drafted tokens
 
@@ -168,7 +177,8 @@ def _measured(asked: Asked, source: Path, folder: Path) -> dict[str, Any]:
         "flops": run.flops,
         "passes": run.passes,
         "speeds": _with_agreement(run),
-        "memory": _memory(files, folder, pair, with_peers=bool(peers)),
+        "memory": _memory(files, folder, pair, [way for way in peers if way.how == PLAIN]),
+        "starts": {name: _start(program) for name, program in STARTS.items()},
     }
 
 
@@ -191,22 +201,25 @@ def _opened(folder: Path, kind: str) -> LoadedModel:
 
 
 def _peers(files: Mapping[str, Path], slots: int) -> tuple[dict[Way, Peer], list[str]]:
-    """Other engines by what they are to do, and a line for each that is not here."""
+    """Other engines by what they are to do, and a line for each that is not here, or cannot read a file."""
     found: dict[Way, Peer] = {}
+    left_out: dict[str, None] = {}  # each once, in order
+    hows = {(LLAMA, PLAIN if number is None else f"{LOOKUP} of {number}"): number for number in (None, *LOOKUPS)}
     for kind, file in files.items():
-        for number in (None, *LOOKUPS):
+        for (engine, how), number in (hows | {(OPENVINO, PLAIN): None}).items():
+            way = Way(engine, kind, how)
             try:
-                peer = llama_cpp(
-                    file,
-                    threads=torch.get_num_threads(),
-                    num_slots=slots,
-                    num_drafted=number,
-                    is_float32=kind == "F32",
-                )
+                found[way] = _opened_peer(way, file, torch.get_num_threads(), slots, number)
             except MethodError as error:
-                return {}, [str(error)]
-            found[Way(LLAMA, kind, PLAIN if number is None else f"{LOOKUP} of {number}")] = peer
-    return found, []
+                left_out[str(error)] = None
+    return found, list(left_out)
+
+
+def _opened_peer(way: Way, file: Path, threads: int, slots: int, num_drafted: int | None = None) -> Peer:
+    is_float32 = way.kind == "F32"
+    if way.engine == OPENVINO:
+        return openvino(file, threads=threads, is_float32=is_float32)
+    return llama_cpp(file, threads=threads, num_slots=slots, num_drafted=num_drafted, is_float32=is_float32)
 
 
 def _device_jobs(run: _Measuring) -> list[Job]:
@@ -244,6 +257,7 @@ def _pass_jobs(run: _Measuring, pair: Pair, pairs: Mapping[str, Pair], peers: Ma
             note(way, rows, min(pass_seconds(*ways[way], rows) for _ in range(REPEATS if turn else 1)), turn)
 
     def of_peer(way: str, peer: Peer, turn: int) -> None:
+        assert peer.pass_seconds is not None, "llama.cpp lets passes be measured"
         for rows, seconds in peer.pass_seconds(ROWS, REPEATS if turn else 1).items():
             note(way, rows, seconds, turn)
 
@@ -313,13 +327,13 @@ def _num_equal(text: Sequence[int], reference: Sequence[int]) -> int:
 # ---- memory ---------------------------------------------------------------------------------------------------
 
 
-def _memory(files: Mapping[str, Path], folder: Path, pair: Pair, *, with_peers: bool) -> dict[str, dict[str, int]]:
+def _memory(files: Mapping[str, Path], folder: Path, pair: Pair, of_peers: Sequence[Way]) -> dict[str, dict[str, int]]:
     """Way -> bytes of its process: "imported" when the engine's library is imported, "peak" at most."""
     drafter = str(pair.drafter)
     asked = [(Way(NATIVE, kind, how), folder / kind) for kind in files for how in (PLAIN, STACK)]
     asked = [(way, place) for way, place in asked if way.how == STACK or way.kind == STORED]
     asked += [(Way("packed", "F32", STACK), folder / "F32")] if can_pack(pair.target.model) else []
-    asked += [(Way(LLAMA, kind, PLAIN), file) for kind, file in files.items() if with_peers]
+    asked += [(way, files[way.kind]) for way in of_peers]
     found = {}
     for way, place in asked:
         found[str(way)] = _in_process(str(way), str(place), drafter, str(torch.get_num_threads()))
@@ -327,10 +341,9 @@ def _memory(files: Mapping[str, Path], folder: Path, pair: Pair, *, with_peers: 
 
 
 def _in_process(*arguments: str) -> dict[str, int]:
-    """What `memory_of` says in a process of its own, which finds the modules that this one has found."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    """What `memory_of` says in a process of its own."""
     command = [sys.executable, "-c", PROGRAM, *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=_environment())
     told: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return told
 
@@ -348,15 +361,8 @@ def memory_of(name: str, place: str, drafter: str, threads: str) -> dict[str, in
     torch.set_num_threads(int(threads))
 
     def work() -> None:
-        if way.engine == LLAMA:
-            peer = llama_cpp(
-                Path(place),
-                threads=int(threads),
-                num_slots=MEMORY_SLOTS,
-                num_drafted=None,
-                is_float32=way.kind == "F32",
-            )
-            peer.decode(prompt, MEMORY_TOKENS, [])
+        if way.engine in (LLAMA, OPENVINO):
+            _opened_peer(way, Path(place), int(threads), MEMORY_SLOTS).decode(prompt, MEMORY_TOKENS, [])
             return
         loaded = _opened(Path(place), way.kind) if way.engine == NATIVE else load_model(place, device="cpu")
         drafts, policy = (None, "autoregressive") if way.how == PLAIN else (drafter, way.how)
@@ -372,6 +378,32 @@ def memory_of(name: str, place: str, drafter: str, threads: str) -> dict[str, in
 
     imported = psutil.Process().memory_info().rss
     return {"imported": int(imported), "peak": peak_memory(work)}
+
+
+def _environment() -> dict[str, str]:
+    """Of a process that finds the modules that this one has found."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def _start(program: str) -> dict[str, float]:
+    """Seconds from the start of a process to the first byte that it prints, and of all its threads' computing.
+
+    The fewest of some, after one that reads files from the disk.
+    """
+    waited, computed = [], []
+    command, to = [sys.executable, "-c", program], subprocess.PIPE
+    for _ in range(1 + NUM_STARTS):
+        before, begun = os.times(), time.perf_counter()
+        with subprocess.Popen(command, stdout=to, stderr=to, env=_environment()) as child:
+            assert child.stdout is not None
+            first = child.stdout.read(1)
+            waited.append(time.perf_counter() - begun)
+            _, told = child.communicate()
+        if child.returncode or not first:
+            raise MethodError(f"a start ended with {child.returncode}: {told.decode(errors='replace').strip()[-1000:]}")
+        after = os.times()
+        computed.append(sum(after[2:4]) - sum(before[2:4]))  # of children, user and system
+    return {"seconds": min(waited[1:]), "computing": min(computed[1:])}
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------
@@ -431,16 +463,18 @@ def _ratio_table(found: Mapping[str, Any]) -> Table | None:
         plain, stack, theirs = Way(NATIVE, kind, PLAIN), Way(NATIVE, kind, STACK), Way(LLAMA, kind, PLAIN)
         lookup = _fastest(found, _lookups(kind))
         rows.append((f"plain ÷ llama.cpp plain, {kind}", times_as_fast(found, plain, theirs)))
+        rows.append((f"plain ÷ OpenVINO plain, {kind}", times_as_fast(found, plain, Way(OPENVINO, kind, PLAIN))))
         rows.append((f"default stack ÷ llama.cpp plain, {kind}", times_as_fast(found, stack, theirs)))
         if lookup is not None:
             label = f"default stack ÷ llama.cpp's prompt lookup, {kind} (the faster one, {lookup.how})"
             rows.append((label, times_as_fast(found, stack, lookup)))
     installed = Way(NATIVE, STORED, STACK)
-    every = [Way.named(name) for name in found["speeds"]]
-    best = _fastest(found, [way for way in every if way.engine == LLAMA])
-    if best is not None:
-        label = f"default stack as installed ÷ the fastest of llama.cpp in any precision ({best})"
-        rows.append((label, times_as_fast(found, installed, best)))
+    theirs_all = [way for name in found["speeds"] if (way := Way.named(name)).engine in (LLAMA, OPENVINO)]
+    choices = {"": theirs_all, " with equal texts": [way for way in theirs_all if is_equal(found, str(way))]}
+    for which, ways in choices.items():
+        if (best := _fastest(found, ways)) is not None:
+            label = f"default stack as installed ÷ the fastest of other engines in any precision{which} ({best})"
+            rows.append((label, times_as_fast(found, installed, best)))
     for how in (PLAIN, STACK):
         memory = found["memory"].get(str(Way(NATIVE, STORED, how)))
         if memory is not None and memory["peak"]:  # 0 where the system does not tell
@@ -468,7 +502,7 @@ def _speed_table(found: Mapping[str, Any]) -> Table | None:
     note = (
         "All prompts together, and median and quartiles over them. Of the limit: time to read the weights ÷ time of a "
         "token. Equal: texts that are those of plain native decoding from the same file; llama.cpp rounds activations "
-        "to 16 or 8 bits where the weights have no more."
+        "to 16 or 8 bits where the weights have no more, OpenVINO to 8, and keys and values too."
     )
     header = ("way", "tokens/s", "by prompt", "of the limit (%)", "equal texts")
     return simple("speeds", "Speeds", note, header, rows)
@@ -502,8 +536,14 @@ def _memory_table(found: Mapping[str, Any]) -> Table | None:
     return simple("memory", "Memory of a process", note, header, rows)
 
 
+def _start_table(found: Mapping[str, Any]) -> Table | None:
+    rows = [(name, numbers["seconds"], numbers["computing"]) for name, numbers in found["starts"].items()]
+    note = "The fewest of some starts, files being in memory. Computing: seconds of all threads, user and system."
+    return simple("starts", "Starts of a process", note, ("what", "seconds", "computing"), rows)
+
+
 def tables(found: Mapping[str, Any]) -> Sequence[Table | None]:
-    return [_ratio_table(found), _speed_table(found), _pass_table(found), _memory_table(found)]
+    return [f(found) for f in (_ratio_table, _speed_table, _pass_table, _memory_table, _start_table)]
 
 
 def sentences(found: Mapping[str, Any]) -> Sequence[str]:
