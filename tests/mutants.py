@@ -889,6 +889,24 @@ MUTANTS = (
         "            None,\n",
         ("tests/test_serve_spans.py::test_a_request_has_one_span_with_times_and_figures",),
     ),
+    Mutant(
+        "processes that share a model are not compared",
+        "    if any(not torch.equal(own, other) for other in found):\n",
+        "    if False:\n",
+        ("tests/test_placement.py::test_processes_that_share_a_model_have_the_tokens_of_generate",),
+    ),
+    Mutant(
+        "an offloaded model is where its first weight is",
+        "    return next(iter(_hooked_devices(model)), device) if device == META else device\n",
+        "    return device\n",
+        ("tests/test_placement.py::test_an_offloaded_target_has_the_tokens_of_generate",),
+    ),
+    Mutant(
+        "weights that nothing brings are taken",
+        "    if lost:\n",
+        "    if False:\n",
+        ("tests/test_placement.py::test_weights_without_values_are_refused",),
+    ),
 )
 
 

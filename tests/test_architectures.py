@@ -232,10 +232,10 @@ def test_rows_that_depend_on_each_other_are_refused(module, name):
         generate(model, None, [1, 2, 3])
 
 
-def test_a_model_over_several_devices_is_refused():
+def test_a_layer_without_values_is_refused():
     model = copy.deepcopy(tiny_model("llama"))
     model.model.layers[1].to("meta")
-    with pytest.raises(UnsupportedModelError, match="its weights are on cpu, meta; load it on one device"):
+    with pytest.raises(UnsupportedModelError, match="is on the meta device and nothing brings it"):
         generate(model, None, [1, 2, 3])
 
 

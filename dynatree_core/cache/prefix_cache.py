@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.errors import ParameterError
+from dynatree_core.models.placement import computing_device
 from dynatree_core.models.state import state_of
 from dynatree_core.plugins.params import as_python
 
@@ -153,7 +154,7 @@ class PrefixCache:
 
 def _way_of(model: nn.Module, is_drafter: bool) -> Hashable:
     """What can be changed about a model object, or around it, so that its rows come out otherwise."""
-    device: torch.device = model.device  # type: ignore[assignment]
+    device = computing_device(model)
     is_autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if is_autocast else model.dtype
     return device, model.dtype, dtype, state_of(model, reads_weights=False, reads_code=not is_drafter)

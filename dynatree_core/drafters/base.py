@@ -22,6 +22,7 @@ from dynatree_core.cache.sink_cache import SinkWindow
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import ContextLimitError
 from dynatree_core.models.architectures import max_positions
+from dynatree_core.models.placement import brought_to
 from dynatree_core.runners.base import PassOutput, Runner
 from dynatree_core.runners.choice import drafters_runner, made_runner
 from dynatree_core.runners.passes import AskedPass, Passes
@@ -303,8 +304,9 @@ class _ElsewhereState(DraftState):
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """The device of a model's first tensor; None if it has no tensor."""
-    return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
+    """The device of a model's first tensor, or to which it is brought for a pass; None if it has no tensor."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return None if first is None else brought_to(model, first.device)
 
 
 def padded_proposals(token_ids: Tensor, logprobs: Tensor, k: int) -> Proposals:

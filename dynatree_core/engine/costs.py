@@ -30,6 +30,7 @@ from dynatree_core.files.folders import cache_root
 from dynatree_core.files.writing import write_text
 from dynatree_core.models.architectures import max_positions, vocab_size
 from dynatree_core.models.kept import kept_of
+from dynatree_core.models.placement import computing_device
 from dynatree_core.models.state import without_gradients
 from dynatree_core.runners.choice import drafters_runner, made_runner, runner_for
 from dynatree_core.runners.passes import Passes
@@ -287,7 +288,7 @@ class _TargetBench:
     """A target with a few committed tokens in a cache of its own."""
 
     def __init__(self, target: nn.Module, runner: str) -> None:
-        self.device: torch.device = target.device  # type: ignore[assignment]
+        self.device = computing_device(target)
         self.num_prefix = _prefix_len(target)
         made = made_runner(target, runner)
         self.passes = Passes(made, StageClock(self.device))
@@ -325,7 +326,7 @@ class _DrafterBench:
         tokenizer: PreTrainedTokenizerBase | None,
         store: MutableMapping[Hashable, Any],
     ) -> None:
-        self.device: torch.device = target.device  # type: ignore[assignment]
+        self.device = computing_device(target)
         num_prefix = min(_prefix_len(target), _room(drafter.context_limit(target)))
         clock = StageClock(self.device)
         size = vocab_size(target)

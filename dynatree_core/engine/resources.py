@@ -26,6 +26,7 @@ from dynatree_core.engine.row_probe import refuse_dependent_rows
 from dynatree_core.errors import DrafterError, ForwardPassError, OutOfMemoryError, ParameterError
 from dynatree_core.models.architectures import vocab_size
 from dynatree_core.models.kept import kept_of
+from dynatree_core.models.placement import computing_device, num_processes
 from dynatree_core.models.state import can_infer
 from dynatree_core.models.stored import StoredModel
 from dynatree_core.models.wrappers import plain_model
@@ -85,7 +86,7 @@ class Resources:
         self.max_bytes = None if max_bytes is None else checked_count("max_bytes", max_bytes, 1)
         self.caller = target  # as the caller knows it, such as PEFT's wrapper
         self.target = plain_model(target, "target", is_trusted=trust_model)
-        self.device: torch.device = self.target.device  # type: ignore[assignment]
+        self.device = computing_device(self.target)
         self.vocab_size = vocab_size(self.target)
         self.runner = runner
         self.tokenizer = tokenizer
@@ -311,6 +312,12 @@ class Resources:
         """
         if self._given_costs is not None:
             return self._given_costs
+        models = (self.target, *(() if self.drafter is None else self.drafter.models(self.target)))
+        if any(num_processes(model) > 1 for model in models):  # each would measure, and then draft, something else
+            raise ParameterError(
+                "costs are measured by one process, but several share the model's weights; give costs= the same "
+                "numbers in each, or take a policy that asks for none, such as phase3"
+            )
         runner = self._runner_name(is_fixed_width)
         if runner not in self._costs:
             blamed = others_code(self.blamed_on_drafter, DrafterError, ForwardPassError, OutOfMemoryError)

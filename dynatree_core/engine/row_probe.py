@@ -36,6 +36,7 @@ from dynatree_core.clock import StageClock
 from dynatree_core.errors import ForwardPassError, UnsupportedModelError
 from dynatree_core.models.architectures import cache_argument, max_positions, vocab_size
 from dynatree_core.models.comparable import comparable, noting_hooks_that_keep
+from dynatree_core.models.placement import computing_device
 from dynatree_core.models.state import foreign_parts, hooks_of, state_of, without_gradients
 from dynatree_core.request.arguments import DEFAULT_MAX_NODES
 from dynatree_core.runners.eager import EagerRunner
@@ -112,7 +113,7 @@ def row_fault(model: nn.Module, caller: nn.Module | None = None) -> RowFault | N
         if state in known:
             return known[state]
         # random layers of somebody's own must not move the generators that sampling draws from
-        device: torch.device = model.device  # type: ignore[assignment]
+        device = computing_device(model)
         unmoved = torch.random.fork_rng([device] if device.type == "cuda" else [])
         with unmoved, without_gradients(model, caller), noting_hooks_that_keep(hooks_of(model)):
             fault = _asked(model, caller)
@@ -193,13 +194,13 @@ class _Probe:
         size = vocab_size(model)
         text = [draw.randrange(size) for _ in range(num_prefix + 2)]
         hidden = [[draw.randrange(size) for _ in range(NUM_NODES - 2)] for _ in range(1 + NUM_OTHERS)]
-        device: torch.device = model.device  # type: ignore[assignment]
+        device = computing_device(model)
         return cls(model, torch.tensor(text[:-2], device=device), text[-2], text[-1], hidden)
 
     @property
     def unit(self) -> float:
         """The unit in the last place of 1, in the coarsest precision that the model computes in."""
-        device: torch.device = self.model.device  # type: ignore[assignment]
+        device = computing_device(self.model)
         dtype: torch.dtype = self.model.dtype  # type: ignore[assignment]
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)

@@ -44,6 +44,7 @@ from dynatree_core.hf.rows import (
 )
 from dynatree_core.models.adapters import adapters_of_rows
 from dynatree_core.models.architectures import cache_argument
+from dynatree_core.models.placement import computing_device
 from dynatree_core.request.defaults import DEFAULT_POLICY
 from dynatree_core.request.refused import refused_settings
 from dynatree_core.request.sampling import Sampler
@@ -318,7 +319,7 @@ def _begin_with(session: Session, asked: _Asked) -> None:
             "out"
         )
     model: Any = asked.model
-    dtype = None if torch.is_autocast_enabled(model.device.type) else model.dtype
+    dtype = None if torch.is_autocast_enabled(computing_device(model).type) else model.dtype
     take_rows(asked.cache, session.cache, asked.input_ids.shape[1], dtype)
 
 

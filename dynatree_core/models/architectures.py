@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from dynatree_core.errors import UnsupportedModelError
+from dynatree_core.models.placement import reason_against_place
 from dynatree_core.tree.flatten import FlatTrees
 
 __all__ = [
@@ -198,9 +199,9 @@ def _reason_against(model: nn.Module, config: Any) -> str | None:
             "its activations are quantised by what is in all rows of a pass, so what a node says depends on the nodes "
             "beside it; quantise the weights alone"
         )
-    devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
-    if len(devices) > 1:
-        return f"its weights are on {', '.join(devices)}; load it on one device"
+    misplaced = reason_against_place(model)
+    if misplaced is not None:
+        return misplaced
     if model.get_output_embeddings() is None:  # type: ignore[operator]
         return "it has no language-modelling head; load it with AutoModelForCausalLM.from_pretrained"
     if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):  # Falcon, MPT

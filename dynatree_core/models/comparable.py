@@ -61,6 +61,8 @@ def comparable(value: object, *, reads_code: bool = False, depth: int = 0) -> Ha
         return type(value).__name__, value  # 1, 1.0 and True are not the same setting
     if isinstance(value, Tensor):
         return tensor_state(value)
+    if type(value).__module__.startswith("accelerate."):  # its maps of offloaded weights would read them from the disk
+        return _Same(value)
     within = functools.partial(comparable, reads_code=reads_code, depth=depth + 1)
     if depth < _MAX_DEPTH:
         if isinstance(value, Mapping):

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import torch
 from torch import Tensor, nn
 from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 from dynatree_core.cache.sink_cache import SinkWindow, refuse_beside
 from dynatree_core.errors import ParameterError
 from dynatree_core.models.architectures import forward_parameters, max_positions, vocab_size
+from dynatree_core.models.placement import computing_device, num_processes
 from dynatree_core.models.wrappers import refuse_own_generate
 from dynatree_core.policy.build import build_stack
 from dynatree_core.policy.stack import PolicyStack
@@ -177,6 +177,7 @@ class Request:
             options.settings,
             (*OPTION_NAMES, *other_options),
         )
+        refuse_apart(target, config, options.seed)
         eos_token_ids = end_token_ids(config, options.eos_token_id)
         if attention_mask is None and isinstance(input_ids, Tensor):  # as generate() does; a list has no padding
             attention_mask = guessed_mask(given_ids, config.pad_token_id, eos_token_ids)
@@ -194,7 +195,7 @@ class Request:
             len(given_ids) - padding if positions is None else max(positions) + 1,
             max_positions(target) if kept is None else None,
         )
-        device: torch.device = target.device  # type: ignore[assignment]
+        device = computing_device(target)
         added = penalties(
             options.logit_bias,
             options.presence_penalty,
@@ -247,6 +248,24 @@ class Request:
             on_prefill=options.on_prefill,
             observer=options.observer,
             on_error=options.on_error,
+        )
+
+
+def refuse_apart(target: nn.Module, config: GenerationConfig, seed: int | None) -> None:
+    """Refuse what each of the processes that share a model would decide by itself.
+
+    Raises:
+        ParameterError: naming it.
+    """
+    number = num_processes(target)
+    if number > 1 and config.do_sample and seed is None:
+        raise ParameterError(
+            f"sampling by {number} processes that share a model needs the same seed= in each, got none"
+        )
+    if number > 1 and config.max_time is not None:
+        raise ParameterError(
+            f"{number} processes that share a model must stop at the same token, so max_time cannot be used; give "
+            "max_new_tokens"
         )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from dynatree_core import ops
 from dynatree_core.errors import DynaTreeError, ParameterError, PluginLoadError
 from dynatree_core.models.kept import kept_of
+from dynatree_core.models.placement import reason_to_call
 from dynatree_core.models.stored import StoredModel
 from dynatree_core.plugins.foreign import others_code, raised
 from dynatree_core.plugins.registry import RUNNERS, check_runner_name, load_plugin, plugin_table
@@ -24,6 +25,7 @@ __all__ = ["drafters_runner", "load_runner", "made_runner", "make_runner", "runn
 
 NATIVE = "native"  # the runner of a `StoredModel`
 PACKED = "packed"  # what serves a CPU where that cannot
+READING = (NATIVE, PACKED, "cudagraph")  # those that read or record where weights are
 
 
 def make_runner(model: nn.Module, name: str, *, kept: Kept | None = None) -> Runner:
@@ -83,6 +85,9 @@ def runner_for(model: nn.Module, name: str, *, kept: Kept | None = None, any_cac
         kind = load_runner(name)
         with _named(name):
             reason, is_eager_better = kind.reason_against(model), kind.reason_for_eager(model) is not None
+        to_call = reason_to_call(model) if name in READING else None
+        if to_call is not None:
+            reason = f"reads a model's weights, but {to_call}"
         if reason is not None:
             raise ParameterError(f"the {name} runner {reason}; use runner='auto'")
         return EagerRunner.name if is_eager_better else name

@@ -22,6 +22,7 @@ from dynatree_core.models.architectures import (
     max_positions,
     num_embeddings,
 )
+from dynatree_core.models.placement import check_same_pass
 from dynatree_core.models.state import without_gradients
 from dynatree_core.runners.agreement import TOLERANCE, apart
 from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner, kept_copy
@@ -130,6 +131,7 @@ class EagerRunner(Runner):
         last_row_only: bool = False,
     ) -> PassOutput:
         """Call the model; the tensors are [lanes, rows]."""
+        check_same_pass(self.model, token_ids, position_ids)
         arguments: dict[str, object] = {
             "input_ids": token_ids,
             "attention_mask": masks,

@@ -14,7 +14,9 @@ import anyio.to_thread
 
 from dynatree_core.engine.engine import Engine
 from dynatree_core.engine.observer import Observer
+from dynatree_core.errors import ParameterError
 from dynatree_core.models.architectures import max_positions
+from dynatree_core.models.placement import num_processes
 from dynatree_core.serve.answers import Answers
 from dynatree_core.serve.asked import Asked, Reader
 from dynatree_core.serve.clients import Clients
@@ -57,6 +59,8 @@ class Service:
         spans: Spans | None = None,
     ) -> None:
         first = next(iter(engines.values()))
+        if num_processes(first.target) > 1:
+            raise ParameterError("a server has its model in one process, but several share this one's weights")
         assert first.tokenizer is not None, "a server reads texts"
         self.settings = settings
         self.spans = spans
