@@ -191,7 +191,18 @@ _OPTIONS = [
 ]
 
 
+class _Names(click.ParamType):
+    """Names, separated by commas."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return value if isinstance(value, tuple) else tuple(part.strip() for part in str(value).split(","))
+
+
 _OF_STUDIES = [  # no experiment has them
+    click.Option(["--steps"], type=_Names(), metavar="NAME[,NAME…]", help="Run these steps.  [default: all]"),
+    click.Option(["--plan", "is_plan"], is_flag=True, help="Print the steps with their bounds of time, and run none."),
     click.Option(
         ["--batch-size", "batch_sizes"], type=_Counts(), metavar="N[,N…]", help="Sequences that are decoded at once."
     ),
@@ -223,7 +234,7 @@ def _study_command(name: str) -> click.Command:
 def _run_study(name: str, *, out: Path | None, with_report: bool, threads: int | None, **given: Any) -> int:
     from dynatree_bench.data.workloads import Picks
     from dynatree_bench.run.pairs import Models
-    from dynatree_bench.studies.study import Asked, run_study
+    from dynatree_bench.studies.study import Asked, find_study, run_study
 
     if threads is not None:
         _set_threads(threads)
@@ -233,6 +244,10 @@ def _run_study(name: str, *, out: Path | None, with_report: bool, threads: int |
     picks = Picks(known.pop("column", None), known.pop("categories", ()), known.pop("is_played", False), given["seed"])
     out = out or DEFAULT_OUT / (f"{name}-quick" if given["is_quick"] else name)
     asked = Asked(models, out, picks=picks, **known)
+    study = find_study(name)
+    if asked.is_plan and study.plan is not None:
+        click.echo("\n".join(study.plan(asked)))
+        return 0
     with console.warnings_in_one_line():
         found = run_study(name, asked, command=_typed())
     _show(found)
@@ -240,7 +255,7 @@ def _run_study(name: str, *, out: Path | None, with_report: bool, threads: int |
         from dynatree_bench.studies.study import write_report as write
 
         click.echo(f"tables and figures of it: {write(found, out / 'report')}")
-    return 0
+    return 1 if study.is_bad(found.found) else 0
 
 
 def _show(found: Found) -> None:

@@ -6,21 +6,32 @@ the host longer to launch than the GPU to run. What is counted here bounds both.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
 import torch
-from pretended_device import Counts, by_stage, moved, pretended
+from pretended_device import PASSES, Counts, by_stage, moved, pretended
 
 from dynatree_bench.data.synthetic import Shape, synthetic_pair
 from dynatree_core import CostModel, Session
+from dynatree_core.cache.tree_cache import TreeCache
+from dynatree_core.clock import StageClock
 from dynatree_core.cost_model import StepFunction
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import PromptLookupDrafter
 from dynatree_core.drafters.union import UnionDrafter
+from dynatree_core.engine import costs
 from dynatree_core.generation import run
+from dynatree_core.models.architectures import EXACT_FAMILIES
+from dynatree_core.runners.eager import EagerRunner
+from dynatree_core.runners.passes import Passes
+from dynatree_core.testing.models import VARIANTS, tiny_variant
+from dynatree_core.tree.flatten import flatten
+from dynatree_core.tree.token_tree import TokenTree
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a device is pretended where there is none")
 
@@ -117,6 +128,39 @@ def test_what_an_iteration_asks_outside_passes_stays_within_its_limits(stack: st
 def test_a_commit_takes_as_many_operations_whatever_the_number_of_layers() -> None:
     few, many = (measured("fixed", "model", num_layers) for num_layers in (2, 8))
     assert many.counts.launches["commit"] == few.counts.launches["commit"] > 0
+
+
+# mixtures of experts ask which experts they need; two kinds of Falcon take keys by an index from the host
+WAITING = {"deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
+FALCONS = {"falcon", "falcon, one key head"}
+
+
+@pytest.mark.parametrize("name", [*EXACT_FAMILIES, *(name for name in VARIANTS if name.startswith("falcon"))])
+def test_which_families_wait_within_a_pass_and_cannot_be_recorded(name: str) -> None:
+    """docs/models.md lists them."""
+    model: Any = copy.deepcopy(tiny_variant(name)).float()
+    with pretended() as device, torch.no_grad():
+        passes = Passes(EagerRunner.make(moved(model), {}), StageClock(model.device))
+        cache = TreeCache(32)
+        passes.prefill(torch.arange(10, device=model.device), cache)
+        flat = flatten([TokenTree.root(torch.zeros(1, dtype=torch.int64, device=model.device))], [cache.length])
+        with by_stage(device), device.counting() as counts:
+            passes.forward(flat, cache, stage="verify")
+    assert any(stage == PASSES for stage, _ in counts.waits) == (name in WAITING | FALCONS)
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    _, _, listed = page.partition("What waits for the device within a pass")
+    assert f"`{name}`" in listed.partition("\n- ")[0] or name not in WAITING
+
+
+def test_calibration_counts_no_round_that_plans_or_records() -> None:
+    """A shape is planned when it comes first, and recorded when it comes for the second time."""
+    seconds = iter([9.0, 5.0, 1.0, 1.0])
+    found = costs._interleaved({1: lambda: next(seconds)}, 2, 1e9, torch.device("cuda"))
+    assert found == {1: 1.0}
+    hasty = iter([9.0, 5.0, 1.0])
+    assert costs._interleaved({1: lambda: next(hasty)}, 2, -1.0, torch.device("cuda")) == {1: 1.0}
+    on_cpu = iter([9.0])
+    assert costs._interleaved({1: lambda: next(on_cpu)}, 2, -1.0, torch.device("cpu")) == {1: 9.0}
 
 
 def test_times_of_stages_add_up_where_the_host_runs_ahead_of_the_device() -> None:

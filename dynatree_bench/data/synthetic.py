@@ -71,6 +71,10 @@ def _llama(hidden_size: int, intermediate_size: int, num_layers: int, num_heads:
 SHAPES = {
     "pythia-2.8b+70m": Shape(_neox(2560, 32, 32), _neox(512, 6, 8)),
     "llama-7b+68m": Shape(_llama(4096, 11008, 32, 32), _llama(768, 3072, 2, 12)),
+    "llama-8b+1b": Shape(
+        _llama(4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=128256),
+        _llama(2048, 8192, 16, 32, num_key_value_heads=8, vocab_size=128256),
+    ),
     "tiny": Shape(_llama(32, 48, 2, 4, vocab_size=8192), _llama(16, 24, 1, 2, vocab_size=8192)),
 }
 

@@ -50,6 +50,8 @@ class Asked:
     repeats: int | None = None
     seed: int = 0
     is_chat: bool | None = None
+    steps: tuple[str, ...] = ()  # of a study that has some
+    is_plan: bool = False  # only say what would run
 
     def load(self) -> Pair:
         """The models."""
@@ -92,6 +94,8 @@ class Study:
     tables: Callable[[Mapping[str, Any]], Sequence[Table | None]]  # of what was found
     panels: Callable[[Mapping[str, Any]], Sequence[Panel]] | None = None  # of a figure
     sentences: Callable[[Mapping[str, Any]], Sequence[str]] = lambda found: ()  # what is to be read first
+    plan: Callable[[Asked], Sequence[str]] | None = None  # lines that say what would run, for --plan
+    is_bad: Callable[[Mapping[str, Any]], bool] = lambda found: False  # whether the command is to fail
 
 
 @attrs.frozen
@@ -161,7 +165,7 @@ def _is_own(folder: Path, name: str) -> bool:
     try:
         return read_found(folder).name == name
     except InputError:
-        return {entry.name for entry in folder.iterdir()} == {"answers"}
+        return {entry.name for entry in folder.iterdir()} in ({"answers"}, {"steps"})
 
 
 def read_found(place: Path) -> Found:
@@ -201,9 +205,11 @@ def write_report(found: Found, out: Path) -> Path:
     lines = [f"# Benchmark results: {found.name}", "", studies()[found.name], ""]
     lines += [*(f"- {sentence}" for sentence in found.sentences), "", f"{foot} · {versions} · `{said['command']}`", ""]
     lines += write_tables(found.tables, out)
-    if (panels := find_study(found.name).panels) is not None:
+    make_panels = find_study(found.name).panels
+    panels = make_panels(found.found) if make_panels is not None else ()
+    if panels:
         (out / "figures").mkdir(parents=True, exist_ok=True)
         busy = "" if "not to be believed" not in " ".join(found.sentences) else " (on a busy machine: provisional)"
-        draw_panels(panels(found.found), found.name, foot + busy, out / "figures" / f"{found.name}.svg")
+        draw_panels(panels, found.name, foot + busy, out / "figures" / f"{found.name}.svg")
         lines += ["## Figure", "", f"![{found.name}](figures/{found.name}.svg)"]
     return write_lines(out / "report.md", lines)

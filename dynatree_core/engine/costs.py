@@ -273,14 +273,15 @@ def _interleaved(
     """The median of each point, every round measuring each of them: what slows the machine down hits them alike.
 
     The first round allocates and chooses kernels, and counts only where there is no patience for another. On a GPU it
-    plans attention and records graphs as well, which takes many times what a pass takes, so there it never counts.
+    plans attention, and the second one records what comes for the second time. Either takes many times what a pass
+    takes, so neither ever counts there.
     """
     samples: list[dict[int, float]] = []
     end = time.perf_counter() + patience
-    least = 1 if device.type == "cpu" else 2
-    while len(samples) <= rounds and (len(samples) < least or time.perf_counter() < end):
+    warm_ups, least = (1, 1) if device.type == "cpu" else (2, 3)
+    while len(samples) < warm_ups + rounds and (len(samples) < least or time.perf_counter() < end):
         samples.append({point: measure() for point, measure in points.items()})
-    counted = samples[1:] or samples
+    counted = samples[warm_ups:] or samples
     return {point: statistics.median_low([found[point] for found in counted]) for point in points}
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "cache_argument",
     "check_causal_lm",
     "forward_parameters",
+    "grouped_bias",
     "max_positions",
     "model_inside",
     "num_embeddings",
@@ -109,13 +110,13 @@ class AttentionLayout:
             distance = flat.position_ids[:, :, None] - flat.slot_positions[:, None, :]
             visible = visible & (distance < window)
         if self.group is not None:
-            return _bias(visible, dtype, self.group)
+            return grouped_bias(visible, dtype, self.group)
         if self.is_additive:  # SDPA with a float mask of another dtype than the queries is silently wrong
             visible = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
         return visible[:, None]
 
 
-def _bias(visible: Tensor, dtype: torch.dtype, group: int) -> Tensor:
+def grouped_bias(visible: Tensor, dtype: torch.dtype, group: int) -> Tensor:
     """[lanes, 1, group * rows, slots]: 0 where a row sees a slot; each row once for each head of a group.
 
     A row of it begins at a multiple of BIAS_ALIGNMENT in memory, without which torch copies it in every layer.

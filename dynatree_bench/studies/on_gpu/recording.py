@@ -1,0 +1,42 @@
+"""How many passes a generation records, how long that takes, and whether memory stays over many generations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dynatree_bench.run.machine import now
+from dynatree_bench.studies.on_gpu.given import Given
+from dynatree_core import Engine
+from dynatree_core.runners.cudagraph import CudaGraphRunner
+
+NEW_TOKENS, PROMPT_TOKENS, NUM_GENERATIONS = 256, 64, 40
+
+
+def measure(given: Given) -> dict[str, Any]:
+    """By generation: seconds, recordings so far of target and drafter, their seconds, and bytes that are allocated."""
+    pair = given.pair()
+    assert pair.source is not None, "the pair is synthetic"
+    model = pair.target.model
+    name = given.runner(model)
+    engine = Engine(model, pair.drafter, runner=name, trust_model=True)
+    models = [model, *pair.drafter.models(model)]
+    rows = []
+    for turn in range(3 if given.is_dry else NUM_GENERATIONS):
+        prompt = pair.source.text(17 * turn, PROMPT_TOKENS)
+        begun = now(model.device)
+        asked = {"policy": "phase3", "max_new_tokens": 24 if given.is_dry else NEW_TOKENS, "eos_token_id": []}
+        report = engine.submit(prompt, inherit_settings=False, **asked).result().report
+        runners = [engine.runner_of(one, name) for one in models]
+        recorded = [one for one in runners if isinstance(one, CudaGraphRunner)]
+        rows.append(
+            {
+                "seconds": now(model.device) - begun,
+                "runner": report.runner,
+                "num_recorded": sum(one.num_recorded for one in recorded),
+                "recording_seconds": sum(one.recording_seconds for one in recorded),
+                "bytes": torch.cuda.memory_allocated(model.device) if model.device.type == "cuda" else None,
+            }
+        )
+    return {"generations": rows}
