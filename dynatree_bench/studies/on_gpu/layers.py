@@ -26,6 +26,6 @@ def measure(given: Given) -> dict[str, Any]:
                 num_iterations=4 if given.is_dry else NUM_ITERATIONS, trace=trace, policy=policy, runner=runner,
                 inherit_settings=False,
             )  # fmt: skip
-            said = attrs.asdict(attrs.evolve(found, operators=found.operators[:15]))
+            said = attrs.asdict(attrs.evolve(found, operators=found.operators[:15]), retain_collection_types=False)
             rows.append({"policy": policy, "asked": runner, "ms": sum(found.stages.values()), **said})
     return {"profiles": rows}
