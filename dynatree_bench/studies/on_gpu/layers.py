@@ -10,7 +10,7 @@ import attrs
 from dynatree_bench.run.profile import profile
 from dynatree_bench.studies.on_gpu.given import TREE, Given
 
-PROMPT_TOKENS, NUM_ITERATIONS = 128, 20
+PROMPT_TOKENS, NUM_ITERATIONS, NUM_OPERATORS = 128, 20, 15
 
 
 def measure(given: Given) -> dict[str, Any]:
@@ -26,6 +26,6 @@ def measure(given: Given) -> dict[str, Any]:
                 num_iterations=4 if given.is_dry else NUM_ITERATIONS, trace=trace, policy=policy, runner=runner,
                 inherit_settings=False,
             )  # fmt: skip
-            said = attrs.asdict(attrs.evolve(found, operators=found.operators[:15]), retain_collection_types=False)
+            said = {**attrs.asdict(found), "operators": [attrs.asdict(one) for one in found.operators[:NUM_OPERATORS]]}
             rows.append({"policy": policy, "asked": runner, "ms": sum(found.stages.values()), **said})
     return {"profiles": rows}
