@@ -81,7 +81,7 @@ def test_the_page_loads_nothing():
 
     Loads().feed(start_page().html)
     assert found == [("link", "href", "data:,"), ("a", "href", "#question")]
-    assert "://" not in start_page().html
+    assert set(re.findall(r"\w+://[\w./]+", start_page().html)) == {"http://www.w3.org/2000/svg"}  # a name, no address
     assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(", start_page().html)
 
 
@@ -93,6 +93,7 @@ def test_models_say_what_a_request_may_choose(server):
         "drafters": ["prompt_lookup", "other"],
         "max_tokens": 120,
         "has_chat_template": True,
+        "shows_trees": True,
     }
 
 
@@ -117,6 +118,58 @@ def test_an_answer_is_the_models_and_says_what_was_drafted(tab, server):
         "const s = getComputedStyle(document.querySelector(arguments[0])); return [s.textDecorationLine, s.fontWeight]"
     )
     assert tab.js(look, ".turn .drafted") != tab.js(look, ".turn .bonus")  # also without colours
+
+
+@in_browser
+def test_the_trees_of_an_answer_are_shown_as_it_comes(tab, server):
+    tab.open(server.address)
+    set_length(tab, 60)
+    ask(tab, "the cat sat on the mat. the cat")
+    count = int(tab.text("#iterations"))
+    number = "return document.getElementById('tree-number').textContent"
+    tab.wait(f"document.getElementById('tree-number').textContent === '{count - 1} of 0 to {count - 1}'")
+    accepted = tab.js("return document.querySelectorAll('#tree-of .node.accepted').length")
+    assert tab.text("#tree-about").startswith(f"{accepted} of ")
+    for _ in range(count + 2):
+        tab.click("#tree-previous")
+    tab.wait(f"document.getElementById('tree-number').textContent === '0 of 0 to {count - 1}'")
+    seen = []
+    tab.js("document.getElementById('tree-next').focus()")
+    for place in range(count):
+        tab.wait(f"document.getElementById('tree-number').textContent.startsWith('{place} ')")
+        seen.append(tab.js("return document.querySelectorAll('#tree-of .node.accepted').length"))
+        tab.press("right")
+    assert sum(seen) == int(tab.text("#taken").split(" of ")[0]) > 0
+    # the next answer has trees of its own, and the newest is followed again
+    tab.click("#new")
+    ask(tab, "a man")
+    again = int(tab.text("#iterations"))
+    tab.wait(f"document.getElementById('tree-number').textContent === '{again - 1} of 0 to {again - 1}'")
+    tab.js("document.querySelector('#tree-of .node.root').focus()")
+    assert "the last committed token" in tab.text(".node-facts")
+    assert tab.js(number)
+
+
+@in_browser
+def test_trees_that_nobody_looks_at_are_not_asked_for(tab, server):
+    tab.resize(*PHONE)
+    tab.open(server.address)
+    assert not tab.js("return document.getElementById('trees').open")
+    set_length(tab, 10)
+    ask(tab, "the cat")
+    assert tab.text("#tree-number") == "none yet"
+    tab.click("#trees summary")
+    ask(tab, "the cat")
+    tab.wait("document.getElementById('tree-number').textContent !== 'none yet'")
+
+
+@in_browser
+def test_a_server_that_shows_no_trees_has_none_on_its_page(tab):
+    with running(new_service(shows_trees=False)) as server:
+        tab.open(server.address)
+        assert tab.js("return document.getElementById('trees').checkVisibility()") is False
+        set_length(tab, 5)
+        assert ask(tab, "the cat") == expected_text(chat_text("the cat"), 5)
 
 
 @in_browser
@@ -239,10 +292,11 @@ def test_a_model_without_a_chat_template_goes_on_with_the_text(tab):
 def test_all_of_it_is_reached_by_the_keyboard(tab, server):
     tab.open(server.address)
     reached = set()
-    for _ in range(14):
+    for _ in range(24):
         tab.press(TAB)
         reached.add(tab.js("return document.activeElement.id || document.activeElement.className"))
     wanted = {"skip", "policy", "drafter", "temperature", "length", "talk", "question", "send", "new"}
+    wanted |= {"tree-first", "tree-previous", "tree-next", "tree-last", "tree"}
     assert reached >= wanted
 
 

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "viewer"
 BUILT = ROOT / "dynatree_core" / "trace" / "page.html"
 LICENCES = BUILT.with_name("page_licences.txt")
+START_PAGE = ROOT / "dynatree_core" / "serve" / "page"  # which has the viewer's trees
 
 
 def shown(trace: Path) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
@@ -52,9 +53,10 @@ def hash_of_sources() -> str:
 
 def test_the_built_page_is_of_these_sources():
     built = BUILT.read_text(encoding="utf-8")
-    assert f'<meta name="dynatree-viewer-sources" content="{hash_of_sources()}">' in built, (
-        "the sources of the viewer have changed: build it with `make viewer` and commit what it writes"
-    )
+    message = "the sources of the viewer have changed: build it with `make viewer` and commit what it writes"
+    assert f'<meta name="dynatree-viewer-sources" content="{hash_of_sources()}">' in built, message
+    for name in ("trees.js", "trees.css"):
+        assert f"of the sources {hash_of_sources()}." in (START_PAGE / name).read_text(encoding="utf-8"), message
 
 
 @pytest.mark.slow
@@ -66,6 +68,8 @@ def test_building_again_gives_the_same_bytes(tmp_path):
     subprocess.run(["node", "build.mjs", str(tmp_path)], cwd=SOURCES, check=True, capture_output=True)
     assert (tmp_path / "page.html").read_bytes() == BUILT.read_bytes()
     assert (tmp_path / "page_licences.txt").read_bytes() == LICENCES.read_bytes()
+    for name in ("trees.js", "trees.css"):
+        assert (tmp_path / name).read_bytes() == (START_PAGE / name).read_bytes()
 
 
 def test_the_page_is_small_and_carries_its_licences():

@@ -6,7 +6,9 @@ import { fileURLToPath } from "node:url";
 import { build } from "esbuild";
 
 const here = dirname(fileURLToPath(import.meta.url));
+// the folders of the viewer's page, and of the start page of `dynatree serve`, which has the same trees
 const out = resolve(process.argv[2] ?? join(here, "..", "dynatree_core", "trace"));
+const startPage = resolve(process.argv[2] ?? join(here, "..", "dynatree_core", "serve", "page"));
 const LIBRARIES = ["d3-hierarchy", "uplot"]; // whose code is in the page
 
 // tests/test_viewer.py computes the same, so that a build that was forgotten is noticed without node
@@ -60,5 +62,11 @@ const parts = { policy, sources, licences: comment, style, script };
 const template = readFileSync(join(here, "src", "page.html"), "utf8");
 const page = template.replace(/@@(policy|sources|licences|style|script)@@/g, (_, name) => parts[name]);
 writeFileSync(join(out, "page.html"), page);
+const banner = `Built by make viewer, of the sources ${sources}.`;
+const { version, license } = JSON.parse(readFileSync(join(here, "node_modules", "d3-hierarchy", "package.json"), "utf8"));
+const notice = readFileSync(join(here, "node_modules", "d3-hierarchy", "LICENSE"), "utf8").trim();
+const trees = (await bundle("src/live.ts")).replaceAll("</script", "<\\/script").replaceAll("<!--", "<\\!--");
+writeFileSync(join(startPage, "trees.js"), `/* ${banner} It contains d3-hierarchy ${version} (${license}):\n\n${notice}\n*/\n${trees}\n`);
+writeFileSync(join(startPage, "trees.css"), `/* ${banner} */\n${await bundle("src/tree.css")}\n`);
 writeFileSync(join(out, "page_licences.txt"), head + licences);
 console.log(`page.html: ${Buffer.byteLength(page)} bytes, of the sources ${sources.slice(0, 12)}`);

@@ -271,7 +271,16 @@ def _settings(
 ) -> Settings:
     from dynatree_core.serve.settings import Settings
 
-    same = ("max_tokens", "max_choices", "max_seconds", "max_requests", "stop_seconds", "on_error", "logs_prompts")
+    same = (
+        "max_tokens",
+        "max_choices",
+        "max_seconds",
+        "max_requests",
+        "stop_seconds",
+        "on_error",
+        "logs_prompts",
+        "shows_trees",
+    )
     return Settings(
         model_names=model_names,
         policies=policies,

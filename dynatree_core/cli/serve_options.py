@@ -215,6 +215,13 @@ PROCESS = (
     click.option(
         "--log-format", type=click.Choice(["json", "text"]), default="json", show_default=True, help="Of its lines."
     ),
+    click.option(
+        "--trees/--no-trees",
+        "shows_trees",
+        default=True,
+        show_default=True,
+        help="Whether a request may see the trees of its own answer, as the start page does.",
+    ),
     click.option("--log-prompts", "logs_prompts", is_flag=True, help="Have prompts and answers in the log."),
     click.option(
         "--otel", "has_spans", is_flag=True, help="A span of OpenTelemetry for each request; OTEL_* say where they go."

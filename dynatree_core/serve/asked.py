@@ -20,6 +20,7 @@ from dynatree_core.text.prompt import chat_ids
 from dynatree_core.text.reading import checked_text
 from dynatree_core.text.stream import decode_text
 from dynatree_core.text.tools import ToolForm, ToolText, form_of
+from dynatree_core.trace.live import LiveTrees
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,7 @@ class Asked:
     stops: tuple[str, ...]
     tool_form: ToolForm | None = None  # how the model writes calls of tools, where it was given some
     has_steps: bool = False  # whether chunks say how their tokens came about
+    trees: tuple[LiveTrees, ...] = ()  # of each choice; none where they were not asked for
 
     def new_tool_text(self) -> ToolText | None:
         """What takes the calls out of one answer, where there may be some."""
@@ -174,14 +176,37 @@ class Reader:
         drafter = chosen("drafter", body.dynatree.drafter, self.settings.drafters)
         policy = chosen("policy", body.dynatree.policy, self.settings.policies)
         engine, seed = self.engines[drafter], first_seed(body)
-        made = []
+        self._check_trees(body)
+        made, trees = [], []
         for prompt_ids in prompts:
             num_tokens = self._max_tokens(body, len(prompt_ids), usual_tokens)
             for choice in range(body.n):
                 options = self._options(body, prompt_ids)
-                options |= {"seed": seed + choice, "observer": self.observers.get(drafter)}
+                watching = [self.observers[drafter]] if drafter in self.observers else []
+                if body.dynatree.trees:
+                    trees.append(LiveTrees())
+                    watching.append(trees[-1].observer)
+                options |= {"seed": seed + choice, "observer": watching}
                 made.append(engine.request(prompt_ids, policy=policy, max_new_tokens=num_tokens, **options))
-        return Asked(drafter, policy, tuple(made), tuple(body.stops), has_steps=body.dynatree.steps)
+        return Asked(
+            drafter,
+            policy,
+            tuple(made),
+            tuple(body.stops),
+            has_steps=body.dynatree.steps,
+            trees=tuple(trees),
+        )
+
+    def _check_trees(self, body: GenerationBody) -> None:
+        """Refuse trees where the server shows none, or where nothing carries them."""
+        if not body.dynatree.trees:
+            return
+        if not self.settings.shows_trees:
+            message = "this server shows no trees (--no-trees); leave 'dynatree.trees' out"
+            raise refused("dynatree.trees", message, code="not_allowed")
+        if not body.stream:
+            message = "'dynatree.trees' is about the chunks of a stream; set 'stream' to true, or leave it out"
+            raise refused("dynatree.trees", message)
 
     def _max_tokens(self, body: GenerationBody, num_prompt: int, usual: int | None) -> int:
         """The most tokens that an answer may have."""

@@ -42,6 +42,7 @@ class OwnFields(Body):
     policy: str | None = None  # one of those that the server allows
     drafter: str | None = None  # likewise
     steps: bool = False  # each chunk of a stream says how its tokens came about
+    trees: bool = False  # each chunk of a stream has the trees of its iterations
 
 
 class NamedSchema(Body):

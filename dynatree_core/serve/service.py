@@ -167,6 +167,7 @@ class Service:
             "drafters": settings.drafters,
             "max_tokens": settings.max_tokens,
             "has_chat_template": self._tokenizer.chat_template is not None,
+            "shows_trees": settings.shows_trees,
         }
 
     def new_head(self, form: Form) -> Head:

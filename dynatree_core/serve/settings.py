@@ -23,5 +23,6 @@ class Settings:
     stop_seconds: float = 30.0  # that open requests have to end, once the server is told to
     cors_origins: tuple[str, ...] = ()  # of pages in browsers that may ask; none: pages of this server alone
     logs_prompts: bool = False  # whether prompts and answers stand in the log
+    shows_trees: bool = True  # whether a request may ask for its own trees
     on_error: str = "fallback"  # what a fault of a policy or drafter does to its sequence, as in `generate`
     limits: dict[str, object] = attrs.field(factory=dict)  # of trees: `tau`, `max_nodes`, `max_depth`, `max_branch`

@@ -22,12 +22,14 @@ class StartPage:
 
 @functools.cache
 def start_page() -> StartPage:
-    """The page, from the three files in `page`. What the model writes is never more than text in it.
+    """The page, from the files in `page`. What the model writes is never more than text in it.
 
     Its Content-Security-Policy names the one script and the one style sheet by their hashes and lets it speak with this
     server alone.
     """
-    html, style, script = (_text(f"page.{kind}") for kind in ("html", "css", "js"))
+    html = _text("page.html")
+    # the viewer's drawing of trees, which `make viewer` builds, before what uses it
+    style, script = (_text(f"trees.{kind}") + _text(f"page.{kind}") for kind in ("css", "js"))
     policy = [
         "default-src 'none'",
         f"script-src {_hash(script)}",

@@ -132,8 +132,11 @@ async def _chunks(head: Head, answers: Answers, num_prompts: int, has_usage: boo
     steps = [StepTexts(answers.decode) for _ in answers.choices] if answers.asked.has_steps else None
     async for piece in answers.pieces():
         index, reason, content = piece.choice.index, piece.choice.finish_reason, _content(answers, piece)
-        if steps is not None:
-            content = attrs.evolve(content, steps=steps[index].record(piece.update))
+        said: dict[str, Any] = {} if steps is None else steps[index].record(piece.update)
+        if answers.asked.trees:
+            said["trees"] = list(answers.asked.trees[index].steps(head.token_text))
+        if said:
+            content = attrs.evolve(content, steps=said)
         if content.text or content.logprobs or content.steps or reason is not None:
             yield head.chunk(index, content, reason, num_shown[index])
         num_shown[index] += len(content.text)

@@ -11,9 +11,10 @@ from typing import Any
 
 import attrs
 
+from dynatree_core.trace.format import OUTCOMES
 from dynatree_core.trace.reading import SequenceTrace, TraceFile
 
-__all__ = ["oracle_tokens", "run_of"]
+__all__ = ["StepSummary", "oracle_tokens", "run_of"]
 
 Record = Mapping[str, Any]
 
@@ -101,6 +102,44 @@ def oracle_tokens(ranks: Sequence[int | None], start: int, num_nodes: int, end: 
     return place - start + 1
 
 
+class StepSummary:
+    """Of one generation that runs: each iteration as the page shows it, with what it needs and was not told before.
+
+    Args:
+        begin: the record of the generation's beginning.
+    """
+
+    def __init__(self, begin: Record) -> None:
+        self._tables = _Tables(OUTCOMES)
+        self._sequence = _Sequence(SequenceTrace(0, begin, [], [], [], None), self._tables, {})
+        self._told: set[int] = set()  # tokens whose texts were told
+
+    def step(self, record: Record, text_of: Callable[[int], str]) -> dict[str, Any]:
+        """One iteration.
+
+        Args:
+            record: of its kind, as in a trace.
+            text_of: the text of a token.
+        """
+        nodes, tables = _Nodes(record, OUTCOMES), self._tables
+        num_reasons, num_drafters = len(tables.reasons), len(tables.drafters)
+        detail, ended = self._sequence.detail(nodes), self._sequence.why(nodes)
+        shown = {*detail["token"], *(token for _, token, _ in detail["wanted"]), *record["committed"]}
+        texts = {token: text_of(token) for token in sorted(shown - self._told)}
+        self._told |= shown
+        return {
+            "iteration": record["iteration"],
+            "accepted": len(record["path"]),
+            "nodes": sum(1 for _ in nodes.verified()),
+            "bonus": record["bonus"],
+            "ended": ended,
+            "detail": detail,
+            "reasons": [{"kind": kind, "text": text} for kind, text in list(tables.reasons)[num_reasons:]],
+            "drafters": tables.drafters[num_drafters:],
+            "texts": {str(token): (text[:LONGEST_TEXT], len(text)) for token, text in texts.items()},
+        }
+
+
 class _Sequence:
     """Makes the page's view of one generation."""
 
@@ -126,7 +165,7 @@ class _Sequence:
             columns["ended"].append(self._ending(nodes))
             ranks += nodes.committed_ranks()
             self._count(nodes)
-            details.append(self._detail(nodes))
+            details.append(self.detail(nodes))
         committed = [list(record["committed"]) for record in iterations]
         first = iterations[0]["start"] if iterations else 0
         start = [record["start"] - first for record in iterations]
@@ -205,9 +244,9 @@ class _Sequence:
 
     def _ending(self, nodes: _Nodes) -> int:
         """Why the accepted path is no longer."""
-        return self.endings.setdefault(self._why(nodes), len(self.endings))
+        return self.endings.setdefault(self.why(nodes), len(self.endings))
 
-    def _why(self, nodes: _Nodes) -> str:
+    def why(self, nodes: _Nodes) -> str:
         record = nodes.record
         if record["bonus"] is None:
             return "the generation stopped within the path"
@@ -254,7 +293,7 @@ class _Sequence:
             return "refused", f"proposed, but over {of}"
         return "refused", f"not grown ({outcome.replace('_', ' ')})"
 
-    def _detail(self, nodes: _Nodes) -> dict[str, Any]:
+    def detail(self, nodes: _Nodes) -> dict[str, Any]:
         """The nodes that the page lists: all that were drafted, and the likeliest of the others."""
         record, wanted = nodes.record, nodes.wanted
         listed = list(range(nodes.num_drafted + 1))

@@ -1,12 +1,13 @@
 // The page: one view for each trace, side by side where there are two. What is chosen stands in the address, such as
 // #iteration=12, so that a place in a run can be linked to.
 import { Chart, type Line, type Plan } from "./charts";
-import { detail, placeOf, rolling, runs, type Detail, type Run, type Sequence } from "./data";
+import { detail, placeOf, rolling, runs, type Run, type Sequence } from "./data";
 import { get, h } from "./dom";
+import { TreePanel } from "./panel";
 import { Story } from "./story";
 import { acceptance, figures } from "./tables";
-import { describe, draw, legend, type Drawn, type Kind, type TreeNode } from "./tree";
-import { label, milliseconds, plural } from "./words";
+import { legend, type Kind } from "./tree";
+import { milliseconds, plural } from "./words";
 
 const NAMES = ["A", "B"];
 const FAST_STEP = 10; // iterations of Page Up and Page Down
@@ -19,14 +20,10 @@ class View {
   sequence = 0;
   place = 0;
   story!: Story;
-  pinned: number | null = null; // a node's place, in the iteration at hand
   private readonly text = h("div", { class: "text" });
   private readonly heading = h("h3", {});
   private readonly about = h("p", { class: "about" });
-  private readonly tree = h("div", { class: "tree", tabindex: 0, role: "region" });
-  private readonly facts = h("div", { class: "node-facts" });
-  private drawn: Drawn | null = null;
-  private nodes: Detail | null = null;
+  readonly panel: TreePanel;
 
   constructor(
     readonly run: Run,
@@ -34,7 +31,7 @@ class View {
     private readonly choose: (place: number) => void,
   ) {
     const name = this.name;
-    this.tree.setAttribute("aria-label", `Tree${name}, can be scrolled`);
+    this.panel = new TreePanel(name, "h4");
     get("texts").append(this.text);
     get("trees").append(
       h(
@@ -42,7 +39,7 @@ class View {
         { class: "iteration-view", "aria-label": `Iteration${name}` },
         this.heading,
         this.about,
-        h("div", { class: "tree-and-facts" }, this.tree, this.facts),
+        h("div", { class: "tree-and-facts" }, this.panel.tree, this.panel.facts),
       ),
     );
   }
@@ -72,7 +69,6 @@ class View {
   /** Show an iteration. */
   select(place: number): void {
     this.place = Math.max(0, Math.min(place, this.data.iteration.length - 1));
-    this.pinned = null;
     this.story.select(this.place);
     this.show();
   }
@@ -83,28 +79,19 @@ class View {
     if (!data.iteration.length) {
       this.heading.textContent = "No iteration";
       this.about.textContent = "This generation committed no token by a tree.";
-      this.tree.replaceChildren();
-      this.facts.replaceChildren();
+      this.panel.clear();
       return;
     }
-    this.nodes = detail(this.index, this.sequence, place);
+    const nodes = detail(this.index, this.sequence, place);
     this.heading.textContent = `Iteration ${data.iteration[place]}${this.name}`;
     this.about.replaceChildren(...this.summary());
-    this.drawn = draw(
-      run,
-      this.nodes,
-      this.bonus,
-      shown,
-      this.tree.clientWidth,
-      (node) => this.explain(node),
-      (node) => {
-        this.pinned = this.pinned === node.place ? null : node.place;
-        this.explain(node);
-      },
-    );
-    this.tree.replaceChildren(this.drawn.svg);
-    this.tree.scrollTo(0, this.drawn.middle - this.tree.clientHeight / 2);
-    this.explain(null);
+    this.panel.show(run, nodes, this.bonus, shown);
+  }
+
+  /** Bring what is chosen into sight. To be called when everything is drawn, since it costs a layout. */
+  reveal(): void {
+    this.story.reveal();
+    this.panel.centre();
   }
 
   private summary(): (string | Node)[] {
@@ -120,35 +107,6 @@ class View {
     for (const [at, fault] of data.faults)
       if (at === place) parts.push(h("span", { class: "fault" }, ` ⚠ ${fault}`));
     return parts;
-  }
-
-  /** Say what there is to say of a node; of the pinned one, or of none, where none is pointed at. */
-  private explain(node: TreeNode | null): void {
-    if (!this.nodes || !this.drawn) return;
-    const asked = node ?? this.find(this.drawn.root, this.pinned);
-    if (asked) {
-      const rows = describe(this.run, this.nodes, asked, this.bonus);
-      this.facts.replaceChildren(
-        h("h4", {}, label(this.run, this.nodes.token[asked.place] ?? this.bonus!, 40)),
-        h("dl", {}, ...rows.flatMap(([what, value]) => [h("dt", {}, what), h("dd", {}, value)])),
-      );
-      return;
-    }
-    const votes = this.nodes.votes.map((vote) => h("li", {}, vote));
-    this.facts.replaceChildren(
-      h("p", { class: "hint" }, "Point at a node, tap it, or go there with Tab and the arrow keys."),
-      ...(votes.length ? [h("h4", {}, "Said in this iteration"), h("ul", {}, ...votes)] : []),
-    );
-  }
-
-  private find(node: TreeNode, place: number | null): TreeNode | null {
-    if (place === null) return null;
-    if (node.place === place) return node;
-    for (const child of node.children) {
-      const found = this.find(child, place);
-      if (found) return found;
-    }
-    return null;
   }
 }
 
@@ -181,6 +139,7 @@ function go(place: number, which = lead): void {
   get("of").textContent = `of ${isComparing() ? `${NAMES[lead]}, ` : ""}${view.data.iteration[0] ?? 0} to ${
     view.data.iteration.at(-1) ?? 0
   }`;
+  for (const one of views) one.reveal();
   clearTimeout(waiting);
   waiting = setTimeout(settle, QUIET_MS);
 }
@@ -472,7 +431,10 @@ function buildControls(): void {
     box.addEventListener("change", () => {
       if (box.checked) shown.add(box.value as Kind);
       else shown.delete(box.value as Kind);
-      for (const view of views) view.show();
+      for (const view of views) {
+        view.show();
+        view.panel.centre();
+      }
     });
   }
   document.addEventListener("keydown", (event) => {
@@ -495,6 +457,7 @@ function buildControls(): void {
   window.addEventListener("hashchange", followAddress);
   let resizing: ReturnType<typeof setTimeout> | undefined;
   const redraw = (): void => {
+    for (const view of views) view.panel.measure();
     for (const chart of charts) chart.draw();
     go(current().place);
   };

@@ -51,7 +51,7 @@ export class Story {
     this.element = h("div", { class: "story" }, this.prompt(sequence), list);
   }
 
-  /** Mark an iteration, and bring it into sight. */
+  /** Mark an iteration. */
   select(place: number): void {
     const list = this.element.querySelector(".committed")!;
     if (this.current) {
@@ -63,6 +63,11 @@ export class Story {
     this.current.classList.add("current");
     this.current.setAttribute("aria-selected", "true");
     list.setAttribute("aria-activedescendant", this.current.id);
+  }
+
+  /** Bring the marked iteration into sight. */
+  reveal(): void {
+    if (!this.current) return;
     const [inner, outer] = [this.current.getBoundingClientRect(), this.element.getBoundingClientRect()];
     if (inner.top < outer.top || inner.bottom > outer.bottom)
       this.element.scrollTop += inner.top - outer.top - outer.height / 3;

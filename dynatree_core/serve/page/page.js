@@ -41,6 +41,7 @@ async function learn() {
   }
   at("drafter-part").hidden = info.drafters.length < 2;
   at("length").max = info.max_tokens;
+  at("trees").hidden = !info.shows_trees;
   if (!info.has_chat_template) at("hint").textContent = "This model holds no conversations: it goes on with what you write.";
 }
 
@@ -57,6 +58,9 @@ function scroll() {
   at("talk").scrollTop = at("talk").scrollHeight;
 }
 
+/** Whether the trees of what is asked now are to be seen: nothing is recorded for nobody. */
+const showsTrees = () => info.shows_trees && at("trees").open;
+
 function request(question) {
   const body = {
     model: info.name,
@@ -64,7 +68,7 @@ function request(question) {
     max_tokens: Number(at("length").value),
     stream: true,
     stream_options: { include_usage: true },
-    dynatree: { policy: at("policy").value, drafter: at("drafter").value, steps: true },
+    dynatree: { policy: at("policy").value, drafter: at("drafter").value, steps: true, trees: showsTrees() },
   };
   if (!info.has_chat_template) return ["v1/completions", { ...body, prompt: question }];
   return ["v1/chat/completions", { ...body, messages }];
@@ -127,10 +131,12 @@ async function answer(question, words) {
   const response = await fetch(route, { method: "POST", headers: headers(), body: JSON.stringify(body), signal: running.signal });
   if (!response.ok) throw new Error(await fault(response));
   const figures = new Figures();
+  liveTrees.begin();
   for await (const record of events(response)) {
     if (record.error) throw new Error(record.error.message);
     if (!record.dynatree) continue;
     show(words, record.dynatree);
+    for (const step of record.dynatree.trees ?? []) liveTrees.add(step);
     figures.add(record.dynatree, record.choices[0].finish_reason !== null);
     figures.show();
     scroll();
@@ -198,6 +204,7 @@ at("new").addEventListener("click", () => {
   at("question").focus();
 });
 at("key").addEventListener("change", () => learn().catch((error) => (at("error").textContent = error.message)));
+at("trees").open = matchMedia("(min-width: 60rem)").matches; // on a phone the answer needs the room
 learn()
   .catch((error) => (at("error").textContent = error.message))
   .finally(() => (document.documentElement.dataset.ready = "yes"));

@@ -1,0 +1,79 @@
+"""The trees of an answer: in the stream of who has asked for them, and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import events, expected_text, new_engine, new_service, running
+
+from dynatree_core import generate
+from dynatree_core.trace import read
+from dynatree_core.trace.summary import run_of
+
+PROMPT = "the cat sat on the mat. the cat"
+BODY = {"model": "tiny", "prompt": PROMPT, "max_tokens": 40, "temperature": 0, "stream": True}
+
+
+def streamed(server: Any, **own: Any) -> list[dict[str, Any]]:
+    with server.http() as http, http.stream("POST", "/v1/completions", json={**BODY, **own}) as answer:
+        assert answer.status_code == 200, answer.read()
+        return list(events(answer.iter_lines()))
+
+
+def test_the_trees_are_those_of_a_trace(tmp_path: Path) -> None:
+    engine = new_engine()
+    with running(new_service({"prompt_lookup": engine})) as server:
+        records = streamed(server, dynatree={"trees": True})
+        tokenizer = engine.tokenizer
+        trace = tmp_path / "run.jsonl"
+        generate(
+            engine.target, "prompt_lookup", tokenizer(PROMPT).input_ids, policy="fixed(depth=3)", max_new_tokens=40,
+            tokenizer=tokenizer, trace=trace,
+        )  # fmt: skip
+    assert "".join(record["choices"][0]["text"] for record in records) == expected_text(PROMPT, 40)
+    steps = [step for record in records for step in record.get("dynatree", {}).get("trees", ())]
+    run, ((*details,),) = run_of("run", read(trace))
+    [sequence] = run["sequences"]
+    assert [step["iteration"] for step in steps] == sequence["iteration"]
+    assert [step["accepted"] for step in steps] == sequence["accepted"]
+    assert [step["ended"] for step in steps] == [sequence["endings"][place] for place in sequence["ended"]]
+    assert any(sequence["accepted"])
+    reasons, texts = [], {}
+    for step, detail in zip(steps, details, strict=True):
+        reasons += step["reasons"]
+        assert not texts.keys() & step["texts"].keys(), "each is told once"
+        texts |= step["texts"]
+        for column in ("token", "parent", "rank", "logprob", "path", "votes"):
+            assert list(step["detail"][column]) == list(detail[column]), column
+        found = [None if at < 0 else reasons[at] for at in step["detail"]["reason"]]
+        assert found == [None if at < 0 else run["reasons"][at] for at in detail["reason"]]
+        assert {str(token) for token in step["detail"]["token"]} <= texts.keys()
+    assert {token: tuple(text) for token, text in texts.items()}.items() <= {
+        token: tuple(text) for token, text in run["texts"].items()
+    }.items()
+
+
+def test_who_does_not_ask_has_none_and_each_choice_has_its_own() -> None:
+    with running(new_service()) as server:
+        assert all("dynatree" not in record for record in streamed(server))
+        assert all("trees" not in record["dynatree"] for record in streamed(server, dynatree={"steps": True}))
+        records = streamed(server, n=2, temperature=1.0, seed=5, dynatree={"trees": True, "steps": True})
+    for index in (0, 1):
+        mine = [record for record in records if record["choices"][0]["index"] == index]
+        said = [record["dynatree"] for record in mine if "dynatree" in record]
+        steps = [step for one in said for step in one["trees"]]
+        assert [step["iteration"] for step in steps] == [*range(len(steps))]
+        assert sum(step["accepted"] for step in steps) == sum(one["accepted"] for one in said)
+
+
+@pytest.mark.parametrize(
+    ("shows_trees", "stream", "message"), [(True, False, "set 'stream' to true"), (False, True, "--no-trees")]
+)
+def test_trees_that_cannot_be_had_are_refused(shows_trees: bool, stream: bool, message: str) -> None:
+    with running(new_service(shows_trees=shows_trees)) as server:
+        answer = server.post("/v1/completions", {**BODY, "stream": stream, "dynatree": {"trees": True}})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "dynatree.trees"
+    assert message in answer.json()["error"]["message"]
