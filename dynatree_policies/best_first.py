@@ -43,6 +43,21 @@ class BestFirst:
         """Drafted nodes at most, before they are ranked: a level has no more than can be verified."""
         return self.nodes * self.depth
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether nothing is read from the device; what is to save passes of the drafter is."""
+        return self.min_gain == 0
+
+    @property
+    def max_width(self) -> int:
+        """Nodes of a level at most."""
+        return self.nodes
+
+    @property
+    def max_kept(self) -> int:
+        """Drafted nodes that are verified at most."""
+        return self.nodes
+
     @hookimpl
     def should_expand(self, frontier: Frontier) -> Tensor | bool:
         if frontier.depth >= self.depth:
@@ -78,5 +93,6 @@ class BestFirst:
         """[width] bool: the most probable nodes of the level; None: all of them."""
         if frontier.width <= self.beam:
             return None
-        best = frontier.cum_logprob.topk(self.beam).indices
+        # stable: of equals the first
+        best = frontier.cum_logprob.argsort(descending=True, stable=True)[: self.beam]
         return torch.zeros_like(frontier.cum_logprob, dtype=torch.bool).index_fill(0, best, True)

@@ -29,6 +29,7 @@ class DynamicDepth:
     max_depth: int = count(8)
 
     variants: ClassVar = {"plan": {"signal": "cumulative", "extend_threshold": 0.7, "base_depth": 4}}
+    is_capturable: ClassVar = True
 
     @hookimpl
     def should_expand(self, frontier: Frontier) -> Tensor | bool:

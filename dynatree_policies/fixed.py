@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import attrs
 
 from dynatree_core import Frontier, count, fraction, hookimpl
@@ -15,6 +17,13 @@ class Fixed:
     branch: int = count(2)
     tau: float = fraction(0.05)
     max_nodes: int = count(128)
+
+    is_capturable: ClassVar = True
+
+    @property
+    def max_width(self) -> int:
+        """Nodes of a level at most."""
+        return int(self.branch**self.depth)
 
     @hookimpl
     def branch_factor(self, frontier: Frontier) -> int:

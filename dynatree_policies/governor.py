@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict, deque
+from typing import ClassVar
 
 import attrs
 
@@ -55,6 +56,8 @@ class Governor:
     stake: int = count(1, minimum=0)
     probe_depth: int = count(2)
     refresh: int = count(32, minimum=2)
+
+    is_capturable: ClassVar = True  # whether it drafts it knows before there is a tree
 
     account: float = attrs.field(default=0.0, init=False, repr=False)  # seconds
     seen: dict[int, _Seen] = attrs.field(factory=lambda: defaultdict(_Seen), init=False, repr=False)

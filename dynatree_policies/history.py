@@ -46,6 +46,7 @@ class History:
     recent: deque[float] = attrs.field(factory=deque, init=False, repr=False)  # path acceptances, latest last
 
     variants: ClassVar = {"plan": {"rule": "window", "target_accept_rate": 0.7}}
+    is_capturable: ClassVar = True
 
     @hookimpl
     def on_iteration_end(self, report: StepReport, stack: PolicyStack) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import attrs
 
 from dynatree_core import Frontier, count, fraction, hookimpl
@@ -16,6 +18,9 @@ class Linear:
 
     depth: int = count(6)
     tau: float = fraction(0.0)
+
+    is_capturable: ClassVar = True
+    max_width: ClassVar = 1  # nodes of a level
 
     @hookimpl
     def branch_factor(self, frontier: Frontier) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import attrs
 import torch
@@ -46,9 +47,12 @@ class Sequoia:
     acceptance: str = attrs.field(default="")
     tau: float = fraction(0.0)
     num_iterations: int = attrs.field(default=0, init=False, repr=False)
-    trials: list[int] = attrs.field(factory=list, init=False, repr=False)  # by rank: verdicts about such a child
-    hits: list[int] = attrs.field(factory=list, init=False, repr=False)  # those that accepted it
+    # [2, branch + 1] int64, where the trees are: by rank, verdicts about such a child, and those that accepted it; last
+    # those of higher rank. Only a new plan needs to know them, so no iteration waits for them
+    counts: Tensor | None = attrs.field(default=None, init=False, repr=False, eq=False)
     plan: Plan | None = attrs.field(default=None, init=False, repr=False, eq=False)
+
+    is_capturable: ClassVar = True
 
     @acceptance.validator
     def _check_acceptance(self, attribute: attrs.Attribute[str], value: str) -> None:
@@ -64,6 +68,11 @@ class Sequoia:
 
     @property
     def max_nodes(self) -> int:
+        return self.nodes
+
+    @property
+    def max_width(self) -> int:
+        """Nodes of a level at most."""
         return self.nodes
 
     @hookimpl
@@ -90,10 +99,11 @@ class Sequoia:
         """The acceptance of each rank: as given, else as counted, with the prior."""
         if self.acceptance:
             return given_rates(self.acceptance)[:num_ranks]
-        counted = [*zip(self.hits, self.trials, strict=True), *[(0, 0)] * num_ranks][:num_ranks]
+        counted = self.counts.tolist() if self.counts is not None else [[], []]
+        trials, hits = ((of_rank + [0] * num_ranks)[:num_ranks] for of_rank in counted)
         return [
-            (PRIOR_WEIGHT * PRIOR_FIRST / (rank + 1) ** 2 + hits) / (PRIOR_WEIGHT + trials)
-            for rank, (hits, trials) in enumerate(counted)
+            (PRIOR_WEIGHT * PRIOR_FIRST / (rank + 1) ** 2 + hits[rank]) / (PRIOR_WEIGHT + trials[rank])
+            for rank in range(num_ranks)
         ]
 
     def _planned(self, frontier: Frontier) -> Plan:
@@ -103,18 +113,18 @@ class Sequoia:
 
     def _count(self, report: StepReport) -> None:
         """Each node of the accepted path says which of its children was accepted, if any."""
-        if report.verdict.stop_reason is not None:  # what came after the stop is not known
+        if (
+            report.verdict.stop_reason is not None or report.tree.num_drafted == 0
+        ):  # what came after the stop is not known
             return
         tree = report.tree
-        parents, ranks = torch.stack([tree.parent, tree.rank]).tolist()
-        missing = max(ranks) + 1 - len(self.trials)
-        self.trials += [0] * missing
-        self.hits += [0] * missing
-        path = report.verdict.path
-        for node in range(1, tree.num_nodes):
-            if parents[node] in (0, *path):
-                self.trials[ranks[node]] += 1
-                self.hits[ranks[node]] += node in path
+        if self.counts is None:
+            self.counts = torch.zeros(2, self.branch + 1, dtype=torch.int64, device=tree.device)
+        last = report.verdict.path[-1] if report.verdict.path else 0
+        is_accepted = tree.ancestor_mask[last]
+        is_judged = is_accepted.index_select(0, tree.parent[1:])
+        outcomes = torch.stack([is_judged, is_judged & is_accepted[1:]]).long()
+        self.counts = self.counts.index_add(1, tree.rank[1:].clamp(max=self.branch), outcomes)
 
 
 def given_rates(text: str) -> list[float]:

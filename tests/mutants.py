@@ -112,6 +112,24 @@ MUTANTS = (
         (TREE,),
     ),
     Mutant(
+        "padding of a padded tree may be accepted",
+        "        return self._level\n",
+        "        return self.depth\n",
+        ("tests/test_padded.py::test_padding_is_not_accepted",),
+    ),
+    Mutant(
+        "padded levels forget the budget",
+        "is_chosen &= self.space.places[: is_chosen.numel()] < self.nodes_left(tree)",
+        "self.nodes_left(tree)",
+        ("tests/test_padded.py::test_a_stack_drafts_the_trees_that_it_drafts_without_padding",),
+    ),
+    Mutant(
+        "policies whose answers depend on padding are believed",
+        "    difference = rehearsal.difference(keep)\n",
+        "    difference = None\n",
+        ("tests/test_padded.py::test_policies_whose_answers_depend_on_padding_are_told_and_go_without",),
+    ),
+    Mutant(
         "padding rows are seen",
         "visible[lane, nodes:, prefix_len + nodes : prefix_len + rows].diagonal().fill_(True)",
         "visible[lane, :, prefix_len + nodes : prefix_len + rows] = True",
@@ -190,8 +208,8 @@ MUTANTS = (
     ),
     Mutant(
         "a pruned tree forgets where it was drafted",
-        "_Cut(self.depth[index], self.rank[index], self.draft_index[index])",
-        "_Cut(self.depth[index], self.rank[index], torch.arange(index.numel(), device=self.device))",
+        "Cut(self.depth[index], self.rank[index], self.draft_index[index])",
+        "Cut(self.depth[index], self.rank[index], torch.arange(index.numel(), device=self.device))",
         ("tests/test_tree.py::test_pruning_keeps_the_invariants",),
     ),
     Mutant(

@@ -104,13 +104,15 @@ def measured(stack: str, drafter: str, num_layers: int = 4) -> Measured:
 # an iteration at most: waits for each level that a tree has, other waits, launches
 LIMITS = {
     ("autoregressive", "none"): (0, 1, 15),
-    ("fixed", "model"): (1, 1.1, 170),
-    ("fixed", "prompt_lookup"): (1, 1, 265),
+    # padded trees: the host reads the verdict and nothing else
+    ("fixed", "model"): (0, 1, 170),
+    ("fixed", "prompt_lookup"): (0, 1, 265),
+    ("phase3", "model"): (0, 1, 340),  # all of its 8 levels, whether there are nodes in them or not
+    ("best_first", "model"): (0, 1, 265),
+    ("sequoia", "model"): (0, 1.4, 285),  # and sometimes what it has counted, to plan anew
+    # level by level
     ("fixed", "union"): (2, 1, 305),  # the host decides for each level whether the model is asked
-    ("phase3", "model"): (1, 2, 295),  # the last level is asked about, and refused
     ("phase3", "union"): (2, 1, 555),
-    ("best_first", "model"): (1, 2, 280),  # and the host learns what the cut left
-    ("sequoia", "model"): (1, 2.3, 245),  # and counts the ranks that were accepted
     ("cost_aware", "model"): (2, 3.4, 280),  # the host decides for each level, and what is cut
     ("cost_aware", "union"): (3, 2, 505),
 }

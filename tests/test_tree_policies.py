@@ -317,6 +317,12 @@ def judged(tree: TokenTree, path: tuple[int, ...], stop_reason: str | None = Non
     return StepReport(0, tree, Verdict(path, path, (0,) * (len(path) + 1), stop_reason))
 
 
+def counted(policy):
+    """Of the first three ranks, verdicts about such a child, and those that accepted it; there are none of others."""
+    assert policy.counts[:, 3:].sum() == 0
+    return policy.counts[:, :3].tolist()
+
+
 def test_sequoia_counts_ranks():
     """Each node on the path judges its children; nodes beside it, leaves, and what comes after a stop judge nobody."""
     tree = TokenTree.root(torch.tensor([0]))
@@ -325,16 +331,16 @@ def test_sequoia_counts_ranks():
     stack = build_stack("sequoia")
     policy = stack.find("sequoia")
     stack.on_iteration_end(judged(tree, (2, 6)))
-    assert (policy.trials, policy.hits) == ([2, 2, 1], [0, 2, 0])
+    assert counted(policy) == [[2, 2, 1], [0, 2, 0]]
     stack.on_iteration_end(judged(tree, ()))
-    assert (policy.trials, policy.hits) == ([3, 3, 2], [0, 2, 0])
+    assert counted(policy) == [[3, 3, 2], [0, 2, 0]]
     stack.on_iteration_end(judged(tree, (1,), "eos"))
     stack.on_iteration_end(judged(TokenTree.root(torch.tensor([0])), ()))
-    assert (policy.trials, policy.hits) == ([3, 3, 2], [0, 2, 0])
+    assert counted(policy) == [[3, 3, 2], [0, 2, 0]]
     cut = tree.subtree(torch.tensor([True, False, True, False, False, False, True]))  # nodes 2 and 6, second children
     stack.on_iteration_end(judged(cut, (1, 2)))
-    assert (policy.trials, policy.hits) == ([3, 5, 2], [0, 4, 0])
-    policy.trials, policy.hits = [3, 3, 2], [0, 2, 0]
+    assert counted(policy) == [[3, 5, 2], [0, 4, 0]]
+    policy.counts = torch.tensor([[3, 3, 2], [0, 2, 0]])
     assert policy.rates(2) == pytest.approx([4 * 0.6 / 7, (4 * 0.15 + 2) / 7])
     assert policy.rates(5)[4] == pytest.approx(0.6 / 25)  # never tried
 
@@ -365,8 +371,9 @@ def test_sequoia_learns_which_rank_is_accepted():
     )
     trees = [report.tree for report in run(session)]
     policy = session.stack.find("sequoia")
-    assert policy.hits[:2] == [0, 0]
-    assert policy.hits[2] == sum(step.num_accepted for step in session.steps[:-1]) > 20
+    hits = policy.counts[1].tolist()
+    assert hits[:2] == [0, 0]
+    assert hits[2] == sum(step.num_accepted for step in session.steps[:-1]) > 20
     late = trees[-5]
     assert shape_of(late)[0] == [3]
     assert shape_of(late)[1][2] == 3  # the third child is the one that is followed

@@ -42,6 +42,7 @@ __all__ = [
     "padded_proposals",
     "prefilling_of",
     "proposing_of",
+    "takes_padding",
 ]
 
 
@@ -165,6 +166,9 @@ class DraftState(abc.ABC):
 
     # true if `propose` may be called for a level whose parent level was skipped, or for no level of a tree at all
     can_skip_levels = False
+    # true if `propose` waits for no device and knows padded trees: for padding it says any tokens that the target
+    # knows, and what it says of other nodes does not depend on it
+    is_capturable = False
 
     @abc.abstractmethod
     def prefill(self, committed_ids: Tensor) -> None:
@@ -246,6 +250,12 @@ def prefilling_of(state: DraftState, committed_ids: Tensor) -> Iterator[int]:
     if _is_latest(state, "prefilling", "prefill"):
         return state.prefilling(committed_ids)
     return DraftState.prefilling(state, committed_ids)
+
+
+def takes_padding(state: DraftState) -> bool:
+    """Whether a state can be asked about padded trees. One that was derived from such a state must say so itself."""
+    says_so = state.is_capturable is True
+    return says_so and all(_is_latest(state, "is_capturable", method) for method in ("propose", "proposing"))
 
 
 def _is_latest(state: DraftState, name: str, plain: str) -> bool:

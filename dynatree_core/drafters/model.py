@@ -82,6 +82,7 @@ class ModelDraftState(DraftState):
 
     # skipped levels are run together with the next requested level, or after the commit
     can_skip_levels = True
+    is_capturable = True  # padding is a row like any other, which sees what its parent sees
 
     def __init__(self, model: nn.Module, plan: DraftPlan) -> None:
         if plan.device.type == "meta":

@@ -53,6 +53,8 @@ DEFAULTS = PromptLookupDrafter()
 class PromptLookupState(DraftState):
     """The occurrences that one iteration follows."""
 
+    is_capturable = True  # padding follows what agrees with it, by itself
+
     def __init__(self, drafter: PromptLookupDrafter) -> None:
         self.drafter = drafter
 

@@ -19,8 +19,9 @@ from dynatree_core.engine.prune import prune
 from dynatree_core.engine.verify import verify
 from dynatree_core.runners.passes import AskedPass, computed
 from dynatree_core.tree.flatten import flatten
+from dynatree_core.tree.padded import PaddedRows
 from dynatree_core.tree.token_tree import TokenTree
-from dynatree_core.tree.verdict import StepReport
+from dynatree_core.tree.verdict import StepReport, Verdict
 
 __all__ = ["decode_step", "decode_steps", "prefill", "prefill_chunks"]
 
@@ -97,21 +98,18 @@ def decode_steps(lanes: Sequence[Lane]) -> dict[Lane, StepReport | Exception]:
     """Commit 1 to depth + 1 tokens of each sequence, exactly those that the target itself would have chosen."""
     faults = Faults()  # who fails in a stage is in no later one
     with timed(lanes), without_gradients(lanes):
-        trees = draft(lanes, faults)  # rooted at the last committed tokens
-        trees = faults.each(prune, trees)  # what the policies think worth verifying
+        drafted = draft(lanes, faults)  # rooted at the last committed tokens
+        trees = faults.each(prune, drafted)  # what the policies think worth verifying
         logits = forward(trees, faults)  # one pass: ids, positions, who sees whom
-        verdicts = verify(trees, logits, faults)  # accepted paths and bonus tokens, up to a stop
-        steps = {lane: (trees[lane], verdict) for lane, verdict in verdicts.items()}
+        steps = verify(trees, logits, faults)  # accepted paths and bonus tokens, up to a stop
+        note_rows_beside(steps)
         reports = faults.each(commit, steps)  # keep the paths' cache rows, append the tokens
         return {**faults.each(feedback, reports), **faults.errors}  # tell the policies
 
 
-def forward(trees: Mapping[Lane, TokenTree], faults: Faults) -> dict[Lane, Tensor]:
+def forward(trees: Mapping[Lane, TokenTree | PaddedRows], faults: Faults) -> dict[Lane, Tensor]:
     """The target's logits [nodes, vocab] at the nodes of each tree, by one pass for all that may share one."""
     asked = faults.each(_asked_pass, trees)
-    num_rows = sum(tree.num_nodes for tree in trees.values())
-    for lane, tree in trees.items():
-        lane.rows_beside = num_rows - tree.num_nodes
     logits = {}
     for lane, output in zip(asked, computed([*asked.values()]), strict=True):
         if isinstance(output, Exception):
@@ -121,7 +119,14 @@ def forward(trees: Mapping[Lane, TokenTree], faults: Faults) -> dict[Lane, Tenso
     return logits
 
 
-def _asked_pass(lane: Lane, tree: TokenTree) -> AskedPass:
+def note_rows_beside(steps: Mapping[Lane, tuple[TokenTree, Verdict]]) -> None:
+    """Tell each sequence how many nodes of others' trees were verified beside its own."""
+    num_rows = sum(tree.num_nodes for tree, _ in steps.values())
+    for lane, (tree, _) in steps.items():
+        lane.rows_beside = num_rows - tree.num_nodes
+
+
+def _asked_pass(lane: Lane, tree: TokenTree | PaddedRows) -> AskedPass:
     flat = flatten([tree], [lane.cache.next_place], **lane.pass_shape)
     return AskedPass(lane.target, flat, lane.cache, "verify", can_be_shared=not lane.request.is_fixed_width)
 

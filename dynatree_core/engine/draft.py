@@ -19,8 +19,8 @@ from torch import Tensor
 from dynatree_core.engine.faults import Faults, transferred
 from dynatree_core.engine.lane import Lane
 from dynatree_core.engine.observer import Level, Outcome
+from dynatree_core.engine.padded import root
 from dynatree_core.engine.proposals import SharedProposals
-from dynatree_core.errors import DrafterError
 from dynatree_core.policy.stack import Decision
 from dynatree_core.tree.frontier import Frontier
 from dynatree_core.tree.token_tree import TokenTree
@@ -35,7 +35,7 @@ def draft(lanes: Sequence[Lane], faults: Faults) -> dict[Lane, TokenTree]:
     """
     for lane in lanes:
         lane.note_load([other.last_tree_sizes for other in lanes if other is not lane])
-    trees = {lane: TokenTree.root(lane.committed_ids[-1:].clone()) for lane in lanes}
+    trees = {lane: root(lane) for lane in lanes}
     growing = trees
     while growing:
         levels = _grow_level(growing, faults)
@@ -57,6 +57,8 @@ def _grow_level(trees: Mapping[Lane, TokenTree], faults: Faults) -> dict[Lane, L
 def _tell(lane: Lane, level: Level) -> Level:
     if lane.observer is not None:
         lane.observer.tell(level)
+    if lane.rehearsal is not None:
+        lane.rehearsal.levels.append(level)
     return level
 
 
@@ -64,6 +66,8 @@ def _limit_reached(lane: Lane, tree: TokenTree) -> str | None:
     """Which limit ends a tree: "depth" or "nodes"; None where it may grow."""
     if tree.max_depth >= lane.depth_limit:
         return "depth"
+    if tree.is_padded:
+        return None  # who is there is known to the device, which keeps to the budget
     return "nodes" if tree.num_drafted >= lane.sequence.limits.max_nodes else None
 
 
@@ -75,17 +79,9 @@ def _ask(lane: Lane, tree: TokenTree, shared: SharedProposals) -> Level | _Wante
     reached = _limit_reached(lane, tree)
     if reached is not None:
         return level(reached)
-    frontier = Frontier(
-        tree,
-        lane.num_iterations,
-        nodes_left,
-        limits.max_branch,
-        propose=lambda: shared.of(lane),
-        measure=lane.measure_costs,
-        num_sequences=1 + len(lane.beside),
-        rows_beside=sum(map(sum, lane.beside)),
-        width_beside=sum(sizes[tree.max_depth] for sizes in lane.beside if len(sizes) > tree.max_depth + 1),
-    )
+    growth = lane.growth if tree.is_padded else None
+    left = nodes_left if growth is None else functools.partial(growth.nodes_left, tree)
+    frontier = lane.frontier(tree, left, lambda: shared.of(lane))
     expand = lane.stack.should_expand(frontier)
     if expand.value is False:
         shared.leave(lane)
@@ -94,13 +90,17 @@ def _ask(lane: Lane, tree: TokenTree, shared: SharedProposals) -> Level | _Wante
     if isinstance(branch.value, int) and branch.value == 0:
         shared.leave(lane)
         return level("width", expand, branch, frontier.proposals if frontier.is_drafter_asked else None)
+    if growth is not None:
+        growth.decider = branch.decider
+        grown = growth.grown(frontier, expand.value, branch.value, lane.stack.max_width_of(branch.decider))
+        return level(None, expand, branch, frontier.proposals, grown=grown)
     scores = frontier.cum_logprob[:, None] + frontier.top_logprobs  # [width, k] of each proposed child's path
     conditions = _conditions(lane, frontier, expand, branch, scores)
     is_admitted = functools.reduce(operator.and_, conditions.values())
     if Outcome.BELOW_TAU not in conditions:
         is_admitted = is_admitted & (scores > -torch.inf)
     level = functools.partial(level, expand=expand, branch=branch, proposals=frontier.proposals, conditions=conditions)
-    return _Wanted(lane, frontier, branch, scores, is_admitted, level)
+    return _Wanted(lane, frontier, branch, scores, is_admitted, nodes_left, level)
 
 
 @attrs.frozen(eq=False)
@@ -112,6 +112,7 @@ class _Wanted:
     branch: Decision[Tensor | int]
     scores: Tensor  # [width, k] log-probability of each child's path
     is_admitted: Tensor  # [width, k] bool
+    nodes_left: int  # drafted nodes that the budget still allows
     level: Callable[..., Level]  # makes the record, of what ends the tree or of the tree grown
 
     @property
@@ -138,13 +139,8 @@ class _Wanted:
         frontier, proposals, lane = self.frontier, self.frontier.proposals, self.lane
         if widths and not 0 <= widths[0] <= widths[1] <= frontier.max_branch:
             lane.stack.refuse_branch_factor(self.branch.decider, f"{widths[0]} to {widths[1]}", frontier.max_branch)
-        fault = None
-        if num_sound < proposals.logprobs.numel():
-            fault = "log-probabilities must be numbers of at most 0"
-        elif not 0 <= min_id <= max_id < lane.vocab_size:
-            fault = f"token ids must be from 0 to {lane.vocab_size - 1}"
-        if fault:
-            raise DrafterError(f"drafter '{lane.drafter_name}' made a bad proposal: {fault}, got {proposals}")
+        is_sound = num_sound == proposals.logprobs.numel()
+        lane.check_proposed(min_id, max_id, is_sound=is_sound, proposals=proposals)
         if num_children == 0:
             return self.level("refused")
         chosen = self._chosen(num_children)
@@ -153,11 +149,12 @@ class _Wanted:
 
     def _chosen(self, num_children: int) -> Tensor:
         """[children] int64: places in width × k of the best that fit, breadth first."""
-        nodes_left = self.frontier.nodes_left
+        nodes_left = self.nodes_left
         if num_children <= nodes_left:
             return torch.nonzero_static(self.is_admitted.flatten(), size=num_children)[:, 0]
         scores = torch.where(self.is_admitted, self.scores, -torch.inf)
-        return scores.flatten().topk(nodes_left).indices.sort().values
+        best = scores.flatten().sort(descending=True, stable=True).indices  # of equals the first, with padding too
+        return best[:nodes_left].sort().values
 
 
 def _conditions(

@@ -53,6 +53,9 @@ class Engine(Resources):
             None: a cache has room for the whole text from the start.
         make_runner: gives the runner of a model by the runner's name, for who watches or prices passes by a runner that
             is made around another.
+        pads_trees: whether trees grow in levels of one width, so that nothing is read back before the target has
+            answered ("Waits" in docs/architecture). It takes policies and drafters that bear it. None: where the target
+            is not on a CPU, which would compute the padding without being faster for it.
 
     Raises:
         InputError: a model or an argument that cannot be used.
@@ -73,6 +76,7 @@ class Engine(Resources):
         max_waiting: int = 1024,
         max_bytes: int | None = None,
         make_runner: Callable[[nn.Module, str], Runner] = made_runner,
+        pads_trees: bool | None = None,
     ) -> None:
         super().__init__(
             target,
@@ -85,6 +89,7 @@ class Engine(Resources):
             now=now,
             max_bytes=max_bytes,
             make_runner=make_runner,
+            pads_trees=pads_trees,
         )
         self._scheduler = Scheduler(
             checked_count("max_sequences", max_sequences, 1), checked_count("max_waiting", max_waiting, 0)

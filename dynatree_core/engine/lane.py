@@ -16,6 +16,7 @@ from transformers import LogitsProcessorList
 from dynatree_core.drafters.base import DraftState
 from dynatree_core.engine.metrics import summarise
 from dynatree_core.engine.observer import End, Fault, Watch, observers_of
+from dynatree_core.engine.rehearsal import Rehearsal
 from dynatree_core.engine.resources import Resources, in_blocks, slots_of
 from dynatree_core.engine.sequence import Sequence
 from dynatree_core.errors import DrafterError, DynaTreeError, InputError
@@ -26,7 +27,8 @@ from dynatree_core.request.limits import Limits
 from dynatree_core.request.request import Request
 from dynatree_core.request.sampling import Sampler
 from dynatree_core.runners.passes import is_out_of_memory
-from dynatree_core.tree.frontier import Proposals
+from dynatree_core.tree.frontier import Frontier, Proposals
+from dynatree_core.tree.padded import PaddedGrowth
 from dynatree_core.tree.token_tree import TokenTree
 from dynatree_core.tree.verdict import StepReport
 
@@ -62,6 +64,10 @@ class Lane:
         self.measure_costs = functools.partial(engine.costs, request.is_fixed_width, self.clock)
         self.beside: list[tuple[int, ...]] = []  # nodes by level of those whose iteration it is too, as they had last
         self.rows_beside = 0  # of this iteration's pass, those of the others
+        self.padded_space = engine.new_padded_space(request)  # None: trees are grown level by level
+        self.num_rehearsed = 0  # iterations whose trees were grown both ways
+        self.growth: PaddedGrowth | None = None  # of this iteration's tree, if it may be padded
+        self.rehearsal: Rehearsal | None = None  # of this iteration's tree, if it is grown both ways
         self._take_place()
 
     def _take_place(self, *, is_drafting: bool = True) -> None:
@@ -77,7 +83,9 @@ class Lane:
             return
         try:
             with self.blame_drafter(InputError):
-                self.sequence.draft_state = engine.start_drafter(request, self.clock, self.prefix, self._on_prefill)
+                self.sequence.draft_state = engine.start_drafter(
+                    request, self.clock, self.prefix, self._on_prefill, self.padded_space
+                )
         except DrafterError as error:
             self.fall_back(error)
 
@@ -208,6 +216,28 @@ class Lane:
         """Whose iteration it is too: nodes by level of the last tree of each."""
         self.beside = beside
 
+    def frontier(
+        self, tree: TokenTree, nodes_left: int | Callable[[], Tensor], propose: Callable[[], Proposals]
+    ) -> Frontier:
+        """What the policies see of a growing tree.
+
+        Args:
+            tree: the tree so far.
+            nodes_left: drafted nodes that the budget allows, or what counts them.
+            propose: asks the drafter about the tree's last level.
+        """
+        return Frontier(
+            tree,
+            self.num_iterations,
+            nodes_left,
+            self.sequence.limits.max_branch,
+            propose=propose,
+            measure=self.measure_costs,
+            num_sequences=1 + len(self.beside),
+            rows_beside=sum(map(sum, self.beside)),
+            width_beside=sum(sizes[tree.max_depth] for sizes in self.beside if len(sizes) > tree.max_depth + 1),
+        )
+
     def check_proposals(self, proposals: object, tree: TokenTree) -> None:
         """Refuse what a drafter proposes for the tree's last level in another shape than the contract asks for.
 
@@ -225,6 +255,26 @@ class Lane:
                 f"drafter '{self.drafter_name}' must propose int64 token_ids and float32 logprobs of shape "
                 f"{list(shape)}, got {proposals}"
             )
+
+    def check_proposed(self, min_id: int, max_id: int, *, is_sound: bool, proposals: object) -> None:
+        """Refuse what a drafter has proposed, by what was read of it.
+
+        Args:
+            min_id: the least token.
+            max_id: the greatest token.
+            is_sound: whether all log-probabilities are numbers of at most 0.
+            proposals: for the message.
+
+        Raises:
+            DrafterError: naming the drafter and the fault.
+        """
+        fault = None
+        if not is_sound:
+            fault = "log-probabilities must be numbers of at most 0"
+        elif not 0 <= min_id <= max_id < self.vocab_size:
+            fault = f"token ids must be from 0 to {self.vocab_size - 1}"
+        if fault:
+            raise DrafterError(f"drafter '{self.drafter_name}' made a bad proposal: {fault}, got {proposals}")
 
     def reuse_prefix(self) -> None:
         """Copy what the prefix cache knows of the prompt into the target's cache, which is filled from the start."""

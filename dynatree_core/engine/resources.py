@@ -36,6 +36,7 @@ from dynatree_core.request.request import Options, Request
 from dynatree_core.runners.base import Runner
 from dynatree_core.runners.choice import drafters_runner, load_runner, made_runner, runner_for
 from dynatree_core.runners.passes import Passes
+from dynatree_core.tree.padded import PaddedSpace, least_width
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,6 +81,7 @@ class Resources:
         now: Callable[[], float] | None = None,
         max_bytes: int | None = None,
         make_runner: Callable[[nn.Module, str], Runner] = made_runner,
+        pads_trees: bool | None = None,
     ) -> None:
         if not isinstance(prefix_cache, PrefixCache | None):
             raise ParameterError(f"prefix_cache must be a PrefixCache, got {prefix_cache!r:.60}")
@@ -96,6 +98,7 @@ class Resources:
         self._given_costs = costs
         self._now = now
         self._make_runner = make_runner
+        self.pads_trees = self.device.type != "cpu" if pads_trees is None else pads_trees
         self._lock = threading.Lock()  # sessions of several threads must not get the same memory
         self.refresh()
 
@@ -272,12 +275,27 @@ class Resources:
         prefix.add(self.target, cache)
         return prefix
 
+    def new_padded_space(self, request: Request) -> PaddedSpace | None:
+        """Where the padded trees of one generation grow; None where its trees are grown level by level.
+
+        Chance and processors choose tokens one by one, observers look at each level, and passes of one shape and
+        bounded caches lay rows out in ways of their own: all of them read from the device anyway.
+        """
+        limits = request.limits
+        is_greedy = not (request.do_sample or request.logits_processors)
+        is_plain = request.observer is None and request.kept is None and not request.is_fixed_width
+        if not (self.pads_trees and is_greedy and is_plain and limits.max_depth and request.stack.is_capturable):
+            return None
+        width = least_width(limits.max_nodes, limits.tau, request.stack.max_width)
+        return None if width is None else PaddedSpace(width, limits.max_branch, limits.max_depth, self.device)
+
     def start_drafter(
         self,
         request: Request,
         clock: StageClock,
         prefix: PrefixReuse | None,
         on_prefill: Callable[[int, int], None] | None,
+        padded_space: PaddedSpace | None,
     ) -> DraftState | None:
         """The drafter in one generation; None without one."""
         if self.drafter is None:
@@ -286,7 +304,7 @@ class Resources:
             DraftPlan(
                 self.vocab_size,
                 request.num_tokens,
-                request.limits.max_nodes,
+                request.limits.max_nodes if padded_space is None else padded_space.num_places,
                 self.device,
                 clock,
                 self.target,

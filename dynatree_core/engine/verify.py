@@ -11,7 +11,9 @@ from dynatree_core.engine.faults import Faults, transferred
 from dynatree_core.engine.lane import Lane
 from dynatree_core.engine.logprobs import with_logprobs
 from dynatree_core.engine.observer import Verification
+from dynatree_core.engine.padded import known_tree, what_to_know
 from dynatree_core.errors import NonFiniteLogitsError
+from dynatree_core.tree.padded import PaddedRows
 from dynatree_core.tree.token_tree import TokenTree
 from dynatree_core.tree.verdict import Verdict
 
@@ -20,38 +22,49 @@ __all__ = ["follow", "longest_match", "verify"]
 NOT_A_NUMBER = -1  # in the place of a token
 
 
-def verify(trees: Mapping[Lane, TokenTree], logits: Mapping[Lane, Tensor], faults: Faults) -> dict[Lane, Verdict]:
+def verify(
+    trees: Mapping[Lane, TokenTree | PaddedRows], logits: Mapping[Lane, Tensor], faults: Faults
+) -> dict[Lane, tuple[TokenTree, Verdict]]:
     """For each tree the path that the target follows in it, with its tokens, up to where the generation stops.
 
     Args:
-        trees: the trees that were verified.
+        trees: the trees that were verified, or the rows of padded ones.
         logits: [nodes, vocab] for each, the target's output at each node, in the tree's order.
         faults: gets the error of who fails, such as a `NonFiniteLogitsError` for NaN on the path.
 
     Returns:
-        Verdicts without those of who fails. What greedy decoding chooses costs one transfer to the host for all.
+        The trees, and the verdicts, without those of who fails. What greedy decoding chooses costs one transfer to the
+        host for all, and so does what has to be known of padded trees.
     """
-    outcomes = transferred({lane: _matched(trees[lane], logits[lane]) for lane in logits if not _chooses_itself(lane)})
+    outcomes = transferred({lane: _outcome(lane, trees[lane], logits[lane]) for lane in logits if _is_greedy(lane)})
 
-    def verdict_of(lane: Lane, own_logits: Tensor) -> Verdict:
-        tree = trees[lane]
-        if _chooses_itself(lane):
-            verdict = follow(lane, tree, own_logits)
-        else:
-            verdict = _until_stop(lane, _verdict(outcomes[lane]))
+    def verdict_of(lane: Lane, own_logits: Tensor) -> tuple[TokenTree, Verdict]:
+        tree, outcome = trees[lane], outcomes.get(lane, [])
+        if isinstance(tree, PaddedRows):
+            num_matched = 3 * (1 + tree.max_depth)
+            tree, outcome = known_tree(lane, tree, outcome[num_matched:]), outcome[:num_matched]
+        verdict = _until_stop(lane, _verdict(outcome)) if _is_greedy(lane) else follow(lane, tree, own_logits)
         if lane.request.num_logprobs is not None:
             verdict = with_logprobs(verdict, own_logits, lane.request.num_logprobs)
         if lane.observer is not None:
             wanted = own_logits if lane.observer.wants_logits else None
             lane.observer.tell(Verification(lane.num_iterations, tree, verdict, wanted))
-        return verdict
+        return tree, verdict
 
     return faults.each(verdict_of, logits)
 
 
-def _chooses_itself(lane: Lane) -> bool:
-    """Whether tokens are chosen one by one, by processors or chance."""
-    return bool(lane.request.logits_processors) or lane.sampler is not None
+def _is_greedy(lane: Lane) -> bool:
+    """Whether the greatest logit decides, rather than processors or chance, which choose tokens one by one."""
+    return not lane.request.logits_processors and lane.sampler is None
+
+
+def _outcome(lane: Lane, tree: TokenTree | PaddedRows, logits: Tensor) -> Tensor:
+    """[numbers] int64: what `_matched` says, and behind it of a padded tree what `known_tree` has to know."""
+    matched = _matched(tree, logits)
+    if not isinstance(tree, PaddedRows):
+        return matched
+    return torch.cat([matched, what_to_know(lane, tree)])
 
 
 def follow(lane: Lane, tree: TokenTree, logits: Tensor) -> Verdict:
@@ -125,7 +138,7 @@ def longest_match(tree: TokenTree, logits: Tensor) -> Verdict:
     return _verdict(_matched(tree, logits).tolist())
 
 
-def _matched(tree: TokenTree, logits: Tensor) -> Tensor:
+def _matched(tree: TokenTree | PaddedRows, logits: Tensor) -> Tensor:
     """[3 · levels] int64: the path's nodes from the root on, behind its end the root again; the places that they had
     when drafted; and the target's tokens at them, which are what is committed.
 
@@ -138,11 +151,12 @@ def _matched(tree: TokenTree, logits: Tensor) -> Tensor:
         logits = logits.float()
     top_logit, top_token = logits.max(dim=-1)  # [nodes]; max() puts NaN above every number
     top_token = top_token.masked_fill(top_logit.isnan(), NOT_A_NUMBER)
-    if tree.num_drafted == 0:
+    if tree.num_nodes == 1:
         return torch.nn.functional.pad(top_token, (2, 0))
     differs = tree.token_ids[1:] != top_token.index_select(0, tree.parent[1:])
     is_dead = (tree.ancestor_mask[:, 1:] & differs).any(dim=1)
-    deepest = tree.depth.masked_fill(is_dead, -1).argmax(dim=0, keepdim=True)
+    reach = tree.reach if isinstance(tree, PaddedRows) else tree.depth
+    deepest = reach.masked_fill(is_dead, -1).argmax(dim=0, keepdim=True)
     on_path = tree.ancestor_mask.index_select(0, deepest)[0]
     path = torch.nonzero_static(on_path, size=tree.max_depth + 1, fill_value=0)[:, 0]
     return torch.cat([path, tree.draft_index.index_select(0, path), top_token.index_select(0, path)])

@@ -112,6 +112,31 @@ class PolicyStack:
         """The policy of that name in this stack, or None. Its parameters may be set; they are checked."""
         return self.policies.get(name)
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether every policy promises what padded trees need: see "Hooks that a GPU need not wait for" in docs/hooks.
+
+        A policy promises it by an attribute `is_capturable = True`.
+        """
+        return all(getattr(policy, "is_capturable", False) is True for policy in self.policies.values())
+
+    @property
+    def max_width(self) -> int | None:
+        """Nodes of one level that the policy which decides widths wants at most, by its `max_width`; None: unknown."""
+        for name, _ in self.callers["branch_factor"][:1]:
+            return self.max_width_of(name)
+        return 1  # nobody answers, so each node gets one child
+
+    def max_width_of(self, name: str | None) -> int | None:
+        """What one policy wants at most; None: unknown."""
+        return _promised(self.policies.get(name or ""), "max_width")
+
+    @property
+    def max_kept(self) -> int | None:
+        """Drafted nodes that `keep_nodes` leaves at most, by the policies' `max_kept`; None: unknown."""
+        known = [_promised(self.policies[name], "max_kept") for name, _ in self.callers["keep_nodes"]]
+        return min((most for most in known if most is not None), default=None)
+
     def should_expand(self, frontier: Frontier) -> Decision[Tensor | bool]:
         """AND of all answers: one bool for all nodes, or bool [width]. After a plain False nobody else is asked."""
         value: Tensor | bool = True
@@ -175,6 +200,12 @@ class PolicyStack:
     def silenced(self) -> PolicyStack:
         """A stack of the same name that nobody speaks in: what a session falls back to."""
         return PolicyStack({}, self.text)
+
+
+def _promised(policy: object, name: str) -> int | None:
+    """A number of nodes that a policy promises not to exceed; None where it says nothing."""
+    most = getattr(policy, name, None)
+    return most if isinstance(most, int) and not isinstance(most, bool) and most > 0 else None
 
 
 def _only(answers: list[Any]) -> Any:

@@ -30,6 +30,7 @@ from dynatree_core.models.state import without_gradients
 from dynatree_core.plugins.spec import format_stack, parse_stack
 from dynatree_core.policy.build import build_stack
 from dynatree_core.policy.stack import PolicyStack
+from dynatree_core.testing import padding
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import VOCAB, reference, tiny_model
 from dynatree_core.testing.text import format_tree
@@ -77,7 +78,8 @@ def assert_lossless(policy: Policy, *, drafter: Any = None, max_examples: int = 
 def assert_hook_contract(policy: Policy, *, max_examples: int = 100) -> None:
     """Every hook of this stack keeps its contract for any tree, proposals and outcome, and changes no argument.
 
-    Two sessions of the stack that take turns must not influence each other.
+    Two sessions of the stack that take turns must not influence each other. Policies that are marked `is_capturable`
+    must read no numbers on the host, and must say the same of a node whatever padding stands beside it.
 
     Args:
         policy: a stack's string, a policy object, a list of both, or a hypothesis strategy for any of them.
@@ -85,10 +87,11 @@ def assert_hook_contract(policy: Policy, *, max_examples: int = 100) -> None:
 
     Raises:
         PolicyError: an answer of the wrong type, shape, dtype or range, or an exception; it names policy and hook.
-        AssertionError: a hook changed an argument, or two sessions share state.
+        AssertionError: a hook changed an argument, two sessions share state, or an answer depends on padding.
     """
     _check_hooks(policy, max_examples)
     _check_independent_sessions(policy, max_examples)
+    _check_capturable(policy, max_examples)
 
 
 def assert_drafter_contract(
@@ -389,6 +392,62 @@ def _check_independent_sessions(policy: Policy, max_examples: int) -> None:
     _search(independent_sessions, max_examples)
 
 
+def _check_capturable(policy: Policy, max_examples: int) -> None:
+    """A stack that is marked `is_capturable` answers alike with padding, and reads no numbers on the host."""
+
+    @given(policy=_drawn(policy), iterations=ours.iterations())
+    def capturable(policy: Policy, iterations: list[ours.Iteration]) -> None:
+        plain, padded = _Hooks(build_stack(policy), _unwatched), _Padded(build_stack(policy))
+        if not plain.stack.is_capturable:
+            return
+        for iteration in iterations:
+            note(str(iteration))
+            widths, kept = plain.answers(iteration)
+            expected, answers = (widths or [0] * iteration.frontier.width, kept), padded.answers(iteration)
+            if answers != expected:
+                raise AssertionError(
+                    "what a policy that is marked is_capturable says of a node must not depend on padding, but with "
+                    "padding behind each level its answers differ; mask it by `tree.is_live`, or leave "
+                    f"is_capturable out\nstack:   {plain.stack}\n"
+                    f"without: widths {expected[0]}, kept {expected[1]}\n"
+                    f"with:    widths {answers[0]}, kept {answers[1]}"
+                )
+
+    _search(capturable, max_examples)
+
+
+@attrs.frozen
+class _Padded:
+    """A stack's hooks on trees with padding; the answers are those about nodes."""
+
+    stack: PolicyStack
+
+    @torch.inference_mode()
+    def answers(self, iteration: ours.Iteration) -> tuple[list[int], list[bool]]:
+        """The answers of all four hooks, called in the order of a decode step."""
+        tree, frontier = iteration.tree, iteration.frontier
+        width = 1 + max(*tree.level_sizes, *frontier.tree.level_sizes)  # some padding in each level
+        widths = self._widths(padding.padded_frontier(frontier, width), frontier.width)
+        with_padding = padding.padded(tree, width)
+        is_kept = with_padding.is_live
+        if tree.num_drafted > 0:
+            keep = self.stack.keep_nodes(padding.unread_tree(with_padding)).value
+            if keep is not None:
+                is_kept = with_padding.close_under_ancestors(keep.as_subclass(Tensor))
+        self.stack.on_iteration_end(iteration.report)
+        return widths, is_kept[with_padding.is_live].tolist()
+
+    def _widths(self, frontier: Frontier, num_nodes: int) -> list[int]:
+        expand = self.stack.should_expand(frontier).value
+        if expand is False:
+            return [0] * num_nodes
+        wanted, is_expanded = (
+            answer.as_subclass(Tensor)[:num_nodes].tolist() if isinstance(answer, Tensor) else [answer] * num_nodes
+            for answer in (self.stack.branch_factor(frontier).value, expand)
+        )
+        return [width if is_wanted else 0 for width, is_wanted in zip(wanted, is_expanded, strict=True)]
+
+
 class PolicyMachine(RuleBasedStateMachine):
     """A state machine of hypothesis: it calls a stack's hooks in every order in which a session may call them.
 
@@ -657,6 +716,7 @@ POLICY_PROPERTIES: dict[str, Callable[[str, int], None]] = {
     "only_reads": _check_hooks,
     "any_order": _check_any_order,
     "independent_sessions": _check_independent_sessions,
+    "capturable": _check_capturable,
     "prints_back": _check_prints_back,
     "lossless_alone": lambda stack, n: _check_lossless(cases(_drawn(stack)), n),
     "lossless_composed": lambda stack, n: _check_lossless(cases(_composed(stack)), n),

@@ -14,6 +14,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from dynatree_core.tree.padded import PaddedRows
 from dynatree_core.tree.token_tree import TokenTree
 
 __all__ = ["FlatTrees", "flatten", "flatten_chain", "flatten_level"]
@@ -41,12 +42,12 @@ class FlatTrees:
 
 
 def flatten(
-    trees: Sequence[TokenTree], prefix_lens: Sequence[int], *, min_rows: int = 0, min_slots: int = 0
+    trees: Sequence[TokenTree | PaddedRows], prefix_lens: Sequence[int], *, min_rows: int = 0, min_slots: int = 0
 ) -> FlatTrees:
     """Lay out whole trees, the root as row 0, for the target.
 
     Args:
-        trees: one tree a lane.
+        trees: one tree a lane, or what is verified of a padded one.
         prefix_lens: committed rows of each lane of the cache; the root is not among them.
         min_rows: rows of the pass at least.
         min_slots: cache slots that the mask spans at least; those behind the rows are seen by nobody.
@@ -77,7 +78,7 @@ def flatten(
     return FlatTrees(token_ids, position_ids, visible, slot_positions, num_places)
 
 
-def _unpadded(tree: TokenTree, prefix_len: int) -> FlatTrees:
+def _unpadded(tree: TokenTree | PaddedRows, prefix_len: int) -> FlatTrees:
     """One tree alone."""
     positions = tree.depth + prefix_len
     return FlatTrees(

@@ -41,7 +41,7 @@ class Frontier:
 
     tree: TokenTree
     iteration: int  # 0 for the first decode step of the session
-    nodes_left: int  # drafted nodes that the budget still allows
+    _nodes_left: int | Callable[[], Tensor] = attrs.field(repr=False)  # as below, or what counts them for who looks
     max_branch: int  # the largest branch factor that can be served
     _propose: Callable[[], Proposals] = attrs.field(repr=False)
     _measure: Callable[[], CostModel] = attrs.field(default=lambda: NOMINAL_COSTS, repr=False)
@@ -49,6 +49,11 @@ class Frontier:
     num_sequences: int = 1  # that share the target's pass of this iteration, this one among them
     rows_beside: int = 0  # of that pass, those of the other sequences, by what they had last
     width_beside: int = 0  # nodes at this depth of the others' trees, by what they had last
+
+    @cached_property
+    def nodes_left(self) -> int | Tensor:
+        """Drafted nodes that the budget still allows; [] int64 of a padded tree, which only the device has counted."""
+        return self._nodes_left if isinstance(self._nodes_left, int) else self._nodes_left()
 
     @cached_property
     def costs(self) -> CostModel:

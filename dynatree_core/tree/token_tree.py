@@ -3,11 +3,14 @@
 There is no Python object per node. A tree grows by whole levels and shrinks by a keep-mask; both give a
 new tree and leave the old one alone. The number of nodes per level is known on the host, so asking for a
 size never waits for the device.
+
+A padded tree (`tree/padded.py`) has levels of one width: behind their nodes stands padding, whose log-probabilities
+are -inf. So its sizes are known before the device has computed how many nodes there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import attrs
@@ -23,7 +26,7 @@ FIRST_ROOM = 32  # nodes that a growing tree has memory for at first; twice as m
 
 
 @attrs.define(eq=False)
-class _Room:
+class Room:
     """Memory that a tree grows into, so that a level is written once and nothing before it is copied."""
 
     integers: Tensor  # [2, room] int64: token ids and parents
@@ -32,12 +35,20 @@ class _Room:
     num_used: int = 0  # nodes of the largest tree in it
 
     @classmethod
-    def for_nodes(cls, num_nodes: int, device: torch.device) -> _Room:
+    def for_nodes(cls, num_nodes: int, device: torch.device) -> Room:
         return cls(
             torch.empty(2, num_nodes, dtype=torch.int64, device=device),
             torch.empty(2, num_nodes, dtype=torch.float32, device=device),
             torch.eye(num_nodes, dtype=torch.bool, device=device),
         )
+
+    @classmethod
+    def for_padded(cls, num_nodes: int, device: torch.device) -> Room:
+        """Of so many nodes, all of them empty, with the log-probability of nothing."""
+        room = cls.for_nodes(num_nodes, device)
+        room.integers.zero_()
+        room.scores.fill_(-torch.inf)
+        return room
 
     def has_place_behind(self, tree: TokenTree, num_nodes: int) -> bool:
         """Whether nobody has grown this tree in it before, and so many nodes fit in all."""
@@ -49,11 +60,11 @@ class _Room:
 
 
 @attrs.frozen(eq=False)
-class _Cut:
+class Cut:
     """What only the tree as it was drafted knows of the nodes that pruning has left, [nodes] int64 each."""
 
     depth: Tensor
-    rank: Tensor
+    rank: Tensor | Callable[[], Tensor]  # or what makes it for who looks
     draft_index: Tensor
 
 
@@ -71,9 +82,10 @@ class TokenTree:
     logprob: Tensor  # [nodes] float32, natural log of the draft probability given the parent; root 0
     cum_logprob: Tensor  # [nodes] float32, sum of logprob along the path from the root
     ancestor_mask: Tensor  # [nodes, nodes] bool, row i marks node i and its ancestors
-    level_sizes: tuple[int, ...]  # nodes at depth 0, 1, ...; the first is 1
-    _cut: _Cut | None = attrs.field(default=None, repr=False)  # None: nothing was pruned
-    _room: _Room | None = attrs.field(default=None, repr=False)  # None: that of a tree which grows from here on
+    level_sizes: tuple[int, ...]  # nodes at depth 0, 1, ..., padding among them; the first is 1
+    _cut: Cut | None = attrs.field(default=None, repr=False)  # None: nothing was pruned
+    _room: Room | None = attrs.field(default=None, repr=False)  # None: that of a tree which grows from here on
+    is_padded: bool = attrs.field(default=False, repr=False)  # whether nodes behind those of a level may be padding
 
     @classmethod
     def root(cls, token_id: Tensor) -> TokenTree:
@@ -88,6 +100,50 @@ class TokenTree:
             level_sizes=(1,),
         )
 
+    @classmethod
+    def padded_root(cls, token_id: Tensor, num_nodes: int) -> TokenTree:
+        """Likewise, of a tree that grows by `grow_padded` to so many nodes at most, padding among them."""
+        room = Room.for_padded(num_nodes + 1, token_id.device)  # the last place is that of padding, and stays empty
+        room.integers[0, :1] = token_id
+        room.integers[1, :1].fill_(-1)
+        room.scores[:, :1].fill_(0)
+        return cls.in_room(room, (1,), is_padded=True)
+
+    @classmethod
+    def in_room(
+        cls, room: Room, level_sizes: tuple[int, ...], *, cut: Cut | None = None, is_padded: bool = False
+    ) -> TokenTree:
+        """The tree of the first nodes in a room. With a `cut` it is of one that was drafted, and grows no more."""
+        num_nodes = room.num_used = sum(level_sizes)
+        return cls(
+            token_ids=room.integers[0, :num_nodes],
+            parent=room.integers[1, :num_nodes],
+            logprob=room.scores[0, :num_nodes],
+            cum_logprob=room.scores[1, :num_nodes],
+            ancestor_mask=room.mask[:num_nodes, :num_nodes],
+            level_sizes=level_sizes,
+            cut=cut,
+            room=room if cut is None else None,
+            is_padded=is_padded,
+        )
+
+    def gathered(self, places: Tensor) -> Room:
+        """The nodes of a padded tree at some places [rows] int64, whose parents are places in these.
+
+        The place behind all that the tree has room for is that of padding, which sees and is seen by padding only.
+        """
+        room = self._room
+        assert room is not None, "only a padded tree has a place for padding"
+        integers = room.integers.index_select(1, places)
+        integers[1] = torch.searchsorted(places, integers[1])
+        integers[1, :1].fill_(-1)
+        return Room(integers, room.scores.index_select(1, places), room.mask[places[:, None], places])
+
+    @cached_property
+    def is_live(self) -> Tensor:
+        """[nodes] bool: which nodes are there. Those that are not are padding: the probability of their path is 0."""
+        return self.cum_logprob > -torch.inf
+
     @cached_property
     def depth(self) -> Tensor:
         """[nodes] int64, 0 for the root."""
@@ -97,7 +153,7 @@ class TokenTree:
     def rank(self) -> Tensor:
         """[nodes] int64, place among the siblings as they were drafted, before pruning, from 0 on; root 0."""
         if self._cut is not None:
-            return self._cut.rank
+            return self._cut.rank if isinstance(self._cut.rank, Tensor) else self._cut.rank()
         return self.draft_index - torch.searchsorted(self.parent, self.parent)  # where the siblings of each begin
 
     @cached_property
@@ -130,7 +186,7 @@ class TokenTree:
         token_ids, parent, *others = integers
         logprob, cum_logprob = torch.stack([self.logprob, self.cum_logprob]).to(device)
         mask = self.ancestor_mask.to(device)
-        return TokenTree(token_ids, parent, logprob, cum_logprob, mask, self.level_sizes, _Cut(*others))
+        return TokenTree(token_ids, parent, logprob, cum_logprob, mask, self.level_sizes, Cut(*others))
 
     @property
     def last_level(self) -> slice:
@@ -171,31 +227,40 @@ class TokenTree:
         """
         old, new = self.num_nodes, self.num_nodes + parent.numel()
         room = self._room_for(new)
-        room.num_used = new
         integers, scores, level = room.integers, room.scores, slice(old, new)
         integers[1, level] = parent
         torch.index_select(token_ids, 0, chosen, out=integers[0, level])
         torch.index_select(logprob, 0, chosen, out=scores[0, level])
         torch.index_select(cum_logprob, 0, chosen, out=scores[1, level])
         torch.index_select(room.mask[:, :old], 0, parent, out=room.mask[level, :old])
-        return TokenTree(
-            token_ids=integers[0, :new],
-            parent=integers[1, :new],
-            logprob=scores[0, :new],
-            cum_logprob=scores[1, :new],
-            ancestor_mask=room.mask[:new, :new],
-            level_sizes=(*self.level_sizes, parent.numel()),
-            room=room,
-        )
+        return TokenTree.in_room(room, (*self.level_sizes, parent.numel()))
 
-    def _room_for(self, num_nodes: int) -> _Room:
+    def grow_padded(self, chosen: Tensor, integers: Tensor, scores: Tensor) -> TokenTree:
+        """The padded tree with one more level, of as many nodes as places are chosen.
+
+        Args:
+            chosen: [width] int64, places in what follows, ascending; behind them, for padding, the last place.
+            integers: [2, places] int64: tokens and parents of all that were proposed; the last place is padding's.
+            scores: [2, places] float32: log-probabilities of nodes and of their paths; -inf in the last place.
+        """
+        old, width = self.num_nodes, chosen.numel()
+        room, level = self._room, slice(old, old + width)
+        assert room is not None, "a padded tree begins with `padded_root`"
+        assert room.num_used == old, f"a padded tree grows once, got {room.num_used} places in use behind {old}"
+        assert old + width < len(room.mask), f"there is room for {len(room.mask) - 1} places, got {old + width}"
+        torch.index_select(integers, 1, chosen, out=room.integers[:, level])
+        torch.index_select(scores, 1, chosen, out=room.scores[:, level])
+        torch.index_select(room.mask[:, :old], 0, room.integers[1, level], out=room.mask[level, :old])
+        return TokenTree.in_room(room, (*self.level_sizes, width), is_padded=True)
+
+    def _room_for(self, num_nodes: int) -> Room:
         """Where a tree of so many nodes is, of which this one's are there already."""
         if self._room is not None and self._room.has_place_behind(self, num_nodes):
             return self._room
         size = FIRST_ROOM
         while size < num_nodes:
             size *= 2
-        room, old = _Room.for_nodes(size, self.device), self.num_nodes
+        room, old = Room.for_nodes(size, self.device), self.num_nodes
         room.integers[0, :old] = self.token_ids
         room.integers[1, :old] = self.parent
         room.scores[0, :old] = self.logprob
@@ -250,7 +315,7 @@ class TokenTree:
             cum_logprob=self.cum_logprob[index],
             ancestor_mask=self.ancestor_mask[index[:, None], index],
             level_sizes=tuple(size for size in level_sizes if size),
-            cut=_Cut(self.depth[index], self.rank[index], self.draft_index[index]),
+            cut=Cut(self.depth[index], self.rank[index], self.draft_index[index]),
         )
 
     def first_chain(self) -> TokenTree:

@@ -1,0 +1,95 @@
+"""Which sequences draft padded trees.
+
+A padded tree (`dynatree_core.tree.padded`) is grown, pruned and verified without the host knowing how many nodes it
+has, so an iteration waits for a GPU once. It takes policies and a drafter that promise to need no numbers on the host,
+and to say the same of a node whatever padding stands beside it. Whether policies keep that is seen in the first
+iterations of a generation, which are rehearsed (`dynatree_core.engine.rehearsal`).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dynatree_core.drafters.base import takes_padding
+from dynatree_core.engine.lane import Lane
+from dynatree_core.engine.rehearsal import Rehearsal
+from dynatree_core.tree.padded import PaddedGrowth, PaddedRows, least_width
+from dynatree_core.tree.token_tree import TokenTree
+
+__all__ = ["known_tree", "root", "settle", "what_to_know"]
+
+NUM_REHEARSED = 2  # iterations of a generation with a tree
+
+
+def root(lane: Lane) -> TokenTree:
+    """The tree to grow behind the last committed token: a padded one where the lane is seen to bear it."""
+    token_id = lane.committed_ids[-1:]
+    lane.growth, lane.rehearsal = _growth(lane), None
+    if lane.growth is not None and lane.num_rehearsed >= NUM_REHEARSED:
+        return lane.growth.root(token_id)
+    if lane.growth is not None:
+        lane.rehearsal = Rehearsal(lane.growth, copy.deepcopy(lane.stack), lane.frontier)
+    return TokenTree.root(token_id.clone())
+
+
+def _growth(lane: Lane) -> PaddedGrowth | None:
+    """How a lane's next tree grows with padding; None where it grows level by level."""
+    space, limits = lane.padded_space, lane.sequence.limits
+    if space is None or lane.draft_state is None or limits.max_depth == 0:
+        return None
+    if not lane.stack.is_capturable or not takes_padding(lane.draft_state):
+        return None
+    width = least_width(limits.max_nodes, limits.tau, lane.stack.max_width)
+    if width is None or width > space.width:  # parameters of a policy were changed
+        return None
+    return PaddedGrowth(space, max_nodes=limits.max_nodes, tau=limits.tau, vocab_size=lane.vocab_size)
+
+
+def settle(lane: Lane, keep: Tensor | None) -> None:
+    """See what a rehearsal has shown. Where policies answer otherwise, the lane grows its trees level by level.
+
+    Args:
+        lane: whose tree was grown.
+        keep: bool [nodes], what its policies have kept of it; None: all.
+    """
+    rehearsal = lane.rehearsal
+    if rehearsal is None or not rehearsal.has_levels:
+        return
+    lane.num_rehearsed += 1
+    difference = rehearsal.difference(keep)
+    if difference is not None:
+        lane.padded_space = None
+        warnings.warn(
+            f"the policies '{lane.stack}' are marked is_capturable, so what they say of a node must not depend on "
+            f"padding, but {difference}; this generation waits for the device once a level instead. Mask padding by "
+            "`tree.is_live`, or leave is_capturable out",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def what_to_know(lane: Lane, rows: PaddedRows) -> Tensor:
+    """[numbers] int64 on the device: what `known_tree` has to know of a padded tree."""
+    assert lane.growth is not None, "a padded tree grows by what its lane keeps"
+    return torch.cat([rows.level_sizes, lane.growth.checks(rows.drafted)])
+
+
+def known_tree(lane: Lane, rows: PaddedRows, numbers: Sequence[int]) -> TokenTree:
+    """The tree without padding, by what the host has been told.
+
+    Raises:
+        PolicyError: a branch factor out of range.
+        DrafterError: a proposal that is NaN, or a token that the target does not know.
+    """
+    assert lane.growth is not None, "a padded tree grows by what its lane keeps"
+    *level_sizes, min_id, max_id, is_sound, min_width, max_width = numbers
+    max_branch = lane.sequence.limits.max_branch
+    if not 0 <= min_width <= max_width <= max_branch:
+        lane.stack.refuse_branch_factor(lane.growth.decider, f"{min_width} to {max_width}", max_branch)
+    lane.check_proposed(min_id, max_id, is_sound=bool(is_sound), proposals=lane.growth.proposals)
+    return rows.tree(level_sizes)
