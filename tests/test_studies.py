@@ -18,7 +18,7 @@ from dynatree_bench.run.progress import in_rounds
 from dynatree_bench.studies import batch, long_context, memory, runners, serve
 from dynatree_bench.studies.names import studies
 from dynatree_bench.studies.study import Asked, Found, find_study, read_found, run_study, write_report
-from dynatree_core import InputError, load_model
+from dynatree_core import InputError, load_model, ops
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 PROVENANCE = {"command", "commit", "date", "versions", "device", "threads", "seed", "busy_percent"}
@@ -155,6 +155,9 @@ def test_runners_on_a_tiny_model(character_target, tmp_path):
     assert found.said["command"] == "the command"
     seconds = found.found["seconds"]
     assert {runners.PLAIN, "bfloat16 eager"} <= set(seconds)
+    own = {"float32 native", "stored native"}
+    assert own & set(seconds) == (own if ops.reason_unavailable() is None else set()), "it computes in float32 only"
+    assert "bfloat16 native" not in seconds
     assert all(len(rounds) == 1 for by_rows in seconds.values() for rounds in by_rows.values())
     assert [[row[0] for row in table.rows] for table in found.tables] == [["1", "2", "4"]] * 2
 

@@ -1,7 +1,7 @@
 """What does a pass over a tree cost with each runner?
 
 Question: time of a verification pass of the target by its rows, the drafted nodes and the root, for each runner and
-each dtype.
+each dtype; for `native` with the weights in the bits that they were published in, too.
 
 Method: a prompt of 256 tokens; passes over a root and its children. All runners, dtypes and numbers of rows take turns,
 several times over in one process after a warm-up round; medians are shown, with quartiles. What counts is a runner's
@@ -23,6 +23,8 @@ from dynatree_bench.run.passes import CONTEXT, ROWS, filled, pass_seconds
 from dynatree_bench.run.progress import in_rounds
 from dynatree_bench.studies.study import Asked, Study
 from dynatree_core import load_model
+from dynatree_core.models.stored import StoredModel
+from dynatree_core.runners.native import NativeRunner
 from dynatree_core.runners.packed import can_pack
 
 PLAIN = "float32 eager"
@@ -34,9 +36,16 @@ def measure(asked: Asked) -> dict[str, Any]:
     ways = {}
     for dtype in DTYPES:
         loaded = load_model(asked.models.target, device="cpu", dtype=dtype)
-        for name in ("eager", "packed"):
-            if name == "eager" or can_pack(loaded.model):
-                ways[f"{dtype} {name}"] = filled(loaded.model, name)
+        is_here = {
+            "eager": True,
+            "packed": can_pack(loaded.model),
+            "native": NativeRunner.reason_against(loaded.model) is None,
+        }
+        for name in (name for name, can_run in is_here.items() if can_run):
+            ways[f"{dtype} {name}"] = filled(loaded.model, name)
+    stored = load_model(asked.models.target, device="cpu", dtype="float32", weights="stored").model
+    if isinstance(stored, StoredModel):  # else nothing can compute it as it was published
+        ways["stored native"] = filled(stored, "native")
     rounds = asked.rounds(full=15, quick=1)
     seconds: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in ways}
 
