@@ -59,6 +59,13 @@ class CostModel:
         drafting = sum(map(self.drafter_level_seconds, level_widths))
         return self.target_pass_seconds(1 + num_drafted) + drafting + self.rest_seconds
 
+    def catch_up_seconds(self, num_tokens: int) -> float:
+        """What it takes the drafter to follow so many tokens, in the pass that proposes for a root behind them.
+
+        By the price of a level over as many nodes, which is no less: a level has probabilities computed for each node.
+        """
+        return self.drafter_level_seconds(num_tokens + 1) - self.drafter_level_seconds(1)
+
     def beside(self, num_sequences: int, rows: int, width: int) -> CostModel:
         """What a sequence is charged that shares its passes with others.
 

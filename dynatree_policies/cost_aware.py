@@ -17,6 +17,11 @@ it has lost, and adds `MAX_LOSS`. Below zero nothing is drafted. (`governor` kee
 first trees could spend the stake at once, so they have up to `FIRST_DEPTH` levels, and twice as many each time that one
 was accepted to its full depth.
 
+A model as drafter follows the text when it is asked, so the first look in a while has it catch up, and the first look
+of all has it read the prompt (`Frontier.num_behind`). That is paid once and serves all looks to come. So it is shared
+out over the next `PAYBACK` iterations, or as many as are left: a look has to pay its share, and the account is charged
+so much in each of them. What is not charged yet when drafting stops is lost beyond what the account allows.
+
 Where several sequences share their passes, all of this goes by what a tree is charged there (`Frontier.charged_costs`):
 each second that it adds delays every one of them, and counts for each.
 """
@@ -46,6 +51,7 @@ LEVEL_RESTS, LEVEL_SHARE = 1.5, 0.04
 STAKE, MAX_LOSS = 0.75, 0.015  # steps: what drafting may lose, and what an iteration adds to that
 FIRST_DEPTH = 4
 RESERVE = 8.0  # steps that the account holds at most: as much is lost before a change of the text is answered
+PAYBACK = 32  # iterations over which the price of catching up is shared out
 IDLE_SHARE = 0.002  # of the way back to the prior, for each iteration without a look: how soon one is tried again
 
 CPU_NUMBERS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
@@ -55,6 +61,12 @@ def level_seconds(costs: CostModel, width: int, *, is_free: bool = False) -> flo
     """A level over so many nodes: the drafter's pass, unless it did without, and what the host does besides."""
     of_host = max(LEVEL_RESTS * costs.rest_seconds, LEVEL_SHARE * costs.plain_step_seconds())
     return (0.0 if is_free else costs.drafter_level_seconds(width)) + of_host
+
+
+def _payback(frontier: Frontier) -> int:
+    """Iterations over which the price of catching up is shared out: as many at most as there are tokens to come."""
+    left = frontier.num_tokens_left
+    return PAYBACK if left is None else max(min(PAYBACK, left), 1)
 
 
 @attrs.frozen(eq=False)
@@ -94,6 +106,8 @@ class CostAware:
     trials: float = attrs.field(default=0.0, init=False, repr=False)  # accepted nodes with children
     account: float = attrs.field(default=STAKE, init=False, repr=False)  # steps that drafting may still lose
     depth_limit: int = attrs.field(default=FIRST_DEPTH, init=False, repr=False)
+    debt: float = attrs.field(default=0.0, init=False, repr=False)  # steps that catching up took, not charged yet
+    instalment: float = attrs.field(default=0.0, init=False, repr=False)  # steps of it that an iteration is charged
     look_value: float = attrs.field(default=PRIOR_LOOK, init=False, repr=False)  # tokens, by path acceptance of a level
     is_recalled: bool = attrs.field(default=False, init=False, repr=False)
     levels: list[Frontier] = attrs.field(factory=list, init=False, repr=False)  # of this iteration, that it said yes to
@@ -120,7 +134,8 @@ class CostAware:
             return False
         mass = self._mass(frontier.tree)
         costs = frontier.charged_costs
-        pays = mass * self.look_value > self._rate(costs) * level_seconds(costs, frontier.width)
+        seconds = level_seconds(costs, frontier.width) + frontier.catch_up_seconds / _payback(frontier)
+        pays = mass * self.look_value > self._rate(costs) * seconds
         if pays:
             self.levels.append(frontier)
         return pays
@@ -174,10 +189,16 @@ class CostAware:
             seconds = self.costs.iteration_seconds(report.tree.num_drafted, [])
             for level in asked:
                 seconds += level_seconds(level.charged_costs, level.width, is_free=level.proposals.is_free)
+                if level.num_behind and not level.proposals.is_free:
+                    self.debt += level.catch_up_seconds / self.costs.plain_step_seconds()
+                    self.instalment = max(self.instalment, self.debt / _payback(level))
             self.tokens = MEMORY * self.tokens + len(report.token_ids)
             self.seconds = MEMORY * self.seconds + seconds
             won = len(report.token_ids) - seconds / self.costs.plain_step_seconds()
-            self.account = min(self.account + won + MAX_LOSS, RESERVE)
+            due = min(self.instalment, self.debt)
+            self.debt -= due
+            self.instalment = self.instalment if self.debt > 0 else 0.0
+            self.account = min(self.account + won - due + MAX_LOSS, RESERVE)
         if report.num_accepted >= self.depth_limit:
             self.depth_limit *= 2
         self._count(report)

@@ -60,7 +60,14 @@ class Priced(Runner):
         return self.plain.forward_together(parts, **options)
 
 
-def decoded(drafter: Any, costs: CostModel, policy: str, num_sequences: int, num_tokens: int) -> tuple[float, int]:
+def decoded(
+    drafter: Any,
+    costs: CostModel,
+    policy: str,
+    num_sequences: int,
+    num_tokens: int,
+    prompt: Sequence[int] = (2, 3),
+) -> tuple[float, int]:
     """Seconds that so many sequences take together, and the nodes that they draft."""
     target = tiny_model("llama")
     now = [0.0]
@@ -72,7 +79,7 @@ def decoded(drafter: Any, costs: CostModel, policy: str, num_sequences: int, num
         return Priced(model, costs.target_pass_seconds if model is target else costs.drafter_level_seconds, spend)
 
     engine = Engine(target, drafter, costs=costs, now=lambda: now[0], make_runner=make, max_sequences=num_sequences)
-    prompts = [[1 + number, 2, 3] for number in range(num_sequences)]
+    prompts = [[1 + number, *prompt] for number in range(num_sequences)]
     handles = [engine.submit(p, policy=policy, max_new_tokens=num_tokens, eos_token_id=[]) for p in prompts]
     results = [handle.result() for handle in handles]
     assert [result.token_ids for result in results] == [greedy(target, prompt, num_tokens) for prompt in prompts]

@@ -216,6 +216,16 @@ class DraftState(abc.ABC):
     def rollback(self) -> None:
         """Forget all drafted nodes of an iteration that failed."""
 
+    def num_behind(self, num_committed: int) -> int:
+        """Rows of its models' passes that the next `propose` computes before those of the tree; 0 without a model.
+
+        What a state puts off until it is asked, so that it costs nothing where nobody asks. Policies know the price.
+
+        Args:
+            num_committed: committed tokens, of which the last one is the tree's root.
+        """
+        return 0
+
     def possible_proposals(self, committed_ids: Tensor, tree: TokenTree, k: int) -> list[Proposals]:
         """All that `propose` may answer about a root. There are several where the answer depends on other nodes."""
         return [self.propose(committed_ids, tree, k)]
@@ -292,6 +302,9 @@ class _ElsewhereState(DraftState):
 
     def rollback(self) -> None:
         self.state.rollback()
+
+    def num_behind(self, num_committed: int) -> int:
+        return self.state.num_behind(num_committed)
 
     def possible_proposals(self, committed_ids: Tensor, tree: TokenTree, k: int) -> list[Proposals]:
         possible = self.state.possible_proposals(self._copied(committed_ids), tree.to(self.device), k)

@@ -1,14 +1,15 @@
 """The `model` drafter: a small causal language model with the target's vocabulary (Leviathan et al. 2023,
 Chen et al. 2023), expanding a whole tree level in one forward pass.
 
-It keeps its cache across iterations. Rows of accepted nodes stay, and the committed tokens that it has not seen are the
-next root block: one or two tokens, or more after skipped levels. No token goes through it twice, unless the target's
-cache is bounded.
+It follows the text only when it is asked. The committed tokens that it has not seen, at first the whole prompt, go
+through it together with the next tree's root: one or two tokens where it is asked in every iteration, more after
+iterations in which nobody asked. Rows of accepted nodes stay in its cache, so no token goes through it twice, unless
+the target's cache is bounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import attrs
 import torch
@@ -64,8 +65,8 @@ class ModelDrafter(Drafter):
 class ModelDraftState(DraftState):
     """One generation that a transformers causal language model drafts for, with a cache of its own.
 
-    A drafter with such a model makes one in its `start`, and returns the model from its `models`. Prefill in chunks,
-    reuse of prefixes, skipped levels and runners come with it.
+    A drafter with such a model makes one in its `start`, and returns the model from its `models`. Following the text
+    when it is asked, reuse of prefixes, skipped levels and runners come with it.
 
     Where the target's cache is bounded, so is this one: it follows the same first tokens and the last ones, which it
     puts at consecutive positions. When they outgrow the bound it begins anew with half a window. That suits any model,
@@ -90,7 +91,7 @@ class ModelDraftState(DraftState):
         if restricted_ids(model) is None:
             check_vocabularies(plan.vocab_size, vocab_size(model))
         runner = plan.make_runner(model, plan.runner)
-        self.passes = Passes(runner, plan.clock, on_prefill=plan.on_prefill)
+        self.passes = Passes(runner, plan.clock)
         self.cache = plan.new_cache(runner, plan.num_followed + plan.max_nodes, self)
         self.prefix = plan.prefix if self.cache.has_all_rows else None
         if self.prefix is not None:
@@ -105,16 +106,16 @@ class ModelDraftState(DraftState):
         self.num_settled = 0  # cache rows of earlier iterations: where a rollback goes back to
 
     def prefill(self, committed_ids: Tensor) -> None:
-        for _ in self.prefilling(committed_ids):
-            pass
-
-    def prefilling(self, committed_ids: Tensor) -> Iterator[int]:
+        """Copy what the prefix cache knows of the text. The rest waits until somebody asks (`num_behind`)."""
         if self.prefix is not None:
             # by the target's ids: of any two texts with the same, this model has the same rows
             self.prefix.fill(self.cache, committed_ids)
-        followed = self._followed(committed_ids)
-        yield from self.passes.prefill_chunks(self._own(followed[self.cache.length :]), self.cache)
         self.num_settled = self.cache.length
+
+    def num_behind(self, num_committed: int) -> int:
+        num_followed = num_committed - self._num_to_skip(num_committed)
+        num_known = self.cache.length if num_followed == num_committed - self.num_skipped else 0
+        return max(num_followed - num_known - 1, 0)
 
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
         return by_itself(self.proposing(committed_ids, tree, k))
@@ -124,9 +125,17 @@ class ModelDraftState(DraftState):
         is_behind = self.cache.length < followed.numel()  # false once the root has been proposed for
         assert is_behind or tree.max_depth > 0, "propose is called for the root once an iteration at most"
         if is_behind:
-            output = yield self._catch_up(followed)
+            while followed.numel() - self.cache.length > PREFILL_CHUNK:  # a long prompt, or it begins anew
+                chunk = followed[self.cache.length :][:PREFILL_CHUNK]
+                yield self._asked(flatten_chain(chunk, self.cache.length), last_row_only=True)
+                self.cache.commit([range(chunk.numel())])
+                self.num_settled = self.cache.length
+            self.num_settled = self.cache.length
+            pending = flatten_chain(followed[self.num_settled :], self.num_settled)
+            output = yield self._asked(pending, last_row_only=True)
             logits = output.logits[0]  # [1, outputs]
             self.cache.commit([range(self.cache.block_len)])
+            self.num_settled = self.cache.length - 1  # whatever becomes of the tree, but its root is asked about again
         if tree.max_depth > 0:
             output = yield self._asked(flatten_level(tree, self.cache.length, self.cache.block_len))
             logits = output.logits[0][-tree.level_sizes[-1] :]
@@ -134,13 +143,6 @@ class ModelDraftState(DraftState):
         if self.token_of is None:
             return proposals
         return attrs.evolve(proposals, token_ids=self.token_of[proposals.token_ids])
-
-    def _catch_up(self, followed: Tensor) -> AskedPass:
-        """The pass over the tokens that the model has not seen, the root last, which says the root's logits."""
-        if followed.numel() - self.cache.length > PREFILL_CHUNK:  # many levels were skipped, or it begins anew
-            self.passes.prefill(self._own(followed[self.cache.length : -1]), self.cache, stage="draft_forward")
-        self.num_settled = self.cache.length
-        return self._asked(flatten_chain(followed[self.num_settled :], self.num_settled), last_row_only=True)
 
     def _asked(self, flat: FlatTrees, *, last_row_only: bool = False) -> AskedPass:
         if not self.knows_all_ids:
@@ -162,11 +164,18 @@ class ModelDraftState(DraftState):
         """The tokens that are in the cache or go there next; empties the cache where too many have to leave it."""
         if self.kept is None:
             return committed_ids
-        sinks, window = self.kept.sinks, self.kept.window
-        if committed_ids.numel() - self.num_skipped > self.kept.num_tokens:
+        num_skipped = self._num_to_skip(committed_ids.numel())
+        if num_skipped != self.num_skipped:
             self.cache.truncate(0)
-            self.num_skipped = committed_ids.numel() - sinks - (window + 1) // 2
-        return torch.cat([committed_ids[:sinks], committed_ids[sinks + self.num_skipped :]])
+            self.num_skipped = num_skipped
+        sinks = self.kept.sinks
+        return torch.cat([committed_ids[:sinks], committed_ids[sinks + num_skipped :]])
+
+    def _num_to_skip(self, num_committed: int) -> int:
+        """Tokens behind the first ones that are not followed, of a text of so many: half a window is, after a cut."""
+        if self.kept is None or num_committed - self.num_skipped <= self.kept.num_tokens:
+            return self.num_skipped
+        return num_committed - self.kept.sinks - (self.kept.window + 1) // 2
 
     def _own(self, token_ids: Tensor) -> Tensor:
         """Ids that this drafter can embed: padding ids of the target beyond its table become its last id."""

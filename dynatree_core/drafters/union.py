@@ -118,6 +118,9 @@ class UnionState(DraftState):
         is_free = was_skipped and not was_model_asked
         return attrs.evolve(_combined(heard, k), is_free=is_free, heard=tuple(zip(names, heard, strict=True)))
 
+    def num_behind(self, num_committed: int) -> int:
+        return sum(state.num_behind(num_committed) for state in self.states)
+
     def possible_proposals(self, committed_ids: Tensor, tree: TokenTree, k: int) -> list[Proposals]:
         """What `propose` may return, that of all drafters first: other nodes of the level decide which ones it asks."""
         ways: list[tuple[Proposals, ...]] = [()]

@@ -64,6 +64,8 @@ class Lane:
         self.measure_costs = functools.partial(engine.costs, request.is_fixed_width, self.clock)
         self.beside: list[tuple[int, ...]] = []  # nodes by level of those whose iteration it is too, as they had last
         self.rows_beside = 0  # of this iteration's pass, those of the others
+        self.has_asked = False  # whether policies have looked at proposals in this iteration
+        self.is_likely_to_ask = False  # whether they have at the level before, or in the last iteration
         self.padded_space = engine.new_padded_space(request)  # None: trees are grown level by level
         self.num_rehearsed = 0  # iterations whose trees were grown both ways
         self.growth: PaddedGrowth | None = None  # of this iteration's tree, if it may be padded
@@ -212,9 +214,21 @@ class Lane:
             return 0
         return min(self.sequence.limits.max_depth, self.sequence.num_tokens_left - 1, self.cache.max_places - 1)
 
+    @property
+    def num_behind(self) -> int:
+        """Tokens that the drafter has not followed yet, and will when it is asked."""
+        if self.draft_state is None:
+            return 0
+        return self.draft_state.num_behind(self.sequence.num_committed - self.num_padding)
+
     def note_load(self, beside: list[tuple[int, ...]]) -> None:
-        """Whose iteration it is too: nodes by level of the last tree of each."""
+        """An iteration begins. Whose it is too: nodes by level of the last tree of each."""
         self.beside = beside
+        self.is_likely_to_ask, self.has_asked = self.has_asked, False
+
+    def note_asked(self) -> None:
+        """Its policies have looked at a level's proposals."""
+        self.is_likely_to_ask = self.has_asked = True
 
     def frontier(
         self, tree: TokenTree, nodes_left: int | Callable[[], Tensor], propose: Callable[[], Proposals]
@@ -236,6 +250,8 @@ class Lane:
             num_sequences=1 + len(self.beside),
             rows_beside=sum(map(sum, self.beside)),
             width_beside=sum(sizes[tree.max_depth] for sizes in self.beside if len(sizes) > tree.max_depth + 1),
+            num_behind=self.num_behind,
+            num_tokens_left=self.sequence.num_tokens_left,
         )
 
     def check_proposals(self, proposals: object, tree: TokenTree) -> None:

@@ -31,11 +31,14 @@ class SharedProposals:
         self._faults = Faults()
 
     def of(self, lane: Lane) -> Proposals:
-        """For one of them. The first who asks has the passes made for all who may still ask.
+        """For one of them. The first who asks has the passes made for all who are likely to ask, too.
+
+        Those have asked for the level before, or in their last iteration. A drafter's model follows no other's text.
 
         Raises:
             DrafterError: naming the drafter and the fault.
         """
+        lane.note_asked()
         if lane in self._undecided:
             self._compute()
         if lane in self._faults.errors:
@@ -53,7 +56,8 @@ class SharedProposals:
             raise self._faults.errors[lane]
 
     def _compute(self) -> None:
-        trees, self._undecided = self._undecided, {}
+        trees = {lane: tree for lane, tree in self._undecided.items() if lane.is_likely_to_ask}
+        self._undecided = {lane: tree for lane, tree in self._undecided.items() if lane not in trees}
         with ExitStack() as clocks:
             for lane in trees:
                 # by the device's time where there is one, as the passes in it are: the host may run ahead of both
@@ -63,7 +67,7 @@ class SharedProposals:
             while asked:  # who wants passes one after the other has each made together with those of others
                 outputs = dict(zip(asked, computed([*asked.values()]), strict=True))
                 asked = {lane: wanted for lane in asked if (wanted := self._advanced(lane, running, outputs[lane]))}
-        for lane in [*self._proposals]:
+        for lane in [lane for lane in trees if lane in self._proposals]:
             with self._faults.of(lane):
                 lane.check_proposals(self._proposals[lane], trees[lane])
 

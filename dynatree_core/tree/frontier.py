@@ -49,6 +49,10 @@ class Frontier:
     num_sequences: int = 1  # that share the target's pass of this iteration, this one among them
     rows_beside: int = 0  # of that pass, those of the other sequences, by what they had last
     width_beside: int = 0  # nodes at this depth of the others' trees, by what they had last
+    # tokens that a model as drafter has not followed yet, and which a look has it follow first: the whole prompt, where
+    # nobody has asked before. A pass over them comes on top of the level's, once
+    num_behind: int = 0
+    num_tokens_left: int | None = None  # new tokens that may still be committed; None: nobody knows
 
     @cached_property
     def nodes_left(self) -> int | Tensor:
@@ -73,8 +77,13 @@ class Frontier:
 
     @property
     def level_seconds(self) -> float:
-        """What the drafter's look at this level is charged."""
-        return self.charged_costs.drafter_level_seconds(self.width)
+        """What the drafter's look at this level is charged, with what it takes to follow the text up to here."""
+        return self.charged_costs.drafter_level_seconds(self.width) + self.catch_up_seconds
+
+    @property
+    def catch_up_seconds(self) -> float:
+        """What the drafter is charged for the tokens that it has not followed yet. Once it has, they cost nothing."""
+        return self.charged_costs.catch_up_seconds(self.num_behind)
 
     @property
     def width(self) -> int:
