@@ -282,8 +282,8 @@ MUTANTS = (
     ),
     Mutant(
         "the bound is exceeded by what comes last",
-        "sum(entry.num_bytes for entry in entries) + num_bytes > self.max_bytes",
-        "sum(entry.num_bytes for entry in entries) > self.max_bytes",
+        "sum(entry.num_bytes for entry in entries) + num_bytes > most",
+        "sum(entry.num_bytes for entry in entries) > most",
         (CHAT, "tests/test_prefix_cache.py::test_the_least_recently_used_text_goes"),
     ),
     Mutant(

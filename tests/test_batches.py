@@ -385,7 +385,8 @@ def test_who_is_put_back_when_memory_is_short_goes_on_later_as_if_nothing_had_be
     monkeypatch.setattr("dynatree_core.engine.resources.SLOT_BLOCK", 8)
     target = tiny_model("llama")
     row_bytes = 2 * 2 * 2 * 8 * 8  # layers, keys and values, heads, head_dim, float64
-    engine = Engine(target, perturbed("llama"), max_bytes=60 * row_bytes, max_sequences=4)
+    logits = 5 * 40 * 8
+    engine = Engine(target, perturbed("llama"), max_bytes=150 * row_bytes + 2 * logits, max_sequences=4)
     options = {"max_new_tokens": 30, "eos_token_id": [], "max_nodes": 4}
     handles = [engine.submit(prompt, **options) for prompt in PROMPTS]
     sampled = engine.submit(PROMPTS[2], do_sample=True, seed=4, **options)
@@ -404,11 +405,11 @@ def test_who_is_put_back_when_memory_is_short_goes_on_later_as_if_nothing_had_be
 
 def test_a_sequence_that_does_not_fit_alone_fails_and_the_next_runs(monkeypatch):
     monkeypatch.setattr("dynatree_core.engine.resources.SLOT_BLOCK", 8)
-    engine = Engine(tiny_model("llama"), None, max_bytes=40 * 512)
+    engine = Engine(tiny_model("llama"), None, max_bytes=40 * 512 + 320)  # 40 rows, and logits of one
     long = engine.submit([1] * 60, max_new_tokens=4, max_nodes=0)
     short = engine.submit(PROMPTS[0], max_new_tokens=4, max_nodes=0, eos_token_id=[])
     assert short.result().token_ids == greedy(engine.target, PROMPTS[0], 4)
-    with pytest.raises(OutOfMemoryError, match="must fit into max_bytes=20480"):
+    with pytest.raises(OutOfMemoryError, match="must fit into max_bytes=20800"):
         long.result()
 
 

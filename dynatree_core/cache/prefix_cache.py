@@ -84,6 +84,14 @@ class PrefixCache:
         """What the kept buffers take up."""
         return sum(entry.num_bytes for entry in self._entries)
 
+    def shrink(self, max_bytes: int) -> None:
+        """Forget texts, those that were not used for longest first, until all take up no more than so many bytes."""
+        with self._lock:
+            entries = self._entries
+            while entries and sum(entry.num_bytes for entry in entries) > max_bytes:
+                entries = entries[1:]
+            self._entries = entries
+
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
@@ -113,7 +121,15 @@ class PrefixCache:
         return num_common
 
     @torch.inference_mode()
-    def keep(self, model: nn.Module, token_ids: Tensor, cache: KeyValueCache, *, is_drafter: bool = False) -> None:
+    def keep(
+        self,
+        model: nn.Module,
+        token_ids: Tensor,
+        cache: KeyValueCache,
+        *,
+        is_drafter: bool = False,
+        max_bytes: int | None = None,
+    ) -> None:
         """Keep a copy of a cache's committed rows, if they fit.
 
         Args:
@@ -121,10 +137,12 @@ class PrefixCache:
             token_ids: [at least as many as there are rows] int64, the text.
             cache: with one lane and all rows.
             is_drafter: as for `take`.
+            max_bytes: what all may take up, where that is less than usual.
         """
+        most = self.max_bytes if max_bytes is None else min(max_bytes, self.max_bytes)
         text = token_ids[: cache.length].to("cpu", copy=True)
         num_bytes = cache.length * (cache.row_bytes + text.element_size())
-        if not 0 < num_bytes <= self.max_bytes:
+        if not 0 < num_bytes <= most:
             return
         with self._lock:
             self._entries = [entry for entry in self._entries if entry.model() is not None]
@@ -136,7 +154,7 @@ class PrefixCache:
             if longer:
                 self._entries = [*entries, *gone]
                 return
-            while sum(entry.num_bytes for entry in entries) + num_bytes > self.max_bytes:
+            while sum(entry.num_bytes for entry in entries) + num_bytes > most:
                 del entries[0]
             self._entries = entries  # before memory is asked for
             kept = _Entry(weakref.ref(model, self._forget_dead), _way_of(model, is_drafter), text, *cache.copied())
@@ -192,13 +210,14 @@ class PrefixReuse:
             return 0
         return self.prefix_cache.take(self._models[cache], token_ids, cache, is_drafter=cache is not self._targets)
 
-    def keep(self, committed_ids: Tensor) -> None:
+    def keep(self, committed_ids: Tensor, max_bytes: int | None = None) -> None:
         """Keep the rows of all caches. Where not all fit, the target's matter most: they come last.
 
         Args:
             committed_ids: [committed] int64, of which each cache has rows of the first.
+            max_bytes: as for `PrefixCache.keep`.
         """
         for cache, model in reversed(self._models.items()):
             is_drafter = cache is not self._targets
             if _way_of(model, is_drafter) == self._ways[cache]:  # or some rows are of another adapter than others
-                self.prefix_cache.keep(model, committed_ids, cache, is_drafter=is_drafter)
+                self.prefix_cache.keep(model, committed_ids, cache, is_drafter=is_drafter, max_bytes=max_bytes)

@@ -37,6 +37,7 @@ __all__ = [
     "DraftState",
     "Drafter",
     "OwnWeights",
+    "SlotBudget",
     "by_itself",
     "device_of",
     "padded_proposals",
@@ -44,6 +45,14 @@ __all__ = [
     "proposing_of",
     "takes_padding",
 ]
+
+
+@attrs.frozen
+class SlotBudget:
+    """How the caches of an engine with a budget of bytes get their slots: in blocks, as the text grows."""
+
+    in_blocks: Callable[[int], int]  # so many slots, in whole blocks
+    row_bytes: Callable[[nn.Module, Runner], int]  # what a row of a model's cache takes up
 
 
 @attrs.frozen(eq=False)
@@ -69,6 +78,7 @@ class DraftPlan:
     new_cache: Callable[[Runner, int, object], KeyValueCache] = attrs.field(
         default=lambda runner, capacity, owner: runner.new_cache(capacity), repr=False
     )
+    budget: SlotBudget | None = None  # None: a cache has room for the whole text from the start
     # kept as long as the target: what later generations with it are to find again. A key begins with the drafter's
     # name; a value must not hold the target's module, or neither would ever be freed
     store: MutableMapping[Hashable, Any] = attrs.field(factory=dict, repr=False)
@@ -226,6 +236,10 @@ class DraftState(abc.ABC):
         """
         return 0
 
+    def num_bytes(self, num_committed: int | None = None) -> int:
+        """What its caches take up: by now, or in an iteration that begins with so many committed tokens."""
+        return 0
+
     def possible_proposals(self, committed_ids: Tensor, tree: TokenTree, k: int) -> list[Proposals]:
         """All that `propose` may answer about a root. There are several where the answer depends on other nodes."""
         return [self.propose(committed_ids, tree, k)]
@@ -305,6 +319,9 @@ class _ElsewhereState(DraftState):
 
     def num_behind(self, num_committed: int) -> int:
         return self.state.num_behind(num_committed)
+
+    def num_bytes(self, num_committed: int | None = None) -> int:
+        return self.state.num_bytes(num_committed)
 
     def possible_proposals(self, committed_ids: Tensor, tree: TokenTree, k: int) -> list[Proposals]:
         possible = self.state.possible_proposals(self._copied(committed_ids), tree.to(self.device), k)

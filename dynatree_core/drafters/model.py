@@ -92,7 +92,15 @@ class ModelDraftState(DraftState):
             check_vocabularies(plan.vocab_size, vocab_size(model))
         runner = plan.make_runner(model, plan.runner)
         self.passes = Passes(runner, plan.clock)
-        self.cache = plan.new_cache(runner, plan.num_followed + plan.max_nodes, self)
+        self.num_slots = plan.num_followed + plan.max_nodes  # for the whole text with its last tree
+        self.max_nodes = plan.max_nodes
+        self.budget = plan.budget
+        self.row_bytes = 0 if self.budget is None else self.budget.row_bytes(model, runner)
+        if self.budget is None:
+            self.cache = plan.new_cache(runner, self.num_slots, self)
+        else:
+            small = runner.new_cache(min(1, self.num_slots))
+            self.cache = small if small.can_grow else runner.new_cache(self.num_slots)
         self.prefix = plan.prefix if self.cache.has_all_rows else None
         if self.prefix is not None:
             self.prefix.add(model, self.cache)
@@ -108,6 +116,7 @@ class ModelDraftState(DraftState):
     def prefill(self, committed_ids: Tensor) -> None:
         """Copy what the prefix cache knows of the text. The rest waits until somebody asks (`num_behind`)."""
         if self.prefix is not None:
+            self._make_room(committed_ids.numel())
             # by the target's ids: of any two texts with the same, this model has the same rows
             self.prefix.fill(self.cache, committed_ids)
         self.num_settled = self.cache.length
@@ -117,6 +126,20 @@ class ModelDraftState(DraftState):
         num_known = self.cache.length if num_followed == num_committed - self.num_skipped else 0
         return max(num_followed - num_known - 1, 0)
 
+    def num_bytes(self, num_committed: int | None = None) -> int:
+        if num_committed is None or self.budget is None:
+            return self.cache.num_bytes
+        return max(self._num_slots_for(num_committed), self.cache.capacity) * self.row_bytes
+
+    def _num_slots_for(self, num_committed: int) -> int:
+        """Slots for so many tokens and a tree, in blocks."""
+        assert self.budget is not None, "without a budget there are slots for the whole text"
+        return min(self.budget.in_blocks(num_committed + self.max_nodes), self.num_slots)
+
+    def _make_room(self, num_committed: int) -> None:
+        if self.budget is not None and self.cache.can_grow:
+            self.cache.grow(self._num_slots_for(num_committed))
+
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
         return by_itself(self.proposing(committed_ids, tree, k))
 
@@ -125,6 +148,7 @@ class ModelDraftState(DraftState):
         is_behind = self.cache.length < followed.numel()  # false once the root has been proposed for
         assert is_behind or tree.max_depth > 0, "propose is called for the root once an iteration at most"
         if is_behind:
+            self._make_room(committed_ids.numel())
             while followed.numel() - self.cache.length > PREFILL_CHUNK:  # a long prompt, or it begins anew
                 chunk = followed[self.cache.length :][:PREFILL_CHUNK]
                 yield self._asked(flatten_chain(chunk, self.cache.length), last_row_only=True)

@@ -121,6 +121,9 @@ class UnionState(DraftState):
     def num_behind(self, num_committed: int) -> int:
         return sum(state.num_behind(num_committed) for state in self.states)
 
+    def num_bytes(self, num_committed: int | None = None) -> int:
+        return sum(state.num_bytes(num_committed) for state in self.states)
+
     def possible_proposals(self, committed_ids: Tensor, tree: TokenTree, k: int) -> list[Proposals]:
         """What `propose` may return, that of all drafters first: other nodes of the level decide which ones it asks."""
         ways: list[tuple[Proposals, ...]] = [()]

@@ -48,9 +48,10 @@ class Engine(Resources):
         now: seconds since any moment, for the times in reports; None: the host's clock.
         max_sequences: sequences that run at once.
         max_waiting: requests that may wait for a place among them.
-        max_bytes: what the target's caches of all that run by `submit` may take up together. Slots are given out in
-            blocks as texts grow; when they are short the youngest sequence waits again, and is computed anew later.
-            None: a cache has room for the whole text from the start.
+        max_bytes: what all that runs by `submit` may take up: caches of target and drafter, a cache that grows with its
+            old slots beside the new ones, logits of the rows of a pass, and the prefix cache. Slots are given out in
+            blocks as texts grow; when they are short, kept prefixes are forgotten, and then the youngest sequence waits
+            again, and is computed anew later. None: a cache has room for the whole text from the start.
         make_runner: gives the runner of a model by the runner's name, for who watches or prices passes by a runner that
             is made around another.
         pads_trees: whether trees grow in levels of one width, so that nothing is read back before the target has

@@ -86,7 +86,12 @@ class Lane:
         try:
             with self.blame_drafter(InputError):
                 self.sequence.draft_state = engine.start_drafter(
-                    request, self.clock, self.prefix, self._on_prefill, self.padded_space
+                    request,
+                    self.clock,
+                    self.prefix,
+                    self._on_prefill,
+                    self.padded_space,
+                    is_growing=self._is_growing,
                 )
         except DrafterError as error:
             self.fall_back(error)
@@ -297,15 +302,18 @@ class Lane:
         if self.prefix is not None:
             self.num_reused_tokens += self.prefix.fill(self.cache, self.committed_ids[:-1])
 
-    def keep_prefix(self) -> None:
+    def keep_prefix(self, max_bytes: int | None = None) -> None:
         """Leave the rows of all committed tokens in the prefix cache, where there is memory for it.
 
         To be called at any time; `run` calls it whenever it ends. Committed rows are right however a step ended.
+
+        Args:
+            max_bytes: what all kept rows may take up; None: what the prefix cache may.
         """
         if self.prefix is None:
             return
         try:
-            self.prefix.keep(self.committed_ids)
+            self.prefix.keep(self.committed_ids, max_bytes)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -365,16 +373,32 @@ class Lane:
     @property
     def num_slots_needed(self) -> int:
         """Slots that the target's cache needs for what there is and for the next iteration."""
-        limits = self.sequence.limits
-        rows = 1 + max(limits.max_nodes, self.request.pass_rows)
-        return min(self.committed_ids.numel() + rows, slots_of(self.request))
+        return min(self.committed_ids.numel() + self._num_rows, slots_of(self.request))
 
     @property
     def num_bytes_needed(self) -> int:
-        """What the target's cache will take up in the next iteration; 0 before anybody knows what a row takes."""
-        if self.request.kept is not None or not self.cache.can_grow:
-            return self.cache.num_bytes
-        return max(in_blocks(self.num_slots_needed), self.cache.capacity) * self.engine.row_bytes(self.cache)
+        """What caches of target and drafter and the logits of its rows will take up in the next iteration."""
+        return sum(after for _, after in self._bytes_of_caches()) + self.engine.logits_bytes(self._num_rows)
+
+    @property
+    def num_bytes_moving(self) -> int:
+        """What the largest cache takes up that is to grow: its old slots stand beside the new ones for a moment."""
+        return max((before for before, after in self._bytes_of_caches() if after > before), default=0)
+
+    def _bytes_of_caches(self) -> list[tuple[int, int]]:
+        """What each takes up now, and in the next iteration."""
+        num_slots = self.cache.capacity
+        if self.cache.can_grow:
+            num_slots = max(min(in_blocks(self.num_slots_needed), slots_of(self.request)), num_slots)
+        sizes = [(self.cache.num_bytes, num_slots * self.engine.row_bytes(self.engine.target, self.target.runner))]
+        if self.draft_state is not None:
+            sizes.append((self.draft_state.num_bytes(), self.draft_state.num_bytes(self.committed_ids.numel())))
+        return sizes
+
+    @property
+    def _num_rows(self) -> int:
+        """Rows of a pass of the target, at most."""
+        return 1 + max(self.sequence.limits.max_nodes, self.request.pass_rows)
 
     def make_room(self) -> None:
         """Have the slots that the next iteration needs."""
@@ -394,6 +418,8 @@ class Lane:
     def release(self) -> None:
         """Give the cache's memory back to the engine. The lane can do nothing more, but its result stays."""
         self.engine.take_back(self.cache)
+        if self._is_growing:
+            del self.cache  # its memory is free at once, whoever holds the lane
         self.sequence.draft_state = None
         self.prefix = None
 

@@ -19,7 +19,7 @@ from dynatree_core.cache.prefix_cache import PrefixCache, PrefixReuse
 from dynatree_core.cache.sink_cache import SinkCache
 from dynatree_core.clock import StageClock
 from dynatree_core.cost_model import CostModel
-from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
+from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, SlotBudget, device_of
 from dynatree_core.drafters.build import as_drafter
 from dynatree_core.engine.costs import measured_costs
 from dynatree_core.engine.row_probe import refuse_dependent_rows
@@ -117,7 +117,7 @@ class Resources:
         self._can_infer: dict[nn.Module, bool] = {}  # asked once: it looks at every weight
         self._runners: dict[tuple[nn.Module, str], Runner] = {}  # by the name that was asked for
         self._leases: list[_Lease] = []
-        self._row_bytes = 0
+        self._row_bytes: dict[tuple[nn.Module, Runner], int] = {}
         self._costs: dict[str, CostModel] = {}  # by the name of the runner
 
     def admit(self, *, is_fixed_width: bool = False) -> None:
@@ -254,11 +254,24 @@ class Resources:
         lease.cache.truncate(0)
         return lease.cache
 
-    def row_bytes(self, cache: KeyValueCache) -> int:
-        """What a row of the target takes up; 0 before the first pass of a cache with all rows."""
-        if not self._row_bytes and cache.has_all_rows:
-            self._row_bytes = cache.row_bytes
-        return self._row_bytes
+    def row_bytes(self, model: nn.Module, runner: Runner) -> int:
+        """What a row of a model's cache takes up, by a pass over one token."""
+        if (model, runner) not in self._row_bytes:
+            cache = runner.new_cache(1)
+            token = torch.zeros(1, dtype=torch.int64, device=device_of(model) or self.device)
+            with torch.no_grad():
+                Passes(runner, self.new_clock()).prefill(token, cache)
+            self._row_bytes[model, runner] = -(-cache.num_bytes // cache.capacity)
+        return self._row_bytes[model, runner]
+
+    def logits_bytes(self, num_rows: int) -> int:
+        """What the target's logits of a pass over so many rows take up."""
+        dtype: torch.dtype = self.target.dtype  # type: ignore[assignment]
+        return num_rows * self.vocab_size * dtype.itemsize
+
+    def prefix_bytes(self) -> int:
+        """What the prefix cache takes up."""
+        return 0 if self.prefix_cache is None else self.prefix_cache.num_bytes
 
     def take_back(self, cache: KeyValueCache) -> None:
         """A generation needs the memory of its cache no more."""
@@ -296,8 +309,10 @@ class Resources:
         prefix: PrefixReuse | None,
         on_prefill: Callable[[int, int], None] | None,
         padded_space: PaddedSpace | None,
+        *,
+        is_growing: bool = False,
     ) -> DraftState | None:
-        """The drafter in one generation; None without one."""
+        """The drafter in one generation; None without one. If `is_growing`, its caches get slots as the text grows."""
         if self.drafter is None:
             return None
         state = self.drafter.begin(
@@ -316,6 +331,7 @@ class Resources:
                 store=kept_of(self.target),
                 make_runner=self.runner_of,
                 new_cache=self.leased_cache,
+                budget=SlotBudget(in_blocks, self.row_bytes) if is_growing else None,
             )
         )
         self._note_models(self.drafter.models(self.target))

@@ -17,7 +17,7 @@ import attrs
 from dynatree_core.engine.handle import Event, Handle
 from dynatree_core.engine.lane import Lane
 from dynatree_core.engine.recovery import ended_by, filled, named_lack_of_memory, steps
-from dynatree_core.engine.resources import Resources, in_blocks, slots_of
+from dynatree_core.engine.resources import Resources
 from dynatree_core.errors import OutOfMemoryError, ParameterError, QueueFullError
 from dynatree_core.request.request import Request
 from dynatree_core.runners.passes import PREFILL_CHUNK
@@ -64,6 +64,7 @@ class Scheduler:
         self._num_submitted = 0
         self._num_lanes = max_sequences  # fewer after memory was short, until a sequence ends
         self._suspended: dict[Handle, Lane] = {}  # of those that wait again
+        self._placed: dict[Handle, Lane] = {}  # of the first in the line, which has caches, but no memory for them yet
         self._num_put_back = 0
         self._longest_pause = 0.0
         self._lock = threading.Lock()  # of what other threads may change: the waiting line and who is cancelled
@@ -147,6 +148,7 @@ class Scheduler:
                 self._waiting.remove(handle)
         for handle in waiting:
             self._suspended.pop(handle, None)
+            self._placed.pop(handle, None)
             handle.end(handle.partial_at("cancelled"), engine.now())
         running = [running for running in self._running if running.handle in cancelled]
         for one in running:
@@ -161,20 +163,18 @@ class Scheduler:
                 if not self._waiting or len(self._running) >= self._num_lanes:
                     return events
                 handle = self._waiting.popleft()
-            if not self._has_memory(engine, handle):
-                with self._lock:
-                    self._waiting.appendleft(handle)
-                return events
             try:
-                lane = self._suspended.get(handle)
-                if lane is None:
-                    is_growing = engine.max_bytes is not None
-                    lane = Lane(engine, handle.request, number=handle.number, is_growing=is_growing)
-                else:
-                    lane.resume()
+                lane = self._placed.get(handle) or self._lane_of(engine, handle)
                 self._suspended.pop(handle, None)
+                self._placed[handle] = lane
+                if not self._has_memory(engine, lane):
+                    with self._lock:
+                        self._waiting.appendleft(handle)
+                    return events
+                del self._placed[handle]
             except Exception as error:  # noqa: BLE001  # whatever it is belongs to this sequence
                 self._suspended.pop(handle, None)
+                self._placed.pop(handle, None)
                 handle.end(handle.partial_at("error"), engine.now(), named_lack_of_memory(error))
                 events.append(Event(handle, "failed"))
                 continue
@@ -191,36 +191,61 @@ class Scheduler:
                 self._end(engine, one)
                 events.append(Event(handle, "stopped"))
 
-    def _has_memory(self, engine: Resources, handle: Handle) -> bool:
-        """Whether a sequence may start beside those that run."""
-        if engine.max_bytes is None or not self._running:
+    def _lane_of(self, engine: Resources, handle: Handle) -> Lane:
+        """The lane of a sequence that is to start, or to go on. It has caches, which take no memory yet."""
+        lane = self._suspended.get(handle)
+        if lane is None:
+            is_growing = engine.max_bytes is not None
+            return Lane(engine, handle.request, number=handle.number, is_growing=is_growing)
+        lane.resume()
+        return lane
+
+    def _has_memory(self, engine: Resources, lane: Lane) -> bool:
+        """Whether a sequence may start beside those that run; prefixes that are kept make room for it.
+
+        Raises:
+            OutOfMemoryError: it does not fit alone.
+        """
+        if engine.max_bytes is None:
             return True
-        used = [one.lane.num_bytes_needed for one in self._running]
-        if not all(used):
-            return False  # nobody knows yet what a row takes up
-        row_bytes = engine.row_bytes(self._running[0].lane.cache)
-        request = handle.request
-        slots = in_blocks(
-            min(len(request.prompt_ids) + handle.num_tokens + 1 + request.limits.max_nodes, slots_of(request))
-        )
-        return sum(used) + slots * row_bytes <= engine.max_bytes
+        self._check_fits(engine, lane)
+        left = engine.max_bytes - self._num_bytes_needed() - lane.num_bytes_needed
+        if left < 0:
+            return False
+        self._shrink_prefixes(engine, left)
+        return True
+
+    def _num_bytes_needed(self) -> int:
+        """What all that run will take up in the next iteration, one of them growing at a time."""
+        lanes = [one.lane for one in self._running]
+        return sum(lane.num_bytes_needed for lane in lanes) + max((lane.num_bytes_moving for lane in lanes), default=0)
+
+    def _check_fits(self, engine: Resources, lane: Lane) -> None:
+        needed = lane.num_bytes_needed + lane.num_bytes_moving
+        if engine.max_bytes is not None and needed > engine.max_bytes:
+            raise OutOfMemoryError(
+                f"the caches of one sequence must fit into max_bytes={engine.max_bytes}, got {needed} bytes "
+                f"for {lane.num_slots_needed} slots; give the engine more, shorten the prompt, or lower max_nodes"
+            )
+
+    def _shrink_prefixes(self, engine: Resources, num_bytes: int) -> None:
+        if engine.prefix_cache is not None and engine.prefix_cache.num_bytes > num_bytes:
+            engine.prefix_cache.shrink(num_bytes)
 
     def _make_room(self, engine: Resources) -> list[Event]:
-        """Give each sequence the slots that its next iteration needs; when they are short, the youngest wait again."""
+        """Give each sequence the slots that its next iteration needs.
+
+        When they are short, prefixes that are kept are forgotten, and then the youngest wait again.
+        """
         events: list[Event] = []
         if engine.max_bytes is None:
             return events
-        while len(self._running) > 1 and sum(one.lane.num_bytes_needed for one in self._running) > engine.max_bytes:
+        while len(self._running) > 1 and self._num_bytes_needed() > engine.max_bytes:
             events.append(self._put_back())
+        self._shrink_prefixes(engine, max(engine.max_bytes - self._num_bytes_needed(), 0))
         for one in [one for one in self._running if one.chunks is None]:
             with self._own_faults(engine, one, events):
-                needed = one.lane.num_bytes_needed
-                if needed > engine.max_bytes:
-                    raise OutOfMemoryError(
-                        f"the cache of one sequence must fit into max_bytes={engine.max_bytes}, got {needed} bytes "
-                        f"for {one.lane.num_slots_needed} slots; give the engine more, shorten the prompt, or lower "
-                        "max_nodes"
-                    )
+                self._check_fits(engine, one.lane)
                 one.lane.make_room()
         return events
 
@@ -314,7 +339,7 @@ class Scheduler:
             one.lane.report_end(reason)
         except Exception as raised:  # noqa: BLE001  # an observer's own: it belongs to this sequence, too
             reason, error = "error", error or raised
-        one.lane.keep_prefix()
+        one.lane.keep_prefix(engine.max_bytes and max(engine.max_bytes - self._num_bytes_needed(), 0))
         result = one.lane.result(reason)
         one.lane.release()
         with self._lock:
