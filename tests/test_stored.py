@@ -260,7 +260,7 @@ NEEDLESS = (  # modules that `dynatree generate` has no use for with the embedde
     "sympy", "networkx", "matplotlib", "fastapi", "starlette", "uvicorn", "openai", "ray", "llama_cpp", "llguidance",
     "cryptography", "IPython", "dynatree_bench", "dynatree_core.serve", "dynatree_core.hf", "dynatree_core.testing",
     "dynatree_core.trace.replaying", "dynatree_core.models.conversion", "dynatree_core.runners.packed",
-    "dynatree_core.runners.cudagraph",
+    "dynatree_core.runners.cudagraph", "dynatree_core.runners.folded",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,12 @@ from dynatree_core.models.placement import check_same_pass
 from dynatree_core.models.state import without_gradients
 from dynatree_core.runners.agreement import TOLERANCE, apart
 from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner, kept_copy
-from dynatree_core.runners.folded import ATTENTION, Folded, folded, reason_against_folding
 from dynatree_core.runners.together import padded, ragged
 from dynatree_core.tree.flatten import FlatTrees, flatten, flatten_chain
 from dynatree_core.tree.token_tree import TokenTree
+
+if TYPE_CHECKING:
+    from dynatree_core.runners.folded import Folded
 
 __all__ = ["EagerRunner"]
 
@@ -80,6 +82,9 @@ class EagerRunner(Runner):
             model: it is not changed.
             kept: what earlier generations have left, as for `make`.
         """
+        # it imports transformers' modelling code, for which a command with the embedded model would wait
+        from dynatree_core.runners.folded import ATTENTION, reason_against_folding
+
         limit = max_positions(model)
         if reason_against_folding(model) is not None or (limit is not None and limit < NUM_COMPARED):
             return cls(model)
@@ -165,6 +170,8 @@ class EagerRunner(Runner):
 
 def _compared(model: nn.Module) -> Folded | None:
     """A model with folded attention that says what the model says; None, with a warning, where it does not."""
+    from dynatree_core.runners.folded import folded
+
     made = folded(model)
     if made is None:
         return None
