@@ -730,7 +730,7 @@ MUTANTS = (
         "folded attention is used whatever it says",
         "if not off <= TOLERANCE[own._dtype]:",
         "if False:",
-        ("tests/test_folded.py",),
+        ("tests/test_folded.py::test_an_attention_that_says_something_else_is_noticed_and_not_used",),
     ),
     Mutant(
         "the bias of folded attention has rows that torch has to copy",
