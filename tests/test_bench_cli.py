@@ -29,6 +29,7 @@ from dynatree_core import InputError, LoadedModel
 from dynatree_core.cli.loading import usual_drafter
 from dynatree_core.models import embedded
 from dynatree_core.testing.models import tiny_model
+from dynatree_core.trace import read
 
 ROOT = Path(__file__).parents[1]
 
@@ -144,6 +145,19 @@ def test_a_foreign_method_that_cannot_run_is_left_out_or_refused(bench, of_folde
     assert ran.code == 2
     assert "'hf assisted dynamic' cannot run here: the drafter must be a plain transformers model" in ran.err
     assert not (tmp_path / "asked").exists()
+
+
+def test_a_trace_has_each_of_our_generations_and_no_other(bench, of_folders, tmp_path):
+    out, file = tmp_path / "run", tmp_path / "run.jsonl.gz"
+    options = (*of_folders, "--only", "fixed", "--only", "hf generate", "--repeats", 2, "--no-report", "--out", out)
+    assert bench("main", *options, "--trace", file, "--trace-private").code == 0
+    records, sequences = read_results(out).records, read(file).sequences
+    ours = [one for one in records if not one.method.startswith("hf")]
+    assert {one.method for one in ours} == {"autoregressive", "fixed"}
+    assert len({one.method for one in records}) > 2
+    found = [(one.begin["policy"].partition("(")[0], tuple(one.token_ids)) for one in sequences]
+    assert sorted(found) == sorted((one.method, one.token_ids) for one in ours)
+    assert all(one.prompt is None and one.end is not None for one in sequences)
 
 
 def test_without_a_report_the_line_that_makes_one_is_said(bench, of_folders, tmp_path):

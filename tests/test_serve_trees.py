@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import events, expected_text, new_engine, new_service, running
+from serving import events, expected_text, gated, new_engine, new_service, running
 
 from dynatree_core import generate
-from dynatree_core.trace import read
+from dynatree_core.serve.service import Service
+from dynatree_core.trace import Trace, read
 from dynatree_core.trace.summary import run_of
 
 PROMPT = "the cat sat on the mat. the cat"
@@ -53,6 +56,35 @@ def test_the_trees_are_those_of_a_trace(tmp_path: Path) -> None:
     assert {token: tuple(text) for token, text in texts.items()}.items() <= {
         token: tuple(text) for token, text in run["texts"].items()
     }.items()
+
+
+def test_requests_that_are_computed_together_are_sequences_of_one_trace(tmp_path: Path) -> None:
+    """What `serve --trace` records, in steps that each compute both."""
+    prompts = {PROMPT: 20, "a man": 12}
+    with Trace(tmp_path / "run.jsonl", tokenizer=new_engine().tokenizer) as trace:
+        plain = new_service()
+        observers = {name: trace.observer() for name in plain.loop.engines}
+        service = Service(plain.loop.engines, plain.settings, None, observers)
+        with gated(service) as (server, gate), ThreadPoolExecutor() as pool:
+            body = {**BODY, "stream": False}
+            answers = [
+                pool.submit(server.post, "/v1/completions", {**body, "prompt": prompt, "max_tokens": length})
+                for prompt, length in prompts.items()
+            ]
+            for _ in prompts:
+                gate.next_handle()  # both have come before the first step
+            gate.open()
+            texts = [answer.result().json()["choices"][0]["text"] for answer in answers]
+    assert texts == [expected_text(prompt, length) for prompt, length in prompts.items()]
+    lines = [json.loads(line) for line in trace.path.read_text().splitlines()]
+    turns = [line["sequence"] for line in lines if line["kind"] == "iteration"]
+    assert turns[:4] in ([0, 1, 0, 1], [1, 0, 1, 0]), "both were in each step"
+    found = {one.begin["prompt_text"]: one for one in read(trace.path).sequences}
+    assert found.keys() == prompts.keys()
+    for text, (prompt, length) in zip(texts, prompts.items(), strict=True):
+        assert len(found[prompt].token_ids) == length
+        told = "".join(one.record["text"] for one in found[prompt].iterations) + found[prompt].end["text"]
+        assert told == text
 
 
 def test_who_does_not_ask_has_none_and_each_choice_has_its_own() -> None:

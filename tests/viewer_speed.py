@@ -65,6 +65,7 @@ def main(num_iterations: int = 2000, num_nodes: int = 64) -> None:
                 opened.append(browser.js("return performance.getEntriesByType('navigation')[0].loadEventEnd"))
             opened.sort()
             print(f"open: median {opened[2]:.0f} ms, worst {opened[-1]:.0f} ms of 5")
+            browser.driver.set_script_timeout(300)  # a busy machine takes many times as long
             steps = browser.driver.execute_async_script(STEPS, 200)
             print(f"step: median {steps[100]:.0f} ms, 95 % within {steps[190]:.0f} ms, worst {steps[-1]:.0f} ms of 200")
         finally:

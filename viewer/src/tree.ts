@@ -147,7 +147,7 @@ export function draw(
   const height = Math.max(...all.map((at) => at.x)) - top + MARGIN;
   const width = x[deepest + 1] - GAP + MARGIN;
 
-  const edges = s("g", { class: "edges", "aria-hidden": true });
+  const lines = new Map<Kind, string[]>(); // one element for all edges of a kind: half of a step's time is elements
   const marks = s("g", {});
   const elements = new Map<TreeNode, SVGGElement>();
   const nodes = new Map<Element, TreeNode>();
@@ -160,7 +160,8 @@ export function draw(
       const from = x[at.parent.depth] + labelEnd.get(at.parent)!;
       const [py, bend] = [at.parent.x - top, (from + cx - RADIUS) / 2];
       const line = `M${from},${py}C${bend},${py} ${bend},${cy} ${cx - size},${cy}`;
-      edges.append(s("path", { d: line, class: `edge ${node.kind}` }));
+      if (!lines.has(node.kind)) lines.set(node.kind, []);
+      lines.get(node.kind)!.push(line);
     }
     const drafter = node.place < detail.drafter.length ? detail.drafter[node.place] : -1;
     const group = s(
@@ -193,6 +194,8 @@ export function draw(
     role: "tree",
     "aria-label": "The tree of this iteration. Arrow keys move between its nodes.",
   });
+  const edges = s("g", { class: "edges", "aria-hidden": true });
+  for (const [kind, parts] of lines) edges.append(s("path", { d: parts.join(""), class: `edge ${kind}` }));
   svg.append(edges, marks);
   const nodeOf = (event: Event): TreeNode | null =>
     nodes.get((event.target as Element).closest("[role=treeitem]")!) ?? null;
