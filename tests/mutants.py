@@ -925,6 +925,24 @@ MUTANTS = (
         "    if False:\n",
         ("tests/test_placement.py::test_weights_without_values_are_refused",),
     ),
+    Mutant(
+        "a connection on which nothing comes stays",
+        "        elif self._waiting is None:\n",
+        "        elif False:\n",
+        ("tests/test_serve_bounds.py::test_a_connection_on_which_no_request_comes_is_closed",),
+    ),
+    Mutant(
+        "the rest of an answered request keeps its connection",
+        "        is_answering = self.cycle is not None and not self.cycle.response_complete\n",
+        "        is_answering = self.cycle is not None\n",
+        ("tests/test_serve_bounds.py::test_the_rest_of_a_body_that_nobody_reads_keeps_no_connection",),
+    ),
+    Mutant(
+        "a stranger's name is the server's own",
+        "        if not self._keys and not is_own_host(host, self._hosts):\n",
+        "        if False:\n",
+        ("tests/test_serve_bounds.py::test_a_page_of_somebody_else_cannot_ask_through_a_name_of_theirs",),
+    ),
 )
 
 

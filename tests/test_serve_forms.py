@@ -14,6 +14,7 @@ from serving import Running, new_service, running
 from test_grammar import SCHEMA, target, tokenizer
 
 from dynatree_core import Engine, Grammar, generate
+from dynatree_core.serve.schema import CompletionBody
 from dynatree_core.text.stream import decode_text
 
 PROMPT = "Hello"
@@ -123,3 +124,18 @@ def test_without_llguidance_a_form_is_refused_with_the_extras_name(server, monke
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "response_format"
     assert "dynatree[grammar]" in answer.json()["error"]["message"]
+
+
+def test_the_choices_of_a_request_have_their_grammar_read_once(monkeypatch):
+    from llguidance import LLMatcher
+
+    read, make = [], LLMatcher.grammar_from_json_schema
+    monkeypatch.setattr(LLMatcher, "grammar_from_json_schema", lambda *a, **k: read.append(1) or make(*a, **k))
+    engine = Engine(target(), "prompt_lookup", tokenizer=tokenizer())
+    schema = {"type": "object", "properties": {"once": {"type": "integer"}}}
+    body = CompletionBody(
+        model="tiny", prompt=PROMPT, n=4, max_tokens=4,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+    )  # fmt: skip
+    asked = new_service({"prompt_lookup": engine}).reader.completion(body)
+    assert (len(asked.requests), len(read)) == (4, 1)

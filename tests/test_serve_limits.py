@@ -57,7 +57,7 @@ def test_who_leaves_before_a_whole_answer_is_not_computed_for():
         body = json.dumps(LONG).encode()
         host, port = server.address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
             connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
             handle = gate.next_handle()
         assert gate.cancelled.wait(SECONDS)
@@ -135,7 +135,7 @@ def test_a_client_is_counted_while_its_body_arrives():
     with running(new_service(max_requests=1)) as server:
         host, port = server.address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
-            head = "POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
+            head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
             connection.sendall(head.encode())
             assert connection.recv(100).startswith(b"HTTP/1.1 100")  # it is asked for the body
             for path in ("/tokenize", "/v1/completions"):

@@ -82,6 +82,7 @@ def serve(
     from dynatree_core.serve.process import Listen
 
     keys = load_keys(api_key_file, os.environ)
+    options["more_hosts"] = [host, *options["more_hosts"]]
     listen = Listen(host=host, port=port, certificate=ssl_certfile, key=ssl_keyfile)
     warn_of_strangers(host, keys)
     recorded.check()
@@ -271,16 +272,8 @@ def _settings(
 ) -> Settings:
     from dynatree_core.serve.settings import Settings
 
-    same = (
-        "max_tokens",
-        "max_choices",
-        "max_seconds",
-        "max_requests",
-        "stop_seconds",
-        "on_error",
-        "logs_prompts",
-        "shows_trees",
-    )
+    limits = ("max_tokens", "max_choices", "max_seconds", "max_requests", "max_connections", "stop_seconds")
+    same = (*limits, "on_error", "logs_prompts", "shows_trees")
     return Settings(
         model_names=model_names,
         policies=policies,
@@ -288,6 +281,7 @@ def _settings(
         max_body_bytes=options["max_kilobytes"] * 1024,
         warms_up=True,
         cors_origins=tuple(options["cors_origins"]),
+        hosts=tuple(options["more_hosts"]),
         limits={name: options[name] for name in LIMITS if options[name] is not None},
         **{name: options[name] for name in same},
     )

@@ -128,6 +128,13 @@ LISTEN = (
         multiple=True,
         help="Origin of pages in browsers that may ask; may be repeated.",
     ),
+    click.option(
+        "--allow-host",
+        "more_hosts",
+        metavar="NAME",
+        multiple=True,
+        help="A name that requests may call the server by, where there are no keys; may be repeated.",
+    ),
 )
 CHOICES = (
     click.option(
@@ -202,6 +209,13 @@ REQUEST = (
         default=32,
         show_default=True,
         help="That one client, a key or an address, has open at once.",
+    ),
+    click.option(
+        "--max-connections",
+        type=click.IntRange(min=1),
+        default=1024,
+        show_default=True,
+        help="Of all clients; further ones are closed at once.",
     ),
 )
 PROCESS = (

@@ -141,6 +141,14 @@ def _new_matcher(
     if tokenizer is None:
         raise GrammarError("a grammar needs the target's tokenizer, got none; give it as tokenizer=...")
     vocabulary = _vocabulary(tokenizer, vocab, end_ids)
+    key = (grammar, vocab, *end_ids)
+    last = _last_matchers().get(tokenizer)
+    if last is None or last[0] != key:  # the choices of one request have one grammar, which may take long to read
+        last = _last_matchers()[tokenizer] = key, _compiled(LLMatcher, grammar, vocabulary)
+    return last[1].deep_copy()
+
+
+def _compiled(LLMatcher: Any, grammar: Grammar, vocabulary: Any) -> Any:  # it is a class
     if grammar.kind == "json_schema":
         source = LLMatcher.grammar_from_json_schema(grammar.source, overrides={"whitespace_pattern": WHITESPACE})
     else:
@@ -171,6 +179,12 @@ def _fault_ahead(matcher: Any) -> str:
 def _said(matcher: Any) -> str:
     """What is wrong, without llguidance's own state, which it adds below."""
     return str(matcher.get_error()).partition("<state>")[0].strip()
+
+
+@functools.cache
+def _last_matchers() -> weakref.WeakKeyDictionary[Any, tuple[object, Any]]:
+    """Tokenizer -> the last grammar that was read with it, and its matcher, which has read no text."""
+    return weakref.WeakKeyDictionary()
 
 
 @functools.cache

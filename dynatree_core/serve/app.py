@@ -50,7 +50,14 @@ def make_app(service: Service) -> FastAPI:
     _add_page(app)
     _add_metrics(app, service)
     # the last one added is the first that a request meets
-    app.add_middleware(Gate, keys=service.keys, clients=service.clients, max_body_bytes=service.settings.max_body_bytes)
+    settings = service.settings
+    app.add_middleware(
+        Gate,
+        keys=service.keys,
+        clients=service.clients,
+        max_body_bytes=settings.max_body_bytes,
+        hosts=settings.hosts,
+    )
     if service.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=service.settings.cors_origins, allow_methods=["*"], allow_headers=["*"]

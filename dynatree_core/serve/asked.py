@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Asked", "Reader"]
 
 WARM_UP_TOKENS = 8
+MOST_LOGPROBS = 100_000  # of a whole answer; some 100 bytes each in JSON, and ten times that in memory before
 COMPLETION_TOKENS = 16  # of `/v1/completions` where the request does not say; OpenAI's own
 
 
@@ -177,11 +178,14 @@ class Reader:
         policy = chosen("policy", body.dynatree.policy, self.settings.policies)
         engine, seed = self.engines[drafter], first_seed(body)
         self._check_trees(body)
+        form = form_options(body)
+        lengths = [self._max_tokens(body, len(prompt_ids), usual_tokens) for prompt_ids in prompts]
+        if body.num_logprobs is not None and not body.stream:
+            refuse_large(sum(lengths) * body.n * (1 + body.num_logprobs))
         made, trees = [], []
-        for prompt_ids in prompts:
-            num_tokens = self._max_tokens(body, len(prompt_ids), usual_tokens)
+        for prompt_ids, num_tokens in zip(prompts, lengths, strict=True):
             for choice in range(body.n):
-                options = self._options(body, prompt_ids)
+                options = self._options(body, prompt_ids) | form
                 watching = [self.observers[drafter]] if drafter in self.observers else []
                 if body.dynatree.trees:
                     trees.append(LiveTrees())
@@ -224,7 +228,6 @@ class Reader:
     def _options(self, body: GenerationBody, prompt_ids: list[int]) -> dict[str, Any]:
         """What a body says beside prompt, length and policy, as options of `generate` (docs/serve.md has the table)."""
         options = self._sampling(body) | self.settings.limits | {"on_error": self.settings.on_error}
-        options |= form_options(body)
         if body.num_logprobs is not None:
             options["logprobs"] = body.num_logprobs
         if body.repetition_penalty is not None:
@@ -267,6 +270,16 @@ def blamed_on(param: str, body: GenerationBody) -> Iterator[None]:
         raise refused(
             "response_format" if body.structured_outputs is None else "structured_outputs", str(error)
         ) from error
+
+
+def refuse_large(num_logprobs: int) -> None:
+    """Refuse a whole answer with more log-probabilities than are kept for one client at once."""
+    if num_logprobs > MOST_LOGPROBS:
+        message = (
+            f"a whole answer may have {MOST_LOGPROBS} log-probabilities at most, and this one could have "
+            f"{num_logprobs} (choices × max_tokens × alternatives); ask for fewer of one of them, or for a stream"
+        )
+        raise refused("logprobs", message)
 
 
 def chosen(param: str, name: str | None, allowed: tuple[str, ...]) -> str:

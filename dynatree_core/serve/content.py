@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,10 +30,15 @@ class Content:
     calls: tuple[ToolCall, ...] = ()
     steps: dict[str, Any] | None = None  # how the tokens came about; None: not asked for
 
-    def __add__(self, other: Content) -> Content:
-        """This one and the next, as one."""
-        logprobs = None if other.logprobs is None else (*(self.logprobs or ()), *other.logprobs)
-        return Content(self.text + other.text, logprobs, self.calls + other.calls)
+    @classmethod
+    def joined(cls, parts: Sequence[Content]) -> Content:
+        """Parts that follow each other, as one."""
+        listed = [part.logprobs for part in parts if part.logprobs is not None]
+        return cls(
+            "".join(part.text for part in parts),
+            tuple(itertools.chain.from_iterable(listed)) if listed else None,
+            tuple(call for part in parts for call in part.calls),
+        )
 
 
 class StepTexts:
@@ -98,5 +104,5 @@ def completion_logprobs(listed: Sequence[TokenLogprob], token_text: TokenText, o
         "top_logprobs": [
             {token_text(token_id): max(logprob, LOWEST) for token_id, logprob in top.items()} for top in alternatives
         ],
-        "text_offset": [offset + sum(map(len, texts[:place])) for place in range(len(texts))],
+        "text_offset": list(itertools.accumulate(map(len, texts[:-1]), initial=offset))[: len(texts)],
     }

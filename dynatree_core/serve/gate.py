@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi.responses import JSONResponse, Response
@@ -89,11 +90,14 @@ class Gate:
     time, too. Those without a body, such as health checks, are not.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, clients: Clients, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Keys, clients: Clients, max_body_bytes: int, hosts: Sequence[str] = ()
+    ) -> None:
         self._app = app
         self._keys = keys
         self._clients = clients
         self._max_body_bytes = max_body_bytes
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -102,6 +106,7 @@ class Gate:
         app, line = self._app, scope["state"]["line"]
         with contextlib.ExitStack() as counted:
             try:
+                self._check_host(Headers(scope=scope).get("host", ""))
                 line["client"] = client = self._client(scope)
                 if scope["method"] == "POST":
                     counted.enter_context(self._clients.counted(client))
@@ -114,6 +119,15 @@ class Gate:
                     return
                 receive = _replayed(body, receive)
             await app(scope, receive, send)
+
+    def _check_host(self, host: str) -> None:
+        """Refuse a name that somebody else may have pointed at this server, so that a page of theirs can ask it.
+
+        Where there are keys no page has one, and names do not matter.
+        """
+        if not self._keys and not is_own_host(host, self._hosts):
+            message = f"the server is not known as '{host:.100}' here; --allow-host makes it so, or ask by its address"
+            raise ApiError(400, message, code="host_not_allowed")
 
     def _client(self, scope: Scope) -> str:
         """Who asks: the name of the key, or the address."""
@@ -152,6 +166,25 @@ class Gate:
             f"a body may have {self._max_body_bytes} bytes at most; shorten the prompt, or ask in several requests"
         )
         return ApiError(413, message, code="body_too_large")
+
+
+def is_own_host(header: str, names: Sequence[str]) -> bool:
+    """Whether a `Host` header names this server: by an address, which no name server can point elsewhere, or a name.
+
+    Args:
+        header: as it came, with a port or without; empty where there is none, which no browser does.
+        names: beside loopback's; "*.example.org" stands for all below it, "*" for all.
+    """
+    host = header.partition("]")[0].removeprefix("[") if header.startswith("[") else header.partition(":")[0]
+    host = host.lower().rstrip(".")
+    if not host or host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        allowed = [name.lower() for name in names]
+        return any(name in ("*", host) or (name.startswith("*.") and host.endswith(name[1:])) for name in allowed)
+    return True
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

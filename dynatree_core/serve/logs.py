@@ -64,7 +64,7 @@ class JsonLines(logging.Formatter):
     """An object of JSON in each line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(_fields(record, self), ensure_ascii=False, default=str)
+        return shown(json.dumps(_fields(record, self), ensure_ascii=False, default=str))
 
 
 class TextLines(logging.Formatter):
@@ -75,4 +75,9 @@ class TextLines(logging.Formatter):
         error = fields.pop("error", None)
         words = [str(fields.pop(name)) for name in ("time", "level", "event")]
         words += [f"{name}={json.dumps(value, ensure_ascii=False, default=str)}" for name, value in fields.items()]
-        return " ".join(words) + (f"\n{error}" if error else "")
+        return shown(" ".join(words)) + (f"\n{shown(error)}" if error else "")
+
+
+def shown(text: str) -> str:
+    """A text without characters that a terminal acts on, or that no file can have: they stand as in JSON."""
+    return "".join(one if one.isprintable() or one == "\n" else json.dumps(one)[1:-1] for one in text)

@@ -10,6 +10,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from dynatree_core.errors import DynaTreeError
+from dynatree_core.serve.connections import MOST_HEADER_BYTES, BoundedConnection
 from dynatree_core.serve.logs import log
 from dynatree_core.serve.service import Service
 
@@ -58,6 +59,10 @@ class ServerProcess(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            http=BoundedConnection,
+            ws="none",
+            limit_concurrency=service.settings.max_connections + 1,
+            h11_max_incomplete_event_size=MOST_HEADER_BYTES,
             timeout_graceful_shutdown=int(service.settings.stop_seconds) + CUT_SECONDS,
         )
         super().__init__(config)

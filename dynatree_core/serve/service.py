@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
@@ -77,6 +78,8 @@ class Service:
         # decoders drop the blank of a text's first token, so a token is read behind this one
         self._some_token = next(iter(self._tokenizer("a", add_special_tokens=False).input_ids), 0)
         self._token_texts: dict[int, str] = {}
+        self._token_tokenizer = copy.deepcopy(first.tokenizer)
+        self._token_lock = threading.Lock()  # guards the two above: whole answers are written by several threads
         self._reading = anyio.CapacityLimiter(1)
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._is_stopping = False
@@ -182,13 +185,15 @@ class Service:
 
     def token_text(self, token_id: int) -> str:
         """The text of one token behind others, special ones too. A part of a character shows as U+FFFD."""
-        if token_id not in self._token_texts:
-            before = self._decode_all([self._some_token])
-            self._token_texts[token_id] = self._decode_all([self._some_token, token_id])[len(before) :]
-        return self._token_texts[token_id]
+        with self._token_lock:
+            if token_id not in self._token_texts:
+                before = self._decode_all([self._some_token])
+                self._token_texts[token_id] = self._decode_all([self._some_token, token_id])[len(before) :]
+            return self._token_texts[token_id]
 
     def _decode_all(self, token_ids: list[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        tokenizer = self._token_tokenizer
+        return str(tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of tokens, for the event loop's thread."""

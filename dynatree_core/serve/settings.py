@@ -19,6 +19,8 @@ class Settings:
     max_seconds: float | None = None  # from when a request is submitted; what there is by then is its answer
     max_body_bytes: int = 4 * 2**20
     max_requests: int | None = None  # that one client may have open at once
+    max_connections: int = 1024  # of all clients, those on which nothing is asked among them
+    hosts: tuple[str, ...] = ()  # by what names a request may call the server, beside loopback's and addresses
     warms_up: bool = False  # whether each policy and drafter decodes a few tokens before the first request
     stop_seconds: float = 30.0  # that open requests have to end, once the server is told to
     cors_origins: tuple[str, ...] = ()  # of pages in browsers that may ask; none: pages of this server alone

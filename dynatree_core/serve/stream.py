@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
+import anyio.to_thread
 import attrs
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -43,8 +44,10 @@ async def whole_answer(request: Request, head: Head, answers: Answers, num_promp
         await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():
             return Response(status_code=CLIENT_HAS_LEFT)
-        reasons = [choice.finish_reason for choice in answers.choices]
-        return JSONResponse(head.whole(collecting.result(), reasons, usage(answers.handles, num_prompts=num_prompts)))
+        contents, reasons = collecting.result(), [choice.finish_reason for choice in answers.choices]
+        figures = usage(answers.handles, num_prompts=num_prompts)
+        # log-probabilities may be many, and other clients are not to wait while they are written down
+        return await anyio.to_thread.run_sync(lambda: JSONResponse(head.whole(contents, reasons, figures)))
     finally:
         for task in (collecting, leaving):
             task.cancel()
@@ -52,10 +55,10 @@ async def whole_answer(request: Request, head: Head, answers: Answers, num_promp
 
 
 async def _contents(answers: Answers) -> list[Content]:
-    contents = [Content() for _ in answers.choices]
+    parts: list[list[Content]] = [[] for _ in answers.choices]
     async for piece in answers.pieces():
-        contents[piece.choice.index] += _content(answers, piece)
-    return contents
+        parts[piece.choice.index].append(_content(answers, piece))
+    return list(map(Content.joined, parts))
 
 
 def _content(answers: Answers, piece: Piece) -> Content:
