@@ -181,6 +181,7 @@ class PretendedDevice:
             self._check_devices(name, tensors)
             self._count(name, arguments, goes_to, is_here=is_here)
         plain = {**tree_map(_numbers, options), **({"device": torch.device("cpu")} if goes_to == "cuda" else {})}
+        plain.pop("pin_memory", None)  # memory of the host, which no device here copies from by itself
         result = function(*tree_map(_numbers, arguments), **plain)
         written = [
             value
@@ -227,7 +228,8 @@ class PretendedDevice:
             self.wait("to the host")
         if name == "_to_copy" and not is_here:
             self._copy_here()
-        if name == "copy_" and not isinstance(arguments[0], OnDevice):
+        is_late = name == "copy_" and len(arguments) > 2 and bool(arguments[2])  # not blocking, to be heard of later
+        if name == "copy_" and not isinstance(arguments[0], OnDevice) and not is_late:
             self.wait("to the host")
         if name == "copy_" and not isinstance(arguments[1], OnDevice):
             self._copy_here()
@@ -297,6 +299,9 @@ class _Event:
 
     def record(self, stream: object = None) -> None:
         self.at = PretendedDevice.current().reached()
+
+    def query(self) -> bool:
+        return PretendedDevice.current().now() >= self.at
 
     def elapsed_time(self, other: _Event) -> float:
         """Milliseconds, as torch says them."""

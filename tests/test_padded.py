@@ -6,7 +6,9 @@ What is verified must be what is verified without padding: the same tree, the sa
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any, ClassVar
+from unittest import mock
 
 import attrs
 import pytest
@@ -85,12 +87,14 @@ def cached(session: Any) -> list[Tensor]:
     prompt=st.lists(st.integers(0, 36), min_size=1, max_size=12),
     family=st.sampled_from(["llama", "gpt2", "gpt_neox", "mistral"]),
     looks_up=st.booleans(),
+    hears_early=st.booleans(),
     limits=st.fixed_dictionaries({}, optional={"max_depth": st.integers(1, 9), "max_nodes": st.integers(1, 40)}),
 )
 @settings(max_examples=20, deadline=None, phases=[Phase.generate])  # shrinking it takes minutes
-def test_what_is_verified_is_what_is_verified_without_padding(stack, prompt, family, looks_up, limits):
+def test_what_is_verified_is_what_is_verified_without_padding(stack, prompt, family, looks_up, hears_early, limits):
     drafter = PromptLookupDrafter() if looks_up else ModelDrafter(perturbed(family, 0, 0.03))
-    with warnings.catch_warnings():
+    heard = nullcontext() if hears_early else mock.patch.object(PaddedGrowth, "is_over", False)
+    with warnings.catch_warnings(), heard:
         warnings.simplefilter("error", RuntimeWarning)  # that a policy's answers depend on padding
         plain, padded = (
             decoded(stack, prompt, drafter=drafter, pads=pads, family=family, **limits) for pads in (False, True)

@@ -80,6 +80,8 @@ def _ask(lane: Lane, tree: TokenTree, shared: SharedProposals) -> Level | _Wante
     if reached is not None:
         return level(reached)
     growth = lane.growth if tree.is_padded else None
+    if growth is not None and growth.is_over:
+        return level("refused")
     left = nodes_left if growth is None else functools.partial(growth.nodes_left, tree)
     frontier = lane.frontier(tree, left, lambda: shared.of(lane))
     expand = lane.stack.should_expand(frontier)

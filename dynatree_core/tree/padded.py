@@ -22,6 +22,7 @@ from dynatree_core.tree.token_tree import Cut, Room, TokenTree
 __all__ = ["WIDTHS", "PaddedGrowth", "PaddedRows", "PaddedSpace", "least_width"]
 
 WIDTHS = (1, 16, 32, 64)  # places that a level may have
+FIRST_HEARD = 2  # level of whose children the host hears before the verdict whether there are any
 
 
 def least_width(max_nodes: int, tau: float, max_width: int | None) -> int | None:
@@ -64,6 +65,8 @@ class PaddedSpace:
             ends = torch.cat([nothing, levels, nothing]), torch.cat([nothing, levels, nothing - 1])
             self.place_depths = torch.stack(ends)  # [2, places + 1]
             self._levels = [self._room_for_level(depth, device) for depth in range(max_depth)]
+        # one for all trees: the next one begins when the host has read the verdict on the one before
+        self.heard = _HeardLate(max_depth) if device.type == "cuda" else None
 
     @property
     def num_places(self) -> int:
@@ -97,6 +100,24 @@ class PaddedSpace:
         return room
 
 
+class _HeardLate:
+    """Numbers of the device that the host hears of without waiting, when they have come, for one of each level."""
+
+    def __init__(self, num_levels: int) -> None:
+        self._numbers = torch.empty(num_levels, dtype=torch.int64, pin_memory=True)
+        self._events = [torch.cuda.Event() for _ in range(num_levels)]  # type: ignore[no-untyped-call]
+
+    def send(self, level: int, number: Tensor) -> None:
+        """Have a number [1] int64 sent to the host."""
+        self._numbers[level : level + 1].copy_(number, non_blocking=True)
+        self._events[level].record()  # type: ignore[no-untyped-call]
+
+    def number(self, level: int) -> int | None:
+        """A level's number, if it has come."""
+        has_come = self._events[level].query()  # type: ignore[no-untyped-call]
+        return int(self._numbers[level]) if has_come else None
+
+
 @attrs.define(eq=False)
 class _LevelRoom:
     """The proposals for one level, flat, and a place for padding behind them."""
@@ -121,6 +142,8 @@ class PaddedGrowth:
         self._tau = tau
         self._most = [1]  # nodes that each level has at most
         self.proposals: list[Proposals] = []  # of each level
+        self._sent: list[tuple[int, int]] = []  # levels of which the host will hear, and what it hears of empty ones
+        self._is_over = False
         self.decider: str | None = None  # the policy that has decided the last level's widths
         self._widths: list[
             tuple[Tensor, Tensor]
@@ -129,6 +152,22 @@ class PaddedGrowth:
     def root(self, token_id: Tensor) -> TokenTree:
         """The tree that holds only the last committed token [1] int64."""
         return TokenTree.padded_root(token_id, self.space.num_places)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the host knows that the last level is empty. It may know too late, which costs passes and no node."""
+        heard = self.space.heard
+        if heard is not None:
+            self._is_over |= any(heard.number(level) == nothing for level, nothing in self._sent)
+        return self._is_over
+
+    def _note(self, level: int, chosen: Tensor, nothing: int) -> None:
+        """Let the host hear of a level whether it is empty; the first levels hardly ever are."""
+        if chosen.device.type == "cpu":
+            self._is_over = int(chosen[0]) == nothing
+        elif self.space.heard is not None and level >= FIRST_HEARD:
+            self.space.heard.send(level, chosen[:1])
+            self._sent.append((level, nothing))
 
     def nodes_left(self, tree: TokenTree) -> Tensor:
         """[] int64: drafted nodes that the budget still allows."""
@@ -157,9 +196,9 @@ class PaddedGrowth:
             is_admitted &= (space.ranks < branch[:, None]).flatten()
             self._widths.append((branch, frontier.cum_logprob))
         self.proposals.append(proposals)
-        return tree.grow_padded(
-            self._chosen(tree, of_paths, is_admitted, num_columns, max_width), room.integers, room.scores
-        )
+        chosen = self._chosen(tree, of_paths, is_admitted, num_columns, max_width)
+        self._note(tree.max_depth, chosen, of_paths.numel())
+        return tree.grow_padded(chosen, room.integers, room.scores)
 
     def _chosen(
         self, tree: TokenTree, of_paths: Tensor, is_admitted: Tensor, num_columns: int, max_width: int | None
