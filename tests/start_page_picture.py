@@ -17,11 +17,13 @@ def main(address: str, question: str = "Name the planets of the solar system, on
         sys.exit(f"a browser is needed: {reason}")
     browser = Browser()
     try:
-        browser.resize(1000, 760)
+        browser.resize(1000, 1120)  # wide enough for the trees to be open
         browser.open(address)
         browser.js("document.getElementById('length').value = 120; document.getElementById('question').focus()")
         browser.press(question, ENTER)
         browser.wait("document.getElementById('said').textContent !== ''", seconds=120)
+        # a frame, so that the last tree is painted
+        browser.driver.execute_async_script("const done = arguments[0]; requestAnimationFrame(() => setTimeout(done))")
         taken = browser.driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
         PICTURE.write_bytes(base64.b64decode(taken["data"]))
         print(PICTURE.name, PICTURE.stat().st_size, "bytes")
