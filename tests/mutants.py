@@ -859,6 +859,61 @@ MUTANTS = (
         ("tests/test_batches.py::test_who_is_put_back_when_memory_is_short_goes_on_later_as_if_nothing_had_been",),
     ),
     Mutant(
+        "a sequence that does not ask is followed beside one that does",
+        "for lane, tree in self._undecided.items() if lane.is_likely_to_ask}",
+        "for lane, tree in self._undecided.items()}",
+        ("tests/test_following.py::test_a_sequence_that_does_not_ask_has_no_rows_in_the_passes_of_those_that_do",),
+    ),
+    Mutant(
+        "catching up with a text has no price",
+        "return self.drafter_level_seconds(num_tokens + 1) - self.drafter_level_seconds(1)",
+        "return 0.0",
+        ("tests/test_following.py::test_the_price_of_a_look_has_that_of_catching_up_in_it",),
+    ),
+    Mutant(
+        "a tree that fails takes what was followed along",
+        "self.num_settled = self.cache.length - 1  # whatever",
+        "self.num_settled = self.cache.length  # whatever",
+        ("tests/test_drafters.py::test_a_model_that_was_left_out_says_what_a_new_one_says",),
+    ),
+    Mutant(
+        "a governor has any prompt read",
+        "<= LOAN * step * frontier.num_tokens_left",
+        "<= 1e9 * step * frontier.num_tokens_left",
+        ("tests/test_following.py::test_a_governor_does_not_have_a_prompt_read_for_a_short_text",),
+    ),
+    Mutant(
+        "a governor waits for ever beside sequences that always draft",
+        "return self.num_since_plain >= PATIENCE + (self.refresh if is_known else 0)",
+        "return False",
+        ("tests/test_following.py::test_a_governor_beside_sequences_that_always_draft_is_not_starved",),
+    ),
+    Mutant(
+        "old slots of a cache that grows do not count",
+        " + max((lane.num_bytes_moving for lane in lanes), default=0)",
+        "",
+        ("tests/test_budget.py::test_no_more_is_taken_up_at_any_moment",),
+    ),
+    Mutant(
+        "caches of drafters do not count",
+        "sizes.append((self.draft_state.num_bytes(), self.draft_state.num_bytes(self.committed_ids.numel())))",
+        "sizes.append((0, 0))",
+        ("tests/test_budget.py::test_no_more_is_taken_up_at_any_moment",),
+    ),
+    Mutant(
+        "kept prefixes do not make room",
+        "            engine.prefix_cache.shrink(num_bytes)",
+        "            engine.prefix_cache.shrink(2**60)",
+        ("tests/test_budget.py::test_kept_prefixes_make_room_before_anybody_has_to_wait",),
+    ),
+    Mutant(
+        "rows beyond what two texts have in common are copied",
+        "num = min(self.cache.length, token_ids.numel())\n        return int((self.token_ids[:num] == token_ids[:num])"
+        ".cumprod(0).sum())",
+        "num = min(self.cache.length, token_ids.numel())\n        return num",
+        ("tests/test_prefix_cache.py::test_a_sequence_that_starts_copies_rows_of_one_that_runs",),
+    ),
+    Mutant(
         "rows of a batch draw from one generator",
         "                session.sampler.apart(began)\n",
         "                session.sampler.apart(began) if row == 0 else None\n",

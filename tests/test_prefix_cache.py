@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from dynatree_core import PrefixCache, Session, generate, run, stream
+from dynatree_core import Engine, PrefixCache, Session, generate, ops, run, stream
 from dynatree_core.cache import TreeCache
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.errors import DrafterError, ForwardPassError, ParameterError
@@ -527,3 +527,50 @@ def test_what_a_callback_raises_is_nobody_elses_fault(monkeypatch, on_error):
     with pytest.raises(Cancelled):
         generate(TARGET, DRAFTER, list(range(12)), max_new_tokens=9, on_prefill=cancel, on_error=on_error)
     assert told == [4, 8]
+
+
+# sequences that run beside each other
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_sequence_that_starts_copies_rows_of_one_that_runs(family):
+    target = tiny_model(family)
+    engine = Engine(target, None, prefix_cache=PrefixCache())
+    options = {"max_new_tokens": 12, "eos_token_id": []}
+    first = engine.submit([*PROMPT, 30, 31], **options)
+    engine.step()
+    second, other = engine.submit([*PROMPT, 7, 8], **options), engine.submit([29, *PROMPT], **options)
+    engine.step()
+    assert not first.is_done
+    reused = [handle.partial.report.num_reused_tokens for handle in (first, second, other)]
+    assert reused == [0, len(PROMPT), 0]
+    for handle, prompt in ((first, [*PROMPT, 30, 31]), (second, [*PROMPT, 7, 8]), (other, [29, *PROMPT])):
+        assert handle.result().token_ids == greedy(target, prompt, 12)
+
+
+def test_requests_that_come_together_read_what_they_have_in_common_once():
+    target, rows = copy.deepcopy(TARGET), []
+    engine = Engine(target, None, prefix_cache=PrefixCache(), trust_model=True)
+    target.register_forward_pre_hook(lambda _, given, named: rows.append(named["input_ids"].numel()), with_kwargs=True)
+    prompts = [[*range(20), last, 3] for last in range(30, 34)]
+    handles = [engine.submit(prompt, max_new_tokens=1, eos_token_id=[]) for prompt in prompts]
+    engine.step()
+    assert [handle.result().token_ids for handle in handles] == [greedy(TARGET, prompt, 1) for prompt in prompts]
+    assert rows[:4] == [21, 1, 1, 1]
+
+
+@pytest.mark.skipif(ops.reason_unavailable() is not None, reason="the operators are not compiled")
+def test_rows_of_one_that_runs_have_the_bits_that_they_have_alone():
+    target = copy.deepcopy(TARGET).float()
+    engine = Engine(target, None, runner="native", prefix_cache=PrefixCache())
+    options = {"max_new_tokens": 9, "eos_token_id": []}
+    engine.submit([*PROMPT, 30, 31], **options)
+    engine.step()
+    second = engine.submit([*PROMPT, 7, 8], **options)
+    engine.step()
+    found = second._lane.cache.copied()
+    assert second.partial.report.num_reused_tokens == len(PROMPT)
+    alone = Session(target, None, [*PROMPT, 7, 8], runner="native", **options)
+    next(run(alone))
+    for shared, expected in zip(found, alone.cache.copied(), strict=True):
+        assert all(map(torch.equal, shared, expected))

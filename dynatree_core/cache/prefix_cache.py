@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import attrs
 import torch
@@ -21,7 +21,7 @@ from dynatree_core.models.placement import computing_device
 from dynatree_core.models.state import state_of
 from dynatree_core.plugins.params import as_python
 
-__all__ = ["PrefixCache", "PrefixReuse"]
+__all__ = ["PrefixCache", "PrefixReuse", "RunningRows"]
 
 DEFAULT_MAX_BYTES = 2**30
 
@@ -96,6 +96,12 @@ class PrefixCache:
         """Forget everything."""
         with self._lock:
             self._entries = []
+
+    def num_known(self, model: nn.Module, token_ids: Tensor, *, is_drafter: bool = False) -> int:
+        """How many rows `take` would copy."""
+        text = token_ids.cpu()
+        with self._lock:
+            return max((entry.num_common(text) for entry in self._of(model, is_drafter)), default=0)
 
     def take(self, model: nn.Module, token_ids: Tensor, cache: KeyValueCache, *, is_drafter: bool = False) -> int:
         """Copy what is known of a text's first tokens into a cache that is still empty.
@@ -178,6 +184,21 @@ def _way_of(model: nn.Module, is_drafter: bool) -> Hashable:
     return device, model.dtype, dtype, state_of(model, reads_weights=False, reads_code=not is_drafter)
 
 
+@attrs.frozen(eq=False)
+class RunningRows:
+    """Rows of a text that is still being generated."""
+
+    model: nn.Module
+    way: Hashable  # see _way_of
+    token_ids: Tensor  # [at least as many as there are rows] int64
+    cache: KeyValueCache  # with one lane
+
+    def num_common(self, token_ids: Tensor) -> int:
+        """Rows that both texts begin with."""
+        num = min(self.cache.length, token_ids.numel())
+        return int((self.token_ids[:num] == token_ids[:num]).cumprod(0).sum())
+
+
 @attrs.define(eq=False)
 class PrefixReuse:
     """One session's use of a prefix cache, for the caches of its models."""
@@ -199,16 +220,37 @@ class PrefixReuse:
         for other in [held for held in self._models if held is not cache]:
             del self._models[other], self._ways[other]
 
-    def fill(self, cache: KeyValueCache, token_ids: Tensor) -> int:
+    def fill(self, cache: KeyValueCache, token_ids: Tensor, beside: Sequence[RunningRows] = ()) -> int:
         """Copy rows into one of the caches, unless it has any; how many rows were copied.
 
         Args:
             cache: it has been added.
             token_ids: [tokens] int64, what it is to be filled with.
+            beside: rows of texts that are still being generated, between two of their iterations.
         """
         if cache.length > 0:
             return 0
+        alike = [one for one in beside if self._suits(cache, one)]
+        best = max(alike, key=lambda one: one.num_common(token_ids), default=None)
+        num_common = 0 if best is None else best.num_common(token_ids)
+        is_drafter = cache is not self._targets
+        known = self.prefix_cache.num_known(self._models[cache], token_ids, is_drafter=is_drafter)
+        if best is not None and num_common > known:
+            cache.load(best.cache.keys, best.cache.values, num_common)
+            return num_common
         return self.prefix_cache.take(self._models[cache], token_ids, cache, is_drafter=cache is not self._targets)
+
+    def running(self, committed_ids: Tensor) -> RunningRows | None:
+        """The target's rows of this generation, for others to copy; None before there are any."""
+        cache = self._targets
+        if cache is None or cache.length == 0 or not cache.can_record:
+            return None
+        return RunningRows(self._models[cache], self._ways[cache], committed_ids, cache)
+
+    def _suits(self, cache: KeyValueCache, rows: RunningRows) -> bool:
+        """Whether rows are those that the same model, as it was when this generation began, would make here."""
+        is_same_model = rows.model is self._models[cache] and rows.way == self._ways[cache]
+        return is_same_model and type(rows.cache) is type(cache) and rows.cache is not cache
 
     def keep(self, committed_ids: Tensor, max_bytes: int | None = None) -> None:
         """Keep the rows of all caches. Where not all fit, the target's matter most: they come last.

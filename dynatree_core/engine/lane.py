@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -63,6 +63,7 @@ class Lane:
         # reports and frontiers keep it, so it must not hold the session
         self.measure_costs = functools.partial(engine.costs, request.is_fixed_width, self.clock)
         self.beside: list[tuple[int, ...]] = []  # nodes by level of those whose iteration it is too, as they had last
+        self.neighbours: Callable[[], Iterable[Lane]] = lambda: ()  # who runs in the same thread's steps
         self.rows_beside = 0  # of this iteration's pass, those of the others
         self.has_asked = False  # whether policies have looked at proposals in this iteration
         self.is_likely_to_ask = False  # whether they have at the level before, or in the last iteration
@@ -298,9 +299,18 @@ class Lane:
             raise DrafterError(f"drafter '{self.drafter_name}' made a bad proposal: {fault}, got {proposals}")
 
     def reuse_prefix(self) -> None:
-        """Copy what the prefix cache knows of the prompt into the target's cache, which is filled from the start."""
-        if self.prefix is not None:
-            self.num_reused_tokens += self.prefix.fill(self.cache, self.committed_ids[:-1])
+        """Copy what is known of the prompt into the target's cache, which is filled from the start.
+
+        That is what the prefix cache has, or a sequence that runs beside this one, whichever has more.
+        """
+        if self.prefix is None:
+            return
+        beside = [
+            rows
+            for lane in self.neighbours()
+            if lane is not self and lane.prefix and (rows := lane.prefix.running(lane.committed_ids)) is not None
+        ]
+        self.num_reused_tokens += self.prefix.fill(self.cache, self.committed_ids[:-1], beside)
 
     def keep_prefix(self, max_bytes: int | None = None) -> None:
         """Leave the rows of all committed tokens in the prefix cache, where there is memory for it.

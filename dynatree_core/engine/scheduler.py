@@ -182,6 +182,7 @@ class Scheduler:
                 with self._lock:
                     self._waiting.appendleft(handle)
                 raise
+            lane.neighbours = lambda: [one.lane for one in self._running]
             handle.start(lane, engine.now())
             events.append(Event(handle, "started"))
             one = _Running(handle, lane, filled(lane))
