@@ -338,3 +338,16 @@ def test_percentiles_are_values_that_were_there():
     assert [serve.percentile(values, percent) for percent in (50, 95, 99)] == [50.0, 95.0, 99.0]
     assert serve.percentile([3.0], 99) == 3.0
     assert serve.percentile([], 50) is None
+
+
+def test_a_server_is_told_to_have_written_the_tokens_of_its_usage():
+    """Chunks without a text, such as that of the end token, are not counted one by one."""
+
+    def line(**record):
+        return b"data: " + json.dumps(record).encode() + b"\n"
+
+    chunk = line(choices=[{"delta": {"content": "ab"}}], dynatree={"texts": ["a", "b"]})
+    end = line(choices=[{"delta": {}}], dynatree={"texts": [""]})
+    lines = [chunk, b"\n", end, line(choices=[], usage={"completion_tokens": 3}), b"data: [DONE]\n"]
+    question = serve.Question("whole", [], 3, "ab")
+    assert [serve._listen(some, question, 0.0).num_tokens for some in (lines, lines[:3])] == [3, 2]

@@ -374,6 +374,8 @@ def _listen(response: http.client.HTTPResponse, question: Question, begin: float
         if not line.startswith(b"data: {"):
             continue
         record = json.loads(line.removeprefix(b"data: "))
+        if record.get("usage"):  # tokens without a text of their own, such as the last, are in no chunk that is counted
+            answered.num_tokens = record["usage"]["completion_tokens"]
         delta = record["choices"][0]["delta"] if record.get("choices") else {}
         piece = delta.get("content") or ""
         if not piece:
