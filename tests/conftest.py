@@ -41,9 +41,11 @@ settings.load_profile(os.environ.get("DYNATREE_HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """The tests of clients run where they are asked for (`make test-clients`)."""
-    is_asked_for = any("clients" in Path(argument.partition("::")[0]).parts for argument in config.args)
-    return True if collection_path == Path(__file__).parent / "clients" and not is_asked_for else None
+    """Tests of clients (`make test-clients`) and of Triton's kernels (test_triton.py) run where they are asked for."""
+    folder = collection_path.name
+    is_asked_for = any(folder in Path(argument.partition("::")[0]).parts for argument in config.args)
+    is_apart = collection_path.parent == Path(__file__).parent and folder in ("clients", "triton_cases")
+    return True if is_apart and not is_asked_for else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

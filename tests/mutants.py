@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 import re
 import shutil
@@ -83,6 +84,37 @@ SINKS = "tests/test_sink_cache.py::test_every_family_follows_the_definition[llam
 SINK_TREES = "tests/test_sink_cache.py::test_a_text_beyond_the_models_context"
 DRAFTS = "tests/test_drafters.py::test_model_proposals_are_those_of_a_plain_pass_over_the_path"
 RECORDED = "tests/test_captured.py::test_any_passes_are_the_plain_ones"
+
+OPERATOR = "tests/test_triton.py::test_interpreted_kernels[operator]"
+# noticed where Triton is installed; elsewhere the tests are skipped
+TRITON_MUTANTS = (
+    Mutant(
+        "a kernel's blocks of inputs are others for one row",
+        "        blocks = _blocks(matrix)\n",
+        "        blocks = _blocks(matrix)\n        if num_rows == 1:\n            blocks['BLOCK_K'] = 16\n",
+        (OPERATOR,),
+    ),
+    Mutant(
+        "a kernel visits a row's own slots from the last to the first",
+        "tl.load(own + first_own + place - num_run, mask",
+        "tl.load(own + first_own + num_seen - 1 - place, mask",
+        (OPERATOR,),
+    ),
+    Mutant(
+        "a kernel turns keys as if the other number of a pair were not normed",
+        "            y = _weighed(y, mean, inverse, head, other,",
+        "            y += 0 * _weighed(y, mean, inverse, head, other,",
+        (OPERATOR,),
+    ),
+    Mutant(
+        "a kernel writes behind the end of the cache",
+        "& (dim < head_dim)[None, :] & is_slot",
+        "& (dim < head_dim)[None, :]",
+        (OPERATOR,),
+    ),
+)
+if importlib.util.find_spec("triton") is None:
+    TRITON_MUTANTS = ()
 
 MUTANTS = (
     # mask
@@ -998,6 +1030,7 @@ MUTANTS = (
         "        if False:\n",
         ("tests/test_serve_bounds.py::test_a_page_of_somebody_else_cannot_ask_through_a_name_of_theirs",),
     ),
+    *TRITON_MUTANTS,
 )
 
 

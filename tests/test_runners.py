@@ -146,11 +146,12 @@ def test_the_command_takes_its_name_and_doctor_lists_it(mine: Any, run: Any, tmp
     code, out, err = run(*asked, "mien")
     assert code == 2
     assert (
-        "runner must be one of auto, cudagraph, eager, mine, native, packed, got 'mien' (did you mean 'mine'?)" in err
+        "runner must be one of auto, cudagraph, eager, mine, native, packed, triton, got 'mien' (did you mean 'mine'?)"
+        in err
     )
     code, out, _ = run("doctor", "--json")
     rows = {row["name"]: row for row in json.loads(out)["plugins"] if row["kind"] == "runner"}
-    assert list(rows) == ["cudagraph", "eager", "mine", "native", "packed"]
+    assert list(rows) == ["cudagraph", "eager", "mine", "native", "packed", "triton"]
     assert rows["mine"]["package"] == "mine"
 
 

@@ -127,9 +127,13 @@ class Blueprint:
 
     def packed(self, pack: Packer) -> Blueprint:
         """The same with every matrix packed, each once: a head that is tied to the embeddings is one with them."""
+        return self.mapped(lambda matrix: matrix.packed(pack))
 
-        def of(matrix: Matrix | PackedMatrix) -> PackedMatrix:
-            return matrix if isinstance(matrix, PackedMatrix) else matrix.packed(pack)
+    def mapped(self, laid_out: Callable[[Matrix], Any]) -> Blueprint:
+        """The same with every matrix as somebody's operators take it."""
+
+        def of(matrix: Any) -> Any:
+            return laid_out(matrix) if isinstance(matrix, Matrix) else matrix
 
         layers = []
         for layer in self.layers:

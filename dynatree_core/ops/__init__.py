@@ -1,7 +1,8 @@
 """Fused operators for passes of few rows on a CPU: what a layer of a model is put together from.
 
 `signature` says what each takes and gives, and in which order it adds. There are two implementations under the same
-names: `reference` in plain torch, which is the oracle, and `native` in C. What is called here goes to the C library, or
+names: `reference` in plain torch, which is the oracle, and `native` in C. A third, for GPUs, takes the weights as they
+lie in a module (`dynatree_core.ops.triton.operators`). What is called here goes to the C library, or
 to the reference where that is asked for (`using("reference")`), where tensors are float64, or where the library cannot
 be used, for which `reason_unavailable` says why. Only the library promises equal bits for any number of rows.
 
