@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import importlib
+import importlib.util
 import itertools
 import re
 import subprocess
@@ -177,6 +178,8 @@ for module in sys.argv[1:]:
         sys.exit(1)
 """
     modules = [module for module in MODULES if not module.endswith("__main__")]
+    if importlib.util.find_spec("triton") is None:  # two files are there for where it is
+        modules = [module for module in modules if not module.endswith((".triton.kernels", ".triton.operators"))]
     done = subprocess.run([sys.executable, "-c", program, *modules], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 
