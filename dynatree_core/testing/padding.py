@@ -117,4 +117,5 @@ def unread(tensor: Tensor) -> Tensor:
 def unread_tree(tree: TokenTree) -> TokenTree:
     """The same tree, likewise."""
     names = ("token_ids", "parent", "logprob", "cum_logprob", "ancestor_mask")
-    return attrs.evolve(tree, **{name: unread(getattr(tree, name)) for name in names})
+    parts: dict[str, Any] = {name: unread(getattr(tree, name)) for name in names}
+    return attrs.evolve(tree, **parts)
