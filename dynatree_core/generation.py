@@ -95,8 +95,7 @@ def generate(
             by device; see docs/runners.md.
         prefix_cache: a `PrefixCache` that several generations share: what this prompt has in common with the beginning
             of an earlier one and its output is not computed again.
-        on_prefill: called after each chunk of the prompt, by the target and then by a model that drafts, with the
-            tokens done and all of them.
+        on_prefill: called after each chunk of the target's prompt, with the tokens done and all of them.
         observer: an `Observer`, or a list of them, that hears what happens in each iteration; see docs/watching.md.
         on_error: "raise" (default), or "fallback" to go on autoregressively, with a warning, after a policy or a
             drafter failed.

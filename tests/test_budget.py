@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from dynatree_core import Engine, PrefixCache
 from dynatree_core.cache.prefix_cache import PrefixReuse
 from dynatree_core.cache.tree_cache import TreeCache
-from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.drafters.base import DraftPlan
+from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
 from dynatree_core.drafters.prompt_lookup import PromptLookupDrafter
 from dynatree_core.drafters.union import UnionDrafter
-from dynatree_core.errors import OutOfMemoryError
+from dynatree_core.errors import DrafterError, OutOfMemoryError
 from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
 
 ROW = 2 * 2 * 2 * 8 * 8  # bytes of a tiny llama's: layers, keys and values, heads, head_dim, float64
@@ -133,3 +134,38 @@ def test_a_drafter_that_nobody_asks_takes_no_memory_but_has_its_place():
         engine = Engine(tiny_model("llama"), made("model"), max_bytes=10**6)
         engine.submit([1, 2, 3], policy="autoregressive", max_new_tokens=3, max_nodes=0, eos_token_id=[]).result()
     assert taken.most <= 8 * ROW + 2 * ROW
+
+
+class Unsized(ModelDrafter):
+    """Cannot say how much memory it needs for texts that begin with 9."""
+
+    def start(self, plan: DraftPlan) -> UnsizedState:
+        return UnsizedState(self.model, plan)
+
+
+class UnsizedState(ModelDraftState):
+    num_asked, is_faulty = 0, False
+
+    def prefill(self, committed_ids: torch.Tensor) -> None:
+        self.is_faulty = int(committed_ids[0]) == 9
+        super().prefill(committed_ids)
+
+    def num_bytes(self, num_committed: int | None = None) -> int:
+        self.num_asked += 1
+        if self.is_faulty and self.num_asked > 8:
+            raise ValueError("who knows")
+        return super().num_bytes(num_committed)
+
+
+def test_a_drafter_that_cannot_say_what_it_needs_ends_its_own_sequence_alone():
+    target = tiny_model("llama")
+    engine = Engine(target, Unsized(perturbed("llama")), max_bytes=10**7)
+    options = {"policy": "linear(depth=2)", "max_new_tokens": 12, "eos_token_id": []}
+    handles = [engine.submit([start, 1, 2], **options) for start in (3, 9, 4)]
+    late = engine.submit([5, 1, 2], **options)
+    while not all(handle.is_done for handle in (*handles, late)):
+        engine.step()
+    for handle, start in zip([handles[0], handles[2], late], [3, 4, 5], strict=True):
+        assert handle.result().token_ids == greedy(target, [start, 1, 2], 12)
+    with pytest.raises(DrafterError, match="who knows"):
+        handles[1].result()

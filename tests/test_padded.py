@@ -5,6 +5,9 @@ What is verified must be what is verified without padding: the same tree, the sa
 
 from __future__ import annotations
 
+import copy
+import itertools
+import threading
 import warnings
 from contextlib import nullcontext
 from typing import Any, ClassVar
@@ -19,9 +22,11 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 from dynatree_core import Engine, Frontier, Observer, Proposals, Session, TokenTree, build_stack, hookimpl, run
+from dynatree_core.cost_model import NOMINAL_COSTS
 from dynatree_core.drafters.base import Drafter, DraftPlan, takes_padding
 from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
 from dynatree_core.drafters.prompt_lookup import PromptLookupDrafter
+from dynatree_core.engine.rehearsal import Rehearsal
 from dynatree_core.engine.verify import _matched
 from dynatree_core.errors import DrafterError, PolicyError
 from dynatree_core.runners.choice import runner_for
@@ -263,6 +268,114 @@ def test_a_parameter_that_was_changed_is_followed():
     assert outcomes(padded) == outcomes(plain)
 
 
+def test_a_tree_without_padding_has_its_places_in_the_drafters_cache_too(monkeypatch):
+    """A padded chain has few places, but a tree that grows level by level may have as many nodes as the limit says."""
+    monkeypatch.setattr("dynatree_core.engine.resources.SLOT_BLOCK", 8)  # a cache ends near what was asked for
+    drafter, prompt = ModelDrafter(perturbed("llama")), [1, 2, 3]
+    plain, padded = (
+        decoded(["fixed(depth=4,branch=1,tau=0.0)", Widening()], prompt, drafter=drafter, pads=pads, on_error="raise")
+        for pads in (False, True)
+    )
+    assert max(report.tree.num_drafted for report in padded.reports) == 120
+    assert outcomes(padded) == outcomes(plain)
+
+
+@attrs.define
+class Abstaining:
+    """Wants one child of each node in the iterations that are rehearsed, and has no opinion later."""
+
+    is_capturable: ClassVar = True
+    max_width: ClassVar = 1
+
+    @hookimpl
+    def branch_factor(self, frontier: Frontier) -> int | None:
+        return 1 if frontier.iteration < 4 else None
+
+
+def test_a_level_has_room_for_whoever_decides_its_widths():
+    drafter = ModelDrafter(perturbed("llama"))
+    plain, padded = (
+        decoded(["fixed(depth=2,branch=3,tau=0.0)", Abstaining()], [1, 2, 3], drafter=drafter, pads=pads)
+        for pads in (False, True)
+    )
+    assert padded.growth is not None
+    assert max(report.tree.num_drafted for report in padded.reports) == 12
+    assert outcomes(padded) == outcomes(plain)
+
+
+@attrs.define
+class Locked:
+    """Gets what cannot be copied in its first iteration."""
+
+    is_capturable: ClassVar = True
+    lock: Any = attrs.field(default=None, init=False)
+
+    @hookimpl
+    def on_iteration_end(self, report: Any) -> None:
+        self.lock = threading.Lock()
+
+
+def test_a_policy_that_cannot_be_copied_any_more_goes_without_padding():
+    with pytest.warns(RuntimeWarning, match=r"have to be copied.*'locked' must be copyable"):
+        session = decoded(["fixed(depth=2)", Locked()], [1, 2, 3], drafter=ModelDrafter(perturbed("llama")), pads=True)
+    assert session.padded_space is None
+    assert session.new_token_ids == reference(tiny_model("llama"), [1, 2, 3], 30)
+
+
+class Interrupting(ModelDrafter):
+    """Its first look is broken off."""
+
+    is_over = False
+
+    def start(self, plan: DraftPlan) -> ModelDraftState:
+        return InterruptingState(self, plan)
+
+
+class InterruptingState(ModelDraftState):
+    def __init__(self, drafter: Interrupting, plan: DraftPlan) -> None:
+        super().__init__(drafter.model, plan)
+        self.drafter = drafter
+
+    def proposing(self, *arguments: Any) -> Any:
+        if not self.drafter.is_over:
+            self.drafter.is_over = True
+            raise KeyboardInterrupt
+        return super().proposing(*arguments)
+
+
+@pytest.mark.parametrize("stack", ["fixed(depth=2)+governor", "cost_aware"])
+def test_policies_that_were_interrupted_are_copied_without_what_they_ask(stack):
+    """They keep what they were shown of a tree, from which models and engines can be reached."""
+    target = tiny_model("llama")
+    drafter, now = Interrupting(perturbed("llama")), itertools.count().__next__
+    engine = Engine(target, drafter, pads_trees=True, runner="eager", costs=NOMINAL_COSTS, now=now)
+    session = Session.on(engine, [1, 2, 3], policy=stack, max_new_tokens=30, eos_token_id=[])
+    with pytest.raises(KeyboardInterrupt):
+        [*run(session)]
+    kept = [part for policy in session.stack.policies.values() for part in (getattr(policy, "root", None), policy)]
+    assert any(isinstance(part, Frontier) or getattr(part, "levels", None) for part in kept), "of the broken iteration"
+    copied = AssertionError("a model was copied")
+    with mock.patch.object(type(target), "__deepcopy__", create=True, side_effect=copied):
+        copy.deepcopy(session.stack)
+        [*run(session)]
+    assert session.new_token_ids == reference(target, [1, 2, 3], 30)
+
+
+def test_policies_that_do_not_draft_are_copied_ever_less_often():
+    stack = build_stack("autoregressive")
+    with mock.patch("dynatree_core.engine.padded.Rehearsal", wraps=Rehearsal) as rehearsed:
+        session = decoded(stack, [1, 2, 3], drafter=ModelDrafter(perturbed("llama")), pads=True)
+    assert session.padded_space is not None
+    assert rehearsed.call_count == 5, "in iterations 0, 1, 3, 7 and 15 of 30"
+
+
+def test_processes_that_share_a_model_grow_no_padded_trees(monkeypatch):
+    """When the host hears that a level is empty depends on its clock, and they must draft the same."""
+    monkeypatch.setattr("dynatree_core.engine.resources.num_processes", lambda model: 2)
+    session = decoded("fixed(depth=2)", [1, 2, 3], drafter=ModelDrafter(perturbed("llama")), pads=True)
+    assert session.padded_space is None
+
+
 class FaultyDrafter(ModelDrafter):
     """Its proposals are altered from the sixth look on."""
 
@@ -322,6 +435,24 @@ def test_a_width_out_of_range_is_refused_when_the_host_hears_of_it():
     drafter = ModelDrafter(perturbed("llama"))
     with pytest.raises(PolicyError, match=r"'too_wide', hook branch_factor: .*99"):
         decoded(["fixed(depth=2)", TooWide()], [1, 2, 3], drafter=drafter, pads=True, on_error="raise")
+
+
+@attrs.define
+class TooWideAtTheRoot:
+    is_capturable: ClassVar = True
+    max_width: ClassVar = 16
+
+    @hookimpl
+    def branch_factor(self, frontier: Frontier) -> Tensor | None:
+        return torch.full((1,), 2 if frontier.iteration < 4 else 99) if frontier.depth == 0 else None
+
+
+def test_a_width_out_of_range_is_blamed_on_who_wanted_it():
+    with pytest.raises(PolicyError, match=r"'too_wide_at_the_root', hook branch_factor: .*99"):
+        decoded(
+            ["confidence+dynamic_depth", TooWideAtTheRoot()], [1, 2, 3], drafter=ModelDrafter(perturbed("llama")),
+            pads=True, on_error="raise",
+        )  # fmt: skip
 
 
 class Overridden(ModelDraftState):

@@ -93,8 +93,8 @@ def _ask(lane: Lane, tree: TokenTree, shared: SharedProposals) -> Level | _Wante
         shared.leave(lane)
         return level("width", expand, branch, frontier.proposals if frontier.is_drafter_asked else None)
     if growth is not None:
-        growth.decider = branch.decider
-        grown = growth.grown(frontier, expand.value, branch.value, lane.stack.max_width_of(branch.decider))
+        most = lane.stack.max_width_of(branch.decider)
+        grown = growth.grown(frontier, expand.value, branch.value, most, branch.decider)
         return level(None, expand, branch, frontier.proposals, grown=grown)
     scores = frontier.cum_logprob[:, None] + frontier.top_logprobs  # [width, k] of each proposed child's path
     conditions = _conditions(lane, frontier, expand, branch, scores)

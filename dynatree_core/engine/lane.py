@@ -69,6 +69,7 @@ class Lane:
         self.is_likely_to_ask = False  # whether they have at the level before, or in the last iteration
         self.padded_space = engine.new_padded_space(request)  # None: trees are grown level by level
         self.num_rehearsed = 0  # iterations whose trees were grown both ways
+        self.rehearse_from = 0  # the first iteration that may be the next of them
         self.growth: PaddedGrowth | None = None  # of this iteration's tree, if it may be padded
         self.rehearsal: Rehearsal | None = None  # of this iteration's tree, if it is grown both ways
         self._take_place()
@@ -225,7 +226,8 @@ class Lane:
         """Tokens that the drafter has not followed yet, and will when it is asked."""
         if self.draft_state is None:
             return 0
-        return self.draft_state.num_behind(self.sequence.num_committed - self.num_padding)
+        with self.blame_drafter():
+            return self.draft_state.num_behind(self.sequence.num_committed - self.num_padding)
 
     def note_load(self, beside: list[tuple[int, ...]]) -> None:
         """An iteration begins. Whose it is too: nodes by level of the last tree of each."""
@@ -237,7 +239,11 @@ class Lane:
         self.is_likely_to_ask = self.has_asked = True
 
     def frontier(
-        self, tree: TokenTree, nodes_left: int | Callable[[], Tensor], propose: Callable[[], Proposals]
+        self,
+        tree: TokenTree,
+        nodes_left: int | Callable[[], Tensor],
+        propose: Callable[[], Proposals],
+        num_behind: int | None = None,
     ) -> Frontier:
         """What the policies see of a growing tree.
 
@@ -245,6 +251,7 @@ class Lane:
             tree: the tree so far.
             nodes_left: drafted nodes that the budget allows, or what counts them.
             propose: asks the drafter about the tree's last level.
+            num_behind: tokens that the drafter has not followed; None: as it is now.
         """
         return Frontier(
             tree,
@@ -256,7 +263,7 @@ class Lane:
             num_sequences=1 + len(self.beside),
             rows_beside=sum(map(sum, self.beside)),
             width_beside=sum(sizes[tree.max_depth] for sizes in self.beside if len(sizes) > tree.max_depth + 1),
-            num_behind=self.num_behind,
+            num_behind=self.num_behind if num_behind is None else num_behind,
             num_tokens_left=self.sequence.num_tokens_left,
         )
 
@@ -402,7 +409,8 @@ class Lane:
             num_slots = max(min(in_blocks(self.num_slots_needed), slots_of(self.request)), num_slots)
         sizes = [(self.cache.num_bytes, num_slots * self.engine.row_bytes(self.engine.target, self.target.runner))]
         if self.draft_state is not None:
-            sizes.append((self.draft_state.num_bytes(), self.draft_state.num_bytes(self.committed_ids.numel())))
+            with self.blame_drafter():
+                sizes.append((self.draft_state.num_bytes(), self.draft_state.num_bytes(self.committed_ids.numel())))
         return sizes
 
     @property

@@ -18,6 +18,7 @@ from torch import Tensor
 from dynatree_core.drafters.base import takes_padding
 from dynatree_core.engine.lane import Lane
 from dynatree_core.engine.rehearsal import Rehearsal
+from dynatree_core.errors import ParameterError
 from dynatree_core.tree.padded import PaddedGrowth, PaddedRows, least_width
 from dynatree_core.tree.token_tree import TokenTree
 
@@ -32,9 +33,18 @@ def root(lane: Lane) -> TokenTree:
     lane.growth, lane.rehearsal = _growth(lane), None
     if lane.growth is not None and lane.num_rehearsed >= NUM_REHEARSED:
         return lane.growth.root(token_id)
-    if lane.growth is not None:
-        lane.rehearsal = Rehearsal(lane.growth, copy.deepcopy(lane.stack), lane.frontier)
+    if lane.growth is not None and lane.num_iterations >= lane.rehearse_from:
+        lane.rehearsal = _rehearsal(lane, lane.growth)
     return TokenTree.root(token_id.clone())
+
+
+def _rehearsal(lane: Lane, growth: PaddedGrowth) -> Rehearsal | None:
+    """None, with a warning, where policies have got what cannot be copied."""
+    try:
+        return Rehearsal(growth, copy.deepcopy(lane.stack), lane.frontier, lane.num_behind)
+    except ParameterError as error:
+        _grow_by_levels(lane, f"they have to be copied to see it: {error}")
+        return None
 
 
 def _growth(lane: Lane) -> PaddedGrowth | None:
@@ -58,19 +68,25 @@ def settle(lane: Lane, keep: Tensor | None) -> None:
         keep: bool [nodes], what its policies have kept of it; None: all.
     """
     rehearsal = lane.rehearsal
-    if rehearsal is None or not rehearsal.has_levels:
+    if rehearsal is None:
+        return
+    if not rehearsal.has_levels:  # policies are copied for nothing while they do not draft, so ever less often
+        lane.rehearse_from = 2 * lane.num_iterations + 1
         return
     lane.num_rehearsed += 1
     difference = rehearsal.difference(keep)
     if difference is not None:
-        lane.padded_space = None
-        warnings.warn(
-            f"the policies '{lane.stack}' are marked is_capturable, so what they say of a node must not depend on "
-            f"padding, but {difference}; this generation waits for the device once a level instead. Mask padding by "
-            "`tree.is_live`, or leave is_capturable out",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        _grow_by_levels(lane, f"{difference}; mask padding by `tree.is_live`, or leave is_capturable out")
+
+
+def _grow_by_levels(lane: Lane, why: str) -> None:
+    lane.padded_space = None
+    warnings.warn(
+        f"the policies '{lane.stack}' are marked is_capturable, so what they say of a node must not depend on padding, "
+        f"but {why}. This generation waits for the device once a level instead",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def what_to_know(lane: Lane, rows: PaddedRows) -> Tensor:
@@ -90,6 +106,7 @@ def known_tree(lane: Lane, rows: PaddedRows, numbers: Sequence[int]) -> TokenTre
     *level_sizes, min_id, max_id, is_sound, min_width, max_width = numbers
     max_branch = lane.sequence.limits.max_branch
     if not 0 <= min_width <= max_width <= max_branch:
-        lane.stack.refuse_branch_factor(lane.growth.decider, f"{min_width} to {max_width}", max_branch)
+        decider = lane.growth.first_beyond(max_branch)
+        lane.stack.refuse_branch_factor(decider, f"{min_width} to {max_width}", max_branch)
     lane.check_proposed(min_id, max_id, is_sound=bool(is_sound), proposals=lane.growth.proposals)
     return rows.tree(level_sizes)

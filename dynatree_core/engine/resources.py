@@ -22,6 +22,7 @@ from dynatree_core.cost_model import CostModel
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, SlotBudget, device_of
 from dynatree_core.drafters.build import as_drafter
 from dynatree_core.engine.costs import measured_costs
+from dynatree_core.engine.observer import observers_of
 from dynatree_core.engine.row_probe import refuse_dependent_rows
 from dynatree_core.errors import DrafterError, ForwardPassError, OutOfMemoryError, ParameterError
 from dynatree_core.models.architectures import vocab_size
@@ -292,12 +293,15 @@ class Resources:
         """Where the padded trees of one generation grow; None where its trees are grown level by level.
 
         Chance and processors choose tokens one by one, observers look at each level, and passes of one shape and
-        bounded caches lay rows out in ways of their own: all of them read from the device anyway.
+        bounded caches lay rows out in ways of their own: all of them read from the device anyway. Processes that share
+        a model must grow the same levels, and when each hears that one is empty depends on its clock.
         """
         limits = request.limits
         is_greedy = not (request.do_sample or request.logits_processors)
-        is_plain = request.observer is None and request.kept is None and not request.is_fixed_width
+        is_plain = not observers_of(request.observer) and request.kept is None and not request.is_fixed_width
         if not (self.pads_trees and is_greedy and is_plain and limits.max_depth and request.stack.is_capturable):
+            return None
+        if self._num_processes > 1:
             return None
         width = least_width(limits.max_nodes, limits.tau, request.stack.max_width)
         return None if width is None else PaddedSpace(width, limits.max_branch, limits.max_depth, self.device)
@@ -319,7 +323,7 @@ class Resources:
             DraftPlan(
                 self.vocab_size,
                 request.num_tokens,
-                request.limits.max_nodes if padded_space is None else padded_space.num_places,
+                max(request.limits.max_nodes, 0 if padded_space is None else padded_space.num_places),
                 self.device,
                 clock,
                 self.target,
@@ -346,8 +350,7 @@ class Resources:
         """
         if self._given_costs is not None:
             return self._given_costs
-        models = (self.target, *(() if self.drafter is None else self.drafter.models(self.target)))
-        if any(num_processes(model) > 1 for model in models):  # each would measure, and then draft, something else
+        if self._num_processes > 1:  # each would measure, and then draft, something else
             raise ParameterError(
                 "costs are measured by one process, but several share the model's weights; give costs= the same "
                 "numbers in each, or take a policy that asks for none, such as phase3"
@@ -360,6 +363,12 @@ class Resources:
                     self.target, self.drafter, runner=runner, tokenizer=self.tokenizer, known=kept_of(self.target)
                 )
         return self._costs[runner]
+
+    @property
+    def _num_processes(self) -> int:
+        """That share the weights of a model which takes part: they must draft the same, whatever their clocks say."""
+        models = (self.target, *(() if self.drafter is None else self.drafter.models(self.target)))
+        return max(map(num_processes, models))
 
     def known_costs(self, is_fixed_width: bool) -> CostModel | None:
         """What iterations take, if it was given or somebody has asked; nothing is measured."""

@@ -45,6 +45,8 @@ class _Running:
     lane: Lane
     chunks: Iterator[int] | None  # of its prompt, those that are not filled in yet; None: it takes part in iterations
     last_iteration_at: float | None = None
+    num_bytes: int = 0  # that it was last known to need
+    num_bytes_moving: int = 0
 
 
 class Scheduler:
@@ -167,7 +169,7 @@ class Scheduler:
                 lane = self._placed.get(handle) or self._lane_of(engine, handle)
                 self._suspended.pop(handle, None)
                 self._placed[handle] = lane
-                if not self._has_memory(engine, lane):
+                if not self._has_memory(engine, lane, events):
                     with self._lock:
                         self._waiting.appendleft(handle)
                     return events
@@ -201,7 +203,7 @@ class Scheduler:
         lane.resume()
         return lane
 
-    def _has_memory(self, engine: Resources, lane: Lane) -> bool:
+    def _has_memory(self, engine: Resources, lane: Lane, events: list[Event]) -> bool:
         """Whether a sequence may start beside those that run; prefixes that are kept make room for it.
 
         Raises:
@@ -210,16 +212,27 @@ class Scheduler:
         if engine.max_bytes is None:
             return True
         self._check_fits(engine, lane)
-        left = engine.max_bytes - self._num_bytes_needed() - lane.num_bytes_needed
+        left = engine.max_bytes - self._num_bytes_needed(engine, events) - lane.num_bytes_needed
         if left < 0:
             return False
         self._shrink_prefixes(engine, left)
         return True
 
-    def _num_bytes_needed(self) -> int:
-        """What all that run will take up in the next iteration, one of them growing at a time."""
-        lanes = [one.lane for one in self._running]
-        return sum(lane.num_bytes_needed for lane in lanes) + max((lane.num_bytes_moving for lane in lanes), default=0)
+    @property
+    def _num_bytes_known(self) -> int:
+        """The same as it was last known."""
+        moving = max((one.num_bytes_moving for one in self._running), default=0)
+        return sum(one.num_bytes for one in self._running) + moving
+
+    def _num_bytes_needed(self, engine: Resources, events: list[Event]) -> int:
+        """What all that run will take up in the next iteration, one of them growing at a time.
+
+        Whose drafter cannot say it ends here.
+        """
+        for one in [*self._running]:
+            with self._own_faults(engine, one, events):
+                one.num_bytes, one.num_bytes_moving = one.lane.num_bytes_needed, one.lane.num_bytes_moving
+        return self._num_bytes_known
 
     def _check_fits(self, engine: Resources, lane: Lane) -> None:
         needed = lane.num_bytes_needed + lane.num_bytes_moving
@@ -241,9 +254,9 @@ class Scheduler:
         events: list[Event] = []
         if engine.max_bytes is None:
             return events
-        while len(self._running) > 1 and self._num_bytes_needed() > engine.max_bytes:
+        while (needed := self._num_bytes_needed(engine, events)) > engine.max_bytes and len(self._running) > 1:
             events.append(self._put_back())
-        self._shrink_prefixes(engine, max(engine.max_bytes - self._num_bytes_needed(), 0))
+        self._shrink_prefixes(engine, max(engine.max_bytes - needed, 0))
         for one in [one for one in self._running if one.chunks is None]:
             with self._own_faults(engine, one, events):
                 self._check_fits(engine, one.lane)
@@ -340,7 +353,7 @@ class Scheduler:
             one.lane.report_end(reason)
         except Exception as raised:  # noqa: BLE001  # an observer's own: it belongs to this sequence, too
             reason, error = "error", error or raised
-        one.lane.keep_prefix(engine.max_bytes and max(engine.max_bytes - self._num_bytes_needed(), 0))
+        one.lane.keep_prefix(engine.max_bytes and max(engine.max_bytes - self._num_bytes_known, 0))
         result = one.lane.result(reason)
         one.lane.release()
         with self._lock:

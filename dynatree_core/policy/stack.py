@@ -122,10 +122,12 @@ class PolicyStack:
 
     @property
     def max_width(self) -> int | None:
-        """Nodes of one level that the policy which decides widths wants at most, by its `max_width`; None: unknown."""
-        for name, _ in self.callers["branch_factor"][:1]:
-            return self.max_width_of(name)
-        return 1  # nobody answers, so each node gets one child
+        """Nodes of one level that any policy which may decide widths wants, by their `max_width`; None: unknown."""
+        known = [self.max_width_of(name) for name, _ in self.callers["branch_factor"]]
+        widths = [width for width in known if width is not None]
+        if len(widths) < len(known):
+            return None
+        return max(widths, default=1)  # where nobody answers, each node gets one child
 
     def max_width_of(self, name: str | None) -> int | None:
         """What one policy wants at most; None: unknown."""

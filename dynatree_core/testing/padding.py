@@ -52,7 +52,7 @@ class UnreadTensor(Tensor):
                 f"hooks that are marked is_capturable must not read a tensor's numbers on the host, got a call of "
                 f"{name}; answer with a tensor"
             )
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 def _indexes_by_numbers(name: str, arguments: Any) -> bool:

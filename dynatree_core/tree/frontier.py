@@ -85,6 +85,10 @@ class Frontier:
         """What the drafter is charged for the tokens that it has not followed yet. Once it has, they cost nothing."""
         return self.charged_costs.catch_up_seconds(self.num_behind)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Frontier:
+        """Itself: it says what was at one moment. A copy of a policy that keeps it must not copy what it asks."""
+        return self
+
     @property
     def width(self) -> int:
         """Number of frontier nodes."""

@@ -110,7 +110,7 @@ class _HeardLate:
     def send(self, level: int, number: Tensor) -> None:
         """Have a number [1] int64 sent to the host."""
         self._numbers[level : level + 1].copy_(number, non_blocking=True)
-        self._events[level].record()  # type: ignore[no-untyped-call]
+        self._events[level].record()
 
     def number(self, level: int) -> int | None:
         """A level's number, if it has come."""
@@ -144,10 +144,8 @@ class PaddedGrowth:
         self.proposals: list[Proposals] = []  # of each level
         self._sent: list[tuple[int, int]] = []  # levels of which the host will hear, and what it hears of empty ones
         self._is_over = False
-        self.decider: str | None = None  # the policy that has decided the last level's widths
-        self._widths: list[
-            tuple[Tensor, Tensor]
-        ] = []  # where it answered with a tensor: that, and paths' probabilities
+        # where a policy answered with a tensor: that, paths' probabilities, and its name
+        self._widths: list[tuple[Tensor, Tensor, str | None]] = []
 
     def root(self, token_id: Tensor) -> TokenTree:
         """The tree that holds only the last committed token [1] int64."""
@@ -174,7 +172,12 @@ class PaddedGrowth:
         return self.max_nodes + 1 - tree.is_live.sum()
 
     def grown(
-        self, frontier: Frontier, expand: Tensor | bool, branch: Tensor | int, max_width: int | None
+        self,
+        frontier: Frontier,
+        expand: Tensor | bool,
+        branch: Tensor | int,
+        max_width: int | None,
+        decider: str | None = None,
     ) -> TokenTree:
         """The tree with one more level, of the best children that fit, as policies want them.
 
@@ -183,6 +186,7 @@ class PaddedGrowth:
             expand: bool [width], or True: which nodes are expanded.
             branch: int64 [width], or one number: children that each is wanted to have.
             max_width: nodes of a level that whoever has said so wants at most; None: nobody knows.
+            decider: who that is.
         """
         tree, proposals, space = frontier.tree, frontier.proposals, self.space
         num_columns = min(branch, space.max_branch) if isinstance(branch, int) else space.max_branch
@@ -194,7 +198,7 @@ class PaddedGrowth:
         is_admitted = of_paths >= math.log(self._tau) if self._tau > 0 else of_paths > -torch.inf
         if isinstance(branch, Tensor):
             is_admitted &= (space.ranks < branch[:, None]).flatten()
-            self._widths.append((branch, frontier.cum_logprob))
+            self._widths.append((branch, frontier.cum_logprob, decider))
         self.proposals.append(proposals)
         chosen = self._chosen(tree, of_paths, is_admitted, num_columns, max_width)
         self._note(tree.max_depth, chosen, of_paths.numel())
@@ -231,11 +235,23 @@ class PaddedGrowth:
         is_sound = (logprobs <= 1e-3).all(dim=1) | ~tree.is_live[: len(logprobs)]
         numbers = [min_id, max_id, is_sound.all().long()]
         if self._widths:
-            widths, of_paths = (torch.cat(parts) for parts in zip(*self._widths, strict=True))
-            numbers += widths.masked_fill(of_paths == -torch.inf, 0).aminmax()
+            numbers += torch.cat([_of_live(*level[:2]) for level in self._widths]).aminmax()
         else:
             numbers += [is_sound.new_zeros((), dtype=torch.int64)] * 2
         return torch.stack(numbers)
+
+    def first_beyond(self, max_branch: int) -> str | None:
+        """The policy that has first wanted a width out of range. The host waits for the device."""
+        for branch, of_paths, decider in self._widths:
+            widths = _of_live(branch, of_paths)
+            if bool(((widths < 0) | (widths > max_branch)).any()):
+                return decider
+        return None
+
+
+def _of_live(widths: Tensor, of_paths: Tensor) -> Tensor:
+    """Widths that are wanted of nodes, 0 of padding."""
+    return widths.masked_fill(of_paths == -torch.inf, 0)
 
 
 @attrs.frozen(eq=False)

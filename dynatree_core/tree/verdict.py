@@ -37,6 +37,10 @@ class StepReport:
     num_sequences: int = 1  # that shared the target's pass, this one among them
     rows_beside: int = 0  # of that pass, those of the other sequences; as many as these where none of them drafted
 
+    def __deepcopy__(self, memo: dict[int, object]) -> StepReport:
+        """Itself: it says what was. A copy of a policy that keeps it must not copy what it asks for costs."""
+        return self
+
     @cached_property
     def costs(self) -> CostModel:
         """What passes take on this machine, as in `Frontier.costs`."""
