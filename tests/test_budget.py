@@ -97,6 +97,20 @@ def test_no_more_is_taken_up_at_any_moment(asked, drafter, more_rows, keeps):
     assert 0 < taken.most <= budget - 5 * LOGITS
 
 
+def test_old_slots_stand_beside_new_ones_for_a_moment():
+    """Two texts of 14 tokens outgrow 8 slots in the same step: 14, and 14 beside 8, are more than there are."""
+    budget = 35 * ROW + 2 * LOGITS
+    engine = Engine(tiny_model("llama"), None, max_bytes=budget)
+    with watched() as taken:
+        handles = [
+            engine.submit([start, 1, 2, 3, 4, 5], max_new_tokens=8, max_nodes=0, eos_token_id=[]) for start in (6, 7)
+        ]
+        for handle, start in zip(handles, (6, 7), strict=True):
+            assert handle.result().token_ids == greedy(tiny_model("llama"), [start, 1, 2, 3, 4, 5], 8)
+    assert engine.load.num_preempted == 1
+    assert taken.most <= 35 * ROW
+
+
 def test_kept_prefixes_make_room_before_anybody_has_to_wait():
     prefix_cache = PrefixCache()
     budget = 4 * (24 * ROW + LOGITS) + 16 * ROW

@@ -43,8 +43,7 @@ class _Entry:
 
     def num_common(self, token_ids: Tensor) -> int:
         """Tokens that both texts begin with."""
-        num = min(self.token_ids.numel(), token_ids.numel())
-        return int((self.token_ids[:num] == token_ids[:num]).cumprod(0).sum())
+        return _num_common(self.token_ids, token_ids)
 
 
 class PrefixCache:
@@ -195,8 +194,12 @@ class RunningRows:
 
     def num_common(self, token_ids: Tensor) -> int:
         """Rows that both texts begin with."""
-        num = min(self.cache.length, token_ids.numel())
-        return int((self.token_ids[:num] == token_ids[:num]).cumprod(0).sum())
+        return _num_common(self.token_ids[: self.cache.length], token_ids)
+
+
+def _num_common(some: Tensor, others: Tensor) -> int:
+    num = min(some.numel(), others.numel())
+    return int((some[:num] == others[:num]).cumprod(0).sum())
 
 
 @attrs.define(eq=False)

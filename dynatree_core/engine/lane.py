@@ -355,7 +355,8 @@ class Lane:
         self.cache.rollback()
         self.sequence.draft_state = None
         if self.prefix is not None:
-            self.prefix.hold_only(self.cache)  # the drafter may have found no memory
+            self.prefix.hold_only(self.cache)
+        self.engine.drop_unused_caches()  # the drafter may have found no memory
         self.sequence.stack = self.stack.silenced()
         self.report_fault(error, "fallback")
 

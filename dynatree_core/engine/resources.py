@@ -281,6 +281,11 @@ class Resources:
                 if lease.cache is cache:
                     lease.owner = lambda: None
 
+    def drop_unused_caches(self) -> None:
+        """Give back the memory of caches that no generation has, as where memory is short."""
+        with self._lock:
+            self._leases = [lease for lease in self._leases if lease.owner() is not None]
+
     def new_prefix(self, request: Request, cache: KeyValueCache) -> PrefixReuse | None:
         """The use that one generation makes of the prefix cache; None where its rows are not those of others."""
         if self.prefix_cache is None or not (request.can_reuse_prefix and cache.has_all_rows):
