@@ -266,7 +266,7 @@ def test_ratios_are_those_of_the_numbers():
     assert interval[f"default stack ÷ llama.cpp's prompt lookup, Q4_1 ({lookup})"] == "1.50"
     fastest = "default stack as installed ÷ the fastest of other engines in any precision"
     assert interval[f"{fastest} (OpenVINO Q4_1, plain)"] == "1.25"
-    assert interval[f"{fastest} with equal texts (llama.cpp Q4_1, prompt lookup of 2)"] == "1.50"
+    assert interval[f"{fastest} with its own file's texts (llama.cpp Q4_1, prompt lookup of 2)"] == "1.50"
     assert interval["plain ÷ OpenVINO plain, Q4_1"] == "0.62"
     assert interval["memory beside imports ÷ weights as stored, plain"] == "1.50"
     shown = {row[0]: row[1:] for row in speeds.rows}
@@ -288,6 +288,95 @@ def test_texts_that_differ_and_engines_that_are_missing_are_said():
     *_, differing, missing = cpu_peers.sentences(found)
     assert differing.endswith(f"than plain native decoding: {Way(NATIVE, 'Q4_1', STACK)}")
     assert missing == "left out: llama.cpp: not installed"
+
+
+def test_a_prefix_of_the_reference_and_a_longer_text_are_other_texts():
+    """So is what goes on after the reference has ended, whichever engine it is of."""
+    names = [str(way) for way in (Way(NATIVE, "Q4_1", PLAIN), Way(LLAMA, "Q4_1", PLAIN), Way(OPENVINO, "Q4_1", PLAIN))]
+    run = cpu_peers._Measuring([], 8, [])
+    texts = [[(1, 2, 3), (4, 5)], [(1, 2), (4, 5)], [(1, 2, 3, 9), (4, 5)]]
+    for name, own in zip(names, texts, strict=True):
+        run.texts[name] = own
+        run.speeds[name] |= {"prompts": [0, 1], "tokens": [len(text) for text in own], "seconds": [1.0, 1.0]}
+    found = made(speeds=cpu_peers._with_agreement(run))
+    assert [cpu_peers.is_equal(found, name) for name in names] == [True, False, False]
+    _, speeds, *_ = cpu_peers.tables(found)
+    assert [row[-1] for row in speeds.rows] == ["2 of 2", "1 of 2", "1 of 2"]
+
+
+def test_a_text_that_took_no_time_is_no_speed():
+    """A peer's text of one token has none: it came out of the prompt's pass."""
+    found, plain, llama = made(), Way(NATIVE, "Q4_1", PLAIN), Way(LLAMA, "Q4_1", PLAIN)
+    found["speeds"][str(llama)] |= {"tokens": [1, 8], "seconds": [0.0, 4.0]}
+    assert cpu_peers.speed(found, llama) == 2.0
+    assert cpu_peers.times_as_fast(found, plain, llama).value == 2.0, "over the prompts that took both some time"
+    found["speeds"][str(llama)] |= {"tokens": [1, 1], "seconds": [0.0, 0.0]}
+    assert cpu_peers.speed(found, llama) is None
+    assert cpu_peers.times_as_fast(found, plain, llama) is None
+    _, speeds, *_ = cpu_peers.tables(found)
+    [row] = [row for row in speeds.rows if row[0] == str(llama)]
+    assert row[1:4] == ("–", "–", "–")
+
+
+@needs_native
+@pytest.mark.parametrize("where", ["OpenVINO decodes", "llama.cpp computes", "a process of its memory"])
+def test_an_engine_that_fails_is_left_out_and_the_others_go_on(
+    where, source, fake_llama_cpp, fake_openvino, monkeypatch, tmp_path
+):
+    reason = "Exception from src/infer.cpp:9:\nno such operation\n"
+
+    def failing(*arguments):
+        raise RuntimeError(reason)
+
+    decoded, real = [], FakePipeline.generate
+
+    def second_fails(pipeline, inputs, how):
+        decoded.append(inputs)
+        return real(pipeline, inputs, how) if len(decoded) < 3 else failing()
+
+    def memory(name, *arguments):
+        if where == "a process of its memory" and name.startswith(OPENVINO):
+            raise MethodError("its process ended with -11: ")
+        return {"imported": 1, "peak": 2}
+
+    if where == "OpenVINO decodes":
+        monkeypatch.setattr(FakePipeline, "generate", second_fails)
+    elif where == "llama.cpp computes":
+        monkeypatch.setattr(FakeLlama, "n_tokens", property(FakeLlama.n_tokens.fget, failing))
+        monkeypatch.setattr(FakeLlama, "reset", lambda llama: llama.text.clear())
+    monkeypatch.setattr(cpu_peers, "gguf_source", lambda: source)
+    monkeypatch.setattr(cpu_peers, "read_speed", lambda device: ReadSpeed(12.5e9, None))
+    monkeypatch.setattr(cpu_peers, "PEAK_SIZE", 64)
+    monkeypatch.setattr(cpu_peers, "_in_process", memory)
+    monkeypatch.setattr(cpu_peers, "STARTS", {"nothing": "print(1)"})
+    asked = Asked(
+        Models(drafters=("prompt_lookup",)), tmp_path / "out", is_quick=True, num_prompts=2, max_new_tokens=(6,)
+    )
+    result = run_study("cpu-peers", asked, command="dynatree bench cpu-peers")
+    found, openvino = result.found, "OpenVINO Q4_1, plain"
+    _, *left_out = found["provenance"]["left_out"]  # the first is of the file that it cannot read
+    assert (
+        left_out
+        == {
+            "OpenVINO decodes": [f"{openvino}: OpenVINO GenAI: cannot decode Q4_1.gguf (no such operation)"],
+            "llama.cpp computes": [
+                f"llama.cpp {kind}: llama.cpp: cannot compute {kind}.gguf (no such operation)"
+                for kind in ("Q4_1", "F32")
+            ],
+            "a process of its memory": [f"memory of {openvino}: its process ended with -11: "],
+        }[where]
+    )
+    assert (openvino in found["speeds"]) == (where != "OpenVINO decodes"), "some prompts are not all"
+    assert (openvino in found["memory"]) == (where == "llama.cpp computes")
+    assert ("llama.cpp Q4_1" in found["passes"]) == (where != "llama.cpp computes")
+    assert {"native Q4_1, plain", "llama.cpp Q4_1, plain"} <= set(found["speeds"])
+    assert f"left out: {left_out[0]}" in result.sentences
+
+
+def test_a_process_that_fails_says_why(monkeypatch):
+    monkeypatch.setattr(cpu_peers, "PROGRAM", "import sys; print('no memory', file=sys.stderr); sys.exit(4)")
+    with pytest.raises(MethodError, match=r"^its process ended with 4: no memory$"):
+        cpu_peers._in_process("native Q4_1, plain")
 
 
 @needs_native

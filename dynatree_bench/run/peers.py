@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,20 @@ class Decoded:
 class Peer:
     """A model file in another engine."""
 
-    decode: Callable[[Sequence[int], int, Sequence[int]], Decoded]  # prompt, new tokens at most, end tokens
-    # numbers of rows, repeats -> best by rows; None: it does not let passes be measured
+    # prompt, new tokens at most, end tokens; MethodError: the engine failed
+    decode: Callable[[Sequence[int], int, Sequence[int]], Decoded]
+    # numbers of rows, repeats -> best by rows, with the same error; None: it does not let passes be measured
     pass_seconds: Callable[[Sequence[int], int], Mapping[int, float]] | None = None
+
+
+@contextmanager
+def _failing_as(what: str) -> Iterator[None]:
+    """What an engine raises in there is a MethodError, so that one that fails is left out; both raise RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:  # the reason follows the place in its sources
+        reason = (str(error).strip().splitlines() or [""])[-1]
+        raise MethodError(f"{what} ({reason})") from error
 
 
 def llama_cpp(file: Path, *, threads: int, num_slots: int, num_drafted: int | None, is_float32: bool) -> Peer:
@@ -76,24 +88,26 @@ def llama_cpp(file: Path, *, threads: int, num_slots: int, num_drafted: int | No
         engine.reset()  # nothing is kept of the last prompt
         token_ids: list[int] = []
         seconds: list[float] = []
-        for token in engine.generate(list(prompt_ids), temp=0.0):
-            seconds.append(time.perf_counter())
-            token_ids.append(int(token))
-            if token in end_ids or len(token_ids) == max_new_tokens:
-                break
+        with _failing_as(f"llama.cpp: cannot decode {file.name}"):
+            for token in engine.generate(list(prompt_ids), temp=0.0):
+                seconds.append(time.perf_counter())
+                token_ids.append(int(token))
+                if token in end_ids or len(token_ids) == max_new_tokens:
+                    break
         number = len(token_ids)
         return Decoded(tuple(token_ids), (seconds[-1] - seconds[0]) * number / (number - 1) if number > 1 else 0.0)
 
     def pass_seconds(rows: Sequence[int], repeats: int) -> Mapping[int, float]:
         context = min(256, num_slots - max(rows))
-        engine.reset()
-        engine.eval(list(range(context)))
         found: dict[int, float] = {}
-        for count in [count for _ in range(repeats) for count in rows]:
-            engine.n_tokens = context  # what the pass before has added is removed by the next
-            start = time.perf_counter()
-            engine.eval(list(range(count)))
-            found[count] = min(time.perf_counter() - start, found.get(count, float("inf")))
+        with _failing_as(f"llama.cpp: cannot compute {file.name}"):
+            engine.reset()
+            engine.eval(list(range(context)))
+            for count in [count for _ in range(repeats) for count in rows]:
+                engine.n_tokens = context  # what the pass before has added is removed by the next
+                start = time.perf_counter()
+                engine.eval(list(range(count)))
+                found[count] = min(time.perf_counter() - start, found.get(count, float("inf")))
         return found
 
     return Peer(decode, pass_seconds)
@@ -122,18 +136,16 @@ def openvino(file: Path, *, threads: int, is_float32: bool) -> Peer:
         settings |= {
             "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         }  # fmt: skip
-    try:
+    with _failing_as(f"OpenVINO GenAI: cannot read {file.name}"):
         engine: Any = module.LLMPipeline(str(file), "CPU", **settings)
-    except RuntimeError as error:  # its only one; the reason follows the place in its sources
-        reason = str(error).strip().splitlines()[-1]
-        raise MethodError(f"OpenVINO GenAI: cannot read {file.name} ({reason})") from error
 
     def decode(prompt_ids: Sequence[int], max_new_tokens: int, end_ids: Sequence[int]) -> Decoded:
         ids = np.array([prompt_ids], np.int64)
         how = module.GenerationConfig()  # greedy; that of the file has its own end tokens
         how.max_new_tokens, how.ignore_eos, how.stop_token_ids = max_new_tokens, not end_ids, set(end_ids)
         inputs = module.TokenizedInputs(runtime.Tensor(ids), runtime.Tensor(np.ones_like(ids)))
-        found = engine.generate(inputs, how)
+        with _failing_as(f"OpenVINO GenAI: cannot decode {file.name}"):
+            found = engine.generate(inputs, how)
         token_ids = tuple(map(int, found.tokens[0]))
         number = len(token_ids)
         milliseconds = found.perf_metrics.get_tpot().mean  # of a token after the first

@@ -15,7 +15,8 @@ process for each way, its highest resident size, beside what it has when the eng
 `dynatree generate` with the default model in a process of its own, from its start to the first byte of the answer,
 beside importing torch alone; the fastest of some.
 
-Output: ratios, speeds, passes, memory, starts. Engines that are not installed, or cannot read a file, are said.
+Output: ratios, speeds, passes, memory, starts. Engines that are not installed, cannot read a file, or fail while they
+decode are said and left out.
 """
 
 from __future__ import annotations
@@ -110,6 +111,13 @@ class _Measuring:
     passes: dict[str, dict[str, list[float]]] = attrs.field(factory=lambda: defaultdict(lambda: defaultdict(list)))
     speeds: dict[str, dict[str, list[Any]]] = attrs.field(factory=lambda: defaultdict(lambda: defaultdict(list)))
     texts: dict[str, list[tuple[int, ...]]] = attrs.field(factory=lambda: defaultdict(list))
+    failed: dict[str, str] = attrs.field(factory=dict)  # of other engines -> why: left out from then on
+
+    def leave_out(self, way: str, reason: str) -> None:
+        """Drop what was measured of a way: numbers of some rounds only cannot stand beside those of all."""
+        self.failed[way] = reason
+        for numbers in (self.passes, self.speeds, self.texts):
+            numbers.pop(way, None)  # type: ignore[attr-defined]
 
 
 def measure(asked: Asked) -> dict[str, Any]:
@@ -162,6 +170,9 @@ def _measured(asked: Asked, source: Path, folder: Path) -> dict[str, Any]:
     jobs = [*_device_jobs(run), *_pass_jobs(run, pair, pairs, peers), *_decoding_jobs(run, pair, pairs, peers)]
     in_rounds(jobs, len(prompts))
     num_weights, _ = matrix_sizes(source)
+    plain = [way for way in peers if way.how == PLAIN and str(way) not in run.failed]
+    memory, unmeasured = _memory(files, folder, pair, plain)
+    failures = [f"{way}: {reason}" for way, reason in run.failed.items()]
     return {
         "provenance": {
             "model": f"{embedded.NAME}, {STORED}",
@@ -171,13 +182,13 @@ def _measured(asked: Asked, source: Path, folder: Path) -> dict[str, Any]:
             "context": CONTEXT,
             "prompt_tokens": [len(prompt) for prompt in prompts],
             "max_new_tokens": tokens,
-            "left_out": left_out,
+            "left_out": [*left_out, *failures, *unmeasured],
         },
         "bandwidth": run.bandwidth,
         "flops": run.flops,
         "passes": run.passes,
         "speeds": _with_agreement(run),
-        "memory": _memory(files, folder, pair, [way for way in peers if way.how == PLAIN]),
+        "memory": memory,
         "starts": {name: _start(program) for name, program in STARTS.items()},
     }
 
@@ -258,7 +269,14 @@ def _pass_jobs(run: _Measuring, pair: Pair, pairs: Mapping[str, Pair], peers: Ma
 
     def of_peer(way: str, peer: Peer, turn: int) -> None:
         assert peer.pass_seconds is not None, "llama.cpp lets passes be measured"
-        for rows, seconds in peer.pass_seconds(ROWS, REPEATS if turn else 1).items():
+        if way in run.failed:
+            return
+        try:
+            found = peer.pass_seconds(ROWS, REPEATS if turn else 1)
+        except MethodError as error:
+            run.leave_out(way, str(error))
+            return
+        for rows, seconds in found.items():
             note(way, rows, seconds, turn)
 
     # the engine that looks prompts up gives the logits of all rows, as ours do
@@ -292,8 +310,14 @@ def _decoding_jobs(run: _Measuring, pair: Pair, pairs: Mapping[str, Pair], peers
         note(way, output.token_ids, output.decode_seconds, turn)
 
     def of_peer(way: Way, turn: int) -> None:
+        if str(way) in run.failed:
+            return
         limit = run.max_new_tokens if turn else WARM_UP_TOKENS
-        decoded = peers[way].decode(run.prompts[turn], limit, run.end_ids)
+        try:
+            decoded = peers[way].decode(run.prompts[turn], limit, run.end_ids)
+        except MethodError as error:
+            run.leave_out(str(way), str(error))
+            return
         note(way, decoded.token_ids, decoded.decode_seconds, turn)
 
     def note(way: Way, token_ids: tuple[int, ...], seconds: float, turn: int) -> None:
@@ -327,23 +351,36 @@ def _num_equal(text: Sequence[int], reference: Sequence[int]) -> int:
 # ---- memory ---------------------------------------------------------------------------------------------------
 
 
-def _memory(files: Mapping[str, Path], folder: Path, pair: Pair, of_peers: Sequence[Way]) -> dict[str, dict[str, int]]:
-    """Way -> bytes of its process: "imported" when the engine's library is imported, "peak" at most."""
+def _memory(
+    files: Mapping[str, Path], folder: Path, pair: Pair, of_peers: Sequence[Way]
+) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Way -> bytes of its process: "imported" when the engine's library is imported, "peak" at most.
+
+    And a line for each other engine whose process failed.
+    """
     drafter = str(pair.drafter)
     asked = [(Way(NATIVE, kind, how), folder / kind) for kind in files for how in (PLAIN, STACK)]
     asked = [(way, place) for way, place in asked if way.how == STACK or way.kind == STORED]
     asked += [(Way("packed", "F32", STACK), folder / "F32")] if can_pack(pair.target.model) else []
     asked += [(way, files[way.kind]) for way in of_peers]
-    found = {}
+    found, left_out = {}, []
     for way, place in asked:
-        found[str(way)] = _in_process(str(way), str(place), drafter, str(torch.get_num_threads()))
-    return found
+        try:
+            found[str(way)] = _in_process(str(way), str(place), drafter, str(torch.get_num_threads()))
+        except MethodError as error:
+            if way not in of_peers:  # ours have to
+                raise
+            left_out.append(f"memory of {way}: {error}")
+    return found, left_out
 
 
 def _in_process(*arguments: str) -> dict[str, int]:
-    """What `memory_of` says in a process of its own."""
-    command = [sys.executable, "-c", PROGRAM, *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=_environment())
+    """What `memory_of` says in a process of its own; MethodError: it failed."""
+    command, to = [sys.executable, "-c", PROGRAM, *arguments], subprocess.PIPE
+    done = subprocess.run(command, check=False, stdout=to, stderr=to, text=True, env=_environment())
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise MethodError(f"its process ended with {done.returncode}: {' '.join(said[-1:])[-1000:]}")
     told: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return told
 
@@ -417,9 +454,15 @@ def limit_seconds(found: Mapping[str, Any], kind: str, rows: int) -> float:
 
 
 def speed(found: Mapping[str, Any], way: Way) -> float | None:
-    """Tokens per second over all prompts; None where it was not measured."""
-    numbers = found["speeds"].get(str(way))
-    return None if numbers is None else sum(numbers["tokens"]) / sum(numbers["seconds"])
+    """Tokens per second over all prompts that took time; None where there is none, or it was not measured."""
+    timed = _timed(found["speeds"].get(str(way), {"tokens": [], "seconds": []}))
+    return sum(tokens for tokens, _ in timed) / sum(seconds for _, seconds in timed) if timed else None
+
+
+def _timed(numbers: Mapping[str, Sequence[float]]) -> list[tuple[float, float]]:
+    """Tokens and seconds of each prompt whose text took any: one of a single token came out of the prompt's pass."""
+    pairs = zip(numbers["tokens"], numbers["seconds"], strict=True)
+    return [(tokens, seconds) for tokens, seconds in pairs if seconds > 0]
 
 
 def times_as_fast(found: Mapping[str, Any], way: Way, other: Way) -> PooledRatio | None:
@@ -429,9 +472,12 @@ def times_as_fast(found: Mapping[str, Any], way: Way, other: Way) -> PooledRatio
         return None
 
     def per_token(numbers: Mapping[str, Sequence[float]]) -> list[float]:
-        return [seconds / tokens for seconds, tokens in zip(numbers["seconds"], numbers["tokens"], strict=True)]
+        pairs = zip(numbers["seconds"], numbers["tokens"], strict=True)
+        return [seconds / tokens if tokens else 0.0 for seconds, tokens in pairs]
 
-    return ratio_of_sums(per_token(its), per_token(mine))
+    pairs = zip(per_token(its), per_token(mine), strict=True)
+    timed = [(above, below) for above, below in pairs if above > 0 and below > 0]  # prompts that took both some time
+    return ratio_of_sums(*map(list, zip(*timed, strict=True))) if timed else None
 
 
 def _fastest(found: Mapping[str, Any], ways: Sequence[Way]) -> Way | None:
@@ -444,9 +490,15 @@ def _lookups(kind: str) -> list[Way]:
 
 
 def is_equal(found: Mapping[str, Any], way: str) -> bool:
-    """Whether all its texts are those of plain native decoding."""
-    numbers = found["speeds"][way]
-    return bool(numbers["equal"] == numbers["tokens"])
+    """Whether all its texts are those of plain native decoding from the same file."""
+    return all(_equal_texts(found, way))
+
+
+def _equal_texts(found: Mapping[str, Any], way: str) -> list[bool]:
+    """By prompt, whether a text is the reference from its first token to its last: a prefix of it is another text."""
+    numbers, reference = (found["speeds"][name] for name in (way, str(Way(NATIVE, Way.named(way).kind, PLAIN))))
+    lengths = zip(numbers["equal"], numbers["tokens"], reference["tokens"], strict=True)
+    return [equal == own == its for equal, own, its in lengths]
 
 
 def _ratio_table(found: Mapping[str, Any]) -> Table | None:
@@ -470,7 +522,7 @@ def _ratio_table(found: Mapping[str, Any]) -> Table | None:
             rows.append((label, times_as_fast(found, stack, lookup)))
     installed = Way(NATIVE, STORED, STACK)
     theirs_all = [way for name in found["speeds"] if (way := Way.named(name)).engine in (LLAMA, OPENVINO)]
-    choices = {"": theirs_all, " with equal texts": [way for way in theirs_all if is_equal(found, str(way))]}
+    choices = {"": theirs_all, " with its own file's texts": [way for way in theirs_all if is_equal(found, str(way))]}
     for which, ways in choices.items():
         if (best := _fastest(found, ways)) is not None:
             label = f"default stack as installed ÷ the fastest of other engines in any precision{which} ({best})"
@@ -493,12 +545,13 @@ def _speed_table(found: Mapping[str, Any]) -> Table | None:
     rows = []
     for name, numbers in found["speeds"].items():
         way = Way.named(name)
-        by_prompt = [tokens / seconds for tokens, seconds in zip(numbers["tokens"], numbers["seconds"], strict=True)]
+        of_all, by_prompt = speed(found, way), [tokens / seconds for tokens, seconds in _timed(numbers)]
         share = None
-        if way.how == PLAIN:
-            share = 100 * limit_seconds(found, way.kind, 1) * (speed(found, way) or 0.0)
-        same = sum(equal == tokens for equal, tokens in zip(numbers["equal"], numbers["tokens"], strict=True))
-        rows.append((name, float(speed(found, way) or 0.0), Spread.of(by_prompt), share, f"{same} of {len(by_prompt)}"))
+        if way.how == PLAIN and of_all is not None:
+            share = 100 * limit_seconds(found, way.kind, 1) * of_all
+        same = _equal_texts(found, name)
+        spread = Spread.of(by_prompt) if by_prompt else None
+        rows.append((name, of_all, spread, share, f"{sum(same)} of {len(same)}"))
     note = (
         "All prompts together, and median and quartiles over them. Of the limit: time to read the weights ÷ time of a "
         "token. Equal: texts that are those of plain native decoding from the same file; llama.cpp rounds activations "
