@@ -14,7 +14,6 @@ attention: milliseconds of a call at a length that is new.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,16 +25,18 @@ from dynatree_bench.report.tables import Spread, Table, simple
 from dynatree_bench.run.machine import device_name
 from dynatree_bench.run.progress import bar
 from dynatree_bench.studies import roofline
-from dynatree_bench.studies.on_gpu import steps
+from dynatree_bench.studies.on_gpu import recording, steps
 from dynatree_bench.studies.on_gpu.embedded import HF
 from dynatree_bench.studies.on_gpu.given import TREE, Given
 from dynatree_bench.studies.study import Asked, Study
 from dynatree_core import InputError
 from dynatree_core.models.load import resolve_device
 
-SHAPES = {"roofline": "Pythia-2.8B shape", "llama": "Llama-8B shape"}
-SHARES = {"roofline": "60 % (H200), 75 % (H100)", "llama": "80 %"}  # of bandwidth, for plain decoding, at least
-FINE = (0, 5)  # of pytest: passed, and no test was chosen
+SHAPES = {
+    "roofline": "Pythia-2.8B shape", "llama": "Llama-8B shape", "triton": "Pythia-2.8B shape by `triton`"
+}  # fmt: skip
+OF_PYTHIA = "60 % (H200), 75 % (H100)"
+SHARES = {"roofline": OF_PYTHIA, "llama": "80 %", "triton": OF_PYTHIA}  # of bandwidth, for plain decoding, at least
 AGAINST_PLAIN = {6.6: 3.5, 4.5: 2.5, 3.0: 1.7}  # tokens an iteration -> speedup over our own plain decoding, at least
 
 
@@ -56,17 +57,26 @@ def measure(asked: Asked) -> dict[str, Any]:
     folder = asked.out / "steps"
     given = Given(str(device), asked.is_quick, asked.seed, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
     with bar("measuring", len(names)) as advance:
         for name in names:
             advance(note=name)
             file = folder / f"{name}.json"
             if not steps.is_done(file, given):
-                steps.write_step(file, steps.run_step(name, given, command="dynatree bench gpu"))
+                found[name] = steps.run_step(name, given, command="dynatree bench gpu")
+                steps.write_step(file, found[name])
             advance()
-    left = {name: folder / f"{name}.json" for name in steps.STEPS}
-    found = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in left.items() if file.exists()}
-    of_device = device_name(device)
-    return {"provenance": {"device": of_device, "is_dry": asked.is_quick}, "steps": found}
+    left_out = []
+    for name in steps.STEPS:
+        file = folder / f"{name}.json"
+        if name not in found and file.exists():
+            result = steps.read_step(file, given)
+            if isinstance(result, str):
+                left_out.append(f"steps/{file.name}: {result}")
+            else:
+                found[name] = result
+    said = {"device": device_name(device), "is_dry": asked.is_quick, "left_out": left_out}
+    return {"provenance": said, "steps": {name: found[name] for name in steps.STEPS if name in found}}
 
 
 def _found(found: Mapping[str, Any], name: str) -> Any:
@@ -83,16 +93,21 @@ def sentences(found: Mapping[str, Any]) -> Sequence[str]:
         said.append("this is a dry run: its numbers mean nothing")
     if states:
         said.append(f"not all steps are done: {', '.join(states)}")
+    said += [f"left out: {line}" for line in found["provenance"].get("left_out", ())]
+    said += [f"{name}: {line}" for name, lines in _faults(found).items() for line in lines]
     suite = _found(found, "tests")
-    if suite is not None:
-        runs = [run for run in suite["pytest"] if run["exit_status"] not in FINE]
-        said += [f"pytest {' '.join(run['arguments'])} failed: {' '.join(run['last_lines'][-2:])}" for run in runs]
-        said.append(f"{len(suite['wrong'])} of {suite['num_texts']} texts are not those of `generate`")
-    sampled = _found(found, "sampling")
-    if sampled is not None:
-        wrong = sum(not one["is_same"] for one in sampled["texts"])
-        said.append(f"{wrong} of {len(sampled['texts'])} sampled texts are not those of `generate` with the same seed")
+    if suite is not None and not suite["pytest"]:
+        said.append("no tests here: they are in a checkout of the source, and this is none")
+    if suite is not None and not suite["wrong"]:
+        said.append(f"0 of {suite['num_texts']} texts are not those of `generate`")
     return said
+
+
+def _faults(found: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Step -> why what it has found is bad, of those that are done and have such."""
+    done = {name: result for name, result in found["steps"].items() if result["state"] == steps.DONE}
+    lines = {name: steps.faults(result) for name, result in done.items()}
+    return {name: some for name, some in lines.items() if some}
 
 
 def tables(found: Mapping[str, Any]) -> Sequence[Table | None]:
@@ -108,10 +123,14 @@ def tables(found: Mapping[str, Any]) -> Sequence[Table | None]:
 
 
 def _steps_table(found: Mapping[str, Any]) -> Table | None:
+    bad = _faults(found)
     rows = [
-        (name, result["state"], result["seconds"], str(result["limit_seconds"]), " ".join(result["last_lines"][-1:]))
+        (
+            name, "done, with faults" if name in bad else result["state"], result["seconds"],
+            str(result["limit_seconds"]), " ".join(bad.get(name, result["last_lines"])[-1:]),
+        )
         for name, result in found["steps"].items()
-    ]
+    ]  # fmt: skip
     header = ("step", "state", "seconds", "at most", "said last")
     return simple("steps", "Steps", "", header, rows, digits=0)
 
@@ -159,6 +178,14 @@ def _iteration_goals(found: Mapping[str, Any]) -> list[tuple[str, str, float]]:
             (f"waits of an iteration, {one['stack']} with {one['drafter']}", "1", one["waits"])
             for one in waited["stacks"]
         ]
+    recorded = _found(found, "recording")
+    if recorded is not None:
+        some = recorded["generations"]
+        what = f"passes recorded in {len(some)} generations, target and drafter"
+        rows.append((what, f"at most {recording.MOST_RECORDED}", some[-1]["num_recorded"]))
+        grown = recording.growth(some)
+        if grown is not None:
+            rows.append((f"MiB that memory grows after generation {recording.SETTLED}", "at most 0", grown / 2**20))
     return rows
 
 
@@ -256,13 +283,8 @@ def panels(found: Mapping[str, Any]) -> Sequence[Panel]:
 
 
 def is_bad(found: Mapping[str, Any]) -> bool:
-    """Whether a step failed, or a text is a wrong one."""
-    is_done = all(result["state"] == steps.DONE for result in found["steps"].values())
-    suite, sampled = _found(found, "tests"), _found(found, "sampling")
-    wrong = (
-        [] if suite is None else [*suite["wrong"], *(run for run in suite["pytest"] if run["exit_status"] not in FINE)]
-    )
-    return not is_done or bool(wrong) or (sampled is not None and not all(one["is_same"] for one in sampled["texts"]))
+    """Whether a step failed, or has found what is bad."""
+    return any(result["state"] != steps.DONE for result in found["steps"].values()) or bool(_faults(found))
 
 
 STUDY = Study(("steps", "is_plan", "device"), measure, tables, panels, sentences, plan, is_bad)

@@ -115,8 +115,8 @@ class Results:
         return statistics.median(self.decoding[str(way)]["seconds"])
 
 
-def measure(asked: Asked) -> dict[str, Any]:
-    """What Results has."""
+def measure(asked: Asked, *, runners: Sequence[str] = ()) -> dict[str, Any]:
+    """What Results has, of the runners that are named; where none is, of those that `_runners` finds."""
     shape = asked.models.synthetic or (DRY if asked.is_quick else SHAPE)
     pair = attrs.evolve(asked.models, synthetic=shape).load(seed=asked.seed)
     model, is_dry = pair.target.model, shape == DRY
@@ -128,7 +128,7 @@ def measure(asked: Asked) -> dict[str, Any]:
             "model": pair.target.name,
             "is_synthetic": True,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "runners": _runners(model),
+            "runners": list(runners) or _runners(model),
             "num_weights": reads.num_weights,
             "weight_bytes": reads.num_bytes,
             "prompt_tokens": PROMPT_TOKENS,

@@ -154,7 +154,8 @@ def run_study(name: str, asked: Asked, *, command: str) -> Found:
     torch.manual_seed(asked.seed)
     found = find_study(name).measure(asked)
     said = {**provenance(command), **asked.models.settings(), "seed": asked.seed, **found.pop("provenance")}
-    document = {"study": name, "provenance": {**said, "busy_percent": meter.meanwhile()}, **found}
+    busy = None if meter.share() is None else meter.meanwhile()  # too short to tell: all steps were done before
+    document = {"study": name, "provenance": {**said, "busy_percent": busy}, **found}
     asked.out.mkdir(parents=True, exist_ok=True)
     write_text(asked.out / RESULTS, json.dumps(document, indent=1) + "\n")
     return read_found(asked.out)

@@ -1,14 +1,16 @@
-"""`python -m dynatree_bench.studies.on_gpu STEP GIVEN`: compute a step; the last line is what it found, as JSON."""
+"""`python -m dynatree_bench.studies.on_gpu STEP GIVEN FILE`: compute a step, and leave what it found there, as JSON."""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 from dynatree_bench.studies.on_gpu.given import Given
 from dynatree_bench.studies.on_gpu.steps import STEPS
+from dynatree_core.files.writing import write_text
 
 if __name__ == "__main__":
-    _, name, given = sys.argv
+    _, name, given, file = sys.argv
     found = STEPS[name].measure(Given(**json.loads(given)))
-    sys.stdout.write("\n" + json.dumps(found) + "\n")
+    write_text(Path(file), json.dumps(found) + "\n")

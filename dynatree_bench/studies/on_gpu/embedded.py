@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from dynatree_bench.data.workloads import Picks, encode, load_workload
@@ -40,6 +41,12 @@ def measure(given: Given) -> dict[str, Any]:
         "outputs": [{key: row[key] for key in row if key != "token_ids"} | _told(row, rows) for row in rows],
         "batches": [_batch(pair, [one for _, one in prompts], size, tokens, runner) for size in BATCHES],
     }
+
+
+def faults(found: Mapping[str, Any], is_dry: bool) -> list[str]:
+    """Texts that are not those of plain decoding, by method."""
+    differing = Counter(one["method"] for one in found["outputs"] if not one["is_plain"])
+    return [f"{number} texts of {method} are not those of plain decoding" for method, number in differing.items()]
 
 
 def _told(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:

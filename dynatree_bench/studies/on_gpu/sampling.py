@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,13 @@ def measure(given: Given) -> dict[str, Any]:
             found = engine.submit(PROMPT, policy="phase3", seed=seed, inherit_settings=False, **asked).result()
             rows.append({"family": family, "seed": seed, "is_same": found.token_ids == _sampled(target, seed)})
     return {"texts": rows}
+
+
+def faults(found: Mapping[str, Any], is_dry: bool) -> list[str]:
+    """Texts that are not those of `generate`."""
+    wrong = sum(not one["is_same"] for one in found["texts"])
+    number = f"{wrong} of {len(found['texts'])}"
+    return [f"{number} sampled texts are not those of `generate` with the same seed"] if wrong else []
 
 
 def _sampled(model: Any, seed: int) -> list[int]:

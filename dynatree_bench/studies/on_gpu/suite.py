@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ PYTEST = ("-m", "pytest", "-q", "-x", "-n", "0")
 RUNS = (("tests/test_captured.py", "-k", "gpu"), ("-m", "gpu"))
 FAMILIES = ("llama", "gpt_neox", "mistral", "gpt2")
 STACKS = ("autoregressive", "phase3", TREE, "best_first(nodes=16,depth=5)", "cost_aware(max_nodes=16,max_depth=5)")
+PASSED = re.compile(r"(\d+) passed\b")  # in the last lines of pytest
+NO_TESTS = 5  # how pytest ends where none was chosen
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
 NEW_TOKENS = 40
 
@@ -35,7 +38,9 @@ def measure(given: Given) -> dict[str, Any]:
     has_tests = (CHECKOUT / "tests" / "conftest.py").exists()
     runs = [_pytest(arguments) for arguments in (RUNS[:1] if given.is_dry else RUNS)] if has_tests else []
     families = FAMILIES[:1] if given.is_dry else FAMILIES
-    checks = [check for family in families for check in _checked(family, given)]
+    checks = [
+        check for family in families for check in checked(family, given, ("eager", given.runner(tiny_model(family))))
+    ]
     return {
         "pytest": runs,
         "num_texts": len(checks),
@@ -49,19 +54,45 @@ def _pytest(arguments: tuple[str, ...]) -> dict[str, Any]:
         env={**os.environ, "DYNATREE_TEST_GPU": "1"},
     )  # fmt: skip
     last = [line for line in done.stdout.splitlines() if line.strip()][-5:]
-    return {"arguments": list(arguments), "exit_status": done.returncode, "last_lines": last}
+    passed = PASSED.findall("\n".join(last))
+    return {
+        "arguments": list(arguments),
+        "exit_status": done.returncode,
+        "num_passed": int(passed[-1]) if passed else 0,
+        "last_lines": last,
+    }
 
 
-def _checked(family: str, given: Given) -> Iterator[dict[str, Any]]:
+def faults(found: Mapping[str, Any], is_dry: bool) -> list[str]:
+    """Runs of pytest that failed or passed without a test, which only a dry run may, and texts that are wrong."""
+    said = []
+    for run in found["pytest"]:
+        is_passed = run["exit_status"] == 0 and (is_dry or run["num_passed"] > 0)
+        if not is_passed and not (is_dry and run["exit_status"] == NO_TESTS):
+            what = "failed" if run["exit_status"] not in (0, NO_TESTS) else "ran no test"
+            said.append(f"pytest {' '.join(run['arguments'])} {what}: {' '.join(run['last_lines'][-2:])}")
+    return [*said, *wrong_texts(found)]
+
+
+def wrong_texts(found: Mapping[str, Any]) -> list[str]:
+    """A line where there are some."""
+    number, some = f"{len(found['wrong'])} of {found['num_texts']}", "; ".join(found["wrong"][:5])
+    return [f"{number} texts are not those of `generate`: {some}"] if some else []
+
+
+def checked(
+    family: str, given: Given, runners: Iterable[str], dtype: torch.dtype = torch.float64
+) -> Iterator[dict[str, Any]]:
     """Every stack, drafter and runner; a second text finds the first one's rows in the prefix cache."""
-    target, drafter = placed(tiny_model(family), given.device), ModelDrafter(placed(perturbed(family), given.device))
+    target, own = (placed(model, given.device, dtype) for model in (tiny_model(family), perturbed(family)))
+    drafter = ModelDrafter(own)
     expected = _generated(target)
     drafters = {
         "model": drafter,
         "prompt_lookup": PromptLookupDrafter(),
         "union": UnionDrafter([drafter, PromptLookupDrafter()]),
     }
-    for runner in dict.fromkeys(("eager", given.runner(target))):
+    for runner in dict.fromkeys(runners):
         for name, made in drafters.items():
             engine = Engine(target, made, runner=runner, prefix_cache=PrefixCache())
             for stack in STACKS:
@@ -70,9 +101,10 @@ def _checked(family: str, given: Given) -> Iterator[dict[str, Any]]:
                 yield {"what": f"{family}, {stack}, {name}, {runner}", "is_same": found.token_ids == expected}
 
 
-def placed(model: nn.Module, device: str) -> nn.Module:
-    """The model there. Those of tests are shared, so a model that moves is a copy."""
-    return model if torch.device(device).type == "cpu" else copy.deepcopy(model).to(device)
+def placed(model: nn.Module, device: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The model there. Those of tests are shared and in float64, so one that moves or rounds is a copy."""
+    is_there = torch.device(device).type == "cpu" and dtype == torch.float64
+    return model if is_there else copy.deepcopy(model).to(device, dtype)
 
 
 def _generated(model: Any) -> list[int]:
