@@ -1029,6 +1029,54 @@ MUTANTS = (
         "        if False:\n",
         ("tests/test_serve_bounds.py::test_a_page_of_somebody_else_cannot_ask_through_a_name_of_theirs",),
     ),
+    Mutant(
+        "a client that does not read keeps its connection",
+        "        if self.transport.get_write_buffer_size() <= num_before - LEAST_BYTES:\n",
+        "        if True:\n",
+        ("tests/test_serve_bounds.py::test_who_does_not_read_is_closed",),
+    ),
+    Mutant(
+        "a client that reads slowly is closed",
+        "        if self.transport.get_write_buffer_size() <= num_before - LEAST_BYTES:\n",
+        "        if False:\n",
+        ("tests/test_serve_bounds.py::test_who_reads_slowly_is_not",),
+    ),
+    Mutant(
+        "a little that nobody reads keeps its connection",
+        "            transport.set_write_buffer_limits(high=1)\n",
+        "            pass\n",
+        ("tests/test_serve_bounds.py::test_the_last_bytes_that_nobody_reads_keep_no_connection",),
+    ),
+    Mutant(
+        "a body is taken for JSON whatever it says",
+        """        raise ApiError(415, message, code="not_json")\n""",
+        "        del message\n",
+        ("tests/test_serve_bounds.py::test_a_body_must_say_that_it_is_json",),
+    ),
+    Mutant(
+        "a stream may have any number of log-probabilities",
+        "        if body.num_logprobs is not None:\n            refuse_large",
+        "        if body.num_logprobs is not None and not body.stream:\n            refuse_large",
+        ("tests/test_serve_bounds.py::test_an_answer_has_so_many_log_probabilities",),
+    ),
+    Mutant(
+        "an empty list watches",
+        '"observer": watching or None}',
+        '"observer": watching}',
+        ("tests/test_serve_bounds.py::test_an_answer_that_nobody_watches_has_no_observer",),
+    ),
+    Mutant(
+        "trees wait without bound",
+        "deque(maxlen=MOST_WAITING)",
+        "deque(maxlen=10**9)",
+        ("tests/test_serve_trees.py::test_who_is_late_gets_the_latest_and_is_told_how_many_were_dropped",),
+    ),
+    Mutant(
+        "a collector is waited for",
+        "        sending.join(SHUTDOWN_SECONDS)\n",
+        "        sending.join(90)\n",
+        ("tests/test_serve_spans.py::test_a_collector_that_does_not_answer_is_not_waited_for",),
+    ),
     *TRITON_MUTANTS,
 )
 

@@ -178,6 +178,8 @@ def test_replicas_need_ray(dynatree: Dynatree, monkeypatch: pytest.MonkeyPatch) 
         (["--replicas", "3", "--max-replicas", "2"], ["--max-replicas", "at least --replicas, 3, got 2"]),
         (["--trace", "run.jsonl"], ["a trace is of one process"]),
         (["--ssl-certfile", __file__, "--ssl-keyfile", __file__], ["without HTTPS"]),
+        (["--max-connections", "1024"], ["--max-connections goes without --ray"]),
+        (["--allow-host", "box:8000"], ["without scheme and port", "give 'box'"]),
         (["--port", "0"], ["must be told where to listen", "name a port"]),
         (["--policy", "phse3"], ["did you mean 'phase3'"]),
     ],

@@ -135,8 +135,8 @@ def test_a_client_is_counted_while_its_body_arrives():
     with running(new_service(max_requests=1)) as server:
         host, port = server.address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
-            head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
-            connection.sendall(head.encode())
+            head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\nExpect: 100-continue\r\n"
+            connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n")
             assert connection.recv(100).startswith(b"HTTP/1.1 100")  # it is asked for the body
             for path in ("/tokenize", "/v1/completions"):
                 refused = server.post(path, LONG)
@@ -204,7 +204,9 @@ def test_a_body_that_is_too_large(server: Running):
     answer = server.post("/v1/completions", {**LONG, "prompt": "a" * 3000})
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
     with server.http() as http:  # in chunks, without its length
-        answer = http.post("/v1/completions", content=(b" " * 500 for _ in range(10)))
+        answer = http.post(
+            "/v1/completions", content=(b" " * 500 for _ in range(10)), headers={"Content-Type": "application/json"}
+        )
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
 
 

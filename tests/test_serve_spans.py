@@ -239,3 +239,26 @@ def test_a_collector_gets_the_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     assert path == "/v1/traces"
     assert b"POST /v1/completions" in sent
     assert b"dynatree.accepted_tokens" in sent
+
+
+def test_a_collector_that_does_not_answer_is_not_waited_for(monkeypatch, caplog):
+    monkeypatch.setattr("dynatree_core.serve.spans.SHUTDOWN_SECONDS", 0.05)
+    answered = threading.Event()
+
+    class Waiting(InMemorySpanExporter):
+        def shutdown(self) -> None:
+            answered.wait(60)
+
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(Waiting()))
+    try:
+        with running(new_service(spans=Spans(provider))):
+            pass
+        assert not answered.is_set()
+        assert "spans_lost" in [record.msg for record in caplog.records]
+    finally:
+        answered.set()
+
+
+def test_the_process_has_no_second_wait_for_a_collector():
+    assert spans_of_environment({"OTEL_TRACES_EXPORTER": "none"}).provider._atexit_handler is None

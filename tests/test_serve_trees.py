@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from serving import events, expected_text, gated, new_engine, new_service, runni
 
 from dynatree_core import generate
 from dynatree_core.serve.service import Service
-from dynatree_core.trace import Trace, read
+from dynatree_core.trace import Trace, live, read, record
 from dynatree_core.trace.summary import run_of
 
 PROMPT = "the cat sat on the mat. the cat"
@@ -98,6 +99,22 @@ def test_who_does_not_ask_has_none_and_each_choice_has_its_own() -> None:
         steps = [step for one in said for step in one["trees"]]
         assert [step["iteration"] for step in steps] == [*range(len(steps))]
         assert sum(step["accepted"] for step in steps) == sum(one["accepted"] for one in said)
+
+
+def test_who_is_late_gets_the_latest_and_is_told_how_many_were_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "MOST_WAITING", 5)
+    engine, trees, all_of_them = new_engine(), live.LiveTrees(), []
+    parsed: list[str] = []
+    monkeypatch.setattr(record, "json", SimpleNamespace(loads=parsed.append))
+    watching = [trees.observer, Trace(None, is_private=True, on_line=all_of_them.append).observer()]
+    ids = engine.tokenizer(PROMPT).input_ids
+    generate(engine.target, "prompt_lookup", ids, policy="autoregressive", max_new_tokens=12, observer=watching)
+    assert not parsed, "lines are read where trees are wanted, not where they are computed"
+    assert [line for line in all_of_them if '"kind":"begin"' in line]
+    told = trees.record(str)
+    assert [step["iteration"] for step in told["trees"]] == [7, 8, 9, 10, 11]
+    assert told["trees_dropped"] == 7
+    assert trees.record(str) == {"trees": []}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from dynatree_core.advice import pip_install
 from dynatree_core.cli import console
@@ -77,18 +78,20 @@ def serve(
     if (ssl_certfile is None) != (ssl_keyfile is None):
         raise click.UsageError("HTTPS takes a certificate and its key: --ssl-certfile and --ssl-keyfile", context)
     recorded = Recorded(trace_file, is_trace_private)
+    from dynatree_core.serve.gate import check_host_names
     from dynatree_core.serve.keys import load_keys
     from dynatree_core.serve.logs import set_up_logs
     from dynatree_core.serve.process import Listen
 
     keys = load_keys(api_key_file, os.environ)
+    check_host_names(options["more_hosts"])
     options["more_hosts"] = [host, *options["more_hosts"]]
     listen = Listen(host=host, port=port, certificate=ssl_certfile, key=ssl_keyfile)
     warn_of_strangers(host, keys)
     recorded.check()
     set_up_logs(log_format)
     if on_ray:
-        refuse_beside_ray(ssl_certfile, trace_file, port)
+        refuse_beside_ray(ssl_certfile, trace_file, port, context.get_parameter_source("max_connections"))
         if max_replicas is not None and max_replicas < replicas:
             raise click.UsageError(f"--max-replicas must be at least --replicas, {replicas}, got {max_replicas}")
         return _run_on_ray(
@@ -135,7 +138,9 @@ def is_installed(module: str) -> bool:
         return False
 
 
-def refuse_beside_ray(certificate: str | None, trace_file: str | None, port: int) -> None:
+def refuse_beside_ray(
+    certificate: str | None, trace_file: str | None, port: int, connections_from: ParameterSource | None
+) -> None:
     """Refuse what replicas cannot share.
 
     Raises:
@@ -151,6 +156,11 @@ def refuse_beside_ray(certificate: str | None, trace_file: str | None, port: int
         )
     if trace_file is not None:
         raise click.UsageError("a trace is of one process, so --trace goes without --ray")
+    if connections_from is not ParameterSource.DEFAULT:
+        raise click.UsageError(
+            "Ray's own proxies hold the connections, so --max-connections goes without --ray; leave it out, and put a "
+            "proxy that bounds them before Ray's"
+        )
 
 
 def equal_share(num_cpus: int, num_replicas: int) -> float:

@@ -133,7 +133,7 @@ LISTEN = (
         "more_hosts",
         metavar="NAME",
         multiple=True,
-        help="A name that requests may call the server by, where there are no keys; may be repeated.",
+        help="A name, without a port, that requests may call the server by, where there are no keys; may be repeated.",
     ),
 )
 CHOICES = (

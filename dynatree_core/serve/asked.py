@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Asked", "Reader"]
 
 WARM_UP_TOKENS = 8
-MOST_LOGPROBS = 100_000  # of a whole answer; some 100 bytes each in JSON, and ten times that in memory before
+MOST_LOGPROBS = 100_000  # of an answer, which nobody may read; some 100 bytes each in JSON, ten times that in memory
 COMPLETION_TOKENS = 16  # of `/v1/completions` where the request does not say; OpenAI's own
 
 
@@ -180,8 +180,8 @@ class Reader:
         self._check_trees(body)
         form = form_options(body)
         lengths = [self._max_tokens(body, len(prompt_ids), usual_tokens) for prompt_ids in prompts]
-        if body.num_logprobs is not None and not body.stream:
-            refuse_large(sum(lengths) * body.n * (1 + body.num_logprobs))
+        if body.num_logprobs is not None:
+            refuse_large(body, lengths)
         made, trees = [], []
         for prompt_ids, num_tokens in zip(prompts, lengths, strict=True):
             for choice in range(body.n):
@@ -190,7 +190,7 @@ class Reader:
                 if body.dynatree.trees:
                     trees.append(LiveTrees())
                     watching.append(trees[-1].observer)
-                options |= {"seed": seed + choice, "observer": watching}
+                options |= {"seed": seed + choice, "observer": watching or None}
                 made.append(engine.request(prompt_ids, policy=policy, max_new_tokens=num_tokens, **options))
         return Asked(
             drafter,
@@ -272,14 +272,28 @@ def blamed_on(param: str, body: GenerationBody) -> Iterator[None]:
         ) from error
 
 
-def refuse_large(num_logprobs: int) -> None:
-    """Refuse a whole answer with more log-probabilities than are kept for one client at once."""
-    if num_logprobs > MOST_LOGPROBS:
-        message = (
-            f"a whole answer may have {MOST_LOGPROBS} log-probabilities at most, and this one could have "
-            f"{num_logprobs} (choices × max_tokens × alternatives); ask for fewer of one of them, or for a stream"
-        )
-        raise refused("logprobs", message)
+def refuse_large(body: GenerationBody, lengths: list[int]) -> None:
+    """Refuse an answer with more log-probabilities than are kept for one client at once.
+
+    Those of a stream are kept, too, while the client does not read it.
+
+    Args:
+        body: that asks for log-probabilities.
+        lengths: the most tokens of an answer to each prompt.
+    """
+    assert body.num_logprobs is not None, "they are asked for"
+    of_a_token = body.n * (1 + body.num_logprobs)
+    num_logprobs = sum(lengths) * of_a_token
+    if num_logprobs <= MOST_LOGPROBS:
+        return
+    fitting = MOST_LOGPROBS // (of_a_token * len(lengths))
+    told = "" if body.num_tokens_asked is not None else f", where max_tokens was not given and is {max(lengths)}"
+    fix = f"a max_tokens of {fitting}, or ask for fewer choices or alternatives" if fitting else "fewer of them"
+    message = (
+        f"an answer may have {MOST_LOGPROBS} log-probabilities at most, and this one could have {num_logprobs} "
+        f"(choices × max_tokens × (1 + alternatives){told}); give {fix}"
+    )
+    raise refused("logprobs", message)
 
 
 def chosen(param: str, name: str | None, allowed: tuple[str, ...]) -> str:

@@ -18,15 +18,17 @@ from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dynatree_core.errors import ParameterError
 from dynatree_core.serve.clients import Clients
 from dynatree_core.serve.errors import ApiError, error_record
 from dynatree_core.serve.keys import Keys
 from dynatree_core.serve.logs import REQUEST_ID, log, log_fault
 
-__all__ = ["Gate", "RequestLog", "error_response"]
+__all__ = ["Gate", "RequestLog", "check_host_names", "error_response"]
 
 OPEN_PATHS = ("/", "/health", "/health/live", "/health/ready")  # without a key; the page asks for one
 BODY_SECONDS = 60.0  # in which a body has to arrive
+_HOST_NAME = re.compile(r"\*|(\*\.)?[^\s/:*\[\]]+")
 _ID = re.compile(r"[\w.:-]{1,100}", re.ASCII)
 
 
@@ -109,6 +111,7 @@ class Gate:
                 self._check_host(Headers(scope=scope).get("host", ""))
                 line["client"] = client = self._client(scope)
                 if scope["method"] == "POST":
+                    check_media_type(Headers(scope=scope).get("content-type", ""))
                     counted.enter_context(self._clients.counted(client))
                 body = await self._body(scope, receive)
             except ApiError as error:
@@ -168,6 +171,45 @@ class Gate:
         return ApiError(413, message, code="body_too_large")
 
 
+def check_media_type(header: str) -> None:
+    """Refuse a body that is not said to be JSON, as any page in a browser may send it without asking first.
+
+    Raises:
+        ApiError: naming what came.
+    """
+    kind = header.partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        what = f"got '{kind:.100}'" if kind else "there is none"
+        message = f"the header Content-Type must say application/json, {what}; send JSON, and say so"
+        raise ApiError(415, message, code="not_json")
+
+
+def check_host_names(names: Sequence[str]) -> None:
+    """Refuse what no `Host` header would match, since its port is left out before it is compared.
+
+    Raises:
+        ParameterError: naming it, and what to do.
+    """
+    for name in names:
+        if _HOST_NAME.fullmatch(name) or is_address(name):
+            continue
+        with_port = re.fullmatch(r"(.+):[0-9]*", name)
+        hint = f"'{with_port[1]:.100}'" if with_port and "/" not in name else "the name alone"
+        raise ParameterError(
+            f"--allow-host must be a name without scheme and port, which holds at each port, got '{name:.100}'; "
+            f"give {hint}"
+        )
+
+
+def is_address(host: str) -> bool:
+    """Whether a text is an address of IPv4 or IPv6."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def is_own_host(header: str, names: Sequence[str]) -> bool:
     """Whether a `Host` header names this server: by an address, which no name server can point elsewhere, or a name.
 
@@ -177,14 +219,10 @@ def is_own_host(header: str, names: Sequence[str]) -> bool:
     """
     host = header.partition("]")[0].removeprefix("[") if header.startswith("[") else header.partition(":")[0]
     host = host.lower().rstrip(".")
-    if not host or host == "localhost" or host.endswith(".localhost"):
+    if not host or host == "localhost" or host.endswith(".localhost") or is_address(host):
         return True
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        allowed = [name.lower() for name in names]
-        return any(name in ("*", host) or (name.startswith("*.") and host.endswith(name[1:])) for name in allowed)
-    return True
+    allowed = [name.lower().rstrip(".") for name in names]
+    return any(name in ("*", host) or (name.startswith("*.") and host.endswith(name[1:])) for name in allowed)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

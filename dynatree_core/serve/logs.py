@@ -10,12 +10,14 @@ import contextvars
 import datetime
 import json
 import logging
+import re
 from typing import Any
 
 __all__ = ["REQUEST_ID", "log", "log_fault", "set_up_logs"]
 
 REQUEST_ID: contextvars.ContextVar[str | None] = contextvars.ContextVar("request_id", default=None)
 _LOGGER = logging.getLogger("dynatree.serve")
+_PERHAPS_UNPRINTABLE = re.compile(r"[^ -~\n]")
 LIBRARIES = ("uvicorn", "uvicorn.error", "fastapi", "opentelemetry", "py.warnings")
 
 
@@ -80,4 +82,10 @@ class TextLines(logging.Formatter):
 
 def shown(text: str) -> str:
     """A text without characters that a terminal acts on, or that no file can have: they stand as in JSON."""
-    return "".join(one if one.isprintable() or one == "\n" else json.dumps(one)[1:-1] for one in text)
+    if text.isprintable():
+        return text
+    return _PERHAPS_UNPRINTABLE.sub(lambda found: _shown_character(found[0]), text)
+
+
+def _shown_character(one: str) -> str:
+    return one if one.isprintable() else json.dumps(one)[1:-1]

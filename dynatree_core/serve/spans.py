@@ -8,7 +8,9 @@ by the variable of these conventions, `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAG
 from __future__ import annotations
 
 import json
+import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +28,7 @@ from dynatree_core.engine.handle import Handle
 from dynatree_core.errors import ParameterError
 from dynatree_core.serve.answers import Answers
 from dynatree_core.serve.figures import usage
+from dynatree_core.serve.logs import log
 from dynatree_core.serve.records import CHAT, Head
 from dynatree_core.serve.schema import ChatBody, CompletionBody, GenerationBody
 
@@ -36,6 +39,7 @@ TEXTS_VARIABLE = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
 TEXTS = ("true", "span_only", "span_and_event")  # its values that ask for texts in spans
 PROTOCOL_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 PROTOCOL = "http/protobuf"
+SHUTDOWN_SECONDS = 5.0  # in which the last spans have to be sent
 
 
 class Spans:
@@ -112,8 +116,12 @@ class Spans:
             span.set_attributes(_texts(body, answers))
 
     def shutdown(self) -> None:
-        """Send what was not sent yet. It may wait for the collector."""
-        self.provider.shutdown()
+        """Send what was not sent yet. A collector that takes longer than `SHUTDOWN_SECONDS` does not get it."""
+        sending = threading.Thread(target=self.provider.shutdown, name="dynatree-spans", daemon=True)
+        sending.start()
+        sending.join(SHUTDOWN_SECONDS)
+        if sending.is_alive():  # the SDK's own bounds are half a minute, and it tries again until then
+            log("spans_lost", level=logging.WARNING, seconds=SHUTDOWN_SECONDS)
 
 
 async def _noted(app: ASGIApp, span: Span, scope: Scope, receive: Receive, send: Send) -> None:
@@ -219,7 +227,8 @@ def spans_of_environment(environment: Mapping[str, str] | None = None) -> Spans:
     environment = os.environ if environment is None else environment
     exporter = _exporter(environment)
     resource = Resource.create().merge(Resource({SERVICE_NAME: "dynatree"})).merge(OTELResourceDetector().detect())
-    provider = TracerProvider(resource=resource)
+    # not at the process's exit: without a bound, and a second time where `shutdown` was over
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     if exporter is not None:
         provider.add_span_processor(BatchSpanProcessor(exporter))
     return Spans(provider, has_texts=environment.get(TEXTS_VARIABLE, "").strip().lower() in TEXTS)

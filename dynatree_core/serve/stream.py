@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from dynatree_core.serve.answers import Answers, Piece
+from dynatree_core.serve.connections import SEND_SECONDS
 from dynatree_core.serve.content import Content, StepTexts
 from dynatree_core.serve.errors import ApiError, error_record
 from dynatree_core.serve.figures import usage
@@ -25,7 +26,6 @@ from dynatree_core.serve.records import Head
 
 __all__ = ["event_stream", "whole_answer"]
 
-SEND_SECONDS = 60.0  # in which a client has to take what it is sent
 CLIENT_HAS_LEFT = 499  # nginx's number; nobody reads it but the log
 
 
@@ -137,7 +137,7 @@ async def _chunks(head: Head, answers: Answers, num_prompts: int, has_usage: boo
         index, reason, content = piece.choice.index, piece.choice.finish_reason, _content(answers, piece)
         said: dict[str, Any] = {} if steps is None else steps[index].record(piece.update)
         if answers.asked.trees:
-            said["trees"] = list(answers.asked.trees[index].steps(head.token_text))
+            said |= answers.asked.trees[index].record(head.token_text)
         if said:
             content = attrs.evolve(content, steps=said)
         if content.text or content.logprobs or content.steps or reason is not None:

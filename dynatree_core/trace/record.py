@@ -67,6 +67,7 @@ class Trace:
         is_private: whether the prompts' tokens and texts are left out. What was drafted and generated stays, and may
             quote the prompt.
         on_record: called with each record, as it will be read, when it has been written.
+        on_line: called with each line when it has been written: the same, for whoever reads it later, elsewhere.
 
     Raises:
         InputError: the path is something else than an earlier trace, or cannot be written.
@@ -79,11 +80,12 @@ class Trace:
         tokenizer: PreTrainedTokenizerBase | None = None,
         is_private: bool = False,
         on_record: Callable[[Mapping[str, Any]], object] | None = None,
+        on_line: Callable[[str], object] | None = None,
     ) -> None:
         self.path = None if path is None else Path(path)
         self.is_private = is_private
         self.texts = _Texts(tokenizer)
-        self._on_record = on_record
+        self._on_record, self._on_line = on_record, on_line
         if self.path is not None:
             check_trace(self.path)
         self._lock = threading.Lock()  # several generations may write at once
@@ -133,6 +135,8 @@ class Trace:
                         file.flush()
         if self._on_record is not None:
             self._on_record(json.loads(line))
+        if self._on_line is not None:
+            self._on_line(line)
 
     def close(self) -> None:
         """Close the file. Generations that are still observed write no more.

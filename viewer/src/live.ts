@@ -27,6 +27,7 @@ class LiveTrees {
   private readonly steps: Step[] = [];
   private readonly panel = new TreePanel("", "h3");
   private run!: Run;
+  private readonly hint = get("tree-about").textContent; // until there is a tree to say something about
   private place = -1;
   private isFollowing = true; // whether the newest iteration is shown as it comes
   private isWaiting = false; // for the next frame
@@ -48,7 +49,6 @@ class LiveTrees {
   /** Forget the answer before. */
   begin(): void {
     this.forget();
-    get("tree-about").textContent = "";
   }
 
   private forget(): void {
@@ -56,7 +56,9 @@ class LiveTrees {
     this.run = { name: "", notes: [], facts: [], drafters: [], reasons: [], texts: {}, sequences: [] };
     this.place = -1;
     this.isFollowing = true;
+    clearTimeout(this.told); // else the iteration before would be read out
     this.panel.clear();
+    get("tree-about").textContent = this.hint;
     get("tree-number").textContent = "none yet";
     get("tree-key").replaceChildren();
     this.buttons();
