@@ -247,7 +247,7 @@ def test_a_collector_that_does_not_answer_is_not_waited_for(monkeypatch, caplog)
 
     class Waiting(InMemorySpanExporter):
         def shutdown(self) -> None:
-            answered.wait(60)
+            answered.wait(5)
 
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(Waiting()))
