@@ -200,7 +200,7 @@ class Twin:
             pairs = zip(owned, shapes, strict=True)
             wanted = torch.cat([own.view(*shape, -1)[:, -1] for own, shape in pairs])
         sizes = [lanes * (1 if last_row_only else num_rows) for lanes, num_rows in shapes]
-        logits = torch.split_with_sizes(self.logits(wanted), sizes)
+        logits = torch.split_with_sizes(self.logits_of(wanted), sizes)
         found = [one.view(shape[0], -1, one.shape[1]) for one, shape in zip(logits, shapes, strict=True)]
         if not hidden:
             return [PassOutput(one) for one in found]
@@ -308,7 +308,7 @@ class Twin:
     def _angles(self, rope: Rope, positions: Tensor) -> Any:
         return self._operators.angles(positions, rope.inv_freq, rope.scaling, rope.is_interleaved)
 
-    def logits(self, rows: Tensor) -> Tensor:
+    def logits_of(self, rows: Tensor) -> Tensor:
         """[rows, vocab] float32"""
         plan = self.blueprint
         return self._operators.linear(

@@ -533,7 +533,7 @@ def test_host_waits_for_nothing_within_a_pass(name: str) -> None:
         passes = twin_of(moved(model), TritonOperators(launches))
         given = given_to(model, small_tree(), OnDevice)
         with device.counting() as counts:
-            passes.logits(passes.compute(given))
+            passes.logits_of(passes.compute(given))
     assert counts.waits == {}
     assert counts.copies == {}
     assert counts.launches.total() > len(launches.asked) > 6 * model.config.num_hidden_layers
