@@ -347,7 +347,9 @@ def test_what_auto_chooses(monkeypatch):
 
 
 def test_runners_that_there_are_not():
-    with pytest.raises(UnknownPluginError, match=r"one of auto, cudagraph, eager, native, packed, got 'compiled'"):
+    with pytest.raises(
+        UnknownPluginError, match=r"one of auto, cudagraph, eager, native, packed, triton, got 'compiled'"
+    ):
         generate(single("llama"), None, [1, 2], runner="compiled")
     with pytest.raises(UnknownPluginError, match="did you mean 'packed'"):
         generate(single("llama"), None, [1, 2], runner="paked")

@@ -228,7 +228,7 @@ class KeepsTheLast:
     ("stack", "what"),
     [
         ([LevelMean()], "branch_factor says"),
-        (["fixed(depth=2)", Greedier()], "nodes are wanted"),
+        (["fixed(depth=2)", Greedier()], "nodes are wanted at depth 0 than max_width=1"),
         (["fixed(depth=2)", KeepsMore()], "max_kept=1"),
         (["fixed(depth=2)", KeepsTheLast()], "keep_nodes keeps other nodes"),
     ],

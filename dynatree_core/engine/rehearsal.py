@@ -70,9 +70,12 @@ class Rehearsal:
             if level.grown is None:
                 break
             assert not isinstance(expand, bool) or expand, "a level was grown that should_expand has refused"
-            tree = self.growth.grown(frontier, expand, branch.value, self.stack.max_width_of(branch.decider))
+            most = self.stack.max_width_of(branch.decider)
+            if most is not None and level.grown.level_sizes[-1] > most:
+                return f"more nodes are wanted {where} than max_width={most}"
+            tree = self.growth.grown(frontier, expand, branch.value, most)
             if not _holds(tree, level.grown):
-                return f"more than {self.growth.space.width} nodes are wanted {where}, or more than `max_width`"
+                return f"more than {self.growth.space.width} nodes are wanted {where}"
         kept = self.stack.keep_nodes(tree).value
         is_kept, is_kept_with_padding = (
             every.close_under_ancestors(every.is_live if votes is None else votes)

@@ -200,9 +200,6 @@ def _reason_against(model: nn.Module, config: Any) -> str | None:
             "its activations are quantised by what is in all rows of a pass, so what a node says depends on the nodes "
             "beside it; quantise the weights alone"
         )
-    misplaced = reason_against_place(model)
-    if misplaced is not None:
-        return misplaced
     if model.get_output_embeddings() is None:  # type: ignore[operator]
         return "it has no language-modelling head; load it with AutoModelForCausalLM.from_pretrained"
     if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):  # Falcon, MPT
@@ -216,7 +213,7 @@ def _reason_against(model: nn.Module, config: Any) -> str | None:
         return f"it has not been shown to be exact there; known to be: {', '.join(EXACT_FAMILIES)}"
     if "position_ids" not in forward_parameters(model):
         return "its forward takes no position_ids, so siblings could not share a position"
-    return None
+    return reason_against_place(model)
 
 
 def _drops(part: Any) -> bool:
