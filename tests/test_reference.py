@@ -68,13 +68,15 @@ def test_every_extra_is_described():
 
 
 def environment_variables() -> set[str]:
-    """The variables of ours that any program of the repository reads or sets."""
+    """The variables of ours, and of Triton, that any program of the repository reads or sets."""
     from dynatree_bench.data.workloads import KNOWN, local_variable
 
     files = [file for name in ("dynatree_core", "dynatree_bench", "dynatree_policies", ".ci", "tests")
              for file in (ROOT / name).rglob("*.py")]  # fmt: skip
     texts = [file.read_text(encoding="utf-8") for file in [*files, ROOT / "Makefile"]]
-    named = {name for text in texts for name in re.findall(r"\b_?DYNATREE_[A-Z0-9_]*[A-Z0-9]\b", text)}
+    named = {
+        name for text in texts for name in re.findall(r"\b(?:_?DYNATREE_[A-Z0-9_]*[A-Z0-9]|TRITON_INTERPRET)\b", text)
+    }
     named = {name for name in named if not name.startswith(("DYNATREE_BENCH", "DYNATREE_SERVE"))}
     return named | {local_variable(name) for name in KNOWN} | {"DYNATREE_SERVE_*"}  # docs/serve.md lists them
 
