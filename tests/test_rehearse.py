@@ -64,14 +64,14 @@ def cut_behind(text: Text, end_ids: tuple[int, ...]) -> Text:
 def test_passes_cost_what_the_cost_model_says():
     text, policy = known_text([1, 2, 3], 20), "fixed(depth=2,branch=2,tau=0.0)"
     session = known_session(tiny_model("llama"), DRAFTERS["model"], text, policy)
-    expected, num_levels, last_accepted = 0.0, 0, 0
+    expected, num_levels, num_pending = 0.0, 0, 3  # the prompt, which the first look reads
     for report in run(session):
         # each level was looked at but the deepest; the root's pass has the accepted one of those too
-        rows = [1 + (last_accepted == 2), *report.tree.level_sizes[1:-1]]
+        rows = [num_pending, *report.tree.level_sizes[1:-1]]
         rows = rows if report.tree.num_drafted else []
         expected += COSTS.iteration_seconds(report.tree.num_drafted, rows)
         num_levels += len(rows)
-        last_accepted = report.num_accepted
+        num_pending = 1 + (report.num_accepted == 2)
     found = rehearse.rehearse(tiny_model("llama"), DRAFTERS["model"], text, policy, COSTS)
     assert found.seconds == pytest.approx(expected)
     assert (found.num_passes, found.num_tokens) == (num_levels, 20)
