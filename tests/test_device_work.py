@@ -108,8 +108,8 @@ LIMITS = {
     # padded trees: the host reads the verdict and nothing else
     ("fixed", "model"): (0, 1, 175),
     ("fixed", "prompt_lookup"): (0, 1, 270),
-    ("phase3", "model"): (0, 1, 345),  # all of its 8 levels, since the host is ahead of the device
-    ("best_first", "model"): (0, 1, 270),
+    ("phase3", "model"): (0, 1, 360),  # all of its 8 levels, since the host is ahead of the device
+    ("best_first", "model"): (0, 1, 280),
     ("sequoia", "model"): (0, 1.4, 290),  # and sometimes what it has counted, to plan anew
     # level by level
     ("fixed", "union"): (2, 1, 305),  # the host decides for each level whether the model is asked
