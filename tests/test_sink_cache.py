@@ -16,6 +16,7 @@ from dynatree_core.audit import audit_generation
 from dynatree_core.cache import sink_cache
 from dynatree_core.cache.sink_cache import ROTARY_FAMILIES, SinkCache, SinkWindow
 from dynatree_core.clock import StageClock
+from dynatree_core.engine.resources import in_blocks
 from dynatree_core.errors import (
     CacheError,
     ContextLimitError,
@@ -241,7 +242,7 @@ def test_memory_and_passes_do_not_grow_with_the_text(drafter, monkeypatch):
     assert max(found for found, _ in slots[-100:]) <= tree_slots
     assert session.cache.capacity == 20 * option.sinks + option.num_tokens + 20 + max_nodes
     if drafter == "llama":
-        assert session.draft_state.cache.capacity == option.num_tokens + 2 * max_nodes
+        assert session.draft_state.cache.capacity == in_blocks(option.num_tokens + 2 * max_nodes)
 
 
 @settings(max_examples=EXAMPLES // 4)
