@@ -235,13 +235,13 @@ class PrefixReuse:
             return 0
         alike = [one for one in beside if self._suits(cache, one)]
         best = max(alike, key=lambda one: one.num_common(token_ids), default=None)
-        num_common = 0 if best is None else best.num_common(token_ids)
-        is_drafter = cache is not self._targets
-        known = self.prefix_cache.num_known(self._models[cache], token_ids, is_drafter=is_drafter)
-        if best is not None and num_common > known:
-            cache.load(best.cache.keys, best.cache.values, num_common)
-            return num_common
-        return self.prefix_cache.take(self._models[cache], token_ids, cache, is_drafter=cache is not self._targets)
+        model, is_drafter = self._models[cache], cache is not self._targets
+        if best is not None:
+            num_common = best.num_common(token_ids)
+            if num_common > self.prefix_cache.num_known(model, token_ids, is_drafter=is_drafter):
+                cache.load(best.cache.keys, best.cache.values, num_common)
+                return num_common
+        return self.prefix_cache.take(model, token_ids, cache, is_drafter=is_drafter)
 
     def running(self, committed_ids: Tensor) -> RunningRows | None:
         """The target's rows of this generation, for others to copy; None before there are any."""
