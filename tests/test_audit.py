@@ -176,10 +176,10 @@ def test_a_verifier_that_chooses_badly_is_a_bug(dtype, monkeypatch):
 
     def second_best(trees, logits, faults):
         verdicts = verify(trees, logits, faults)
-        for lane, verdict in verdicts.items():
+        for lane, (tree, verdict) in verdicts.items():
             last = ([0, *verdict.path])[-1]
             second = int(logits[lane][last].topk(2).indices[1])
-            verdicts[lane] = attrs.evolve(verdict, token_ids=(*verdict.token_ids[:-1], second))
+            verdicts[lane] = tree, attrs.evolve(verdict, token_ids=(*verdict.token_ids[:-1], second))
         return verdicts
 
     monkeypatch.setattr(decode_module, "verify", second_best)

@@ -343,8 +343,8 @@ def test_a_second_signal_ends_it_at_once(folder: Path) -> None:
     served = started(folder, "--stop-seconds", 1000)
     host, port = served.address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:  # a request whose body does not come
-        head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
-        connection.sendall(head)
+        head = ["POST /tokenize HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Content-Length: 9"]
+        connection.sendall("\r\n".join([*head, "Expect: 100-continue", "", ""]).encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 100")
         served.process.send_signal(signal.SIGTERM)
         assert any(line["event"] == "stopping" for line in served.lines())
