@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -115,7 +116,7 @@ def test_a_request_that_never_ran_has_none_of_them():
 
 @functools.cache
 def in_float32(seed: int) -> nn.Module:
-    return tiny_model("llama", seed=seed).float()
+    return copy.deepcopy(tiny_model("llama", seed=seed)).float()
 
 
 @pytest.mark.skipif(ops.reason_unavailable() is not None, reason="the native library is not here")

@@ -474,7 +474,7 @@ def test_who_overrides_what_a_drafter_proposes_says_anew_that_it_bears_padding()
 
 @pytest.mark.parametrize("runner", ["eager", "packed", "native"])
 def test_each_runner_computes_passes_with_padding(runner):
-    target, model = (one.float() for one in (tiny_model("llama", 3), perturbed("llama", 3, 0.03)))
+    target, model = (copy.deepcopy(one).float() for one in (tiny_model("llama", 3), perturbed("llama", 3, 0.03)))
     if runner_for(target, runner) != runner:
         pytest.skip(f"the {runner} runner is not for this machine")
     engine = Engine(target, ModelDrafter(model), runner=runner, pads_trees=True)

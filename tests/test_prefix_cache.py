@@ -38,11 +38,13 @@ def storages(buffers) -> set[int]:
 
 def check_rows(cache: PrefixCache) -> None:
     """What is kept is within the bound, and is what the model says about that text in one plain pass."""
+    # held, since a cache forgets the rows of a model that is collected, in the middle of this too
+    held = [(entry, model) for entry in cache._entries if (model := entry.model()) is not None]
     buffers = buffers_of(cache)
     assert len(storages(buffers)) == len(buffers)
     assert sum(buffer.untyped_storage().nbytes() for buffer in buffers) == cache.num_bytes <= cache.max_bytes
-    for entry in cache._entries:
-        model, plain = entry.model(), DynamicCache()
+    for entry, model in held:
+        plain = DynamicCache()
         with torch.inference_mode():
             model(input_ids=entry.token_ids[None], **{cache_argument(model): plain})
         for own, layer in zip(zip(entry.keys, entry.values, strict=True), plain.layers, strict=True):
