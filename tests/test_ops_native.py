@@ -19,6 +19,7 @@ from dynatree_core.ops.native import calls, loading, reason_unavailable, runnabl
 PLAIN = ["float32", "bfloat16", "float16"]
 ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
 NUM_ROWS = 37  # more than two tiles of any target
+MANY_ROWS = 101  # more than share what was decoded
 
 
 def test_the_library_is_here():
@@ -56,7 +57,7 @@ MATRICES = [
     *(
         (kind, outputs, num_inputs)
         for kind in (*PLAIN, "4", "8")
-        for outputs, num_inputs in ((1, 1), (45, 33), (16, 100))
+        for outputs, num_inputs in ((1, 1), (45, 33), (16, 100), (20, 300))
     ),
     *((kind, outputs, 512) for kind in PUBLISHED for outputs in (16, 75)),
 ]
@@ -65,13 +66,13 @@ MATRICES = [
 @pytest.mark.parametrize(("kind", "outputs", "num_inputs"), MATRICES)
 def test_a_product_is_right_and_no_row_knows_its_neighbours(kind, outputs, num_inputs, target):
     packed = matrix(kind, outputs, num_inputs, bias=True)
-    rows, residual = torch.randn(NUM_ROWS, num_inputs), torch.randn(NUM_ROWS, outputs)
+    rows, residual = torch.randn(MANY_ROWS, num_inputs), torch.randn(MANY_ROWS, outputs)
     result = ops.linear(rows, packed, residual=residual, scale=0.5)
     right = ops.linear(rows.double(), in_float64(packed), residual=residual.double(), scale=0.5)
     size = packed.unpacked().abs().max().item() * math.sqrt(num_inputs)
     assert ((result - right).abs() < 1e-5 * (1 + size)).all()
-    for num_rows in (*range(1, 19), 33):
-        for first in (0, NUM_ROWS - num_rows):
+    for num_rows in (*range(1, 19), 33, 98):
+        for first in (0, MANY_ROWS - num_rows):
             some = slice(first, first + num_rows)
             assert torch.equal(ops.linear(rows[some], packed, residual=residual[some], scale=0.5), result[some])
 

@@ -150,7 +150,7 @@ static void attend_tile(attention_job *job, int64_t first_row, int64_t num_rows,
   seen rows[MAX_TILE_ROWS];
   float totals[MAX_TILE_ROWS][MAX_TILE_HEADS];
   int64_t slots[PLACES], most = 0;
-  float *scores = scratch(SCRATCH_PANEL, 4 * num_rows * num_heads * stride + 64);
+  float *scores = scratch(SCRATCH_SCORES, 4 * num_rows * num_heads * stride + 64);
   if (!scores) {
     job->failed = 1;
     return;

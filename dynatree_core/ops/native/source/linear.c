@@ -3,7 +3,8 @@
  * A tile is some rows and some blocks of 16 outputs. Its sums stay in registers while the inputs pass by in ascending
  * order: one load gives 16 weights, and each row's input multiplies them. So a sum has one order, whatever the tile. Many
  * rows share each weight that was read and decoded; a row alone takes some blocks at once, since one chain of
- * multiply-adds would wait for itself. */
+ * multiply-adds would wait for itself. More rows than decode in a tile have some inputs' weights decoded into the first
+ * cache, then all rows multiply with them, and so on: sums wait in memory meanwhile. */
 #include "elementary.h"
 #include "ops.h"
 
@@ -16,11 +17,14 @@ enum { MAX_ROWS = 6 };
 enum { MAX_ROWS = 4 };
 #endif
 enum { MAX_BLOCKS = 4 };
+enum { CHUNK = 128 }; /* inputs that are decoded before rows multiply them: whole groups of every kind */
+enum { BAND = 96 };   /* rows that share what was decoded, and whose sums wait */
 
 enum { AHEAD = 4096 }; /* bytes that are fetched ahead of a block's reading: hardware stops at the end of a page */
 
-/* How the codes of a kind lie; kinds of one form differ in their scales only. */
-enum { FLOATS, BRAINS, HALVES, BYTES, NIBBLES, FIVES, SIXES, NUM_FORMS };
+/* How the codes of a kind lie; kinds of one form differ in their scales only. KEPT is what was decoded: floats that are in
+ * the cache already. */
+enum { KEPT, FLOATS, BRAINS, HALVES, BYTES, NIBBLES, FIVES, SIXES, NUM_FORMS };
 
 inlined int form_of(int64_t kind) {
   static const int8_t forms[NUM_KINDS] = {
@@ -29,9 +33,9 @@ inlined int form_of(int64_t kind) {
   return forms[kind];
 }
 
-/* Rows of a tile at most whose weights are decoded in it; with more rows a block is decoded once for all tiles. With 16
- * registers there is not much room beside scales and codes. */
-inlined int64_t most_rows(int form) { return WIDTH != 8 || form <= HALVES ? MAX_ROWS : form == BYTES ? 4 : 3; }
+/* Rows of a tile at most whose weights are decoded in it: measured. With 16 registers there is not much room beside scales
+ * and codes. */
+inlined int64_t most_rows(int form) { return WIDTH != 8 || form <= HALVES ? MAX_ROWS : form <= NIBBLES ? 5 : 2; }
 
 /* Blocks of a tile: measured, the fastest for each. */
 inlined int64_t most_blocks(int form, int64_t rows) {
@@ -47,6 +51,7 @@ inlined int64_t most_blocks(int form, int64_t rows) {
  * and so is the whole where a kind has an offset, as (code - 8) * scale; so w has the bits of the published formula. */
 typedef struct {
   f16x scale, least;
+  f16x raised; /* 2^-24 of the scale: for a code that stands 24 bits higher, which gives the same product */
   f16x above_scale, above_least; /* of 256 inputs, where there are two levels */
 } group_scales;
 
@@ -64,14 +69,15 @@ inlined const uint8_t *read_scales(int64_t kind, group_scales *g, const uint8_t 
       g->scale = mul16(g->above_scale, load_uint8(at)), at += 16;
       g->least = mul16(all16(-1.0f), mul16(g->above_least, load_uint8(at))), at += 16;
     }
-    return at;
-  }
-  g->scale = load_half16(at), at += 32;
-  if (kind == Q4_1 || kind == Q5_1) {
-    g->least = load_half16(at), at += 32;
   } else {
-    g->least = mul16(all16(kind == Q4_0 ? -8.0f : kind == Q5_0 ? -16.0f : -0.0f), g->scale);
+    g->scale = load_half16(at), at += 32;
+    if (kind == Q4_1 || kind == Q5_1) {
+      g->least = load_half16(at), at += 32;
+    } else {
+      g->least = mul16(all16(kind == Q4_0 ? -8.0f : kind == Q5_0 ? -16.0f : -0.0f), g->scale);
+    }
   }
+  g->raised = mul16(g->scale, all16(0x1p-24f));
   return at;
 }
 
@@ -97,6 +103,30 @@ inlined f16x next_weights(int form, const group_scales *g, code_words *codes, co
   return fma16(code, g->scale, g->least);
 }
 
+/* Whether nibbles are taken from memory one by one. */
+#if defined(TARGET_AVX2)
+enum { READS_NIBBLES = 1 };
+#else
+enum { READS_NIBBLES = 0 };
+#endif
+
+/* The weights of input j of the eight whose words begin at `words`: a load that begins some bytes earlier has the byte of
+ * the code on top, so that nothing stays in a register from one input to the next. Up to 3 bytes before the words are
+ * read, which are the group's own scales or codes, and none behind them. */
+inlined f16x nibble_weights(const group_scales *g, const uint8_t *words, const int j) {
+  const uint8_t *from = words - 3 + j / 2;
+#if defined(TARGET_AVX2)
+  __asm__("" : "+r"(from)); /* read for each code anew: registers are for sums */
+#endif
+  u16x word = load_words(from);
+  f16x code;
+  EACH {
+    word.of[part] = j % 2 ? word.of[part] >> 28 : word.of[part] & 0x0f000000;
+    code.of[part] = __builtin_convertvector((ints)word.of[part], floats);
+  }
+  return fma16(code, j % 2 ? g->scale : g->raised, g->least);
+}
+
 inlined f16x plain_weights(int form, const uint8_t *block, int64_t input) {
   f16x w;
   if (form == BRAINS) return load_brain16(block + 32 * input);
@@ -112,20 +142,20 @@ inlined void fetch_ahead(const uint8_t *at, int bytes) {
 #define EACH_BLOCK UNROLLED for (int b = 0; b < num_blocks; b++)
 #define EACH_ROW UNROLLED for (int r = 0; r < num_rows; r++)
 
-/* sums[row][block][16]; form, num_rows and num_blocks are constants of each variant. */
+/* Add products to sums[row][block][16]; form, num_rows and num_blocks are constants of each variant. */
 inlined void tile(const int form, const int num_rows, const int num_blocks, int64_t kind, const uint8_t *const *block,
                   int64_t inputs, const float *rows, int64_t stride, float *sums) {
   f16x sum[MAX_ROWS][MAX_BLOCKS], w[MAX_BLOCKS];
-  EACH_ROW EACH_BLOCK sum[r][b] = all16(0.0f);
+  EACH_ROW EACH_BLOCK sum[r][b] = load16(sums + 16 * (r * num_blocks + b));
 #define ADD_INPUT(input)                                         \
   EACH_ROW {                                                     \
     const f16x x = all16(rows[r * stride + (input)]);            \
     EACH_BLOCK sum[r][b] = fma16(x, w[b], sum[r][b]);            \
   }
   if (form <= HALVES) {
-    const int bytes = form == FLOATS ? 64 : 32; /* of one input */
+    const int bytes = form <= FLOATS ? 64 : 32; /* of one input */
     for (int64_t i = 0; i < inputs; i++) {
-      if (form == FLOATS || i % 2 == 0) EACH_BLOCK fetch_ahead(block[b] + bytes * i, 64);
+      if (form != KEPT && (form == FLOATS || i % 2 == 0)) EACH_BLOCK fetch_ahead(block[b] + bytes * i, 64);
       EACH_BLOCK w[b] = plain_weights(form, block[b], i);
       ADD_INPUT(i)
     }
@@ -142,7 +172,16 @@ inlined void tile(const int form, const int num_rows, const int num_blocks, int6
         at[b] = read_scales(kind, &scales[b], at[b], first);
         if (form > NIBBLES) codes[b].high = load_words(at[b] + 8 * group);
       }
-      for (int i = 0; i < count; i += 8) { /* a word has the codes of 8 inputs */
+      int i = 0;
+      if (form == NIBBLES && READS_NIBBLES) {
+        for (; i + 8 <= count; i += 8) {
+          UNROLLED for (int j = 0; j < 8; j++) {
+            EACH_BLOCK w[b] = nibble_weights(&scales[b], at[b] + 8 * i, j);
+            ADD_INPUT(first + i + j)
+          }
+        }
+      }
+      for (; i < count; i += 8) { /* a word has the codes of 8 inputs */
         const int end = count - i < 8 ? count : i + 8;
         if (form != BYTES) EACH_BLOCK codes[b].low = load_words(at[b] + 8 * i);
         ROLLED for (int j = i; j < end; j++) {
@@ -177,50 +216,77 @@ typedef void tile_fn(int64_t kind, const uint8_t *const *block, int64_t inputs, 
 #define ALL_ROWS(form, X) X(form, 1, 1) X(form, 2, 1) X(form, 3, 1) X(form, 4, 1)
 #endif
 #define ALL_VARIANTS(X)                                                                                         \
-  ALL_ROWS(FLOATS, X) ALL_ROWS(BRAINS, X) ALL_ROWS(HALVES, X) ALL_ROWS(BYTES, X) ALL_ROWS(NIBBLES, X)           \
-  ALL_ROWS(FIVES, X) ALL_ROWS(SIXES, X)
+  ALL_ROWS(KEPT, X) ALL_ROWS(FLOATS, X) ALL_ROWS(BRAINS, X) ALL_ROWS(HALVES, X) ALL_ROWS(BYTES, X)              \
+  ALL_ROWS(NIBBLES, X) ALL_ROWS(FIVES, X) ALL_ROWS(SIXES, X)
 #define ENTRY(form, num_rows, num_blocks) [form][num_rows][num_blocks] = tile_##form##_##num_rows##_##num_blocks,
 
 ALL_VARIANTS(VARIANT)
 static tile_fn *const tiles[NUM_FORMS][MAX_ROWS + 1][MAX_BLOCKS + 1] = {ALL_VARIANTS(ENTRY)};
 
-/* One block as float32 [inputs][16]: for many rows, which then share the decoding. */
-inlined void decode_form(const int form, int64_t kind, const uint8_t *at, int64_t inputs, float *to) {
+/* A block that is decoded from its first input on, some at a time. */
+typedef struct {
+  const uint8_t *at;
+  int64_t input; /* the next one */
+  group_scales scales;
+} reading;
+
+/* The next inputs as float32 [count][16]. All but the last ones of a block are whole groups; behind these, numbers up to
+ * the next multiple of 8 inputs have no meaning. */
+inlined void decode_kind(const int kind, reading *block, int64_t count, float *to) {
+  const int form = form_of(kind), group = group_of(form);
+  const uint8_t *at = block->at;
   if (form <= HALVES) {
-    for (int64_t i = 0; i < inputs; i++) store16(to + 16 * i, plain_weights(form, at, i));
+    const int bytes = form == FLOATS ? 64 : 32;
+    for (int64_t i = 0; i < count; i++) {
+      if (i % 2 == 0) fetch_ahead(at + bytes * i, 64);
+      store16(to + 16 * i, plain_weights(form, at, i));
+    }
+    block->at = at + bytes * count;
     return;
   }
-  const int group = group_of(form);
-  group_scales scales = {0};
-  for (int64_t first = 0; first < inputs; first += group, at += code_bytes(form)) {
-    const int count = inputs - first < group ? (int)(inputs - first) : group;
-    at = read_scales(kind, &scales, at, first);
+  group_scales scales = block->scales;
+  for (int64_t first = 0; first < count; first += group) {
+    const int some = count - first < group ? (int)(count - first) : group;
     code_words codes = {0};
+    fetch_ahead(at, code_bytes(form) + 64);
+    at = read_scales(kind, &scales, at, block->input + first);
     if (form > NIBBLES) codes.high = load_words(at + 8 * group);
-    for (int i = 0; i < count; i++) {
-      if (form != BYTES && i % 8 == 0) codes.low = load_words(at + 8 * i);
-      store16(to + 16 * (first + i), next_weights(form, &scales, &codes, at + 16 * i));
+    for (int i = 0; i < some; i += 8) {
+      if (form != BYTES) codes.low = load_words(at + 8 * i);
+      UNROLLED for (int j = 0; j < 8; j++) {
+        const f16x w = form == NIBBLES && READS_NIBBLES ? nibble_weights(&scales, at + 8 * i, j)
+                                                        : next_weights(form, &scales, &codes, at + 16 * (i + j));
+        store16(to + 16 * (first + i + j), w);
+      }
     }
+    at += code_bytes(form);
   }
+  block->at = at, block->input += count, block->scales = scales;
 }
 
-static void decode(int64_t kind, const uint8_t *block, int64_t inputs, float *to) {
-  switch (form_of(kind)) {
-#define CASE(form) case form: decode_form(form, kind, block, inputs, to); break;
-    CASE(FLOATS) CASE(BRAINS) CASE(HALVES) CASE(BYTES) CASE(NIBBLES) CASE(FIVES) CASE(SIXES)
+static void decode(int64_t kind, reading *block, int64_t count, float *to) {
+  switch (kind) {
+#define CASE(kind) case kind: decode_kind(kind, block, count, to); break;
+    CASE(FLOAT32) CASE(BFLOAT16) CASE(FLOAT16) CASE(Q8_0) CASE(Q4_0) CASE(Q4_1) CASE(Q5_0) CASE(Q5_1) CASE(Q4_K)
+    CASE(Q5_K) CASE(Q6_K)
 #undef CASE
   }
 }
 
+inlined int64_t at_most(int64_t count, int64_t most) { return count < most ? count : most; }
+
 int run_lookup(const lookup_args *args, int64_t num_rows) {
   const matrix *m = args->packed;
-  float *panel = scratch(SCRATCH_PANEL, 64 * m->inputs);
-  if (!panel) return NO_MEMORY;
+  float panel[CHUNK * LANES] __attribute__((aligned(64)));
   for (int64_t r = 0; r < num_rows; r++) {
     const int64_t output = args->outputs[r];
     if (output < 0 || output >= m->outputs) return NO_SUCH_OUTPUT;
-    decode(m->kind, m->data + output / LANES * m->block_bytes, m->inputs, panel);
-    for (int64_t i = 0; i < m->inputs; i++) args->out[r * m->inputs + i] = panel[LANES * i + output % LANES];
+    reading block = {.at = m->data + output / LANES * m->block_bytes};
+    for (int64_t first = 0; first < m->inputs; first += CHUNK) {
+      const int64_t count = at_most(m->inputs - first, CHUNK);
+      decode(m->kind, &block, count, panel);
+      for (int64_t i = 0; i < count; i++) args->out[r * m->inputs + first + i] = panel[LANES * i + output % LANES];
+    }
   }
   return 0;
 }
@@ -232,7 +298,6 @@ typedef struct {
   int64_t num_rows;
   const ending *end; /* NULL: only the bias */
   int64_t num_blocks, tile_blocks; /* of the matrix, and of an item of the job */
-  int failed;
 } product_job;
 
 /* What follows a sum, where it needs no whole row. */
@@ -257,58 +322,67 @@ static void write_sums(const product_job *job, int64_t block, int64_t num_blocks
   }
 }
 
-static void multiply_blocks(product_job *job, int64_t first, int64_t count) {
+/* As many rows as decode in a tile. */
+static void multiply_few(const product_job *job, int64_t first, int64_t num_blocks) {
   const matrix *m = job->packed;
-  const int64_t inputs = m->inputs, num_rows = job->num_rows;
-  float sums[MAX_ROWS * MAX_BLOCKS * 16] __attribute__((aligned(64)));
-  const int form = form_of(m->kind);
-  if (num_rows <= most_rows(form)) {
+  float sums[MAX_ROWS * MAX_BLOCKS * LANES] __attribute__((aligned(64)));
+  const uint8_t *block[MAX_BLOCKS];
+  for (int64_t b = 0; b < num_blocks; b++) block[b] = m->data + (first + b) * m->block_bytes;
+  memset(sums, 0, (size_t)(job->num_rows * num_blocks * LANES) * sizeof *sums);
+  tiles[form_of(m->kind)][job->num_rows][num_blocks](m->kind, block, m->inputs, job->rows, m->inputs, sums);
+  write_sums(job, first, num_blocks, 0, job->num_rows, sums);
+}
+
+/* Some of more rows than that: tiles of about the same size, which share each chunk of a block, as it lies or decoded. */
+static void multiply_band(const product_job *job, int64_t block, int64_t row, int64_t num_rows) {
+  const matrix *m = job->packed;
+  const int64_t inputs = m->inputs, num_tiles = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
+  float sums[BAND * LANES], panel[CHUNK * LANES] __attribute__((aligned(64)));
+  reading now = {.at = m->data + block * m->block_bytes};
+  memset(sums, 0, (size_t)(num_rows * LANES) * sizeof *sums);
+  for (int64_t first = 0; first < inputs; first += CHUNK) {
+    const int64_t count = at_most(inputs - first, CHUNK);
+    const float *rows = job->rows + row * inputs + first;
+    const int is_plain = m->kind == FLOAT32;
+    const uint8_t *weights = is_plain ? now.at + 64 * first : (const uint8_t *)panel;
+    if (!is_plain) decode(m->kind, &now, count, panel);
+    for (int64_t t = 0, done = 0, some; t < num_tiles; t++, done += some) {
+      some = (num_rows - done + num_tiles - t - 1) / (num_tiles - t);
+      tile_fn *multiply = tiles[is_plain && t == 0 ? FLOATS : KEPT][some][1];
+      multiply(FLOAT32, &weights, count, rows + done * inputs, inputs, sums + LANES * done);
+    }
+  }
+  write_sums(job, block, 1, row, num_rows, sums);
+}
+
+static void multiply_blocks(const product_job *job, int64_t first, int64_t count) {
+  const int64_t num_rows = job->num_rows;
+  if (num_rows <= most_rows(form_of(job->packed->kind))) {
     for (int64_t done = 0, step; done < count; done += step) {
       const int64_t left = count - done, wide = job->tile_blocks;
-      const uint8_t *block[MAX_BLOCKS];
       step = left >= wide ? wide : left >= 2 && wide >= 2 ? 2 : 1;
-      for (int64_t b = 0; b < step; b++) block[b] = m->data + (first + done + b) * m->block_bytes;
-      tiles[form][num_rows][step](m->kind, block, inputs, job->rows, inputs, sums);
-      write_sums(job, first + done, step, 0, num_rows, sums);
+      multiply_few(job, first + done, step);
     }
     return;
   }
-  /* more rows than a tile has: tiles of about the same size, over one block as it lies or decoded */
-  const int64_t num_tiles = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
   for (int64_t b = first; b < first + count; b++) {
-    const uint8_t *block = m->data + b * m->block_bytes;
-    if (m->kind != FLOAT32) {
-      float *panel = scratch(SCRATCH_PANEL, 64 * inputs);
-      if (!panel) {
-        job->failed = 1;
-        return;
-      }
-      decode(m->kind, block, inputs, panel);
-      block = (const uint8_t *)panel;
-    }
-    for (int64_t t = 0, row = 0; t < num_tiles; t++) {
-      const int64_t some = (num_rows - row + num_tiles - t - 1) / (num_tiles - t);
-      tiles[FLOATS][some][1](FLOAT32, &block, inputs, job->rows + row * inputs, inputs, sums);
-      write_sums(job, b, 1, row, some, sums);
-      row += some;
-    }
+    for (int64_t row = 0; row < num_rows; row += BAND) multiply_band(job, b, row, at_most(num_rows - row, BAND));
   }
 }
 
 /* Items are as many blocks as a tile has, so that only the matrix's last ones are ever by themselves. */
 static void multiply(void *given, int64_t first, int64_t count) {
-  product_job *job = given;
+  const product_job *job = given;
   const int64_t begin = first * job->tile_blocks, end = (first + count) * job->tile_blocks;
   multiply_blocks(job, begin, (end < job->num_blocks ? end : job->num_blocks) - begin);
 }
 
 /* out = rows @ packed.T + bias, and what follows where it needs no whole row. */
-static int product(const matrix *packed, const float *rows, float *out, const ending *end, int64_t num_rows,
-                   team *team) {
+static void product(const matrix *packed, const float *rows, float *out, const ending *end, int64_t num_rows,
+                    team *team) {
   const int64_t num_blocks = (packed->outputs + LANES - 1) / LANES, blocks = most_blocks(form_of(packed->kind), num_rows);
-  product_job job = {packed, rows, out, num_rows, end, num_blocks, blocks, 0};
+  product_job job = {packed, rows, out, num_rows, end, num_blocks, blocks};
   run_job(multiply, &job, (num_blocks + blocks - 1) / blocks, MAX_BLOCKS / blocks, team);
-  return job.failed;
 }
 
 static const float *normed(const norm *how, const float *rows, int64_t num_rows, team *team) {
@@ -320,9 +394,13 @@ static const float *normed(const norm *how, const float *rows, int64_t num_rows,
 
 /* A product and all that follows it. */
 static int ended_product(const matrix *packed, const float *rows, const ending *end, int64_t num_rows, team *team) {
-  if (!end->after) return product(packed, rows, end->out, end, num_rows, team);
+  if (!end->after) {
+    product(packed, rows, end->out, end, num_rows, team);
+    return 0;
+  }
   float *to = scratch(SCRATCH_PRODUCT, 4 * num_rows * packed->outputs); /* out may be the residual */
-  if (!to || product(packed, rows, to, NULL, num_rows, team)) return 1;
+  if (!to) return NO_MEMORY;
+  product(packed, rows, to, NULL, num_rows, team);
   end_rows(end, to, packed->outputs, num_rows, team);
   return 0;
 }
@@ -355,7 +433,8 @@ int run_mlp(const mlp_args *args, int64_t num_rows, team *team) {
   const int64_t size = args->outer->inputs, width = args->inner->outputs;
   float *hidden = scratch(SCRATCH_HIDDEN, 4 * num_rows * (width + size));
   const float *rows = normed(args->norm, args->rows, num_rows, team);
-  if (!hidden || !rows || product(args->inner, rows, hidden, NULL, num_rows, team)) return 1;
+  if (!hidden || !rows) return NO_MEMORY;
+  product(args->inner, rows, hidden, NULL, num_rows, team);
   float *activated = hidden + num_rows * width;
   activation_job job = {hidden, activated, size, args->activation, width != size};
   run_job(activate, &job, num_rows, 1, num_rows * size < 8192 ? NULL : team);
