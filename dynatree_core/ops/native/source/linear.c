@@ -20,7 +20,9 @@ enum { MAX_BLOCKS = 4 };
 enum { CHUNK = 128 }; /* inputs that are decoded before rows multiply them: whole groups of every kind */
 enum { BAND = 96 };   /* rows that share what was decoded, and whose sums wait */
 
-enum { AHEAD = 4096 }; /* bytes that are fetched ahead of a block's reading: hardware stops at the end of a page */
+/* Bytes that are fetched ahead of a block's reading: hardware stops at the end of a page. Several blocks of a tile fetch
+ * their places in the next ones instead, of which all but the first would begin unfetched, unless that is too far. */
+enum { AHEAD = 4096, FAR_AHEAD = 65536 };
 
 /* How the codes of a kind lie; kinds of one form differ in their scales only. KEPT is what was decoded: floats that are in
  * the cache already. */
@@ -42,7 +44,7 @@ inlined int64_t most_blocks(int form, int64_t rows) {
 #if WIDTH == 4 && !defined(__aarch64__)
   return 1;
 #else
-  if (rows == 1) return WIDTH == 8 && form >= NIBBLES ? 2 : 4;
+  if (rows == 1) return WIDTH == 8 && form >= BYTES ? 2 : 4;
   return form <= HALVES && rows <= 3 ? 2 : 1;
 #endif
 }
@@ -135,8 +137,10 @@ inlined f16x plain_weights(int form, const uint8_t *block, int64_t input) {
   return w;
 }
 
-inlined void fetch_ahead(const uint8_t *at, int bytes) {
-  UNROLLED for (int line = 0; line < bytes; line += 64) __builtin_prefetch((const void *)((uintptr_t)at + AHEAD + (uintptr_t)line), 0, 2);
+inlined void fetch_ahead(const uint8_t *at, int bytes, int64_t ahead) {
+  UNROLLED for (int line = 0; line < bytes; line += 64) {
+    __builtin_prefetch((const void *)((uintptr_t)at + (uintptr_t)(ahead + line)), 0, 2);
+  }
 }
 
 #define EACH_BLOCK UNROLLED for (int b = 0; b < num_blocks; b++)
@@ -147,6 +151,7 @@ inlined void tile(const int form, const int num_rows, const int num_blocks, int6
                   int64_t inputs, const float *rows, int64_t stride, float *sums) {
   f16x sum[MAX_ROWS][MAX_BLOCKS], w[MAX_BLOCKS];
   EACH_ROW EACH_BLOCK sum[r][b] = load16(sums + 16 * (r * num_blocks + b));
+  const int64_t next = num_blocks > 1 ? num_blocks * (block[1] - block[0]) : AHEAD, ahead = next > FAR_AHEAD ? AHEAD : next;
 #define ADD_INPUT(input)                                         \
   EACH_ROW {                                                     \
     const f16x x = all16(rows[r * stride + (input)]);            \
@@ -155,7 +160,7 @@ inlined void tile(const int form, const int num_rows, const int num_blocks, int6
   if (form <= HALVES) {
     const int bytes = form <= FLOATS ? 64 : 32; /* of one input */
     for (int64_t i = 0; i < inputs; i++) {
-      if (form != KEPT && (form == FLOATS || i % 2 == 0)) EACH_BLOCK fetch_ahead(block[b] + bytes * i, 64);
+      if (form != KEPT && (form == FLOATS || i % 2 == 0)) EACH_BLOCK fetch_ahead(block[b] + bytes * i, 64, ahead);
       EACH_BLOCK w[b] = plain_weights(form, block[b], i);
       ADD_INPUT(i)
     }
@@ -168,7 +173,7 @@ inlined void tile(const int form, const int num_rows, const int num_blocks, int6
     for (int64_t first = 0; first < inputs; first += group) {
       const int count = inputs - first < group ? (int)(inputs - first) : group;
       EACH_BLOCK {
-        fetch_ahead(at[b], code_bytes(form) + 64);
+        fetch_ahead(at[b], code_bytes(form) + 64, ahead);
         at[b] = read_scales(kind, &scales[b], at[b], first);
         if (form > NIBBLES) codes[b].high = load_words(at[b] + 8 * group);
       }
@@ -238,7 +243,7 @@ inlined void decode_kind(const int kind, reading *block, int64_t count, float *t
   if (form <= HALVES) {
     const int bytes = form == FLOATS ? 64 : 32;
     for (int64_t i = 0; i < count; i++) {
-      if (i % 2 == 0) fetch_ahead(at + bytes * i, 64);
+      if (i % 2 == 0) fetch_ahead(at + bytes * i, 64, AHEAD);
       store16(to + 16 * i, plain_weights(form, at, i));
     }
     block->at = at + bytes * count;
@@ -248,7 +253,7 @@ inlined void decode_kind(const int kind, reading *block, int64_t count, float *t
   for (int64_t first = 0; first < count; first += group) {
     const int some = count - first < group ? (int)(count - first) : group;
     code_words codes = {0};
-    fetch_ahead(at, code_bytes(form) + 64);
+    fetch_ahead(at, code_bytes(form) + 64, AHEAD);
     at = read_scales(kind, &scales, at, block->input + first);
     if (form > NIBBLES) codes.high = load_words(at + 8 * group);
     for (int i = 0; i < some; i += 8) {
