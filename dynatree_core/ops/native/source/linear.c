@@ -37,7 +37,7 @@ inlined int form_of(int64_t kind) {
 
 /* Rows of a tile at most whose weights are decoded in it: measured. With 16 registers there is not much room beside scales
  * and codes. */
-inlined int64_t most_rows(int form) { return WIDTH != 8 || form <= HALVES ? MAX_ROWS : form <= NIBBLES ? 5 : 2; }
+inlined int64_t most_rows(int form) { return WIDTH != 8 || form <= HALVES ? MAX_ROWS : form <= NIBBLES ? 5 : 3; }
 
 /* Blocks of a tile: measured, the fastest for each. */
 inlined int64_t most_blocks(int form, int64_t rows) {
@@ -86,6 +86,8 @@ inlined const uint8_t *read_scales(int64_t kind, group_scales *g, const uint8_t 
 inlined int group_of(int form) { return form == SIXES ? 16 : 32; }
 inlined int code_bytes(int form) { return form == BYTES ? 512 : form == NIBBLES ? 256 : form == FIVES ? 320 : 192; }
 
+inlined int high_bits(int form) { return form == FIVES ? 1 : form == SIXES ? 2 : 0; } /* beside four low ones */
+
 /* The codes of the next inputs of a group, lowest bits first. */
 typedef struct { u16x low, high; } code_words;
 
@@ -97,7 +99,7 @@ inlined f16x next_weights(int form, const group_scales *g, code_words *codes, co
     code = low_bits(codes->low, 4, 1.0f);
     codes->low = shift_right(codes->low, 4);
     if (form != NIBBLES) {
-      const int more = form == FIVES ? 1 : 2;
+      const int more = high_bits(form);
       code = add16(code, low_bits(codes->high, more, 16.0f));
       codes->high = shift_right(codes->high, more);
     }
@@ -105,28 +107,33 @@ inlined f16x next_weights(int form, const group_scales *g, code_words *codes, co
   return fma16(code, g->scale, g->least);
 }
 
-/* Whether nibbles are taken from memory one by one. */
+/* Whether codes are taken from memory one by one, where they are not bytes. */
 #if defined(TARGET_AVX2)
-enum { READS_NIBBLES = 1 };
+enum { READS_CODES = 1 };
 #else
-enum { READS_NIBBLES = 0 };
+enum { READS_CODES = 0 };
 #endif
 
-/* The weights of input j of the eight whose words begin at `words`: a load that begins some bytes earlier has the byte of
- * the code on top, so that nothing stays in a register from one input to the next. Up to 3 bytes before the words are
- * read, which are the group's own scales or codes, and none behind them. */
-inlined f16x nibble_weights(const group_scales *g, const uint8_t *words, const int j) {
+/* The weights of input j of the eight whose words begin at `words`, and whose high bits are the lowest of `high`: a load
+ * that begins some bytes earlier has the byte of the code on top, so that nothing stays in a register from one input to
+ * the next. Up to 3 bytes before the words are read, which are the group's own scales or codes, and none behind them. */
+inlined f16x read_weights(const int form, const group_scales *g, const uint8_t *words, u16x high, const int j) {
+  const int bits = high_bits(form), place = j % 2 ? 4 : 28, up = place - bits * j;
   const uint8_t *from = words - 3 + j / 2;
 #if defined(TARGET_AVX2)
   __asm__("" : "+r"(from)); /* read for each code anew: registers are for sums */
 #endif
-  u16x word = load_words(from);
-  f16x code;
+  u16x code = load_words(from);
+  f16x number;
   EACH {
-    word.of[part] = j % 2 ? word.of[part] >> 28 : word.of[part] & 0x0f000000;
-    code.of[part] = __builtin_convertvector((ints)word.of[part], floats);
+    code.of[part] = j % 2 ? code.of[part] >> 28 : code.of[part] & 0x0f000000;
+    if (bits) {
+      high.of[part] = up >= 0 ? high.of[part] << (uint32_t)up : high.of[part] >> (uint32_t)-up;
+      code.of[part] |= high.of[part] & (((1u << bits) - 1) << place);
+    }
+    number.of[part] = __builtin_convertvector((ints)code.of[part], floats);
   }
-  return fma16(code, j % 2 ? g->scale : g->raised, g->least);
+  return fma16(number, j % 2 ? g->scale : g->raised, g->least);
 }
 
 inlined f16x plain_weights(int form, const uint8_t *block, int64_t input) {
@@ -151,7 +158,8 @@ inlined void tile(const int form, const int num_rows, const int num_blocks, int6
                   int64_t inputs, const float *rows, int64_t stride, float *sums) {
   f16x sum[MAX_ROWS][MAX_BLOCKS], w[MAX_BLOCKS];
   EACH_ROW EACH_BLOCK sum[r][b] = load16(sums + 16 * (r * num_blocks + b));
-  const int64_t next = num_blocks > 1 ? num_blocks * (block[1] - block[0]) : AHEAD, ahead = next > FAR_AHEAD ? AHEAD : next;
+  const int64_t next = num_blocks > 1 ? num_blocks * (block[1] - block[0]) : AHEAD;
+  const int64_t ahead = next > FAR_AHEAD ? AHEAD : next;
 #define ADD_INPUT(input)                                         \
   EACH_ROW {                                                     \
     const f16x x = all16(rows[r * stride + (input)]);            \
@@ -178,12 +186,13 @@ inlined void tile(const int form, const int num_rows, const int num_blocks, int6
         if (form > NIBBLES) codes[b].high = load_words(at[b] + 8 * group);
       }
       int i = 0;
-      if (form == NIBBLES && READS_NIBBLES) {
+      if (form >= NIBBLES && READS_CODES) {
         for (; i + 8 <= count; i += 8) {
           UNROLLED for (int j = 0; j < 8; j++) {
-            EACH_BLOCK w[b] = nibble_weights(&scales[b], at[b] + 8 * i, j);
+            EACH_BLOCK w[b] = read_weights(form, &scales[b], at[b] + 8 * i, codes[b].high, j);
             ADD_INPUT(first + i + j)
           }
+          if (form > NIBBLES) EACH_BLOCK codes[b].high = shift_right(codes[b].high, 8 * high_bits(form));
         }
       }
       for (; i < count; i += 8) { /* a word has the codes of 8 inputs */
@@ -259,10 +268,11 @@ inlined void decode_kind(const int kind, reading *block, int64_t count, float *t
     for (int i = 0; i < some; i += 8) {
       if (form != BYTES) codes.low = load_words(at + 8 * i);
       UNROLLED for (int j = 0; j < 8; j++) {
-        const f16x w = form == NIBBLES && READS_NIBBLES ? nibble_weights(&scales, at + 8 * i, j)
-                                                        : next_weights(form, &scales, &codes, at + 16 * (i + j));
+        const f16x w = form >= NIBBLES && READS_CODES ? read_weights(form, &scales, at + 8 * i, codes.high, j)
+                                                      : next_weights(form, &scales, &codes, at + 16 * (i + j));
         store16(to + 16 * (first + i + j), w);
       }
+      if (form > NIBBLES && READS_CODES) codes.high = shift_right(codes.high, 8 * high_bits(form));
     }
     at += code_bytes(form);
   }
