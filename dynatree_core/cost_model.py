@@ -44,6 +44,9 @@ class CostModel:
     target_pass_seconds: StepFunction  # by the rows of the pass: drafted nodes and the root
     drafter_level_seconds: StepFunction  # by the nodes of the level, whose children the drafter proposes
     rest_seconds: float  # making, laying out and committing a small tree, of one sequence after the other
+    # by the tokens that the drafter follows in the pass that proposes for a root behind them: what they add to that. If
+    # None, what as many nodes add to a level, which is no less, since a level has probabilities computed for each node
+    drafter_follow_seconds: StepFunction | None = None
 
     if not TYPE_CHECKING:  # a type checker knows the new names only
 
@@ -60,10 +63,9 @@ class CostModel:
         return self.target_pass_seconds(1 + num_drafted) + drafting + self.rest_seconds
 
     def catch_up_seconds(self, num_tokens: int) -> float:
-        """What it takes the drafter to follow so many tokens, in the pass that proposes for a root behind them.
-
-        By the price of a level over as many nodes, which is no less: a level has probabilities computed for each node.
-        """
+        """What it takes the drafter to follow so many tokens, in the pass that proposes for a root behind them."""
+        if self.drafter_follow_seconds is not None:
+            return self.drafter_follow_seconds(num_tokens)
         return self.drafter_level_seconds(num_tokens + 1) - self.drafter_level_seconds(1)
 
     def beside(self, num_sequences: int, rows: int, width: int) -> CostModel:
@@ -128,10 +130,14 @@ def _charged(costs: CostModel, num_sequences: int, rows: int, width: int) -> Cos
         return max(num_sequences * (level(width + own) - level(width)), level(num_sequences * own))
 
     at_rows, at_width = range(1, target.at[-1] + 1), range(1, level.at[-1] + 1)
+    follow = costs.drafter_follow_seconds
+    if follow is not None:  # a text that nobody else reads
+        follow = StepFunction(follow.at, tuple(num_sequences * seconds for seconds in follow.seconds))
     return CostModel(
         StepFunction(tuple(at_rows), tuple(map(of_rows, at_rows))),
         StepFunction(tuple(at_width), tuple(map(of_level, at_width))),
         num_sequences * costs.rest_seconds,
+        follow,
     )
 
 

@@ -22,6 +22,10 @@ of all has it read the prompt (`Frontier.num_behind`). That is paid once and ser
 out over the next `PAYBACK` iterations, or as many as are left: a look has to pay its share, and the account is charged
 so much in each of them. What is not charged yet when drafting stops is lost beyond what the account allows.
 
+A look may be free (`Frontier.is_look_free`): where a text is copied, a union knows enough without its model, which then
+follows nothing. Such a look costs what the host does. What looks win is learnt of either kind by itself, since what is
+won where a text is copied says nothing about what the model would win elsewhere.
+
 Where several sequences share their passes, all of this goes by what a tree is charged there (`Frontier.charged_costs`):
 each second that it adds delays every one of them, and counts for each.
 """
@@ -52,7 +56,7 @@ STAKE, MAX_LOSS = 0.75, 0.015  # steps: what drafting may lose, and what an iter
 FIRST_DEPTH = 4
 RESERVE = 8.0  # steps that the account holds at most: as much is lost before a change of the text is answered
 PAYBACK = 32  # iterations over which the price of catching up is shared out
-IDLE_SHARE = 0.002  # of the way back to the prior, for each iteration without a look: how soon one is tried again
+IDLE_SHARE = 0.002  # of the way back to the prior, for each iteration without such a look: how soon one is tried again
 
 CPU_NUMBERS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
@@ -108,7 +112,9 @@ class CostAware:
     depth_limit: int = attrs.field(default=FIRST_DEPTH, init=False, repr=False)
     debt: float = attrs.field(default=0.0, init=False, repr=False)  # steps that catching up took, not charged yet
     instalment: float = attrs.field(default=0.0, init=False, repr=False)  # steps of it that an iteration is charged
-    look_value: float = attrs.field(default=PRIOR_LOOK, init=False, repr=False)  # tokens, by path acceptance of a level
+    # tokens that a look wins, by path acceptance of its level: one that costs something, and one that is free
+    look_value: float = attrs.field(default=PRIOR_LOOK, init=False, repr=False)
+    free_look_value: float = attrs.field(default=PRIOR_LOOK, init=False, repr=False)
     is_recalled: bool = attrs.field(default=False, init=False, repr=False)
     levels: list[Frontier] = attrs.field(factory=list, init=False, repr=False)  # of this iteration, that it said yes to
     costs: CostModel | None = attrs.field(default=None, init=False, repr=False)
@@ -132,10 +138,10 @@ class CostAware:
                 self.is_recalled = True
         if frontier.depth >= min(self.max_depth, self.depth_limit) or self.account < 0:
             return False
-        mass = self._mass(frontier.tree)
-        costs = frontier.charged_costs
-        seconds = level_seconds(costs, frontier.width) + frontier.catch_up_seconds / _payback(frontier)
-        pays = mass * self.look_value > self._rate(costs) * seconds
+        costs, is_free = frontier.charged_costs, frontier.is_look_free
+        tokens = self._mass(frontier.tree) * (self.free_look_value if is_free else self.look_value)
+        seconds = level_seconds(costs, frontier.width, is_free=is_free) + frontier.catch_up_seconds / _payback(frontier)
+        pays = tokens > self._rate(costs) * seconds
         if pays:
             self.levels.append(frontier)
         return pays
@@ -155,7 +161,8 @@ class CostAware:
         best_values, best_own, at_parents = _on_host(values, own[places], at_parent)
         wins = self._wins(best_values, tree.num_drafted, self._rate(costs), costs, self.max_depth - frontier.depth - 1)
         num_children = int(wins.argmax())
-        self._learn_look(float(wins[num_children]) / max(sum(at_parents), 1e-6))
+        won = float(wins[num_children]) / max(sum(at_parents), 1e-6)
+        self._learn_look(won, 0.1, is_free=frontier.proposals.is_free)
         if num_children == 0:
             return torch.zeros(frontier.width, dtype=torch.int64, device=device)
         # who is worth as much as the last of them may be held down by a sibling, and comes too
@@ -183,8 +190,8 @@ class CostAware:
         self.estimator.observe(report)
         # another policy may have ended the tree before anybody looked, or have decided the widths afterwards
         asked = [frontier for frontier in self.levels if frontier.is_drafter_asked]
-        if not asked:
-            self._learn_look(None)
+        for is_free in {False, True} - {frontier.proposals.is_free for frontier in asked}:
+            self._learn_look(PRIOR_LOOK, IDLE_SHARE, is_free=is_free)
         if self.costs is not None:
             seconds = self.costs.iteration_seconds(report.tree.num_drafted, [])
             for level in asked:
@@ -272,10 +279,12 @@ class CostAware:
             self._tables = costs, verify, growth
         return self._tables[1:]
 
-    def _learn_look(self, tokens: float | None) -> None:
+    def _learn_look(self, tokens: float, share: float, *, is_free: bool) -> None:
         """What a look has won, given that its level is accepted; an iteration without one leads back to the prior."""
-        share = IDLE_SHARE if tokens is None else 0.1
-        self.look_value += share * ((PRIOR_LOOK if tokens is None else tokens) - self.look_value)
+        if is_free:
+            self.free_look_value += share * (tokens - self.free_look_value)
+        else:
+            self.look_value += share * (tokens - self.look_value)
 
     def _count(self, report: StepReport) -> None:
         """How often an accepted node with children has an accepted child."""

@@ -23,7 +23,8 @@ others.
 A model as drafter follows the text when it is asked, so the first look in a while has it catch up, and the first of all
 has it read the prompt (`Frontier.num_behind`). That is paid once and serves all trees to come. It is begun where it is
 expected to take no more than a `LOAN`th of the plain steps that are left, and the account is charged in `PAYBACK`
-instalments. What is not charged yet when drafting stops is lost beyond the bound.
+instalments. What is not charged yet when drafting stops is lost beyond the bound. Where it is not begun, a tree grows
+only as long as looks are free (`Frontier.is_look_free`), as they are in a union while a text is copied.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Governor:
     depth_limit: int = attrs.field(default=0, init=False, repr=False)
     is_staked: bool = attrs.field(default=False, init=False, repr=False)  # whether the account has begun
     is_drafting: bool = attrs.field(default=False, init=False, repr=False)  # in the iteration that is under way
-    root: Frontier | None = attrs.field(default=None, init=False, repr=False)  # of that iteration
+    behind: list[Frontier] = attrs.field(factory=list, init=False, repr=False)  # its levels with a text to follow first
     token_seconds: float | None = attrs.field(default=None, init=False, repr=False)  # of catching up with a token
     debt: float = attrs.field(default=0.0, init=False, repr=False)  # seconds that catching up took, not charged yet
     instalment: float = attrs.field(default=0.0, init=False, repr=False)  # seconds of it that an iteration is charged
@@ -87,9 +88,13 @@ class Governor:
     @hookimpl(tryfirst=True)
     def should_expand(self, frontier: Frontier) -> bool:
         if frontier.depth == 0:
-            self.load, self.root = frontier.num_sequences, frontier
-            self.is_drafting = self._may_draft() and self._may_catch_up(frontier)
-        return self.is_drafting and frontier.depth < max(self.depth_limit, self.probe_depth)
+            self.load, self.behind = frontier.num_sequences, []
+            self.is_drafting = self._may_draft() and self._may_look(frontier)
+        if not self.is_drafting or frontier.depth >= max(self.depth_limit, self.probe_depth):
+            return False
+        if frontier.num_behind >= FEW:
+            self.behind.append(frontier)
+        return frontier.depth == 0 or self._may_look(frontier)
 
     @hookimpl
     def on_iteration_end(self, report: StepReport) -> None:
@@ -106,7 +111,7 @@ class Governor:
         self.account -= due
         self.debt -= due
         self.instalment = self.instalment if self.debt > 0 else 0.0
-        self.is_drafting, self.root = False, None  # where nobody asks, there is no tree
+        self.is_drafting, self.behind = False, []  # where nobody asks, there is no tree
 
     @property
     def _is_crowded(self) -> bool:
@@ -125,12 +130,14 @@ class Governor:
         is_known = len(self._steps) >= MIN_PLAIN and num_since < self.refresh
         return is_known and self.account >= self._expected_loss()
 
-    def _may_catch_up(self, frontier: Frontier) -> bool:
+    def _may_look(self, frontier: Frontier) -> bool:
+        """Whether the text that the drafter follows first is short enough, if it follows any."""
         if frontier.num_behind < FEW or frontier.num_tokens_left is None:
             return True
         step = self._step_seconds()
         of_token = TOKEN_SHARE * step if self.token_seconds is None else self.token_seconds
-        return frontier.num_behind * of_token * self.load <= LOAN * step * frontier.num_tokens_left
+        is_short = frontier.num_behind * of_token * self.load <= LOAN * step * frontier.num_tokens_left
+        return is_short or frontier.is_look_free
 
     def _expected_loss(self) -> float:
         """Seconds that the next iteration with drafting will lose, going by the last ones."""
@@ -172,8 +179,9 @@ class Governor:
         win = min((num_tokens - 1) * step - added, (num_tokens - 1 - least) * step)
         if self._is_crowded and drafted_beside == 0:  # the others have stopped, so what it has to beat is shorter
             self.num_since_off, win = self.refresh, min(win, 0.0)
-        if win < 0 and self._has_caught_up:
-            self._borrow(-win)
+        caught_up = self._caught_up
+        if win < 0 and caught_up is not None:
+            self._borrow(-win, caught_up)
             return
         self.seen[self.load].wins.append(win)
         limit = max(self.depth_limit, self.probe_depth)
@@ -183,14 +191,14 @@ class Governor:
             self.depth_limit = self.probe_depth
 
     @property
-    def _has_caught_up(self) -> bool:
-        return self.root is not None and self.root.num_behind >= FEW and self.root.is_drafter_asked
+    def _caught_up(self) -> Frontier | None:
+        """The level of this iteration whose look had the drafter catch up; None: it had not."""
+        return next((one for one in self.behind if one.is_drafter_asked and not one.proposals.is_free), None)
 
-    def _borrow(self, seconds: float) -> None:
+    def _borrow(self, seconds: float, caught_up: Frontier) -> None:
         """What an iteration lost in which the drafter had to catch up, to be charged bit by bit."""
-        assert self.root is not None, "who has caught up was asked about a root"
-        left = self.root.num_tokens_left
-        self.token_seconds = seconds / (self.root.num_behind * self.load)
+        left = caught_up.num_tokens_left
+        self.token_seconds = seconds / (caught_up.num_behind * self.load)
         self.debt += seconds
         self.instalment = max(self.instalment, self.debt / (PAYBACK if left is None else max(min(PAYBACK, left), 1)))
 

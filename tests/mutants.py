@@ -903,6 +903,30 @@ MUTANTS = (
         ("tests/test_following.py::test_the_price_of_a_look_has_that_of_catching_up_in_it",),
     ),
     Mutant(
+        "following is priced as a level",
+        "if self.drafter_follow_seconds is not None:",
+        "if False:",
+        ("tests/test_free_looks.py::test_following_is_priced_by_what_was_measured",),
+    ),
+    Mutant(
+        "no look of a union is known to be free",
+        "return self._heard[2] < LITTLE",
+        "return False",
+        ("tests/test_free_looks.py::test_what_is_said_before_the_look_is_what_the_look_says",),
+    ),
+    Mutant(
+        "what free looks win is believed of the model",
+        "(self.free_look_value if is_free else self.look_value)",
+        "self.free_look_value",
+        ("tests/test_free_looks.py::test_what_free_looks_win_says_nothing_about_the_model",),
+    ),
+    Mutant(
+        "a tree that may grow by free looks only has a prompt read",
+        "return frontier.depth == 0 or self._may_look(frontier)",
+        "return True",
+        ("tests/test_free_looks.py::test_a_governor_lets_a_tree_grow_where_looks_are_free_and_no_further",),
+    ),
+    Mutant(
         "a tree that fails takes what was followed along",
         "self.num_settled = self.cache.length - 1  # whatever",
         "self.num_settled = self.cache.length  # whatever",

@@ -29,7 +29,7 @@ from dynatree_core.clock import StageClock
 from dynatree_core.drafters.base import DraftPlan
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
-from dynatree_policies.cost_aware import MAX_LOSS, PAYBACK, STAKE, CostAware, level_seconds
+from dynatree_policies.cost_aware import MAX_LOSS, STAKE, CostAware, level_seconds
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 DEAR = linear(1.0, 2.0, 9.0)  # no look pays
@@ -146,10 +146,13 @@ def test_it_says_what_one_says_that_was_asked_all_the_time(family, data):
             eager.commit(())
 
 
-def frontier(costs: CostModel, num_behind: int, tokens_left: int | None = None, **load: int) -> Frontier:
-    proposals = Proposals(torch.arange(4)[None], torch.tensor([[0.9, 0.05, 0.02, 0.01]]).log())
+def frontier(
+    costs: CostModel, num_behind: int, tokens_left: int | None = None, *, is_free: bool = False, **load: int
+) -> Frontier:
+    probs = torch.tensor([[0.9, 0.05, 0.02, 0.01]])
+    proposals = Proposals(torch.arange(4)[None], probs.log(), is_free=is_free)
     root = TokenTree.root(torch.tensor([0]))
-    told = {"num_behind": num_behind, "num_tokens_left": tokens_left, **load}
+    told = {"num_behind": num_behind, "num_tokens_left": tokens_left, "is_look_free": lambda: is_free, **load}
     return Frontier(root, 0, 64, 4, lambda: proposals, lambda: costs, **told)
 
 
@@ -176,24 +179,26 @@ def test_a_look_has_to_pay_its_share_of_catching_up():
 
 
 @given(
-    st.lists(st.tuples(st.floats(0.0, 1.0), st.booleans()), min_size=1, max_size=80), st.integers(0, 300),
-    st.floats(0.0, 0.05),
+    st.lists(st.tuples(st.floats(0.0, 1.0), st.booleans(), st.booleans()), min_size=1, max_size=80),
+    st.integers(0, 300), st.floats(0.0, 0.05), st.booleans(),
 )  # fmt: skip
-def test_what_is_lost_by_catching_up_is_bounded(iterations, prompt, a_token):
+def test_what_is_lost_by_catching_up_is_bounded(iterations, prompt, a_token, is_measured):
     """By the cost model no more than the account allows, one iteration, and what was not charged when it asked last."""
     seconds = tuple(0.1 + a_token * width for width in range(500))
     costs = attrs.evolve(BY_NODE, drafter_level_seconds=StepFunction(tuple(range(1, 501)), seconds))
+    if is_measured:
+        costs = attrs.evolve(costs, drafter_follow_seconds=StepFunction((1,), (a_token,)))
     policy, losses, behind, largest, owed = CostAware(max_depth=1), [], prompt, 0.0, 0.0
-    for claim, is_right in iterations:
-        root, tree, own = frontier(costs, behind), TokenTree.root(torch.tensor([0])), 0.0
-        root = attrs.evolve(root, propose=lambda claim=claim: claimed(claim))
+    for claim, is_right, is_free in iterations:
+        root, tree, own = frontier(costs, behind, is_free=is_free), TokenTree.root(torch.tensor([0])), 0.0
+        root = attrs.evolve(root, propose=lambda claim=claim, is_free=is_free: claimed(claim, is_free))
         asks = policy.should_expand(root)
         if asks:
-            own = level_seconds(costs, 1)
+            own = level_seconds(costs, 1, is_free=is_free)
             if policy.branch_factor(root).item():
                 tree = tree.grow(torch.tensor([0]), torch.tensor([1]), torch.tensor([claim]).log())
             losses.append(root.catch_up_seconds)
-            behind = 0
+            behind = behind if is_free else 0
         path = (1,) if is_right and tree.num_drafted else ()
         policy.on_iteration_end(StepReport(0, tree, Verdict(path, path, (1,) * (1 + len(path)))))
         step = costs.plain_step_seconds()
@@ -203,11 +208,11 @@ def test_what_is_lost_by_catching_up_is_bounded(iterations, prompt, a_token):
         behind += 1 + len(path)
         owed = policy.debt + policy.instalment if asks else owed
         assert sum(losses) <= (STAKE + MAX_LOSS * len(iterations) + owed) * step + largest + 1e-6
-        assert policy.debt * step <= a_token * (prompt + PAYBACK * 3) + 1e-6
+        assert policy.debt * step <= a_token * (prompt + len(iterations) * 3) + 1e-6
 
 
-def claimed(claim: float) -> Proposals:
-    return Proposals(torch.arange(4)[None], torch.tensor([[claim, 0.0, 0.0, 0.0]]).log())
+def claimed(claim: float, is_free: bool) -> Proposals:
+    return Proposals(torch.arange(4)[None], torch.tensor([[claim, 0.0, 0.0, 0.0]]).log(), is_free=is_free)
 
 
 @pytest.mark.parametrize("num_sequences", [1, 2, 4])
@@ -236,15 +241,17 @@ class Played:
         self.num_sequences, self.num_behind, self.left = num_sequences, num_behind, tokens_left
         self.drafted: list[bool] = []
 
-    def step(self, *, accepted: bool, a_tree: float, a_token: float = 0.0, drafted_beside: int = 0) -> float:
+    def step(
+        self, *, accepted: bool, a_tree: float, a_token: float = 0.0, drafted_beside: int = 0, is_free: bool = False
+    ) -> float:
         """Play an iteration, and say what it took."""
-        root = frontier(BY_NODE, self.num_behind, self.left, num_sequences=self.num_sequences)
+        root = frontier(BY_NODE, self.num_behind, self.left, is_free=is_free, num_sequences=self.num_sequences)
         drafts = self.stack.should_expand(root).value is not False
         seconds, tree = 1.0 + a_tree * drafted_beside, root.tree
         if drafts:
             assert root.proposals
-            seconds += a_tree + a_token * self.num_behind
-            self.num_behind = 0
+            seconds += a_tree + (0.0 if is_free else a_token * self.num_behind)
+            self.num_behind = self.num_behind if is_free else 0
             tree = tree.grow(torch.tensor([0]), torch.tensor([1]), torch.tensor([0.0]))
         path = (1,) if accepted and drafts else ()
         self.num_behind += 1 + len(path)
@@ -270,14 +277,17 @@ def test_a_governor_does_not_have_a_prompt_read_for_a_short_text():
     assert seconds < 0.7 * (600 - played.left)
 
 
-@given(st.integers(1, 4), st.integers(0, 300), st.floats(0.0, 0.03), st.floats(0.05, 2.0))
-def test_a_governor_loses_its_bound_and_what_it_has_not_been_charged_for(num_sequences, prompt, a_token, a_tree):
+@given(
+    st.integers(1, 4), st.integers(0, 300), st.floats(0.0, 0.03), st.floats(0.05, 2.0),
+    st.lists(st.booleans(), min_size=120, max_size=120),
+)  # fmt: skip
+def test_a_governor_loses_its_bound_and_what_it_has_not_been_charged_for(num_sequences, prompt, a_token, a_tree, free):
     """When it has drafted last: that is charged later, and then it does not draft."""
     played, lost, largest, owed = Played(num_sequences, prompt, 400), 0.0, 0.0, 0.0
     governor = played.stack.find("governor")
-    for _ in range(120):
+    for is_free in free:
         behind = played.num_behind
-        seconds = played.step(accepted=False, a_tree=a_tree, a_token=a_token)
+        seconds = played.step(accepted=False, a_tree=a_tree, a_token=a_token, is_free=is_free)
         if played.drafted[-1]:
             lost += (seconds - 1.0) * num_sequences
             largest = max(largest, a_tree * num_sequences + min(behind, 8) * a_token * num_sequences)

@@ -349,16 +349,17 @@ def test_policies_that_were_interrupted_are_copied_without_what_they_ask(stack):
     target = tiny_model("llama")
     drafter, now = Interrupting(perturbed("llama")), itertools.count().__next__
     engine = Engine(target, drafter, pads_trees=True, runner="eager", costs=NOMINAL_COSTS, now=now)
-    session = Session.on(engine, [1, 2, 3], policy=stack, max_new_tokens=30, eos_token_id=[])
+    prompt = [*range(1, 11)]  # long enough for a governor to keep whose look has it read
+    session = Session.on(engine, prompt, policy=stack, max_new_tokens=30, eos_token_id=[])
     with pytest.raises(KeyboardInterrupt):
         [*run(session)]
-    kept = [part for policy in session.stack.policies.values() for part in (getattr(policy, "root", None), policy)]
-    assert any(isinstance(part, Frontier) or getattr(part, "levels", None) for part in kept), "of the broken iteration"
+    kept = [getattr(policy, name, []) for policy in session.stack.policies.values() for name in ("behind", "levels")]
+    assert any(isinstance(level, Frontier) for levels in kept for level in levels), "of the broken iteration"
     copied = AssertionError("a model was copied")
     with mock.patch.object(type(target), "__deepcopy__", create=True, side_effect=copied):
         copy.deepcopy(session.stack)
         [*run(session)]
-    assert session.new_token_ids == reference(target, [1, 2, 3], 30)
+    assert session.new_token_ids == reference(target, prompt, 30)
 
 
 def test_policies_that_do_not_draft_are_copied_ever_less_often():

@@ -72,6 +72,7 @@ def calibrate(
         measured = {
             **{name: attrs.asdict(seconds) for name, seconds in shown.items()},
             "rest_seconds": costs.rest_seconds,
+            "follow": costs.drafter_follow_seconds and attrs.asdict(costs.drafter_follow_seconds),
         }
         document = {"target": target or "default", "drafter": drafter, **made_with(loaded), "costs": measured}
         click.echo(json.dumps(document))
@@ -90,7 +91,10 @@ def _cost_table(costs: CostModel) -> Table:
     for what, seconds in (
         ("target's pass, by rows", costs.target_pass_seconds),
         ("drafter's level, by nodes", costs.drafter_level_seconds),
+        ("drafter's catching up, by tokens", costs.drafter_follow_seconds),
     ):
+        if seconds is None:
+            continue
         for count, at_count in zip(seconds.at, seconds.seconds, strict=True):
             cells = (str(count), f"{1000 * at_count:.2f}", f"{at_count / costs.target_pass_seconds(1):.2f}")
             table.add_row(what, *cells, end_section=count == seconds.at[-1])

@@ -236,6 +236,17 @@ class DraftState(abc.ABC):
         """
         return 0
 
+    def is_look_free(self, committed_ids: Tensor, tree: TokenTree, k: int) -> bool:
+        """Whether `propose`, asked so, would take no pass of a model and follow no text, as its `is_free` says then.
+
+        Policies ask before they look, about any level that `propose` may be called for, so it has to be cheap. Whether
+        they look then is open. A state that is capturable must answer without waiting for a device.
+
+        Args:
+            committed_ids, tree, k: as for `propose`.
+        """
+        return False
+
     def num_bytes(self, num_committed: int | None = None) -> int:
         """What its caches take up: by now, or in an iteration that begins with so many committed tokens."""
         return 0
@@ -319,6 +330,9 @@ class _ElsewhereState(DraftState):
 
     def num_behind(self, num_committed: int) -> int:
         return self.state.num_behind(num_committed)
+
+    def is_look_free(self, committed_ids: Tensor, tree: TokenTree, k: int) -> bool:
+        return self.state.is_look_free(self._copied(committed_ids), tree.to(self.device), k)
 
     def num_bytes(self, num_committed: int | None = None) -> int:
         return self.state.num_bytes(num_committed)

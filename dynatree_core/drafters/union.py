@@ -8,6 +8,7 @@ drafter before is not asked at all, so drafting a text that is being copied take
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator, Iterator, Sequence
 
 import attrs
@@ -89,7 +90,20 @@ class UnionState(DraftState):
     """
 
     def __init__(self, states: Sequence[DraftState], have_models: Sequence[bool], names: Sequence[str]) -> None:
-        self.states, self.have_models, self.names = states, have_models, names
+        self.states = states
+        # a drafter whose levels may be skipped has a cost that skipping saves, even where it names no model
+        self._parts = [
+            (state, has_model or state.can_skip_levels, name)
+            for state, has_model, name in reversed([*zip(states, have_models, names, strict=True)])
+        ]  # in the order in which they are heard, each with whether it costs anything
+        self._first = [state for state, _, _ in itertools.takewhile(lambda part: not part[1], self._parts)]
+        others = self._parts[len(self._first) :]
+        # a look is free where all that costs anything is skipped, which those decide that are heard first
+        self._can_be_free = bool(self._first and others) and all(
+            state.can_skip_levels or not is_dear for state, is_dear, _ in others
+        )
+        # of a level, before `propose` was asked: which it is, what was proposed, and the largest rest of any node
+        self._heard: tuple[tuple[int, ...], list[Proposals], float] | None = None
 
     def prefill(self, committed_ids: Tensor) -> None:
         for state in self.states:
@@ -103,20 +117,40 @@ class UnionState(DraftState):
         return by_itself(self.proposing(committed_ids, tree, k))
 
     def proposing(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Generator[AskedPass, PassOutput, Proposals]:
+        known: list[Proposals] = []
+        left_over = 1.0  # the largest rest of any node; read once for each drafter, since a device has to be waited for
+        if self._heard is not None and self._heard[0] == _place(committed_ids, tree, k):
+            _, known, left_over = self._heard
+        num_summed = len(known)
         heard: list[Proposals] = []  # the last drafter's first
         names: list[str] = []
         was_skipped, was_model_asked = False, False
-        for state, has_model, name in reversed([*zip(self.states, self.have_models, self.names, strict=True)]):
-            if heard and state.can_skip_levels and _most_left_over(heard) < LITTLE:
-                was_skipped = True
-                continue
-            proposals = yield from proposing_of(state, committed_ids, tree, k)
+        for number, (state, is_dear, name) in enumerate(self._parts):
+            if heard and state.can_skip_levels:
+                if num_summed != len(heard):
+                    left_over, num_summed = _most_left_over(heard), len(heard)
+                if left_over < LITTLE:
+                    was_skipped = True
+                    continue
+            if number < len(known):
+                proposals = known[number]
+            else:
+                proposals = yield from proposing_of(state, committed_ids, tree, k)
             heard.append(proposals)
             names.append(name)
-            # a drafter whose levels may be skipped has a cost that skipping saves, even where it names no model
-            was_model_asked |= (has_model or state.can_skip_levels) and not heard[-1].is_free
+            was_model_asked |= is_dear and not proposals.is_free
         is_free = was_skipped and not was_model_asked
         return attrs.evolve(_combined(heard, k), is_free=is_free, heard=tuple(zip(names, heard, strict=True)))
+
+    def is_look_free(self, committed_ids: Tensor, tree: TokenTree, k: int) -> bool:
+        """By what those say that are heard first and cost nothing. They are not asked again when `propose` is."""
+        if not self._can_be_free:
+            return False
+        place = _place(committed_ids, tree, k)
+        if self._heard is None or self._heard[0] != place:
+            heard = [by_itself(proposing_of(state, committed_ids, tree, k)) for state in self._first]
+            self._heard = place, heard, _most_left_over(heard)
+        return self._heard[2] < LITTLE
 
     def num_behind(self, num_committed: int) -> int:
         return sum(state.num_behind(num_committed) for state in self.states)
@@ -137,12 +171,19 @@ class UnionState(DraftState):
         return [runner for state in self.states for runner in state.runners()]
 
     def commit(self, draft_path: tuple[int, ...]) -> None:
+        self._heard = None
         for state in self.states:
             state.commit(draft_path)
 
     def rollback(self) -> None:
+        self._heard = None
         for state in self.states:
             state.rollback()
+
+
+def _place(committed_ids: Tensor, tree: TokenTree, k: int) -> tuple[int, ...]:
+    """Which level is asked about: each is once in an iteration."""
+    return committed_ids.numel(), tree.max_depth, tree.num_nodes, k
 
 
 def _combined(heard: Sequence[Proposals], k: int) -> Proposals:

@@ -25,7 +25,7 @@ from torch import nn
 
 from dynatree_core.clock import StageClock
 from dynatree_core.cost_model import CostModel, StepFunction
-from dynatree_core.drafters.base import Drafter, DraftPlan, device_of
+from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, device_of
 from dynatree_core.files.folders import cache_root
 from dynatree_core.files.writing import write_text
 from dynatree_core.models.architectures import max_positions, vocab_size
@@ -45,10 +45,11 @@ __all__ = ["folder", "isotonic", "measured_costs"]
 # row counts to measure of the target's passes; with coarser steps a policy would always fill up to the next step
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 WIDTHS = (1, 2, 4, 8, 16, 32)  # node counts to measure of the drafter's levels
+FOLLOWED = (4, 16, 64)  # token counts to measure of texts that the drafter follows, fewer where the context is shorter
 PREFIX = 32  # committed tokens behind which passes are measured, fewer where the context is shorter
 ROUNDS = 3  # after a first round to warm up; `dynatree calibrate` makes more
 PATIENCE = 3.0  # seconds
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # a kept measurement is replaced if a pass over one row now takes more than this many times as long, or as little
 STALE_FACTOR = 1.5
 
@@ -92,21 +93,26 @@ def measured_costs(
         is_anew,
         known,
     )
-    levels: dict[str, Any] = {"at": [1], "seconds": [0.0]}
+    of_drafter: dict[str, Any] = {"draft": {"at": [1], "seconds": [0.0]}, "follow": None}
     if drafter is not None:
         beside = drafters_runner(runner)
-        levels = _recalled(
+        of_drafter = _recalled(
             _identity_of_levels(drafter, target, beside),
             lambda: _measure_drafter(drafter, target, beside, tokenizer, known, *effort),
             _one_level(drafter, target, beside, tokenizer, known),
             is_anew,
             known,
-        )["draft"]
+        )
     return CostModel(
-        target_pass_seconds=StepFunction(tuple(of_target["verify"]["at"]), tuple(of_target["verify"]["seconds"])),
-        drafter_level_seconds=StepFunction(tuple(levels["at"]), tuple(levels["seconds"])),
+        target_pass_seconds=_step_function(of_target["verify"]),
+        drafter_level_seconds=_step_function(of_drafter["draft"]),
         rest_seconds=of_target["rest"],
+        drafter_follow_seconds=of_drafter["follow"] and _step_function(of_drafter["follow"]),
     )
+
+
+def _step_function(found: Mapping[str, Any]) -> StepFunction:
+    return StepFunction(tuple(found["at"]), tuple(found["seconds"]))
 
 
 def folder() -> Path:
@@ -236,7 +242,13 @@ def _measure_drafter(
         bench = _DrafterBench(drafter, target, runner, tokenizer, store)
         points = {width: functools.partial(bench.level, width) for width in WIDTHS}
         seconds = _interleaved(points, rounds, patience, bench.device)
-    return {"draft": {"at": list(WIDTHS), "seconds": isotonic(list(seconds.values()))}}
+        follow = None
+        if bench.followed:
+            lengths = {length: functools.partial(bench.follow, length) for length in (0, *bench.followed)}
+            at_none, *behind = _interleaved(lengths, rounds, patience, bench.device).values()
+            added = isotonic([max(one - at_none, 0.0) for one in behind])
+            follow = {"at": list(bench.followed), "seconds": added}
+    return {"draft": {"at": list(WIDTHS), "seconds": isotonic(list(seconds.values()))}, "follow": follow}
 
 
 def _one_row(target: nn.Module, runner: str) -> Callable[[], float]:
@@ -329,22 +341,24 @@ class _DrafterBench:
     ) -> None:
         self.device = computing_device(target)
         num_prefix = min(_prefix_len(target), _room(drafter.context_limit(target)))
-        clock = StageClock(self.device)
         size = vocab_size(target)
+        # a text that repeats nothing, since a union does not ask its model where prompt lookup knows enough
+        limits = (max_positions(target), drafter.context_limit(target))
+        self.text = torch.arange(min(size, *(_room(limit, max(FOLLOWED) + 1) for limit in limits)), device=self.device)
+        self.committed_ids = torch.arange(num_prefix, device=self.device) % size
         plan = DraftPlan(
             size,
-            num_prefix + 2,
+            max(num_prefix, len(self.text)) + 2,
             max(WIDTHS),
             self.device,
-            clock,
+            StageClock(self.device),
             target,
             runner=runner,
             tokenizer=tokenizer,
             store=store,
         )
-        # a text that repeats nothing, since a union does not ask its model where prompt lookup knows enough
-        self.committed_ids = torch.arange(num_prefix, device=self.device) % size
-        self.state = drafter.begin(plan)
+        self._begin = functools.partial(drafter.begin, plan)
+        self.state = self._begin()
         self.state.prefill(self.committed_ids[:-1])
 
     def level(self, width: int) -> float:
@@ -354,6 +368,25 @@ class _DrafterBench:
         with _stopwatch(self.device) as seconds:
             self.state.propose(self.committed_ids, tree, 4).logprobs.sum()
         self.state.rollback()
+        return seconds[0]
+
+    @property
+    def followed(self) -> Sequence[int]:
+        """Numbers of tokens that the drafter follows when it is asked; none where it does before, or not at all."""
+        lengths = [length for length in FOLLOWED if length < len(self.text)]
+        return [length for length in lengths if self._unasked(length).num_behind(length + 1) > 0]
+
+    def _unasked(self, length: int) -> DraftState:
+        state = self._begin()
+        state.prefill(self.text[:length])
+        return state
+
+    def follow(self, length: int) -> float:
+        """Seconds to propose children for a root behind so many tokens that nobody has asked about."""
+        state, text = self._unasked(length), self.text[: length + 1]
+        root = TokenTree.root(text[-1:].clone())
+        with _stopwatch(self.device) as seconds:
+            state.propose(text, root, 4).logprobs.sum()
         return seconds[0]
 
 
@@ -371,9 +404,9 @@ def _prefix_len(model: nn.Module) -> int:
     return _room(max_positions(model))
 
 
-def _room(limit: int | None) -> int:
-    """As many committed tokens as a context has room for besides a tree of one level; PREFIX at most."""
-    return PREFIX if limit is None else max(min(PREFIX, limit - 2), 1)
+def _room(limit: int | None, most: int = PREFIX) -> int:
+    """As many committed tokens as a context has room for besides a tree of one level; so many at most."""
+    return most if limit is None else max(min(most, limit - 2), 1)
 
 
 @contextmanager

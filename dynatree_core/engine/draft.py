@@ -83,7 +83,7 @@ def _ask(lane: Lane, tree: TokenTree, shared: SharedProposals) -> Level | _Wante
     if growth is not None and growth.is_over:
         return level("refused")
     left = nodes_left if growth is None else functools.partial(growth.nodes_left, tree)
-    frontier = lane.frontier(tree, left, lambda: shared.of(lane))
+    frontier = lane.frontier(tree, left, lambda: shared.of(lane), lambda: shared.is_look_free(lane))
     expand = lane.stack.should_expand(frontier)
     if expand.value is False:
         shared.leave(lane)

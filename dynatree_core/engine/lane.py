@@ -243,6 +243,7 @@ class Lane:
         tree: TokenTree,
         nodes_left: int | Callable[[], Tensor],
         propose: Callable[[], Proposals],
+        is_look_free: Callable[[], bool],
         num_behind: int | None = None,
     ) -> Frontier:
         """What the policies see of a growing tree.
@@ -251,6 +252,7 @@ class Lane:
             tree: the tree so far.
             nodes_left: drafted nodes that the budget allows, or what counts them.
             propose: asks the drafter about the tree's last level.
+            is_look_free: whether that takes no pass of a model.
             num_behind: tokens that the drafter has not followed; None: as it is now.
         """
         return Frontier(
@@ -265,6 +267,7 @@ class Lane:
             width_beside=sum(sizes[tree.max_depth] for sizes in self.beside if len(sizes) > tree.max_depth + 1),
             num_behind=self.num_behind if num_behind is None else num_behind,
             num_tokens_left=self.sequence.num_tokens_left,
+            is_look_free=is_look_free,
         )
 
     def check_proposals(self, proposals: object, tree: TokenTree) -> None:

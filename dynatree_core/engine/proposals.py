@@ -45,6 +45,21 @@ class SharedProposals:
             raise self._faults.errors[lane]
         return self._proposals[lane]
 
+    def is_look_free(self, lane: Lane) -> bool:
+        """Whether what `of` says takes no pass of a model. Nobody else's proposals are made for that.
+
+        Raises:
+            DrafterError: naming the drafter and the fault.
+        """
+        if lane in self._proposals:
+            return self._proposals[lane].is_free
+        tree = self._undecided.get(lane)
+        if tree is None:  # it has failed, or its tree has ended
+            return False
+        assert lane.draft_state is not None, "a lane without a drafter has no level to look at"
+        with lane.clock.measure("draft", on_device=True), lane.blame_drafter():
+            return lane.draft_state.is_look_free(lane.committed_ids, tree, lane.sequence.limits.max_branch)
+
     def leave(self, lane: Lane) -> None:
         """Its tree ends here, whether it has asked or not.
 

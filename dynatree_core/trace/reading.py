@@ -123,11 +123,11 @@ class SequenceTrace:
         found = None if self.end is None else self.end["costs"]
         if found is None:
             return None
-        passes, levels = (
-            StepFunction(tuple(found[name]["at"]), tuple(found[name]["seconds"]))
-            for name in ("target_pass_seconds", "drafter_level_seconds")
-        )
-        return CostModel(passes, levels, found["rest_seconds"])
+        passes, levels, follow = (
+            found.get(name) and StepFunction(tuple(found[name]["at"]), tuple(found[name]["seconds"]))
+            for name in ("target_pass_seconds", "drafter_level_seconds", "drafter_follow_seconds")
+        )  # the last one is not in traces of versions that did not measure it
+        return CostModel(passes, levels, found["rest_seconds"], follow)
 
 
 @attrs.frozen(eq=False)

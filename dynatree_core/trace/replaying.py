@@ -346,9 +346,7 @@ class _ReplayedState(DraftState):
     def prefill(self, committed_ids: Tensor) -> None: ...
 
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
-        start, parent, token = committed_ids.numel(), tree.parent.tolist(), tree.token_ids.tolist()
-        nodes = range(tree.last_level.start, tree.last_level.stop)
-        found = [self.script.children(start, _path(node, parent, token)) for node in nodes]
+        found = self._found(committed_ids, tree)
         token_ids = torch.zeros(len(found), k, dtype=torch.int64)
         logprobs = torch.full((len(found), k), -math.inf)
         for row, children in enumerate(found):
@@ -359,6 +357,15 @@ class _ReplayedState(DraftState):
         is_free = all(one.is_free for one in known)  # what is not known costs nothing
         self.script.asked(len(found), len(found) - len(known), is_free)
         return Proposals(token_ids, logprobs, is_free=is_free)
+
+    def _found(self, committed_ids: Tensor, tree: TokenTree) -> list[_Children | None]:
+        """What is known of each node of the last level."""
+        start, parent, token = committed_ids.numel(), tree.parent.tolist(), tree.token_ids.tolist()
+        nodes = range(tree.last_level.start, tree.last_level.stop)
+        return [self.script.children(start, _path(node, parent, token)) for node in nodes]
+
+    def is_look_free(self, committed_ids: Tensor, tree: TokenTree, k: int) -> bool:
+        return all(children is not None and children.is_free for children in self._found(committed_ids, tree))
 
     def commit(self, draft_path: tuple[int, ...]) -> None: ...
 

@@ -53,6 +53,8 @@ class Frontier:
     # nobody has asked before. A pass over them comes on top of the level's, once
     num_behind: int = 0
     num_tokens_left: int | None = None  # new tokens that may still be committed; None: nobody knows
+    # as below, or what asks the drafter for who looks
+    _is_look_free: Callable[[], bool] = attrs.field(default=lambda: False, repr=False)
 
     @cached_property
     def nodes_left(self) -> int | Tensor:
@@ -78,12 +80,23 @@ class Frontier:
     @property
     def level_seconds(self) -> float:
         """What the drafter's look at this level is charged, with what it takes to follow the text up to here."""
+        if self.is_look_free:
+            return 0.0
         return self.charged_costs.drafter_level_seconds(self.width) + self.catch_up_seconds
 
     @property
     def catch_up_seconds(self) -> float:
-        """What the drafter is charged for the tokens that it has not followed yet. Once it has, they cost nothing."""
-        return self.charged_costs.catch_up_seconds(self.num_behind)
+        """What the drafter is charged for the tokens that it has not followed yet, if this look has it follow them."""
+        is_caught_up = self.num_behind == 0 or self.is_look_free
+        return 0.0 if is_caught_up else self.charged_costs.catch_up_seconds(self.num_behind)
+
+    @cached_property
+    def is_look_free(self) -> bool:
+        """Whether a look takes no pass of a model and follows no text, as where a union's last drafter knows enough.
+
+        That is known before the look, for the price of asking a drafter without a model. False where nobody can say.
+        """
+        return self.proposals.is_free if self.is_drafter_asked else self._is_look_free()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Frontier:
         """Itself: it says what was at one moment. A copy of a policy that keeps it must not copy what it asks."""
