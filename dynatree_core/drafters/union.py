@@ -196,8 +196,10 @@ def _combined(heard: Sequence[Proposals], k: int) -> Proposals:
 
 def _most_left_over(heard: Sequence[Proposals]) -> float:
     """The largest rest of any node, after all these drafters."""
-    left_over = torch.stack([1 - proposals.logprobs.exp().sum(dim=1) for proposals in heard])
-    return float(left_over.clamp(min=0).prod(dim=0).max())
+    left_over, *others = [1 - proposals.logprobs.exp().sum(dim=1) for proposals in heard]
+    for other in others:
+        left_over = left_over.clamp(min=0) * other.clamp(min=0)
+    return float(left_over.max())
 
 
 def backed_off(first: Proposals, second: Proposals, k: int) -> Proposals:

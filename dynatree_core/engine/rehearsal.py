@@ -59,9 +59,9 @@ class Rehearsal:
             width = level.tree.level_sizes[-1]
             propose = partial(_with_padding, level.proposals, tree.level_sizes[-1])
             num_behind = None if level.tree.max_depth else self.num_behind
-            is_free = level.proposals is not None and level.proposals.is_free
+            is_free = partial(bool, level.proposals is not None and level.proposals.is_free)
             nodes_left = partial(self.growth.nodes_left, tree)
-            frontier = self.frontier_of(tree, nodes_left, propose, lambda is_free=is_free: is_free, num_behind)
+            frontier = self.frontier_of(tree, nodes_left, propose, is_free, num_behind)
             where = f"at depth {level.tree.max_depth}"
             expand, is_expanded = self.stack.should_expand(frontier).value, level.expand.value
             if not _are_alike(expand, is_expanded, width):

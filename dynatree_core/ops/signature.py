@@ -31,6 +31,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import attrs
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -199,22 +201,7 @@ class Visible:
     @classmethod
     def of_mask(cls, mask: Tensor) -> Visible:
         """From a mask [lanes, rows, slots] bool, whose slots ascend with the text; the first lane's rows come first."""
-        lanes, rows, slots = mask.shape
-        mask = mask.reshape(lanes * rows, slots)
-        if slots == 0:
-            nothing = torch.zeros(lanes * rows, dtype=torch.int32)
-            return cls(nothing, nothing, nothing, torch.zeros(lanes * rows + 1, dtype=torch.int32), nothing[:0])
-        start = mask.int().argmax(dim=1)  # the first that is seen
-        places = torch.arange(slots)
-        is_gap = ~mask & (places >= start[:, None])
-        end = torch.where(is_gap.any(dim=1), is_gap.int().argmax(dim=1), slots)
-        end = torch.where(mask.any(dim=1), end, start)
-        rest = mask & (places >= end[:, None])
-        own_start = torch.zeros(lanes * rows + 1, dtype=torch.int32)
-        own_start[1:] = rest.sum(dim=1).cumsum(0)
-        own = rest.nonzero()[:, 1].int()
-        lane = torch.arange(lanes, dtype=torch.int32).repeat_interleave(rows)
-        return cls(lane, start.int(), end.int(), own_start, own)
+        return cls(*map(torch.from_numpy, runs_of_mask(mask)))
 
     def last(self, window: int) -> Visible:
         """Only the last `window` slots of each row: a sliding window, where a row's slots have one position each."""
@@ -227,6 +214,21 @@ class Visible:
         place = torch.arange(self.own.numel()) - self.own_start[:-1].long().repeat_interleave(own_lens.long())
         own = self.own[place >= (own_lens - kept)[row]]
         return Visible(self.lanes, start, self.end, own_start, own)
+
+
+def runs_of_mask(mask: Tensor) -> list[npt.NDArray[np.int32]]:
+    """The numbers of `Visible.of_mask`, in its order. For so few of them numpy takes a fraction of torch's time."""
+    lanes, rows, slots = mask.shape
+    seen = np.zeros((lanes * rows, slots + 1), dtype=np.bool_)  # nobody sees the last one
+    seen[:, :slots] = mask.numpy().reshape(lanes * rows, slots)
+    places = np.arange(slots + 1)
+    start = seen.argmax(axis=1)  # the first that is seen
+    end = (~seen & (places >= start[:, None])).argmax(axis=1)  # the first behind it that is not
+    is_own = seen & (places >= end[:, None])
+    own_start = np.zeros(lanes * rows + 1, dtype=np.int32)
+    own_start[1:] = is_own.sum(axis=1).cumsum()
+    numbers = np.arange(lanes).repeat(rows), start, end, own_start, is_own.nonzero()[1]
+    return [one.astype(np.int32, copy=False) for one in numbers]
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype) -> None:

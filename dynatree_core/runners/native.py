@@ -32,7 +32,7 @@ from dynatree_core.models.stored import StoredModel, pack_narrowest
 from dynatree_core.ops import PackedMatrix
 from dynatree_core.runners.altered import altered_part
 from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner, kept_copy
-from dynatree_core.runners.workspace import Angles, Placed, Size, Workspace
+from dynatree_core.runners.workspace import Angles, Placed, Size, Workspace, joined
 from dynatree_core.tree.flatten import FlatTrees
 
 __all__ = ["NativeRunner", "Twin"]
@@ -163,24 +163,24 @@ class Twin:
     ) -> list[PassOutput]:
         """One pass over rows of several caches: products see all rows as one matrix, attention those of a cache."""
         placed = [Placed.of(part, self._keys, self._values) for part in parts]
-        token_ids = torch.cat([part.flat.token_ids.reshape(-1) for part in parts])
-        embedded = self._embedded(token_ids, torch.cat([part.positions for part in placed]))
+        token_ids = joined([part.flat.token_ids.reshape(-1) for part in parts])
+        embedded = self._embedded(token_ids, joined([part.positions for part in placed]))
         rows = self._through_layers(embedded, placed)
         for part in parts:
             part.cache.append(part.flat.num_rows)
         shapes = [part.flat.token_ids.shape for part in parts]
-        owned = torch.split_with_sizes(rows, [lanes * num_rows for lanes, num_rows in shapes])
+        owned = _split(rows, [lanes * num_rows for lanes, num_rows in shapes])
         wanted = rows
         if last_row_only:
             pairs = zip(owned, shapes, strict=True)
-            wanted = torch.cat([own.view(*shape, -1)[:, -1] for own, shape in pairs])
+            wanted = joined([own.view(*shape, -1)[:, -1] for own, shape in pairs])
         sizes = [lanes * (1 if last_row_only else num_rows) for lanes, num_rows in shapes]
-        logits = torch.split_with_sizes(self._logits(wanted), sizes)
+        logits = _split(self._logits(wanted), sizes)
         found = [one.view(lanes, -1, self._head.num_outputs) for one, (lanes, _) in zip(logits, shapes, strict=True)]
         if not hidden:
             return [PassOutput(one) for one in found]
         norm = self.blueprint.final_norm
-        normed = torch.split_with_sizes(rows if norm is None else ops.norm(rows, norm), [len(own) for own in owned])
+        normed = _split(rows if norm is None else ops.norm(rows, norm), [len(own) for own in owned])
         return [PassOutput(one, own.view(*shape, -1)) for one, own, shape in zip(found, normed, shapes, strict=True)]
 
     def _embedded(self, token_ids: Tensor, positions: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class Twin:
     def _through_layers(self, rows: Tensor, placed: Sequence[Placed]) -> Tensor:
         """[rows, hidden] through all layers, whose operators are written down once and then computed in one call."""
         visible = [part.visible(layer.window) for part in placed for layer in self._seeing]
-        size = Size(len(rows), sum(part.num_lanes for part in placed), sum(seen.own.numel() for seen in visible))
+        size = Size(len(rows), sum(part.num_lanes for part in placed), sum(len(seen[-1]) for seen in visible))
         if not ops.can_record(self._dtype):
             work = Workspace(self.blueprint, self._angles, self._dtype, size)
             work.load(rows, placed)
@@ -280,6 +280,10 @@ class Twin:
             scale=plan.logit_scale,
             soft_cap=plan.logit_softcap,
         )
+
+
+def _split(rows: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    return [rows] if len(sizes) == 1 else torch.split_with_sizes(rows, list(sizes))
 
 
 def _packed(matrix: Any) -> PackedMatrix:

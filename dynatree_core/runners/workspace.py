@@ -7,8 +7,11 @@ workspace stay where they are, and a pass writes into them what is its own: `Wor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,14 +19,17 @@ from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.errors import CacheError
 from dynatree_core.models.blueprint import Blueprint, Layer, Rope
 from dynatree_core.ops import PackedMatrix, Rotary, Slabs, Visible
+from dynatree_core.ops.signature import runs_of_mask
 from dynatree_core.runners.base import Rows
 from dynatree_core.tree.flatten import FlatTrees
 
-__all__ = ["Angles", "Placed", "Size", "Workspace"]
+__all__ = ["Angles", "Placed", "Size", "Workspace", "joined"]
 
 # positions whose angles are computed together. A position's are always computed in the same place of the same vector:
 # torch rounds the last elements of a vector otherwise than the others
 ANGLES = 256
+
+Arrays = Sequence[npt.NDArray[np.int32]]  # the numbers of a `Visible`, in its order
 
 
 @attrs.frozen
@@ -57,10 +63,10 @@ class Placed:
 
     cache: KeyValueCache
     positions: Tensor  # [rows] int64: what the model is told
-    slots: Tensor  # [rows] int32: where their keys and values go
+    slots: npt.NDArray[np.int32]  # [rows]: where their keys and values go
     num_lanes: int
     _flat: FlatTrees
-    _visible: dict[int | None, Visible] = attrs.field(factory=dict)
+    _visible: dict[int | None, Arrays] = attrs.field(factory=dict)
 
     @classmethod
     def of(cls, part: Rows, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Placed:
@@ -72,24 +78,24 @@ class Placed:
                 "another runner beside it"
             )
         lanes, num_rows = flat.token_ids.shape
-        first_slots = torch.tensor(cache.next_slots(num_rows), dtype=torch.int32)
+        first_slots = np.array(cache.next_slots(num_rows), dtype=np.int32)
         cache.allocate(keys, values)
         told = flat.position_ids if flat.model_positions is None else flat.model_positions
-        slots = first_slots[:, None] + torch.arange(num_rows, dtype=torch.int32)
-        return cls(cache, told.reshape(-1), slots.reshape(-1), lanes, flat)
+        slots: npt.NDArray[np.int32] = np.add.outer(first_slots, np.arange(num_rows, dtype=np.int32)).reshape(-1)
+        return cls(cache, told.reshape(-1), slots, lanes, flat)
 
     @property
     def num_rows(self) -> int:
         return self.positions.numel()
 
-    def visible(self, window: int | None) -> Visible:
-        """The slots that each row sees within a window."""
+    def visible(self, window: int | None) -> Arrays:
+        """The slots that each row sees within a window: the numbers of a `Visible`."""
         if window not in self._visible:
             mask = self._flat.visible
             if window is not None:
                 distance = self._flat.position_ids[:, :, None] - self._flat.slot_positions[:, None, :]
                 mask = mask & (distance < window)
-            self._visible[window] = Visible.of_mask(mask)
+            self._visible[window] = runs_of_mask(mask)
         return self._visible[window]
 
 
@@ -125,6 +131,10 @@ class Workspace:
         growths = {layer.query_growth for layer in layers if layer.query_growth is not None}
         self.growth = {growth: torch.zeros(size.rows, dtype=dtype) for growth in growths}
         self.slabs = [_slabs(layer, size.lanes, dtype) for layer in layers]
+        # the same numbers as arrays: numpy writes a few of them in less time than torch
+        self._lanes, self._slots = self.lanes.numpy(), self.slots.numpy()
+        self._visible = {window: _arrays(visible) for window, visible in self.visible.items()}
+        self._rotary = {key: (one.cos.numpy(), one.sin.numpy()) for key, one in self.rotary.items()}
 
     def fused(self, layer: Layer) -> Tensor:
         """[rows, …]: queries, keys and values of a layer."""
@@ -148,19 +158,18 @@ class Workspace:
             rows: [rows, hidden]: embeddings, those of one cache below those of the other.
             placed: of each cache.
         """
-        positions = torch.cat([part.positions for part in placed])
+        positions = joined([part.positions for part in placed])
         num_rows = len(rows)
         self.rows[:num_rows] = rows
-        self.slots[:num_rows] = torch.cat([part.slots for part in placed])
+        np.concatenate([part.slots for part in placed], out=self._slots[:num_rows])
         first_lanes = [0]
         for part in placed:
             first_lanes.append(first_lanes[-1] + part.num_lanes)
-        for window, visible in self.visible.items():
+        for window, visible in self._visible.items():
             _load_visible(visible, [part.visible(window) for part in placed], first_lanes)
-            self.lanes[:num_rows] = visible.lanes[:num_rows]
-        for key, rotary in self.rotary.items():
-            found = self._angles[key].at(positions)
-            rotary.cos[:num_rows], rotary.sin[:num_rows] = found.cos, found.sin
+            self._lanes[:num_rows] = visible[0][:num_rows]
+        for key, (cos, sin) in self._rotary.items():
+            cos[:num_rows], sin[:num_rows] = self._angles[key].at(positions.numpy())
         for (beta, length), growth in self.growth.items():
             # one position a vector: torch rounds a number by its place in one
             factors = [1 + beta * torch.log(1 + torch.floor(position / length)) for position in positions]
@@ -186,17 +195,29 @@ def _nothing(size: Size) -> Visible:
     return Visible(zeros(size.rows), zeros(size.rows), zeros(size.rows), zeros(size.rows + 1), zeros(size.own))
 
 
-def _load_visible(room: Visible, parts: Sequence[Visible], first_lanes: Sequence[int]) -> None:
+def _arrays(visible: Visible) -> Arrays:
+    parts = visible.lanes, visible.start, visible.end, visible.own_start, visible.own
+    return [part.numpy() for part in parts]
+
+
+def _load_visible(room: Arrays, parts: Sequence[Arrays], first_lanes: Sequence[int]) -> None:
     """Write down what the rows of several caches see, one behind the other."""
-    row = own = 0
+    lanes, start, end, own_start, own = room
+    row = place = 0
     for part, first_lane in zip(parts, first_lanes, strict=False):
-        end, own_end = row + part.num_rows, own + part.own.numel()
-        room.lanes[row:end] = part.lanes + first_lane
-        room.start[row:end] = part.start
-        room.end[row:end] = part.end
-        room.own_start[row : end + 1] = part.own_start + own
-        room.own[own:own_end] = part.own
-        row, own = end, own_end
+        part_lanes, part_start, part_end, part_own_start, part_own = part
+        to, own_to = row + len(part_lanes), place + len(part_own)
+        np.add(part_lanes, first_lane, out=lanes[row:to])
+        start[row:to] = part_start
+        end[row:to] = part_end
+        np.add(part_own_start, place, out=own_start[row : to + 1])
+        own[place:own_to] = part_own
+        row, place = to, own_to
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors one behind the other; one alone is not copied."""
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts))
 
 
 class Angles:
@@ -205,23 +226,22 @@ class Angles:
     def __init__(self, rope: Rope, dtype: torch.dtype) -> None:
         self._rope = rope
         self._dtype = dtype
-        self._tables: tuple[Tensor, Tensor] = self._computed(range(1))
+        self._tables = self._computed(range(1))
 
     def room(self, num_rows: int) -> Rotary:
         """Angles of so many rows, which are yet to be written."""
         cos, sin = (torch.zeros(num_rows, self._rope.inv_freq.numel(), dtype=self._dtype) for _ in range(2))
         return Rotary(cos, sin, self._rope.is_interleaved)
 
-    def at(self, positions: Tensor) -> Rotary:
-        """The angles of rows at positions [rows]."""
-        cos, sin = self._tables
+    def at(self, positions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Cosines and sines of rows at positions [rows], [rows, frequencies] each."""
+        tables = self._tables
         last = int(positions.max())
-        if last >= len(cos):
-            blocks = range(last // ANGLES + 1)
-            cos, sin = self._tables = self._computed(blocks)
-        return Rotary(cos[positions], sin[positions], self._rope.is_interleaved)
+        if last >= len(tables[0]):
+            tables = self._tables = self._computed(range(last // ANGLES + 1))
+        return tables[0][positions], tables[1][positions]
 
-    def _computed(self, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _computed(self, blocks: Sequence[int]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """[positions, frequencies] each, of whole blocks of positions."""
         cosines, sines = [], []
         for block in blocks:
@@ -229,4 +249,4 @@ class Angles:
             turned = positions[:, None].float() * self._rope.inv_freq
             cosines.append((turned.cos() * self._rope.scaling).to(self._dtype))
             sines.append((turned.sin() * self._rope.scaling).to(self._dtype))
-        return torch.cat(cosines), torch.cat(sines)
+        return torch.cat(cosines).numpy(), torch.cat(sines).numpy()
