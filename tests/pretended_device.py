@@ -48,7 +48,9 @@ _VIEWS = frozenset(
 )
 # kernels of an operation, roughly; one for any other
 _KERNELS = {"sort": 2, "argsort": 2, "topk": 3, "nonzero": 4, "nonzero_static": 3, "index_put_": 2, "index_put": 3}
-_KERNELS |= {"equal": 2, "logsumexp": 5}
+_KERNELS |= {"equal": 2, "logsumexp": 5, "cumsum": 2, "eye": 2}
+# what is not written in place is copied first
+_KERNELS |= {"masked_fill": 2, "index_fill": 2, "index_copy": 2, "scatter": 2, "constant_pad_nd": 2}
 # what torch does with a mask in each layer before its attention runs (ATen/native/transformers/attention.cpp): a bias
 # of a boolean one (a number on the device, a choice for each element), and rows that begin at a multiple of eight
 MASK_KERNELS, PADDING_KERNELS = 2, 2
@@ -67,6 +69,7 @@ class Counts:
     """What was counted, by stage."""
 
     launches: Counter[str] = attrs.field(factory=Counter)  # of kernels
+    lines: Counter[tuple[str, str]] = attrs.field(factory=Counter)  # likewise: stage, and what is launched where
     waits: Counter[tuple[str, str]] = attrs.field(factory=Counter)  # of the host: stage, and what waits where
     copies: Counter[str] = attrs.field(factory=Counter)  # from the host to the device
 
@@ -162,11 +165,12 @@ class PretendedDevice:
         if self.counts is not None:
             self.counts.waits[self._stages[-1], f"{what}: {_asking_line()}"] += 1
 
-    def launch(self, number: int = 1) -> None:
+    def launch(self, what: str, number: int = 1) -> None:
         self.host_seconds += number * LAUNCH_SECONDS
         self.done_seconds = self.reached() + number * KERNEL_SECONDS
         if self.counts is not None:
             self.counts.launches[self._stages[-1]] += number
+            self.counts.lines[self._stages[-1], f"{what}: {_asking_line()}"] += number
 
     def run(self, function: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """An operation: it is counted, and computed on the CPU."""
@@ -207,7 +211,7 @@ class PretendedDevice:
         assert bias.dtype == query.dtype, "another dtype is silently wrong"
         rows = [stride for stride, size in zip(bias.stride()[:-1], bias.shape, strict=False) if size > 1]
         assert not any(stride % aligned for stride in rows), bias.stride()
-        self.launch()
+        self.launch(EFFICIENT_ATTENTION)
         seen = torch.nn.functional.scaled_dot_product_attention(query, key, value, bias, scale=options.get("scale"))
         return OnDevice(seen), None, None, None
 
@@ -221,7 +225,7 @@ class PretendedDevice:
 
     def _count(self, name: str, arguments: tuple[Any, ...], goes_to: str | None, *, is_here: bool) -> None:
         if name not in _VIEWS:
-            self.launch(_kernels(name, arguments))
+            self.launch(name, _kernels(name, arguments))
         if name in _WAITING:
             self.wait(name)
         if name == "_to_copy" and is_here and goes_to == "cpu":
@@ -286,7 +290,8 @@ class _Attention(TorchFunctionMode):
         mask = options.get("attn_mask", arguments[3] if len(arguments) > 3 else None)
         is_padded = mask is not None and mask.shape[-1] % 8 != 0
         is_made = mask is not None and mask.dtype == torch.bool
-        PretendedDevice.current().launch(1 + MASK_KERNELS * is_made + PADDING_KERNELS * is_padded)
+        number = 1 + MASK_KERNELS * is_made + PADDING_KERNELS * is_padded
+        PretendedDevice.current().launch("attention", number)
         with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
             return OnDevice(function(*tree_map(_numbers, arguments), **tree_map(_numbers, options)))
 

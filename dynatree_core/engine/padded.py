@@ -19,7 +19,7 @@ from dynatree_core.drafters.base import takes_padding
 from dynatree_core.engine.lane import Lane
 from dynatree_core.engine.rehearsal import Rehearsal
 from dynatree_core.errors import ParameterError
-from dynatree_core.tree.padded import PaddedGrowth, PaddedRows, least_width
+from dynatree_core.tree.padded import NO_TOKEN, PaddedGrowth, PaddedRows, least_width
 from dynatree_core.tree.token_tree import TokenTree
 
 __all__ = ["known_tree", "root", "settle", "what_to_know"]
@@ -89,10 +89,10 @@ def _grow_by_levels(lane: Lane, why: str) -> None:
     )
 
 
-def what_to_know(lane: Lane, rows: PaddedRows) -> Tensor:
-    """[numbers] int64 on the device: what `known_tree` has to know of a padded tree."""
+def what_to_know(lane: Lane, rows: PaddedRows) -> list[Tensor]:
+    """[numbers] int64 on the device, in parts: what `known_tree` has to know of a padded tree."""
     assert lane.growth is not None, "a padded tree grows by what its lane keeps"
-    return torch.cat([rows.level_sizes, lane.growth.checks(rows.drafted)])
+    return [rows.level_sizes, *lane.growth.checks(rows.drafted)]
 
 
 def known_tree(lane: Lane, rows: PaddedRows, numbers: Sequence[int]) -> TokenTree:
@@ -103,10 +103,10 @@ def known_tree(lane: Lane, rows: PaddedRows, numbers: Sequence[int]) -> TokenTre
         DrafterError: a proposal that is NaN, or a token that the target does not know.
     """
     assert lane.growth is not None, "a padded tree grows by what its lane keeps"
-    *level_sizes, min_id, max_id, is_sound, min_width, max_width = numbers
+    *level_sizes, min_id, max_id, min_width, max_width = numbers
     max_branch = lane.sequence.limits.max_branch
     if not 0 <= min_width <= max_width <= max_branch:
         decider = lane.growth.first_beyond(max_branch)
         lane.stack.refuse_branch_factor(decider, f"{min_width} to {max_width}", max_branch)
-    lane.check_proposed(min_id, max_id, is_sound=bool(is_sound), proposals=lane.growth.proposals)
+    lane.check_proposed(min_id, max_id, is_sound=min_id != NO_TOKEN, proposals=lane.growth.proposals)
     return rows.tree(level_sizes)

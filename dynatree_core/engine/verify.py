@@ -61,10 +61,8 @@ def _is_greedy(lane: Lane) -> bool:
 
 def _outcome(lane: Lane, tree: TokenTree | PaddedRows, logits: Tensor) -> Tensor:
     """[numbers] int64: what `_matched` says, and behind it of a padded tree what `known_tree` has to know."""
-    matched = _matched(tree, logits)
-    if not isinstance(tree, PaddedRows):
-        return matched
-    return torch.cat([matched, what_to_know(lane, tree)])
+    behind = what_to_know(lane, tree) if isinstance(tree, PaddedRows) else []
+    return _matched(tree, logits, behind)
 
 
 def follow(lane: Lane, tree: TokenTree, logits: Tensor) -> Verdict:
@@ -138,9 +136,10 @@ def longest_match(tree: TokenTree, logits: Tensor) -> Verdict:
     return _verdict(_matched(tree, logits).tolist())
 
 
-def _matched(tree: TokenTree | PaddedRows, logits: Tensor) -> Tensor:
+def _matched(tree: TokenTree | PaddedRows, logits: Tensor, behind: Sequence[Tensor] = ()) -> Tensor:
     """[3 · levels] int64: the path's nodes from the root on, behind its end the root again; the places that they had
-    when drafted; and the target's tokens at them, which are what is committed.
+    when drafted; and the target's tokens at them, which are what is committed. Behind them whatever else the host is to
+    be told, [numbers] int64 each.
 
     Nothing is indexed by a number that the host would have to be told. What is NaN has the token −1: it is no child's,
     so no path goes on from there. Off the path it does no harm: a wrong draft may overflow where the target's own text
@@ -150,16 +149,16 @@ def _matched(tree: TokenTree | PaddedRows, logits: Tensor) -> Tensor:
         # generate() chooses in float32; two float64 logits that are one float32 number tie there, and must tie here
         logits = logits.float()
     top_logit, top_token = logits.max(dim=-1)  # [nodes]; max() puts NaN above every number
-    top_token = top_token.masked_fill(top_logit.isnan(), NOT_A_NUMBER)
+    top_token.masked_fill_(top_logit.isnan(), NOT_A_NUMBER)
     if tree.num_nodes == 1:
         return torch.nn.functional.pad(top_token, (2, 0))
-    differs = tree.token_ids[1:] != top_token.index_select(0, tree.parent[1:])
-    is_dead = (tree.ancestor_mask[:, 1:] & differs).any(dim=1)
+    matches = tree.token_ids[1:] == top_token.index_select(0, tree.parent[1:])
+    is_alive = (tree.ancestor_mask[:, 1:] <= matches).all(dim=1)  # who is an ancestor matches
     reach = tree.reach if isinstance(tree, PaddedRows) else tree.depth
-    deepest = reach.masked_fill(is_dead, -1).argmax(dim=0, keepdim=True)
+    deepest = (reach * is_alive).argmax(dim=0, keepdim=True)  # of equals the first: the root, if nothing matches
     on_path = tree.ancestor_mask.index_select(0, deepest)[0]
     path = torch.nonzero_static(on_path, size=tree.max_depth + 1, fill_value=0)[:, 0]
-    return torch.cat([path, tree.draft_index.index_select(0, path), top_token.index_select(0, path)])
+    return torch.cat([path, tree.draft_index.index_select(0, path), top_token.index_select(0, path), *behind])
 
 
 def _verdict(outcome: Sequence[int]) -> Verdict:

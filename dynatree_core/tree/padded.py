@@ -8,7 +8,6 @@ there are is read once, together with what the target says of them.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -17,11 +16,12 @@ import torch
 from torch import Tensor
 
 from dynatree_core.tree.frontier import Frontier, Proposals
-from dynatree_core.tree.token_tree import Cut, Room, TokenTree
+from dynatree_core.tree.token_tree import Cut, Room, TokenTree, packed_scores
 
 __all__ = ["WIDTHS", "PaddedGrowth", "PaddedRows", "PaddedSpace", "least_width"]
 
 WIDTHS = (1, 16, 32, 64)  # places that a level may have
+NO_TOKEN = -(2**40)  # less than anything that a drafter could take for one
 FIRST_HEARD = 2  # level of whose children the host hears before the verdict whether there are any
 
 
@@ -59,11 +59,11 @@ class PaddedSpace:
             self.places = torch.arange(width, device=device)
             self.ranks = torch.arange(max_branch, device=device)
             self.depths = torch.arange(max_depth + 1, device=device)
-            # of each place of a tree, and of padding behind them: its depth; and its level, -1 for padding
-            levels = 1 + torch.arange(max_depth * width, device=device) // width
-            nothing = torch.zeros(1, dtype=torch.int64, device=device)
-            ends = torch.cat([nothing, levels, nothing]), torch.cat([nothing, levels, nothing - 1])
-            self.place_depths = torch.stack(ends)  # [2, places + 1]
+            self.impossible = torch.tensor(-torch.inf, device=device)  # [] float32, at hand on the device
+            self.no_token = torch.tensor(NO_TOKEN, device=device)  # [] int64
+            # what a score adds to the log-probability of a child: nothing, and that of its parent's path
+            self.of_scores = torch.tensor([0.0, 1.0], dtype=torch.float32, device=device)
+            self._empty = self._empty_tree(device)
             self._levels = [self._room_for_level(depth, device) for depth in range(max_depth)]
         # one for all trees: the next one begins when the host has read the verdict on the one before
         self.heard = _HeardLate(max_depth) if device.type == "cuda" else None
@@ -73,13 +73,34 @@ class PaddedSpace:
         """Of a tree, with its root."""
         return 1 + self.max_depth * self.width
 
+    def _empty_tree(self, device: torch.device) -> Tensor:
+        """[bytes] uint8: a room with a root without a token, and with places that are empty."""
+        size = self.num_places + 1
+        places = torch.zeros(5, size, dtype=torch.int64, device=device)
+        packed_scores(places[2]).fill_(-torch.inf)
+        places[1, 0] = -1
+        places[2, 0] = 0
+        levels = 1 + torch.arange(self.max_depth * self.width, device=device) // self.width
+        places[3, 1:-1] = places[4, 1:-1] = levels
+        places[4, -1] = -1  # padding is of no level
+        mask = torch.eye(size, dtype=torch.bool, device=device)
+        return torch.cat([places.view(torch.uint8).flatten(), mask.view(torch.uint8).flatten()])
+
+    def new_room(self) -> Room:
+        """Where a tree grows, in memory that nobody else has; it takes one kernel to empty."""
+        size = self.num_places + 1
+        memory = self._empty.clone()
+        places, mask = memory[: 40 * size], memory[40 * size :]
+        return Room.of_packed(places.view(torch.int64).view(5, size), mask.view(torch.bool).view(size, size))
+
     def _room_for_level(self, depth: int, device: torch.device) -> _LevelRoom:
         width = 1 if depth == 0 else self.width
         first, size = (1 + (depth - 1) * self.width if depth else 0), width * self.max_branch
-        integers = torch.zeros(2, size + 1, dtype=torch.int64, device=device)
+        places = torch.zeros(3, size + 1, dtype=torch.int64, device=device)
         # padding is a child of the last place, so that parents ascend
-        integers[1] = first + (torch.arange(size + 1, device=device) // self.max_branch).clamp(max=width - 1)
-        return _LevelRoom(integers, torch.full((2, size + 1), -torch.inf, device=device, dtype=torch.float32))
+        places[1] = first + (torch.arange(size + 1, device=device) // self.max_branch).clamp(max=width - 1)
+        packed_scores(places[2]).fill_(-torch.inf)
+        return _LevelRoom(places, torch.tensor(size, device=device))
 
     def laid_out(
         self, depth: int, proposals: Proposals, cum_logprob: Tensor, num_columns: int, vocab_size: int
@@ -90,13 +111,14 @@ class PaddedSpace:
         """
         room, shape = self._levels[depth], proposals.logprobs.shape
         # a token that nobody knows is refused when the host looks; until then it must have an embedding
-        torch.clamp(proposals.token_ids, 0, vocab_size - 1, out=room.integers[0, :-1].view(shape))
-        room.scores[0, :-1].view(shape).copy_(proposals.logprobs)
-        of_paths = room.scores[1, :-1].view(shape)
-        torch.add(cum_logprob[:, None], proposals.logprobs[:, :num_columns], out=of_paths[:, :num_columns])
+        torch.clamp(proposals.token_ids, 0, vocab_size - 1, out=room.places[0, :-1].view(shape))
+        scores = room.scores[:-1].view(*shape, 2)
         if num_columns < room.num_columns:
-            of_paths[:, num_columns:].fill_(-torch.inf)
+            scores[:, num_columns:].fill_(-torch.inf)
         room.num_columns = num_columns
+        # both scores by one kernel. Below a path that is impossible the first one is 0 · -inf; nobody is chosen there
+        logprobs = proposals.logprobs[:, :num_columns, None]
+        torch.addcmul(logprobs, cum_logprob[:, None, None], self.of_scores, out=scores[:, :num_columns])
         return room
 
 
@@ -122,9 +144,24 @@ class _HeardLate:
 class _LevelRoom:
     """The proposals for one level, flat, and a place for padding behind them."""
 
-    integers: Tensor  # [2, places] int64: tokens and parents
-    scores: Tensor  # [2, places] float32: log-probabilities of the children, and of their paths
+    places: Tensor  # [3, places] int64: tokens, parents, and both scores
+    last: Tensor  # [] int64: the place for padding
     num_columns: int = 0  # children of each node whose paths' log-probabilities are written
+
+    @property
+    def scores(self) -> Tensor:
+        """[places, 2] float32: log-probabilities of the children, and of their paths."""
+        return packed_scores(self.places[2])
+
+
+@attrs.frozen(eq=False)
+class _Widths:
+    """What a policy wants of the nodes of one level, as a tensor."""
+
+    branch: Tensor  # [width] int64: children of each
+    level: slice  # places of the nodes
+    cum_logprob: Tensor  # [width] float32
+    decider: str | None
 
 
 class PaddedGrowth:
@@ -144,12 +181,11 @@ class PaddedGrowth:
         self.proposals: list[Proposals] = []  # of each level
         self._sent: list[tuple[int, int]] = []  # levels of which the host will hear, and what it hears of empty ones
         self._is_over = False
-        # where a policy answered with a tensor: that, paths' probabilities, and its name
-        self._widths: list[tuple[Tensor, Tensor, str | None]] = []
+        self._widths: list[_Widths] = []  # where a policy answered with a tensor
 
     def root(self, token_id: Tensor) -> TokenTree:
         """The tree that holds only the last committed token [1] int64."""
-        return TokenTree.padded_root(token_id, self.space.num_places)
+        return TokenTree.padded_root(token_id, self.space.new_room())
 
     @property
     def is_over(self) -> bool:
@@ -163,7 +199,7 @@ class PaddedGrowth:
         """Let the host hear of a level whether it is empty; the first levels hardly ever are."""
         if chosen.device.type == "cpu":
             self._is_over = int(chosen[0]) == nothing
-        elif self.space.heard is not None and level >= FIRST_HEARD:
+        elif self.space.heard is not None and FIRST_HEARD <= level < self.space.max_depth - 1:
             self.space.heard.send(level, chosen[:1])
             self._sent.append((level, nothing))
 
@@ -192,66 +228,66 @@ class PaddedGrowth:
         num_columns = min(branch, space.max_branch) if isinstance(branch, int) else space.max_branch
         cum_logprob = frontier.cum_logprob
         if isinstance(expand, Tensor):
-            cum_logprob = torch.where(expand, cum_logprob, -torch.inf)
+            cum_logprob = torch.where(expand, cum_logprob, space.impossible)
         room = space.laid_out(tree.max_depth, proposals, cum_logprob, num_columns, self.vocab_size)
-        of_paths = room.scores[1, :-1]
+        of_paths = room.scores[:-1, 1]
         is_admitted = of_paths >= math.log(self._tau) if self._tau > 0 else of_paths > -torch.inf
         if isinstance(branch, Tensor):
             is_admitted &= (space.ranks < branch[:, None]).flatten()
-            self._widths.append((branch, frontier.cum_logprob, decider))
+            self._widths.append(_Widths(branch, tree.last_level, frontier.cum_logprob, decider))
         self.proposals.append(proposals)
-        chosen = self._chosen(tree, of_paths, is_admitted, num_columns, max_width)
+        chosen = self._chosen(tree, room, is_admitted, num_columns, max_width)
         self._note(tree.max_depth, chosen, of_paths.numel())
-        return tree.grow_padded(chosen, room.integers, room.scores)
+        return tree.grow_padded(chosen, room.places)
 
     def _chosen(
-        self, tree: TokenTree, of_paths: Tensor, is_admitted: Tensor, num_columns: int, max_width: int | None
+        self, tree: TokenTree, room: _LevelRoom, is_admitted: Tensor, num_columns: int, max_width: int | None
     ) -> Tensor:
         """[width] int64: places of the best children that fit, ascending; behind them that of padding."""
-        width, nothing = self.space.width, of_paths.numel()
+        width, nothing = self.space.width, is_admitted.numel()
         most = _most_admitted(self._most[-1] * num_columns, self._tau, max_width)
         fits_budget = sum(self._most[1:]) + most <= self.max_nodes
         self._most.append(min(most, width, self.max_nodes))
         if most <= width and fits_budget:
             return torch.nonzero_static(is_admitted, size=width, fill_value=nothing)[:, 0]
         # stable: of equals the first, as without padding
-        values, places = torch.where(is_admitted, of_paths, -torch.inf).sort(descending=True, stable=True)
+        of_paths = torch.where(is_admitted, room.scores[:-1, 1], self.space.impossible)
+        values, places = of_paths.sort(descending=True, stable=True)
         is_chosen = values[:width] > -torch.inf
         if not fits_budget:
             is_chosen &= self.space.places[: is_chosen.numel()] < self.nodes_left(tree)
-        chosen = torch.where(is_chosen, places[:width], nothing).sort().values
-        return torch.nn.functional.pad(chosen, (0, width - chosen.numel()), value=nothing)
+        chosen = torch.where(is_chosen, places[:width], room.last).sort().values
+        num_missing = width - chosen.numel()
+        return torch.nn.functional.pad(chosen, (0, num_missing), value=nothing) if num_missing else chosen
 
     def most_rows(self, max_kept: int | None) -> int:
         """Rows that are enough for the tree's nodes, of which policies keep so many drafted ones at most."""
         most = min(self.max_nodes, sum(self._most[1:]))
         return 1 + (most if max_kept is None else min(most, max_kept))
 
-    def checks(self, tree: TokenTree) -> Tensor:
-        """[5] int64: the least and the greatest token proposed, whether all probabilities are numbers, and the least
-        and the greatest width that policies want of nodes that are there."""
-        min_id, max_id = torch.cat([one.token_ids for one in self.proposals]).aminmax()
+    def checks(self, tree: TokenTree) -> list[Tensor]:
+        """[1] int64 each: the least and the greatest token proposed, and the least and the greatest width that policies
+        want of nodes that are there. Where a probability is no number, the least token is `NO_TOKEN`."""
+        token_ids = torch.cat([one.token_ids for one in self.proposals])
         logprobs = torch.cat([one.logprobs for one in self.proposals])
-        is_sound = (logprobs <= 1e-3).all(dim=1) | ~tree.is_live[: len(logprobs)]
-        numbers = [min_id, max_id, is_sound.all().long()]
+        is_sound = (logprobs <= 1e-3) >= tree.is_live[: len(logprobs), None]  # or is of padding
+        extremes = [*torch.where(is_sound, token_ids, self.space.no_token).aminmax()]
         if self._widths:
-            numbers += torch.cat([_of_live(*level[:2]) for level in self._widths]).aminmax()
+            are_all = len(self._widths) == len(self.proposals)
+            live = [tree.is_live[: len(logprobs)]] if are_all else [tree.is_live[one.level] for one in self._widths]
+            widths = torch.cat([one.branch for one in self._widths])
+            extremes += (widths * (live[0] if len(live) == 1 else torch.cat(live))).aminmax()
         else:
-            numbers += [is_sound.new_zeros((), dtype=torch.int64)] * 2
-        return torch.stack(numbers)
+            extremes += [self.space.depths[0]] * 2  # 0
+        return [number[None] for number in extremes]
 
     def first_beyond(self, max_branch: int) -> str | None:
         """The policy that has first wanted a width out of range. The host waits for the device."""
-        for branch, of_paths, decider in self._widths:
-            widths = _of_live(branch, of_paths)
+        for wanted in self._widths:
+            widths = wanted.branch * (wanted.cum_logprob > -torch.inf)
             if bool(((widths < 0) | (widths > max_branch)).any()):
-                return decider
+                return wanted.decider
         return None
-
-
-def _of_live(widths: Tensor, of_paths: Tensor) -> Tensor:
-    """Widths that are wanted of nodes, 0 of padding."""
-    return widths.masked_fill(of_paths == -torch.inf, 0)
 
 
 @attrs.frozen(eq=False)
@@ -261,11 +297,11 @@ class PaddedRows:
     A padding row has the root's position, and sees the text and padding. Nobody sees it.
     """
 
-    _room: Room = attrs.field(repr=False)
-    depth: Tensor  # [rows] int64; 0 for padding
+    _packed: Tensor = attrs.field(repr=False)  # [5, rows] int64: what is known of each; the parents of the padded tree
+    parent: Tensor  # [rows] int64, -1 for the root
+    ancestor_mask: Tensor  # [rows, rows] bool, row i marks node i and its ancestors
     draft_index: Tensor  # [rows] int64: places in the padded tree
     max_depth: int  # levels of the padded tree
-    _level: Tensor = attrs.field(repr=False)  # [rows] int64: the depth; -1 for padding
     drafted: TokenTree  # the padded tree
     _depths: Tensor = attrs.field(repr=False)  # [levels] int64: 0, 1, 2, …
 
@@ -282,50 +318,51 @@ class PaddedRows:
         space = growth.space
         is_row = tree.is_live if keep is None else tree.is_live & tree.close_under_ancestors(keep)
         order = torch.nonzero_static(is_row, size=growth.most_rows(max_kept), fill_value=space.num_places)[:, 0]
-        depth, level = space.place_depths.index_select(1, order)
-        depths = space.depths[: 1 + tree.max_depth]
-        return cls(tree.gathered(order), depth, order, tree.max_depth, level, tree, depths)
+        packed, mask = tree.gathered(order)
+        parent = torch.searchsorted(order, packed[1])
+        parent[:1].fill_(-1)
+        return cls(packed, parent, mask, order, tree.max_depth, tree, space.depths[: 1 + tree.max_depth])
 
     @property
     def token_ids(self) -> Tensor:
         """[rows] int64; 0 for padding."""
-        return self._room.integers[0]
+        return self._packed[0]
 
     @property
-    def parent(self) -> Tensor:
-        """[rows] int64, -1 for the root."""
-        return self._room.integers[1]
-
-    @property
-    def ancestor_mask(self) -> Tensor:
-        """[rows, rows] bool, row i marks node i and its ancestors."""
-        return self._room.mask
+    def depth(self) -> Tensor:
+        """[rows] int64; 0 for padding."""
+        return self._packed[3]
 
     @property
     def reach(self) -> Tensor:
         """[rows] int64: how far the path to each leads; less than the root for padding."""
-        return self._level
+        return self._packed[4]
 
     @property
     def num_nodes(self) -> int:
         """Rows, padding among them."""
-        return self.token_ids.numel()
+        return self.draft_index.numel()
 
     @property
     def device(self) -> torch.device:
-        return self.token_ids.device
+        return self.draft_index.device
 
     @property
     def level_sizes(self) -> Tensor:
         """[levels] int64: nodes at depth 0, 1, …; from some depth on 0."""
-        return (self._level == self._depths[:, None]).sum(dim=1)
+        return (self.reach == self._depths[:, None]).sum(dim=1)
 
     def tree(self, level_sizes: Sequence[int]) -> TokenTree:
         """The tree without padding, by what the host has learnt of its levels. Its places are views of these."""
-        num_nodes = sum(level_sizes)
-        order = self.draft_index[:num_nodes]
-        cut = Cut(self.depth[:num_nodes], functools.partial(self._ranks, order), order)
-        return TokenTree.in_room(self._room, tuple(size for size in level_sizes if size), cut=cut)
-
-    def _ranks(self, order: Tensor) -> Tensor:
-        return self.drafted.rank.index_select(0, order)
+        nodes = slice(sum(level_sizes))
+        logprob, cum_logprob = packed_scores(self._packed[2])[nodes].unbind(1)
+        order, drafted = self.draft_index[nodes], self.drafted
+        return TokenTree(
+            token_ids=self.token_ids[nodes],
+            parent=self.parent[nodes],
+            logprob=logprob,
+            cum_logprob=cum_logprob,
+            ancestor_mask=self.ancestor_mask[nodes, nodes],
+            level_sizes=tuple(size for size in level_sizes if size),
+            cut=Cut(self.depth[nodes], lambda: drafted.rank.index_select(0, order), order),
+        )

@@ -33,6 +33,7 @@ class Room:
     scores: Tensor  # [2, room] float32: log-probabilities of nodes and of their paths
     mask: Tensor  # [room, room] bool: ancestors; on the diagonal what every node sees, itself
     num_used: int = 0  # nodes of the largest tree in it
+    packed: Tensor | None = None  # of a padded tree: [5, room] int64, see `packed_scores` and PaddedSpace
 
     @classmethod
     def for_nodes(cls, num_nodes: int, device: torch.device) -> Room:
@@ -43,12 +44,14 @@ class Room:
         )
 
     @classmethod
-    def for_padded(cls, num_nodes: int, device: torch.device) -> Room:
-        """Of so many nodes, all of them empty, with the log-probability of nothing."""
-        room = cls.for_nodes(num_nodes, device)
-        room.integers.zero_()
-        room.scores.fill_(-torch.inf)
-        return room
+    def of_packed(cls, packed: Tensor, mask: Tensor) -> Room:
+        """A padded tree's: all that is known of a node in one column, so that one kernel moves it.
+
+        Args:
+            packed: [5, room] int64: token ids, parents, both scores, depths, and levels (-1 for padding).
+            mask: as above.
+        """
+        return cls(packed[:2], packed_scores(packed[2]).T, mask, packed=packed)
 
     def has_place_behind(self, tree: TokenTree, num_nodes: int) -> bool:
         """Whether nobody has grown this tree in it before, and so many nodes fit in all."""
@@ -57,6 +60,11 @@ class Room:
             and num_nodes <= self.mask.shape[0]
             and self.mask.is_inference() == torch.is_inference_mode_enabled()  # else torch lets nobody write into it
         )
+
+
+def packed_scores(column: Tensor) -> Tensor:
+    """[places, 2] float32 in the memory of [places] int64: log-probabilities of nodes and of their paths."""
+    return column.view(torch.float32).view(-1, 2)
 
 
 @attrs.frozen(eq=False)
@@ -101,12 +109,14 @@ class TokenTree:
         )
 
     @classmethod
-    def padded_root(cls, token_id: Tensor, num_nodes: int) -> TokenTree:
-        """Likewise, of a tree that grows by `grow_padded` to so many nodes at most, padding among them."""
-        room = Room.for_padded(num_nodes + 1, token_id.device)  # the last place is that of padding, and stays empty
+    def padded_root(cls, token_id: Tensor, room: Room) -> TokenTree:
+        """Likewise, of a tree that grows by `grow_padded`, padding among its nodes.
+
+        Args:
+            token_id: [1] int64.
+            room: of empty places, but for the root's parent and scores; the last one is padding's, and stays empty.
+        """
         room.integers[0, :1] = token_id
-        room.integers[1, :1].fill_(-1)
-        room.scores[:, :1].fill_(0)
         return cls.in_room(room, (1,), is_padded=True)
 
     @classmethod
@@ -127,17 +137,15 @@ class TokenTree:
             is_padded=is_padded,
         )
 
-    def gathered(self, places: Tensor) -> Room:
-        """The nodes of a padded tree at some places [rows] int64, whose parents are places in these.
+    def gathered(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Some nodes of a padded tree, at places [rows] int64: what is known of each [5, rows], and their mask.
 
-        The place behind all that the tree has room for is that of padding, which sees and is seen by padding only.
+        Parents are places in the tree still. The place behind all that it has room for is that of padding, which sees
+        and is seen by padding only.
         """
         room = self._room
-        assert room is not None, "only a padded tree has a place for padding"
-        integers = room.integers.index_select(1, places)
-        integers[1] = torch.searchsorted(places, integers[1])
-        integers[1, :1].fill_(-1)
-        return Room(integers, room.scores.index_select(1, places), room.mask[places[:, None], places])
+        assert room is not None and room.packed is not None, "only a padded tree has a place for padding"
+        return room.packed.index_select(1, places), room.mask[places[:, None], places]
 
     @cached_property
     def is_live(self) -> Tensor:
@@ -147,6 +155,8 @@ class TokenTree:
     @cached_property
     def depth(self) -> Tensor:
         """[nodes] int64, 0 for the root."""
+        if self._room is not None and self._room.packed is not None:
+            return self._room.packed[3, : self.num_nodes]
         return self.ancestor_mask.sum(dim=1) - 1 if self._cut is None else self._cut.depth
 
     @cached_property
@@ -235,21 +245,20 @@ class TokenTree:
         torch.index_select(room.mask[:, :old], 0, parent, out=room.mask[level, :old])
         return TokenTree.in_room(room, (*self.level_sizes, parent.numel()))
 
-    def grow_padded(self, chosen: Tensor, integers: Tensor, scores: Tensor) -> TokenTree:
+    def grow_padded(self, chosen: Tensor, proposed: Tensor) -> TokenTree:
         """The padded tree with one more level, of as many nodes as places are chosen.
 
         Args:
             chosen: [width] int64, places in what follows, ascending; behind them, for padding, the last place.
-            integers: [2, places] int64: tokens and parents of all that were proposed; the last place is padding's.
-            scores: [2, places] float32: log-probabilities of nodes and of their paths; -inf in the last place.
+            proposed: [3, places] int64: tokens, parents and scores of all that were proposed, as in a room; the last
+                place is padding's.
         """
         old, width = self.num_nodes, chosen.numel()
         room, level = self._room, slice(old, old + width)
-        assert room is not None, "a padded tree begins with `padded_root`"
+        assert room is not None and room.packed is not None, "a padded tree begins with `padded_root`"
         assert room.num_used == old, f"a padded tree grows once, got {room.num_used} places in use behind {old}"
         assert old + width < len(room.mask), f"there is room for {len(room.mask) - 1} places, got {old + width}"
-        torch.index_select(integers, 1, chosen, out=room.integers[:, level])
-        torch.index_select(scores, 1, chosen, out=room.scores[:, level])
+        torch.index_select(proposed, 1, chosen, out=room.packed[:3, level])
         torch.index_select(room.mask[:, :old], 0, room.integers[1, level], out=room.mask[level, :old])
         return TokenTree.in_room(room, (*self.level_sizes, width), is_padded=True)
 

@@ -465,7 +465,7 @@ class Launches:
         described = [tuple(one.shape) if isinstance(one, Tensor) else one for one in arguments]
         self.asked.append((kernel.__name__, grid, *described, *sorted(constants.items())))
         if self.device is not None:
-            self.device.launch()
+            self.device.launch("kernel")
 
 
 def given_to(model: nn.Module, tree: TokenTree, to: Any = lambda tensor: tensor) -> PassInput:
