@@ -20,6 +20,8 @@ from torch import Tensor
 
 from dynatree_core import Frontier, TokenTree, count, fraction, hookimpl
 
+LEAST = torch.finfo(torch.float32).min  # of the log-probability of a path that is possible
+
 
 @attrs.define
 class BestFirst:
@@ -37,6 +39,8 @@ class BestFirst:
     branch: int = count(16)
     min_gain: float = fraction(0.0)
     tau: float = fraction(0.0)
+    # the tree whose level was last looked at, and which nodes of the level are not expanded; None: all are
+    _beyond: tuple[TokenTree, Tensor | None] | None = attrs.field(default=None, init=False, repr=False, eq=False)
 
     @property
     def max_nodes(self) -> int:
@@ -62,26 +66,27 @@ class BestFirst:
     def should_expand(self, frontier: Frontier) -> Tensor | bool:
         if frontier.depth >= self.depth:
             return False
-        is_in_beam = self._beam(frontier)
+        is_beyond = self._beyond_beam(frontier)
         if self.min_gain > 0:  # a wait for the device, which may save a drafter pass
             paths = frontier.cum_logprob.exp()
-            gain = paths.sum() if is_in_beam is None else paths.masked_fill(~is_in_beam, 0).sum()
+            gain = paths.sum() if is_beyond is None else paths.masked_fill(is_beyond, 0).sum()
             if gain <= self.min_gain:
                 return False
-        return True if is_in_beam is None else is_in_beam
+        return True if is_beyond is None else ~is_beyond
 
     @hookimpl
     def branch_factor(self, frontier: Frontier) -> Tensor:
         scores = frontier.cum_logprob[:, None] + frontier.top_logprobs[:, : self.branch]
-        is_in_beam = self._beam(frontier)
-        if is_in_beam is not None:
-            scores = scores.masked_fill(~is_in_beam[:, None], -torch.inf)
+        is_beyond = self._beyond_beam(frontier)
+        if is_beyond is not None:
+            scores.masked_fill_(is_beyond[:, None], -torch.inf)
         rivals = torch.cat([frontier.tree.cum_logprob[1:], scores.flatten()])
         least = rivals.topk(min(self.nodes, rivals.numel())).values[-1]
-        return ((scores >= least) & (scores > -torch.inf)).sum(dim=1)
+        return (scores >= least.clamp(min=LEAST)).sum(dim=1)
 
     @hookimpl
     def keep_nodes(self, tree: TokenTree) -> Tensor | None:
+        self._beyond = None  # the tree is grown
         if tree.num_drafted <= self.nodes:
             return None
         # stable and breadth first: of equals the shallower stays, so a child of probability 1 brings its parent
@@ -89,10 +94,14 @@ class BestFirst:
         keep = torch.zeros(tree.num_nodes, dtype=torch.bool, device=tree.device)
         return keep.index_fill_(0, order[: self.nodes] + 1, True)
 
-    def _beam(self, frontier: Frontier) -> Tensor | None:
-        """[width] bool: the most probable nodes of the level; None: all of them."""
-        if frontier.width <= self.beam:
-            return None
-        # stable: of equals the first
-        best = frontier.cum_logprob.argsort(descending=True, stable=True)[: self.beam]
-        return torch.zeros_like(frontier.cum_logprob, dtype=torch.bool).index_fill(0, best, True)
+    def _beyond_beam(self, frontier: Frontier) -> Tensor | None:
+        """[width] bool: all but the most probable nodes of the level; None: no node. Both hooks ask for it."""
+        tree = frontier.tree
+        if self._beyond is None or self._beyond[0] is not tree:
+            is_beyond = None
+            if frontier.width > self.beam:
+                # stable: of equals the first
+                best = frontier.cum_logprob.argsort(descending=True, stable=True)[: self.beam]
+                is_beyond = torch.ones(frontier.width, dtype=torch.bool, device=tree.device).index_fill_(0, best, False)
+            self._beyond = tree, is_beyond
+        return self._beyond[1]

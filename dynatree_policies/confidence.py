@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import attrs
-import torch
 from torch import Tensor
 
 from dynatree_core import Frontier, count, fraction, hookimpl
@@ -34,5 +33,6 @@ class Confidence:
 
     @hookimpl
     def branch_factor(self, frontier: Frontier) -> Tensor:
-        unsure = torch.where(frontier.confidence < self.low, self.max_branch, self.default_branch)
-        return torch.where(frontier.confidence > self.high, self.min_branch, unsure)
+        # numbers are arguments of these kernels; `torch.where` would have each written to the device first
+        unsure = (frontier.confidence < self.low) * (self.max_branch - self.default_branch) + self.default_branch
+        return unsure.masked_fill_(frontier.confidence > self.high, self.min_branch)

@@ -79,11 +79,21 @@ class _Level:
 
     tree: TokenTree
     acceptance: Tensor  # [children] float32: how likely each path is to be accepted, breadth first
-    mass: float  # their sum, on the host
+    values: list[float]  # the same on the host, in another order
+    mass: float  # their sum
 
     def is_grown_to(self, tree: TokenTree) -> bool:
         """Whether a tree has all of them and no others: nobody else had a say."""
         return tree.level_sizes == (*self.tree.level_sizes, self.acceptance.numel())
+
+
+@attrs.frozen(eq=False)
+class _Judged:
+    """How likely the nodes of a tree are to be accepted."""
+
+    tree: TokenTree
+    acceptance: Tensor  # [nodes] float32
+    values: list[float] | None  # of the drafted ones on the host, in any order; None: nobody has read them
 
 
 @attrs.define
@@ -119,7 +129,7 @@ class CostAware:
     levels: list[Frontier] = attrs.field(factory=list, init=False, repr=False)  # of this iteration, that it said yes to
     costs: CostModel | None = attrs.field(default=None, init=False, repr=False)
     _tables: tuple[CostModel, Tensor, Tensor] | None = attrs.field(default=None, init=False, repr=False)
-    _last: tuple[TokenTree, Tensor] | None = attrs.field(default=None, init=False, repr=False)
+    _last: _Judged | None = attrs.field(default=None, init=False, repr=False)
     _wanted: _Level | None = attrs.field(default=None, init=False, repr=False)  # that branch_factor asked for last
 
     def __attrs_post_init__(self) -> None:
@@ -149,7 +159,7 @@ class CostAware:
     @hookimpl
     def branch_factor(self, frontier: Frontier) -> Tensor:
         tree, costs, device = frontier.tree, frontier.charged_costs, frontier.tree.device
-        at_parent = self._path_acceptance(tree)[tree.last_level]
+        at_parent = self._judged(tree).acceptance[tree.last_level]
         rank = torch.arange(frontier.max_branch, device=device)
         given_parent = self.estimator.predict(frontier.top_logprobs, rank, frontier.depth + 1)
         own = (at_parent[:, None] * given_parent).flatten()  # [width · k]
@@ -169,21 +179,22 @@ class CostAware:
         num_wanted = sum(value > 0 and value >= best_values[num_children - 1] for value in best_values)
         is_wanted = torch.zeros_like(own, dtype=torch.bool).index_fill_(0, places[:num_wanted], True)
         wanted = own[torch.nonzero_static(is_wanted, size=num_wanted)[:, 0]]
-        self._wanted = _Level(tree, wanted, sum(best_own[:num_wanted]))
+        self._wanted = _Level(tree, wanted, best_own[:num_wanted], sum(best_own[:num_wanted]))
         return is_wanted.view(frontier.width, -1).sum(dim=1)
 
     @hookimpl
     def keep_nodes(self, tree: TokenTree) -> Tensor | None:
         if self.costs is None:
             return None
-        best = self._path_acceptance(tree)[1:].sort(descending=True, stable=True)
-        (values,) = _on_host(best.values)
-        wins = self._wins(values, 0, self._rate(self.costs), self.costs, 0)
+        judged = self._judged(tree)
+        (values,) = [judged.values] if judged.values is not None else _on_host(judged.acceptance[1:])
+        wins = self._wins(sorted(values, reverse=True), 0, self._rate(self.costs), self.costs, 0)
         num_kept = int(wins.argmax())
         if num_kept == tree.num_drafted:
             return None
+        best = judged.acceptance[1:].argsort(descending=True, stable=True)
         keep = torch.zeros(tree.num_nodes, dtype=torch.bool, device=tree.device)
-        return keep.index_fill_(0, best.indices[:num_kept] + 1, True)
+        return keep.index_fill_(0, best[:num_kept] + 1, True)
 
     @hookimpl
     def on_iteration_end(self, report: StepReport) -> None:
@@ -223,19 +234,21 @@ class CostAware:
         except OSError as error:  # the text is there; what was learnt can be learnt again
             warnings.warn(f"what cost_aware has learnt cannot be kept: {error}", RuntimeWarning, stacklevel=2)
 
-    def _path_acceptance(self, tree: TokenTree) -> Tensor:
-        """[nodes] float32: how likely each node is to be accepted."""
-        if self._last is not None and self._last[0] is tree:
-            return self._last[1]
+    def _judged(self, tree: TokenTree) -> _Judged:
+        """How likely each node is to be accepted."""
         before, wanted = self._last, self._wanted
-        if before and wanted is not None and wanted.is_grown_to(tree):
-            value = torch.cat([before[1], wanted.acceptance])
+        if before is not None and before.tree is tree:
+            return before
+        if before is not None and wanted is not None and wanted.is_grown_to(tree):
+            acceptance = torch.cat([before.acceptance, wanted.acceptance])
+            values = None if before.values is None else [*before.values, *wanted.values]
         else:
             given_parent = self.estimator.predict(tree.logprob, tree.rank, tree.depth).clamp(min=1e-9)
             given_parent[:1].fill_(1.0)
-            value = (tree.ancestor_mask.float() @ given_parent.log()).exp()
-        self._last, self._wanted = (tree, value), None
-        return value
+            acceptance = (tree.ancestor_mask.float() @ given_parent.log()).exp()
+            values = None if tree.num_drafted else []
+        self._last, self._wanted = _Judged(tree, acceptance, values), None
+        return self._last
 
     def _mass(self, tree: TokenTree) -> float:
         """How many nodes of the last level will be accepted, in expectation."""
@@ -243,7 +256,7 @@ class CostAware:
             return 1.0  # the root is
         if self._wanted is not None and self._wanted.is_grown_to(tree):
             return self._wanted.mass
-        return float(self._path_acceptance(tree)[tree.last_level].sum())
+        return float(self._judged(tree).acceptance[tree.last_level].sum())
 
     def _rate(self, costs: CostModel) -> float:
         """λ: tokens a second of late, as many at least as without drafting."""

@@ -36,7 +36,9 @@ class DynamicDepth:
         if frontier.depth >= self.max_depth:
             return False
         signal = frontier.confidence if self.signal == "confidence" else frontier.cum_logprob.exp()
-        is_expanded = signal >= self.stop_threshold
-        if frontier.depth >= self.base_depth:
-            is_expanded &= signal > self.extend_threshold
+        if frontier.depth < self.base_depth:
+            return signal >= self.stop_threshold
+        is_expanded = signal > self.extend_threshold
+        if self.extend_threshold < self.stop_threshold:  # else the one says more than the other
+            is_expanded &= signal >= self.stop_threshold
         return is_expanded

@@ -14,6 +14,7 @@ where p rises somewhere: a child that is worth little may be needed to reach the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -51,6 +52,7 @@ class Sequoia:
     # those of higher rank. Only a new plan needs to know them, so no iteration waits for them
     counts: Tensor | None = attrs.field(default=None, init=False, repr=False, eq=False)
     plan: Plan | None = attrs.field(default=None, init=False, repr=False, eq=False)
+    _found: _Found | None = attrs.field(default=None, init=False, repr=False, eq=False)
 
     is_capturable: ClassVar = True
 
@@ -84,7 +86,11 @@ class Sequoia:
     @hookimpl
     def branch_factor(self, frontier: Frontier) -> Tensor:
         assert self.plan is not None, "should_expand() is asked before"
-        return self.plan.widths(frontier.tree)
+        before, sizes = self._found, frontier.tree.level_sizes
+        is_parent = before is not None and before.iteration == frontier.iteration and before.sizes == sizes[:-1]
+        nodes = self.plan.nodes(frontier.tree, before.nodes if is_parent and before is not None else None)
+        self._found = _Found(frontier.iteration, sizes, nodes)
+        return self.plan.num_children.index_select(0, nodes)
 
     @hookimpl
     def on_iteration_end(self, report: StepReport) -> None:
@@ -133,6 +139,15 @@ def given_rates(text: str) -> list[float]:
 
 
 @attrs.frozen(eq=False)
+class _Found:
+    """Where the last level of a growing tree is in the plan."""
+
+    iteration: int
+    sizes: tuple[int, ...]  # of the tree's levels
+    nodes: Tensor  # [width] int64: the planned nodes that its nodes are
+
+
+@attrs.frozen(eq=False)
 class Plan:
     """A tree's shape, to be looked up on the device. The last of its nodes stands for all that are not planned."""
 
@@ -152,19 +167,23 @@ class Plan:
             next_node += width
         return cls(len(shape) - 1, torch.tensor([*widths, 0]).to(device), child.to(device))
 
-    def widths(self, tree: TokenTree) -> Tensor:
-        """[width] int64: the planned children of each node of the tree's last level.
+    def nodes(self, tree: TokenTree, above: Tensor | None = None) -> Tensor:
+        """[width] int64: the planned node that each node of the tree's last level is.
 
         A node is found by its path of ranks, so a tree that lacks nodes of the plan keeps to the rest of it.
+
+        Args:
+            above: those of the level before, if they are known.
         """
-        rank = tree.rank
-        place = torch.zeros_like(rank)
-        start = 1
-        for size in tree.level_sizes[1:]:
-            level = slice(start, start + size)
-            place[level] = self.child[place[tree.parent[level]], rank[level].clamp(max=self.child.shape[1] - 1)]
+        found = torch.zeros(1, dtype=torch.int64, device=tree.device) if above is None else above
+        first = 0 if above is None else max(tree.max_depth - 1, 0)
+        start = sum(tree.level_sizes[:first])  # of the level whose nodes are found
+        for size, width in itertools.pairwise(tree.level_sizes[first:]):
+            level = slice(start + size, start + size + width)
+            rank = tree.rank[level].clamp(max=self.child.shape[1] - 1)
+            found = self.child[found.index_select(0, tree.parent[level] - start), rank]
             start += size
-        return self.num_children[place[tree.last_level]]
+        return found
 
 
 class Planner:

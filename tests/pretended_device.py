@@ -128,6 +128,7 @@ class PretendedDevice:
     def __init__(self) -> None:
         self.counts: Counts | None = None  # None: nothing is counted
         self._stages = ["outside"]
+        self._pinned: dict[int, Tensor] = {}  # memory of the host that the device can read by itself, by its address
         self.host_seconds = 0.0  # the host's clock, which runs while it launches and while it waits
         self.done_seconds = 0.0  # on the same clock: when the device will be done with what was launched
 
@@ -185,8 +186,10 @@ class PretendedDevice:
             self._check_devices(name, tensors)
             self._count(name, arguments, goes_to, is_here=is_here)
         plain = {**tree_map(_numbers, options), **({"device": torch.device("cpu")} if goes_to == "cuda" else {})}
-        plain.pop("pin_memory", None)  # memory of the host, which no device here copies from by itself
+        is_pinned = plain.pop("pin_memory", None)  # memory of the host, which no device here copies from by itself
         result = function(*tree_map(_numbers, arguments), **plain)
+        if is_pinned:
+            self._pinned[result.untyped_storage().data_ptr()] = result
         written = [
             value
             for argument, value in zip(function._schema.arguments, arguments, strict=False)
@@ -235,7 +238,11 @@ class PretendedDevice:
         is_late = name == "copy_" and len(arguments) > 2 and bool(arguments[2])  # not blocking, to be heard of later
         if name == "copy_" and not isinstance(arguments[0], OnDevice) and not is_late:
             self.wait("to the host")
-        if name == "copy_" and not isinstance(arguments[1], OnDevice):
+        if (
+            name == "copy_"
+            and not isinstance(arguments[1], OnDevice)
+            and not (is_late and self._is_pinned(arguments[1]))
+        ):
             self._copy_here()
         if name in ("index", "index_put", "index_put_"):
             for index in arguments[1]:
@@ -243,6 +250,9 @@ class PretendedDevice:
                     self.wait("index by bools")
                 if index is not None and not isinstance(index, OnDevice):
                     self._copy_here()
+
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._pinned
 
     def _copy_here(self) -> None:
         """From memory that is not pinned: the host waits until the numbers have been read."""

@@ -106,16 +106,17 @@ def measured(stack: str, drafter: str, num_layers: int = 4) -> Measured:
 LIMITS = {
     ("autoregressive", "none"): (0, 1, 15),
     # padded trees: the host reads the verdict and nothing else
-    ("fixed", "model"): (0, 1, 175),
-    ("fixed", "prompt_lookup"): (0, 1, 270),
-    ("phase3", "model"): (0, 1, 360),  # all of its 8 levels, since the host is ahead of the device
-    ("best_first", "model"): (0, 1, 280),
-    ("sequoia", "model"): (0, 1.4, 290),  # and sometimes what it has counted, to plan anew
+    ("fixed", "model"): (0, 1, 130),
+    ("fixed", "prompt_lookup"): (0, 1, 225),
+    ("phase3", "model"): (0, 1, 255),  # all of its 8 levels, since the host is ahead of the device
+    ("best_first", "model"): (0, 1, 205),
+    ("sequoia", "model"): (0, 1.4, 205),  # and sometimes what it has counted, to plan anew
+    # padded trees, for each level of which the host decides whether the model is asked
+    ("fixed", "union"): (1, 1, 265),
+    ("phase3", "union"): (1, 1, 465),
     # level by level
-    ("fixed", "union"): (2, 1, 305),  # the host decides for each level whether the model is asked
-    ("phase3", "union"): (2, 1, 555),
-    ("cost_aware", "model"): (2, 3.4, 280),  # the host decides for each level, and what is cut
-    ("cost_aware", "union"): (3, 2, 505),
+    ("cost_aware", "model"): (2, 1.9, 245),  # the host decides for each level, and is told the sizes where it cuts
+    ("cost_aware", "union"): (3, 1, 385),
 }
 
 

@@ -26,6 +26,7 @@ from dynatree_core.cost_model import NOMINAL_COSTS
 from dynatree_core.drafters.base import Drafter, DraftPlan, takes_padding
 from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
 from dynatree_core.drafters.prompt_lookup import PromptLookupDrafter
+from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.engine.rehearsal import Rehearsal
 from dynatree_core.engine.verify import _matched
 from dynatree_core.errors import DrafterError, PolicyError
@@ -91,13 +92,15 @@ def cached(session: Any) -> list[Tensor]:
     stack=st.sampled_from(STACKS),
     prompt=st.lists(st.integers(0, 36), min_size=1, max_size=12),
     family=st.sampled_from(["llama", "gpt2", "gpt_neox", "mistral"]),
-    looks_up=st.booleans(),
+    kind=st.sampled_from(["model", "prompt_lookup", "union"]),
     hears_early=st.booleans(),
     limits=st.fixed_dictionaries({}, optional={"max_depth": st.integers(1, 9), "max_nodes": st.integers(1, 40)}),
 )
 @settings(max_examples=20, deadline=None, phases=[Phase.generate])  # shrinking it takes minutes
-def test_what_is_verified_is_what_is_verified_without_padding(stack, prompt, family, looks_up, hears_early, limits):
-    drafter = PromptLookupDrafter() if looks_up else ModelDrafter(perturbed(family, 0, 0.03))
+def test_what_is_verified_is_what_is_verified_without_padding(stack, prompt, family, kind, hears_early, limits):
+    model = ModelDrafter(perturbed(family, 0, 0.03))
+    union = UnionDrafter([model, PromptLookupDrafter()])
+    drafter = {"model": model, "prompt_lookup": PromptLookupDrafter(), "union": union}[kind]
     heard = nullcontext() if hears_early else mock.patch.object(PaddedGrowth, "is_over", False)
     with warnings.catch_warnings(), heard:
         warnings.simplefilter("error", RuntimeWarning)  # that a policy's answers depend on padding
@@ -116,6 +119,24 @@ def test_what_is_verified_is_what_is_verified_without_padding(stack, prompt, fam
         length = min(one.shape[2], other.shape[2])
         torch.testing.assert_close(one[:, :, :length], other[:, :, :length])
     assert plain.cache.length == padded.cache.length
+
+
+@pytest.mark.parametrize("stack", ["fixed(depth=4)", "phase3"])
+def test_padding_does_not_decide_whether_a_union_asks_its_model(stack):
+    """A text that repeats itself, so that some levels do without, and one where what is looked up is not enough."""
+    model = ModelDrafter(perturbed("llama", 0, 0.03))
+    asked = {}
+    for pads in (False, True):
+        with mock.patch.object(
+            ModelDraftState, "proposing", autospec=True, side_effect=ModelDraftState.proposing
+        ) as looks:
+            union = UnionDrafter([model, PromptLookupDrafter()])
+            session = decoded(stack, [7, 8, 9, 7, 8, 9, 7, 8], drafter=union, pads=pads)
+        asked[pads] = outcomes(session), looks.call_count, sum(report.tree.max_depth for report in session.reports)
+    assert session.growth is not None
+    trees, num_looks, num_levels = asked[True]
+    assert [one[:6] for one in trees] == [one[:6] for one in asked[False][0]]
+    assert 0 < num_looks == asked[False][1] < num_levels
 
 
 @pytest.mark.parametrize("stack", [STACKS[1], "phase3", "best_first(nodes=8,depth=4,beam=3)"])

@@ -11,6 +11,7 @@ from pathlib import Path as File
 import attrs
 import pytest
 import torch
+from torch import Tensor
 
 from dynatree_core import (
     CostModel,
@@ -305,12 +306,20 @@ def test_sequoia_keeps_to_the_rest_of_its_plan_where_nodes_are_missing():
     shape = [[3], [2, 0, 2], [1, 0, 0, 1], [0, 0]]
     plan = Plan.of_shape(shape, torch.device("cpu"))
     assert plan.depth == 3
+
+    def widths(tree: TokenTree) -> Tensor:
+        above = None if tree.max_depth == 0 else found[tree.level_sizes[:-1]]
+        nodes = found[tree.level_sizes] = plan.nodes(tree, above)
+        assert torch.equal(nodes, plan.nodes(tree)), "level by level or from the root on"
+        return plan.num_children[nodes]
+
+    found: dict[tuple[int, ...], Tensor] = {}
     tree = TokenTree.root(torch.tensor([0]))
-    assert plan.widths(tree).tolist() == [3]
+    assert widths(tree).tolist() == [3]
     tree = tree.grow(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.zeros(2))  # the third child is missing
-    assert plan.widths(tree).tolist() == [2, 0]
+    assert widths(tree).tolist() == [2, 0]
     tree = tree.grow(torch.tensor([1, 2, 2]), torch.tensor([0, 0, 1]), torch.zeros(3))  # one missing, two too many
-    assert plan.widths(tree).tolist() == [1, 0, 0]
+    assert widths(tree).tolist() == [1, 0, 0]
 
 
 def judged(tree: TokenTree, path: tuple[int, ...], stop_reason: str | None = None) -> StepReport:

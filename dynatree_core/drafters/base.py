@@ -176,8 +176,8 @@ class DraftState(abc.ABC):
 
     # true if `propose` may be called for a level whose parent level was skipped, or for no level of a tree at all
     can_skip_levels = False
-    # true if `propose` waits for no device and knows padded trees: for padding it says any tokens that the target
-    # knows, and what it says of other nodes does not depend on it
+    # true if `propose` knows padded trees: for padding it says any tokens that the target knows, and what it says of
+    # other nodes does not depend on it. It waits for no device, unless that saves a pass
     is_capturable = False
 
     @abc.abstractmethod

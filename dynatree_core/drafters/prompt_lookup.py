@@ -108,7 +108,7 @@ class PromptLookupState(DraftState):
         if self.ends.numel() == 0:  # a text of one token has nothing earlier
             return padded_proposals(weights.long(), weights, k)
         # all occurrences with the same next token add their weights to the first one of them
-        spokesman = (self.next_ids[:, None] == self.next_ids).byte().argmax(dim=1)  # [matches]
+        spokesman = (self.next_ids[:, None] == self.next_ids).view(torch.uint8).argmax(dim=1)  # [matches]
         votes = torch.zeros_like(weights).index_add_(1, spokesman, weights)
         probs = votes / (weights.sum(dim=1, keepdim=True) + UNSEEN_WEIGHT)
         top = probs.topk(min(k, self.ends.numel()), dim=1)

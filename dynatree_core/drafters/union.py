@@ -8,7 +8,9 @@ drafter before is not asked at all, so drafting a text that is being copied take
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from collections.abc import Generator, Iterator, Sequence
 
 import attrs
@@ -24,6 +26,7 @@ from dynatree_core.drafters.base import (
     padded_proposals,
     prefilling_of,
     proposing_of,
+    takes_padding,
 )
 from dynatree_core.drafters.build import build_drafters
 from dynatree_core.errors import ParameterError
@@ -105,6 +108,11 @@ class UnionState(DraftState):
         # of a level, before `propose` was asked: which it is, what was proposed, and the largest rest of any node
         self._heard: tuple[tuple[int, ...], list[Proposals], float] | None = None
 
+    @property
+    def is_capturable(self) -> bool:  # type: ignore[override]
+        """Whether all of them know padded trees. Whom to ask is read once a level: a pass costs more than that."""
+        return all(map(takes_padding, self.states))
+
     def prefill(self, committed_ids: Tensor) -> None:
         for state in self.states:
             state.prefill(committed_ids)
@@ -128,7 +136,7 @@ class UnionState(DraftState):
         for number, (state, is_dear, name) in enumerate(self._parts):
             if heard and state.can_skip_levels:
                 if num_summed != len(heard):
-                    left_over, num_summed = _most_left_over(heard), len(heard)
+                    left_over, num_summed = _most_left_over(heard, tree), len(heard)
                 if left_over < LITTLE:
                     was_skipped = True
                     continue
@@ -149,7 +157,7 @@ class UnionState(DraftState):
         place = _place(committed_ids, tree, k)
         if self._heard is None or self._heard[0] != place:
             heard = [by_itself(proposing_of(state, committed_ids, tree, k)) for state in self._first]
-            self._heard = place, heard, _most_left_over(heard)
+            self._heard = place, heard, _most_left_over(heard, tree)
         return self._heard[2] < LITTLE
 
     def num_behind(self, num_committed: int) -> int:
@@ -163,7 +171,9 @@ class UnionState(DraftState):
         ways: list[tuple[Proposals, ...]] = [()]
         for part in reversed(self.states):
             asked = part.possible_proposals(committed_ids, tree, k)
-            skipped = [heard for heard in ways if heard and part.can_skip_levels and _most_left_over(heard) < LITTLE]
+            skipped = [
+                heard for heard in ways if heard and part.can_skip_levels and _most_left_over(heard, tree) < LITTLE
+            ]
             ways = [*((*heard, one) for heard in ways for one in asked), *skipped]
         return [_combined(heard, k) for heard in ways]
 
@@ -194,11 +204,12 @@ def _combined(heard: Sequence[Proposals], k: int) -> Proposals:
     return union
 
 
-def _most_left_over(heard: Sequence[Proposals]) -> float:
-    """The largest rest of any node, after all these drafters."""
-    left_over, *others = [1 - proposals.logprobs.exp().sum(dim=1) for proposals in heard]
-    for other in others:
-        left_over = left_over.clamp(min=0) * other.clamp(min=0)
+def _most_left_over(heard: Sequence[Proposals], tree: TokenTree) -> float:
+    """The largest rest of any node of the last level, after all these drafters. The host waits for the device."""
+    rests = [(1 - proposals.logprobs.exp().sum(dim=1)).clamp_(min=0) for proposals in heard]
+    left_over = functools.reduce(operator.mul, rests)
+    if tree.is_padded:
+        left_over *= tree.cum_logprob[tree.last_level] > -torch.inf
     return float(left_over.max())
 
 

@@ -12,7 +12,6 @@ import copy
 import warnings
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from dynatree_core.drafters.base import takes_padding

@@ -67,6 +67,10 @@ class Sequence:
         num_given = len(request.given_ids)
         self._ids = torch.zeros(num_given + request.max_new_tokens, dtype=torch.int64, device=device)
         self._ids[:num_given] = torch.tensor(request.given_ids)
+        # where the tokens of a step wait until a GPU fetches them; before the next step is recorded it has, since the
+        # host has read the verdict in between
+        is_fetched = device.type == "cuda"
+        self._sent = torch.empty(request.max_new_tokens, dtype=torch.int64, pin_memory=True) if is_fetched else None
         # what processors and criteria are shown: they may write into it, as into generate()'s text
         is_shown = request.logits_processors or request.stopping_criteria
         self._shown = self._ids.clone() if is_shown else self._ids
@@ -202,8 +206,7 @@ class Sequence:
 
     def record(self, report: StepReport) -> None:
         """Append a step's verified tokens and count it."""
-        for place, token_id in enumerate(report.token_ids, start=self.num_committed):
-            self._ids[place].fill_(token_id)  # an argument of its kernel: the host waits for no copy
+        self._append(report.token_ids)
         step = StepStats(
             num_drafted=report.tree.num_drafted,
             depth=report.tree.max_depth,
@@ -219,6 +222,15 @@ class Sequence:
             report,
             self.pending.behind(len(report.token_ids)),
         )
+
+    def _append(self, token_ids: SequenceOf[int]) -> None:
+        """Write tokens behind the committed ones. The host waits for no copy."""
+        if self._sent is None or len(token_ids) == 1:
+            for place, token_id in enumerate(token_ids, start=self.num_committed):
+                self._ids[place].fill_(token_id)  # an argument of its kernel
+            return
+        sent = self._sent[: len(token_ids)].copy_(torch.tensor(token_ids))
+        self._ids[self.num_committed :][: len(token_ids)].copy_(sent, non_blocking=True)
 
     def replace_last_report(self, report: StepReport) -> None:
         """Put the last step's report, with its time, in the place of the one that it was recorded with."""

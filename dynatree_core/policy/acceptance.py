@@ -62,7 +62,7 @@ class AcceptanceEstimator:
             self._line = self._estimate().to(logprob.device)
         slope, offset = self._line[:, self._cell(logprob, rank, depth)]
         estimate = torch.addcmul(offset, slope, logprob.exp().clamp(max=1))
-        return estimate.masked_fill(logprob == -torch.inf, 0)
+        return estimate.masked_fill_(logprob == -torch.inf, 0)
 
     def observe(self, report: StepReport) -> None:
         """Count a step's verdict: the target has judged the children of each accepted node.
@@ -124,8 +124,9 @@ class AcceptanceEstimator:
         for weight, (accepted, judged) in zip(self.weights, self.counts, strict=True):
             if accepted.ndim > 1:
                 slope, offset = slope[..., None], offset[..., None]
-            share = weight / (weight + judged)
-            slope, offset = share * slope, share * offset + accepted / (weight + judged)
+            total = weight + judged
+            share = weight / total
+            slope, offset = share * slope, share * offset + accepted / total
         return torch.stack([slope.flatten(), offset.flatten()])
 
     def _cell(self, logprob: Tensor, rank: Tensor, depth: Tensor | int) -> Tensor:

@@ -92,8 +92,28 @@ def _unpadded(tree: TokenTree | PaddedRows, prefix_len: int) -> FlatTrees:
 
 def _behind_prefix(mask: Tensor, prefix_len: int) -> Tensor:
     """[rows, slots] bool: each row sees the whole prefix, and what the mask says of the slots behind it."""
-    prefix = torch.ones(mask.shape[0], prefix_len, dtype=torch.bool, device=mask.device)
-    return torch.cat([prefix, mask], dim=1)
+    if mask.device.type == "cpu":
+        return torch.nn.functional.pad(mask, (prefix_len, 0), value=True)
+    # what is repeated is read where it is, so this is one kernel
+    return torch.cat([_true(mask.device).expand(mask.shape[0], prefix_len), mask], dim=1)
+
+
+def _positions(number: int, device: torch.device) -> Tensor:
+    """[number] int64: 0, 1, 2, …, without a kernel; nobody may write into it."""
+    return _many_positions(max(1024, 1 << (number - 1).bit_length()), device)[:number]
+
+
+@functools.cache
+def _many_positions(number: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(number, device=device)
+
+
+@functools.cache
+def _true(device: torch.device) -> Tensor:
+    """[1, 1] bool."""
+    with torch.inference_mode(False):
+        return torch.ones(1, 1, dtype=torch.bool, device=device)
 
 
 def _counted_up_to(prefix_len: int, positions: Tensor) -> Tensor:
@@ -127,7 +147,9 @@ def flatten_level(tree: TokenTree, prefix_len: int, num_cached: int | None = Non
     while places_rows < rows:
         num_places += 1
         places_rows += tree.level_sizes[-num_places]
-    if num_places == 1:
+    if num_places == 1 and tree.is_padded:
+        positions = _positions(tree.max_depth + prefix_len, tree.device)[-1:].expand(rows)
+    elif num_places == 1:
         positions = torch.full((rows,), tree.max_depth + prefix_len - 1, device=tree.device)
     else:
         positions = tree.depth[first:] + (prefix_len - 1)

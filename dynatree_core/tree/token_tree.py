@@ -144,7 +144,8 @@ class TokenTree:
         and is seen by padding only.
         """
         room = self._room
-        assert room is not None and room.packed is not None, "only a padded tree has a place for padding"
+        assert room is not None, "only a padded tree has a place for padding"
+        assert room.packed is not None, "likewise"
         return room.packed.index_select(1, places), room.mask[places[:, None], places]
 
     @cached_property
@@ -255,7 +256,8 @@ class TokenTree:
         """
         old, width = self.num_nodes, chosen.numel()
         room, level = self._room, slice(old, old + width)
-        assert room is not None and room.packed is not None, "a padded tree begins with `padded_root`"
+        assert room is not None, "a padded tree begins with `padded_root`"
+        assert room.packed is not None, "likewise"
         assert room.num_used == old, f"a padded tree grows once, got {room.num_used} places in use behind {old}"
         assert old + width < len(room.mask), f"there is room for {len(room.mask) - 1} places, got {old + width}"
         torch.index_select(proposed, 1, chosen, out=room.packed[:3, level])
