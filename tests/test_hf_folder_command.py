@@ -133,7 +133,10 @@ def test_a_student_is_found_from_any_folder(capsys, source, plain, used, tmp_pat
         (["--option", "tau=high"], "tau must be"),
         (["--option", "max_nodes=-1"], "max_nodes must be"),
         (["--option", "on_error=ignore"], "on_error must be one of raise, fallback, got 'ignore'"),
-        (["--option", "runner=fast"], "runner must be one of auto, cudagraph, eager, native, packed, triton, got 'fast'"),
+        (
+            ["--option", "runner=fast"],
+            "runner must be one of auto, cudagraph, eager, native, packed, triton, got 'fast'",
+        ),
         (["--option", "exact=yes"], "exact"),
         (["--target", "nowhere/at/all"], "cannot load"),
     ],
