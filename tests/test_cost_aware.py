@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dynatree_core import (
     AcceptanceEstimator,
     CostModel,
+    Engine,
     Frontier,
     Proposals,
     Session,
@@ -197,7 +198,8 @@ def test_it_decides_where_another_dtype_is_the_default():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        found = generate(tiny_model("llama"), "prompt_lookup", [1, 2, 3], policy="cost_aware", max_new_tokens=40)
+        engine = Engine(tiny_model("llama"), "prompt_lookup", costs=linear_costs(1.0, 0.0, 0.0))
+        found = engine.submit([1, 2, 3], policy="cost_aware", max_new_tokens=40).result()
     finally:
         torch.set_default_dtype(before)
     assert found.token_ids == greedy(tiny_model("llama"), [1, 2, 3], 40)
