@@ -39,8 +39,8 @@ class BestFirst:
     branch: int = count(16)
     min_gain: float = fraction(0.0)
     tau: float = fraction(0.0)
-    # the tree whose level was last looked at, and which nodes of the level are not expanded; None: all are
-    _beyond: tuple[TokenTree, Tensor | None] | None = attrs.field(default=None, init=False, repr=False, eq=False)
+    # the tree whose level was last looked at, and which nodes of the level are not expanded
+    _beyond: tuple[TokenTree, Tensor] | None = attrs.field(default=None, init=False, repr=False, eq=False)
 
     @property
     def max_nodes(self) -> int:
@@ -97,11 +97,11 @@ class BestFirst:
     def _beyond_beam(self, frontier: Frontier) -> Tensor | None:
         """[width] bool: all but the most probable nodes of the level; None: no node. Both hooks ask for it."""
         tree = frontier.tree
+        if frontier.width <= self.beam:
+            return None
         if self._beyond is None or self._beyond[0] is not tree:
-            is_beyond = None
-            if frontier.width > self.beam:
-                # stable: of equals the first
-                best = frontier.cum_logprob.argsort(descending=True, stable=True)[: self.beam]
-                is_beyond = torch.ones(frontier.width, dtype=torch.bool, device=tree.device).index_fill_(0, best, False)
+            # stable: of equals the first
+            best = frontier.cum_logprob.argsort(descending=True, stable=True)[: self.beam]
+            is_beyond = torch.ones(frontier.width, dtype=torch.bool, device=tree.device).index_fill_(0, best, False)
             self._beyond = tree, is_beyond
         return self._beyond[1]

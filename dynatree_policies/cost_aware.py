@@ -58,6 +58,8 @@ RESERVE = 8.0  # steps that the account holds at most: as much is lost before a 
 PAYBACK = 32  # iterations over which the price of catching up is shared out
 IDLE_SHARE = 0.002  # of the way back to the prior, for each iteration without such a look: how soon one is tried again
 
+NOT_FREE_SHARE = 0.05  # the same, to nothing, of what free looks win, for each that turns out to cost something
+
 CPU_NUMBERS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
@@ -148,10 +150,14 @@ class CostAware:
                 self.is_recalled = True
         if frontier.depth >= min(self.max_depth, self.depth_limit) or self.account < 0:
             return False
-        costs, is_free = frontier.charged_costs, frontier.is_look_free
-        tokens = self._mass(frontier.tree) * (self.free_look_value if is_free else self.look_value)
-        seconds = level_seconds(costs, frontier.width, is_free=is_free) + frontier.catch_up_seconds / _payback(frontier)
-        pays = tokens > self._rate(costs) * seconds
+        costs, mass = frontier.charged_costs, self._mass(frontier.tree)
+        rate, behind = self._rate(costs), costs.catch_up_seconds(frontier.num_behind) / _payback(frontier)
+        pays = mass * self.look_value > rate * (level_seconds(costs, frontier.width) + behind)
+        # whether a look is free takes a search of the text, so that is asked where it decides
+        if not pays and mass * self.free_look_value > rate * level_seconds(costs, frontier.width, is_free=True):
+            pays = frontier.is_look_free
+            if not pays and frontier.depth == 0:
+                self._learn_look(0.0, NOT_FREE_SHARE, is_free=True)
         if pays:
             self.levels.append(frontier)
         return pays

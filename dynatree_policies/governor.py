@@ -70,7 +70,7 @@ class Governor:
     probe_depth: int = count(2)
     refresh: int = count(32, minimum=2)
 
-    is_capturable: ClassVar = True  # whether it drafts it knows before there is a tree
+    is_capturable: ClassVar = True  # whether it drafts it knows before there is a tree, unless a long text is behind
 
     account: float = attrs.field(default=0.0, init=False, repr=False)  # seconds
     seen: dict[int, _Seen] = attrs.field(factory=lambda: defaultdict(_Seen), init=False, repr=False)
@@ -89,12 +89,12 @@ class Governor:
     def should_expand(self, frontier: Frontier) -> bool:
         if frontier.depth == 0:
             self.load, self.behind = frontier.num_sequences, []
-            self.is_drafting = self._may_draft() and self._may_look(frontier)
+            self.is_drafting = self._may_draft()  # if no look is worth its text then, asking so is charged, too
         if not self.is_drafting or frontier.depth >= max(self.depth_limit, self.probe_depth):
             return False
         if frontier.num_behind >= FEW:
             self.behind.append(frontier)
-        return frontier.depth == 0 or self._may_look(frontier)
+        return self._may_look(frontier)
 
     @hookimpl
     def on_iteration_end(self, report: StepReport) -> None:

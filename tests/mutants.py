@@ -145,8 +145,8 @@ MUTANTS = (
     ),
     Mutant(
         "padding of a padded tree may be accepted",
-        "        return self._level\n",
-        "        return self.depth\n",
+        "        return self._packed[4]",
+        "        return self._packed[3]",
         ("tests/test_padded.py::test_padding_is_not_accepted",),
     ),
     Mutant(
@@ -376,14 +376,14 @@ MUTANTS = (
     # verification
     Mutant(
         "the bonus token is the root's",
-        "top_token.index_select(0, path)])",
-        "top_token.index_select(0, path).roll(1)])",
+        "top_token.index_select(0, path), *behind])",
+        "top_token.index_select(0, path).roll(1), *behind])",
         (WALK,),
     ),
     Mutant(
         "a node is accepted without its ancestors",
-        "is_dead = (tree.ancestor_mask[:, 1:] & differs).any(dim=1)",
-        "is_dead = torch.nn.functional.pad(differs, (1, 0))",
+        "is_alive = (tree.ancestor_mask[:, 1:] <= matches).all(dim=1)",
+        "is_alive = torch.nn.functional.pad(matches, (1, 0), value=True)",
         (WALK,),
     ),
     Mutant(

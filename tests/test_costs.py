@@ -14,7 +14,7 @@ from dynatree_core.cost_model import NOMINAL_COSTS
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.engine import costs
-from dynatree_core.engine.costs import ROWS, WIDTHS, isotonic, measured_costs
+from dynatree_core.engine.costs import FOLLOWED, ROWS, WIDTHS, isotonic, measured_costs
 from dynatree_core.testing.models import perturbed, tiny_model
 
 
@@ -93,6 +93,18 @@ def test_a_model_is_measured_where_a_union_asks_it(folder, priced):
     union = UnionDrafter([ModelDrafter(drafter), build_drafter("prompt_lookup")])
     model = measured_costs(target, union, patience=1e9)
     assert model.drafter_level_seconds == StepFunction(WIDTHS, pytest.approx([0.2 + 0.01 * width for width in WIDTHS]))
+
+
+def test_following_a_long_text_is_never_free(folder, priced):
+    """Also where a pass takes as long over one token as over many, since launches are all that it takes."""
+    drafter = perturbed("llama")
+    priced.price(drafter, lambda rows: 0.2)
+    model = measured_costs(tiny_model("llama"), ModelDrafter(drafter), patience=1e9)
+    follow = model.drafter_follow_seconds
+    assert follow is not None
+    assert follow.at == FOLLOWED[: len(follow.at)]
+    assert [model.catch_up_seconds(num) for num in (0, follow.at[0])] == [0.0, pytest.approx(0.0)]
+    assert model.catch_up_seconds(100 * follow.at[-1]) == pytest.approx(20.0)
 
 
 def test_a_short_context_of_a_model_in_a_union(folder):

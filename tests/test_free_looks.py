@@ -86,6 +86,22 @@ def test_what_is_not_copied_is_not_drafted():
     assert timed.seconds <= (1 + MAX_LOSS) * 60 + STAKE + 1.0
 
 
+def test_a_text_that_is_not_copied_is_searched_ever_less():
+    """Whether a look is free takes a search of the text, which no account counts."""
+    searched: list[int] = []
+
+    def is_free() -> bool:
+        searched.append(iteration)
+        return False
+
+    policy, tree = CostAware(), TokenTree.root(torch.tensor([0]))
+    for iteration in range(400):
+        assert not policy.should_expand(attrs.evolve(frontier(DEAR, 0), is_look_free=is_free))
+        policy.on_iteration_end(StepReport(iteration, tree, Verdict((), (), (1,))))
+    assert len([one for one in searched if one < 20]) == 20
+    assert 0 < len([one for one in searched if one >= 200]) < 0.5 * 200
+
+
 class Compares:
     """Asks at each level whether the look is free, and then looks."""
 

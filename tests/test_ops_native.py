@@ -59,6 +59,7 @@ MATRICES = [
         for kind in (*PLAIN, "4", "8")
         for outputs, num_inputs in ((1, 1), (45, 33), (16, 100), (20, 300))
     ),
+    *((kind, 20, 160) for kind in ("Q5_0", "Q5_1")),
     *((kind, outputs, 512) for kind in PUBLISHED for outputs in (16, 75)),
 ]
 

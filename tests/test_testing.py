@@ -311,6 +311,9 @@ class FrequencyState(DraftState):
                 committed_ids[0] = 0 if committed_ids[0] else 1
         return Proposals(ids, logprobs)
 
+    def is_look_free(self, committed_ids: torch.Tensor, tree: TokenTree, k: int) -> bool:
+        return self.fault == "free"
+
     def commit(self, draft_path: tuple[int, ...]) -> None:
         if self.fault != "commit":
             self.drafted.zero_()
@@ -331,6 +334,7 @@ DRAFTER_FAULTS = [
     ("nan", "must propose log-probabilities that are numbers of at most 0"),
     ("tree", r"drafter 'Frequency\(fault='tree'\)' must only read what it is shown, but wrote to tree.logprob"),
     ("committed", "must leave committed_ids as they are"),
+    ("free", "must propose for free where is_look_free.. has said that it would, got True from .* is_free=False"),
     ("rollback", "must propose after .* what a fresh state does"),
     ("commit", "must propose after .* what a fresh state does"),
 ]

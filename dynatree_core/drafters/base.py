@@ -240,7 +240,7 @@ class DraftState(abc.ABC):
         """Whether `propose`, asked so, would take no pass of a model and follow no text, as its `is_free` says then.
 
         Policies ask before they look, about any level that `propose` may be called for, so it has to be cheap. Whether
-        they look then is open. A state that is capturable must answer without waiting for a device.
+        they look then is open. On a GPU an answer waits for the device, unless it is the same for all levels.
 
         Args:
             committed_ids, tree, k: as for `propose`.
@@ -332,6 +332,8 @@ class _ElsewhereState(DraftState):
         return self.state.num_behind(num_committed)
 
     def is_look_free(self, committed_ids: Tensor, tree: TokenTree, k: int) -> bool:
+        if type(self.state).is_look_free is DraftState.is_look_free:  # nothing is copied to be told so
+            return False
         return self.state.is_look_free(self._copied(committed_ids), tree.to(self.device), k)
 
     def num_bytes(self, num_committed: int | None = None) -> int:

@@ -45,7 +45,7 @@ __all__ = ["folder", "isotonic", "measured_costs"]
 # row counts to measure of the target's passes; with coarser steps a policy would always fill up to the next step
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 WIDTHS = (1, 2, 4, 8, 16, 32)  # node counts to measure of the drafter's levels
-FOLLOWED = (4, 16, 64)  # token counts to measure of texts that the drafter follows, fewer where the context is shorter
+FOLLOWED = (4, 16, 64, 256)  # token counts to measure of texts that the drafter follows, as the context allows
 PREFIX = 32  # committed tokens behind which passes are measured, fewer where the context is shorter
 ROUNDS = 3  # after a first round to warm up; `dynatree calibrate` makes more
 PATIENCE = 3.0  # seconds
@@ -246,7 +246,9 @@ def _measure_drafter(
         if bench.followed:
             lengths = {length: functools.partial(bench.follow, length) for length in (0, *bench.followed)}
             at_none, *behind = _interleaved(lengths, rounds, patience, bench.device).values()
-            added = isotonic([max(one - at_none, 0.0) for one in behind])
+            # beyond the last count the price is proportional to it, so that one is priced as the whole pass: where
+            # passes are bound by launches, what the tokens add to it is nothing
+            added = isotonic([*(max(one - at_none, 0.0) for one in behind[:-1]), behind[-1]])
             follow = {"at": list(bench.followed), "seconds": added}
     return {"draft": {"at": list(WIDTHS), "seconds": isotonic(list(seconds.values()))}, "follow": follow}
 

@@ -69,8 +69,8 @@ class Sequence:
         self._ids[:num_given] = torch.tensor(request.given_ids)
         # where the tokens of a step wait until a GPU fetches them; before the next step is recorded it has, since the
         # host has read the verdict in between
-        is_fetched = device.type == "cuda"
-        self._sent = torch.empty(request.max_new_tokens, dtype=torch.int64, pin_memory=True) if is_fetched else None
+        is_fetched, most = device.type == "cuda", 1 + request.limits.max_depth
+        self._sent = torch.empty(most, dtype=torch.int64, pin_memory=True) if is_fetched else None
         # what processors and criteria are shown: they may write into it, as into generate()'s text
         is_shown = request.logits_processors or request.stopping_criteria
         self._shown = self._ids.clone() if is_shown else self._ids

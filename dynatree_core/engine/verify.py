@@ -151,7 +151,8 @@ def _matched(tree: TokenTree | PaddedRows, logits: Tensor, behind: Sequence[Tens
     top_logit, top_token = logits.max(dim=-1)  # [nodes]; max() puts NaN above every number
     top_token.masked_fill_(top_logit.isnan(), NOT_A_NUMBER)
     if tree.num_nodes == 1:
-        return torch.nn.functional.pad(top_token, (2, 0))
+        matched = torch.nn.functional.pad(top_token, (2, 0))
+        return torch.cat([matched, *behind]) if behind else matched
     matches = tree.token_ids[1:] == top_token.index_select(0, tree.parent[1:])
     is_alive = (tree.ancestor_mask[:, 1:] <= matches).all(dim=1)  # who is an ancestor matches
     reach = tree.reach if isinstance(tree, PaddedRows) else tree.depth

@@ -625,7 +625,13 @@ class _Drafting:
         tree = TokenTree.root(self.committed_ids[-1:].clone())
         fresh = self._fresh() if self.is_compared else None
         for level in picks:
+            is_free = self.state.is_look_free(self.committed_ids, tree, self.k)  # the new state is not asked that
             proposals = self._proposed(self.state, tree)
+            self._require(
+                isinstance(is_free, bool) and (proposals.is_free or not is_free),
+                "propose for free where is_look_free() has said that it would",
+                f"{is_free} from is_look_free(), and is_free={proposals.is_free} of the Proposals",
+            )
             if fresh is not None:
                 self._compare(proposals, self._proposed(fresh, tree), tree)
             possible = (proposals.logprobs > -torch.inf).flatten().nonzero().flatten()

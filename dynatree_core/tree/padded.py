@@ -59,7 +59,7 @@ class PaddedSpace:
             self.places = torch.arange(width, device=device)
             self.ranks = torch.arange(max_branch, device=device)
             self.depths = torch.arange(max_depth + 1, device=device)
-            self.impossible = torch.tensor(-torch.inf, device=device)  # [] float32, at hand on the device
+            self.impossible = torch.tensor(-torch.inf, dtype=torch.float32, device=device)  # [], at hand on the device
             self.no_token = torch.tensor(NO_TOKEN, device=device)  # [] int64
             # what a score adds to the log-probability of a child: nothing, and that of its parent's path
             self.of_scores = torch.tensor([0.0, 1.0], dtype=torch.float32, device=device)

@@ -120,10 +120,8 @@ class TokenTree:
         return cls.in_room(room, (1,), is_padded=True)
 
     @classmethod
-    def in_room(
-        cls, room: Room, level_sizes: tuple[int, ...], *, cut: Cut | None = None, is_padded: bool = False
-    ) -> TokenTree:
-        """The tree of the first nodes in a room. With a `cut` it is of one that was drafted, and grows no more."""
+    def in_room(cls, room: Room, level_sizes: tuple[int, ...], *, is_padded: bool = False) -> TokenTree:
+        """The tree of the first nodes in a room."""
         num_nodes = room.num_used = sum(level_sizes)
         return cls(
             token_ids=room.integers[0, :num_nodes],
@@ -132,8 +130,7 @@ class TokenTree:
             cum_logprob=room.scores[1, :num_nodes],
             ancestor_mask=room.mask[:num_nodes, :num_nodes],
             level_sizes=level_sizes,
-            cut=cut,
-            room=room if cut is None else None,
+            room=room,
             is_padded=is_padded,
         )
 

@@ -352,7 +352,8 @@ static void multiply_few(const product_job *job, int64_t first, int64_t num_bloc
 static void multiply_band(const product_job *job, int64_t block, int64_t row, int64_t num_rows) {
   const matrix *m = job->packed;
   const int64_t inputs = m->inputs, num_tiles = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
-  float sums[BAND * LANES], panel[CHUNK * LANES] __attribute__((aligned(64)));
+  float sums[BAND * LANES] __attribute__((aligned(64)));
+  float panel[CHUNK * LANES] __attribute__((aligned(64)));
   reading now = {.at = m->data + block * m->block_bytes};
   memset(sums, 0, (size_t)(num_rows * LANES) * sizeof *sums);
   for (int64_t first = 0; first < inputs; first += CHUNK) {
