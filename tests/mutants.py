@@ -916,14 +916,14 @@ MUTANTS = (
     ),
     Mutant(
         "what free looks win is believed of the model",
-        "(self.free_look_value if is_free else self.look_value)",
-        "self.free_look_value",
+        "pays = mass * self.look_value > rate",
+        "pays = mass * self.free_look_value > rate",
         ("tests/test_free_looks.py::test_what_free_looks_win_says_nothing_about_the_model",),
     ),
     Mutant(
         "a tree that may grow by free looks only has a prompt read",
-        "return frontier.depth == 0 or self._may_look(frontier)",
-        "return True",
+        "return self._may_look(frontier)",
+        "return frontier.depth > 0 or self._may_look(frontier)",
         ("tests/test_free_looks.py::test_a_governor_lets_a_tree_grow_where_looks_are_free_and_no_further",),
     ),
     Mutant(
