@@ -33,6 +33,14 @@ class StepFunction:
             return self.seconds[place]
         return self.seconds[-1] * count / self.at[-1]
 
+    def on_line(self, count: int) -> float:
+        """The same, but that between measured counts, and between none and the first, it rises in a straight line."""
+        place = bisect.bisect_left(self.at, count)
+        if count <= 0 or place == len(self.at):
+            return self(count)
+        low, at_low = (self.at[place - 1], self.seconds[place - 1]) if place else (0, 0.0)
+        return at_low + (self.seconds[place] - at_low) * (count - low) / (self.at[place] - low)
+
 
 _OLD_COSTS = {"verify": "target_pass_seconds", "draft": "drafter_level_seconds"}
 
@@ -65,7 +73,7 @@ class CostModel:
     def catch_up_seconds(self, num_tokens: int) -> float:
         """What it takes the drafter to follow so many tokens, in the pass that proposes for a root behind them."""
         if self.drafter_follow_seconds is not None:
-            return self.drafter_follow_seconds(num_tokens)
+            return self.drafter_follow_seconds.on_line(num_tokens)
         return self.drafter_level_seconds(num_tokens + 1) - self.drafter_level_seconds(1)
 
     def beside(self, num_sequences: int, rows: int, width: int) -> CostModel:

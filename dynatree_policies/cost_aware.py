@@ -24,7 +24,8 @@ so much in each of them. What is not charged yet when drafting stops is lost bey
 
 A look may be free (`Frontier.is_look_free`): where a text is copied, a union knows enough without its model, which then
 follows nothing. Such a look costs what the host does. What looks win is learnt of either kind by itself, since what is
-won where a text is copied says nothing about what the model would win elsewhere.
+won where a text is copied says nothing about what the model would win elsewhere. There is an account for each, too: a
+model that is not worth its time, or has a long prompt to read, must not use up what copied text would be drafted with.
 
 Where several sequences share their passes, all of this goes by what a tree is charged there (`Frontier.charged_costs`):
 each second that it adds delays every one of them, and counts for each.
@@ -53,6 +54,7 @@ PRIOR_WEIGHT = 4.0
 # Without it, levels of a drafter that costs nothing would be free
 LEVEL_RESTS, LEVEL_SHARE = 1.5, 0.04
 STAKE, MAX_LOSS = 0.75, 0.015  # steps: what drafting may lose, and what an iteration adds to that
+FREE_STAKE, FREE_MAX_LOSS = 0.375, 0.0075  # the same for iterations whose looks are all free
 FIRST_DEPTH = 4
 RESERVE = 8.0  # steps that the account holds at most: as much is lost before a change of the text is answered
 PAYBACK = 32  # iterations over which the price of catching up is shared out
@@ -121,6 +123,7 @@ class CostAware:
     hits: float = attrs.field(default=0.0, init=False, repr=False)  # accepted nodes with children of which one was too
     trials: float = attrs.field(default=0.0, init=False, repr=False)  # accepted nodes with children
     account: float = attrs.field(default=STAKE, init=False, repr=False)  # steps that drafting may still lose
+    free_account: float = attrs.field(default=FREE_STAKE, init=False, repr=False)  # where all looks are free
     depth_limit: int = attrs.field(default=FIRST_DEPTH, init=False, repr=False)
     debt: float = attrs.field(default=0.0, init=False, repr=False)  # steps that catching up took, not charged yet
     instalment: float = attrs.field(default=0.0, init=False, repr=False)  # steps of it that an iteration is charged
@@ -148,14 +151,14 @@ class CostAware:
             if not self.is_recalled:  # again: each session has a copy, and others may have kept more since
                 self._recall()
                 self.is_recalled = True
-        if frontier.depth >= min(self.max_depth, self.depth_limit) or self.account < 0:
+        if frontier.depth >= min(self.max_depth, self.depth_limit) or max(self.account, self.free_account) < 0:
             return False
         costs, mass = frontier.charged_costs, self._mass(frontier.tree)
         rate, behind = self._rate(costs), costs.catch_up_seconds(frontier.num_behind) / _payback(frontier)
-        pays = mass * self.look_value > rate * (level_seconds(costs, frontier.width) + behind)
-        # whether a look is free takes a search of the text, so that is asked where it decides
-        if not pays and mass * self.free_look_value > rate * level_seconds(costs, frontier.width, is_free=True):
-            pays = frontier.is_look_free
+        pays = mass * self.look_value > rate * (level_seconds(costs, frontier.width) + behind) and self.account >= 0
+        may_pay = mass * self.free_look_value > rate * level_seconds(costs, frontier.width, is_free=True)
+        if not pays and may_pay and self.free_account >= 0:  # then it decides whether the look is free, which takes
+            pays = frontier.is_look_free  # a search of the text
             if not pays and frontier.depth == 0:
                 self._learn_look(0.0, NOT_FREE_SHARE, is_free=True)
         if pays:
@@ -222,7 +225,9 @@ class CostAware:
             due = min(self.instalment, self.debt)
             self.debt -= due
             self.instalment = self.instalment if self.debt > 0 else 0.0
-            self.account = min(self.account + won - due + MAX_LOSS, RESERVE)
+            is_free = bool(asked) and all(frontier.proposals.is_free for frontier in asked)
+            self.account = min(self.account + (0.0 if is_free else won) - due + MAX_LOSS, RESERVE)
+            self.free_account = min(self.free_account + (won if is_free else 0.0) + FREE_MAX_LOSS, RESERVE)
         if report.num_accepted >= self.depth_limit:
             self.depth_limit *= 2
         self._count(report)

@@ -497,8 +497,14 @@ MUTANTS = (
         ("tests/test_cost_aware.py::test_a_level_is_not_free_where_the_drafter_is",),
     ),
     Mutant(
+        "what a model loses keeps copied text from being drafted",
+        "if not pays and may_pay and self.free_account >= 0:",
+        "if not pays and may_pay and min(self.account, self.free_account) >= 0:",
+        ("tests/test_free_looks.py::test_a_model_that_has_lost_its_account_does_not_stop_free_looks",),
+    ),
+    Mutant(
         "noise is drafted whatever it has lost",
-        "frontier.depth >= min(self.max_depth, self.depth_limit) or self.account < 0",
+        "frontier.depth >= min(self.max_depth, self.depth_limit) or max(self.account, self.free_account) < 0",
         "frontier.depth >= min(self.max_depth, self.depth_limit)",
         ("tests/test_cost_aware.py::test_what_drafting_may_lose_is_bounded",),
     ),

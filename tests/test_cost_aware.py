@@ -28,7 +28,15 @@ from dynatree_core import (
 )
 from dynatree_core.errors import InputError, ParameterError
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
-from dynatree_policies.cost_aware import LEVEL_SHARE, MAX_LOSS, STAKE, CostAware, level_seconds
+from dynatree_policies.cost_aware import (
+    FREE_MAX_LOSS,
+    FREE_STAKE,
+    LEVEL_SHARE,
+    MAX_LOSS,
+    STAKE,
+    CostAware,
+    level_seconds,
+)
 
 ROWS = tuple(range(1, 200))
 
@@ -143,8 +151,9 @@ def test_a_level_that_was_proposed_without_the_model_costs_no_pass():
         assert policy.should_expand(frontier) is True
         policy.branch_factor(frontier)
         policy.on_iteration_end(StepReport(0, frontier.tree, Verdict((), (), (1,))))
-        accounts.append(policy.account)
-    assert accounts == pytest.approx([STAKE + MAX_LOSS - 0.3 - LEVEL_SHARE, STAKE + MAX_LOSS - LEVEL_SHARE])
+        accounts += policy.account, policy.free_account
+    asked, free = STAKE + MAX_LOSS, FREE_STAKE + FREE_MAX_LOSS
+    assert accounts == pytest.approx([asked - 0.3 - LEVEL_SHARE, free, asked, free - LEVEL_SHARE])
 
 
 @pytest.mark.parametrize("beside", ["fixed", "confidence"])

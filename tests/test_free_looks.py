@@ -32,7 +32,7 @@ from dynatree_core.runners.around import RunnerAround
 from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
 from dynatree_core.trace import read, replay
-from dynatree_policies.cost_aware import MAX_LOSS, STAKE, CostAware
+from dynatree_policies.cost_aware import FREE_MAX_LOSS, FREE_STAKE, MAX_LOSS, STAKE, CostAware
 
 CPU = torch.device("cpu")
 COPIED = [7] * 110  # which the target goes on with for ever
@@ -80,10 +80,25 @@ def test_copied_text_is_drafted_where_the_model_is_never_asked(policy, num_seque
 
 
 def test_what_is_not_copied_is_not_drafted():
-    timed = Timed("cost_aware", [NEW], 60)
+    timed = Timed("cost_aware", [NEW], 12)
     assert timed.rows_of_drafter.of_passes == []
-    assert timed.results[0].report.num_drafted_nodes < 60  # two tokens that came before, by chance
-    assert timed.seconds <= (1 + MAX_LOSS) * 60 + STAKE + 1.0
+    assert timed.results[0].report.num_drafted_nodes <= 12  # tokens that came before, by chance
+    assert timed.seconds <= (1 + MAX_LOSS + FREE_MAX_LOSS) * 12 + STAKE + FREE_STAKE
+
+
+def test_a_model_that_has_lost_its_account_does_not_stop_free_looks():
+    policy = CostAware()
+    policy.account = -3.0
+    assert not policy.should_expand(frontier(DEAR, 0))
+    assert policy.should_expand(frontier(DEAR, 0, is_free=True))
+    policy.free_account = -0.1
+    assert not policy.should_expand(frontier(DEAR, 0, is_free=True))
+
+
+def test_free_looks_that_lose_do_not_cost_the_model_its_account():
+    policy = CostAware()
+    policy.free_account = -3.0
+    assert policy.should_expand(frontier(linear(1.0, 0.02, 0.1), 0))
 
 
 def test_a_text_that_is_not_copied_is_searched_ever_less():
@@ -189,7 +204,7 @@ def test_a_free_look_has_no_price():
 def test_following_is_priced_by_what_was_measured():
     measured = attrs.evolve(BY_NODE, drafter_follow_seconds=StepFunction((4, 16), (0.01, 0.05)))
     assert [frontier(measured, behind).catch_up_seconds for behind in (0, 3, 16, 160)] == pytest.approx(
-        [0.0, 0.01, 0.05, 0.5]
+        [0.0, 0.0075, 0.05, 0.5]
     )
     assert frontier(measured, 16, num_sequences=3, rows_beside=2).catch_up_seconds == pytest.approx(0.15)
 
@@ -201,7 +216,7 @@ def test_what_free_looks_win_says_nothing_about_the_model():
         assert policy.should_expand(root)
         assert policy.branch_factor(root).item() > 0
         policy.on_iteration_end(StepReport(0, root.tree, Verdict((), (), (1,))))
-        policy.account = STAKE
+        policy.free_account = FREE_STAKE
     assert policy.free_look_value > 0.8
     assert policy.look_value == pytest.approx(0.5)
     assert policy.debt == 0.0
