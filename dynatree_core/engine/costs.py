@@ -242,14 +242,14 @@ def _measure_drafter(
         bench = _DrafterBench(drafter, target, runner, tokenizer, store)
         points = {width: functools.partial(bench.level, width) for width in WIDTHS}
         seconds = _interleaved(points, rounds, patience, bench.device)
-        follow = None
-        if bench.followed:
-            lengths = {length: functools.partial(bench.follow, length) for length in (0, *bench.followed)}
+        followed, follow = bench.followed(), None
+        if followed:
+            lengths = {length: functools.partial(bench.follow, length) for length in (0, *followed)}
             at_none, *behind = _interleaved(lengths, rounds, patience, bench.device).values()
             # beyond the last count the price is proportional to it, so that one is priced as the whole pass: where
             # passes are bound by launches, what the tokens add to it is nothing
             added = isotonic([*(max(one - at_none, 0.0) for one in behind[:-1]), behind[-1]])
-            follow = {"at": list(bench.followed), "seconds": added}
+            follow = {"at": followed, "seconds": added}
     return {"draft": {"at": list(WIDTHS), "seconds": isotonic(list(seconds.values()))}, "follow": follow}
 
 
@@ -372,8 +372,7 @@ class _DrafterBench:
         self.state.rollback()
         return seconds[0]
 
-    @property
-    def followed(self) -> Sequence[int]:
+    def followed(self) -> list[int]:
         """Numbers of tokens that the drafter follows when it is asked; none where it does before, or not at all."""
         lengths = [length for length in FOLLOWED if length < len(self.text)]
         return [length for length in lengths if self._unasked(length).num_behind(length + 1) > 0]
