@@ -107,8 +107,8 @@ class CostAware:
     What is learnt of acceptance is kept in the file `remember`, if one is named, when a generation ends, and the next
     one with that file begins with it. Name one for each pair of a target and a drafter.
 
-    A level is looked at where looks of late have won more than the drafter's pass costs, and no tree is begun while
-    the account is below zero. Then it gets the children, none perhaps, that win most with up to `HORIZON` levels behind
+    A level is looked at where looks of late have won more than the drafter's pass costs, and while the account of such
+    looks is not below zero. Then it gets the children, none perhaps, that win most with up to `HORIZON` levels behind
     them, and at the end the nodes are verified that win most.
     """
 
@@ -157,8 +157,8 @@ class CostAware:
         rate, behind = self._rate(costs), costs.catch_up_seconds(frontier.num_behind) / _payback(frontier)
         pays = mass * self.look_value > rate * (level_seconds(costs, frontier.width) + behind) and self.account >= 0
         may_pay = mass * self.free_look_value > rate * level_seconds(costs, frontier.width, is_free=True)
-        if not pays and may_pay and self.free_account >= 0:  # then it decides whether the look is free, which takes
-            pays = frontier.is_look_free  # a search of the text
+        if not pays and may_pay and self.free_account >= 0:
+            pays = frontier.is_look_free  # a search of the text, so only where it decides
             if not pays and frontier.depth == 0:
                 self._learn_look(0.0, NOT_FREE_SHARE, is_free=True)
         if pays:
