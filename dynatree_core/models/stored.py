@@ -25,6 +25,7 @@ from dynatree_core import ops
 from dynatree_core.errors import ModelLoadError, ParameterError
 from dynatree_core.files.tensors import mapped_tensors, save_aligned
 from dynatree_core.files.writing import write_text
+from dynatree_core.models.architectures import cache_argument
 from dynatree_core.models.blueprint import (
     Blueprint,
     Layer,
@@ -148,9 +149,9 @@ class StoredModel(nn.Module):
         **others: Any,
     ) -> Any:
         """The forward of `in_transformers()`."""
-        return self.in_transformers()(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache, **others
-        )
+        plain = self.in_transformers()
+        others[cache_argument(plain)] = cache
+        return plain(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **others)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredModel:
         return self  # it is never changed
