@@ -1006,6 +1006,24 @@ MUTANTS = (
         ("tests/test_ops_native.py::test_attention_depends_on_a_rows_text_alone",),
     ),
     Mutant(
+        "experts of several rows are added from the last to the first",
+        "  for (int64_t e = 0; e < outputs && !failed; e++) {\n",
+        "  for (int64_t n = 0; n < outputs && !failed; n++) {\n    const int64_t e = rows > 1 ? outputs - 1 - n : n;\n",
+        ("tests/test_ops_native.py::test_a_mixture_is_right_and_no_row_knows_its_neighbours",),
+    ),
+    Mutant(
+        "of equal shares the higher number is taken",
+        "shares[e] > shares[best]",
+        "shares[e] >= shares[best]",
+        ("tests/test_ops_native.py::test_of_equal_shares_the_lower_number_is_taken",),
+    ),
+    Mutant(
+        "weights of experts add up in every family",
+        "adds_up=family.adds_up is None or bool(getattr(config, family.adds_up)),",
+        "adds_up=True,",
+        ("tests/test_native.py::test_a_mixtures_settings_are_followed",),
+    ),
+    Mutant(
         "lanes that are no longer there are still written to",
         "        self.table[lanes:] = 0\n",
         "",

@@ -128,6 +128,19 @@ def test_a_slow_machine_makes_do_with_fewer_rounds(folder, priced):
     assert priced.num_passes <= len(ROWS) + 5  # a prefill, a round, and a few more for the rest
 
 
+def test_rows_that_are_measured_are_all_different(folder):
+    """Equal rows would go to the same experts of a mixture, which then read as few weights as one row."""
+    seen, model = [], tiny_model("mixtral")
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    measured_costs(model, None, runner="eager")
+    handle.remove()
+    trees = [rows for rows in seen if len(rows) == 24]
+    assert trees
+    assert all(len(set(rows)) == 24 for rows in trees)
+
+
 def test_without_a_drafter_levels_are_free(folder):
     assert measured_costs(tiny_model("llama"), None).drafter_level_seconds(16) == 0.0
 

@@ -24,7 +24,7 @@ from dynatree_core import generate, ops
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.errors import CacheError, ParameterError
 from dynatree_core.models.architectures import EXACT_FAMILIES
-from dynatree_core.models.blueprint import FAMILIES, NoBlueprintError, blueprint_of
+from dynatree_core.models.blueprint import FAMILIES, Mixture, NoBlueprintError, blueprint_of
 from dynatree_core.models.kept import kept_of
 from dynatree_core.models.stored import narrowest, pack_narrowest
 from dynatree_core.models.student import new_student
@@ -45,8 +45,8 @@ from dynatree_core.tree.token_tree import TokenTree
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
 TEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6]
 
-# computed by other runners: mixtures of experts and what else has no table
-LEFT_TO_OTHERS = {"deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
+# computed by other runners
+LEFT_TO_OTHERS = {"deepseek_v3"}
 KNOWN = [name for name in (*EXACT_FAMILIES, *VARIANTS) if VARIANTS.get(name, (name,))[0] not in LEFT_TO_OTHERS]
 NOT_KNOWN = {"opt, norm after": "norms stand behind its layers"}
 FITTING = [name for name in KNOWN if name not in NOT_KNOWN]
@@ -92,6 +92,70 @@ def test_a_native_pass_is_the_plain_pass_up_to_rounding(name: str) -> None:
     found = logits_of(twin_of(name), [TEXT[:11], TEXT[11:], tree])
     scale = plain.abs().amax()
     torch.testing.assert_close(found / scale, plain / scale, rtol=0, atol=1e-5)
+
+
+MIXTURES = {  # settings of checkpoints: (model type, what differs from its tiny configuration, experts of a row)
+    "one expert": ("mixtral", {"num_experts_per_tok": 1}, 1),
+    "all experts": ("mixtral", {"num_experts_per_tok": 4}, 4),
+    "weights add up": ("qwen3_moe", {"norm_topk_prob": True}, 2),
+    "weights that do not": ("qwen3_moe", {"norm_topk_prob": False}, 2),
+    "OLMoE, weights add up": ("olmoe", {"norm_topk_prob": True}, 2),
+    "every second layer": ("qwen2_moe", {"decoder_sparse_step": 2}, 2),
+    "a dense layer": ("qwen3_moe", {"mlp_only_layers": (1,)}, 2),
+    "many experts": ("qwen3_moe", {"num_experts": 33, "num_experts_per_tok": 8}, 8),
+}
+
+
+@functools.cache
+def mixture_of(name: str) -> nn.Module:
+    """A tiny model in double precision whose router is sure of itself; nobody changes it."""
+    family, settings, _ = MIXTURES[name]
+    return copy.deepcopy(tiny_model(family, **settings))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixtures_settings_are_followed(name: str) -> None:
+    """In double precision, where the reference computes; transformers rounds weights of experts to float32 there."""
+    model = mixture_of(name)
+    with torch.no_grad():
+        twin = Twin(blueprint_of(model).packed(pack_narrowest))
+    plain, found = logits_of(EagerRunner(model), [TEXT]), logits_of(twin, [TEXT])
+    assert plain.dtype == found.dtype == torch.float64
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-6 * plain.abs().amax().item())
+    mixtures = [layer.mlp for layer in twin.blueprint.layers if isinstance(layer.mlp, Mixture)]
+    assert [mixture.num_chosen for mixture in mixtures] == [MIXTURES[name][2]] * len(mixtures)
+    assert len(mixtures) == (1 if "layer" in name else 2)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss"])
+def test_all_rows_may_go_to_the_same_experts(family: str) -> None:
+    """A router that nothing can change: two experts are chosen by every row, and the others by none."""
+    model: Any = copy.deepcopy(single(family))
+    routers = [part for name, part in model.named_modules() if name.endswith((".gate", ".router"))]
+    assert len(routers) == 2
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight.zero_()[0] = 1  # one number of a row is left
+        for router in routers:
+            signs = torch.tensor([1.0, -1.0, 1.0, -1.0])
+            router.weight.zero_()[:, 0] = signs  # whose sign says which two are taken: the first and third, or not
+            router.weight[:, 0] += torch.tensor([0.0, 0.1, 0.2, 0.3])
+        twin = Twin(blueprint_of(model).packed(pack_narrowest))
+    plain, found = logits_of(EagerRunner(model), [TEXT]), logits_of(twin, [TEXT])
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-5 * plain.abs().amax().item())
+
+
+def test_a_router_that_does_not_fit_its_experts_is_a_reason_against_the_model() -> None:
+    model: Any = copy.deepcopy(single("qwen3_moe"))
+    model.model.layers[1].mlp.gate.weight = nn.Parameter(torch.zeros(5, 32))
+    with pytest.raises(NoBlueprintError, match=r"layers.1.mlp.experts' are 4 and its router has 5 outputs"):
+        blueprint_of(model)
+    with pytest.raises(NoBlueprintError, match="queries and keys are cut behind their norms"):
+        blueprint_of(tiny_model("olmoe", clip_qkv=1.0))
+    strange = copy.deepcopy(single("gpt_oss"))
+    strange.config.swiglu_limit = 5.0  # type: ignore[union-attr]
+    with pytest.raises(NoBlueprintError, match=r"a gate with the settings \(1.702, 5.0\)"):
+        blueprint_of(strange)
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -141,7 +205,7 @@ def test_lanes_of_different_lengths_have_the_rows_that_each_has_alone() -> None:
     assert batch.block_len == flat.num_rows
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "ministral3", "olmo"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "ministral3", "olmo", "qwen2_moe", "gpt_oss"])
 def test_sequences_of_one_pass_have_the_rows_that_each_has_alone(name: str) -> None:
     trees = [bushy_tree(), TokenTree.root(torch.tensor([7])), bushy_tree()]
     texts = [TEXT[:5], TEXT[:14], TEXT]
@@ -319,9 +383,9 @@ def test_tokens_are_those_of_plain_decoding_and_of_eager(name: str) -> None:
 # ---- which models, and which not ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*NOT_KNOWN, "mixtral"])
+@pytest.mark.parametrize("name", [*NOT_KNOWN, "deepseek_v3"])
 def test_a_model_without_a_blueprint_is_left_to_others(name: str) -> None:
-    with pytest.raises(NoBlueprintError, match=NOT_KNOWN.get(name, "model type is 'mixtral'")):
+    with pytest.raises(NoBlueprintError, match=NOT_KNOWN.get(name, "model type is 'deepseek_v3'")):
         blueprint_of(single(name))
 
 
@@ -362,7 +426,7 @@ def test_reasons_against_a_model() -> None:
         return str(raised.value)
 
     assert "that compute in float32, got torch.float64 on cpu" in reason(tiny_model("llama"))
-    assert "knows no model whose model type is 'mixtral'" in reason(single("mixtral"))
+    assert "knows no model whose model type is 'deepseek_v3'" in reason(single("deepseek_v3"))
     hooked = copy.deepcopy(single("llama"))
     hooked.register_forward_hook(lambda module, args, output: output)
     assert "as transformers made them" in reason(hooked)

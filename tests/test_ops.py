@@ -94,6 +94,12 @@ def test_lookup_takes_rows_of_the_matrix(kind):
     assert packed.lookup(ids[:0]).shape == (0, 256)
 
 
+def experts_of(number: int, num_chosen: int = 1, **settings) -> ops.Experts:
+    router = ops.pack(torch.zeros(min(number, 3), 3))
+    blocks = (MATRIX,) * number
+    return ops.Experts(router, blocks, blocks, "silu", num_chosen=num_chosen, adds_up=True, **settings)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -113,6 +119,11 @@ def test_lookup_takes_rows_of_the_matrix(kind):
         (lambda: ops.norm(ROWS, ops.Norm("rms", None, 0.0, bias=torch.zeros(3))), "without a bias"),
         (lambda: ops.mlp(ROWS, MATRIX, ops.pack(torch.zeros(3, 4)), activation="silu"), "got 3 outputs"),
         (lambda: ops.mlp(ROWS, MATRIX, MATRIX, activation="tan"), "activation must be one of silu"),
+        (lambda: ops.mlp(ROWS, MATRIX, MATRIX, activation="clipped_swiglu"), "must have 6 outputs, got 3"),
+        (lambda: ops.experts(ROWS, experts_of(2, num_chosen=3)), "goes to 1 to 2 of 2 experts, got 3"),
+        (lambda: ops.experts(ROWS, experts_of(2, num_chosen=2, has_shared=True)), "1 to 1 of 1 experts, got 2"),
+        (lambda: ops.experts(ROWS, experts_of(4)), "got 3 outputs, 4 inner and 4 outer matrices"),
+        (lambda: ops.experts(torch.zeros(2, 4), experts_of(3)), r"\[any, 3\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(make, words):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import threading
+from typing import Any
 
+import attrs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -135,8 +137,10 @@ def test_norms(name, size, target):
 
 
 @pytest.mark.parametrize("num_hidden", [64, 41])
-@pytest.mark.parametrize("is_gated", [True, False])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("activation", "is_gated"),
+    [*((name, is_gated) for name in ACTIVATIONS for is_gated in (True, False)), ("clipped_swiglu", True)],
+)
 def test_feed_forward_blocks(activation, is_gated, num_hidden, target):
     inner, outer = matrix("float32", num_hidden * (1 + is_gated), 40, bias=True), matrix("float32", 40, num_hidden)
     rows = torch.randn(NUM_ROWS, 40)
@@ -161,6 +165,102 @@ def test_feed_forward_blocks(activation, is_gated, num_hidden, target):
             )
             assert alone is some
             assert torch.equal(alone, result[:num_rows])
+
+
+def mixture(
+    kind: str = "float32",
+    num_experts: int = 5,
+    num_chosen: int = 2,
+    size: int = 64,
+    width: int = 32,
+    router: torch.Tensor | None = None,
+    **settings: Any,
+) -> ops.Experts:
+    """Experts whose matrices are all different; a shared one is a little wider than the others."""
+    random = torch.Generator().manual_seed(num_experts)
+    has_shared = settings.get("has_shared", False)
+    router = torch.randn(num_experts + has_shared, size, generator=random) if router is None else router
+    widths = [width] * num_experts + [2 * width] * has_shared
+
+    def made(outputs: int, inputs: int) -> ops.PackedMatrix:
+        weight, bias = torch.randn(outputs, inputs, generator=random), torch.randn(outputs, generator=random)
+        return ops.quantise(weight, int(kind), bias=bias) if kind in "48" else ops.pack(weight, bias)
+
+    inner = tuple(made(2 * one, size) for one in widths)
+    outer = tuple(made(size, one) for one in widths)
+    given = {"activation": "silu", "adds_up": True, **settings}
+    return ops.Experts(ops.pack(router), inner, outer, num_chosen=num_chosen, **given)
+
+
+def mixture_in_float64(experts: ops.Experts) -> ops.Experts:
+    inner, outer = (tuple(map(in_float64, matrices)) for matrices in (experts.inner, experts.outer))
+    return attrs.evolve(experts, router=in_float64(experts.router), inner=inner, outer=outer)
+
+
+@pytest.mark.parametrize("kind", ["float32", "8", "4"])
+@pytest.mark.parametrize("settings", [{}, {"adds_up": False}, {"has_shared": True}, {"activation": "clipped_swiglu"}])
+@pytest.mark.parametrize(("num_experts", "num_chosen"), [(5, 2), (33, 8), (1, 1), (16, 16)])
+def test_a_mixture_is_right_and_no_row_knows_its_neighbours(kind, settings, num_experts, num_chosen, target):
+    experts = mixture(kind, num_experts, num_chosen, **settings)
+    torch.manual_seed(num_experts)  # rows of which none has two experts that are as probable up to rounding
+    norm, rows, residual = NORMS["rms"](64), torch.randn(40, 64), torch.randn(40, 64)
+    result = ops.experts(rows, experts, norm=norm, residual=residual)
+    right = ops.experts(
+        rows.double(), mixture_in_float64(experts), norm=norm_in_float64(norm), residual=residual.double()
+    )
+    torch.testing.assert_close(result.double(), right, atol=1e-5 * right.abs().max().item(), rtol=1e-5)
+    for num_rows in range(1, 41):
+        some = torch.randperm(40)[:num_rows]
+        alone = ops.experts(rows[some], experts, norm=norm, residual=residual[some])
+        assert torch.equal(alone, result[some])
+    assert torch.equal(ops.experts(rows, experts, norm=norm, residual=residual, out=residual), result)
+
+
+def test_a_mixture_of_one_expert_is_its_block_and_experts_add_up_by_number(target):
+    one = mixture(num_experts=1, num_chosen=1)
+    rows = torch.randn(NUM_ROWS, 64)
+    assert torch.equal(ops.experts(rows, one), ops.mlp(rows, one.inner[0], one.outer[0], activation="silu"))
+    # of scores 1, 2 and 3, whoever is the most probable, results are added from the first on
+    router = torch.zeros(3, 64)
+    router[:, 0] = torch.tensor([1.0, 2.0, 3.0])
+    rows[:, 0] = 1
+    three = mixture(num_experts=3, num_chosen=3, router=router)
+    shares = torch.tensor([1.0, 2.0, 3.0]).softmax(dim=0)
+    blocks = [ops.mlp(rows, a, b, activation="silu") for a, b in zip(three.inner, three.outer, strict=True)]
+    expected = sum(share * block for share, block in zip(shares, blocks, strict=True))
+    torch.testing.assert_close(ops.experts(rows, three), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+def test_of_equal_shares_the_lower_number_is_taken(implementation):
+    rows = torch.randn(9, 64)
+    experts = mixture(num_experts=21, num_chosen=3, router=torch.zeros(21, 64))  # all are equal
+    first = zip(experts.inner[:3], experts.outer[:3], strict=True)
+    blocks = [ops.mlp(rows, inner, outer, activation="silu") for inner, outer in first]
+    with ops.using(implementation):
+        torch.testing.assert_close(ops.experts(rows, experts), sum(blocks) / 3, atol=1e-4, rtol=1e-5)
+
+
+def test_all_rows_may_go_to_one_expert_and_none_to_another(target):
+    router = torch.zeros(4, 64)
+    router[:, 0] = torch.tensor([0.0, 900.0, -900.0, 0.0])  # shares of 0 but one
+    rows = torch.randn(NUM_ROWS, 64)
+    rows[:, 0] = 1
+    experts = mixture(num_experts=4, num_chosen=1, router=router)
+    experts.outer[2].data.view(torch.float32).fill_(torch.nan)  # whoever reads it is found out
+    result = ops.experts(rows, experts)
+    assert torch.equal(result, ops.mlp(rows, experts.inner[1], experts.outer[1], activation="silu"))
+    assert torch.equal(torch.cat([ops.experts(row[None], experts) for row in rows]), result)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_no_number_stays_alone(wrong, target):
+    experts, rows = mixture(num_experts=20, has_shared=True), torch.randn(5, 64)
+    right = ops.experts(rows, experts)
+    rows[2, 7] = wrong
+    result = ops.experts(rows, experts)
+    assert result[2].isnan().any()
+    assert torch.equal(result[[0, 1, 3, 4]], right[[0, 1, 3, 4]])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -257,7 +257,7 @@ def test_weights_made_in_inference_mode():
 
 
 def test_a_model_with_something_on_it_that_cannot_be_copied():
-    model = single("mixtral")  # one that the native runner does not know
+    model = single("deepseek_v3")  # one that the native runner does not know
     model.lock = threading.Lock()
     with pytest.warns(RuntimeWarning, match="cannot pickle .*; take that off, or use runner='eager'"):
         found = generate(model, None, [1, 2, 3], max_new_tokens=4)

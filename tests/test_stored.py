@@ -23,7 +23,7 @@ from dynatree_core.cli.imports import importing
 from dynatree_core.errors import ModelLoadError, ParameterError
 from dynatree_core.files.tensors import ALIGNMENT, load_tensors, mapped_tensors, save_aligned
 from dynatree_core.models.architectures import vocab_size
-from dynatree_core.models.blueprint import NoBlueprintError, Rope, blueprint_of, ropes_of_config
+from dynatree_core.models.blueprint import Mixture, NoBlueprintError, Rope, blueprint_of, ropes_of_config
 from dynatree_core.models.stored import (
     StoredModel,
     load_packed,
@@ -81,7 +81,7 @@ def test_a_file_of_tensors_is_aligned_and_one_that_anybody_reads(tmp_path: Path)
         mapped_tensors(tmp_path / "file.safetensors", advice="make it again")
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi, normed keys", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi, normed keys", "gpt2", "qwen2_moe", "gpt_oss"])
 def test_a_packed_model_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
     model: Any = single(name)
     with torch.no_grad():
@@ -162,6 +162,39 @@ def test_files_that_are_not_as_transformers_writes_them_are_left_to_it(tmp_path:
     other.config.quantization_config = {"bits": 4}
     with pytest.raises(NoBlueprintError, match="quantised in a way of their own"):
         read_checkpoint(tmp_path / "other", other.config, "stored")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
+def test_experts_are_read_one_by_one_and_kept_once(family: str, tmp_path: Path) -> None:
+    model = published(tmp_path, family)
+    names = mapped_tensors(tmp_path / "model.safetensors", advice="")[0].keys()
+    assert sum(".experts." in name for name in names) == 2 * 4 * 3, "as checkpoints have them: a matrix for each part"
+    found = stored(tmp_path, model)
+    for layer, one in zip(found.blueprint.layers, model.model.layers, strict=True):
+        assert isinstance(layer.mlp, Mixture)
+        experts = one.mlp.experts
+        wanted = 2 * (experts.gate_up_proj.numel() + experts.down_proj.numel())  # bytes: in 16 bits, as they are there
+        blocks = layer.mlp.experts[:4]
+        assert sum(block.up.num_bytes + block.down.num_bytes for block in blocks) == wanted
+    assert found.num_bytes == sum({id(one): one.num_bytes for one in found.blueprint.matrices()}.values()) + (
+        model.model.embed_tokens.weight.numel() * 2
+    )
+
+
+@pytest.mark.parametrize("weights", BITS)
+def test_routers_keep_their_bits(weights: str, tmp_path: Path) -> None:
+    model = published(tmp_path / "model", "qwen2_moe")
+    found = stored(tmp_path / "model", model, weights)
+    with torch.no_grad():
+        packed = blueprint_of(model).packed(pack_narrowest)
+    save_packed(packed, model.config, {}, tmp_path)
+    for blueprint in (found.blueprint, load_packed(tmp_path, weights, advice="").blueprint):
+        for layer in blueprint.layers:
+            assert isinstance(layer.mlp, Mixture)
+            assert layer.mlp.router.kind == "bfloat16"
+            assert {block.up.kind for block in layer.mlp.experts} == {packer(weights)((torch.ones(1, 32),), None).kind}
+    logits, oracle = logits_of(Twin(found.blueprint), [TEXT]), logits_of(EagerRunner(found), [TEXT])
+    torch.testing.assert_close(logits, oracle, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("weights", BITS)

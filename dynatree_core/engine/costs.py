@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dynatree_core.clock import StageClock
 from dynatree_core.cost_model import CostModel, StepFunction
@@ -49,7 +49,7 @@ FOLLOWED = (4, 16, 64, 256)  # token counts to measure of texts that the drafter
 PREFIX = 32  # committed tokens behind which passes are measured, fewer where the context is shorter
 ROUNDS = 3  # after a first round to warm up; `dynatree calibrate` makes more
 PATIENCE = 3.0  # seconds
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 # a kept measurement is replaced if a pass over one row now takes more than this many times as long, or as little
 STALE_FACTOR = 1.5
 
@@ -305,6 +305,7 @@ class _TargetBench:
     def __init__(self, target: nn.Module, runner: str) -> None:
         self.device = computing_device(target)
         self.num_prefix = _prefix_len(target)
+        self.size = vocab_size(target)
         made = made_runner(target, runner)
         self.passes = Passes(made, StageClock(self.device))
         self.cache = made.new_cache(self.num_prefix + max(ROWS))
@@ -312,7 +313,9 @@ class _TargetBench:
 
     def verify(self, rows: int) -> float:
         """Seconds of a pass over a root and its children."""
-        flat = flatten([_star(rows - 1, self.device)], [self.num_prefix])
+        # all different: a mixture of experts reads more weights for rows that differ
+        token_ids = torch.arange(1, rows, device=self.device) % self.size
+        flat = flatten([_star(rows - 1, self.device, token_ids)], [self.num_prefix])
         with _stopwatch(self.device) as seconds:
             self.passes.forward(flat, self.cache, stage="calibrate").logits[0].argmax(dim=-1)
         self.cache.rollback()
@@ -391,13 +394,14 @@ class _DrafterBench:
         return seconds[0]
 
 
-def _star(num_children: int, device: torch.device) -> TokenTree:
-    """A root with so many children."""
+def _star(num_children: int, device: torch.device, token_ids: Tensor | None = None) -> TokenTree:
+    """A root with so many children, [children] int64; None: each has the root's token."""
     root = TokenTree.root(torch.zeros(1, dtype=torch.int64, device=device))
     if num_children == 0:
         return root
     parent = torch.zeros(num_children, dtype=torch.int64, device=device)
-    return root.grow(parent, torch.zeros_like(parent), torch.full((num_children,), -1.0, device=device))
+    tokens = torch.zeros_like(parent) if token_ids is None else token_ids
+    return root.grow(parent, tokens, torch.full((num_children,), -1.0, device=device))
 
 
 def _prefix_len(model: nn.Module) -> int:

@@ -26,6 +26,7 @@ __all__ = [
     "Blueprint",
     "Layer",
     "Matrix",
+    "Mixture",
     "Mlp",
     "NoBlueprintError",
     "Packer",
@@ -86,12 +87,23 @@ class Mlp:
 
 
 @attrs.frozen(eq=False, kw_only=True)
+class Mixture:
+    """Several layers in the place of `Mlp`, of which a row goes through some."""
+
+    router: Matrix | PackedMatrix  # a score for each expert; the last for the one that every row goes through
+    experts: tuple[Mlp, ...]  # which comes last, where there is one
+    num_chosen: int  # experts of a row, besides that one
+    adds_up: bool  # whether the weights of these add up to 1, rather than to their shares in a softmax of all
+    has_shared: bool  # whether every row goes through the last one, by the sigmoid of its score
+
+
+@attrs.frozen(eq=False, kw_only=True)
 class Layer:
     """A decoder layer."""
 
     qkv: Matrix | PackedMatrix  # queries, keys and values, one below the other
     output: Matrix | PackedMatrix
-    mlp: Mlp
+    mlp: Mlp | Mixture
     num_heads: int
     num_key_heads: int
     head_dim: int
@@ -105,6 +117,7 @@ class Layer:
     rope: Rope | None = None
     window: int | None = None  # how far back it sees, itself counted; None: all the way
     softcap: float | None = None  # of the scores
+    sinks: Tensor | None = None  # [heads]: a score each that takes its share and gives nothing
     clip: float | None = None  # of queries, keys and values
     residual_scale: float = 1.0  # of what attention and MLP add
     is_parallel: bool = False  # the MLP reads what the attention reads, not what it leaves
@@ -125,21 +138,43 @@ class Blueprint:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
 
-    def packed(self, pack: Packer) -> Blueprint:
-        """The same with every matrix packed, each once: a head that is tied to the embeddings is one with them."""
-        return self.mapped(lambda matrix: matrix.packed(pack))
+    def packed(self, pack: Packer, pack_router: Packer | None = None) -> Blueprint:
+        """The same with every matrix packed, each once.
 
-    def mapped(self, laid_out: Callable[[Matrix], Any]) -> Blueprint:
-        """The same with every matrix as somebody's operators take it."""
+        Args:
+            pack: how.
+            pack_router: routers of mixtures, where these are to be packed otherwise: rounded to fewer bits one sends
+                rows to other experts.
+        """
+        of_router = None if pack_router is None else lambda matrix: matrix.packed(pack_router)
+        return self.mapped(lambda matrix: matrix.packed(pack), of_router)
 
-        def of(matrix: Any) -> Any:
-            return laid_out(matrix) if isinstance(matrix, Matrix) else matrix
+    def mapped(self, laid_out: Callable[[Any], Any], router_laid_out: Callable[[Any], Any] | None = None) -> Blueprint:
+        """The same with every matrix as somebody's operators take it; routers of mixtures by their own function."""
 
-        layers = []
+        def of_mlp(mlp: Mlp) -> Mlp:
+            return attrs.evolve(mlp, up=laid_out(mlp.up), down=laid_out(mlp.down))
+
+        def of_either(mlp: Mlp | Mixture) -> Mlp | Mixture:
+            if isinstance(mlp, Mlp):
+                return of_mlp(mlp)
+            router = (router_laid_out or laid_out)(mlp.router)
+            return attrs.evolve(mlp, router=router, experts=tuple(map(of_mlp, mlp.experts)))
+
+        layers = tuple(
+            attrs.evolve(layer, qkv=laid_out(layer.qkv), output=laid_out(layer.output), mlp=of_either(layer.mlp))
+            for layer in self.layers
+        )
+        return attrs.evolve(self, layers=layers, head=laid_out(self.head))
+
+    def matrices(self) -> list[Any]:
+        """All matrices, each as often as it stands somewhere, in one order; the embeddings are not among them."""
+        found: list[Any] = [self.head]
         for layer in self.layers:
-            mlp = attrs.evolve(layer.mlp, up=of(layer.mlp.up), down=of(layer.mlp.down))
-            layers.append(attrs.evolve(layer, qkv=of(layer.qkv), output=of(layer.output), mlp=mlp))
-        return attrs.evolve(self, layers=tuple(layers), head=of(self.head))
+            blocks = layer.mlp.experts if isinstance(layer.mlp, Mixture) else (layer.mlp,)
+            routers = [layer.mlp.router] if isinstance(layer.mlp, Mixture) else []
+            found += [layer.qkv, layer.output, *routers, *(part for block in blocks for part in (block.up, block.down))]
+        return found
 
 
 @attrs.frozen(kw_only=True)
@@ -166,6 +201,11 @@ class Family:
     mlp: str = "mlp"
     up: tuple[str, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
+    router: str = "gate"  # of a mixture of experts, where a layer has one
+    expert_in_files: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # which hold experts one by one
+    mixture_in_files: str = "mlp"
+    adds_up: str | None = None  # whether weights of a row's experts add up to 1: a field; None: they do
+    is_clipped: bool = False  # experts are gpt-oss's: [inputs, outputs], gate and up by turns, and a gate of their own
     is_parallel: bool = False
     activation: str = "hidden_act"
     is_interleaved: bool = False
@@ -328,18 +368,11 @@ def _layer(
     query_norm = key_norm = None
     if family.query_key_norms is not None and reader.has_norm(f"{attention}.{family.query_key_norms[0]}"):
         query_norm, key_norm = (reader.norm(f"{attention}.{norm}", config) for norm in family.query_key_norms)
-    activation = getattr(config, family.activation)
-    if activation not in ACTIVATIONS:
-        raise NoBlueprintError(f"activation is {activation!r}")
     mlp = f"{name}.{family.mlp}" if family.mlp else name
     parts: dict[str, Any] = {
         "qkv": reader.matrix(*(f"{attention}.{part}" for part in family.qkv), order=order),
         "output": reader.matrix(f"{attention}.{family.output}"),
-        "mlp": Mlp(
-            reader.matrix(*(f"{mlp}.{part}" for part in family.up)),
-            reader.matrix(f"{mlp}.{family.down}"),
-            ACTIVATIONS[activation],
-        ),
+        "mlp": _mixture(mlp, config, family, reader) or _mlp(mlp, config, family, reader),
         "num_heads": heads,
         "num_key_heads": key_heads,
         "head_dim": head_dim,
@@ -353,11 +386,73 @@ def _layer(
     for role in ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm"):
         own = getattr(family, role)
         parts[role] = reader.norm(None if own is None else f"{name}.{own}", config)
+    if reader.has(f"{attention}.sinks"):
+        parts["sinks"] = reader.vector(f"{attention}.sinks")
     if family.layer_details is not None:
         parts |= family.layer_details(config, index)
     if parts["is_parallel"] and parts["mlp_norm"] is None:
         parts["mlp_norm"] = parts["attention_norm"]
     return Layer(**parts)
+
+
+def _activation(config: Any, family: Family) -> Activation:
+    activation = getattr(config, family.activation)
+    if activation not in ACTIVATIONS:
+        raise NoBlueprintError(f"activation is {activation!r}")
+    return ACTIVATIONS[activation]
+
+
+def _mlp(name: str, config: Any, family: Family, reader: _Reader) -> Mlp:
+    return Mlp(
+        reader.matrix(*(f"{name}.{part}" for part in family.up)),
+        reader.matrix(f"{name}.{family.down}"),
+        _activation(config, family),
+    )
+
+
+def _mixture(name: str, config: Any, family: Family, reader: _Reader) -> Mixture | None:
+    """A layer's mixture of experts; None: it has none. Some families have it in some layers only."""
+    if not reader.has(f"{name}.experts.gate_up_proj") and not reader.has(_in_files(name, 0, family)[0] + ".weight"):
+        return None
+    has_shared = reader.has(f"{name}.shared_expert_gate.weight")
+    num_experts = reader.matrix(f"{name}.{family.router}").num_outputs
+    experts = _experts(name, num_experts, config, family, reader)
+    routers = [family.router]
+    if has_shared:
+        experts.append(_mlp(f"{name}.shared_expert", config, family, reader))
+        routers.append("shared_expert_gate")
+    return Mixture(
+        router=reader.matrix(*(f"{name}.{router}" for router in routers)),
+        experts=tuple(experts),
+        num_chosen=int(config.num_experts_per_tok),
+        adds_up=family.adds_up is None or bool(getattr(config, family.adds_up)),
+        has_shared=has_shared,
+    )
+
+
+def _in_files(name: str, number: int, family: Family) -> list[str]:
+    """Gate, up and down of an expert, as checkpoints name them."""
+    return [f"{name}.experts.{number}.{part}" for part in family.expert_in_files]
+
+
+def _experts(name: str, number: int, config: Any, family: Family, reader: _Reader) -> list[Mlp]:
+    """A layer's experts: two tensors of all of them in a model, and most checkpoints have some for each."""
+    activation: Activation = "clipped_swiglu" if family.is_clipped else _activation(config, family)
+    if not reader.has(f"{name}.experts.gate_up_proj"):
+        parts = [_in_files(name, one, family) for one in range(number)]
+        return [Mlp(reader.matrix(gate, up), reader.matrix(down), activation) for gate, up, down in parts]
+    ups, downs = (reader.get(f"{name}.experts.{part}_proj") for part in ("gate_up", "down"))
+    if len(ups) != number or len(downs) != number:
+        raise NoBlueprintError(f"'{name}.experts' are {len(ups)} and its router has {number} outputs")
+    if not family.is_clipped:
+        pairs = zip(ups, downs, strict=True)
+        return [Mlp(Matrix((up,), None), Matrix((down,), None), activation) for up, down in pairs]
+    biases = (reader.vector(f"{name}.experts.{part}_proj_bias") for part in ("gate_up", "down"))
+    by_turns = torch.arange(ups.shape[2]).view(-1, 2).t().reshape(-1)
+    return [
+        Mlp(Matrix((up.t(),), up_bias, by_turns), Matrix((down.t(),), down_bias), activation)
+        for up, down, up_bias, down_bias in zip(ups, downs, *biases, strict=True)
+    ]
 
 
 def _num_key_heads(config: Any) -> int:
@@ -511,6 +606,15 @@ def _clipped_layer(config: Any, index: int) -> dict[str, Any]:
     return {"clip": config.clip_qkv}
 
 
+def _refused_olmoe(config: Any) -> str | None:
+    return None if config.clip_qkv is None else "queries and keys are cut behind their norms"
+
+
+def _refused_gpt_oss(config: Any) -> str | None:
+    settings = getattr(config, "swiglu_alpha", 1.702), getattr(config, "swiglu_limit", 7.0)
+    return None if settings == (1.702, 7.0) else f"experts have a gate with the settings {settings}"
+
+
 def _refused_opt(config: Any) -> str | None:
     if not config.do_layer_norm_before or config._remove_final_layer_norm:
         return "norms stand behind its layers"
@@ -566,7 +670,7 @@ _OLMO2: dict[str, Any] = {
 }  # fmt: skip
 _PER_HEAD = ("q_norm", "k_norm")
 
-# model type -> where it keeps what; a mixture of experts, or what is not here, is computed by other runners
+# model type -> where it keeps what; what is not here is computed by other runners
 FAMILIES: dict[str, Family] = {
     "cohere": Family(
         **_LAYER, eps="layer_norm_eps", mlp_norm=None, is_parallel=True, is_interleaved=True,
@@ -606,13 +710,16 @@ FAMILIES: dict[str, Family] = {
         attention="attn", output="out_proj", attention_norm="ln_1", mlp_norm=None, is_parallel=True, up=("fc_in",),
         down="fc_out", activation="activation_function", is_interleaved=True, refuses=_refused_gptj,
     ),
+    "gpt_oss": Family(router="router", is_clipped=True, refuses=_refused_gpt_oss),
     "granite": Family(details=_granite, layer_details=_granite_layer),
     "llama": Family(),
     "ministral3": Family(layer_details=_ministral_layer, refuses=_refused_ministral),
     "mistral": Family(),
+    "mixtral": Family(expert_in_files=("w1", "w3", "w2"), mixture_in_files="block_sparse_moe"),
     "olmo": Family(**_LAYER, eps=1e-5, layer_details=_clipped_layer),
     "olmo2": Family(**_OLMO2),
     "olmo3": Family(**_OLMO2),
+    "olmoe": Family(query_key_norms=_PER_HEAD, adds_up="norm_topk_prob", refuses=_refused_olmoe),
     "opt": Family(
         **_LAYER, base="model.decoder", final_norm="final_layer_norm", eps=1e-5, output="out_proj",
         attention_norm="self_attn_layer_norm", mlp_norm="final_layer_norm", mlp="", up=("fc1",), down="fc2",
@@ -624,7 +731,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": Family(qkv=("qkv_proj",), up=("gate_up_proj",)),
     "qwen2": Family(),
+    "qwen2_moe": Family(adds_up="norm_topk_prob"),
     "qwen3": Family(query_key_norms=_PER_HEAD),
+    "qwen3_moe": Family(query_key_norms=_PER_HEAD, adds_up="norm_topk_prob"),
     "smollm3": Family(layer_details=_smollm3_layer),
     "stablelm": Family(
         **_LAYER, eps="layer_norm_eps", query_key_norms=("q_layernorm", "k_layernorm"), variant=_parallel_stablelm,

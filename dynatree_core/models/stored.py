@@ -25,9 +25,11 @@ from dynatree_core import ops
 from dynatree_core.errors import ModelLoadError, ParameterError
 from dynatree_core.files.tensors import mapped_tensors, save_aligned
 from dynatree_core.files.writing import write_text
+from dynatree_core.models.architectures import cache_argument
 from dynatree_core.models.blueprint import (
     Blueprint,
     Layer,
+    Mixture,
     Mlp,
     NoBlueprintError,
     Packer,
@@ -112,7 +114,7 @@ class StoredModel(nn.Module):
     @property
     def num_bytes(self) -> int:
         """Bytes of its weights."""
-        matrices = {id(matrix): matrix for matrix in _matrices(self.blueprint)}
+        matrices: dict[int, PackedMatrix] = {id(matrix): matrix for matrix in self.blueprint.matrices()}
         table = self.blueprint.embedding
         own = 0 if isinstance(table, PackedMatrix) else table.numel() * table.element_size()
         return own + sum(matrix.num_bytes for matrix in matrices.values())
@@ -147,9 +149,9 @@ class StoredModel(nn.Module):
         **others: Any,
     ) -> Any:
         """The forward of `in_transformers()`."""
-        return self.in_transformers()(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache, **others
-        )
+        plain = self.in_transformers()
+        others[cache_argument(plain)] = cache
+        return plain(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **others)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredModel:
         return self  # it is never changed
@@ -201,28 +203,17 @@ def _packed(matrix: Any) -> PackedMatrix:
     return matrix
 
 
-def _matrices(blueprint: Blueprint) -> list[PackedMatrix]:
-    found = [_packed(blueprint.head)]
-    for layer in blueprint.layers:
-        found += map(_packed, (layer.qkv, layer.output, layer.mlp.up, layer.mlp.down))
-    return found
-
-
 def _copy_numbers(source: Blueprint, target: Blueprint) -> None:
     """Write the numbers of packed matrices into a model's parameters, which its own blueprint refers to.
 
     Raises:
         ParameterError: some of them are in another order.
     """
-    pairs: list[tuple[Any, Any]] = [(source.head, target.head)]
-    for mine, its in zip(source.layers, target.layers, strict=True):
-        pairs += [(mine.qkv, its.qkv), (mine.output, its.output)]
-        pairs += [(mine.mlp.up, its.mlp.up), (mine.mlp.down, its.mlp.down)]
-    for packed, matrix in pairs:
+    for packed, matrix in zip(source.matrices(), target.matrices(), strict=True):
         if matrix.order is not None:
             raise ParameterError(
                 "weights of fewer bits are for the native runner alone where a family has queries, keys and values in "
-                "one matrix, got another runner; leave runner at 'auto'"
+                "one matrix, or gate and up by turns, got another runner; leave runner at 'auto'"
             )
         numbers = packed.unpacked().split([len(part) for part in matrix.parts])
         for part, rows in zip(matrix.parts, numbers, strict=True):
@@ -268,14 +259,8 @@ def _with_weights(blueprint: Blueprint, weights: str) -> Blueprint:
     if weights not in _BITS:
         return blueprint
     is_tied = blueprint.embedding is blueprint.head
-    layers = []
-    for layer in blueprint.layers:
-        up, down = (_requantised(_packed(part), weights) for part in (layer.mlp.up, layer.mlp.down))
-        qkv, output = (_requantised(_packed(part), weights) for part in (layer.qkv, layer.output))
-        layers.append(attrs.evolve(layer, qkv=qkv, output=output, mlp=attrs.evolve(layer.mlp, up=up, down=down)))
-    head = _requantised(_packed(blueprint.head), weights)
-    embedding = head if is_tied else blueprint.embedding
-    return attrs.evolve(blueprint, layers=tuple(layers), head=head, embedding=embedding)
+    packed = blueprint.mapped(lambda matrix: _requantised(matrix, weights), lambda router: router)
+    return attrs.evolve(packed, embedding=_packed(packed.head) if is_tied else packed.embedding)
 
 
 # ---- checkpoints of transformers ------------------------------------------------------------------------------
@@ -303,6 +288,9 @@ def read_checkpoint(folder: Path, config: PreTrainedConfig, weights: str) -> Blu
     for part in ("weight", "bias"):
         if (named := f"{family.head_in_files}.{part}") in found:
             found[f"lm_head.{part}"] = found.pop(named)
+    old, new = f".{family.mixture_in_files}.", f".{family.mlp}."
+    if old != new:
+        found = {name.replace(old, new): tensor for name, tensor in found.items()}
     # transformers does not tie the two where the files have both, with different numbers
     is_tied = bool(config.tie_word_embeddings) and torch.equal(found.get("lm_head.weight", table), table)
     if is_tied:
@@ -310,7 +298,8 @@ def read_checkpoint(folder: Path, config: PreTrainedConfig, weights: str) -> Blu
     strange = sorted({str(tensor.dtype) for tensor in found.values() if tensor.dtype not in _DTYPES})
     if strange:
         raise NoBlueprintError(f"files have tensors of {', '.join(strange)}")
-    packed = read_blueprint(config, found, ropes_of_config(config)).packed(packer(weights))
+    blueprint = read_blueprint(config, found, ropes_of_config(config))
+    packed = blueprint.packed(packer(weights), pack_narrowest)
     return attrs.evolve(packed, embedding=_packed(packed.head)) if is_tied else packed
 
 
@@ -342,7 +331,7 @@ def plain_config(settings: Mapping[str, Any]) -> PreTrainedConfig:
 
 # ---- one file -------------------------------------------------------------------------------------------------
 
-_RECORDS: dict[str, type] = {kind.__name__: kind for kind in (Blueprint, Layer, Mlp, Norm, PackedMatrix, Rope)}
+_RECORDS: dict[str, type] = {kind.__name__: kind for kind in (Blueprint, Layer, Mixture, Mlp, Norm, PackedMatrix, Rope)}
 
 
 def save_packed(

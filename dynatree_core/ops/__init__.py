@@ -27,11 +27,13 @@ from dynatree_core.ops.native import Recording, reason_missing, reason_unavailab
 from dynatree_core.ops.signature import (
     ACTIVATIONS,
     Activation,
+    Experts,
     Norm,
     Rotary,
     Slabs,
     Visible,
     check_attention,
+    check_experts,
     check_linear,
     check_lookup,
     check_mlp,
@@ -42,6 +44,7 @@ from dynatree_core.ops.signature import (
 __all__ = [
     "ACTIVATIONS",
     "Activation",
+    "Experts",
     "Norm",
     "PackedMatrix",
     "Recording",
@@ -49,6 +52,7 @@ __all__ = [
     "Slabs",
     "Visible",
     "can_record",
+    "experts",
     "linear",
     "lookup",
     "mlp",
@@ -199,6 +203,29 @@ def mlp(
     result: Tensor = _of(rows.dtype).mlp(
         rows, inner, outer, activation=activation, norm=norm, after=after, residual=residual, scale=scale, out=out
     )
+    return result
+
+
+def experts(
+    rows: Tensor,
+    experts: Experts,
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """A mixture of experts: residual + the sum of a row's experts, each `mlp` of the normed row times its weight.
+
+    Args:
+        rows: [rows, size]
+        experts: the blocks and their router, which reads the normed rows, too.
+        norm, residual, out: as of `mlp`.
+
+    Returns:
+        [rows, size]
+    """
+    check_experts(rows, experts, norm, residual, out)
+    result: Tensor = _of(rows.dtype).experts(rows, experts, norm=norm, residual=residual, out=out)
     return result
 
 

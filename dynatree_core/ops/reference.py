@@ -14,6 +14,7 @@ from dynatree_core.ops.matrix import PackedMatrix
 from dynatree_core.ops.signature import (
     NO_SUCH_OUTPUT,
     Activation,
+    Experts,
     Norm,
     Rotary,
     Slabs,
@@ -22,7 +23,7 @@ from dynatree_core.ops.signature import (
     check_visible,
 )
 
-__all__ = ["linear", "lookup", "mlp", "norm", "rope_write", "tree_attention"]
+__all__ = ["experts", "linear", "lookup", "mlp", "norm", "rope_write", "tree_attention"]
 
 
 def norm(rows: Tensor, norm: Norm, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -68,12 +69,41 @@ def mlp(
     out: Tensor | None = None,
 ) -> Tensor:
     hidden = linear(rows, inner, norm=norm)
-    if inner.num_outputs == 2 * outer.num_inputs:
+    if activation == "clipped_swiglu":
+        gate, up = hidden.chunk(2, dim=1)
+        hidden = _activated(gate.clamp(max=7.0), "quick_gelu") * (up.clamp(-7.0, 7.0) + 1)
+    elif inner.num_outputs == 2 * outer.num_inputs:
         gate, up = hidden.chunk(2, dim=1)
         hidden = _activated(gate, activation) * up
     else:
         hidden = _activated(hidden, activation)
     return linear(hidden, outer, after=after, residual=residual, scale=scale, out=out)
+
+
+def experts(
+    rows: Tensor,
+    experts: Experts,
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    normed = _normed(rows, norm)
+    scores = linear(normed, experts.router)
+    shares = scores[:, : experts.num_routed].softmax(dim=1)
+    ordered = shares.sort(dim=1, descending=True, stable=True)
+    weights, chosen = ordered.values[:, : experts.num_chosen], ordered.indices[:, : experts.num_chosen]
+    if experts.adds_up:
+        weights = weights / weights.sum(dim=1, keepdim=True)
+    all_weights = torch.zeros_like(scores).scatter(1, chosen, weights)  # [rows, experts]
+    if experts.has_shared:
+        all_weights[:, -1] = scores[:, -1].sigmoid()
+    total = torch.zeros_like(rows)
+    for expert, (inner, outer) in enumerate(zip(experts.inner, experts.outer, strict=True)):
+        goes = (chosen == expert).any(dim=1) | (expert == experts.num_routed)
+        result = mlp(normed[goes], inner, outer, activation=experts.activation)
+        total[goes] += result * all_weights[goes, expert, None]
+    return _kept(_add(total, residual), out)
 
 
 def rope_write(

@@ -18,6 +18,11 @@ values begins at 0 and takes the slots in their order, one fused multiply-add ea
 So what counts is a slot's place among those that the row sees: where it lies in the cache, and whether it is given in
 the run or in the list, changes no bit.
 
+*Experts*: a softmax of a row's scores, as of attention, gives each expert's share. The greatest are taken, of equal
+ones that with the lower number first, and a row's weights are their shares, or those divided by their sum, from the
+greatest on. The sum of a row begins at 0 and takes its experts by number, the shared one last: each result times its
+weight, rounded, then added.
+
 *exp, tanh, erf* are polynomials of the library, the same for every element wherever it stands.
 
 On CPUs without fused multiply-adds (x86-64 before 2013) a product is rounded before it is added, so the bits are others
@@ -44,11 +49,13 @@ __all__ = [
     "NO_SUCH_OUTPUT",
     "NO_SUCH_SLOTS",
     "Activation",
+    "Experts",
     "Norm",
     "Rotary",
     "Slabs",
     "Visible",
     "check_attention",
+    "check_experts",
     "check_linear",
     "check_lookup",
     "check_mlp",
@@ -58,7 +65,7 @@ __all__ = [
     "check_visible",
 ]
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "clipped_swiglu"]
 NO_SUCH_OUTPUT = "rows of a matrix that are looked up must be below its number of outputs, and not below 0"
 NO_SUCH_SLOTS = (
     "lanes and slots must be in the cache, and a row's run and list must not end before they begin or lie outside of "
@@ -95,6 +102,25 @@ class Norm:
     bias: Tensor | None = None  # of a layer norm
     offset: float = 0.0  # is added to the weight: Gemma's 1
     kept: dict[Any, Any] = attrs.field(factory=dict, init=False, repr=False)  # what an implementation has of it
+
+
+@attrs.frozen(eq=False)
+class Experts:
+    """Feed-forward blocks of which each row goes to some."""
+
+    router: PackedMatrix  # an output for each expert: its score; of the shared one the weight, before a sigmoid
+    inner: tuple[PackedMatrix, ...]  # of each expert, as of `mlp`
+    outer: tuple[PackedMatrix, ...]
+    activation: Activation
+    num_chosen: int  # experts of a row, the shared one not counted
+    adds_up: bool  # whether the weights of these add up to 1, rather than to the shares that they have of all
+    has_shared: bool = False  # whether every row goes to the last one as well
+    kept: dict[Any, Any] = attrs.field(factory=dict, init=False, repr=False)  # what an implementation has of it
+
+    @property
+    def num_routed(self) -> int:
+        """Experts that a row may go to, the shared one not counted."""
+        return len(self.inner) - self.has_shared
 
 
 @attrs.frozen(eq=False)
@@ -303,6 +329,11 @@ def check_mlp(
     """Raise InputError unless `mlp` can be computed as it is called."""
     if activation not in get_args(Activation):
         raise InputError(f"an activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
+    if activation == "clipped_swiglu" and inner.num_outputs != 2 * outer.num_inputs:
+        raise InputError(
+            f"clipped_swiglu is for a gate: the inner matrix must have {2 * outer.num_inputs} outputs, got "
+            f"{inner.num_outputs}"
+        )
     if inner.num_outputs not in (outer.num_inputs, 2 * outer.num_inputs) or inner.dtype != outer.dtype:
         raise InputError(
             f"the inner matrix must have the outer one's {outer.num_inputs} inputs as outputs, or twice as many with a "
@@ -314,6 +345,27 @@ def check_mlp(
     for name, tensor in (("residual", residual), ("out", out)):
         if tensor is not None:
             _check(name, tensor, (rows.shape[0], outer.num_outputs), outer.dtype)
+
+
+def check_experts(
+    rows: Tensor, experts: Experts, norm: Norm | None, residual: Tensor | None, out: Tensor | None
+) -> None:
+    """Raise InputError unless `experts` can be computed as it is called."""
+    num_experts, size = len(experts.inner), rows.shape[-1]
+    if experts.router.num_outputs != num_experts or len(experts.outer) != num_experts:
+        raise InputError(
+            f"there must be an output of the router and two matrices for each expert, got {experts.router.num_outputs} "
+            f"outputs, {num_experts} inner and {len(experts.outer)} outer matrices"
+        )
+    if not 1 <= experts.num_chosen <= experts.num_routed:
+        raise InputError(
+            f"a row goes to 1 to {experts.num_routed} of {experts.num_routed} experts, got {experts.num_chosen}"
+        )
+    check_linear(rows, experts.router, norm, None, None, None)
+    for inner, outer in zip(experts.inner, experts.outer, strict=True):
+        check_mlp(rows, inner, outer, experts.activation, None, None, residual, out)
+        if outer.num_outputs != size:
+            raise InputError(f"an outer matrix must have the rows' {size} outputs, got {outer.num_outputs}")
 
 
 def _check_slabs(slabs: Slabs, keys: Tensor, values: Tensor) -> None:

@@ -3,8 +3,8 @@
 A decode step of a small model is some seven hundred small operators with Python between them, and the matrices, which
 are all that has to be read, are half of its time. Here all layers are one call, and a layer is five operators: norm and
 the product for queries, keys and values; rotary embedding and the write into the cache; attention; the product behind
-it with the residual; norm and MLP. Each reads its weights once, in the bits that they were published in, for any number
-of rows.
+it with the residual; norm and MLP, or a mixture of experts. Each reads its weights once, in the bits that they were
+published in, for any number of rows.
 
 A row's bits depend on its text alone. Every sum has one order, whatever stands in the other rows, and a row visits the
 slots that it sees in the order of its text, not of the tree (`dynatree_core.ops.signature`). So a tree's logits equal
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dynatree_core import ops
 from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.errors import ForwardPassError
-from dynatree_core.models.blueprint import Blueprint, NoBlueprintError, blueprint_of
+from dynatree_core.models.blueprint import Blueprint, Layer, Mixture, NoBlueprintError, blueprint_of
 from dynatree_core.models.state import is_untouched
 from dynatree_core.models.stored import StoredModel, pack_narrowest
 from dynatree_core.ops import PackedMatrix
@@ -141,6 +141,8 @@ class Twin:
         # one layer of each window, and workspaces with the layers' operators that no pass uses just now
         self._seeing = list({layer.window: layer for layer in blueprint.layers}.values())
         self._spare: list[tuple[Workspace, ops.Recording]] = []
+        mixtures = [layer.mlp for layer in blueprint.layers if isinstance(layer.mlp, Mixture)]
+        self._experts = {id(mixture): _experts(mixture) for mixture in mixtures}
         # what a cache is told of each layer: heads and their size
         self._keys, self._values = [], []
         for layer in blueprint.layers:
@@ -249,7 +251,9 @@ class Twin:
                 growth=None if layer.query_growth is None else work.growth[layer.query_growth],
                 out=queries,
             )
-            ops.tree_attention(queries, slabs, visible, scale=layer.scale, soft_cap=layer.softcap, out=seen)
+            ops.tree_attention(
+                queries, slabs, visible, scale=layer.scale, soft_cap=layer.softcap, sinks=layer.sinks, out=seen
+            )
             ops.linear(
                 seen,
                 _packed(layer.output),
@@ -258,17 +262,25 @@ class Twin:
                 scale=layer.residual_scale,
                 out=work.mixed,
             )
-            ops.mlp(
-                work.rows if layer.is_parallel else work.mixed,
-                _packed(layer.mlp.up),
-                _packed(layer.mlp.down),
-                activation=layer.mlp.activation,
-                norm=layer.mlp_norm,
-                after=layer.mlp_post_norm,
-                residual=work.mixed,
-                scale=layer.residual_scale,
-                out=work.rows,
-            )
+            self._add_mlp(layer, work)
+
+    def _add_mlp(self, layer: Layer, work: Workspace) -> None:
+        """What stands behind attention, one block or a mixture of them."""
+        rows, block = work.rows if layer.is_parallel else work.mixed, layer.mlp
+        if isinstance(block, Mixture):
+            ops.experts(rows, self._experts[id(block)], norm=layer.mlp_norm, residual=work.mixed, out=work.rows)
+            return
+        ops.mlp(
+            rows,
+            _packed(block.up),
+            _packed(block.down),
+            activation=block.activation,
+            norm=layer.mlp_norm,
+            after=layer.mlp_post_norm,
+            residual=work.mixed,
+            scale=layer.residual_scale,
+            out=work.rows,
+        )
 
     def _logits(self, rows: Tensor) -> Tensor:
         """[rows, vocab]"""
@@ -289,6 +301,18 @@ def _split(rows: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
 def _packed(matrix: Any) -> PackedMatrix:
     assert isinstance(matrix, PackedMatrix), "a twin is made from a packed blueprint"
     return matrix
+
+
+def _experts(mixture: Mixture) -> ops.Experts:
+    return ops.Experts(
+        _packed(mixture.router),
+        tuple(_packed(expert.up) for expert in mixture.experts),
+        tuple(_packed(expert.down) for expert in mixture.experts),
+        mixture.experts[0].activation,
+        num_chosen=mixture.num_chosen,
+        adds_up=mixture.adds_up,
+        has_shared=mixture.has_shared,
+    )
 
 
 def _tensors(blueprint: Blueprint) -> list[Tensor]:

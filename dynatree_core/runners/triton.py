@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.errors import CacheError, ForwardPassError
-from dynatree_core.models.blueprint import Blueprint, Layer, Matrix, NoBlueprintError, Rope, blueprint_of
+from dynatree_core.models.blueprint import Blueprint, Layer, Matrix, Mlp, NoBlueprintError, Rope, blueprint_of
 from dynatree_core.models.state import is_untouched
 from dynatree_core.ops import Slabs
 from dynatree_core.ops.triton import reason_unavailable
@@ -79,7 +79,7 @@ class TritonRunner(Runner):
         if not is_untouched(model):
             return "is for models as transformers made them, got one with code of somebody else's in it"
         try:
-            blueprint_of(model)
+            _blueprint_of(model)
         except NoBlueprintError as error:
             return f"knows no model whose {error}"
         altered = altered_part(model)
@@ -128,13 +128,20 @@ def twin_of(model: nn.Module, operators: TritonOperators) -> Twin:
     Raises:
         NoBlueprintError: the model is not known.
     """
-    blueprint = blueprint_of(model).mapped(_stacked)
+    blueprint = _blueprint_of(model).mapped(_stacked)
     dtype: torch.dtype = model.dtype  # type: ignore[assignment]
     config: Any = model.config
     if config.model_type.startswith("gemma"):  # transformers rounds the factor to the embeddings' dtype
         scale = float(torch.tensor(blueprint.embedding_scale, dtype=dtype))
         blueprint = attrs.evolve(blueprint, embedding_scale=scale)
     return Twin(blueprint, dtype, operators)
+
+
+def _blueprint_of(model: nn.Module) -> Blueprint:
+    blueprint = blueprint_of(model)
+    if not all(isinstance(layer.mlp, Mlp) for layer in blueprint.layers):
+        raise NoBlueprintError("layers are mixtures of experts")
+    return blueprint
 
 
 def _stacked(matrix: Matrix) -> StackedMatrix:
@@ -283,6 +290,7 @@ class Twin:
         return rows
 
     def _through_mlp(self, layer: Layer, rows: Tensor, residual: Tensor) -> Tensor:
+        assert isinstance(layer.mlp, Mlp), "mixtures of experts are refused"
         return self._operators.mlp(
             rows,
             _of(layer.mlp.up),

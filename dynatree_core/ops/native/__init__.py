@@ -2,6 +2,7 @@
 
 from dynatree_core.ops.native.calls import (
     Recording,
+    experts,
     is_recording,
     linear,
     lookup,
@@ -16,6 +17,7 @@ from dynatree_core.ops.native.loading import Library, library, reason_missing, r
 __all__ = [
     "Library",
     "Recording",
+    "experts",
     "is_recording",
     "library",
     "linear",

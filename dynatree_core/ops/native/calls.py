@@ -16,13 +16,33 @@ from dynatree_core.errors import InputError
 from dynatree_core.ops.layout import KINDS, PLAIN
 from dynatree_core.ops.matrix import PackedMatrix
 from dynatree_core.ops.native.loading import library
-from dynatree_core.ops.signature import NO_SUCH_OUTPUT, NO_SUCH_SLOTS, Activation, Norm, Rotary, Slabs, Visible
+from dynatree_core.ops.signature import (
+    NO_SUCH_OUTPUT,
+    NO_SUCH_SLOTS,
+    Activation,
+    Experts,
+    Norm,
+    Rotary,
+    Slabs,
+    Visible,
+)
 
-__all__ = ["Recording", "is_recording", "linear", "lookup", "mlp", "norm", "recorded", "rope_write", "tree_attention"]
+__all__ = [
+    "Recording",
+    "experts",
+    "is_recording",
+    "linear",
+    "lookup",
+    "mlp",
+    "norm",
+    "recorded",
+    "rope_write",
+    "tree_attention",
+]
 
 RECORD = 256  # bytes
 NO_MEMORY, NO_SUCH_SLOT, NO_SUCH_OUT = 1, 2, 3  # what the library answers where something is wrong
-NORM, LINEAR, MLP, ROPE_WRITE, ATTENTION, LOOKUP = range(6)
+NORM, LINEAR, MLP, ROPE_WRITE, ATTENTION, LOOKUP, EXPERTS = range(7)
 KIND_CODES = {name: code for code, name in enumerate((*PLAIN, *KINDS))}
 ACTIVATION_CODES = {name: code for code, name in enumerate(get_args(Activation))}
 
@@ -34,7 +54,9 @@ _mlp_record = struct.Struct("=q qq qddqq qqq 168x")
 _rope_record = struct.Struct("=q 3q 5q 2q 2q 2q 4q dq 88x")
 _attention_record = struct.Struct("=q 4q 5q 5q q 2d 112x")
 _lookup_record = struct.Struct("=q 3q 224x")
-_records = (_norm_record, _linear_record, _mlp_record, _rope_record, _attention_record, _lookup_record)
+_experts_record = struct.Struct("=q 4q 2q 4q 168x")
+_products = (_norm_record, _linear_record, _mlp_record, _experts_record, _lookup_record)
+_records = (*_products, _rope_record, _attention_record)
 assert all(record.size == RECORD for record in _records)
 
 
@@ -227,6 +249,34 @@ def mlp(
             _matrix_address(inner),
             _matrix_address(outer),
             ACTIVATION_CODES[activation],
+        ),
+        num_rows,
+    )
+    return out
+
+
+def _experts_address(experts: Experts) -> int:
+    """Of the list of all experts' matrices, which is written once and kept with them."""
+    kept = experts.kept
+    if "described" not in kept:
+        pairs = zip(experts.inner, experts.outer, strict=True)
+        addresses = [_matrix_address(matrix) for pair in pairs for matrix in pair]
+        _describe(kept, "described", struct.pack(f"={len(addresses)}q", *addresses))
+    address: int = kept["described"][1]
+    return address
+
+
+def experts(
+    rows: Tensor, experts: Experts, *, norm: Norm | None, residual: Tensor | None, out: Tensor | None
+) -> Tensor:
+    num_rows, size = rows.shape
+    out = _result(out, lambda: torch.empty_like(rows))
+    _run(
+        _experts_record.pack(
+            EXPERTS,
+            *(rows.data_ptr(), _norm_address(norm, size), _address(residual), out.data_ptr()),
+            *(_matrix_address(experts.router), _experts_address(experts)),
+            *(experts.num_routed, experts.num_chosen, experts.adds_up, ACTIVATION_CODES[experts.activation]),
         ),
         num_rows,
     )

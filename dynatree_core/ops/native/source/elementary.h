@@ -71,7 +71,7 @@ inlined f16x erf16(f16x x) {
   return x;
 }
 
-enum { SILU, GELU, GELU_TANH, QUICK_GELU, RELU, RELU2 };
+enum { SILU, GELU, GELU_TANH, QUICK_GELU, RELU, RELU2, CLIPPED_SWIGLU };
 
 inlined f16x sigmoid_times(f16x x, float slope) { /* x / (1 + exp(-slope * x)) */
   f16x rest = exp16(mul16(all16(-slope), x));
@@ -95,4 +95,15 @@ inlined f16x activate16(int64_t activation, f16x x) {
       return activation == RELU2 ? mul16(y, y) : y;
     }
   }
+}
+
+inlined f16x gated16(int64_t activation, f16x gate, f16x up) {
+  if (activation != CLIPPED_SWIGLU) return mul16(activate16(activation, gate), up);
+  const floats most = 7.0f - (floats){0}, least = -most;
+  EACH {
+    gate.of[part] = choose((ints)(gate.of[part] > most), most, gate.of[part]);
+    up.of[part] = choose((ints)(up.of[part] > most), most, up.of[part]);
+    up.of[part] = choose((ints)(up.of[part] < least), least, up.of[part]);
+  }
+  return mul16(add16(up, all16(1.0f)), sigmoid_times(gate, 1.702f));
 }

@@ -438,9 +438,10 @@ static void activate(void *given, int64_t first, int64_t count) {
   for (int64_t row = first; row < first + count; row++) {
     const float *gate = job->from + row * size * (1 + job->is_gated);
     for (int64_t i = 0; i < size; i += 16) {
-      f16x x = activate16(job->activation, load_some(gate + i, size - i));
-      if (job->is_gated) x = mul16(x, load_some(gate + size + i, size - i));
-      store_some(job->to + row * size + i, x, size - i);
+      const f16x x = load_some(gate + i, size - i);
+      const f16x y = job->is_gated ? gated16(job->activation, x, load_some(gate + size + i, size - i))
+                                   : activate16(job->activation, x);
+      store_some(job->to + row * size + i, y, size - i);
     }
   }
 }

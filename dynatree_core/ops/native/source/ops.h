@@ -41,6 +41,19 @@ typedef struct {
   int64_t activation;
 } mlp_args;
 
+/* Feed-forward blocks of which each row goes to some: `inner` and `outer` of each, in turn. */
+typedef struct {
+  const float *rows;
+  const norm *norm;
+  const float *residual; /* or NULL */
+  float *out;
+  const matrix *router; /* an output for each expert, and one more where there is a shared one behind them */
+  const matrix *const *experts;
+  int64_t num_experts, num_chosen; /* without the shared one */
+  int64_t adds_up; /* whether the weights of a row's experts add up to 1 */
+  int64_t activation;
+} experts_args;
+
 /* Keys and values of one lane: a row of the table of `Slabs` in `signature.py`. */
 typedef struct {
   float *keys, *values; /* NULL: there is no such lane */
@@ -74,7 +87,7 @@ typedef struct {
 
 typedef struct { const matrix *packed; const int64_t *outputs; float *out; } lookup_args; /* out: [rows, inputs] */
 
-enum { OP_NORM, OP_LINEAR, OP_MLP, OP_ROPE_WRITE, OP_ATTENTION, OP_LOOKUP };
+enum { OP_NORM, OP_LINEAR, OP_MLP, OP_ROPE_WRITE, OP_ATTENTION, OP_LOOKUP, OP_EXPERTS };
 
 typedef struct {
   int64_t code;
@@ -85,6 +98,7 @@ typedef struct {
     rope_args rope;
     attention_args attention;
     lookup_args lookup;
+    experts_args experts;
     int64_t fields[31];
   } of;
 } op;
@@ -97,6 +111,7 @@ int dynatree_run(const op *ops, int64_t count, int64_t rows, int64_t threads);
 int run_norm(const norm_args *args, int64_t rows, team *team);
 int run_linear(const linear_args *args, int64_t rows, team *team);
 int run_mlp(const mlp_args *args, int64_t rows, team *team);
+int run_experts(const experts_args *args, int64_t rows, team *team);
 int run_rope_write(const rope_args *args, int64_t rows, team *team);
 int run_attention(const attention_args *args, int64_t rows, team *team);
 int run_lookup(const lookup_args *args, int64_t rows);
