@@ -22,7 +22,15 @@ from torch import Tensor
 
 from dynatree_core.errors import InputError
 from dynatree_core.ops import native, reference
-from dynatree_core.ops.matrix import PackedMatrix, pack, pack_blocks, quantise
+from dynatree_core.ops.matrix import (
+    INTEGER_KINDS,
+    Activations,
+    PackedMatrix,
+    pack,
+    pack_blocks,
+    quantise,
+    with_activations,
+)
 from dynatree_core.ops.native import Recording, reason_missing, reason_unavailable, recorded
 from dynatree_core.ops.signature import (
     ACTIVATIONS,
@@ -41,7 +49,9 @@ from dynatree_core.ops.signature import (
 
 __all__ = [
     "ACTIVATIONS",
+    "INTEGER_KINDS",
     "Activation",
+    "Activations",
     "Norm",
     "PackedMatrix",
     "Recording",
@@ -62,6 +72,7 @@ __all__ = [
     "rope_write",
     "tree_attention",
     "using",
+    "with_activations",
 ]
 
 Implementation = Literal["native", "reference"]
