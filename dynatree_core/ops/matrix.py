@@ -205,8 +205,8 @@ def with_activations(packed: PackedMatrix, activations: Activations) -> PackedMa
 
     Args:
         packed: the matrix; the result shares its data.
-        activations: "full": rows in float32. "int8": every 32 inputs of a row are rounded to 8 bits with a scale of their
-            own, and multiplied as whole numbers (`dynatree_core.ops.signature`). A matrix of another kind than
+        activations: "full": rows in float32. "int8": every 32 inputs of a row are rounded to 8 bits with a scale of
+            their own, and multiplied as whole numbers (`dynatree_core.ops.signature`). A matrix of another kind than
             INTEGER_KINDS has float32 products in any case and is returned as it is.
 
     Raises:
