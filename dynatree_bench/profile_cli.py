@@ -14,13 +14,22 @@ from rich.console import Console, RenderableType
 from dynatree_core.cli import console
 from dynatree_core.cli.checks import check_names, check_settings, checkable
 from dynatree_core.cli.loading import load, load_drafter, loadable_weights
-from dynatree_core.cli.options import JSON, MAX_DEPTH, MAX_NODES, MODEL_OPTIONS, POLICY, WEIGHTS, with_options
+from dynatree_core.cli.options import (
+    ACTIVATIONS,
+    JSON,
+    MAX_DEPTH,
+    MAX_NODES,
+    MODEL_OPTIONS,
+    POLICY,
+    WEIGHTS,
+    with_options,
+)
 from dynatree_core.text.prompt import encode_prompt, tokenizer_of
 
 
 @click.command()
 @click.argument("prompt", default="Why is the sky blue?")
-@with_options(*MODEL_OPTIONS, WEIGHTS, POLICY, MAX_NODES, MAX_DEPTH, JSON)
+@with_options(*MODEL_OPTIONS, WEIGHTS, ACTIVATIONS, POLICY, MAX_NODES, MAX_DEPTH, JSON)
 @click.option("--iterations", type=click.IntRange(min=1), default=20, show_default=True, help="That are measured.")
 @click.option(
     "--trace",
@@ -35,6 +44,7 @@ def profile(
     device: str | None,
     dtype: str,
     weights: str,
+    activations: str,
     as_json: bool,
     iterations: int,
     trace: Path | None,
@@ -57,7 +67,7 @@ def profile(
 
     limits = checkable(options)
     source: Any = check_settings(target=target, drafter=drafter, policy=options["policy"], device=device, **limits)
-    loaded = load(target, device, dtype, loadable_weights(weights, **options))
+    loaded = load(target, device, dtype, loadable_weights(weights, activations=activations, **options), activations)
     tokenizer = tokenizer_of(loaded)
     if source is None:
         source = load_drafter(drafter, loaded).model

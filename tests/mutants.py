@@ -994,6 +994,21 @@ MUTANTS = (
         ("tests/test_ops_native.py::test_a_product_is_right_and_no_row_knows_its_neighbours",),
     ),
     Mutant(
+        "several rows in 8 bits add what stands beside the codes first",
+        "      sum = add16(sum, mul16(floats_of(whole[r]), mul16(scales.scale, all16(row->scale))));\n"
+        "      if (form == NIBBLES) sum = add16(sum, mul16(scales.least, all16(row->sum)));\n",
+        "      const f16x first = mul16(floats_of(whole[r]), mul16(scales.scale, all16(row->scale)));\n"
+        "      const f16x second = mul16(scales.least, all16(row->sum));\n"
+        "      sum = add16(add16(sum, num_rows > 1 ? second : first), num_rows > 1 ? first : second);\n",
+        ("tests/test_ops_native.py::test_rows_in_8_bits_have_the_references_bits_whatever_stands_beside_them",),
+    ),
+    Mutant(
+        "a row in 8 bits loses its NaN",
+        "  if (sizes[0] >= 0x7f800000) sizes[0] = 0x7fc00000;\n",
+        "  if (sizes[0] >= 0x7f800000) sizes[0] = 0;\n",
+        ("tests/test_ops_native.py::test_what_is_not_finite_makes_no_number_of_its_row_and_of_no_other",),
+    ),
+    Mutant(
         "blocks of a tile have the scales of the first",
         "w[b] = next_weights(form, &scales[b], ",
         "w[b] = next_weights(form, &scales[0], ",

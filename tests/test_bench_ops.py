@@ -29,6 +29,8 @@ def test_the_limit_is_reading_or_multiplying():
     said = {"weight_bytes": {"q4_1": 1e9}, "bytes_per_second": 1e10, "num_weights": 1e9, "flops": 1e11}
     assert study.limit(said, "q4_1", 1) == 0.1
     assert study.limit(said, "q4_1", 32) == pytest.approx(0.64)
+    said["weight_bytes"]["q4_1/int8"] = 1e9
+    assert study.limit(said, "q4_1/int8", 32) == 0.1
 
 
 def test_without_the_library_there_is_nothing_to_measure(tmp_path, monkeypatch):

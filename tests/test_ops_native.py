@@ -80,6 +80,127 @@ def test_a_product_is_right_and_no_row_knows_its_neighbours(kind, outputs, num_i
             assert torch.equal(ops.linear(rows[some], packed, residual=residual[some], scale=0.5), result[some])
 
 
+INTEGERS = [
+    *((kind.upper(), outputs, 512) for kind in ops.INTEGER_KINDS for outputs in (16, 75)),
+    *((kind, outputs, num_inputs) for kind in ("4", "8") for outputs, num_inputs in ((1, 1), (45, 33), (20, 300))),
+]
+
+
+def rounding(kind: str, outputs: int, num_inputs: int) -> ops.PackedMatrix:
+    """A matrix whose products round their rows to 8 bits."""
+    return ops.with_activations(matrix(kind, outputs, num_inputs, bias=True), "int8")
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether all bits are equal, where one NaN is as good as another."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(nan=0.0), b.nan_to_num(nan=0.0))
+
+
+def awkward_rows(num_rows: int, num_inputs: int) -> torch.Tensor:
+    """Rows of all sizes; some of zeros, of numbers that have lost bits, and halfway between two codes."""
+    rows = torch.randn(num_rows, num_inputs, generator=torch.Generator().manual_seed(num_inputs))
+    rows *= torch.logspace(-40, 33, num_rows, dtype=torch.float64)[:, None].float()
+    rows[3] = 0
+    rows[4, num_inputs // 2 :] = 0
+    rows[5] = torch.full((num_inputs,), 2.0**-149)
+    rows[6] = 190 * 2.0**-149  # the scale rounds to 2^-149, so the quotient is beyond 127
+    rows[7] = torch.arange(num_inputs) % 32 - 15.5  # beside 127 a scale of 1: halves
+    rows[7, ::32] = 127
+    return rows
+
+
+@pytest.mark.parametrize(("kind", "outputs", "num_inputs"), INTEGERS)
+def test_rows_in_8_bits_have_the_references_bits_whatever_stands_beside_them(kind, outputs, num_inputs, target):
+    packed = rounding(kind, outputs, num_inputs)
+    rows, residual = awkward_rows(MANY_ROWS, num_inputs), torch.randn(MANY_ROWS, outputs)
+    with ops.using("reference"):
+        wanted = ops.linear(rows, packed, residual=residual, scale=0.5)
+    for num_rows in (*range(1, 19), 33, MANY_ROWS):
+        for first in (0, MANY_ROWS - num_rows):
+            some = slice(first, first + num_rows)
+            assert torch.equal(ops.linear(rows[some], packed, residual=residual[some], scale=0.5), wanted[some])
+
+
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+@pytest.mark.parametrize(("kind", "outputs", "num_inputs"), INTEGERS)
+def test_rows_in_8_bits_are_within_half_a_code_of_the_full_ones(kind, outputs, num_inputs, implementation):
+    """Each input is moved by half its group's scale at most, and each weight is what it was."""
+    packed = rounding(kind, outputs, num_inputs)
+    rows = torch.randn(9, num_inputs)
+    with ops.using(implementation):
+        result = ops.linear(rows, packed)
+    right = ops.linear(rows.double(), in_float64(packed))
+    padded = torch.nn.functional.pad(rows, (0, -num_inputs % 32)).view(9, -1, 32)
+    steps = (padded.abs().amax(-1) / 127).repeat_interleave(32, dim=1)[:, :num_inputs]
+    sizes = packed.unpacked().abs().double()
+    rounded, summed = 0.5 * steps.double() @ sizes.t(), rows.abs().double() @ sizes.t()
+    assert ((result - right).abs() <= 1.0001 * rounded + 1e-5 * (1 + summed)).all()
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q4_0", "Q8_0", "Q4_K"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_makes_no_number_of_its_row_and_of_no_other(kind, value, target):
+    packed = rounding(kind, 45, 256)
+    rows = torch.randn(NUM_ROWS, 256)
+    wanted = ops.linear(rows, packed)
+    for place in (0, 130, 255):
+        broken = rows.clone()
+        broken[20, place] = value
+        result = ops.linear(broken, packed)
+        assert result[20].isnan().all()
+        assert ops.linear(broken[20:21], packed).isnan().all()
+        others = torch.arange(NUM_ROWS) != 20
+        assert torch.equal(result[others], wanted[others])
+        with ops.using("reference"):
+            assert same(ops.linear(broken, packed), result)
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
+def test_a_row_of_the_largest_codes_overflows_nothing(kind, target):
+    """Sums of 16 bits hold what is added in them, with the least and the greatest code of the weights."""
+    blocks = random_blocks(kind, 45, 512)
+    spec = blocks.view(45, 16, -1)
+    scale_bytes = 4 if kind == "Q4_1" else 2
+    spec[:20, :, scale_bytes:] = 0xFF if kind == "Q4_1" else 0x80  # 15 and 15, or -128
+    spec[20:30, :, scale_bytes:] = 0x7F
+    packed = ops.with_activations(ops.pack_blocks(blocks, kind, 512), "int8")
+    for rows in (torch.full((7, 512), 3.0), torch.full((7, 512), -3.0)):
+        with ops.using("reference"):
+            wanted = ops.linear(rows, packed)
+        assert torch.equal(ops.linear(rows, packed), wanted)
+        torch.testing.assert_close(wanted, ops.linear(rows, ops.with_activations(packed, "full")), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(("inner", "outer"), [("4", "8"), ("4", "bfloat16")])
+def test_a_feed_forward_block_rounds_both_its_products(inner, outer, target):
+    first, second = (ops.with_activations(matrix(*one), "int8") for one in ((inner, 128, 96), (outer, 96, 64)))
+    rows, residual = torch.randn(MANY_ROWS, 96), torch.randn(MANY_ROWS, 96)
+    norm, after = NORMS["rms"](96), NORMS["rms"](96)
+    result = ops.mlp(rows, first, second, activation="silu", norm=norm, after=after, residual=residual)
+    step = ops.linear(ops.norm(rows, norm), first)
+    for num_rows in (1, 2, 5, 37):
+        alone = ops.mlp(rows[:num_rows], first, second, activation="silu", norm=norm, after=after,
+                        residual=residual[:num_rows])  # fmt: skip
+        assert torch.equal(alone, result[:num_rows])
+    assert torch.equal(step, ops.linear(rows, first, norm=norm))
+    full = ops.mlp(rows, *(ops.with_activations(one, "full") for one in (first, second)), activation="silu", norm=norm,
+                   after=after, residual=residual)  # fmt: skip
+    assert 0 < (result - full).abs().max() < 0.5
+
+
+def test_only_matrices_of_few_bits_round_their_rows():
+    for kind in (*PLAIN, "Q5_0", "Q5_1", "Q5_K", "Q6_K"):
+        packed = matrix(kind, 20, 256)
+        assert ops.with_activations(packed, "int8") is packed
+    packed = matrix("4", 20, 256)
+    rounded = ops.with_activations(packed, "int8")
+    assert rounded.data is packed.data
+    assert ops.with_activations(rounded, "full").activations == "full"
+    assert torch.equal(ops.lookup(rounded, torch.tensor([3])), ops.lookup(packed, torch.tensor([3])))
+    with pytest.raises(InputError, match="one of full, int8, got 'int4'"):
+        ops.with_activations(packed, "int4")
+
+
 @pytest.mark.parametrize("kind", [*PLAIN, *PUBLISHED, "4", "8"])
 def test_weights_are_decoded_to_the_last_bit(kind, target):
     """A row with a single 1 takes one input's weights out, alone and among many."""

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from students import HEAD_IDS
@@ -18,7 +19,7 @@ from test_native import FITTING, PROMPT, TEXT, logits_of, needs_library, single,
 from tiny_folder import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from dynatree_core import generate, load_model, ops
+from dynatree_core import generate, generate_batch, load_model, ops
 from dynatree_core.cli.imports import importing
 from dynatree_core.errors import ModelLoadError, ParameterError
 from dynatree_core.files.tensors import ALIGNMENT, load_tensors, mapped_tensors, save_aligned
@@ -26,6 +27,7 @@ from dynatree_core.models.architectures import vocab_size
 from dynatree_core.models.blueprint import Mixture, NoBlueprintError, Rope, blueprint_of, ropes_of_config
 from dynatree_core.models.stored import (
     StoredModel,
+    _changed,
     load_packed,
     pack_narrowest,
     packer,
@@ -285,6 +287,78 @@ def test_load_model_takes_weights_by_name(tmp_path: Path) -> None:
         load_model(folder, device="cpu", dtype="float64", weights="int8")
     with pytest.raises(ParameterError, match="weights must be one of stored, fp32, int8, int4, got 'int2'"):
         load_model(folder, device="cpu", weights="int2")
+
+
+def rounding(folder: Path, **settings: Any) -> StoredModel:
+    """A model as the default one is published: 4 bits, and 8 in the head that is the embedding too; rows in 8 bits."""
+    model = published(folder, "llama", **settings)
+    with torch.no_grad():
+        blueprint = blueprint_of(model).packed(packer("int4"))
+        head = ops.quantise(model.lm_head.weight, 8)
+    return StoredModel(
+        model.config,
+        model.generation_config,
+        attrs.evolve(blueprint, head=head, embedding=head),
+        weights="stored",
+        in_float32=lambda: model,
+        activations="int8",
+    )
+
+
+@needs_library
+def test_rows_in_8_bits_have_the_same_logits_in_passes_of_any_size(tmp_path: Path) -> None:
+    found = rounding(tmp_path)
+    assert found.blueprint.embedding is found.blueprint.head, "held once"
+    twin = Twin(found.blueprint)
+    whole = logits_of(twin, [TEXT])
+    for size in (1, 2, 3, 5, 7):
+        assert torch.equal(logits_of(twin, [TEXT[at : at + size] for at in range(0, len(TEXT), size)]), whole)
+    full = Twin(_changed(found.blueprint, lambda matrix: ops.with_activations(matrix, "full")))
+    difference = (logits_of(full, [TEXT]) - whole).abs().max() / whole.abs().max()
+    assert 0 < difference < 0.1, "rounded, and to the nearest"
+
+
+@needs_library
+@pytest.mark.parametrize("policy", ["linear(depth=3)", "fixed(depth=4)", "best_first", "cost_aware"])
+def test_trees_of_rows_in_8_bits_give_what_plain_decoding_of_them_gives(policy: str, tmp_path: Path) -> None:
+    found = rounding(tmp_path)
+    expected = generate(found, None, PROMPT, policy="autoregressive", max_new_tokens=24)
+    assert expected.report.runner == "native"
+    for drafter in ("prompt_lookup", found):
+        result = generate(found, drafter, PROMPT, policy=policy, max_new_tokens=24)
+        assert result.token_ids == expected.token_ids
+    prompts = [PROMPT, PROMPT[:3], PROMPT[1:]]
+    alone = [generate(found, None, one, policy="autoregressive", max_new_tokens=12).token_ids for one in prompts]
+    batch = generate_batch(found, "prompt_lookup", prompts, policy=policy, max_new_tokens=12)
+    assert [result.token_ids for result in batch] == alone
+
+
+@needs_library
+def test_rows_in_8_bits_are_for_the_native_runner_and_weights_of_few_bits(tmp_path: Path) -> None:
+    found = rounding(tmp_path / "few")
+    assert found.set_up == "weights stored, activations int8"
+    for runner in ("eager", "packed"):
+        with pytest.raises(ParameterError, match="computed by the native runner alone, got another runner"):
+            generate(found, None, PROMPT, runner=runner, max_new_tokens=4)
+    with pytest.raises(ParameterError, match="got weights that are kept without modules"):
+        generate(found, None, PROMPT, cache="sinks=1,window=8", max_new_tokens=4)
+    published(tmp_path / "tiny", "llama")
+    folder = str(tmp_path / "tiny")
+    for weights in ("int8", "int4"):
+        loaded: Any = load_model(folder, device="cpu", weights=weights, activations="int8").model
+        assert loaded.set_up == f"weights {weights}, activations int8"
+        assert load_model(folder, device="cpu", weights=weights).model.set_up == f"weights {weights}"
+    for weights, words in (
+        ("stored", r"multiply weights of q8_0, .*, got bfloat16; round them too"),
+        ("fp32", "multiply weights of 4 or 8 bits, got weights='fp32'"),
+        (None, "multiply weights of 4 or 8 bits, got weights=None"),
+    ):
+        with pytest.raises(ParameterError, match=words):
+            load_model(folder, device="cpu", weights=weights, activations="int8")
+    with pytest.raises(ParameterError, match=r"activations='int8' cannot be had .*: they are computed in float32"):
+        load_model(folder, device="cpu", dtype="float64", weights="int8", activations="int8")
+    with pytest.raises(ParameterError, match="activations must be one of full, int8, got 'int4'"):
+        load_model(folder, device="cpu", weights="int8", activations="int4")  # type: ignore[arg-type]
 
 
 NEEDLESS = (  # modules that `dynatree generate` has no use for with the embedded model, each with all below it

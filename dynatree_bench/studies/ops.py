@@ -8,7 +8,8 @@ gate and up in one, down, in 30 layers, and the head. A pass calls them in that 
 Kinds of weights and numbers of rows take turns, in rotating order, several times over in one process after a round
 that does not count; of a round's passes the median counts, over rounds medians are shown, with quartiles. The bandwidth
 is that of the fastest read of a large buffer, the peak that of the fastest large float32 product of torch, in the same
-rounds. Weights in 8 and 4 bits are of the kinds q8_0 and q4_1.
+rounds. Weights in 8 and 4 bits are of the kinds q8_0 and q4_1, and once more with rows rounded to 8 bits ("/int8"), for
+which reading is the only limit: the peak of products of whole numbers is not measured.
 
 Output: a table of milliseconds and one of what was measured ÷ the limit; at most 1.25 is wanted.
 """
@@ -39,6 +40,8 @@ KINDS: dict[str, Callable[[Tensor], PackedMatrix]] = {
     "float16": lambda weight: ops.pack(weight.half()),
     "q8_0": lambda weight: ops.quantise(weight, 8),
     "q4_1": lambda weight: ops.quantise(weight, 4),
+    "q8_0/int8": lambda weight: ops.with_activations(ops.quantise(weight, 8), "int8"),
+    "q4_1/int8": lambda weight: ops.with_activations(ops.quantise(weight, 4), "int8"),
 }
 # outputs and inputs of a layer's matrices, the number of layers, and those of the head
 SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536)], 30, (49152, 576)
@@ -116,6 +119,8 @@ def _peak() -> float:
 def limit(said: Mapping[str, Any], kind: str, rows: int) -> float:
     """Seconds that a pass takes at least."""
     reading = said["weight_bytes"][kind] / said["bytes_per_second"]
+    if kind.endswith("/int8"):
+        return float(reading)
     return float(max(reading, 2 * rows * said["num_weights"] / said["flops"]))
 
 

@@ -120,6 +120,11 @@ def _checked_document(row: Row, path: Path, count: int) -> Mapping[str, Any]:
             f"{where} must be an output of a cache that keeps all tokens, got one with --cache {found['cache']}; "
             "`dynatree generate --compare` takes that option"
         )
+    if found.get("rounded") is not None:
+        raise InputError(
+            f"{where} must be an output of the published weights, with which the audit computes, got one of a target "
+            f"that was rounded ({found['rounded']}); `dynatree generate --compare` compares with plain decoding of that"
+        )
     if found.get("logits_processors"):
         raise InputError(
             f"{where} must be an output that the target's own logits chose, got one of logits that were changed by "

@@ -16,7 +16,7 @@ from rich.table import Table
 from dynatree_core.cli import console
 from dynatree_core.cli.checks import check_names, check_settings
 from dynatree_core.cli.loading import load, load_drafter, loadable_weights
-from dynatree_core.cli.options import JSON, MODEL_OPTIONS, WEIGHTS, with_options
+from dynatree_core.cli.options import ACTIVATIONS, JSON, MODEL_OPTIONS, WEIGHTS, with_options
 
 if TYPE_CHECKING:
     from dynatree_core.cost_model import CostModel
@@ -25,7 +25,7 @@ __all__ = ["calibrate"]
 
 
 @click.command()
-@with_options(*MODEL_OPTIONS, WEIGHTS, JSON)
+@with_options(*MODEL_OPTIONS, WEIGHTS, ACTIVATIONS, JSON)
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Measurements of each point.")
 def calibrate(
     target: str | None,
@@ -34,6 +34,7 @@ def calibrate(
     dtype: str,
     runner: str,
     weights: str,
+    activations: str,
     as_json: bool,
     rounds: int,
 ) -> None:
@@ -52,7 +53,7 @@ def calibrate(
     from dynatree_core.engine.costs import NotKeptWarning, folder, measured_costs
 
     source = check_settings(target=target, drafter=drafter, device=device, runner=runner)
-    loaded = load(target, device, dtype, loadable_weights(weights, runner=runner))
+    loaded = load(target, device, dtype, loadable_weights(weights, activations=activations, runner=runner), activations)
     if source is None:
         source = ModelDrafter(load_drafter(drafter, loaded).model)
     with warnings.catch_warnings(record=True) as caught, console.spinner(f"measuring {rounds} rounds"):

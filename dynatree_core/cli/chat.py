@@ -18,6 +18,7 @@ from dynatree_core.cli.exits import DONE, FAILED, INTERRUPTED
 from dynatree_core.cli.loading import is_packed, load, load_drafter, loadable_weights
 from dynatree_core.cli.option_types import FiniteRange, Typed
 from dynatree_core.cli.options import (
+    ACTIVATIONS,
     ANSWER_OPTIONS,
     LIMIT_OPTIONS,
     MODEL_OPTIONS,
@@ -48,7 +49,7 @@ SAMPLING_OPTIONS = (
 
 
 @click.command()
-@with_options(*MODEL_OPTIONS, WEIGHTS, POLICY, *ANSWER_OPTIONS, *LIMIT_OPTIONS, *SAMPLING_OPTIONS)
+@with_options(*MODEL_OPTIONS, WEIGHTS, ACTIVATIONS, POLICY, *ANSWER_OPTIONS, *LIMIT_OPTIONS, *SAMPLING_OPTIONS)
 @click.option("--system", type=Typed(), metavar="TEXT", help="What the model is told before the conversation.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer.")
 @prefix_cache("turns")
@@ -60,6 +61,7 @@ def chat(
     device: str | None,
     dtype: str,
     weights: str,
+    activations: str,
     system: str | None,
     max_new_tokens: int,
     temperature: float | None,
@@ -96,7 +98,7 @@ def chat(
     limits = checkable(settings)
     source: Any = check_settings(target=target, drafter=drafter, policy=policy, device=device, **limits)
     recorded.check()
-    loaded = load(target, device, dtype, loadable_weights(weights, **settings))
+    loaded = load(target, device, dtype, loadable_weights(weights, activations=activations, **settings), activations)
     tokenizer = tokenizer_of(loaded)
     if tokenizer.chat_template is None:
         raise InputError(

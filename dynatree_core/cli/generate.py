@@ -18,6 +18,7 @@ from dynatree_core.cli.job import Job
 from dynatree_core.cli.loading import is_packed
 from dynatree_core.cli.option_types import FiniteRange
 from dynatree_core.cli.options import (
+    ACTIVATIONS,
     ANSWER_OPTIONS,
     FILE_OPTIONS,
     JSON,
@@ -43,7 +44,7 @@ __all__ = ["generate"]
 
 @click.command()
 @click.argument("prompt", metavar="PROMPT|-", required=False)
-@with_options(*MODEL_OPTIONS, WEIGHTS, POLICY, *OUTPUT_OPTIONS, *ANSWER_OPTIONS, *LIMIT_OPTIONS)
+@with_options(*MODEL_OPTIONS, WEIGHTS, ACTIVATIONS, POLICY, *OUTPUT_OPTIONS, *ANSWER_OPTIONS, *LIMIT_OPTIONS)
 @click.option("--max-time", type=FiniteRange(min=0), metavar="SECONDS", help="Stop when so much time has passed.")
 @click.option(
     "--cache",

@@ -55,19 +55,27 @@ class Comparison:
         return ours / theirs if ours and theirs else None
 
 
-def show_report(compared: Comparison, *, has_legend: bool) -> None:
-    """Print the numbers of a generation to stderr, with what the colours of its answer mean."""
+def show_report(compared: Comparison, *, has_legend: bool, set_up: str | None = None) -> None:
+    """Print the numbers of a generation to stderr, with what the colours of its answer mean.
+
+    Args:
+        compared: what was generated.
+        has_legend: whether the colours are explained.
+        set_up: what makes the target another model than the published one; None: nothing does.
+    """
     console = Console(stderr=True, highlight=False)
     if has_legend and console.is_terminal:
         legend = Text.assemble("\n", ("green", "green"), ": drafted and accepted; the rest: the target's own tokens")
         console.print(legend)
-    console.print(report_table(compared))
+    console.print(report_table(compared, set_up))
 
 
-def report_table(compared: Comparison) -> Table:
+def report_table(compared: Comparison, set_up: str | None = None) -> Table:
     """The metrics of a generation, beside those of the autoregressive one if there was one."""
     results = [result for result in (compared.result, compared.baseline) if result is not None]
     table = Table(box=box.SIMPLE_HEAD, show_header=len(results) > 1)
+    both = "both decoded" if len(results) > 1 else "decoded"
+    captions = [f"{both} with {set_up}"] if set_up is not None else []
     for header in ("", "with drafting", "autoregressive")[: len(results) + 1]:
         table.add_column(header, justify="right" if header else "left")
     for cells in zip(*map(_report_cells, results), strict=True):
@@ -77,7 +85,8 @@ def report_table(compared: Comparison) -> Table:
         table.add_row("identical", _identical(*(result.token_ids for result in results)))
     if compared.speedup is not None:
         table.add_row("speedup", f"{compared.speedup:.2f}×")
-        table.caption = "one run each: the speedup is only an indication"
+        captions.append("one run each: the speedup is only an indication")
+    table.caption = "\n".join(captions) or None
     return table
 
 
@@ -163,9 +172,10 @@ def _outcome(setup: Setup, result: GenerationResult | None, stop_reason: str) ->
 
 
 def made_with(target: LoadedModel | None) -> dict[str, Any]:
-    """Device, dtype and versions, for a JSON document; None where no model was loaded."""
+    """Device, dtype, what is rounded, and versions, for a JSON document; None where no model was loaded."""
     return {
         "device": str(target.model.device) if target is not None else None,
         "dtype": str(target.model.dtype).removeprefix("torch.") if target is not None else None,
+        "rounded": getattr(target.model, "set_up", None) if target is not None else None,
         "versions": {name: version(name) for name in ("dynatree", "torch", "transformers")},
     }

@@ -39,7 +39,9 @@ __all__ = [
 ]
 
 
-def load(name: str | None, device: str | None, dtype: str, weights: str | None = None) -> LoadedModel:
+def load(
+    name: str | None, device: str | None, dtype: str, weights: str | None = None, activations: Any = "full"
+) -> LoadedModel:
     """Load a model; a terminal shows what is being waited for. The arguments are those of `load_model`."""
     with importing():
         from dynatree_core.models.load import DEFAULT_MODEL, load_model
@@ -47,16 +49,19 @@ def load(name: str | None, device: str | None, dtype: str, weights: str | None =
     _quiet_libraries()
     is_here = name is None or name == DEFAULT_MODEL or Path(name).expanduser().exists()
     with console.spinner(f"loading {name or 'the default model'}", is_animated=is_here) as progress:
-        return load_model(name, device=device, dtype=dtype, weights=weights, progress=progress)
+        return load_model(name, device=device, dtype=dtype, weights=weights, activations=activations, progress=progress)
 
 
-def loadable_weights(weights: str, *, runner: str = "auto", cache: str | None = None, **others: Any) -> str | None:
+def loadable_weights(
+    weights: str, *, runner: str = "auto", cache: str | None = None, activations: str = "full", **others: Any
+) -> str | None:
     """What `load` is asked for, for what a command was asked for.
 
     Only the native runner computes weights as they were published. For others, and with a bounded cache, which asks
-    transformers' modules for their angles, the same numbers are loaded in 32 bits.
+    transformers' modules for their angles, the same numbers are loaded in 32 bits. Rounded activations have no such
+    form, so that these are refused once the model is loaded.
     """
-    is_native = runner in ("auto", "native") and cache is None
+    is_native = (runner in ("auto", "native") and cache is None) or activations != "full"
     return weights if is_native or weights != "stored" else None
 
 

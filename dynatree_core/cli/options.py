@@ -15,6 +15,7 @@ from dynatree_core.cli.loading import USUAL_DRAFTERS, USUAL_POLICIES, usual_draf
 from dynatree_core.cli.option_types import CountOrAll, FiniteRange, RunnerName, Words
 
 __all__ = [
+    "ACTIVATIONS",
     "ANSWER_OPTIONS",
     "DEVICE",
     "DTYPE",
@@ -86,6 +87,13 @@ WEIGHTS = click.option(
     default="stored",
     show_default=True,
     help="Bits of the weights on a CPU: as published, or 32, or rounded to 8 or 4.",
+)
+ACTIVATIONS = click.option(
+    "--activations",
+    type=click.Choice(["full", "int8"]),
+    default="full",
+    show_default=True,
+    help="What weights of 4 or 8 bits multiply; int8: rows rounded to 8 bits, faster, for another text.",
 )
 MODEL_OPTIONS = (TARGET, DRAFTER, DEVICE, DTYPE, RUNNER)  # TARGET first: the usual drafter follows from it
 

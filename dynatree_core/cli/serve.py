@@ -193,6 +193,7 @@ def service_of(
     device: str | None,
     dtype: str,
     weights: str,
+    activations: str,
     more_policies: Sequence[str],
     more_drafters: Sequence[str],
     model_names: Sequence[str],
@@ -205,7 +206,9 @@ def service_of(
     from dynatree_core.serve.service import Service
     from dynatree_core.text.prompt import tokenizer_of
 
-    loaded = load(target, device, dtype, loadable_weights(weights, **checkable(options)))
+    loaded = load(
+        target, device, dtype, loadable_weights(weights, activations=activations, **checkable(options)), activations
+    )
     trace = recorded.open(tokenizer_of(loaded))
     named = {name: load_drafter(name, loaded).model if source is None else source for name, source in sources.items()}
     engines = _engines(loaded, named, **options)

@@ -15,6 +15,7 @@ from click.core import ParameterSource
 
 from dynatree_core.cli.option_types import FiniteRange
 from dynatree_core.cli.options import (
+    ACTIVATIONS,
     LIMIT_OPTIONS,
     MODEL_OPTIONS,
     POLICY,
@@ -252,6 +253,6 @@ RAY = (
     ),
 )
 serve_options = with_options(
-    *LISTEN, *MODEL_OPTIONS, WEIGHTS, POLICY, *CHOICES, *LIMIT_OPTIONS, *CAPACITY, *REQUEST, *PROCESS, *RAY,
-    *TRACE_OPTIONS, *CONFIG,
+    *LISTEN, *MODEL_OPTIONS, WEIGHTS, ACTIVATIONS, POLICY, *CHOICES, *LIMIT_OPTIONS, *CAPACITY, *REQUEST, *PROCESS,
+    *RAY, *TRACE_OPTIONS, *CONFIG,
 )  # fmt: skip

@@ -41,6 +41,7 @@ class Setup:
         device: str | None,
         dtype: str,
         weights: str,
+        activations: str,
         ignore_eos: bool,
         stop_strings: Sequence[str],
         **settings: Any,
@@ -63,7 +64,9 @@ class Setup:
         )
         specs = [spec for given in parse_stack(self.policy) for spec in expand_preset(given)]
         self.expanded_policy = format_stack(specs)
-        self.target = load(self.target_name, device, dtype, loadable_weights(weights, **settings))
+        self.target = load(
+            self.target_name, device, dtype, loadable_weights(weights, activations=activations, **settings), activations
+        )
         self.tokenizer = tokenizer_of(self.target)
         if self.drafter is None:
             self.drafter = load_drafter(self.drafter_name, self.target).model

@@ -209,7 +209,7 @@ def _identity(model: nn.Module, runner: str) -> dict[str, Any]:
         "shape": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16],
         "attention": attention,
         "dtype": str(dtype).removeprefix("torch."),
-        "weights": getattr(model, "weights", None),  # of a `StoredModel`
+        "weights": getattr(model, "set_up", None) or getattr(model, "weights", None),  # of a `StoredModel`
         "device": f"{device.type if device is not None else 'cpu'} {name}",
         "threads": torch.get_num_threads(),
         "runner": runner,

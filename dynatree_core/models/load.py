@@ -8,7 +8,7 @@ import pickle
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import attrs
 import torch
@@ -21,6 +21,7 @@ from dynatree_core.errors import ModelLoadError, ParameterError
 from dynatree_core.files.writing import unreadable
 from dynatree_core.models import embedded, hub
 from dynatree_core.models.blueprint import NoBlueprintError
+from dynatree_core.ops import Activations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -63,6 +64,7 @@ def load_model(
     device: str | None = None,
     dtype: str = "auto",
     weights: str | None = None,
+    activations: Activations = "full",
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
@@ -78,10 +80,12 @@ def load_model(
             matrices alone, 32 with one scale; "fp32": in 32. All but the last are a `StoredModel`, which the `native`
             runner computes without transformers' modules. Where that cannot run a model, "stored" gives a model of
             transformers with the same numbers.
+        activations: "full": products take their rows in float32. "int8": with weights of 4 or 8 bits they take them
+            rounded to 8 bits, which is faster and another model, whose plain decoding is what trees are lossless for.
         progress: called with a sentence before anything that takes seconds; None: silent.
 
     Raises:
-        ParameterError: a device that is not here, an unknown dtype, or weights that cannot be had.
+        ParameterError: a device that is not here, an unknown dtype, or weights or activations that cannot be had.
         ModelLoadError: in one line what was expected, what came and what to do.
         DefaultModelError: the embedded model is not installed or cannot be converted.
     """
@@ -89,8 +93,15 @@ def load_model(
     weights_dtype = _resolve_dtype(dtype, where)
     name = DEFAULT_MODEL if name is None else name
     check_model_name(name)
+    if activations not in get_args(Activations):
+        raise ParameterError(f"activations must be one of {', '.join(get_args(Activations))}, got {activations!r}")
+    if activations != "full" and weights in (None, "fp32"):
+        raise ParameterError(
+            f"activations='{activations}' multiply weights of 4 or 8 bits, got weights={weights!r}; give "
+            "weights='stored', where they are published so, 'int8' or 'int4', or leave activations out"
+        )
     if weights is not None:
-        stored = _load_stored(name, where, weights_dtype, weights, progress)
+        stored = _load_stored(name, where, weights_dtype, weights, activations, progress)
         if stored is not None:
             return stored
     is_folder = _is_folder(name)
@@ -125,6 +136,7 @@ def _load_stored(
     where: torch.device,
     dtype: torch.dtype | str,
     weights: str,
+    activations: Activations,
     progress: Callable[[str], None] | None,
 ) -> LoadedModel | None:
     """A `StoredModel`; None where a model of transformers has the weights that are asked for."""
@@ -139,15 +151,19 @@ def _load_stored(
         reason = f"they are computed in float32 on a CPU, got {str(dtype).removeprefix('torch.')} on {where}"
     if reason is None:
         try:
-            return _stored_model(name, weights, progress)
+            return _stored_model(name, weights, activations, progress)
         except NoBlueprintError as error:
             reason = f"the native runner knows no model whose {error}"
+    if activations != "full":
+        raise ParameterError(f"activations='{activations}' cannot be had for '{name}': {reason}; leave it out")
     if weights != "stored":
         raise ParameterError(f"weights={weights!r} cannot be had for '{name}': {reason}; leave it out")
     return None
 
 
-def _stored_model(name: str, weights: str, progress: Callable[[str], None] | None) -> LoadedModel:
+def _stored_model(
+    name: str, weights: str, activations: Activations, progress: Callable[[str], None] | None
+) -> LoadedModel:
     from dynatree_core.models import stored
 
     def in_float32() -> PreTrainedModel:
@@ -158,7 +174,11 @@ def _stored_model(name: str, weights: str, progress: Callable[[str], None] | Non
         if progress is not None:
             progress(f"loading {name}")
         model = stored.load_packed(
-            folder, weights, in_float32=in_float32, advice="`dynatree models install` mends the folder"
+            folder,
+            weights,
+            in_float32=in_float32,
+            advice="`dynatree models install` mends the folder",
+            activations=activations,
         )
         from transformers import PreTrainedTokenizerFast  # and no more of transformers
 
@@ -176,7 +196,9 @@ def _stored_model(name: str, weights: str, progress: Callable[[str], None] | Non
         blueprint = stored.read_checkpoint(Path(location), config, weights)
         tokenizer = _load_tokenizer(name, location, True)
         generation_config = _load_generation_config(location, config)
-    model = stored.StoredModel(config, generation_config, blueprint, weights=weights, in_float32=in_float32)
+    model = stored.StoredModel(
+        config, generation_config, blueprint, weights=weights, in_float32=in_float32, activations=activations
+    )
     return LoadedModel(cast("PreTrainedModel", model), tokenizer, name)
 
 

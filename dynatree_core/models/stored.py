@@ -39,7 +39,7 @@ from dynatree_core.models.blueprint import (
     read_blueprint,
     ropes_of_config,
 )
-from dynatree_core.ops import Norm, PackedMatrix
+from dynatree_core.ops import Activations, Norm, PackedMatrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,6 +77,12 @@ class StoredModel(nn.Module):
         blueprint: with packed matrices.
         weights: one of WEIGHTS, the bits of the packed matrices.
         in_float32: loads the published weights into a float32 model of transformers; None: there is no such form.
+        head: what reads rows of the head; None: made of the blueprint's.
+        activations: "full", or "int8": matrices of 4 or 8 bits multiply rows that are rounded to 8 bits
+            (`ops.with_activations`), the others full ones.
+
+    Raises:
+        ParameterError: activations="int8" for matrices of which none can.
     """
 
     device = torch.device("cpu")
@@ -91,12 +97,14 @@ class StoredModel(nn.Module):
         weights: str,
         in_float32: Callable[[], PreTrainedModel] | None = None,
         head: StoredTable | None = None,
+        activations: Activations = "full",
     ) -> None:
         super().__init__()
         self.config = config
         self.generation_config = generation_config
-        self.blueprint = blueprint
+        self.blueprint = blueprint = _with_activations(blueprint, activations)
         self.weights = weights
+        self.activations = activations
         self._in_float32 = in_float32
         self._lock = threading.Lock()  # so that two threads do not both load it
         self._tables: tuple[StoredTable, StoredTable] = (  # in a tuple, so that torch does not register them as layers
@@ -112,6 +120,13 @@ class StoredModel(nn.Module):
         return self._tables[1]
 
     @property
+    def set_up(self) -> str | None:
+        """What makes it another model than the published one, in words; None: nothing does."""
+        if self.activations != "full":
+            return f"weights {self.weights}, activations {self.activations}"
+        return f"weights {self.weights}" if self.weights in _BITS else None
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of its weights."""
         matrices: dict[int, PackedMatrix] = {id(matrix): matrix for matrix in self.blueprint.matrices()}
@@ -121,6 +136,11 @@ class StoredModel(nn.Module):
 
     @functools.cached_property
     def _plain(self) -> PreTrainedModel:
+        if self.activations != "full":
+            raise ParameterError(
+                f"activations='{self.activations}' are computed by the native runner alone, got another runner or code "
+                "that asks for transformers' modules; leave runner at 'auto', or load the model without activations"
+            )
         if self._in_float32 is None:
             raise ParameterError(
                 f"this {self.config.model_type} is for the native runner alone, got another one; leave runner at 'auto'"
@@ -135,7 +155,7 @@ class StoredModel(nn.Module):
         """The same model as a float32 model of transformers; loaded at the first call.
 
         Raises:
-            ParameterError: it has no such form, see `in_float32`.
+            ParameterError: it has no such form, see `in_float32`, or rounds its activations.
         """
         with self._lock:
             return self._plain
@@ -255,11 +275,33 @@ def _requantised(matrix: PackedMatrix, weights: str) -> PackedMatrix:
 
 
 def _with_weights(blueprint: Blueprint, weights: str) -> Blueprint:
-    """A packed blueprint with other bits; an embedding tied to the head stays tied."""
-    if weights not in _BITS:
+    """A packed blueprint with other bits."""
+    return _changed(blueprint, lambda matrix: _requantised(matrix, weights)) if weights in _BITS else blueprint
+
+
+def _with_activations(blueprint: Blueprint, activations: Activations) -> Blueprint:
+    """A packed blueprint whose products take their rows so, where they can.
+
+    Raises:
+        ParameterError: none of them can.
+    """
+    if activations == "full":
         return blueprint
+    changed = _changed(blueprint, lambda matrix: ops.with_activations(matrix, activations))
+    found = changed.matrices()
+    if all(matrix.activations == "full" for matrix in found):
+        kinds = ", ".join(sorted({matrix.kind for matrix in found}))
+        raise ParameterError(
+            f"activations='{activations}' multiply weights of {', '.join(ops.INTEGER_KINDS)}, got {kinds}; round them "
+            "too, by weights='int8' or 'int4', or leave activations out"
+        )
+    return changed
+
+
+def _changed(blueprint: Blueprint, change: Callable[[PackedMatrix], PackedMatrix]) -> Blueprint:
+    """A packed blueprint with other matrices; an embedding tied to the head stays tied."""
     is_tied = blueprint.embedding is blueprint.head
-    packed = blueprint.mapped(lambda matrix: _requantised(matrix, weights), lambda router: router)
+    packed = blueprint.mapped(lambda matrix: change(_packed(matrix)), lambda router: router)
     return attrs.evolve(packed, embedding=_packed(packed.head) if is_tied else packed.embedding)
 
 
@@ -352,7 +394,12 @@ def save_packed(
 
 
 def load_packed(
-    folder: Path, weights: str, *, in_float32: Callable[[], PreTrainedModel] | None = None, advice: str
+    folder: Path,
+    weights: str,
+    *,
+    in_float32: Callable[[], PreTrainedModel] | None = None,
+    advice: str,
+    activations: Activations = "full",
 ) -> StoredModel:
     """What `save_packed` has written.
 
@@ -361,9 +408,11 @@ def load_packed(
         weights: of WEIGHTS, but "fp32".
         in_float32: as for `StoredModel`.
         advice: what to do about a file that is damaged.
+        activations: as for `StoredModel`.
 
     Raises:
         ModelLoadError: a file that cannot be read.
+        ParameterError: as for `StoredModel`.
     """
     tensors, metadata = mapped_tensors(folder / PACKED, advice=advice)
     try:
@@ -382,6 +431,7 @@ def load_packed(
         _with_weights(blueprint, weights),
         weights=weights,
         in_float32=in_float32,
+        activations=activations,
     )
 
 

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from dynatree_core.errors import InputError
 from dynatree_core.ops import native, reference
-from dynatree_core.ops.matrix import PackedMatrix, pack, pack_blocks, quantise
+from dynatree_core.ops.matrix import (
+    INTEGER_KINDS,
+    Activations,
+    PackedMatrix,
+    pack,
+    pack_blocks,
+    quantise,
+    with_activations,
+)
 from dynatree_core.ops.native import Recording, reason_missing, reason_unavailable, recorded
 from dynatree_core.ops.signature import (
     ACTIVATIONS,
@@ -43,7 +51,9 @@ from dynatree_core.ops.signature import (
 
 __all__ = [
     "ACTIVATIONS",
+    "INTEGER_KINDS",
     "Activation",
+    "Activations",
     "Experts",
     "Norm",
     "PackedMatrix",
@@ -66,6 +76,7 @@ __all__ = [
     "rope_write",
     "tree_attention",
     "using",
+    "with_activations",
 ]
 
 Implementation = Literal["native", "reference"]

@@ -113,6 +113,18 @@ class Codes:
         whole: Array = weights.reshape(len(codes), -1)[:, : self.num_inputs]
         return whole
 
+    def in_groups(self) -> tuple[Array, Array | None]:
+        """What a group's weights have in common: w = code * scale + least.
+
+        Returns:
+            Scale [outputs, groups] float32, and least, or None where that is 0 in the kind.
+        """
+        scale = self._by_group(self.scales, self.super_scales)
+        if self.mins is not None:
+            least = self._by_group(self.mins, self.super_mins)
+            return scale, -least if self.kind.is_two_level else least
+        return scale, np.float32(-self.kind.offset) * scale if self.kind.offset else None
+
     def _by_group(self, scales: Array, of_scales: Array | None) -> Array:
         """[outputs, groups] float32"""
         wide: Array = scales.astype(np.float32)

@@ -1,10 +1,12 @@
-"""Weights laid out once for the kernels: `pack`, `pack_blocks`, `quantise`, and the `PackedMatrix` that they make."""
+"""Weights laid out once for the kernels: `pack`, `pack_blocks`, `quantise`, and the `PackedMatrix` that they make.
+
+`with_activations` says how the rows are taken that a matrix multiplies."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import attrs
 import numpy as np
@@ -14,7 +16,10 @@ from torch import Tensor
 from dynatree_core.errors import InputError
 from dynatree_core.ops.layout import CHUNK, KINDS, LANES, Codes, decode, encode, read_blocks
 
-__all__ = ["PackedMatrix", "pack", "pack_blocks", "quantise"]
+__all__ = ["INTEGER_KINDS", "Activations", "PackedMatrix", "pack", "pack_blocks", "quantise", "with_activations"]
+
+Activations = Literal["full", "int8"]
+INTEGER_KINDS = ("q8_0", "q4_0", "q4_1", "q4_k")  # whose codes have 8 or 4 bits, and a scale for every 32 inputs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 HUGE_PAGE = 2 << 20
@@ -32,6 +37,7 @@ class PackedMatrix:
     num_inputs: int
     data: Tensor  # [blocks of 16 outputs, bytes of a block] uint8, contiguous
     bias: Tensor | None  # [outputs filled up to whole blocks] float32, or float64
+    activations: Activations = "full"  # int8: rows are rounded to 8 bits, see `with_activations`
     kept: dict[Any, Any] = attrs.field(factory=dict, init=False, repr=False)  # what an implementation has of it
 
     @property
@@ -51,6 +57,10 @@ class PackedMatrix:
     def unpacked(self) -> Tensor:
         """[outputs, inputs] float32 (float64): every weight exactly as the kernels compute with it."""
         return self._decoded(self.data)[: self.num_outputs]
+
+    def codes(self) -> Iterator[Codes]:
+        """A quantised matrix as published: codes and scales of some hundred outputs at a time, with those filled up."""
+        return decode(KINDS[self.kind], self.data.numpy(), self.num_inputs)
 
     def lookup(self, outputs: Tensor) -> Tensor:
         """Some rows of the matrix, as of an embedding that is tied to the head.
@@ -188,6 +198,25 @@ def quantise(
         codes = _divided(groups, scales).clip(0, 15).astype(np.uint8)
     spec = KINDS["q8_0" if bits == 8 else "q4_1"]
     return _packed(Codes(spec, num_inputs, codes.reshape(outputs, -1), scales, mins, None, None), bias)
+
+
+def with_activations(packed: PackedMatrix, activations: Activations) -> PackedMatrix:
+    """The same matrix, whose products take their rows otherwise.
+
+    Args:
+        packed: the matrix; the result shares its data.
+        activations: "full": rows in float32. "int8": every 32 inputs of a row are rounded to 8 bits with a scale of
+            their own, and multiplied as whole numbers (`dynatree_core.ops.signature`). A matrix of another kind than
+            INTEGER_KINDS has float32 products in any case and is returned as it is.
+
+    Raises:
+        InputError: other activations.
+    """
+    if activations not in get_args(Activations):
+        raise InputError(f"activations must be one of {', '.join(get_args(Activations))}, got {activations!r}")
+    if activations == packed.activations or packed.kind not in INTEGER_KINDS:
+        return packed
+    return attrs.evolve(packed, activations=activations)
 
 
 def _divided(groups: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -1,10 +1,12 @@
 """The operators in plain torch: what the kernels are tested against, in float32 and float64. Slow, and easy to read.
 
 The numbers are those of `dynatree_core.ops.signature`; the order of sums is torch's own, so results agree to rounding.
+Products of rows in 8 bits alone have the order that is said there, and agree to the last bit.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -22,6 +24,8 @@ from dynatree_core.ops.signature import (
     check_slots,
     check_visible,
 )
+
+GROUP = 32  # inputs of a row that are rounded with one scale
 
 __all__ = ["experts", "linear", "lookup", "mlp", "norm", "rope_write", "tree_attention"]
 
@@ -43,7 +47,10 @@ def linear(
 ) -> Tensor:
     rows = _normed(rows, norm)
     bias = None if packed.bias is None else packed.bias[: packed.num_outputs]
-    product = functional.linear(rows, packed.unpacked(), bias)
+    if packed.activations == "int8":
+        product = _add(_integer_product(rows, packed), bias)
+    else:
+        product = functional.linear(rows, packed.unpacked(), bias)
     product = _normed(product, after) * scale
     if soft_cap is not None:
         product = torch.tanh(product / soft_cap) * soft_cap
@@ -166,6 +173,37 @@ def tree_attention(
         shares = scores.softmax(dim=1)[:, : slots.numel()]
         result[row] = (shares[:, None] @ seen_values).flatten()
     return _kept(result, out)
+
+
+def _integer_product(rows: Tensor, packed: PackedMatrix) -> Tensor:
+    """[rows, outputs]: products of rows that are rounded to 8 bits, group by group."""
+    codes, scales, sums = _rounded(rows)
+    parts = []
+    for some in packed.codes():
+        own = [torch.from_numpy(part) for part in some.in_groups() if part is not None]
+        weights = torch.from_numpy(some.codes.astype(np.float64)).view(len(some.codes), -1, GROUP)
+        product = rows.new_zeros(len(rows), len(weights))
+        for group in range(codes.shape[1]):
+            whole = codes[:, group].double() @ weights[:, group].t()  # exact
+            product = product + whole.float() * (own[0][:, group] * scales[:, group, None])
+            for least in own[1:]:
+                product = product + least[:, group] * sums[:, group, None]
+        parts.append(product)
+    return torch.cat(parts, dim=1)[:, : packed.num_outputs]
+
+
+def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows in 8 bits.
+
+    Returns:
+        Codes [rows, groups, 32], and [rows, groups] each the scale and the codes' sum times that.
+    """
+    groups = functional.pad(rows, (0, -rows.shape[1] % GROUP)).view(len(rows), -1, GROUP)
+    greatest = groups.abs().amax(dim=-1)
+    scales = torch.where(greatest.isfinite(), greatest, torch.nan) / 127
+    nearest = (groups / scales[..., None]).clamp(-127, 127).round()
+    codes = torch.where(scales[..., None] > 0, nearest, 0.0)
+    return codes, scales, scales * codes.sum(dim=-1)
 
 
 def _kept(result: Tensor, out: Tensor | None) -> Tensor:

@@ -34,7 +34,7 @@ def selected(packed: PackedMatrix, outputs: Tensor) -> PackedMatrix:
     if packed.bias is not None:
         bias = packed.bias[torch.from_numpy(filled)]
         bias[num_outputs:] = 0
-    return PackedMatrix(packed.kind, num_outputs, packed.num_inputs, torch.from_numpy(chosen), bias)
+    return PackedMatrix(packed.kind, num_outputs, packed.num_inputs, torch.from_numpy(chosen), bias, packed.activations)
 
 
 def _lane_bytes(kind: str, num_inputs: int) -> npt.NDArray[np.int64]:

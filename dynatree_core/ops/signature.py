@@ -7,6 +7,14 @@ which, and not on the number of threads. Threads split outputs, rows or heads, n
 *Linear*: out = scale * (sum + bias) (+ residual). The sum of an output begins at 0 and takes its inputs in ascending
 order, one fused multiply-add each.
 
+*Linear with rows in 8 bits* (`with_activations`): every 32 inputs of a row, a group, become whole numbers from -127 to
+127, input / scale rounded to the nearest, of two to the even one; scale is the group's greatest size / 127. An output's
+sum begins at 0 and takes the groups in ascending order: first the products of whole numbers, whose sum is exact, times
+both scales, sum + whole * (scale of the weights * scale of the row); then, where the kind's weights are not multiples
+of their scale, sum + least * (scale of the row * the codes' sum). None of this is fused, so that all targets and the
+reference have the same bits. A group with a NaN or an infinite input makes NaN of all the row's outputs; one of zeros,
+or so small that its scale is 0 in float32, adds nothing.
+
 *Norm*: sums over a row have 16 lanes: element i is added to lane i % 16, ascending. Then lane j takes lane j + 8, then
 j + 4, j + 2, j + 1. What is missing in the last 16 is 0. With r = 1 / sqrt(sum / n + eps), RMS is (x * r) * (offset +
 weight) for the sum of squares, and layer is ((x - mean) * r) * weight + bias for that of squared differences.
@@ -26,7 +34,7 @@ weight, rounded, then added.
 *exp, tanh, erf* are polynomials of the library, the same for every element wherever it stands.
 
 On CPUs without fused multiply-adds (x86-64 before 2013) a product is rounded before it is added, so the bits are others
-than elsewhere; for any number of rows they are equal there too.
+than elsewhere, but for rows in 8 bits; for any number of rows they are equal there too.
 """
 
 from __future__ import annotations

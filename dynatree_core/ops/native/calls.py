@@ -46,7 +46,7 @@ NORM, LINEAR, MLP, ROPE_WRITE, ATTENTION, LOOKUP, EXPERTS = range(7)
 KIND_CODES = {name: code for code, name in enumerate((*PLAIN, *KINDS))}
 ACTIVATION_CODES = {name: code for code, name in enumerate(get_args(Activation))}
 
-_matrix_fields = struct.Struct("=6q")
+_matrix_fields = struct.Struct("=7q")
 _norm_fields = struct.Struct("=4q2d")
 _norm_record = struct.Struct("=q qq qddqq q 184x")
 _linear_record = struct.Struct("=q qq qddqq q 184x")
@@ -79,6 +79,7 @@ def _matrix_address(packed: PackedMatrix) -> int:
             packed.num_outputs,
             packed.num_inputs,
             packed.data.shape[1],
+            packed.activations == "int8",
             packed.data.data_ptr(),
             _address(packed.bias),
         )

@@ -290,6 +290,140 @@ static void decode(int64_t kind, reading *block, int64_t count, float *to) {
 
 inlined int64_t at_most(int64_t count, int64_t most) { return count < most ? count : most; }
 
+/* ---- Rows in 8 bits: products of whole numbers, of the kinds that are NIBBLES or BYTES ---- */
+
+enum { GROUP = 32, MAX_INTEGER_ROWS = WIDTH == 16 ? 8 : 4 };
+
+/* 32 inputs of a row: input = code * scale. */
+typedef struct {
+  int8_t codes[GROUP]; /* of NIBBLES each eight with the even ones first, as a word's shifted halves have them */
+  float scale, sum;    /* sum: of the codes, times scale */
+} rounded;
+
+/* Codes from -127 to 127, the nearest to input / scale, of two the even one; scale is the greatest size / 127. Where an
+ * input is no number, or infinite, the scale is no number, and then no result is. */
+inlined rounded round_group(const int form, const float *from, int64_t count) {
+  f16x x[2] = {load_some(from, count), load_some(from + 16, count - 16)};
+  int32_t sizes[16], codes[GROUP], sum = 0;
+  rounded to;
+  EACH {
+    const ints a = (ints)x[0].of[part] & 0x7fffffff, b = (ints)x[1].of[part] & 0x7fffffff, is_less = (ints)(a < b);
+    const ints greater = (b & is_less) | (a & ~is_less); /* sizes ascend as whole numbers: numbers, infinity, none */
+    memcpy(sizes + WIDTH * part, &greater, sizeof greater);
+  }
+  UNROLLED for (int half = 8; half; half /= 2) {
+    UNROLLED for (int i = 0; i < half; i++) sizes[i] = sizes[i] > sizes[i + half] ? sizes[i] : sizes[i + half];
+  }
+  if (sizes[0] >= 0x7f800000) sizes[0] = 0x7fc00000;
+  memcpy(&to.scale, sizes, 4);
+  to.scale /= 127.0f;
+  if (!(to.scale > 0)) {
+    memset(to.codes, 0, sizeof to.codes);
+    to.sum = to.scale;
+    return to;
+  }
+  UNROLLED for (int half = 0; half < 2; half++) EACH {
+    const floats most = 127.0f - (floats){0};
+    floats code = x[half].of[part] / to.scale; /* beyond 127 where the scale has lost bits: below 2^-126 */
+    code = choose((ints)(code > most), most, code);
+    code = choose((ints)(code < -most), -most, code);
+    const ints whole = __builtin_convertvector((code + 12582912.0f) - 12582912.0f, ints); /* rounds to a whole number */
+    memcpy(codes + 16 * half + WIDTH * part, &whole, sizeof whole);
+  }
+  UNROLLED for (int i = 0; i < GROUP; i++) {
+    const int j = i % 8, place = form == NIBBLES ? i - j + j % 2 * 4 + j / 2 : i;
+    to.codes[place] = (int8_t)codes[i];
+    sum += codes[i];
+  }
+  to.sum = to.scale * (float)sum;
+  return to;
+}
+
+typedef struct {
+  const float *rows; /* [num_rows, inputs] */
+  rounded *to;       /* [num_rows, groups] */
+  int64_t inputs;
+  int form;
+} rounding_job;
+
+static void round_rows(void *given, int64_t first, int64_t count) {
+  const rounding_job *job = given;
+  const int64_t inputs = job->inputs, num_groups = (inputs + GROUP - 1) / GROUP;
+  for (int64_t row = first; row < first + count; row++) {
+    const float *from = job->rows + row * inputs;
+    rounded *to = job->to + row * num_groups;
+    for (int64_t g = 0; g < num_groups; g++) {
+      const int64_t left = inputs - GROUP * g;
+      to[g] = job->form == NIBBLES ? round_group(NIBBLES, from + GROUP * g, left)
+                                   : round_group(BYTES, from + GROUP * g, left);
+    }
+  }
+}
+
+/* Sums [num_rows][16] of a block. Each takes its groups in ascending order: first the product of whole numbers times
+ * both scales, then the codes' sum times what each weight has beside its code. Every step is rounded, none fused, so that
+ * the bits are the same on every target. form and num_rows are constants of each variant. */
+inlined void integer_tile(const int form, const int num_rows, int64_t kind, const uint8_t *at, int64_t num_groups,
+                          const rounded *rows, float *sums) {
+  group_scales scales;
+  for (int64_t g = 0; g < num_groups; g++) {
+    i16x whole[MAX_INTEGER_ROWS];
+    fetch_ahead(at, code_bytes(form) + 64, AHEAD);
+    at = read_scales(kind, &scales, at, GROUP * g);
+    EACH_ROW EACH whole[r].of[part] = (ints){0};
+    if (form == NIBBLES) { /* 8 pairs of products fit into 16 bits: 8 * 2 * 15 * 127 < 2^15 */
+      u16x pairs[MAX_INTEGER_ROWS];
+      EACH_ROW EACH pairs[r].of[part] = (words){0};
+      UNROLLED for (int i = 0; i < GROUP; i += 8) {
+        u16x low = load_words(at + 8 * i), high = shift_right(low, 4);
+        EACH low.of[part] &= 0x0f0f0f0f, high.of[part] &= 0x0f0f0f0f;
+        EACH_ROW {
+          const int8_t *codes = rows[r * num_groups + g].codes + i;
+          pairs[r] = add_products(pairs[r], low, codes, 0);
+          pairs[r] = add_products(pairs[r], high, codes + 4, 0);
+        }
+      }
+      EACH_ROW whole[r] = add_pairs(whole[r], pairs[r]);
+    } else {
+      UNROLLED for (int i = 0; i < GROUP; i += 4) {
+        const u16x four = load_fours(at + 16 * i);
+        u16x none;
+        EACH none.of[part] = (words){0};
+        EACH_ROW {
+          whole[r] = add_pairs(whole[r], add_products(none, four, rows[r * num_groups + g].codes + i, 1));
+        }
+      }
+    }
+    at += code_bytes(form);
+    EACH_ROW {
+      const rounded *row = rows + r * num_groups + g;
+      f16x sum = load16(sums + 16 * r);
+      sum = add16(sum, mul16(floats_of(whole[r]), mul16(scales.scale, all16(row->scale))));
+      if (form == NIBBLES) sum = add16(sum, mul16(scales.least, all16(row->sum)));
+      store16(sums + 16 * r, sum);
+    }
+  }
+}
+
+typedef void integer_fn(int64_t kind, const uint8_t *at, int64_t num_groups, const rounded *rows, float *sums);
+
+#define INTEGERS(form, num_rows)                                                                                 \
+  static void integers_##form##_##num_rows(int64_t kind, const uint8_t *at, int64_t num_groups, const rounded *rows, \
+                                           float *sums) {                                                        \
+    integer_tile(form, num_rows, kind, at, num_groups, rows, sums);                                              \
+  }
+#define INTEGERS_ENTRY(form, num_rows) [form == BYTES][num_rows] = integers_##form##_##num_rows,
+#if WIDTH == 16
+#define INTEGER_ROWS(form, X) \
+  X(form, 1) X(form, 2) X(form, 3) X(form, 4) X(form, 5) X(form, 6) X(form, 7) X(form, 8)
+#else
+#define INTEGER_ROWS(form, X) X(form, 1) X(form, 2) X(form, 3) X(form, 4)
+#endif
+INTEGER_ROWS(NIBBLES, INTEGERS)
+INTEGER_ROWS(BYTES, INTEGERS)
+static integer_fn *const integers[2][MAX_INTEGER_ROWS + 1] = {INTEGER_ROWS(NIBBLES, INTEGERS_ENTRY)
+                                                                  INTEGER_ROWS(BYTES, INTEGERS_ENTRY)};
+
 int run_lookup(const lookup_args *args, int64_t num_rows) {
   const matrix *m = args->packed;
   float panel[CHUNK * LANES] __attribute__((aligned(64)));
@@ -312,6 +446,7 @@ typedef struct {
   float *out;        /* [num_rows, outputs] */
   int64_t num_rows;
   const ending *end; /* NULL: only the bias */
+  const rounded *codes; /* [num_rows, groups] where rows are rounded, else NULL */
   int64_t num_blocks, tile_blocks; /* of the matrix, and of an item of the job */
 } product_job;
 
@@ -371,8 +506,27 @@ static void multiply_band(const product_job *job, int64_t block, int64_t row, in
   write_sums(job, block, 1, row, num_rows, sums);
 }
 
+/* Rounded rows: tiles of about the same size, each of which reads the block. */
+static void multiply_rounded(const product_job *job, int64_t block) {
+  const matrix *m = job->packed;
+  const int64_t num_groups = (m->inputs + GROUP - 1) / GROUP, most = MAX_INTEGER_ROWS;
+  const int64_t num_rows = job->num_rows, num_tiles = (num_rows + most - 1) / most;
+  float sums[MAX_INTEGER_ROWS * LANES] __attribute__((aligned(64)));
+  for (int64_t t = 0, done = 0, some; t < num_tiles; t++, done += some) {
+    some = (num_rows - done + num_tiles - t - 1) / (num_tiles - t);
+    memset(sums, 0, (size_t)(some * LANES) * sizeof *sums);
+    integer_fn *multiply = integers[form_of(m->kind) == BYTES][some];
+    multiply(m->kind, m->data + block * m->block_bytes, num_groups, job->codes + done * num_groups, sums);
+    write_sums(job, block, 1, done, some, sums);
+  }
+}
+
 static void multiply_blocks(const product_job *job, int64_t first, int64_t count) {
   const int64_t num_rows = job->num_rows;
+  if (job->codes) {
+    for (int64_t b = first; b < first + count; b++) multiply_rounded(job, b);
+    return;
+  }
   if (num_rows <= most_rows(form_of(job->packed->kind))) {
     for (int64_t done = 0, step; done < count; done += step) {
       const int64_t left = count - done, wide = job->tile_blocks;
@@ -393,12 +547,22 @@ static void multiply(void *given, int64_t first, int64_t count) {
   multiply_blocks(job, begin, (end < job->num_blocks ? end : job->num_blocks) - begin);
 }
 
-/* out = rows @ packed.T + bias, and what follows where it needs no whole row. */
-static void product(const matrix *packed, const float *rows, float *out, const ending *end, int64_t num_rows,
+/* out = rows @ packed.T + bias, and what follows where it needs no whole row. Returns 0, or that memory is missing. */
+static int product(const matrix *packed, const float *rows, float *out, const ending *end, int64_t num_rows,
                     team *team) {
-  const int64_t num_blocks = (packed->outputs + LANES - 1) / LANES, blocks = most_blocks(form_of(packed->kind), num_rows);
-  product_job job = {packed, rows, out, num_rows, end, num_blocks, blocks};
+  const int64_t num_blocks = (packed->outputs + LANES - 1) / LANES;
+  const int64_t blocks = packed->rounds_rows ? 1 : most_blocks(form_of(packed->kind), num_rows);
+  rounded *codes = NULL;
+  if (packed->rounds_rows) {
+    const int64_t num_groups = (packed->inputs + GROUP - 1) / GROUP;
+    codes = scratch(SCRATCH_CODES, num_rows * num_groups * (int64_t)sizeof *codes);
+    if (!codes) return NO_MEMORY;
+    rounding_job rounding = {rows, codes, packed->inputs, form_of(packed->kind)};
+    run_job(round_rows, &rounding, num_rows, 1, num_rows * packed->inputs < 8192 ? NULL : team);
+  }
+  product_job job = {packed, rows, out, num_rows, end, codes, num_blocks, blocks};
   run_job(multiply, &job, (num_blocks + blocks - 1) / blocks, MAX_BLOCKS / blocks, team);
+  return 0;
 }
 
 static const float *normed(const norm *how, const float *rows, int64_t num_rows, team *team) {
@@ -410,13 +574,9 @@ static const float *normed(const norm *how, const float *rows, int64_t num_rows,
 
 /* A product and all that follows it. */
 static int ended_product(const matrix *packed, const float *rows, const ending *end, int64_t num_rows, team *team) {
-  if (!end->after) {
-    product(packed, rows, end->out, end, num_rows, team);
-    return 0;
-  }
+  if (!end->after) return product(packed, rows, end->out, end, num_rows, team);
   float *to = scratch(SCRATCH_PRODUCT, 4 * num_rows * packed->outputs); /* out may be the residual */
-  if (!to) return NO_MEMORY;
-  product(packed, rows, to, NULL, num_rows, team);
+  if (!to || product(packed, rows, to, NULL, num_rows, team)) return NO_MEMORY;
   end_rows(end, to, packed->outputs, num_rows, team);
   return 0;
 }
@@ -450,8 +610,7 @@ int run_mlp(const mlp_args *args, int64_t num_rows, team *team) {
   const int64_t size = args->outer->inputs, width = args->inner->outputs;
   float *hidden = scratch(SCRATCH_HIDDEN, 4 * num_rows * (width + size));
   const float *rows = normed(args->norm, args->rows, num_rows, team);
-  if (!hidden || !rows) return NO_MEMORY;
-  product(args->inner, rows, hidden, NULL, num_rows, team);
+  if (!hidden || !rows || product(args->inner, rows, hidden, NULL, num_rows, team)) return NO_MEMORY;
   float *activated = hidden + num_rows * width;
   activation_job job = {hidden, activated, size, args->activation, width != size};
   run_job(activate, &job, num_rows, 1, num_rows * size < 8192 ? NULL : team);

@@ -13,6 +13,7 @@ enum { LANES = 16, SUPER = 256 };
 
 typedef struct {
   int64_t kind, outputs, inputs, block_bytes;
+  int64_t rounds_rows; /* whether its products round their rows to 8 bits */
   const uint8_t *data; /* blocks of 16 outputs */
   const float *bias;   /* filled up to whole blocks, or NULL */
 } matrix;

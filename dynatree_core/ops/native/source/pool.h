@@ -22,4 +22,6 @@ void with_team(void (*lead)(void *given, team *team), void *given, int64_t threa
 /* Memory of the calling thread, at least `bytes`, aligned to 64; what a slot had before is lost when it has to grow.
  * NULL where there is none. */
 void *scratch(int slot, int64_t bytes);
-enum { SCRATCH_ROWS, SCRATCH_HIDDEN, SCRATCH_PRODUCT, SCRATCH_SCORES, SCRATCH_EXPERTS, SCRATCH_SLOTS };
+enum {
+  SCRATCH_ROWS, SCRATCH_CODES, SCRATCH_HIDDEN, SCRATCH_PRODUCT, SCRATCH_SCORES, SCRATCH_EXPERTS, SCRATCH_SLOTS
+};

@@ -170,6 +170,89 @@ inlined float greatest16(f16x x) {
   return greatest;
 }
 
+/* Products of bytes. A word holds four of them, of one output; all sums are exact, so that their order is no matter. */
+
+typedef int16_t shorts __attribute__((vector_size(4 * WIDTH)));
+typedef struct { ints of[NUM]; } i16x; /* sixteen whole numbers */
+
+/* Add products of each word's four bytes with four others, which are from -127 to 127, to its two sums of 16 bits. Bytes
+ * that are not signed are below 128. The caller sees to it that no sum leaves its 16 bits: two products of bytes do not. */
+inlined u16x add_products(u16x sums, u16x bytes, const int8_t *four, const int is_signed) {
+  uint32_t word;
+  memcpy(&word, four, sizeof word);
+  EACH {
+#if defined(TARGET_AVX512)
+    __m512i a = (__m512i)bytes.of[part], b = _mm512_set1_epi32((int)word);
+    if (is_signed) {
+      b = _mm512_mask_sub_epi8(b, _mm512_movepi8_mask(a), _mm512_setzero_si512(), b);
+      a = _mm512_abs_epi8(a);
+    }
+    sums.of[part] = (words)_mm512_add_epi16((__m512i)sums.of[part], _mm512_maddubs_epi16(a, b));
+#elif defined(TARGET_AVX2)
+    __m256i a = (__m256i)bytes.of[part], b = _mm256_set1_epi32((int)word);
+    if (is_signed) {
+      b = _mm256_sign_epi8(b, a);
+      a = _mm256_abs_epi8(a); /* 128 of -128, which is right where the instruction below reads it */
+    }
+    sums.of[part] = (words)_mm256_add_epi16((__m256i)sums.of[part], _mm256_maddubs_epi16(a, b));
+#else
+    const words a = bytes.of[part], b = word - (words){0};
+    const shorts odd = ((shorts)a >> 8) * ((shorts)b >> 8);
+    const shorts even = ((shorts)(a << 8 & 0xff00ff00) >> 8) * ((shorts)(b << 8 & 0xff00ff00) >> 8);
+    sums.of[part] = (words)((shorts)sums.of[part] + (odd + even));
+    (void)is_signed; /* below 128 it is the same */
+#endif
+  }
+  return sums;
+}
+
+/* Add both sums of 16 bits of each word to one of 32. */
+inlined i16x add_pairs(i16x sums, u16x pairs) {
+  EACH {
+#if defined(TARGET_AVX512)
+    __m512i both = _mm512_madd_epi16((__m512i)pairs.of[part], _mm512_set1_epi16(1));
+    sums.of[part] = (ints)_mm512_add_epi32((__m512i)sums.of[part], both);
+#elif defined(TARGET_AVX2)
+    __m256i both = _mm256_madd_epi16((__m256i)pairs.of[part], _mm256_set1_epi16(1));
+    sums.of[part] = (ints)_mm256_add_epi32((__m256i)sums.of[part], both);
+#else
+    sums.of[part] += ((ints)pairs.of[part] >> 16) + ((ints)(pairs.of[part] << 16) >> 16);
+#endif
+  }
+  return sums;
+}
+
+inlined f16x floats_of(i16x x) {
+  f16x y;
+  EACH y.of[part] = __builtin_convertvector(x.of[part], floats);
+  return y;
+}
+
+/* Of four inputs, each with a byte of 16 outputs, the four bytes of each output as a word. */
+inlined u16x load_fours(const uint8_t *from) {
+  u16x x;
+#if defined(TARGET_AVX512) || defined(TARGET_AVX2)
+  const __m256i order = _mm256_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15,
+                                         0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+  __m256i first = _mm256_loadu_si256((const void *)from), second = _mm256_loadu_si256((const void *)(from + 32));
+  __m256i low = _mm256_unpacklo_epi8(first, second), high = _mm256_unpackhi_epi8(first, second);
+  low = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(low, 0xd8), order);
+  high = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(high, 0xd8), order);
+#if defined(TARGET_AVX512)
+  x.of[0] = (words)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#else
+  x.of[0] = (words)low, x.of[1] = (words)high;
+#endif
+#else
+  uint8_t all[64];
+  for (int i = 0; i < 4; i++) {
+    for (int output = 0; output < 16; output++) all[4 * output + i] = from[16 * i + output];
+  }
+  memcpy(&x, all, sizeof x);
+#endif
+  return x;
+}
+
 /* Widening loads: sixteen small numbers as floats, all exact. */
 
 inlined f16x load_half16(const uint8_t *from) { /* IEEE half precision */
