@@ -14,6 +14,8 @@ from a heap.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import attrs
 import torch
 from torch import Tensor
@@ -41,6 +43,8 @@ class BestFirst:
     tau: float = fraction(0.0)
     # the tree whose level was last looked at, and which nodes of the level are not expanded
     _beyond: tuple[TokenTree, Tensor] | None = attrs.field(default=None, init=False, repr=False, eq=False)
+
+    is_recordable: ClassVar = True
 
     @property
     def max_nodes(self) -> int:

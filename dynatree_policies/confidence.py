@@ -30,6 +30,7 @@ class Confidence:
 
     variants: ClassVar = {"plan": {"high": 0.8, "low": 0.3, "max_branch": 4}}
     is_capturable: ClassVar = True
+    is_recordable: ClassVar = True
 
     @hookimpl
     def branch_factor(self, frontier: Frontier) -> Tensor:

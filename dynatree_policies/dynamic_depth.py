@@ -30,6 +30,7 @@ class DynamicDepth:
 
     variants: ClassVar = {"plan": {"signal": "cumulative", "extend_threshold": 0.7, "base_depth": 4}}
     is_capturable: ClassVar = True
+    is_recordable: ClassVar = True
 
     @hookimpl
     def should_expand(self, frontier: Frontier) -> Tensor | bool:

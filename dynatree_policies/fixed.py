@@ -19,6 +19,7 @@ class Fixed:
     max_nodes: int = count(128)
 
     is_capturable: ClassVar = True
+    is_recordable: ClassVar = True
 
     @property
     def max_width(self) -> int:

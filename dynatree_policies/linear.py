@@ -20,6 +20,7 @@ class Linear:
     tau: float = fraction(0.0)
 
     is_capturable: ClassVar = True
+    is_recordable: ClassVar = True
     max_width: ClassVar = 1  # nodes of a level
 
     @hookimpl

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import ClassVar
 
 import attrs
@@ -55,6 +55,16 @@ class Sequoia:
     _found: _Found | None = attrs.field(default=None, init=False, repr=False, eq=False)
 
     is_capturable: ClassVar = True
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether there is a plan: to make one, numbers are read."""
+        return self.plan is not None
+
+    @property
+    def graph_key(self) -> Hashable:
+        """What its answers follow from, beside what a hook is shown."""
+        return None if self.plan is None else self.plan.shape
 
     @acceptance.validator
     def _check_acceptance(self, attribute: attrs.Attribute[str], value: str) -> None:
@@ -154,6 +164,7 @@ class Plan:
     depth: int
     num_children: Tensor  # [planned + 1] int64
     child: Tensor  # [planned + 1, ranks + 1] int64: the planned node that the child of each rank is
+    shape: tuple[tuple[int, ...], ...]  # the children of each node, by level
 
     @classmethod
     def of_shape(cls, shape: Sequence[Sequence[int]], device: torch.device) -> Plan:
@@ -165,7 +176,8 @@ class Plan:
         for node, width in enumerate(widths):
             child[node, :width] = torch.arange(next_node, next_node + width)
             next_node += width
-        return cls(len(shape) - 1, torch.tensor([*widths, 0]).to(device), child.to(device))
+        num_children = torch.tensor([*widths, 0]).to(device)
+        return cls(len(shape) - 1, num_children, child.to(device), tuple(map(tuple, shape)))
 
     def nodes(self, tree: TokenTree, above: Tensor | None = None) -> Tensor:
         """[width] int64: the planned node that each node of the tree's last level is.

@@ -83,6 +83,7 @@ ANOTHER_WAY = "tests/test_prefix_cache.py::test_a_prompt_that_goes_another_way"
 SINKS = "tests/test_sink_cache.py::test_every_family_follows_the_definition[llama]"
 SINK_TREES = "tests/test_sink_cache.py::test_a_text_beyond_the_models_context"
 DRAFTS = "tests/test_drafters.py::test_model_proposals_are_those_of_a_plain_pass_over_the_path"
+RECORDED_STEPS = "tests/test_recorded.py::test_replayed_steps_do_what_steps_do_that_are_launched"
 RECORDED = "tests/test_captured.py::test_any_passes_are_the_plain_ones"
 
 OPERATOR = "tests/test_triton.py::test_interpreted_kernels[operator]"
@@ -757,6 +758,36 @@ MUTANTS = (
         "self.cache = plan.new_cache(runner, self.num_slots, self)",
         "self.cache = runner.new_cache(self.num_slots)",
         ("tests/test_captured.py::test_a_generation_records_few_passes_and_the_next_one_none",),
+    ),
+    Mutant(
+        "a replayed tree stays in the memory of its graph",
+        "packed=self._packed.clone(),",
+        "packed=self._packed,",
+        (RECORDED_STEPS,),
+    ),
+    Mutant(
+        "a parameter that moves stays in a graph as it was",
+        "number.fill_(parameters[policy][name])",
+        "number.fill_(0.5)",
+        (f"{RECORDED_STEPS}[phase3]",),
+    ),
+    Mutant(
+        "a recorded step is believed whatever it says",
+        "if not off <= TOLERANCE[lane.cache.keys[0].dtype]:",
+        "if False:",
+        ("tests/test_recorded.py::test_a_target_pass_that_comes_out_otherwise_is_not_replayed",),
+    ),
+    Mutant(
+        "a recorded step is deeper than the text is long",
+        "recorded is None or lane.depth_limit < recorded.rows.max_depth:",
+        "recorded is None:",
+        (RECORDED_STEPS,),
+    ),
+    Mutant(
+        "a drafter forgets that a replay has followed the text",
+        "        self.num_settled = self.cache.length - 1  # as in `proposing`\n        self.cache.append(num_rows)",
+        "        self.num_settled = self.cache.length - 1  # as in `proposing`",
+        (RECORDED_STEPS,),
     ),
     Mutant(
         "folded heads stand in the order of rows",

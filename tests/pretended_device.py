@@ -30,6 +30,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from dynatree_core.engine import decode
 from dynatree_core.engine.proposals import SharedProposals
 from dynatree_core.policy.stack import PolicyStack
+from dynatree_core.runners import cudagraph
+from dynatree_core.runners.cudagraph import Recorder
 from dynatree_core.runners.eager import EagerRunner
 
 CUDA = torch.device("cuda:0")
@@ -128,6 +130,7 @@ class PretendedDevice:
     def __init__(self) -> None:
         self.counts: Counts | None = None  # None: nothing is counted
         self._stages = ["outside"]
+        self._tape: list[Callable[[], None]] | None = None  # what is being recorded, to be done again; None: nothing
         self._pinned: dict[int, Tensor] = {}  # memory of the host that the device can read by itself, by its address
         self.host_seconds = 0.0  # the host's clock, which runs while it launches and while it waits
         self.done_seconds = 0.0  # on the same clock: when the device will be done with what was launched
@@ -161,7 +164,46 @@ class PretendedDevice:
         finally:
             self._stages.pop()
 
+    def recorded(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """In place of a CUDA graph: what is launched, with every number of the host's and at the same addresses.
+
+        A wait is refused, as CUDA refuses it.
+        """
+        assert self._tape is None, "a process can record one graph at a time"
+        try:
+            self._tape = []
+            run()  # libraries make themselves at home the first time
+            self._tape = tape = []
+            output = run()
+        finally:
+            self._tape = None
+
+        def replay() -> Any:
+            self.launch("graph")
+            self.done_seconds += len(tape) * KERNEL_SECONDS
+            with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+                for again in tape:
+                    again()
+            return output
+
+        return replay
+
+    def _note(self, compute: Callable[[], Any], result: Any) -> None:
+        """Record an operation that leaves its result where it was left."""
+        if self._tape is None:
+            return
+        kept = _tensors(result)
+
+        def again() -> None:
+            for old, new in zip(kept, _tensors(compute()), strict=True):
+                if old.data_ptr() != new.data_ptr():  # else it was written in place
+                    old.copy_(new)
+
+        self._tape.append(again)
+
     def wait(self, what: str) -> None:
+        if self._tape is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {what}: {_asking_line()}")
         self.host_seconds = self.reached()
         if self.counts is not None:
             self.counts.waits[self._stages[-1], f"{what}: {_asking_line()}"] += 1
@@ -187,7 +229,10 @@ class PretendedDevice:
             self._count(name, arguments, goes_to, is_here=is_here)
         plain = {**tree_map(_numbers, options), **({"device": torch.device("cpu")} if goes_to == "cuda" else {})}
         is_pinned = plain.pop("pin_memory", None)  # memory of the host, which no device here copies from by itself
-        result = function(*tree_map(_numbers, arguments), **plain)
+        numbers = tree_map(_numbers, arguments)
+        result = function(*numbers, **plain)
+        if name not in _VIEWS and (is_here or goes_to == "cuda"):
+            self._note(lambda: function(*numbers, **plain), result)
         if is_pinned:
             self._pinned[result.untyped_storage().data_ptr()] = result
         written = [
@@ -215,7 +260,13 @@ class PretendedDevice:
         rows = [stride for stride, size in zip(bias.stride()[:-1], bias.shape, strict=False) if size > 1]
         assert not any(stride % aligned for stride in rows), bias.stride()
         self.launch(EFFICIENT_ATTENTION)
-        seen = torch.nn.functional.scaled_dot_product_attention(query, key, value, bias, scale=options.get("scale"))
+
+        def attended() -> Tensor:
+            scale = options.get("scale")
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value, bias, scale=scale)
+
+        seen = attended()
+        self._note(attended, seen)
         return OnDevice(seen), None, None, None
 
     def _check_devices(self, name: str, tensors: list[Tensor]) -> None:
@@ -265,6 +316,10 @@ def _numbers(value: Any) -> Any:
     return value.numbers if isinstance(value, OnDevice) else value
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    return [one for one in tree_flatten(value)[0] if isinstance(one, Tensor)]
+
+
 def _kernels(name: str, arguments: tuple[Any, ...]) -> int:
     if name in ("cat", "stack"):
         return len(arguments[0]) if len({part.dtype for part in arguments[0]}) > 1 else 1
@@ -302,8 +357,11 @@ class _Attention(TorchFunctionMode):
         is_made = mask is not None and mask.dtype == torch.bool
         number = 1 + MASK_KERNELS * is_made + PADDING_KERNELS * is_padded
         PretendedDevice.current().launch("attention", number)
+        numbers, plain = tree_map(_numbers, arguments), tree_map(_numbers, options)
         with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
-            return OnDevice(function(*tree_map(_numbers, arguments), **tree_map(_numbers, options)))
+            seen = function(*numbers, **plain)
+        PretendedDevice.current()._note(lambda: function(*numbers, **plain), seen)
+        return OnDevice(seen)
 
 
 class _Event:
@@ -341,6 +399,9 @@ def pretended() -> Iterator[PretendedDevice]:
         torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
         undo.callback(torch._C._set_only_lift_cpu_tensors, lifts)  # type: ignore[attr-defined]
         undo.enter_context(mock.patch.object(PretendedDevice, "_current", device))
+        # its tensors are no plain ones, so that nobody could say whether a model of them can be recorded
+        undo.enter_context(mock.patch.object(cudagraph, "is_replayable", return_value=True))
+        undo.enter_context(mock.patch.object(Recorder, "recorded", lambda self, run, on: device.recorded(run)))
         for name, instead in {
             "_lazy_init": lambda: None,
             "Event": _Event,
@@ -382,7 +443,7 @@ def by_stage(device: PretendedDevice) -> Iterator[None]:
         return staged
 
     places: list[tuple[Any, str, str]] = [
-        *((decode, name, name) for name in ("draft", "prune", "flatten", "verify", "commit", "feedback")),
+        *((decode, name, name) for name in ("replayed", "draft", "prune", "flatten", "verify", "commit", "feedback")),
         *((PolicyStack, hook, "policies") for hook in ("should_expand", "branch_factor")),
         (SharedProposals, "of", "proposals"),
         *((EagerRunner, name, PASSES) for name in ("forward", "forward_together")),

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dynatree_bench.data.synthetic import Shape, synthetic_pair
-from dynatree_core import Engine, generate
+from dynatree_core import Engine, Session, generate, run
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters.model import ModelDrafter
@@ -101,7 +101,7 @@ def on_the_cpu(record: Callable[[Run], Run] = repeated) -> Iterator[Count]:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         patch.setattr(captured, "can_capture", lambda model: True)
-        patch.setattr(captured._Recorder, "recorded", recorded)
+        patch.setattr(captured.Recorder, "recorded", recorded)
         patch.setattr(captured, "MIN_SLOTS", SLOTS)
         yield count
 
@@ -557,6 +557,22 @@ def test_generations_on_a_gpu_are_greedy(family):
 
 
 @needs_cuda
+@pytest.mark.parametrize("policy", ["fixed(depth=3)", "phase3", "best_first(nodes=8,depth=4)"])
+def test_whole_steps_on_a_gpu_are_recorded_and_greedy(policy):
+    """tests/test_recorded.py looks closer, on a pretended device."""
+    model, drafter = single("llama").cuda(), copy.deepcopy(perturbed("llama")).float().cuda()
+    engine = Engine(model, ModelDrafter(drafter), runner="cudagraph")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        session = Session.on(engine, PROMPT, policy=policy, max_new_tokens=100, eos_token_id=[])
+        for _ in run(session):
+            pass
+    assert session.target.runner.num_steps_recorded > 0
+    expected = greedy(model, PROMPT, 100)
+    check_the_same_up_to_a_tie(copy.deepcopy(model).cpu(), PROMPT, session.new_token_ids, expected)
+
+
+@needs_cuda
 def test_a_model_that_waits_for_the_gpu_runs_as_it_is():
     def look(module: nn.Module, arguments: object, output: Any) -> None:
         float(output.logits.sum())
@@ -565,7 +581,7 @@ def test_a_model_that_waits_for_the_gpu_runs_as_it_is():
     model = single("llama").cuda()
     expected = greedy(model, PROMPT, 20)
     model.register_forward_hook(look)
-    with pytest.warns(RuntimeWarning, match="the model waits for the device within a pass"):
+    with pytest.warns(RuntimeWarning, match="the host would wait for the device within it"):
         found = generate(model, None, PROMPT, max_new_tokens=20, runner="cudagraph", eos_token_id=[])
     check_the_same_up_to_a_tie(copy.deepcopy(single("llama")), PROMPT, found.token_ids, expected)
     torch.cuda.empty_cache()  # torch is as it was

@@ -36,7 +36,7 @@ from dynatree_core.tree.token_tree import TokenTree
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a device is pretended where there is none")
 
-WARM_UP, MEASURED = 6, 8
+WARM_UP, WARM_UP_RECORDED, MEASURED = 6, 12, 8  # iterations
 # a pass of 2.4 ms whatever its rows, and a level of 0.45 ms: trees of up to 16 nodes cost hardly more than a step
 COSTS = CostModel(
     StepFunction((1, 8, 16, 32, 64), (2.4e-3, 2.45e-3, 2.5e-3, 2.6e-3, 2.8e-3)),
@@ -72,15 +72,15 @@ class Measured:
         return self.counts.num_copies() / self.num_iterations
 
 
-def _pair(num_layers: int = 4) -> Any:
+def pair_that_repeats(num_layers: int = 4) -> Any:
     """Models whose text goes round after 80 tokens, so that looking it up finds something."""
     target = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
     target |= {"vocab_size": 80, "max_position_embeddings": 512, "num_hidden_layers": num_layers}
     return synthetic_pair(Shape(target, {**target, "num_hidden_layers": 1}), acceptance=0.75, num_choices=16)
 
 
-def measured(stack: str, drafter: str, num_layers: int = 4) -> Measured:
-    pair = _pair(num_layers)
+def measured(stack: str, drafter: str, num_layers: int = 4, runner: str = "eager") -> Measured:
+    pair = pair_that_repeats(num_layers)
     with pretended() as device:
         target, model = moved(pair.target), moved(pair.drafter)
         made: Any = {
@@ -91,10 +91,10 @@ def measured(stack: str, drafter: str, num_layers: int = 4) -> Measured:
         }[drafter]()
         session = Session(
             target, made, pair.source.text(0, 100), policy=STACKS[stack], max_new_tokens=200, eos_token_id=[],
-            inherit_settings=False, runner="eager", costs=COSTS, trust_model=True,
+            inherit_settings=False, runner=runner, costs=COSTS, trust_model=True,
         )  # fmt: skip
         steps = run(session)
-        for _ in range(WARM_UP):
+        for _ in range(WARM_UP if runner == "eager" else WARM_UP_RECORDED):
             next(steps)
         with by_stage(device), device.counting() as counts:
             depths = [next(steps).tree.max_depth for _ in range(MEASURED)]
@@ -127,6 +127,15 @@ def test_what_an_iteration_asks_outside_passes_stays_within_its_limits(stack: st
     assert found.waits <= of_a_level * found.num_levels + others, found.counts.waits
     assert found.launches <= launches, found.counts.launches
     assert found.copies < 0.5, found.counts.waits  # once in a while, as when a plan is made anew
+
+
+@pytest.mark.parametrize("stack", ["fixed", "phase3", "best_first"])
+def test_a_recorded_step_is_two_launches_and_what_moves_numbers_in_and_out(stack: str) -> None:
+    found = measured(stack, "model", runner="cudagraph")
+    assert found.launches <= 18, found.counts.lines
+    assert found.waits == 1
+    assert found.copies == 0
+    assert found.counts.launches["replayed"] <= 11 * found.num_iterations, "two graphs, four inputs, five copies"
 
 
 def test_a_host_that_is_not_ahead_of_the_device_drafts_no_level_behind_an_empty_one(monkeypatch) -> None:
@@ -178,7 +187,7 @@ def test_calibration_counts_no_round_that_plans_or_records() -> None:
 
 def test_times_of_stages_add_up_where_the_host_runs_ahead_of_the_device() -> None:
     """A model's passes have the device's time, so what is around them has too: no share of an iteration is negative."""
-    pair = _pair()
+    pair = pair_that_repeats()
     with pretended() as device:
         session = Session(
             moved(pair.target), ModelDrafter(moved(pair.drafter)), pair.source.text(0, 30), policy="phase3",

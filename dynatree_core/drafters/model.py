@@ -9,12 +9,15 @@ the target's cache is bounded.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator, Sequence
+from typing import cast
 
 import attrs
 import torch
 from torch import Tensor, nn
 
+from dynatree_core.cache.base import KeyValueCache
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, by_itself, padded_proposals
 from dynatree_core.errors import ParameterError, VocabularyMismatchError
 from dynatree_core.models.architectures import num_embeddings, vocab_size
@@ -23,6 +26,7 @@ from dynatree_core.models.stored import StoredTable
 from dynatree_core.models.student import RestrictedHead
 from dynatree_core.models.wrappers import plain_model
 from dynatree_core.runners.base import PassOutput
+from dynatree_core.runners.behind import PassesBehind, RowsBehind
 from dynatree_core.runners.passes import PREFILL_CHUNK, AskedPass, Passes
 from dynatree_core.tree.flatten import FlatTrees, flatten_chain, flatten_level
 from dynatree_core.tree.frontier import Proposals
@@ -172,6 +176,20 @@ class ModelDraftState(DraftState):
         if not self.knows_all_ids:
             flat = attrs.evolve(flat, token_ids=self._own(flat.token_ids))
         return AskedPass(self.passes, flat, self.cache, "draft_forward", last_row_only)
+
+    def behind(self, passes: PassesBehind) -> ModelDraftState:
+        """A state to record what this one drafts: the text that it is shown is what this one has not followed yet."""
+        state = copy.copy(self)
+        state.passes, state.cache = cast("Passes", passes), cast("KeyValueCache", RowsBehind())
+        state.prefix, state.budget, state.num_settled = None, None, 0
+        return state
+
+    def note_replayed(self, num_followed: int, num_rows: int) -> None:
+        """Count what a replay has written: tokens that are followed from now on, and rows of a tree behind them."""
+        self.cache.append(num_followed)
+        self.cache.commit([range(num_followed)])
+        self.num_settled = self.cache.length - 1  # as in `proposing`
+        self.cache.append(num_rows)
 
     def commit(self, draft_path: tuple[int, ...]) -> None:
         # node i stands in block row i − 1, the root being committed; the deepest nodes may not have been forwarded

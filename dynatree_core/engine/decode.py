@@ -16,6 +16,7 @@ from dynatree_core.engine.feedback import feedback
 from dynatree_core.engine.lane import Lane
 from dynatree_core.engine.observer import Prefill
 from dynatree_core.engine.prune import prune
+from dynatree_core.engine.recorded import replayed
 from dynatree_core.engine.verify import verify
 from dynatree_core.runners.passes import AskedPass, computed
 from dynatree_core.tree.flatten import flatten
@@ -98,10 +99,12 @@ def decode_steps(lanes: Sequence[Lane]) -> dict[Lane, StepReport | Exception]:
     """Commit 1 to depth + 1 tokens of each sequence, exactly those that the target itself would have chosen."""
     faults = Faults()  # who fails in a stage is in no later one
     with timed(lanes), without_gradients(lanes):
-        drafted = draft(lanes, faults)  # rooted at the last committed tokens
-        trees = faults.each(prune, drafted)  # what the policies think worth verifying
-        logits = forward(trees, faults)  # one pass: ids, positions, who sees whom
-        steps = verify(trees, logits, faults)  # accepted paths and bonus tokens, up to a stop
+        steps = replayed(lanes, faults)  # the next four stages by two launches, where a GPU has recorded them
+        if steps is None:
+            drafted = draft(lanes, faults)  # rooted at the last committed tokens
+            trees = faults.each(prune, drafted)  # what the policies think worth verifying
+            logits = forward(trees, faults)  # one pass: ids, positions, who sees whom
+            steps = verify(trees, logits, faults)  # accepted paths and bonus tokens, up to a stop
         note_rows_beside(steps)
         reports = faults.each(commit, steps)  # keep the paths' cache rows, append the tokens
         return {**faults.each(feedback, reports), **faults.errors}  # tell the policies

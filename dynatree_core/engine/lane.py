@@ -72,6 +72,7 @@ class Lane:
         self.rehearse_from = 0  # the first iteration that may be the next of them
         self.growth: PaddedGrowth | None = None  # of this iteration's tree, if it may be padded
         self.rehearsal: Rehearsal | None = None  # of this iteration's tree, if it is grown both ways
+        self.can_record_steps = True  # until one could not be recorded
         self._take_place()
 
     def _take_place(self, *, is_drafting: bool = True) -> None:

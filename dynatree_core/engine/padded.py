@@ -21,7 +21,7 @@ from dynatree_core.errors import ParameterError
 from dynatree_core.tree.padded import NO_TOKEN, PaddedGrowth, PaddedRows, least_width
 from dynatree_core.tree.token_tree import TokenTree
 
-__all__ = ["known_tree", "root", "settle", "what_to_know"]
+__all__ = ["growth_of", "has_rehearsed", "known_tree", "root", "settle", "what_to_know"]
 
 NUM_REHEARSED = 2  # iterations of a generation with a tree
 
@@ -29,12 +29,17 @@ NUM_REHEARSED = 2  # iterations of a generation with a tree
 def root(lane: Lane) -> TokenTree:
     """The tree to grow behind the last committed token: a padded one where the lane is seen to bear it."""
     token_id = lane.committed_ids[-1:]
-    lane.growth, lane.rehearsal = _growth(lane), None
-    if lane.growth is not None and lane.num_rehearsed >= NUM_REHEARSED:
+    lane.growth, lane.rehearsal = growth_of(lane), None
+    if lane.growth is not None and has_rehearsed(lane):
         return lane.growth.root(token_id)
     if lane.growth is not None and lane.num_iterations >= lane.rehearse_from:
         lane.rehearsal = _rehearsal(lane, lane.growth)
     return TokenTree.root(token_id.clone())
+
+
+def has_rehearsed(lane: Lane) -> bool:
+    """Whether its policies were seen to bear padding."""
+    return lane.num_rehearsed >= NUM_REHEARSED
 
 
 def _rehearsal(lane: Lane, growth: PaddedGrowth) -> Rehearsal | None:
@@ -46,7 +51,7 @@ def _rehearsal(lane: Lane, growth: PaddedGrowth) -> Rehearsal | None:
         return None
 
 
-def _growth(lane: Lane) -> PaddedGrowth | None:
+def growth_of(lane: Lane) -> PaddedGrowth | None:
     """How a lane's next tree grows with padding; None where it grows level by level."""
     space, limits = lane.padded_space, lane.sequence.limits
     if space is None or lane.draft_state is None or limits.max_depth == 0:

@@ -17,7 +17,7 @@ from dynatree_core.tree.padded import PaddedRows
 from dynatree_core.tree.token_tree import TokenTree
 from dynatree_core.tree.verdict import Verdict
 
-__all__ = ["follow", "longest_match", "verify"]
+__all__ = ["follow", "longest_match", "outcome_of", "told", "verify"]
 
 NOT_A_NUMBER = -1  # in the place of a token
 
@@ -36,14 +36,15 @@ def verify(
         The trees, and the verdicts, without those of who fails. What greedy decoding chooses costs one transfer to the
         host for all, and so does what has to be known of padded trees.
     """
-    outcomes = transferred({lane: _outcome(lane, trees[lane], logits[lane]) for lane in logits if _is_greedy(lane)})
+    outcomes = transferred({lane: outcome_of(lane, trees[lane], logits[lane]) for lane in logits if _is_greedy(lane)})
 
     def verdict_of(lane: Lane, own_logits: Tensor) -> tuple[TokenTree, Verdict]:
         tree, outcome = trees[lane], outcomes.get(lane, [])
-        if isinstance(tree, PaddedRows):
-            num_matched = 3 * (1 + tree.max_depth)
-            tree, outcome = known_tree(lane, tree, outcome[num_matched:]), outcome[:num_matched]
-        verdict = _until_stop(lane, _verdict(outcome)) if _is_greedy(lane) else follow(lane, tree, own_logits)
+        if _is_greedy(lane):
+            tree, verdict = told(lane, tree, outcome)
+        else:
+            assert isinstance(tree, TokenTree), "padded trees are of greedy decoding"
+            verdict = follow(lane, tree, own_logits)
         if lane.request.num_logprobs is not None:
             verdict = with_logprobs(verdict, own_logits, lane.request.num_logprobs)
         if lane.observer is not None:
@@ -59,10 +60,18 @@ def _is_greedy(lane: Lane) -> bool:
     return not lane.request.logits_processors and lane.sampler is None
 
 
-def _outcome(lane: Lane, tree: TokenTree | PaddedRows, logits: Tensor) -> Tensor:
+def outcome_of(lane: Lane, tree: TokenTree | PaddedRows, logits: Tensor) -> Tensor:
     """[numbers] int64: what `_matched` says, and behind it of a padded tree what `known_tree` has to know."""
     behind = what_to_know(lane, tree) if isinstance(tree, PaddedRows) else []
     return _matched(tree, logits, behind)
+
+
+def told(lane: Lane, tree: TokenTree | PaddedRows, outcome: Sequence[int]) -> tuple[TokenTree, Verdict]:
+    """The tree without padding, and the verdict on it, by what `outcome_of` says."""
+    if isinstance(tree, PaddedRows):
+        num_matched = 3 * (1 + tree.max_depth)
+        tree, outcome = known_tree(lane, tree, outcome[num_matched:]), outcome[:num_matched]
+    return tree, _until_stop(lane, _verdict(outcome))
 
 
 def follow(lane: Lane, tree: TokenTree, logits: Tensor) -> Verdict:

@@ -73,7 +73,7 @@ class PolicyStack:
     def __init__(self, policies: Mapping[str, object], text: str) -> None:
         self.policies = dict(policies)
         self.text = text
-        self._values = self._current_values()  # what the text says
+        self._values = self.parameters()  # what the text says
         # hook -> [(policy, its caller)], in the order in which they are asked
         self.callers: defaultdict[str, list[tuple[str, pluggy.HookCaller]]] = defaultdict(list)
         for name, policy in self.policies.items():
@@ -100,12 +100,13 @@ class PolicyStack:
 
     def _current_text(self) -> str:
         """The text; once a parameter was set, one that says the parameters as they are."""
-        values = self._current_values()
+        values = self.parameters()
         if values == self._values:
             return self.text
         return format_stack(PluginSpec(name, None, parameters) for name, parameters in values.items())
 
-    def _current_values(self) -> dict[str, dict[str, Any]]:
+    def parameters(self) -> dict[str, dict[str, Any]]:
+        """The policies' parameters as they are now, by policy and name."""
         return {name: parameter_values(policy) for name, policy in self.policies.items()}
 
     def find(self, name: str) -> Any | None:
@@ -119,6 +120,18 @@ class PolicyStack:
         A policy promises it by an attribute `is_capturable = True`.
         """
         return all(getattr(policy, "is_capturable", False) is True for policy in self.policies.values())
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether every policy that has a say in a tree promises that a CUDA graph may repeat what it says.
+
+        A policy promises it by an attribute `is_recordable = True`: its answers follow from the tree, the drafter's
+        proposals and its parameters, and from nothing else that is on the host but what its `graph_key` says.
+        Parameters are known of attrs classes, if they are numbers and strings.
+        """
+        hooks = ("should_expand", "branch_factor", "keep_nodes")
+        heard = [self.policies[one] for one in {name for hook in hooks for name, _ in self.callers[hook]}]
+        return self.is_capturable and all(map(_is_recordable, heard))
 
     @property
     def max_width(self) -> int | None:
@@ -202,6 +215,15 @@ class PolicyStack:
     def silenced(self) -> PolicyStack:
         """A stack of the same name that nobody speaks in: what a session falls back to."""
         return PolicyStack({}, self.text)
+
+
+def _is_recordable(policy: object) -> bool:
+    """Whether a policy promises it, and all parameters that its answers follow from are known."""
+    kind = type(policy)
+    if getattr(policy, "is_recordable", False) is not True or not attrs.has(kind):
+        return False
+    num_parameters: int = sum(field.init for field in attrs.fields(kind))
+    return len(parameter_values(policy)) == num_parameters
 
 
 def _promised(policy: object, name: str) -> int | None:

@@ -23,9 +23,9 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import attrs
 import torch
@@ -39,7 +39,7 @@ from dynatree_core.runners.base import Kept, PassOutput, Rows, Runner, kept_copy
 from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.tree.flatten import FlatTrees
 
-__all__ = ["CudaGraphRunner", "can_capture", "rounded_rows", "rounded_slots"]
+__all__ = ["CudaGraphRunner", "Recorder", "SlotCache", "can_capture", "rounded_rows", "rounded_slots"]
 
 # rows of recorded passes: a pass of a few is bound by reading the weights, so that those of padding cost little beside
 # another recording; larger passes keep the device busy without
@@ -48,6 +48,7 @@ MAX_ROWS = ROWS[-1]
 MIN_SLOTS = 1024
 
 Run = Callable[[], PassOutput]
+Output = TypeVar("Output")
 
 _recording = threading.Lock()  # a process can record one graph at a time
 _streams: dict[torch.device, torch.cuda.Stream] = {}  # on which they are recorded: libraries settle on each new one
@@ -81,7 +82,7 @@ class Shape:
     has_positions: bool  # whether the model is told other positions than the rows' own
 
 
-class _SlotCache(Cache):
+class SlotCache(Cache):
     """A model's view of a cache's buffers in a pass that writes its rows by index."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], slots: int, written: Tensor) -> None:
@@ -127,7 +128,7 @@ class _StaticPass:
         )
         self._order = torch.arange(shape.rows, device=device)
         self._written = self._order.clone()  # [rows] int64: the slots of the rows
-        self._cache = _SlotCache(cache.keys, cache.values, shape.slots, self._written)
+        self._cache = SlotCache(cache.keys, cache.values, shape.slots, self._written)
         self.replay: Run | None = None
 
     def fill(self, flat: FlatTrees, start: int) -> None:
@@ -167,18 +168,20 @@ class CudaGraphRunner(Runner):
         graphs: where recorded passes are kept, by the cache that they write to.
 
     Attributes:
+        plain: as given.
         failure: why no pass is recorded any more, or None.
         num_recorded: passes that this runner has recorded.
-        recording_seconds: what that took, with the passes that recordings were compared with.
+        num_steps_recorded: steps whose target it is, as two graphs each (`dynatree_core.engine.recorded`).
+        recording_seconds: what both took, with the passes that recordings were compared with.
     """
 
     name = "cudagraph"
 
     def __init__(self, plain: EagerRunner, graphs: _Graphs | None = None) -> None:
         self.failure: str | None = None
-        self.num_recorded, self.recording_seconds = 0, 0.0
-        self._plain = plain
-        self.num_layers = self._plain.num_layers
+        self.num_recorded, self.num_steps_recorded, self.recording_seconds = 0, 0, 0.0
+        self.plain = plain
+        self.num_layers = self.plain.num_layers
         self._graphs = _Graphs() if graphs is None else graphs
 
     @classmethod
@@ -201,7 +204,7 @@ class CudaGraphRunner(Runner):
 
     @property
     def computed_by(self) -> str:
-        return self.name if self.failure is None else self._plain.name
+        return self.name if self.failure is None else self.plain.name
 
     def forward(
         self,
@@ -218,7 +221,7 @@ class CudaGraphRunner(Runner):
             CacheError: the rows do not fit.
         """
         if is_prompt or not self.takes(flat, cache):
-            return self._plain.forward(flat, cache, hidden=hidden, last_row_only=last_row_only)
+            return self.plain.forward(flat, cache, hidden=hidden, last_row_only=last_row_only)
         with torch.inference_mode():
             return self._replayed(flat, cache, hidden, last_row_only)
 
@@ -226,7 +229,7 @@ class CudaGraphRunner(Runner):
         self, parts: Sequence[Rows], *, hidden: bool = False, last_row_only: bool = False
     ) -> list[PassOutput]:
         """One pass, as `Runner.forward_together`, without recording: its shape follows those of all sequences."""
-        return self._plain.forward_together(parts, hidden=hidden, last_row_only=last_row_only)
+        return self.plain.forward_together(parts, hidden=hidden, last_row_only=last_row_only)
 
     def takes(self, flat: FlatTrees, cache: KeyValueCache) -> bool:
         """Whether a pass over these rows can be one that is recorded."""
@@ -238,6 +241,13 @@ class CudaGraphRunner(Runner):
             and flat.num_rows <= MAX_ROWS
             and not torch.is_autocast_enabled(flat.token_ids.device.type)
         )
+
+    def recorded_over(self, cache: KeyValueCache) -> MutableMapping[Hashable, Any]:
+        """What else was recorded over the buffers of a cache, by whatever names it: it goes with them.
+
+        It must not hold the cache.
+        """
+        return self._graphs.of(cache).others
 
     def _replayed(self, flat: FlatTrees, cache: KeyValueCache, hidden: bool, last_row_only: bool) -> PassOutput:
         start = cache.reserve(flat.num_rows)
@@ -254,7 +264,7 @@ class CudaGraphRunner(Runner):
         if static is None:
             static = _StaticPass(shape, cache)
             static.fill(flat, start)
-            output = static.run(self._plain)
+            output = static.run(self.plain)
             passes.by_shape[shape] = static
         else:
             assert static.replay is not None
@@ -264,7 +274,7 @@ class CudaGraphRunner(Runner):
         return static.own(output, flat.num_rows)
 
     def _recorded(
-        self, static: _StaticPass, recorder: _Recorder, flat: FlatTrees, cache: KeyValueCache, start: int
+        self, static: _StaticPass, recorder: Recorder, flat: FlatTrees, cache: KeyValueCache, start: int
     ) -> PassOutput:
         """Record a pass and see whether a replay does the same as a plain one, whose output is returned."""
         block = [buffer[:, :, start : start + flat.num_rows] for buffer in (*cache.keys, *cache.values)]
@@ -272,7 +282,7 @@ class CudaGraphRunner(Runner):
         replay, failure = None, None
         try:
             static.fill(flat, start)
-            replay = recorder.recorded(lambda: static.run(self._plain), flat.token_ids.device)
+            replay = recorder.recorded(lambda: static.run(self.plain), flat.token_ids.device)
             for rows in block:
                 rows.zero_()  # what recording has written does not count
             found = [*_tensors(static.own(replay(), flat.num_rows)), *(rows.clone() for rows in block)]
@@ -280,7 +290,7 @@ class CudaGraphRunner(Runner):
             failure = f"{type(error).__name__}: {error}"
         # last, so that its keys and values are those that stay
         shape = static.shape
-        expected = self._plain.forward(flat, cache, hidden=shape.hidden, last_row_only=shape.last_row_only)
+        expected = self.plain.forward(flat, cache, hidden=shape.hidden, last_row_only=shape.last_row_only)
         if failure is None:
             pairs = zip(found, [*_tensors(expected), *block], strict=True)
             off = float(torch.stack([apart(*pair) for pair in pairs]).amax())
@@ -323,24 +333,25 @@ class _PassesOverCache:
     def __init__(self, keys: list[Tensor]) -> None:
         self.keys = keys  # the buffers that the passes write to
         self.by_shape: dict[Shape, _StaticPass] = {}
-        self.recorder = _Recorder()
+        self.others: dict[Hashable, Any] = {}
+        self.recorder = Recorder()
 
 
 def _tensors(output: PassOutput) -> list[Tensor]:
     return [tensor for tensor in (output.logits, output.hidden) if tensor is not None]
 
 
-class _Recorder:
+class Recorder:
     """Records the graphs of one cache. They share memory, since one is replayed at a time and its output copied."""
 
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def recorded(self, run: Run, device: torch.device) -> Run:
+    def recorded(self, run: Callable[[], Output], device: torch.device) -> Callable[[], Output]:
         """Record what a function launches.
 
         Returns:
-            A function that launches it again and returns the same tensors each time.
+            A function that launches it again and returns the same each time: what was returned when it was recorded.
 
         Raises:
             RuntimeError: it waits for the device, which cannot be recorded, or anything else that CUDA refuses.
@@ -365,7 +376,7 @@ class _Recorder:
             ):
                 output = run()
 
-        def replay() -> PassOutput:
+        def replay() -> Output:
             graph.replay()
             return output
 
@@ -387,7 +398,7 @@ def _refused_waiting() -> Iterator[None]:
         finally:
             torch.cuda.set_sync_debug_mode(before)
     if any("synchronizing CUDA operation" in str(warning.message) for warning in caught):
-        raise RuntimeError("the model waits for the device within a pass")
+        raise RuntimeError("the host would wait for the device within it")
 
 
 @contextmanager

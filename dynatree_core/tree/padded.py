@@ -352,6 +352,18 @@ class PaddedRows:
         """[levels] int64: nodes at depth 0, 1, …; from some depth on 0."""
         return (self.reach == self._depths[:, None]).sum(dim=1)
 
+    def copied(self) -> PaddedRows:
+        """The same in memory of their own, as far as `tree` needs it: a graph writes into its own memory again."""
+        parent = self.drafted.parent.clone()
+        return attrs.evolve(
+            self,
+            packed=self._packed.clone(),
+            parent=self.parent.clone(),
+            ancestor_mask=self.ancestor_mask.clone(),
+            draft_index=self.draft_index.clone(),
+            drafted=attrs.evolve(self.drafted, parent=parent),
+        )
+
     def tree(self, level_sizes: Sequence[int]) -> TokenTree:
         """The tree without padding, by what the host has learnt of its levels. Its places are views of these."""
         nodes = slice(sum(level_sizes))
