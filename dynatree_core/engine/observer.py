@@ -122,11 +122,11 @@ def outcomes_of(levels: Sequence[Level]) -> npt.NDArray[np.int64]:
     for outcome in _LAST_REASON_FIRST:  # the first reason is written last
         conditions = [level._conditions.get(outcome) for level in levels]
         if any(is_met is not None for is_met in conditions):
-            parts = [
-                np.ones(shape, dtype=bool) if is_met is None else np.broadcast_to(is_met.cpu().numpy(), shape)
-                for is_met, shape in zip(conditions, shapes, strict=True)
-            ]
-            outcomes[~np.concatenate([part.reshape(-1) for part in parts])] = outcome
+            are_met = np.ones(len(outcomes), dtype=bool)
+            for is_met, shape, start, size in zip(conditions, shapes, starts, sizes, strict=False):
+                if is_met is not None:
+                    are_met[start : start + size].reshape(shape)[:] = is_met.cpu().numpy()
+            outcomes[~are_met] = outcome
     outcomes[np.concatenate([one.reshape(-1) for one in logprobs]) == -np.inf] = Outcome.NO_TOKEN
     return outcomes
 

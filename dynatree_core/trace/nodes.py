@@ -126,27 +126,33 @@ def _proposed(levels: Sequence[Level], sources: Sequence[list[str]]) -> dict[str
         "rank": rank,
         "depth": repeated([level.tree.max_depth + 1 for level in levels]),
         "outcome": outcomes_of(levels),
-        "source": np.concatenate([_sources(one, names) for one, names in zip(proposals, sources, strict=True)]),
+        "source": _sources(proposals, sources),
         "logprob": on_host([one.logprobs for one in proposals]).astype(np.float64),
     }
 
 
-def _sources(proposals: Proposals, sources: list[str]) -> Numbers:
-    """[width · k] which drafter of a union has given each proposal most of its probability; -1 without one.
+def _sources(proposals: Sequence[Proposals], sources: Sequence[list[str]]) -> Numbers:
+    """[proposals] which drafter of a union has given each most of its probability; -1 without a union."""
+    for one, names in zip(proposals, sources, strict=True):
+        names += [name for name, _ in one.heard if name not in names]
+    alone = [names.index(one.heard[0][0]) if one.heard else -1 for one, names in zip(proposals, sources, strict=True)]
+    found = np.repeat(alone, [one.token_ids.numel() for one in proposals])
+    start = 0
+    for one, names in zip(proposals, sources, strict=True):
+        end = start + one.token_ids.numel()
+        if len(one.heard) > 1:
+            found[start:end] = np.array([names.index(name) for name, _ in one.heard])[_most_from(one)]
+        start = end
+    return found
 
-    Args:
-        proposals: [width, k].
-        sources: the names so far, in the order of their numbers.
-    """
-    sources += [name for name, _ in proposals.heard if name not in sources]
-    places = np.array([sources.index(name) for name, _ in proposals.heard] or [-1])
-    if len(places) == 1:
-        return np.repeat(places, proposals.token_ids.numel())
+
+def _most_from(proposals: Proposals) -> Numbers:
+    """[width · k] places in `heard`, of the drafter that adds most to a proposal's probability."""
     token_ids = proposals.token_ids.cpu().numpy()[:, :, None]
     left_over = np.ones((len(token_ids), 1))
-    shares = []  # of each drafter, [width, k]: what it adds to a proposal's probability, the first one heard first
+    shares = []  # of each drafter, [width, k]; the first one heard first
     for _, part in proposals.heard:
         probs = left_over * np.exp(part.logprobs.cpu().numpy().astype(np.float64))  # [width, its k]
         shares.append(((token_ids == part.token_ids.cpu().numpy()[:, None, :]) * probs[:, None, :]).sum(axis=-1))
         left_over = np.maximum(left_over - probs.sum(axis=-1, keepdims=True), 0.0)
-    return places[np.argmax(shares, axis=0).reshape(-1)]
+    return np.argmax(shares, axis=0).reshape(-1)
