@@ -390,6 +390,19 @@ def test_hostile_texts_are_data(tmp_path):
     assert len(told) == len(set(told))  # each once
 
 
+def test_what_was_held_back_comes_at_the_end(tmp_path):
+    class Unfinished(Spelling):
+        def decode(self, token_ids: list[int], **_: object) -> str:
+            return "".join(f"<{token}>" for token in token_ids) + "\ufffd"
+
+    with Trace(tmp_path / "run.jsonl", tokenizer=Unfinished()) as trace:
+        generate(TARGET, None, PROMPT, max_new_tokens=4, trace=trace)
+    (sequence,) = read(trace.path).sequences
+    texts = [iteration.record["text"] for iteration in sequence.iterations]
+    assert texts == [f"<{token}>" for token in sequence.token_ids]
+    assert sequence.end["text"] == "\ufffd"
+
+
 def test_a_decoder_that_takes_spaces_away_is_asked_behind_another_token(tmp_path):
     class Stripping(Spelling):
         def decode(self, token_ids: list[int], **_: object) -> str:

@@ -416,6 +416,7 @@ class _Generation:
     def _begin(self, prefill: Prefill) -> None:
         if self._begun is not None:  # another one
             self._number = self._trace.begin_sequence()
+        self._trace.flush()  # texts of tokens stand in the first line that has them
         self._begun = prefill
         self._is_over = False
         self._commit = None
@@ -449,9 +450,10 @@ class _Generation:
             self.on_fault(fault)
 
     def _flush(self) -> None:
-        """Write an iteration of which the policies have not learnt, since something failed in between."""
+        """Write what waits, and an iteration of which the policies have not learnt since something failed."""
         if self._commit is not None:
             self._write_iteration(self._commit.report.seconds, None)
+        self._trace.flush()
 
     def _write_iteration(self, seconds: float, stack: PolicyStack | None) -> None:
         commit, self._commit = self._commit, None
