@@ -654,7 +654,7 @@ def test_totals(size, target):
     expected = ops.totals(rows.double())
     assert torch.equal(found[:, 0], rows.max(dim=1).values)
     assert torch.allclose(expected.sum(dim=1), rows.double().logsumexp(dim=1), rtol=1e-12)
-    assert torch.allclose(found[:, 1].double(), expected[:, 1], rtol=1e-6, atol=3e-7)
+    assert torch.allclose(found[:, 1].double(), expected[:, 1], rtol=1e-6, atol=1e-6)  # exp within two units
     assert torch.equal(found[5:6], ops.totals(rows[5:6]))
     with pytest.raises(InputError, match="one number at least"):
         ops.totals(rows[:, :0])

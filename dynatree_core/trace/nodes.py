@@ -155,4 +155,5 @@ def _most_from(proposals: Proposals) -> Numbers:
         probs = left_over * np.exp(part.logprobs.cpu().numpy().astype(np.float64))  # [width, its k]
         shares.append(((token_ids == part.token_ids.cpu().numpy()[:, None, :]) * probs[:, None, :]).sum(axis=-1))
         left_over = np.maximum(left_over - probs.sum(axis=-1, keepdims=True), 0.0)
-    return np.argmax(shares, axis=0).reshape(-1)
+    most: Numbers = np.argmax(shares, axis=0).reshape(-1)
+    return most

@@ -685,7 +685,8 @@ def _states(stack: PolicyStack) -> dict[str, dict[str, Any]]:
 
 
 def _state(policy: object) -> dict[str, Any]:
-    names = _fields(type(policy)) or tuple(getattr(policy, "__dict__", ()))
+    kind: type = type(policy)
+    names = _fields(kind) or tuple(getattr(policy, "__dict__", ()))
     values = [(name, getattr(policy, name, None)) for name in names]
     plain = [(name, value if type(value) in _PLAIN else _plain(value)) for name, value in values]
     return {name: value for name, value in plain if value is not _NOT_PLAIN}
