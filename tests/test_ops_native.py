@@ -762,3 +762,26 @@ def test_a_library_that_was_not_compiled(monkeypatch, tmp_path):
     chosen = loading._chosen.__wrapped__()
     assert isinstance(chosen, str)
     assert "not compiled when the package was installed" in chosen
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 1024, 1030, 49_152])
+def test_totals(size, target):
+    """To a few units in the last place, however small most of a row is, and for each row by itself."""
+    rows = torch.randn(NUM_ROWS, size, generator=torch.Generator().manual_seed(size)) * 4
+    rows[1, 0] = 30.0  # beside which the others hardly count
+    rows[2] -= 1000.0
+    rows[3] += 1000.0
+    found = ops.totals(rows)
+    expected = ops.totals(rows.double())
+    assert torch.equal(found[:, 0], rows.max(dim=1).values)
+    assert torch.allclose(expected.sum(dim=1), rows.double().logsumexp(dim=1), rtol=1e-12)
+    assert torch.allclose(found[:, 1].double(), expected[:, 1], rtol=1e-6, atol=1e-6)  # exp within two units
+    assert torch.equal(found[5:6], ops.totals(rows[5:6]))
+    with pytest.raises(InputError, match="one number at least"):
+        ops.totals(rows[:, :0])
+
+
+def test_totals_of_what_is_no_number(target):
+    rows = torch.tensor([[0.0, math.nan], [math.inf, 0.0], [-math.inf, -math.inf], [-math.inf, 0.0]]).repeat(1, 20)
+    found = (rows - ops.totals(rows).sum(dim=1, keepdim=True)).isnan().any(dim=1)
+    assert found.tolist() == [True, True, True, False]

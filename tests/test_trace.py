@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.engine.observer import Commit, Feedback, Level, Outcome, Pruning, Verification
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import greedy
-from dynatree_core.trace import SequenceTrace, Trace, json_schema, print_iteration, read, tree_lines
+from dynatree_core.trace import SequenceTrace, Trace, json_schema, print_iteration, read, record, tree_lines
 from dynatree_core.trace.format import OUTCOMES, float_list, int_list
 
 LENGTH = 14
@@ -85,17 +86,17 @@ def check_iteration(iteration, records: list[object]) -> None:
         assert is_drafted == (outcome == Outcome.ADMITTED)
         assert is_drafted or nodes["outcome"][node] == outcome
         assert (iteration.refused_by(node) is None) == (node in kept) or outcome == Outcome.BEYOND_WIDTH
-    logprobs = verification.logits.float().log_softmax(dim=-1)
+    logprobs = verification.logits.double().log_softmax(dim=-1)
     at = dict(zip(pruning.kept.draft_index.tolist(), range(pruning.kept.num_nodes), strict=True))
     wanted = iteration.record["wanted"]
     for node, (token, logprob) in enumerate(zip(wanted["token"], wanted["logprob"], strict=True)):
         if node not in at:
             assert (token, logprob) == (None, None)
             continue
-        assert token == int(logprobs[at[node]].argmax())
-        assert logprob == pytest.approx(float(logprobs[at[node]].max()), rel=1e-6)
+        assert token == int(verification.logits[at[node]].float().argmax())
+        assert logprob == pytest.approx(float(logprobs[at[node]].max()), rel=1e-6, abs=1e-6)  # of float32 numbers
     chosen = [logprobs[at[n], token] for n, token in zip([0, *iteration.path], iteration.committed, strict=False)]
-    assert iteration.record["committed_logprob"] == pytest.approx([float(one) for one in chosen], rel=1e-6)
+    assert iteration.record["committed_logprob"] == pytest.approx([float(one) for one in chosen], rel=1e-6, abs=1e-6)
 
 
 class Everything(Recorder):
@@ -389,6 +390,19 @@ def test_hostile_texts_are_data(tmp_path):
     assert len(told) == len(set(told))  # each once
 
 
+def test_what_was_held_back_comes_at_the_end(tmp_path):
+    class Unfinished(Spelling):
+        def decode(self, token_ids: list[int], **_: object) -> str:
+            return "".join(f"<{token}>" for token in token_ids) + "\ufffd"
+
+    with Trace(tmp_path / "run.jsonl", tokenizer=Unfinished()) as trace:
+        generate(TARGET, None, PROMPT, max_new_tokens=4, trace=trace)
+    (sequence,) = read(trace.path).sequences
+    texts = [iteration.record["text"] for iteration in sequence.iterations]
+    assert texts == [f"<{token}>" for token in sequence.token_ids]
+    assert sequence.end["text"] == "\ufffd"
+
+
 def test_a_decoder_that_takes_spaces_away_is_asked_behind_another_token(tmp_path):
     class Stripping(Spelling):
         def decode(self, token_ids: list[int], **_: object) -> str:
@@ -429,6 +443,47 @@ def test_a_full_disk_ends_the_generation(tmp_path, monkeypatch):
     assert session.new_token_ids == greedy(TARGET, PROMPT, LENGTH)[: len(session.new_token_ids)]
     assert session.new_token_ids
     trace.close()  # it was told once
+
+
+def test_iterations_wait_for_others(tmp_path, monkeypatch):
+    """Sixteen at most, a second at most; `flush` and `close` write them, and with `on_record` none waits."""
+    trace, told = Trace(tmp_path / "run.jsonl"), []
+    steps = run(Session(TARGET, None, PROMPT, max_new_tokens=40, observer=trace.observer()))
+    written = []
+    for _ in itertools.islice(steps, 20):
+        written.append(len(read(trace.path).sequences[0].iterations))
+    assert written == [0] * 15 + [16] * 5
+    trace.flush()
+    assert len(read(trace.path).sequences[0].iterations) == 20
+    now = [0.0]
+    monkeypatch.setattr(record.time, "monotonic", lambda: now[0])
+    next(steps)
+    now[0] = 1.0
+    assert len(read(trace.path).sequences[0].iterations) == 20
+    next(steps)
+    assert len(read(trace.path).sequences[0].iterations) == 22
+    next(steps)
+    trace.close()
+    assert len(read(trace.path).sequences[0].iterations) == 23
+    list(steps)
+    assert len(read(trace.path).sequences[0].iterations) == 23
+    with Trace(None, on_record=told.append) as trace:
+        for report in run(Session(TARGET, None, PROMPT, max_new_tokens=4, observer=trace.observer())):
+            assert told[-1]["iteration"] == report.iteration
+
+
+def test_generations_that_alternate_are_written_in_their_order(tmp_path):
+    with Trace(tmp_path / "run.jsonl") as trace:
+        pair = [
+            run(Session(TARGET, DRAFTER, one, max_new_tokens=LENGTH, observer=trace.observer()))
+            for one in (PROMPT, [9])
+        ]
+        for _ in zip(*pair, strict=False):
+            pass
+        for steps in pair:
+            list(steps)
+    for sequence, prompt in zip(read(trace.path).sequences, (PROMPT, [9]), strict=True):
+        assert sequence.token_ids == greedy(TARGET, prompt, LENGTH)
 
 
 def test_an_interrupted_generation_goes_on_in_its_sequence(tmp_path):

@@ -6,12 +6,14 @@ Without observers no record is made but `Level`, which is what growing a level g
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, final
 
 import attrs
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -38,6 +40,7 @@ __all__ = [
     "Verification",
     "Watch",
     "observers_of",
+    "outcomes_of",
 ]
 
 
@@ -53,6 +56,7 @@ class Outcome(enum.IntEnum):
 
 
 _LAST_REASON_FIRST = sorted(Outcome, reverse=True)
+_REFUSED_BY = {"expand": Outcome.NOT_EXPANDED, "width": Outcome.BEYOND_WIDTH}  # all, by why no level follows
 
 
 @attrs.frozen
@@ -94,18 +98,37 @@ class Level:
         """[width, k] int64 on the host: the `Outcome` of each proposed child; None where the drafter was not asked."""
         if self.proposals is None:
             return None
-        refused = {"expand": Outcome.NOT_EXPANDED, "width": Outcome.BEYOND_WIDTH}.get(self.end or "")
-        # a few numbers, for which NumPy takes a third of torch's time
-        logprobs = self.proposals.logprobs.float().cpu().numpy()
-        outcomes = np.full(logprobs.shape, int(refused or Outcome.OVER_BUDGET))
-        if self._chosen is not None:
-            outcomes.reshape(-1)[self._chosen.cpu().numpy()] = Outcome.ADMITTED
-        for outcome in _LAST_REASON_FIRST:  # the first reason is written last
-            is_met = self._conditions.get(outcome)
-            if is_met is not None:
-                np.copyto(outcomes, int(outcome), where=~is_met.cpu().numpy())
-        np.copyto(outcomes, int(Outcome.NO_TOKEN), where=logprobs == -np.inf)
-        return torch.from_numpy(outcomes)
+        return torch.from_numpy(outcomes_of([self]).reshape(self.proposals.token_ids.shape))
+
+
+def outcomes_of(levels: Sequence[Level]) -> npt.NDArray[np.int64]:
+    """[proposals]: the `Outcome` of each child that was proposed for some levels, one level behind the other.
+
+    Args:
+        levels: whose drafter was asked, one at least.
+    """
+    # a few numbers, for which NumPy takes a third of torch's time
+    logprobs = [level.proposals.logprobs.float().cpu().numpy() for level in levels if level.proposals is not None]
+    shapes, sizes = [one.shape for one in logprobs], [one.size for one in logprobs]
+    outcomes = np.repeat([int(_REFUSED_BY.get(level.end or "", Outcome.OVER_BUDGET)) for level in levels], sizes)
+    starts = list(itertools.accumulate(sizes, initial=0))
+    places = [
+        level._chosen.cpu().numpy() + start
+        for level, start in zip(levels, starts, strict=False)
+        if level._chosen is not None
+    ]
+    if places:
+        outcomes[np.concatenate(places)] = Outcome.ADMITTED
+    for outcome in _LAST_REASON_FIRST:  # the first reason is written last
+        conditions = [level._conditions.get(outcome) for level in levels]
+        if any(is_met is not None for is_met in conditions):
+            are_met = np.ones(len(outcomes), dtype=bool)
+            for is_met, shape, start, size in zip(conditions, shapes, starts, sizes, strict=False):
+                if is_met is not None:
+                    are_met[start : start + size].reshape(shape)[:] = is_met.cpu().numpy()
+            outcomes[~are_met] = outcome
+    outcomes[np.concatenate([one.reshape(-1) for one in logprobs]) == -np.inf] = Outcome.NO_TOKEN
+    return outcomes
 
 
 @attrs.frozen(eq=False)

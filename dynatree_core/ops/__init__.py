@@ -47,6 +47,7 @@ from dynatree_core.ops.signature import (
     check_mlp,
     check_norm,
     check_rope_write,
+    check_totals,
 )
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "reason_unavailable",
     "recorded",
     "rope_write",
+    "totals",
     "tree_attention",
     "using",
     "with_activations",
@@ -182,6 +184,21 @@ def lookup(packed: PackedMatrix, outputs: Tensor, *, out: Tensor | None = None) 
     """
     check_lookup(outputs, packed, out)
     result: Tensor = _of(packed.dtype).lookup(packed, outputs, out=out)
+    return result
+
+
+def totals(rows: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """What a softmax of each row divides by: log-probabilities are a row less both of these numbers.
+
+    Args:
+        rows: [rows, size]
+        out: [rows, 2], where the result is written.
+
+    Returns:
+        [rows, 2]: the greatest number of each row, and the logarithm of Σ exp(number - greatest).
+    """
+    check_totals(rows, out)
+    result: Tensor = _of(rows.dtype).totals(rows, out=out)
     return result
 
 

@@ -27,7 +27,7 @@ from dynatree_core.ops.signature import (
 
 GROUP = 32  # inputs of a row that are rounded with one scale
 
-__all__ = ["experts", "linear", "lookup", "mlp", "norm", "rope_write", "tree_attention"]
+__all__ = ["experts", "linear", "lookup", "mlp", "norm", "rope_write", "totals", "tree_attention"]
 
 
 def norm(rows: Tensor, norm: Norm, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -61,6 +61,11 @@ def lookup(packed: PackedMatrix, outputs: Tensor, *, out: Tensor | None = None) 
     if outputs.numel() and not 0 <= int(outputs.min()) <= int(outputs.max()) < packed.num_outputs:
         raise InputError(NO_SUCH_OUTPUT)
     return _kept(packed.lookup(outputs), out)
+
+
+def totals(rows: Tensor, *, out: Tensor | None = None) -> Tensor:
+    greatest = rows.max(dim=-1, keepdim=True).values
+    return _kept(torch.cat([greatest, (rows - greatest).exp().sum(dim=-1, keepdim=True).log()], dim=-1), out)
 
 
 def mlp(

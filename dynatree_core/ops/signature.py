@@ -31,6 +31,9 @@ ones that with the lower number first, and a row's weights are their shares, or 
 greatest on. The sum of a row begins at 0 and takes its experts by number, the shared one last: each result times its
 weight, rounded, then added.
 
+*Totals*: the greatest is taken from all; the exponentials have 16 lanes as of a norm, each 1,024 elements by
+themselves, which are then added lane by lane.
+
 *exp, tanh, erf* are polynomials of the library, the same for every element wherever it stands.
 
 On CPUs without fused multiply-adds (x86-64 before 2013) a product is rounded before it is added, so the bits are others
@@ -70,6 +73,7 @@ __all__ = [
     "check_norm",
     "check_rope_write",
     "check_slots",
+    "check_totals",
     "check_visible",
 ]
 
@@ -322,6 +326,16 @@ def check_lookup(outputs: Tensor, packed: PackedMatrix, out: Tensor | None) -> N
     _check("outputs", outputs, (None,), torch.int64)
     if out is not None:
         _check("out", out, (outputs.numel(), packed.num_inputs), packed.dtype)
+
+
+def check_totals(rows: Tensor, out: Tensor | None) -> None:
+    """Raise InputError unless `totals` can be computed as it is called."""
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    _check("rows", rows, (None, None), dtype)
+    if rows.shape[1] == 0:
+        raise InputError(f"rows must have one number at least, got {list(rows.shape)}")
+    if out is not None:
+        _check("out", out, (rows.shape[0], 2), dtype)
 
 
 def check_mlp(

@@ -33,7 +33,8 @@ class LiveTrees:
         self._num_dropped = 0  # iterations since the last call
         self._summary: StepSummary | None = None  # None before the generation begins
         # no tokenizer: texts are made where they are shown, not while others wait for the next pass
-        self.observer: Observer = Trace(None, is_private=True, on_line=self._keep).observer()
+        self._trace = Trace(None, is_private=True, on_line=self._keep)
+        self.observer: Observer = self._trace.observer()
 
     def _keep(self, line: str) -> None:
         with self._lock:
@@ -53,6 +54,7 @@ class LiveTrees:
             `trees`: the iterations since the last call, each as `Step` in `viewer/src/live.ts`; and, where earlier ones
             were dropped since nobody has asked for them in time, `trees_dropped`: how many.
         """
+        self._trace.flush()
         with self._lock:
             begin, self._begin = self._begin, None
             lines, num_dropped = [*self._lines], self._num_dropped

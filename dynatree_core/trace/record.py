@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from dynatree_core import ops
 from dynatree_core.engine.observer import (
     Commit,
     End,
@@ -29,7 +32,6 @@ from dynatree_core.engine.observer import (
     Feedback,
     Level,
     Observer,
-    Outcome,
     Prefill,
     Pruning,
     Verification,
@@ -40,33 +42,36 @@ from dynatree_core.plugins.params import as_python
 from dynatree_core.policy.stack import Decision, PolicyStack
 from dynatree_core.report import GenerationReport
 from dynatree_core.text.stream import IncrementalText, decode_text
-from dynatree_core.trace.format import OUTCOMES, SCHEMA, dumps, float_list, int_list, is_compressed, is_trace
-from dynatree_core.tree.frontier import Proposals
-from dynatree_core.tree.token_tree import TokenTree
+from dynatree_core.trace.format import OUTCOMES, SCHEMA, dumps, float_list, is_compressed, is_trace
+from dynatree_core.trace.nodes import Nodes, nodes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Recorder", "Trace", "check_trace", "tracing"]
 
-ADMITTED, NO_TOKEN, PRUNED = int(Outcome.ADMITTED), int(Outcome.NO_TOKEN), OUTCOMES.index("pruned")
+PRUNED = OUTCOMES.index("pruned")
 REPORTED = tuple(field.name for field in attrs.fields(GenerationReport) if field.name != "steps")
 LONGEST_LIST = 64  # items of a policy's list that are recorded
+# iterations that wait to be written, and how long the first of them may: what is turned into lines right after a pass
+# finds nothing of itself in the processor's caches, which takes thrice as long; a dozen at once find each other's
+MOST_WAITING, LONGEST_WAIT = 16, 1.0  # seconds
 COMPRESSION = 1  # of gzip: the fastest; a trace is numbers, and smaller by a quarter at most with the best
 
 
 class Trace:
     """A file that generations are recorded in: `observer()` gives each of them its observer.
 
-    The file is made when the first generation begins. What is written is flushed with each iteration, so that it can
-    be read while the generation runs and is there should the process die; compressed traces (`.gz`) are not.
+    The file is made when the first generation begins. Up to 16 iterations wait to be written together, a second at
+    most while there are more to come: they are what is missing should the process die. What is written is flushed, so
+    that it can be read while the generation runs; compressed traces (`.gz`) are not.
 
     Args:
         path: the file; compressed if its name ends in `.gz`. An earlier trace there is replaced. None: no file.
         tokenizer: the target's, for the texts of tokens. None: the trace has their ids alone.
         is_private: whether the prompts' tokens and texts are left out. What was drafted and generated stays, and may
             quote the prompt.
-        on_record: called with each record, as it will be read, when it has been written.
+        on_record: called with each record, as it will be read, when it has been written: then nothing waits.
         on_line: called with each line when it has been written: the same, for whoever reads it later, elsewhere.
 
     Raises:
@@ -88,7 +93,9 @@ class Trace:
         self._on_record, self._on_line = on_record, on_line
         if self.path is not None:
             check_trace(self.path)
-        self._lock = threading.Lock()  # several generations may write at once
+        self._lock = threading.RLock()  # several generations may write at once, and who is called back may write, too
+        self._waiting: list[_Iteration] = []
+        self._waiting_since = 0.0  # the first of them
         self._file: IO[bytes] | None = None  # None before the first line
         self._is_closed = False  # or broken: nothing more is written
         self._num_sequences = 0
@@ -119,35 +126,70 @@ class Trace:
             return self._num_sequences - 1
 
     def write(self, line: str) -> None:
-        """Write a line of JSON.
+        """Write a line of JSON, behind all that waits.
 
         Raises:
             OSError: naming the file. From then on nothing is written: the generation has ended with this error.
         """
         with self._lock:
-            if self._is_closed:
-                return
-            if self.path is not None:
-                with self._naming_the_file():
-                    file = self._opened(self.path)
-                    file.write(line.encode("ascii") + b"\n")
-                    if not isinstance(file, gzip.GzipFile):  # whose blocks would become small, and the file large
-                        file.flush()
-        if self._on_record is not None:
-            self._on_record(json.loads(line))
-        if self._on_line is not None:
-            self._on_line(line)
+            self._write(self._taken(), line)
+
+    def write_later(self, iteration: _Iteration) -> None:
+        """Write an iteration's line, with others that wait.
+
+        Raises:
+            OSError: as for `write`.
+        """
+        with self._lock:
+            now = time.monotonic()
+            if not self._waiting:
+                self._waiting_since = now
+            self._waiting.append(iteration)
+            is_long = len(self._waiting) >= MOST_WAITING or now - self._waiting_since >= LONGEST_WAIT
+            if is_long or self._on_record is not None:
+                self._write(self._taken())
+
+    def flush(self) -> None:
+        """Write what waits.
+
+        Raises:
+            OSError: as for `write`.
+        """
+        with self._lock:
+            self._write(self._taken())
 
     def close(self) -> None:
-        """Close the file. Generations that are still observed write no more.
+        """Write what waits, and close the file. Generations that are still observed write no more.
 
         Raises:
             OSError: naming the file.
         """
-        with self._lock, self._naming_the_file():
-            if not self._is_closed and self._file is not None:
-                self._file.close()
-            self._is_closed = True
+        with self._lock:
+            self.flush()
+            with self._naming_the_file():
+                if not self._is_closed and self._file is not None:
+                    self._file.close()
+                self._is_closed = True
+
+    def _taken(self) -> list[_Iteration]:
+        waiting, self._waiting = self._waiting, []
+        return waiting
+
+    def _write(self, iterations: Sequence[_Iteration], *others: str) -> None:
+        if self._is_closed:
+            return
+        lines = [*_lines(iterations, self.texts), *others]
+        if self.path is not None and lines:
+            with self._naming_the_file():
+                file = self._opened(self.path)
+                file.write("".join(f"{line}\n" for line in lines).encode("ascii"))
+                if not isinstance(file, gzip.GzipFile):  # whose blocks would become small, and the file large
+                    file.flush()
+        for line in lines:
+            if self._on_record is not None:
+                self._on_record(json.loads(line))
+            if self._on_line is not None:
+                self._on_line(line)
 
     def __enter__(self) -> Trace:
         return self
@@ -374,6 +416,7 @@ class _Generation:
     def _begin(self, prefill: Prefill) -> None:
         if self._begun is not None:  # another one
             self._number = self._trace.begin_sequence()
+        self._trace.flush()  # texts of tokens stand in the first line that has them
         self._begun = prefill
         self._is_over = False
         self._commit = None
@@ -407,49 +450,81 @@ class _Generation:
             self.on_fault(fault)
 
     def _flush(self) -> None:
-        """Write an iteration of which the policies have not learnt, since something failed in between."""
+        """Write what waits, and an iteration of which the policies have not learnt since something failed."""
         if self._commit is not None:
             self._write_iteration(self._commit.report.seconds, None)
+        self._trace.flush()
 
     def _write_iteration(self, seconds: float, stack: PolicyStack | None) -> None:
         commit, self._commit = self._commit, None
+        levels, self._levels = self._levels, []
+        before = self._states
+        if stack is not None:
+            self._states = _states(stack)
         assert commit is not None, "policies learn of what was committed"
-        verdict, drafted = commit.report.verdict, self._pruning.drafted
-        nodes = _Nodes.of(drafted)
-        pruned = _pruned(self._pruning, nodes.parent)
+        assert self._begun is not None, "iterations follow a prefill"
+        iteration = _Iteration(
+            sequence=self._number,
+            start=len(self._committed),
+            levels=levels,
+            pruning=self._pruning,
+            wanted=self._wanted,
+            commit=commit,
+            seconds=seconds,
+            before=before,
+            after=self._states,
+            max_depth=self._begun.limits.max_depth,
+            has_drafter=self._has_drafter and self._undrafted != commit.report.iteration,
+            text=self._text,
+        )
+        self._committed += commit.report.verdict.token_ids
+        self._trace.write_later(iteration)
+
+
+@attrs.frozen(eq=False)
+class _Iteration:
+    """What an iteration's line is made of: nothing of it changes any more, so that it can be made later."""
+
+    sequence: int
+    start: int  # tokens committed before
+    levels: Sequence[Level]
+    pruning: Pruning
+    wanted: _Wanted
+    commit: Commit
+    seconds: float  # of the whole step
+    before: Mapping[str, Mapping[str, Any]]  # the policies' fields
+    after: Mapping[str, Mapping[str, Any]]
+    max_depth: int  # the limit
+    has_drafter: bool  # in this iteration
+    text: IncrementalText | None  # of the generation, up to this iteration
+
+    def line(self, nodes: Nodes, texts: _Texts) -> str:
+        """The line, in which none of its nodes is pruned yet."""
+        verdict = self.commit.report.verdict
+        pruned = _pruned(self.pruning, nodes.parent)
         for node in (node for cut in pruned.values() for node in cut):
             nodes.outcome[node] = PRUNED
-        for level in self._levels:
-            nodes.add_proposals(level)
-        changes = {}
-        if stack is not None:
-            before, self._states = self._states, _states(stack)
-            changes = _changes(before, self._states)
-        start = len(self._committed)
-        self._committed += verdict.token_ids
-        wanted = self._wanted.tokens
-        stages = [stage for stage in commit.seconds if stage != "decode"]  # which is of the step before
+        stages = [stage for stage in self.commit.seconds if stage != "decode"]  # which is of the step before
         line = dumps(
             {
                 "kind": "iteration",
-                "sequence": self._number,
-                "iteration": commit.report.iteration,
-                "start": start,
-                "num_drafted": drafted.num_drafted,
+                "sequence": self.sequence,
+                "iteration": self.commit.report.iteration,
+                "start": self.start,
+                "num_drafted": self.pruning.drafted.num_drafted,
                 "path": verdict.draft_path,
                 "committed": verdict.token_ids,
                 "bonus": verdict.token_ids[-1] if len(verdict.token_ids) > len(verdict.path) else None,
-                "text": self._text.push(*verdict.token_ids) if self._text is not None else None,
+                "text": self.text.push(*verdict.token_ids) if self.text is not None else None,
                 "stop": verdict.stop_reason,
-                "seconds": {"iteration": seconds, **{stage: commit.seconds[stage] for stage in stages}},
-                "policies": changes,
-                "levels": [self._described(level) for level in self._levels],
+                "seconds": {"iteration": self.seconds, **{stage: self.commit.seconds[stage] for stage in stages}},
+                "policies": _changes(self.before, self.after),
+                "levels": [self._described(level) for level in self.levels],
                 "pruned": pruned,
-                "texts": self._trace.texts.unseen([*nodes.token, *wanted, *verdict.token_ids]),
+                "texts": texts.unseen([*nodes.token, *self.wanted.tokens, *verdict.token_ids]),
             }
         )
-        self._levels = []
-        self._trace.write(f"{line[:-1]},{self._wanted.json(self._pruning)},{nodes.json()}}}")
+        return f"{line[:-1]},{self.wanted.json(self.pruning)},{nodes.json()}}}"
 
     def _described(self, level: Level) -> dict[str, Any]:
         """How a level came about, or why there is none."""
@@ -474,93 +549,17 @@ class _Generation:
             return "max_nodes"
         if level.end != "depth":
             return None
-        if not self._has_drafter or self._undrafted == level.iteration:
+        if not self.has_drafter:
             return "no_drafter"
-        assert self._begun is not None, "levels follow a prefill"
-        return "max_depth" if level.tree.max_depth >= self._begun.limits.max_depth else "length"
+        return "max_depth" if level.tree.max_depth >= self.max_depth else "length"
 
 
-@attrs.define(eq=False)
-class _Nodes:
-    """The columns of all nodes: those of the drafted tree, then the proposed children that are not in it."""
-
-    token: list[int]
-    parent: list[int]
-    depth: list[int]
-    logprob: list[float]
-    cum_logprob: list[float]
-    rank: list[int]  # among all that the drafter has proposed for the parent
-    outcome: list[int]
-    source: list[int]  # place in `sources`; -1 for the root
-    sources: list[str] = attrs.field(factory=list)  # the drafters of a union that were asked; none without one
-
-    @classmethod
-    def of(cls, tree: TokenTree) -> _Nodes:
-        token, parent, depth = torch.stack([tree.token_ids, tree.parent, tree.depth]).tolist()
-        logprob, cum_logprob = torch.stack([tree.logprob, tree.cum_logprob]).tolist()
-        zeros = [0] * tree.num_nodes
-        return cls(token, parent, depth, logprob, cum_logprob, [*zeros], zeros, [-1] * tree.num_nodes)
-
-    def add_proposals(self, level: Level) -> None:
-        """Add what was proposed for a level's nodes and refused, and note the ranks of what was admitted."""
-        proposals = level.proposals
-        if proposals is None:
-            return
-        assert level.outcomes is not None, "there is an outcome for each proposal"
-        token_ids, logprobs, outcomes = (
-            column.tolist() for column in (proposals.token_ids, proposals.logprobs, level.outcomes)
-        )
-        source = self._sources_of(proposals)
-        first, depth = level.tree.last_level.start, level.tree.max_depth + 1
-        admitted = level.tree.num_nodes  # the next of these: they are in the order of the rows
-        for row, of_row in enumerate(outcomes):
-            parent = first + row
-            for rank, outcome in enumerate(of_row):
-                token = token_ids[row][rank]
-                if outcome == ADMITTED:
-                    self.rank[admitted] = rank
-                    self.source[admitted] = source(row, token)
-                    admitted += 1
-                elif outcome != NO_TOKEN:
-                    self.token.append(token)
-                    self.parent.append(parent)
-                    self.depth.append(depth)
-                    self.rank.append(rank)
-                    self.logprob.append(logprobs[row][rank])
-                    self.cum_logprob.append(self.cum_logprob[parent] + logprobs[row][rank])
-                    self.outcome.append(outcome)
-                    self.source.append(source(row, token))
-
-    def _sources_of(self, proposals: Proposals) -> Callable[[int, int], int]:
-        """Which drafter of a union has given a token at a row the largest share of its probability."""
-        if not proposals.heard:
-            return lambda row, token: -1
-        places = [self._place(name) for name, _ in proposals.heard]
-        if len(places) == 1:
-            return lambda row, token: places[0]
-        shares = _shares([part for _, part in proposals.heard])
-
-        def source(row: int, token: int) -> int:
-            best, largest = 0, -1.0
-            for part, of_rows in enumerate(shares):
-                share = of_rows[row].get(token, 0.0)
-                if share > largest:
-                    best, largest = part, share
-            return places[best]
-
-        return source
-
-    def _place(self, name: str) -> int:
-        if name not in self.sources:
-            self.sources.append(name)
-        return self.sources.index(name)
-
-    def json(self) -> str:
-        """The columns, and who the sources are, as members of a JSON object."""
-        names = ("token", "parent", "rank", "depth", "outcome", *(["source"] if self.sources else []))
-        integers = ",".join(f'"{name}":{int_list(getattr(self, name))}' for name in names)
-        floats = f'"logprob":{float_list(self.logprob)},"cum_logprob":{float_list(self.cum_logprob)}'
-        return f'"sources":{dumps(self.sources or None)},"nodes":{{{integers},{floats}}}'
+def _lines(iterations: Sequence[_Iteration], texts: _Texts) -> list[str]:
+    """Their lines, for which the nodes of all of them are read at once."""
+    if not iterations:
+        return []
+    nodes = nodes_of([(one.pruning.drafted, one.levels) for one in iterations])
+    return [one.line(own, texts) for one, own in zip(iterations, nodes, strict=True)]
 
 
 @attrs.frozen(eq=False)
@@ -576,17 +575,20 @@ class _Wanted:
         assert verification.logits is not None, "wants_logits"
         verdict = verification.verdict
         logits = verification.logits.float()  # in which generate() chooses
-        logprobs = torch.log_softmax(logits, dim=-1)
         # the token after a node was chosen by that node's logits
         chosen_by, chosen = [0, *verdict.path][: len(verdict.token_ids)], list(verdict.token_ids)
         if logits.device.type != "cpu":
+            logprobs = torch.log_softmax(logits, dim=-1)
             tokens = logits.argmax(dim=-1)
             found = torch.cat([logprobs.gather(1, tokens[:, None])[:, 0], logprobs[chosen_by, chosen]]).tolist()
             return cls(tokens.tolist(), found[: len(tokens)], found[len(tokens) :])
-        on_host = logprobs.numpy()  # where NumPy finds the largest of a row ten times as fast as torch
-        best = logits.numpy().argmax(axis=-1)
-        rows = range(len(best))
-        return cls(best.tolist(), on_host[rows, best].tolist(), on_host[chosen_by, chosen].tolist())
+        totals = ops.totals(logits.contiguous()).numpy()  # [nodes, 2]; a softmax of all tokens takes five times as long
+        on_host = logits.numpy()  # where NumPy finds the largest of a row ten times as fast as torch
+        best = on_host.argmax(axis=-1)
+        rows = [*range(len(best)), *chosen_by]
+        with np.errstate(invalid="ignore"):  # what is no number is written as null
+            found = (on_host[rows, [*best, *chosen]] - totals[rows, 0] - totals[rows, 1]).tolist()
+        return cls(best.tolist(), found[: len(best)], found[len(best) :])
 
     def json(self, pruning: Pruning) -> str:
         """What is wanted at each drafted node, null where it was not verified, as members of a JSON object."""
@@ -656,24 +658,6 @@ class _Texts:
         return self._tokenizer.batch_decode(sequences, **options)
 
 
-def _shares(heard: Sequence[Proposals]) -> list[list[dict[int, float]]]:
-    """Drafter -> row -> token -> the probability that it adds in a union, the first one heard first."""
-    shares: list[list[dict[int, float]]] = []
-    left_over = [1.0] * heard[0].token_ids.shape[0]
-    for part in heard:
-        rows = []
-        for row, (tokens, logprobs) in enumerate(zip(part.token_ids.tolist(), part.logprobs.tolist(), strict=True)):
-            known = {
-                token: left_over[row] * math.exp(logprob)
-                for token, logprob in zip(tokens, logprobs, strict=True)
-                if logprob != -math.inf
-            }
-            left_over[row] = max(left_over[row] - sum(known.values()), 0.0)
-            rows.append(known)
-        shares.append(rows)
-    return shares
-
-
 def _pruned(pruning: Pruning, parent: Sequence[int]) -> dict[str, list[int]]:
     """Who cut which nodes of the drafted tree: a node goes with its parent; else its first objector has cut it."""
     if pruning.kept is pruning.drafted:
@@ -701,21 +685,17 @@ def _states(stack: PolicyStack) -> dict[str, dict[str, Any]]:
 
 
 def _state(policy: object) -> dict[str, Any]:
-    kind = type(policy)
-    names = _fields(kind) if attrs.has(kind) else tuple(getattr(policy, "__dict__", ()))
-    found = {}
-    for name in names:
-        value = getattr(policy, name, None)
-        if type(value) not in _PLAIN:
-            value = _plain(value)
-        if value is not _NOT_PLAIN:
-            found[name] = value
-    return found
+    kind: type = type(policy)
+    names = _fields(kind) or tuple(getattr(policy, "__dict__", ()))
+    values = [(name, getattr(policy, name, None)) for name in names]
+    plain = [(name, value if type(value) in _PLAIN else _plain(value)) for name, value in values]
+    return {name: value for name, value in plain if value is not _NOT_PLAIN}
 
 
 @functools.cache
 def _fields(kind: type) -> tuple[str, ...]:
-    return tuple(field.name for field in attrs.fields(kind))
+    """The fields of a class of attrs; none of another."""
+    return tuple(field.name for field in attrs.fields(kind)) if attrs.has(kind) else ()
 
 
 _NOT_PLAIN = object()
@@ -724,13 +704,15 @@ _PLAIN = frozenset((int, bool, str, type(None)))
 
 def _plain(value: object) -> Any:
     """A number, a text, or a short list of these, as JSON has them; what is no finite number is a text."""
+    if type(value) is float:
+        return value if math.isfinite(value) else str(value)
     if type(value) in _PLAIN:
         return value
     if isinstance(value, list | tuple | deque):
-        parts = [_plain(one) for one in value] if len(value) <= LONGEST_LIST else [_NOT_PLAIN]
-        return _NOT_PLAIN if _NOT_PLAIN in parts else parts
-    if type(value) is float and math.isfinite(value):
-        return value
+        if len(value) > LONGEST_LIST:
+            return _NOT_PLAIN
+        parts = [one if type(one) in _PLAIN else _plain(one) for one in value]
+        return _NOT_PLAIN if any(one is _NOT_PLAIN for one in parts) else parts
     if isinstance(value, Tensor):
         return _NOT_PLAIN  # reading it may wait for the device
     value = as_python(value)

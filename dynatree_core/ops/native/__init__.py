@@ -10,6 +10,7 @@ from dynatree_core.ops.native.calls import (
     norm,
     recorded,
     rope_write,
+    totals,
     tree_attention,
 )
 from dynatree_core.ops.native.loading import Library, library, reason_missing, reason_unavailable, runnable_targets
@@ -29,5 +30,6 @@ __all__ = [
     "recorded",
     "rope_write",
     "runnable_targets",
+    "totals",
     "tree_attention",
 ]

@@ -37,12 +37,13 @@ __all__ = [
     "norm",
     "recorded",
     "rope_write",
+    "totals",
     "tree_attention",
 ]
 
 RECORD = 256  # bytes
 NO_MEMORY, NO_SUCH_SLOT, NO_SUCH_OUT = 1, 2, 3  # what the library answers where something is wrong
-NORM, LINEAR, MLP, ROPE_WRITE, ATTENTION, LOOKUP, EXPERTS = range(7)
+NORM, LINEAR, MLP, ROPE_WRITE, ATTENTION, LOOKUP, EXPERTS, TOTALS = range(8)
 KIND_CODES = {name: code for code, name in enumerate((*PLAIN, *KINDS))}
 ACTIVATION_CODES = {name: code for code, name in enumerate(get_args(Activation))}
 
@@ -55,7 +56,8 @@ _rope_record = struct.Struct("=q 3q 5q 2q 2q 2q 4q dq 88x")
 _attention_record = struct.Struct("=q 4q 5q 5q q 2d 112x")
 _lookup_record = struct.Struct("=q 3q 224x")
 _experts_record = struct.Struct("=q 4q 2q 4q 168x")
-_products = (_norm_record, _linear_record, _mlp_record, _experts_record, _lookup_record)
+_totals_record = struct.Struct("=q 3q 224x")
+_products = (_norm_record, _linear_record, _mlp_record, _experts_record, _lookup_record, _totals_record)
 _records = (*_products, _rope_record, _attention_record)
 assert all(record.size == RECORD for record in _records)
 
@@ -220,6 +222,13 @@ def lookup(packed: PackedMatrix, outputs: Tensor, *, out: Tensor | None) -> Tens
     num_rows = outputs.numel()
     out = _result(out, lambda: torch.empty(num_rows, packed.num_inputs, dtype=packed.dtype, device="cpu"))
     _run(_lookup_record.pack(LOOKUP, _matrix_address(packed), outputs.data_ptr(), out.data_ptr()), num_rows)
+    return out
+
+
+def totals(rows: Tensor, *, out: Tensor | None) -> Tensor:
+    num_rows, size = rows.shape
+    out = _result(out, lambda: rows.new_empty(num_rows, 2))
+    _run(_totals_record.pack(TOTALS, rows.data_ptr(), out.data_ptr(), size), num_rows)
     return out
 
 

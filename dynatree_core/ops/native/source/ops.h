@@ -87,8 +87,9 @@ typedef struct {
 } attention_args;
 
 typedef struct { const matrix *packed; const int64_t *outputs; float *out; } lookup_args; /* out: [rows, inputs] */
+typedef struct { const float *rows; float *out; int64_t size; } totals_args; /* out: [rows, 2] */
 
-enum { OP_NORM, OP_LINEAR, OP_MLP, OP_ROPE_WRITE, OP_ATTENTION, OP_LOOKUP, OP_EXPERTS };
+enum { OP_NORM, OP_LINEAR, OP_MLP, OP_ROPE_WRITE, OP_ATTENTION, OP_LOOKUP, OP_EXPERTS, OP_TOTALS };
 
 typedef struct {
   int64_t code;
@@ -100,6 +101,7 @@ typedef struct {
     attention_args attention;
     lookup_args lookup;
     experts_args experts;
+    totals_args totals;
     int64_t fields[31];
   } of;
 } op;
@@ -116,6 +118,7 @@ int run_experts(const experts_args *args, int64_t rows, team *team);
 int run_rope_write(const rope_args *args, int64_t rows, team *team);
 int run_attention(const attention_args *args, int64_t rows, team *team);
 int run_lookup(const lookup_args *args, int64_t rows);
+int run_totals(const totals_args *args, int64_t rows, team *team);
 
 /* One row of a norm; `to` may be `from`. */
 void norm_row(const norm *how, const float *weight, const float *bias, const float *from, float *to);

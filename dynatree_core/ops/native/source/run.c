@@ -14,6 +14,7 @@ static void run_all(void *given, team *team) {
       case OP_ATTENTION: c->failed = run_attention(&one->of.attention, c->rows, team); break;
       case OP_LOOKUP: c->failed = run_lookup(&one->of.lookup, c->rows); break;
       case OP_EXPERTS: c->failed = run_experts(&one->of.experts, c->rows, team); break;
+      case OP_TOTALS: c->failed = run_totals(&one->of.totals, c->rows, team); break;
     }
   }
 }
