@@ -1,4 +1,4 @@
-"""What is said of the machine, and where results can be written."""
+"""What is said of the machine."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import NamedTuple
 import pytest
 
 from dynatree_bench.run import machine
-from dynatree_bench.run.machine import check_writable
-from dynatree_core.errors import InputError
 
 
 @pytest.mark.parametrize(("share", "state"), [(0.02, "idle"), (0.03, "busy, so the ratios are not to be believed")])
@@ -26,16 +24,6 @@ def test_the_machine_is_judged_by_its_busiest_moment():
     others = {"before": 11.0, "after": 1.0}
     expected = "the machine was busy, so the times are not to be believed: "
     assert machine.idle_or_busy(others) == expected + "others used 11 % of a core before, 1 % of a core after"
-
-
-def test_results_can_be_written_or_not(tmp_path):
-    check_writable(tmp_path / "new" / "results.json", "it")
-    assert not list((tmp_path / "new").iterdir())
-    (tmp_path / "old.json").write_text("old results of it")
-    check_writable(tmp_path / "old.json", "it")
-    assert (tmp_path / "old.json").read_text() == "old results of it"
-    with pytest.raises(InputError, match=f"got {tmp_path}, .*choose another"):
-        check_writable(tmp_path, "it")
 
 
 class Used(NamedTuple):

@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from dynatree_bench.run.machine import check_writable
 from dynatree_bench.run.records import INFO_FILE, LOCK_FILE, is_run
 from dynatree_core.errors import InputError, ModelLoadError
 from dynatree_core.files.outputs import check_out
@@ -262,23 +261,6 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(tmp_path
             check_out(place, "`it`", nobodys)
 
 
-def test_results_go_over_results_of_the_same_program_only(tmp_path: Path) -> None:
-    program = "python -m measures.runners"
-    for text in ("mine", f'{{"command": "{program}x"}}'.replace("runnersx", "smoke")):
-        (tmp_path / "runners.json").write_text(text)
-        for name in ("runners.json", "runners.svg"):
-            (tmp_path / "runners.svg").write_text("<svg/>")
-            with pytest.raises(InputError, match=rf"`{program}` writes must go to a file .* got .*{name}"):
-                check_writable(tmp_path / name, program)
-    (tmp_path / "runners.json").write_text(f'{{"command": "{program} --out x"}}')
-    check_writable(tmp_path / "runners.json", program)
-    check_writable(tmp_path / "runners.svg", program)  # beside results of the program
-    assert (tmp_path / "runners.svg").read_text() == "<svg/>"
-    (tmp_path / "trace.json.gz").write_bytes(b"no gzip")
-    with pytest.raises(InputError, match="dynatree profile"):
-        check_writable(tmp_path / "trace.json.gz", "dynatree profile")
-
-
 @pytest.mark.parametrize(
     ("files", "is_ours"),
     [
@@ -299,7 +281,7 @@ def test_runs_are_known_by_what_they_hold(files: dict[str, str], is_ours: bool, 
 
 def test_every_option_for_results_is_checked() -> None:
     """A new `--out` or `--output` has to go through `check_out`: each module that has one names a check."""
-    checks = re.compile(r"\b(check_out|check_writable|check_results)\(")
+    checks = re.compile(r"\b(check_out|check_results)\(")
     checked_by = {"bench_cli.py": "run/measure.py", "distill_cli.py": "run.py", "profile_cli.py": "run/profile.py"}
     option = re.compile(r'"--(out|output|trace)"')
     found = []
@@ -321,7 +303,6 @@ def test_every_file_is_written_in_one_way() -> None:
         "answers.py": 1,  # lines that are added to
         "tensors.py": 2,  # into a draft of `whole_file`
         "record.py": 1,  # a trace, which grows
-        "machine.py": 1,  # a probe
         "memory.py": 1,  # a file of the kernel's
         "serve.py": 1,  # what a server that is measured prints
         "steps.py": 1,  # what a step in a process of its own prints

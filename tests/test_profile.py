@@ -10,8 +10,7 @@ import click.testing
 import pytest
 
 from dynatree_bench.profile_cli import profile as command
-from dynatree_bench.run.machine import check_writable
-from dynatree_bench.run.profile import PROGRAM, Start, profile, start_of_a_generation
+from dynatree_bench.run.profile import Start, is_trace, profile, start_of_a_generation
 from dynatree_core.errors import InputError
 from dynatree_core.testing.models import perturbed, tiny_model
 
@@ -77,7 +76,12 @@ def test_the_command(character_target: Path, tmp_path: Path) -> None:
     done = click.testing.CliRunner().invoke(command, traced, catch_exceptions=False)
     assert "open it in" in done.output
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    check_writable(tmp_path / "trace.json", PROGRAM)  # a later run may replace it
-    (tmp_path / "mine.json").write_text('{"traceEvents": []}')
-    with pytest.raises(InputError, match=r"new, empty or made by it, got .*mine"):
-        check_writable(tmp_path / "mine.json", PROGRAM)
+    assert is_trace(tmp_path / "trace.json"), "a later run may replace it"
+
+
+@pytest.mark.parametrize(("name", "held"), [("mine.json", b'{"traceEvents": []}'), ("mine.json.gz", b"no gzip")])
+def test_what_is_no_trace_is_not_replaced(name: str, held: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(held)
+    with pytest.raises(InputError, match=r"`dynatree profile` writes must go to a file that is new, .* got .*mine"):
+        profile(tiny_model("llama"), None, [1], trace=tmp_path / name)
+    assert (tmp_path / name).read_bytes() == held

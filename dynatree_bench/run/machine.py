@@ -1,16 +1,13 @@
-"""What a benchmark ran on: libraries, source, device, weights, and who else used the processor meanwhile; and where
-its results can be written."""
+"""What a benchmark ran on: libraries, source, device, weights, and who else used the processor meanwhile."""
 
 from __future__ import annotations
 
 import datetime
 import functools
-import gzip
 import hashlib
 import platform
 import subprocess
 import time
-import zlib
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,9 +17,6 @@ import huggingface_hub
 import psutil
 import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-from dynatree_core.errors import InputError
-from dynatree_core.files.outputs import check_out
 
 BUSY_PERCENT = 10  # of one core, used by others: above it, speeds are not to be believed
 MIN_SECONDS = 0.1  # the system counts processor time in hundredths of a second
@@ -83,12 +77,6 @@ class _Reading:
         self.seconds = time.perf_counter()
 
 
-def runtime() -> str:
-    """The main libraries and the processor in a few words, for the head of an output."""
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("dynatree", "torch", "transformers"))
-    return f"{libraries}, {platform.machine()}, {torch.get_num_threads()} threads"
-
-
 def library_versions() -> dict[str, str]:
     """What is installed of the libraries that a result depends on, and Python."""
     found = {"python": platform.python_version()}
@@ -145,43 +133,6 @@ def provenance(command: str, device: torch.device | None = None) -> dict[str, An
         "device": device_name(device or torch.device("cpu")),
         "threads": torch.get_num_threads(),
     }
-
-
-def check_writable(file: Path, program: str) -> None:
-    """Make sure that results can be written there, before they are measured; makes the folder, not the file.
-
-    Args:
-        program: what is running, as its results name it: "python -m MODULE" or "dynatree COMMAND".
-
-    Raises:
-        InputError: they cannot, or the file is not one that this program has written.
-    """
-    check_out(file, f"`{program}`", lambda path: _is_of(program, path), is_file=True)
-    is_new = not file.exists()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.open("a").close()
-        if is_new:
-            file.unlink()
-    except OSError as error:
-        raise InputError(f"results need a file that can be written, got {file} ({error}); choose another") from error
-
-
-def _is_of(program: str, file: Path) -> bool:
-    """Whether a program has written a file: it names itself in it, or in the results of that name beside it."""
-    mark = program.encode()
-    for one in dict.fromkeys((file, file.with_suffix(".json"))):
-        if one.is_file():
-            with gzip.open(one) if one.suffix == ".gz" else one.open("rb") as stream:
-                try:
-                    before = b""
-                    while chunk := stream.read(1 << 20):
-                        if mark in before + chunk:
-                            return True
-                        before = chunk[-len(mark) :]
-                except (OSError, EOFError, zlib.error):  # not compressed, or not whole
-                    continue
-    return False
 
 
 def weights_sha256(name_or_path: str) -> str | None:

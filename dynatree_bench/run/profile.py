@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
-from dynatree_bench.run.machine import check_writable
 from dynatree_core import Engine, Session, decode_step, prefill
 from dynatree_core.drafters.base import Drafter
 from dynatree_core.engine.engine import ENGINE_OPTIONS
 from dynatree_core.errors import InputError
+from dynatree_core.files.outputs import check_out
 from dynatree_core.files.writing import whole_file
 
 PROGRAM = "dynatree profile"
@@ -73,7 +75,8 @@ def profile(
         InputError: the context has no room for so many iterations, or the trace cannot be written.
     """
     if trace is not None:
-        check_writable(trace, PROGRAM)
+        check_out(trace, f"`{PROGRAM}`", is_trace, is_file=True)
+        trace.parent.mkdir(parents=True, exist_ok=True)
     asked = {"max_new_tokens": 8 * (WARM_UP + num_iterations), **options, "eos_token_id": []}
     clocked = Session(target, drafter, prompt_ids, **asked)
     before = _warmed_up(clocked)
@@ -109,6 +112,15 @@ def profile(
         },
         operators=tuple(sorted(operators, key=lambda operator: -operator.milliseconds)),
     )
+
+
+def is_trace(file: Path) -> bool:
+    """Whether a file is a trace that `dynatree profile` has written."""
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            return PROGRAM.encode() in stream.read()
+    except (OSError, EOFError, zlib.error):  # not compressed, or not whole
+        return False
 
 
 @attrs.frozen

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,6 @@ from dynatree_core.files.outputs import check_out
 from dynatree_core.files.writing import write_text
 
 RESULTS = "study.json"
-# how files of earlier versions say which study they are of
-EARLIER = re.compile(r"python -m dynatree_bench\.(?:studies\.)?(\w+)")
 
 
 @attrs.frozen
@@ -107,8 +104,8 @@ class Found:
 
     @property
     def said(self) -> Mapping[str, Any]:
-        """The provenance. Earlier files of some studies have it beside the numbers."""
-        said: Mapping[str, Any] = self.found.get("provenance", self.found)
+        """The provenance."""
+        said: Mapping[str, Any] = self.found["provenance"]
         return said
 
     @property
@@ -170,7 +167,7 @@ def _is_own(folder: Path, name: str) -> bool:
 
 
 def read_found(place: Path) -> Found:
-    """What a study has left in a folder, or in a file of an earlier version.
+    """What a study has left in a folder, or in a file that was taken out of one.
 
     Raises:
         InputError: there is nothing of the kind.
@@ -178,17 +175,9 @@ def read_found(place: Path) -> Found:
     file = place / RESULTS if place.is_dir() else place
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        name = found.get("study") or _earlier_name(found)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return Found(found["study"], found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{place} must hold the results of a study, got {type(error).__name__}: {error}") from error
-    return Found(name, found)
-
-
-def _earlier_name(found: Mapping[str, Any]) -> str:
-    match = EARLIER.match(found.get("provenance", found).get("command", ""))
-    if match is None:
-        raise ValueError("no study is named in it")
-    return match[1].replace("_", "-")
 
 
 def write_report(found: Found, out: Path) -> Path:
