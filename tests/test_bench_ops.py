@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dynatree_bench.run import limits
 from dynatree_bench.run.bandwidth import ReadSpeed
 from dynatree_bench.run.pairs import Models
 from dynatree_bench.studies import ops as study
@@ -12,8 +13,8 @@ from dynatree_core import InputError, ops
 
 
 def test_a_quick_run_measures_everything(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "read_speed", lambda device: ReadSpeed(12.5e9, None))
-    monkeypatch.setattr(study, "SQUARE", 16)
+    monkeypatch.setattr(limits, "read_speed", lambda device: ReadSpeed(12.5e9, None))
+    monkeypatch.setitem(limits.SIZES, "cpu", 16)
     if (reason := ops.reason_unavailable()) is not None:
         pytest.skip(f"the operators' library cannot be used: {reason}")
     found = study.measure(Asked(Models(), tmp_path, is_quick=True))

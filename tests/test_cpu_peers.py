@@ -14,7 +14,7 @@ import torch
 from test_models import BYTE_TOKENS, tiny_llama
 from test_models import write_gguf as write_tiny
 
-from dynatree_bench.run import peers
+from dynatree_bench.run import limits, peers
 from dynatree_bench.run.bandwidth import ReadSpeed
 from dynatree_bench.run.pairs import MethodError, Models
 from dynatree_bench.run.peers import KINDS, llama_cpp, matrix_sizes, write_gguf
@@ -345,8 +345,8 @@ def test_an_engine_that_fails_is_left_out_and_the_others_go_on(
         monkeypatch.setattr(FakeLlama, "n_tokens", property(FakeLlama.n_tokens.fget, failing))
         monkeypatch.setattr(FakeLlama, "reset", lambda llama: llama.text.clear())
     monkeypatch.setattr(cpu_peers, "gguf_source", lambda: source)
-    monkeypatch.setattr(cpu_peers, "read_speed", lambda device: ReadSpeed(12.5e9, None))
-    monkeypatch.setattr(cpu_peers, "PEAK_SIZE", 64)
+    monkeypatch.setattr(limits, "read_speed", lambda device: ReadSpeed(12.5e9, None))
+    monkeypatch.setitem(limits.SIZES, "cpu", 64)
     monkeypatch.setattr(cpu_peers, "_in_process", memory)
     monkeypatch.setattr(cpu_peers, "STARTS", {"nothing": "print(1)"})
     asked = Asked(
@@ -382,8 +382,8 @@ def test_a_process_that_fails_says_why(monkeypatch):
 @needs_native
 def test_the_study_measures_every_way(source, fake_llama_cpp, fake_openvino, monkeypatch, tmp_path):
     monkeypatch.setattr(cpu_peers, "gguf_source", lambda: source)
-    monkeypatch.setattr(cpu_peers, "read_speed", lambda device: ReadSpeed(12.5e9, None))
-    monkeypatch.setattr(cpu_peers, "PEAK_SIZE", 64)
+    monkeypatch.setattr(limits, "read_speed", lambda device: ReadSpeed(12.5e9, None))
+    monkeypatch.setitem(limits.SIZES, "cpu", 64)
     # in this process, whose highest size other tests have set: what counts here is that each way runs
     monkeypatch.setattr(cpu_peers, "_in_process", cpu_peers.memory_of)
     monkeypatch.setattr(cpu_peers, "STARTS", {"nothing": "print(1)"})

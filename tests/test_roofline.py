@@ -6,6 +6,7 @@ import pytest
 
 from dynatree_bench.data.synthetic import rank_acceptance
 from dynatree_bench.report.formulas import tree_tokens
+from dynatree_bench.run import limits
 from dynatree_bench.run.bandwidth import ReadSpeed
 from dynatree_bench.run.pairs import Models
 from dynatree_bench.run.passes import ROWS
@@ -51,7 +52,7 @@ def test_steps_of_transformers_lie_between_tokens(monkeypatch):
 
 
 def test_the_dry_run(monkeypatch, tmp_path):
-    monkeypatch.setattr(roofline, "read_speed", lambda device: ReadSpeed(12.5e9, None))
+    monkeypatch.setattr(limits, "read_speed", lambda device: ReadSpeed(12.5e9, None))
     asked = Asked(Models(device="cpu"), tmp_path, is_quick=True, repeats=1, max_new_tokens=(12,))
     result = run_study("roofline", asked, command="the command")
     found = result.found
@@ -70,7 +71,7 @@ def test_the_dry_run(monkeypatch, tmp_path):
 
 
 def test_without_room_for_a_buffer_there_is_no_bandwidth_and_no_run(monkeypatch, tmp_path):
-    monkeypatch.setattr(roofline, "read_speed", lambda device: None)
+    monkeypatch.setattr(limits, "read_speed", lambda device: None)
     with pytest.raises(InputError, match="room for a buffer larger than its caches"):
         run_study("roofline", Asked(Models(device="cpu"), tmp_path, is_quick=True), command="the command")
     assert not list(tmp_path.iterdir())

@@ -168,16 +168,16 @@ def _by_transformers(pair: Pair, cell: Cell, prompt_ids: Sequence[int], eos: Seq
     assistant = pair.drafter_model if settings is not None else None
     if settings is not None and assistant is None:
         raise MethodError(f"needs a drafter that is a plain transformers model, got {pair.drafter}")
-    config = _config(max_new_tokens=cell.max_new_tokens, eos_token_id=list(eos) or None, **options)
+    config = greedy_config(max_new_tokens=cell.max_new_tokens, eos_token_id=list(eos) or None, **options)
     if cell.method.name == COMPILED:
         config.compile_config = CompileConfig()
         config.compile_config._compile_all_devices = True  # else on a GPU only
     input_ids = torch.tensor([list(prompt_ids)], device=model.device)
     chunks = Chunks()
     # generate() moves settings of an assistant's while it runs, and keeps a compiled model on the target
-    plain = kept_of(model).setdefault("transformers' generate", with_settings(model, _config()))
+    plain = kept_of(model).setdefault("transformers' generate", with_settings(model, greedy_config()))
     if assistant is not None:
-        assistant = with_settings(assistant, _config(**(settings or {})))
+        assistant = with_settings(assistant, greedy_config(**(settings or {})))
     # a hook would get in the way of a compiled model; without drafting each pass has one row
     is_drafting = assistant is not None or "prompt_lookup_num_tokens" in options
     with _counted_rows(model) if is_drafting else nullcontext() as rows:
@@ -198,7 +198,8 @@ def _by_transformers(pair: Pair, cell: Cell, prompt_ids: Sequence[int], eos: Seq
     )  # fmt: skip
 
 
-def _config(**options: Any) -> GenerationConfig:
+def greedy_config(**options: Any) -> GenerationConfig:
+    """Greedy decoding, and else what is named alone."""
     make: Any = GenerationConfig
     return cast(GenerationConfig, make(do_sample=False, pad_token_id=0, **options))
 

@@ -44,6 +44,11 @@ class Pair:
         """The pair with one of its drafters; None: as it is."""
         return self if name is None else attrs.evolve(self, drafter=self.drafters[name])
 
+    def said(self) -> dict[str, str]:
+        """What the provenance of a study says of it."""
+        dtype = str(self.target.model.dtype).removeprefix("torch.")
+        return {"target": self.target.name, "dtype": dtype, "drafter": str(self.drafter)}
+
     @property
     def drafter_model(self) -> PreTrainedModel | None:
         """The drafter's model, where it has one that transformers itself could draft with."""

@@ -34,7 +34,7 @@ from transformers import GenerationConfig
 from dynatree_bench.report.series import Panel, lines_of
 from dynatree_bench.report.tables import Spread, Table, simple
 from dynatree_bench.run.machine import now
-from dynatree_bench.run.methods import with_settings
+from dynatree_bench.run.methods import greedy_config, with_settings
 from dynatree_bench.run.pairs import Pair
 from dynatree_bench.run.progress import Job, in_rounds
 from dynatree_bench.studies.study import Asked, Study
@@ -80,9 +80,7 @@ def measure(asked: Asked) -> dict[str, Any]:
     wanted = max(asked.prompt_tokens, default=64 if asked.is_quick else LONG_TOKENS)
     long_tokens = wanted if limit is None else min(wanted, limit - new_tokens - 1)
     said = {
-        "target": pair.target.name,
-        "dtype": str(pair.target.model.dtype).removeprefix("torch."),
-        "drafter": str(pair.drafter),
+        **pair.said(),
         "max_new_tokens": new_tokens,
         "sizes": sizes,
         "rounds": rounds,
@@ -311,14 +309,10 @@ class Batches:
 
     def _plain_model(self) -> Any:
         """The target, whose own generation config fills nothing in."""
-        return with_settings(self.pair.target.model, cast(Any, GenerationConfig)(pad_token_id=0))
+        return with_settings(self.pair.target.model, greedy_config())
 
     def _config(self, new_tokens: int) -> GenerationConfig:
-        make: Any = GenerationConfig
-        ends = self.pair.end_token_ids or None
-        return cast(
-            GenerationConfig, make(do_sample=False, pad_token_id=0, max_new_tokens=new_tokens, eos_token_id=ends)
-        )
+        return greedy_config(max_new_tokens=new_tokens, eos_token_id=self.pair.end_token_ids or None)
 
     def _until_end(self, token_ids: Sequence[int]) -> list[int]:
         """An output with its end token, without what fills it up."""

@@ -42,8 +42,8 @@ import torch
 from dynatree_bench.report.series import Panel
 from dynatree_bench.report.statistics import PooledRatio, ratio_of_sums
 from dynatree_bench.report.tables import Spread, Table, simple
-from dynatree_bench.run.bandwidth import read_speed
 from dynatree_bench.run.experiments import Cell, Method
+from dynatree_bench.run.limits import least_seconds, limit_jobs
 from dynatree_bench.run.methods import decode
 from dynatree_bench.run.pairs import MethodError, Pair, load_pair
 from dynatree_bench.run.passes import CONTEXT, filled, pass_seconds
@@ -65,7 +65,6 @@ PLAIN, STACK, LOOKUP = "plain", usual_policy(None), "prompt lookup"
 NATIVE, LLAMA, OPENVINO, HF = "native", "llama.cpp", "OpenVINO", "hf generate"
 WARM_UP_TOKENS = 8
 MEMORY_SLOTS, MEMORY_TOKENS = 512, 32  # of the generation whose memory is measured
-PEAK_SIZE = 1024  # rows and columns of the product that shows the peak
 PROGRAM = (
     "import json, sys; from dynatree_bench.studies import cpu_peers; "
     "print(json.dumps(cpu_peers.memory_of(*sys.argv[1:])))"
@@ -167,7 +166,8 @@ def _measured(asked: Asked, source: Path, folder: Path) -> dict[str, Any]:
     )
     slots = max(CONTEXT, max(map(len, prompts)) + tokens) + max(ROWS) + max(LOOKUPS)
     peers, left_out = _peers(files, slots)
-    jobs = [*_device_jobs(run), *_pass_jobs(run, pair, pairs, peers), *_decoding_jobs(run, pair, pairs, peers)]
+    of_device = limit_jobs(torch.device("cpu"), torch.float32, run.bandwidth, run.flops)
+    jobs = [*of_device, *_pass_jobs(run, pair, pairs, peers), *_decoding_jobs(run, pair, pairs, peers)]
     in_rounds(jobs, len(prompts))
     num_weights, _ = matrix_sizes(source)
     plain = [way for way in peers if way.how == PLAIN and str(way) not in run.failed]
@@ -231,26 +231,6 @@ def _opened_peer(way: Way, file: Path, threads: int, slots: int, num_drafted: in
     if way.engine == OPENVINO:
         return openvino(file, threads=threads, is_float32=is_float32)
     return llama_cpp(file, threads=threads, num_slots=slots, num_drafted=num_drafted, is_float32=is_float32)
-
-
-def _device_jobs(run: _Measuring) -> list[Job]:
-    def read(turn: int) -> None:
-        found = read_speed(torch.device("cpu"))
-        if found is None:
-            raise InputError("the bandwidth needs room for a buffer larger than the caches, and there is none")
-        if turn:
-            run.bandwidth.append(found.bytes_per_second)
-
-    def multiply(turn: int) -> None:
-        matrix, seconds = torch.randn(PEAK_SIZE, PEAK_SIZE), []
-        for _ in range(5):
-            start = time.perf_counter()
-            _ = matrix @ matrix
-            seconds.append(time.perf_counter() - start)
-        if turn:
-            run.flops.append(2 * PEAK_SIZE**3 / min(seconds))
-
-    return [read, multiply]
 
 
 def _pass_jobs(run: _Measuring, pair: Pair, pairs: Mapping[str, Pair], peers: Mapping[Way, Peer]) -> list[Job]:
@@ -448,9 +428,8 @@ def _start(program: str) -> dict[str, float]:
 
 def limit_seconds(found: Mapping[str, Any], kind: str, rows: int) -> float:
     """What a pass takes at least: to read the weights, or to multiply with them."""
-    said = found["provenance"]
-    reading = said["bytes"][kind] / statistics.median(found["bandwidth"])
-    return max(reading, 2 * rows * said["num_weights"] / statistics.median(found["flops"]))
+    said, bandwidth, flops = found["provenance"], *(statistics.median(found[name]) for name in ("bandwidth", "flops"))
+    return least_seconds(said["bytes"][kind], said["num_weights"], rows, bandwidth=bandwidth, flops=flops)
 
 
 def speed(found: Mapping[str, Any], way: Way) -> float | None:

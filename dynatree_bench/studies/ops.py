@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dynatree_bench.report.tables import Spread, Table, simple
-from dynatree_bench.run.bandwidth import read_speed
+from dynatree_bench.run.limits import least_seconds, limit_jobs
 from dynatree_bench.run.machine import device_name, now
 from dynatree_bench.run.progress import in_rounds
 from dynatree_bench.studies.study import Asked, Study
@@ -47,7 +47,6 @@ KINDS: dict[str, Callable[[Tensor], PackedMatrix]] = {
 SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536)], 30, (49152, 576)
 QUICK = [(24, 16), (16, 16), (40, 16), (16, 20)], 2, (50, 16)
 PASSES = 5  # of a job; their median counts
-SQUARE = 1024  # of the product by which the peak is measured
 WANTED = 1.25
 
 
@@ -66,7 +65,6 @@ def measure(asked: Asked) -> dict[str, Any]:
             matrices[kind].append(pack(weight))
     inputs = {size: torch.randn(max(ROWS), size, generator=random) for size in {num for _, num in shapes}}
     seconds: dict[str, dict[str, list[float]]] = {kind: defaultdict(list) for kind in KINDS}
-    limits: dict[str, list[float]] = defaultdict(list)
 
     def passes(kind: str, rows: int) -> Callable[[int], None]:
         def job(turn: int) -> None:
@@ -76,23 +74,17 @@ def measure(asked: Asked) -> dict[str, Any]:
 
         return job
 
-    def read_and_multiply(turn: int) -> None:
-        speed = read_speed(CPU)
-        if speed is None:
-            raise InputError("there must be room for a buffer much larger than the caches; free some memory")
-        limits["bytes_per_second"].append(speed.bytes_per_second)
-        limits["flops"].append(_peak())
-
-    in_rounds(
-        [read_and_multiply, *(passes(kind, rows) for kind in KINDS for rows in ROWS)], asked.rounds(full=5, quick=2)
-    )
+    jobs = [passes(kind, rows) for kind in KINDS for rows in ROWS]
+    bandwidth: list[float] = []
+    flops: list[float] = []
+    in_rounds([*limit_jobs(CPU, torch.float32, bandwidth, flops), *jobs], asked.rounds(full=5, quick=2))
     provenance = {
         "device": device_name(CPU),
         "library": ops.native.library().target,
         "weight_bytes": {kind: sum(one.num_bytes for one in matrices[kind]) for kind in KINDS},
         "num_weights": sum(outputs * num_inputs for outputs, num_inputs in shapes),
-        "bytes_per_second": max(limits["bytes_per_second"]),
-        "flops": max(limits["flops"]),
+        "bytes_per_second": max(bandwidth),
+        "flops": max(flops),
     }
     return {"provenance": provenance, "seconds": {kind: dict(found) for kind, found in seconds.items()}}
 
@@ -105,23 +97,12 @@ def _pass_seconds(matrices: Sequence[PackedMatrix], inputs: Mapping[int, Tensor]
     return now(CPU) - begun
 
 
-def _peak() -> float:
-    """Operations a second of torch's own product; the fastest of five."""
-    square = torch.ones(SQUARE, SQUARE)
-    best = float("inf")
-    for _ in range(5):
-        begun = now(CPU)
-        square @ square
-        best = min(best, now(CPU) - begun)
-    return 2 * SQUARE**3 / best
-
-
 def limit(said: Mapping[str, Any], kind: str, rows: int) -> float:
     """Seconds that a pass takes at least."""
-    reading = said["weight_bytes"][kind] / said["bytes_per_second"]
+    num_bytes, bandwidth, flops = said["weight_bytes"][kind], said["bytes_per_second"], said["flops"]
     if kind.endswith("/int8"):
-        return float(reading)
-    return float(max(reading, 2 * rows * said["num_weights"] / said["flops"]))
+        return float(num_bytes / bandwidth)
+    return least_seconds(num_bytes, said["num_weights"], rows, bandwidth=bandwidth, flops=flops)
 
 
 def tables(found: Mapping[str, Any]) -> Sequence[Table | None]:

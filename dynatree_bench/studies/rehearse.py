@@ -190,8 +190,7 @@ def measure(asked: Asked) -> dict[str, Any]:
         else {}
     )
     said = {
-        "target": pair.target.name,
-        "dtype": str(pair.target.model.dtype).removeprefix("torch."),
+        **pair.said(),
         "drafter": "; ".join(drafters),
         "max_new_tokens": asked.new_tokens(full=128, quick=16),
         "num_texts": {kind: len(found) for kind, found in by_kind(next(iter(results.values()))).items()},

@@ -65,9 +65,7 @@ def measure(asked: Asked) -> dict[str, Any]:
                 advance()
     rows = [row(before, policy, traces) for before in policies for policy in policies]
     said = {
-        "target": pair.target.name,
-        "dtype": str(pair.target.model.dtype).removeprefix("torch."),
-        "drafter": str(pair.drafter),
+        **pair.said(),
         "max_new_tokens": limit,
         "num_prompts": len(prompts),
     }

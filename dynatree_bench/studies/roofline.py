@@ -29,20 +29,20 @@ from typing import Any
 import attrs
 import torch
 from torch import nn
-from transformers import GenerationConfig
 
 from dynatree_bench.data.synthetic import MarkovSource, let_follow, rank_acceptance
 from dynatree_bench.report.formulas import RankTree, best_tree, tree_tokens
 from dynatree_bench.report.series import Panel
 from dynatree_bench.report.tables import Spread, Table, simple
-from dynatree_bench.run.bandwidth import read_speed, share_of_bandwidth, step_reads
-from dynatree_bench.run.machine import device_name, now
-from dynatree_bench.run.methods import Chunks
+from dynatree_bench.run.bandwidth import share_of_bandwidth, step_reads
+from dynatree_bench.run.limits import least_seconds, limit_jobs
+from dynatree_bench.run.machine import device_name
+from dynatree_bench.run.methods import Chunks, greedy_config
 from dynatree_bench.run.pairs import Pair
 from dynatree_bench.run.passes import CONTEXT, ROWS, filled, pass_seconds
 from dynatree_bench.run.progress import Job, in_rounds
 from dynatree_bench.studies.study import Asked, Study
-from dynatree_core import InputError, Session, run
+from dynatree_core import Session, run
 from dynatree_core.runners.cudagraph import can_capture
 from dynatree_core.runners.packed import can_pack
 from dynatree_policies.sequoia import Sequoia
@@ -107,8 +107,9 @@ class Results:
 
     def pass_seconds(self, rows: int) -> float:
         """What a pass takes at least: reading the weights, or multiplying with them."""
-        operations = 2 * rows * self.provenance["num_weights"]
-        return max(self.weight_seconds, operations / statistics.median(self.flops))
+        num_bytes, num_weights = (float(self.provenance[name]) for name in ("weight_bytes", "num_weights"))
+        bandwidth, flops = statistics.median(self.bandwidth), statistics.median(self.flops)
+        return least_seconds(num_bytes, num_weights, rows, bandwidth=bandwidth, flops=flops)
 
     def seconds(self, way: Way) -> float:
         """Median of an iteration."""
@@ -138,9 +139,8 @@ def measure(asked: Asked, *, runners: Sequence[str] = ()) -> dict[str, Any]:
             "acceptance": {str(wanted): acceptance_for(wanted) for wanted in LEVELS},
         }
     )
-    in_rounds(
-        [*_device_jobs(pair, results), *_pass_jobs(pair, results), *_decoding_jobs(pair, results, tokens)], rounds
-    )
+    of_device = limit_jobs(model.device, model.dtype, results.bandwidth, results.flops)
+    in_rounds([*of_device, *_pass_jobs(pair, results), *_decoding_jobs(pair, results, tokens)], rounds)
     return attrs.asdict(results)
 
 
@@ -172,37 +172,6 @@ def acceptance_for(tokens: float) -> float:
         else:
             high = middle
     return high
-
-
-def _device_jobs(pair: Pair, results: Results) -> list[Job]:
-    """Reads of a buffer and a matrix product, large enough to keep the device busy.
-
-    Buffers are made anew each time, so that they are no part of a generation's peak of memory.
-    """
-    model = pair.target.model
-    device, repeats = model.device, 10
-
-    def read(turn: int) -> None:
-        found = read_speed(device)
-        if found is None:
-            raise InputError(
-                f"the bandwidth of {device} needs room for a buffer larger than its caches, and there is none; end "
-                "what else takes up its memory"
-            )
-        if turn:
-            results.bandwidth.append(found.bytes_per_second)
-
-    def multiply(turn: int) -> None:
-        size = 256 if device.type == "cpu" else 8192
-        matrix = torch.randn(size, size, dtype=model.dtype, device=device)
-        _ = matrix @ matrix  # the first one chooses a kernel
-        start = now(device)
-        for _ in range(repeats):
-            _ = matrix @ matrix
-        if turn:
-            results.flops.append(2 * size**3 * repeats / (now(device) - start))
-
-    return [read, multiply]
 
 
 def _pass_jobs(pair: Pair, results: Results) -> list[Job]:
@@ -288,11 +257,10 @@ def _steady(seconds: list[float]) -> float:
 def _transformers_seconds(model: Any, prompt: list[int], tokens: int) -> list[float]:
     """Of each step of transformers' own generate; the first token comes out of the pass over the prompt."""
     chunks, input_ids = Chunks(), torch.tensor([prompt], device=model.device)
-    make: Any = GenerationConfig
     model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        generation_config=make(do_sample=False, max_new_tokens=tokens, pad_token_id=0),
+        generation_config=greedy_config(max_new_tokens=tokens),
         streamer=chunks,
     )
     return [later - earlier for earlier, later in itertools.pairwise(chunks.seconds[1:])]

@@ -113,9 +113,7 @@ def measure(asked: Asked) -> dict[str, Any]:
         load = Load(asked, pair, questions(pair, asked, number, lengths), policies, Path(folder))
         load.run(sizes, rounds)
     said = {
-        "target": pair.target.name,
-        "dtype": str(pair.target.model.dtype).removeprefix("torch."),
-        "drafter": str(pair.drafter),
+        **pair.said(),
         "clients": sizes,
         "requests": number,
         "lengths": list(lengths),
