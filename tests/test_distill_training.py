@@ -184,4 +184,4 @@ def test_costs_of_levels():
     student = new_student(target, [0], HEAD_IDS, dtype=torch.float64).eval()
     costs = level_costs(student, target, (1, 4), context=16, repeats=3)
     assert [cost.width for cost in costs] == [1, 4]
-    assert all(0 < cost.low <= cost.ratio <= cost.high for cost in costs)
+    assert all(0 < cost.ratio.low <= cost.ratio.median <= cost.ratio.high for cost in costs)

@@ -12,8 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from dynatree_bench.distill.evaluate import Agreement, LevelCost
-from dynatree_bench.distill.request import Request
-from dynatree_bench.distill.teacher import Shard
+from dynatree_bench.distill.train import TrainingPlan
 from dynatree_bench.report.style import BLUE, GREY, VERMILION
 from dynatree_bench.run.machine import provenance
 from dynatree_core.files.writing import whole_file, write_text
@@ -23,16 +22,19 @@ CHAIN, DEPTH, BRANCH = 6, 5, 2  # the chain and the tree whose tokens are foreto
 
 @attrs.frozen(eq=False)
 class Report:
-    """All that a model card tells."""
+    """All that a model card tells, as `report.json` has it."""
 
     command: str
     target: str
-    request: Request
-    lessons: Sequence[Shard]
+    layers: Sequence[int]
+    num_outputs: int
+    texts: Sequence[str]  # names of files
+    tokens_learnt_from: int  # tokens that the target judged
+    training: TrainingPlan
     before: Agreement
     after: Agreement
+    level_costs: Sequence[LevelCost]
     course: Sequence[dict[str, float]]
-    costs: Sequence[LevelCost]
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -43,19 +45,7 @@ class Report:
 
 def write_card(folder: Path, report: Report) -> None:
     """Write README.md, report.json and the figures into the drafter's folder."""
-    numbers = {
-        **report.provenance,
-        "target": report.target,
-        "layers": report.request.layers,
-        "num_outputs": report.request.num_outputs,
-        "texts": [text.name for text in report.request.teaching.texts],
-        "tokens_learnt_from": sum(shard.num_scored for shard in report.lessons),
-        "training": attrs.asdict(report.request.training),
-        "before": attrs.asdict(report.before),
-        "after": attrs.asdict(report.after),
-        "level_costs": [attrs.asdict(cost) for cost in report.costs],
-        "course": report.course,
-    }
+    numbers = {**report.provenance, **attrs.asdict(report)}
     write_text(folder / "report.json", json.dumps(numbers, indent=1) + "\n")
     write_text(folder / "README.md", card_text(report))
     draw_calibration(report, folder / "calibration.png")
@@ -65,12 +55,8 @@ def write_card(folder: Path, report: Report) -> None:
 def card_text(report: Report) -> str:
     """The model card in Markdown."""
     after, before, said = report.after, report.before, report.provenance
-    texts = ", ".join(text.name for text in report.request.teaching.texts) or "none"
-    costs = "\n".join(
-        f"| {cost.width} | {cost.ratio:.3f} ({cost.low:.3f}–{cost.high:.3f}) | {cost.milliseconds:.1f} |"
-        for cost in report.costs
-    )
-    training = report.request.training
+    costs = "\n".join(f"| {cost.width} | {cost.ratio} | {cost.milliseconds:.1f} |" for cost in report.level_costs)
+    training = report.training
     versions = ", ".join(f"{name} {number}" for name, number in said["versions"].items())
     return f"""# A drafter for {report.target}
 
@@ -80,11 +66,11 @@ fast the target's output comes, and never what it is.
 | | |
 | --- | --- |
 | target | {report.target} |
-| layers | {len(report.request.layers)}, begun as the target's layers {", ".join(map(str, report.request.layers))} |
+| layers | {len(report.layers)}, begun as the target's layers {", ".join(map(str, report.layers))} |
 | input embeddings | the target's own, shared |
-| head | the target's rows for {report.request.num_outputs:,} tokens, frozen |
-| learnt from | {sum(shard.num_scored for shard in report.lessons):,} tokens that the target judged |
-| plain text | {texts} |
+| head | the target's rows for {report.num_outputs:,} tokens, frozen |
+| learnt from | {report.tokens_learnt_from:,} tokens that the target judged |
+| plain text | {", ".join(report.texts) or "none"} |
 | trained | {training.num_epochs} epochs, AdamW, learning rate {training.learning_rate:g} |
 | made on | {said["device"]}, {said["date"]} |
 | versions | {versions} |
@@ -150,7 +136,7 @@ def draw_course(report: Report, file: Path) -> None:
     steps = [entry["step"] for entry in report.course]
     axes.plot(steps, [entry["loss"] for entry in report.course], color=BLUE)
     axes.set(xlabel="training step", ylabel="KL(target ‖ drafter), nats per token", ylim=(0, None))
-    _save(figure, file, report, f"{report.request.training.num_epochs} epochs")
+    _save(figure, file, report, f"{report.training.num_epochs} epochs")
 
 
 def _axes(rows: int, **ratios: Any) -> tuple[Any, Sequence[Any]]:

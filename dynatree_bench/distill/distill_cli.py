@@ -140,8 +140,7 @@ def distill(
       dynatree generate --drafter "distilled(path='drafter')+prompt_lookup" "Why is the sky blue?"
     """
     try:
-        from dynatree_bench.distill.request import Request
-        from dynatree_bench.distill.run import make_drafter
+        from dynatree_bench.distill.run import Request, make_drafter
         from dynatree_bench.distill.teach import TeachingPlan
         from dynatree_bench.distill.train import TrainingPlan
     except ModuleNotFoundError as error:

@@ -6,6 +6,7 @@ text before it: what the drafter says there is compared with what the target sai
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -19,12 +20,10 @@ from transformers import PreTrainedModel
 from dynatree_bench.distill.teacher import Shard
 from dynatree_bench.distill.train import batches_of, collate, scored_logits
 from dynatree_bench.report.formulas import chain_tokens, fixed_tokens
-from dynatree_bench.run.machine import now
-from dynatree_core.clock import StageClock
+from dynatree_bench.report.tables import Spread
+from dynatree_bench.run.passes import CONTEXT, filled, pass_seconds
+from dynatree_bench.run.progress import in_rounds
 from dynatree_core.models.architectures import max_positions
-from dynatree_core.runners.choice import made_runner
-from dynatree_core.runners.passes import Passes
-from dynatree_core.tree.flatten import flatten_chain
 
 NUM_RANKS = 16
 NUM_BINS = 10
@@ -58,9 +57,7 @@ class LevelCost:
     """Drafting one level of a tree, relative to a target pass over one row, measured in turns."""
 
     width: int
-    ratio: float  # median
-    low: float  # quartiles
-    high: float
+    ratio: Spread
     milliseconds: float  # median
 
 
@@ -108,44 +105,32 @@ def agreement(
 
 @torch.inference_mode()
 def level_costs(
-    student: PreTrainedModel, target: PreTrainedModel, widths: Sequence[int], *, context: int = 256, repeats: int = 15
+    student: PreTrainedModel,
+    target: PreTrainedModel,
+    widths: Sequence[int],
+    *,
+    context: int = CONTEXT,
+    repeats: int = 15,
 ) -> list[LevelCost]:
     """Time levels of these widths and a target pass over one row, in turns, behind a context of so many tokens.
 
     The context is shorter where the target has no positions for it.
     """
-    device = target.device
     context = max(min(context, (max_positions(target) or math.inf) - max(widths)), 1)
-    generator = torch.Generator().manual_seed(0)
-    head: Any = student.get_output_embeddings()
-    words = head.token_ids.cpu()
+    step, level = (filled(model, "auto", context) for model in (target, student))
+    found: dict[int, list[tuple[float, float]]] = {width: [] for width in widths}
 
-    def text(num_tokens: int) -> Tensor:
-        return words[torch.randint(words.numel(), (num_tokens,), generator=generator)].to(device)
+    def job(width: int, turn: int) -> None:
+        both = pass_seconds(*level, width, device=target.device), pass_seconds(*step, 1, device=target.device)
+        if turn:
+            found[width].append(both)
 
-    runners = [made_runner(model, "auto") for model in (target, student)]
-    both = [Passes(runner, StageClock(device)) for runner in runners]
-    caches = [runner.new_cache(context + max(*widths, 1)) for runner in runners]
-    for passes, cache in zip(both, caches, strict=True):
-        passes.prefill(text(context), cache)
-
-    def seconds(which: int, width: int) -> float:
-        flat = flatten_chain(text(width), context)
-        start = now(device)
-        both[which].forward(flat, caches[which], stage="measured")
-        spent = now(device) - start
-        caches[which].rollback()
-        return spent
-
-    timings: dict[int, list[tuple[float, float]]] = {width: [] for width in widths}
-    for turn in range(repeats + 2):
-        for width in widths:
-            pair = seconds(0, 1), seconds(1, width)
-            if turn >= 2:  # the first passes are slower
-                timings[width].append(pair)
-    costs = []
-    for width, pairs in timings.items():
-        ratios = statistics.quantiles([level / step for step, level in pairs], n=4)
-        milliseconds = 1000 * statistics.median(level for _, level in pairs)
-        costs.append(LevelCost(width, ratios[1], ratios[0], ratios[2], milliseconds))
-    return costs
+    in_rounds([functools.partial(job, width) for width in widths], repeats)
+    return [
+        LevelCost(
+            width,
+            Spread.of([of_level / of_step for of_level, of_step in pairs], digits=3),
+            1000 * statistics.median(of_level for of_level, _ in pairs),
+        )
+        for width, pairs in found.items()
+    ]

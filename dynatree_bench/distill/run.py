@@ -5,17 +5,17 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
+import attrs
 import torch
 from rich.console import Console
 
 from dynatree_bench.distill.card import Report, write_card
 from dynatree_bench.distill.evaluate import Agreement, agreement, level_costs
-from dynatree_bench.distill.material import Material
-from dynatree_bench.distill.request import Request
-from dynatree_bench.distill.teach import TEACHING, Taught, is_request, teach
+from dynatree_bench.distill.teach import TEACHING, Material, Taught, TeachingPlan, is_request, teach
 from dynatree_bench.distill.teacher import read_shard
-from dynatree_bench.distill.train import frequent_tokens, train
+from dynatree_bench.distill.train import TrainingPlan, frequent_tokens, train
 from dynatree_bench.run.progress import bar
 from dynatree_core.drafters.distilled import fast_dtype
 from dynatree_core.errors import InputError
@@ -27,6 +27,20 @@ from dynatree_core.models.student import load_student, new_student, read_card, s
 
 WIDTHS = (1, 2, 4, 8, 16)
 WORK = "work"  # in the drafter's folder: what an interrupted run goes on with
+
+
+@attrs.frozen
+class Request:
+    """A whole distillation."""
+
+    target: str | None
+    device: str | None
+    threads: int | None
+    teaching: TeachingPlan
+    num_batches: int | None  # of the teaching; None: all
+    layers: tuple[int, ...]
+    num_outputs: int
+    training: TrainingPlan
 
 
 def make_drafter(request: Request, out: Path) -> Agreement:
@@ -69,12 +83,17 @@ def make_drafter(request: Request, out: Path) -> Agreement:
     after = agreement(student, apart, torch.bfloat16)
     console.print(f"after it on {after.top1:.1%}; the target's choice is among the first three on {after.top3:.1%}")
     name = _told_target(teacher.name)
-    card = {"target": name, "layers": list(request.layers), "num_outputs": request.num_outputs}
-    save_student(student, out, torch.bfloat16, card)
+    made: dict[str, Any] = {"target": name, "layers": list(request.layers), "num_outputs": request.num_outputs}
+    save_student(student, out, torch.bfloat16, made)
     target = load_model(request.target, device=request.device)
     costs = level_costs(load_student(out, target.model, fast_dtype(device)), target.model, WIDTHS)
     command = shlex.join(["dynatree", *sys.argv[1:]])
-    write_card(out, Report(command, name, request, lessons, before, after, course, costs))
+    report = Report(
+        **made, command=command, texts=[text.name for text in request.teaching.texts], training=request.training,
+        tokens_learnt_from=sum(shard.num_scored for shard in lessons), before=before, after=after, level_costs=costs,
+        course=course,
+    )  # fmt: skip
+    write_card(out, report)
     drafter = f"distilled(path={str(out)!r})+prompt_lookup"
     console.print(f'the drafter is in {out}; use it with --drafter "{drafter}"', soft_wrap=True)  # to be copied whole
     return after

@@ -23,7 +23,6 @@ from safetensors.torch import save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynatree_bench.distill import prompts as asking
-from dynatree_bench.distill.material import Material, encoded, read_given
 from dynatree_bench.distill.teacher import Shard, read_shard, score, write, write_shard
 from dynatree_bench.run.machine import weights_sha256
 from dynatree_core.cli.prompts import PromptPicks
@@ -31,12 +30,33 @@ from dynatree_core.errors import InputError
 from dynatree_core.files.writing import write_text
 from dynatree_core.models.architectures import max_positions
 from dynatree_core.models.load import LoadedModel
+from dynatree_core.text.columns import Prompt
+from dynatree_core.text.prompt import encode_messages
 
 TEACHING = "teaching"  # folder of the shards, in that of the work
 REQUEST = "request.json"
 NO_MATTER = {"_name_or_path", "dtype", "transformers_version"}  # settings that do not change what a model says
 
 Text = TypeVar("Text", bound=Hashable)
+
+
+@attrs.frozen
+class Material:
+    """The user's own files, read once and before any model is loaded."""
+
+    passages: tuple[str, ...] = ()  # of the texts
+    prompts: tuple[Prompt, ...] = ()
+    is_text: bool = False  # the prompts are passages to go on with, not requests
+
+    def fingerprint(self) -> str:
+        """The same for the same words."""
+        words = [self.passages, [prompt.messages for prompt in self.prompts]]
+        return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+
+    def encoded(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+        """The prompts in tokens: requests through the chat template where there is one."""
+        is_chat = False if self.is_text else None
+        return [tuple(encode_messages(prompt.messages, tokenizer, is_chat)) for prompt in self.prompts]
 
 
 @attrs.frozen
@@ -68,11 +88,12 @@ class TeachingPlan:
         """The user's files.
 
         Raises:
-            InputError: one that cannot be read, or too little text.
+            InputError: one that cannot be read, with file and line, or too little text.
         """
         passages = asking.read_passages(self.texts, 4 * self.passage_len) if self.texts else []
-        prompts, is_text = read_given(self.prompts, self.picks)
-        return Material(tuple(passages), prompts, is_text)
+        files = [self.picks.read(place) for place in self.prompts]
+        prompts = tuple(prompt for file in files for prompt in file.prompts)
+        return Material(tuple(passages), prompts, any(file.is_text for file in files))
 
     def fingerprint(self, target: LoadedModel, material: Material) -> str:
         """The same for the same request to the same target: what a folder's shards belong to."""
@@ -135,7 +156,7 @@ def teach(
     _claim(folder, plan.fingerprint(target, material))
     plan = _within(plan, max_positions(target.model))
     own = _own_questions(target, tokenizer, plan, folder)
-    given = encoded(material, tokenizer)
+    given = material.encoded(tokenizer)
     lessons = _lessons(tokenizer, plan, own, material.passages, given)[:num_batches]
     num_apart = sum(lesson.is_apart for lesson in lessons)
     if not 0 < num_apart < len(lessons):

@@ -21,12 +21,12 @@ CPU = torch.device("cpu")
 
 
 @torch.inference_mode()
-def filled(model: torch.nn.Module, name: str) -> tuple[Passes, KeyValueCache]:
-    """A runner's passes with a cache that has the rows of CONTEXT tokens."""
+def filled(model: torch.nn.Module, name: str, context: int = CONTEXT) -> tuple[Passes, KeyValueCache]:
+    """A runner's passes with a cache that has the rows of so many tokens."""
     device: Any = model.device
     runner = made_runner(model, name)
-    passes, cache = Passes(runner, StageClock(device)), runner.new_cache(CONTEXT + max(ROWS))
-    passes.prefill(torch.arange(CONTEXT, device=device) % vocab_size(model), cache)
+    passes, cache = Passes(runner, StageClock(device)), runner.new_cache(context + max(ROWS))
+    passes.prefill(torch.arange(context, device=device) % vocab_size(model), cache)
     return passes, cache
 
 
