@@ -191,17 +191,13 @@ _OPTIONS = [
 ]
 
 
-class _Names(click.ParamType):
-    """Names, separated by commas."""
-
-    name = "names"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        return value if isinstance(value, tuple) else tuple(part.strip() for part in str(value).split(","))
-
-
 _OF_STUDIES = [  # no experiment has them
-    click.Option(["--steps"], type=_Names(), metavar="NAME[,NAME…]", help="Run these steps.  [default: all]"),
+    click.Option(
+        ["--steps"],
+        metavar="NAME[,NAME…]",
+        callback=lambda context, option, given: given and tuple(name.strip() for name in given.split(",")),
+        help="Run these steps.  [default: all]",
+    ),
     click.Option(["--plan", "is_plan"], is_flag=True, help="Print the steps with their bounds of time, and run none."),
     click.Option(
         ["--batch-size", "batch_sizes"], type=_Counts(), metavar="N[,N…]", help="Sequences that are decoded at once."

@@ -28,11 +28,11 @@ from dynatree_bench.report.statistics import (
     Estimate,
     Summary,
     accepted_depths,
+    by_method,
     calibration,
     differ_only_in,
     groups,
     is_drafting,
-    method_names,
     over_length,
     rank_shares,
     ratios,
@@ -134,14 +134,14 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **opti
 def _styles(results: Results) -> Styles:
     """Method -> colour and marker."""
     hf = {method.name for method in results.info.methods if method.kind == "hf"}
-    return method_styles(method_names(results.records), hf.__contains__)
+    return method_styles(by_method(results.records), hf.__contains__)
 
 
 def _labels(records: Iterable[OutputRecord]) -> dict[str, str]:
     """Method -> its label, which no other one has and for which there is room, with a dagger where outputs differ."""
     records = list(records)
     different = {record.method for record in records if record.is_identical is False}
-    names = method_names(records)
+    names = list(by_method(records))
     short = {name: _shortened(name) for name in names}
     twins = {name: [other for other in names if short[other] == short[name]] for name in names}
     numbers = {name: f" ({twins[name].index(name) + 1})" if len(twins[name]) > 1 else "" for name in names}
@@ -249,7 +249,7 @@ def phases(results: Results) -> Figure | None:
     figure, grid = _figure(WIDTH, 1.3 + 0.32 * len(found))
     axes = grid[0][0]
     _bars(axes, {labels[one.method]: one for one in found}, styles)
-    baseline = [record for record in results.records if record.method == BASELINE]
+    baseline = by_method(results.records).get(BASELINE, [])
     for place, group in enumerate(groups(results.records)):
         values = list(ratios(group, baseline).values())
         axes.plot(values, [place + 0.4] * len(values), "|", color="black", markersize=4, alpha=0.6)
@@ -386,8 +386,8 @@ def datasets(results: Results) -> Figure | None:
     styles, labels = _styles(results), _labels(results.records)
     figure, grid = _figure(WIDTH, 1.3 + 0.34 * len(styles), 1, len(names), sharex=True, sharey=True)
     for axes, name in zip(grid[0], names, strict=True):
-        by_method = {one.method: one for one in found if one.axes["dataset"] == name}
-        _bars(axes, {labels[method]: by_method[method] for method in styles if method in by_method}, styles)
+        of_dataset = {one.method: one for one in found if one.axes["dataset"] == name}
+        _bars(axes, {labels[method]: of_dataset[method] for method in styles if method in of_dataset}, styles)
         axes.set(title=_shortened(str(name)), xlabel="speedup (×)")
     return figure
 
@@ -434,8 +434,7 @@ def acceptance_over_length(results: Results) -> Figure | None:
     styles, labels = _styles(results), _labels(results.records)
     figure, grid = _figure(WIDTH, 3.0, 1, 2)
     num_lines = 0
-    for name in styles:
-        own = [record for record in results.records if record.method == name]
+    for name, own in by_method(results.records).items():
         bins = over_length(own, min_width=MIN_BIN)
         if not is_drafting(own) or len(bins) < 2:
             continue
@@ -497,8 +496,8 @@ def confidence_calibration(results: Results) -> Figure | None:
     upper, lower = grid[0][0], grid[1][0]
     upper.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--", label="calibrated")
     num_lines = 0
-    for name in styles:
-        bins = calibration(record for record in results.records if record.method == name)
+    for name, own in by_method(results.records).items():
+        bins = calibration(own)
         if not bins:
             continue
         num_lines += 1
@@ -561,8 +560,7 @@ def nodes_and_tokens(results: Results) -> Figure | None:
 def accepted_histogram(results: Results) -> Figure | None:
     """How many drafted tokens an iteration had accepted."""
     styles, labels = _styles(results), _labels(results.records)
-    counts = {name: accepted_depths(r for r in results.records if r.method == name) for name in styles}
-    counts = {name: found for name, found in counts.items() if found}
+    counts = {name: found for name, own in by_method(results.records).items() if (found := accepted_depths(own))}
     if not counts:
         return None
     figure, grid = _figure(WIDTH * 0.8, 3.2)

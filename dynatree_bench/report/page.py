@@ -28,11 +28,11 @@ from dynatree_bench.report.statistics import (
     Summary,
     acceptance_by_depth,
     acceptance_by_rank,
+    by_method,
     calibration,
     groups,
     in_order,
     is_drafting,
-    method_names,
     over_length,
     pooled_ratio,
     rank_shares,
@@ -218,7 +218,7 @@ def _pooled_table(results: Results) -> Table | None:
     """What a method is worth over all prompts together, and over those of each category."""
     found = summaries(results.records)
     varied = _varied_axes(found)
-    baselines = {name: [r for r in results.records if r.method == name] for name in (BASELINE, HF_BASELINE)}
+    baselines = {name: by_method(results.records).get(name, []) for name in (BASELINE, HF_BASELINE)}
     categories = list(dict.fromkeys(record.category for record in results.records))
     categories = categories if len(categories) > 1 else []
     rows, data = [], []
@@ -418,7 +418,7 @@ def _costs(results: Results) -> CostTable | None:
 def _worth_table(results: Results) -> Table | None:
     """The best chain and tree for the costs and acceptances of this run."""
     costs = _costs(results)
-    baseline = [record for record in results.records if record.method == BASELINE]
+    baseline = by_method(results.records).get(BASELINE)
     step = summaries(baseline)[0].iteration_ms if baseline else None
     acceptance = sorted((share.value or 0.0 for share in rank_shares(replayed_texts(results.records))), reverse=True)
     if costs is None or step is None or len(costs.rows) < 2 or not acceptance:
@@ -477,8 +477,7 @@ def _percent(share: float | None) -> float | None:
 def _acceptance_table(
     results: Results, what: str, count: Callable[[Iterable[OutputRecord]], list[Share]], *, first: int
 ) -> Table | None:
-    found = {name: count(r for r in results.records if r.method == name) for name in method_names(results.records)}
-    found = {name: shares for name, shares in found.items() if shares}
+    found = {name: shares for name, own in by_method(results.records).items() if (shares := count(own))}
     if not found:
         return None
     number = max(map(len, found.values()))
@@ -529,8 +528,8 @@ def _shape_table(results: Results) -> Table | None:
 def _calibration_table(results: Results) -> Table | None:
     found = {
         (name, f"{tenth / 10:.1f}–{(tenth + 1) / 10:.1f}"): one
-        for name in method_names(results.records)
-        for one in calibration(r for r in results.records if r.method == name)
+        for name, own in by_method(results.records).items()
+        for one in calibration(own)
         for tenth in [min(int(10 * one.probability), 9)]
     }
     note = (
@@ -544,14 +543,13 @@ def _calibration_table(results: Results) -> Table | None:
     cells = {place: _share(one.share) for place, one in found.items()}
     data_header = ("method", "probability", "accepted", "low", "high", "nodes")
     headings = sorted({heading for _, heading in cells})
-    return _by_method("calibration", "Calibration", note, headings, cells, data_header, data)
+    return _rows_of_methods("calibration", "Calibration", note, headings, cells, data_header, data)
 
 
 def _length_table(results: Results) -> Table | None:
     found = {
         (name, (one.start, one.end)): one
-        for name in method_names(results.records)
-        for own in [[r for r in results.records if r.method == name]]
+        for name, own in by_method(results.records).items()
         if is_drafting(own)
         for one in over_length(own, num_bins=5, min_width=MIN_BIN)
     }
@@ -566,10 +564,10 @@ def _length_table(results: Results) -> Table | None:
     names = {place: f"from token {place[0]} to {place[1]}" for place in sorted({place for _, place in found})}
     cells = {(name, names[place]): f"{one.tokens_per_iteration:.2f}" for (name, place), one in found.items()}
     data_header = ("method", "from token", "to", "iterations", "tok/it", "path acceptance", "repetition")
-    return _by_method("over-length", "Along the output", note, list(names.values()), cells, data_header, data)
+    return _rows_of_methods("over-length", "Along the output", note, list(names.values()), cells, data_header, data)
 
 
-def _by_method(
+def _rows_of_methods(
     name: str,
     title: str,
     note: str,

@@ -259,7 +259,7 @@ def _seconds_per_token(records: Iterable[OutputRecord]) -> dict[str, float]:
 def summaries(records: Iterable[OutputRecord]) -> list[Summary]:
     """Each method at each point of the axes, in the order in which they first come."""
     records = list(records)
-    baselines = {name: [r for r in records if r.method == name] for name in (BASELINE, HF_BASELINE)}
+    baselines = {name: by_method(records).get(name, []) for name in (BASELINE, HF_BASELINE)}
     return [_summary(group, baselines) for group in groups(records)]
 
 
@@ -280,7 +280,7 @@ def lowest_speedup(results: Results, policies: Collection[str]) -> tuple[float, 
         by_category[record.category].append(record)
     found = []
     for category, records in by_category.items():
-        baseline = [record for record in records if record.method == BASELINE]
+        baseline = by_method(records).get(BASELINE, [])
         for group in groups(record for record in records if record.method in names):
             if (pooled := pooled_ratio(group, baseline)) is not None:
                 found.append((pooled.value, group[0].method, category))
@@ -293,9 +293,12 @@ def differ_only_in(axes: Iterable[str], found: Sequence[Summary]) -> bool:
     return len({(one.method, *(one.axes.get(name) for name in names)) for one in found}) == len(found)
 
 
-def method_names(records: Iterable[OutputRecord]) -> list[str]:
-    """The methods, in the order in which they first come."""
-    return list(dict.fromkeys(record.method for record in records))
+def by_method(records: Iterable[OutputRecord]) -> dict[str, list[OutputRecord]]:
+    """The records of each method, in the order in which they first come."""
+    found: defaultdict[str, list[OutputRecord]] = defaultdict(list)
+    for record in records:
+        found[record.method].append(record)
+    return dict(found)
 
 
 def in_order(results: Results) -> tuple[OutputRecord, ...]:
