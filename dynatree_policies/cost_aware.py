@@ -28,7 +28,8 @@ won where a text is copied says nothing about what the model would win elsewhere
 model that is not worth its time, or has a long prompt to read, must not use up what copied text would be drafted with.
 
 Where several sequences share their passes, all of this goes by what a tree is charged there (`Frontier.charged_costs`):
-each second that it adds delays every one of them, and counts for each.
+each second that it adds delays every one of them, and counts for each. Rows are dear there, so a look wins less than it
+would alone: a model is tried once, and then asked only if that has won more than a usual chain is worth there.
 """
 
 from __future__ import annotations
@@ -127,13 +128,16 @@ class CostAware:
     depth_limit: int = attrs.field(default=FIRST_DEPTH, init=False, repr=False)
     debt: float = attrs.field(default=0.0, init=False, repr=False)  # steps that catching up took, not charged yet
     instalment: float = attrs.field(default=0.0, init=False, repr=False)  # steps of it that an iteration is charged
-    # tokens that a look wins, by path acceptance of its level: one that costs something, and one that is free
+    # tokens that a look wins, by path acceptance of its level: one that costs something, as if rows cost little
+    # (`_less_won`), and one that is free
     look_value: float = attrs.field(default=PRIOR_LOOK, init=False, repr=False)
     free_look_value: float = attrs.field(default=PRIOR_LOOK, init=False, repr=False)
+    has_looked: bool = attrs.field(default=False, init=False, repr=False)  # at a model, in this text
     is_recalled: bool = attrs.field(default=False, init=False, repr=False)
     levels: list[Frontier] = attrs.field(factory=list, init=False, repr=False)  # of this iteration, that it said yes to
     costs: CostModel | None = attrs.field(default=None, init=False, repr=False)
     _tables: tuple[CostModel, Tensor, Tensor] | None = attrs.field(default=None, init=False, repr=False)
+    _dear: tuple[CostModel, float] | None = attrs.field(default=None, init=False, repr=False)
     _last: _Judged | None = attrs.field(default=None, init=False, repr=False)
     _wanted: _Level | None = attrs.field(default=None, init=False, repr=False)  # that branch_factor asked for last
 
@@ -155,7 +159,9 @@ class CostAware:
             return False
         costs, mass = frontier.charged_costs, self._mass(frontier.tree)
         rate, behind = self._rate(costs), costs.catch_up_seconds(frontier.num_behind) / _payback(frontier)
-        pays = mass * self.look_value > rate * (level_seconds(costs, frontier.width) + behind) and self.account >= 0
+        less = self._less_won(costs) if self.has_looked and frontier.num_sequences > 1 else 0.0
+        won = mass * (self.look_value - less)
+        pays = won > rate * (level_seconds(costs, frontier.width) + behind) and self.account >= 0
         may_pay = mass * self.free_look_value > rate * level_seconds(costs, frontier.width, is_free=True)
         if not pays and may_pay and self.free_account >= 0:
             pays = frontier.is_look_free  # a search of the text, so only where it decides
@@ -181,7 +187,10 @@ class CostAware:
         wins = self._wins(best_values, tree.num_drafted, self._rate(costs), costs, self.max_depth - frontier.depth - 1)
         num_children = int(wins.argmax())
         won = float(wins[num_children]) / max(sum(at_parents), 1e-6)
-        self._learn_look(won, 0.1, is_free=frontier.proposals.is_free)
+        is_free = frontier.proposals.is_free
+        self.has_looked |= not is_free
+        less = self._less_won(costs) if frontier.num_sequences > 1 and not is_free else 0.0
+        self._learn_look(won + less, 0.1, is_free=is_free)
         if num_children == 0:
             return torch.zeros(frontier.width, dtype=torch.int64, device=device)
         # who is worth as much as the last of them may be held down by a sibling, and comes too
@@ -302,6 +311,17 @@ class CostAware:
             growth = torch.tensor([level_seconds(costs, width) for width in range(2 * num_rows)], **CPU_NUMBERS)
             self._tables = costs, verify, growth
         return self._tables[1:]
+
+    def _less_won(self, costs: CostModel) -> float:
+        """Tokens that a look at a model wins less than `PRIOR_LOOK`, of a usual chain at these prices of rows."""
+        if self._dear is None or self._dear[0] is not costs:
+            best, accepted, plain = 0.0, 0.0, costs.plain_step_seconds()
+            for rows in range(1, HORIZON + 1):
+                accepted += PRIOR_HIT**rows
+                added = costs.target_pass_seconds(1 + rows) - costs.target_pass_seconds(1)
+                best = max(best, accepted - (added + (rows - 1) * level_seconds(costs, 1)) / plain)
+            self._dear = costs, max(PRIOR_LOOK - best, 0.0)
+        return self._dear[1]
 
     def _learn_look(self, tokens: float, share: float, *, is_free: bool) -> None:
         """What a look has won, given that its level is accepted; an iteration without one leads back to the prior."""

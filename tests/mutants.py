@@ -952,9 +952,15 @@ MUTANTS = (
         ("tests/test_free_looks.py::test_what_is_said_before_the_look_is_what_the_look_says",),
     ),
     Mutant(
+        "a model is tried ever again where rows are dear",
+        "less = self._less_won(costs) if self.has_looked and frontier.num_sequences > 1 else 0.0",
+        "less = 0.0",
+        ("tests/test_load.py::test_a_model_is_tried_once_where_a_usual_chain_is_not_worth_its_rows",),
+    ),
+    Mutant(
         "what free looks win is believed of the model",
-        "pays = mass * self.look_value > rate",
-        "pays = mass * self.free_look_value > rate",
+        "won = mass * (self.look_value - less)",
+        "won = mass * (self.free_look_value - less)",
         ("tests/test_free_looks.py::test_what_free_looks_win_says_nothing_about_the_model",),
     ),
     Mutant(

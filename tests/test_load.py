@@ -26,7 +26,7 @@ from dynatree_core import (
 from dynatree_core.runners.base import PassOutput, Rows, Runner
 from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
-from dynatree_policies.cost_aware import MAX_LOSS, STAKE
+from dynatree_policies.cost_aware import MAX_LOSS, STAKE, CostAware
 
 COUNTS = tuple(range(1, 400))
 
@@ -126,6 +126,24 @@ def test_all_together_draft_no_more_than_pays(num_sequences):
     plain, _ = decoded(drafter, costs, "autoregressive", num_sequences, 40)
     seconds, _ = decoded(drafter, costs, "cost_aware", num_sequences, 40)
     assert seconds <= 1.03 * plain
+
+
+@pytest.mark.parametrize(("num_sequences", "a_row", "is_asked"), [(1, 0.12, True), (8, 0.12, False), (8, 0.01, True)])
+def test_a_model_is_tried_once_where_a_usual_chain_is_not_worth_its_rows(num_sequences, a_row, is_asked):
+    """Eight sequences share a pass, so a row counts eight times: for half a step, or a thirteenth."""
+    costs, policy = linear(1.0, a_row, 0.02), CostAware()
+    load = {"num_sequences": num_sequences, "rows_beside": num_sequences - 1, "width_beside": 0}
+
+    def frontier(chance: float) -> Frontier:
+        proposals = Proposals(torch.arange(4)[None], torch.tensor([[chance, 0.1, 0.1, 0.1]]).log())
+        return Frontier(TokenTree.root(torch.tensor([0])), 0, 64, 4, lambda: proposals, lambda: costs, **load)
+
+    for expected in (True, is_asked):
+        assert policy.should_expand(frontier(0.4)) is expected
+        policy.branch_factor(frontier(0.4))
+    for _ in range(3):  # of a drafter that is sure it is not the usual chain
+        policy.branch_factor(frontier(0.999))
+    assert policy.should_expand(frontier(0.999)) is True
 
 
 def test_a_frontier_knows_the_load():
