@@ -54,6 +54,9 @@ PRIOR_WEIGHT = 4.0
 # of the host, however quick the passes are), and as a share of a step at least, where the costs know of no such work.
 # Without it, levels of a drafter that costs nothing would be free
 LEVEL_RESTS, LEVEL_SHARE = 1.5, 0.04
+# the same where sequences share their passes. What a level takes the host was counted there, 2 ms beside a rest of 0.5,
+# and each of them waits for it; alone, what it wins makes up for a price that is too low
+LEVEL_RESTS_BESIDE = 4.0
 STAKE, MAX_LOSS = 0.75, 0.015  # steps: what drafting may lose, and what an iteration adds to that
 FREE_STAKE, FREE_MAX_LOSS = 0.375, 0.0075  # the same for iterations whose looks are all free
 FIRST_DEPTH = 4
@@ -66,9 +69,9 @@ NOT_FREE_SHARE = 0.05  # the same, to nothing, of what free looks win, for each 
 CPU_NUMBERS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
-def level_seconds(costs: CostModel, width: int, *, is_free: bool = False) -> float:
+def level_seconds(costs: CostModel, width: int, *, is_free: bool = False, rests: float = LEVEL_RESTS) -> float:
     """A level over so many nodes: the drafter's pass, unless it did without, and what the host does besides."""
-    of_host = max(LEVEL_RESTS * costs.rest_seconds, LEVEL_SHARE * costs.plain_step_seconds())
+    of_host = max(rests * costs.rest_seconds, LEVEL_SHARE * costs.plain_step_seconds())
     return (0.0 if is_free else costs.drafter_level_seconds(width)) + of_host
 
 
@@ -136,6 +139,7 @@ class CostAware:
     is_recalled: bool = attrs.field(default=False, init=False, repr=False)
     levels: list[Frontier] = attrs.field(factory=list, init=False, repr=False)  # of this iteration, that it said yes to
     costs: CostModel | None = attrs.field(default=None, init=False, repr=False)
+    level_rests: float = attrs.field(default=LEVEL_RESTS, init=False, repr=False)
     _tables: tuple[CostModel, Tensor, Tensor] | None = attrs.field(default=None, init=False, repr=False)
     _dear: tuple[CostModel, float] | None = attrs.field(default=None, init=False, repr=False)
     _last: _Judged | None = attrs.field(default=None, init=False, repr=False)
@@ -152,6 +156,7 @@ class CostAware:
     def should_expand(self, frontier: Frontier) -> bool:
         if frontier.depth == 0:
             self.levels, self.costs = [], frontier.charged_costs
+            self.level_rests = LEVEL_RESTS if frontier.num_sequences == 1 else LEVEL_RESTS_BESIDE
             if not self.is_recalled:  # again: each session has a copy, and others may have kept more since
                 self._recall()
                 self.is_recalled = True
@@ -161,8 +166,8 @@ class CostAware:
         rate, behind = self._rate(costs), costs.catch_up_seconds(frontier.num_behind) / _payback(frontier)
         less = self._less_won(costs) if self.has_looked and frontier.num_sequences > 1 else 0.0
         won = mass * (self.look_value - less)
-        pays = won > rate * (level_seconds(costs, frontier.width) + behind) and self.account >= 0
-        may_pay = mass * self.free_look_value > rate * level_seconds(costs, frontier.width, is_free=True)
+        pays = won > rate * (self._level_seconds(costs, frontier.width) + behind) and self.account >= 0
+        may_pay = mass * self.free_look_value > rate * self._level_seconds(costs, frontier.width, is_free=True)
         if not pays and may_pay and self.free_account >= 0:
             pays = frontier.is_look_free  # a search of the text, so only where it decides
             if not pays and frontier.depth == 0:
@@ -224,7 +229,7 @@ class CostAware:
         if self.costs is not None:
             seconds = self.costs.iteration_seconds(report.tree.num_drafted, [])
             for level in asked:
-                seconds += level_seconds(level.charged_costs, level.width, is_free=level.proposals.is_free)
+                seconds += self._level_seconds(level.charged_costs, level.width, is_free=level.proposals.is_free)
                 if level.num_behind and not level.proposals.is_free:
                     self.debt += level.catch_up_seconds / self.costs.plain_step_seconds()
                     self.instalment = max(self.instalment, self.debt / _payback(level))
@@ -304,11 +309,14 @@ class CostAware:
         seconds[:, 0] = 0.0
         return (gained * per_node[:, None] - rate * seconds).amax(dim=0)
 
+    def _level_seconds(self, costs: CostModel, width: int, *, is_free: bool = False) -> float:
+        return level_seconds(costs, width, is_free=is_free, rests=self.level_rests)
+
     def _seconds(self, costs: CostModel, num_rows: int) -> tuple[Tensor, Tensor]:
         """[rows] of the target's pass and of a level over 0, 1, 2, … rows, so many at least."""
         if self._tables is None or self._tables[0] is not costs or len(self._tables[1]) < num_rows:
             verify = torch.tensor([costs.target_pass_seconds(rows) for rows in range(2 * num_rows)], **CPU_NUMBERS)
-            growth = torch.tensor([level_seconds(costs, width) for width in range(2 * num_rows)], **CPU_NUMBERS)
+            growth = torch.tensor([self._level_seconds(costs, width) for width in range(2 * num_rows)], **CPU_NUMBERS)
             self._tables = costs, verify, growth
         return self._tables[1:]
 
@@ -319,7 +327,7 @@ class CostAware:
             for rows in range(1, HORIZON + 1):
                 accepted += PRIOR_HIT**rows
                 added = costs.target_pass_seconds(1 + rows) - costs.target_pass_seconds(1)
-                best = max(best, accepted - (added + (rows - 1) * level_seconds(costs, 1)) / plain)
+                best = max(best, accepted - (added + (rows - 1) * self._level_seconds(costs, 1)) / plain)
             self._dear = costs, max(PRIOR_LOOK - best, 0.0)
         return self._dear[1]
 
