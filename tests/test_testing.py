@@ -47,7 +47,7 @@ from dynatree_core.testing import (
 )
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.conformance import DRAFTER_PROPERTIES, POLICY_PROPERTIES
-from dynatree_core.testing.models import VOCAB
+from dynatree_core.testing.models import VOCAB, tiny_model
 
 PAGE = DOCS / "testing.md"
 
@@ -411,6 +411,17 @@ def test_a_package_that_is_wrong_spoils_no_other_test(monkeypatch):
     assert "fixed" in names
     assert "broken" not in names
     assert ours.presets() == []
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "falcon"])
+def test_a_tiny_model_is_the_same_whatever_the_default_dtype_is(family):
+    expected = tiny_model.__wrapped__(family).state_dict()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = tiny_model.__wrapped__(family).state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], weights) for name, weights in expected.items())
 
 
 def test_presets_come_with_their_variants():

@@ -215,7 +215,8 @@ REFUSED: dict[str, dict[str, dict[str, Any]]] = {
 
 @functools.cache
 def tiny_model(model_type: str, seed: int = 0, *, attention: str | None = None, **overrides: Any) -> nn.Module:
-    """A random model; equal arguments give equal weights. Its next-token distributions are neither flat nor peaked.
+    """A random model; equal arguments give equal weights, whatever torch's default dtype and device are by then. Its
+    next-token distributions are neither flat nor peaked.
 
     With `attention=None` transformers chooses: SDPA where the family has it.
     """
@@ -224,7 +225,13 @@ def tiny_model(model_type: str, seed: int = 0, *, attention: str | None = None, 
     config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **overrides})
     # the other ways to run a mixture of experts take no float64
     build: Any = AutoModelForCausalLM.from_config
-    model = build(config, attn_implementation=attention, experts_implementation="eager").double().eval()
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # what is drawn meanwhile decides what is drawn next
+    try:
+        with torch.device("cpu"):
+            model = build(config, attn_implementation=attention, experts_implementation="eager").double().eval()
+    finally:
+        torch.set_default_dtype(usual)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
