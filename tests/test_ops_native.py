@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import attrs
@@ -186,6 +187,14 @@ def test_a_feed_forward_block_rounds_both_its_products(inner, outer, target):
     full = ops.mlp(rows, *(ops.with_activations(one, "full") for one in (first, second)), activation="silu", norm=norm,
                    after=after, residual=residual)  # fmt: skip
     assert 0 < (result - full).abs().max() < 0.5
+
+
+def test_no_rows_have_no_results():
+    packed = matrix("4", 20, 256)
+    for one in (packed, ops.with_activations(packed, "int8")):
+        # on a thread of its own, which has no memory for rows yet
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(ops.linear, torch.zeros(0, 256), one).result().shape == (0, 20)
 
 
 def test_only_matrices_of_few_bits_round_their_rows():

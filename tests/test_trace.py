@@ -192,6 +192,21 @@ def test_faults(tmp_path):
     assert {level["end_by"] for one in sequence.iterations for level in one.levels} == {"no_drafter"}
 
 
+def test_a_trace_tells_a_target_that_was_rounded(tmp_path, monkeypatch):
+    for name, rounded in (("as it is", None), ("rounded", "weights int4")):
+        monkeypatch.setattr(type(TARGET), "set_up", rounded, raising=False)
+        generate(TARGET, None, PROMPT, trace=tmp_path / name, max_new_tokens=2)
+        (sequence,) = read(tmp_path / name).sequences
+        assert sequence.begin["settings"]["rounded"] == rounded
+
+
+def test_whoever_is_called_back_waits_for_nothing(tmp_path):
+    lines: list[str] = []
+    session = Session(TARGET, DRAFTER, PROMPT, max_new_tokens=6, observer=Trace(None, on_line=lines.append).observer())
+    for num_steps, _ in enumerate(run(session), 1):
+        assert sum(json.loads(line)["kind"] == "iteration" for line in lines) == num_steps
+
+
 def test_sampling_and_processors(tmp_path):
     options = {"do_sample": True, "seed": 3, "temperature": 1.5, "repetition_penalty": 1.3, "max_new_tokens": LENGTH}
     plain = generate(TARGET, DRAFTER, PROMPT, **options)

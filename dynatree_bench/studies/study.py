@@ -175,8 +175,10 @@ def read_found(place: Path) -> Found:
     file = place / RESULTS if place.is_dir() else place
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return Found(found["study"], found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        read = Found(found["study"], found)
+        read.said.items()  # the provenance is there
+        return read
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{place} must hold the results of a study, got {type(error).__name__}: {error}") from error
 
 

@@ -346,7 +346,7 @@ class _DrafterBench:
     ) -> None:
         self.device = computing_device(target)
         num_prefix = min(_prefix_len(target), _room(drafter.context_limit(target)))
-        size = vocab_size(target)
+        self.size = size = vocab_size(target)
         # a text that repeats nothing, since a union does not ask its model where prompt lookup knows enough
         limits = (max_positions(target), drafter.context_limit(target))
         self.text = torch.arange(min(size, *(_room(limit, max(FOLLOWED) + 1) for limit in limits)), device=self.device)
@@ -369,7 +369,8 @@ class _DrafterBench:
     def level(self, width: int) -> float:
         """Seconds to propose children for so many nodes below the root."""
         self.state.propose(self.committed_ids, TokenTree.root(self.committed_ids[-1:].clone()), 4)
-        tree = _star(width, self.device)
+        # all different, as for the target
+        tree = _star(width, self.device, torch.arange(1, width + 1, device=self.device) % self.size)
         with _stopwatch(self.device) as seconds:
             self.state.propose(self.committed_ids, tree, 4).logprobs.sum()
         self.state.rollback()

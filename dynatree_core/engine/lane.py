@@ -160,6 +160,7 @@ class Lane:
             "target": _model_name(target),
             "model_type": str(getattr(target.config, "model_type", "")),
             "dtype": str(target.dtype).removeprefix("torch."),
+            "rounded": getattr(target, "set_up", None),
             "device": str(self.device),
             "vocab_size": self.vocab_size,
         }

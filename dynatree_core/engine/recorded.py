@@ -55,12 +55,12 @@ def replayed(lanes: Sequence[Lane], faults: Faults) -> dict[Lane, tuple[TokenTre
     if len(lanes) != 1 or lanes[0].device.type == "cpu":
         return None
     (lane,) = lanes
-    asked = _asked(lane)
-    recorded = None if asked is None else _recorded(asked)
-    if asked is None or recorded is None or lane.depth_limit < recorded.rows.max_depth:
-        return None
     steps: dict[Lane, tuple[TokenTree, Verdict]] = {}
     with faults.of(lane):
+        asked = _asked(lane)
+        recorded = None if asked is None else _recorded(asked)
+        if asked is None or recorded is None or lane.depth_limit < recorded.rows.max_depth:
+            return None
         steps[lane] = _replay(asked, recorded)
     return steps
 
@@ -126,6 +126,7 @@ class _Recorded:
     """A step's graphs, and where they leave what they compute."""
 
     inputs: _Inputs
+    stack: PolicyStack  # of copies, whose tensors the draft reads at each replay: they must not go before the graph
     growth: PaddedGrowth  # of the tree
     draft: Callable[[], object]  # launches the draft
     rows: PaddedRows  # what it leaves for the target
@@ -138,8 +139,8 @@ class _Recorded:
 def _asked(lane: Lane) -> _Asked | None:
     """What a step needs to be recorded; None where it must not be."""
     state, target = lane.draft_state, lane.target.runner
-    if not (lane.can_record_steps and isinstance(target, CudaGraphRunner) and isinstance(state, ModelDraftState)):
-        return None
+    if not (lane.can_record_steps and isinstance(target, CudaGraphRunner) and type(state) is ModelDraftState):
+        return None  # nor a state of somebody's own that derives from it: what it proposes may follow from anything
     drafter, request = state.passes.runner, lane.request
     if not (isinstance(drafter, CudaGraphRunner) and takes_padding(state) and lane.stack.is_recordable):
         return None
@@ -267,7 +268,7 @@ def _compared(asked: _Asked, moving: set[Place]) -> _Recorded:
         raise RuntimeError(f"the first replay was off by {off:.2g} of the largest number")
     num_rows = behind.block_len
     drafters = asked.drafter.recorded_over(asked.state.cache)
-    return _Recorded(inputs, growth, launch_draft, rows, num_rows, launch_verdict, outcome, drafters)
+    return _Recorded(inputs, stack, growth, launch_draft, rows, num_rows, launch_verdict, outcome, drafters)
 
 
 def _drafted(

@@ -54,7 +54,6 @@ class LiveTrees:
             `trees`: the iterations since the last call, each as `Step` in `viewer/src/live.ts`; and, where earlier ones
             were dropped since nobody has asked for them in time, `trees_dropped`: how many.
         """
-        self._trace.flush()
         with self._lock:
             begin, self._begin = self._begin, None
             lines, num_dropped = [*self._lines], self._num_dropped

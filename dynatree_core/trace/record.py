@@ -72,7 +72,7 @@ class Trace:
         is_private: whether the prompts' tokens and texts are left out. What was drafted and generated stays, and may
             quote the prompt.
         on_record: called with each record, as it will be read, when it has been written: then nothing waits.
-        on_line: called with each line when it has been written: the same, for whoever reads it later, elsewhere.
+        on_line: called with each line likewise, for whoever reads it later, elsewhere.
 
     Raises:
         InputError: the path is something else than an earlier trace, or cannot be written.
@@ -146,7 +146,7 @@ class Trace:
                 self._waiting_since = now
             self._waiting.append(iteration)
             is_long = len(self._waiting) >= MOST_WAITING or now - self._waiting_since >= LONGEST_WAIT
-            if is_long or self._on_record is not None:
+            if is_long or self._on_record is not None or self._on_line is not None:
                 self._write(self._taken())
 
     def flush(self) -> None:
@@ -165,11 +165,13 @@ class Trace:
             OSError: naming the file.
         """
         with self._lock:
-            self.flush()
-            with self._naming_the_file():
-                if not self._is_closed and self._file is not None:
-                    self._file.close()
-                self._is_closed = True
+            try:
+                self.flush()
+            finally:
+                with self._naming_the_file():
+                    if not self._is_closed and self._file is not None:
+                        self._file.close()
+                    self._is_closed = True
 
     def _taken(self) -> list[_Iteration]:
         waiting, self._waiting = self._waiting, []

@@ -550,6 +550,7 @@ static void multiply(void *given, int64_t first, int64_t count) {
 /* out = rows @ packed.T + bias, and what follows where it needs no whole row. Returns 0, or that memory is missing. */
 static int product(const matrix *packed, const float *rows, float *out, const ending *end, int64_t num_rows,
                     team *team) {
+  if (!num_rows) return 0;
   const int64_t num_blocks = (packed->outputs + LANES - 1) / LANES;
   const int64_t blocks = packed->rounds_rows ? 1 : most_blocks(form_of(packed->kind), num_rows);
   rounded *codes = NULL;
