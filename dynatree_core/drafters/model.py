@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import attrs
 import torch
@@ -26,11 +26,13 @@ from dynatree_core.models.stored import StoredTable
 from dynatree_core.models.student import RestrictedHead
 from dynatree_core.models.wrappers import plain_model
 from dynatree_core.runners.base import PassOutput
-from dynatree_core.runners.behind import PassesBehind, RowsBehind
 from dynatree_core.runners.passes import PREFILL_CHUNK, AskedPass, Passes
 from dynatree_core.tree.flatten import FlatTrees, flatten_chain, flatten_level
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
+
+if TYPE_CHECKING:  # what records graphs is no part of a start on the CPU
+    from dynatree_core.runners.behind import PassesBehind, RowsBehind
 
 __all__ = ["ModelDraftState", "ModelDrafter"]
 
@@ -177,10 +179,10 @@ class ModelDraftState(DraftState):
             flat = attrs.evolve(flat, token_ids=self._own(flat.token_ids))
         return AskedPass(self.passes, flat, self.cache, "draft_forward", last_row_only)
 
-    def behind(self, passes: PassesBehind) -> ModelDraftState:
+    def behind(self, passes: PassesBehind, rows: RowsBehind) -> ModelDraftState:
         """A state to record what this one drafts: the text that it is shown is what this one has not followed yet."""
         state = copy.copy(self)
-        state.passes, state.cache = cast("Passes", passes), cast("KeyValueCache", RowsBehind())
+        state.passes, state.cache = cast("Passes", passes), cast("KeyValueCache", rows)
         state.prefix, state.budget, state.num_settled = None, None, 0
         return state
 

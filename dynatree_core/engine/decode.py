@@ -16,7 +16,6 @@ from dynatree_core.engine.feedback import feedback
 from dynatree_core.engine.lane import Lane
 from dynatree_core.engine.observer import Prefill
 from dynatree_core.engine.prune import prune
-from dynatree_core.engine.recorded import replayed
 from dynatree_core.engine.verify import verify
 from dynatree_core.runners.passes import AskedPass, computed
 from dynatree_core.tree.flatten import flatten
@@ -108,6 +107,15 @@ def decode_steps(lanes: Sequence[Lane]) -> dict[Lane, StepReport | Exception]:
         note_rows_beside(steps)
         reports = faults.each(commit, steps)  # keep the paths' cache rows, append the tokens
         return {**faults.each(feedback, reports), **faults.errors}  # tell the policies
+
+
+def replayed(lanes: Sequence[Lane], faults: Faults) -> dict[Lane, tuple[TokenTree, Verdict]] | None:
+    """What `verify` says of a step that a GPU has recorded; None where it is to be launched stage by stage."""
+    if len(lanes) != 1 or lanes[0].device.type == "cpu":
+        return None
+    from dynatree_core.engine import recorded  # a command on a CPU starts without what records graphs
+
+    return recorded.replayed(lanes[0], faults)
 
 
 def forward(trees: Mapping[Lane, TokenTree | PaddedRows], faults: Faults) -> dict[Lane, Tensor]:

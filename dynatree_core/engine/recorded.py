@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from typing import Any
 
 import attrs
@@ -50,11 +50,8 @@ MAX_KEPT = 8  # kinds of steps over one cache; the oldest one goes
 Place = tuple[str, str]  # of a parameter: policy and name
 
 
-def replayed(lanes: Sequence[Lane], faults: Faults) -> dict[Lane, tuple[TokenTree, Verdict]] | None:
+def replayed(lane: Lane, faults: Faults) -> dict[Lane, tuple[TokenTree, Verdict]] | None:
     """What `verify` says of a step's tree; None where the step is to be launched stage by stage."""
-    if len(lanes) != 1 or lanes[0].device.type == "cpu":
-        return None
-    (lane,) = lanes
     steps: dict[Lane, tuple[TokenTree, Verdict]] = {}
     with faults.of(lane):
         asked = _asked(lane)
@@ -238,7 +235,7 @@ def _compared(asked: _Asked, moving: set[Place]) -> _Recorded:
     def draft() -> tuple[PaddedGrowth, PaddedRows, RowsBehind]:
         growth = PaddedGrowth(own_space, max_nodes=limits.max_nodes, tau=limits.tau, vocab_size=lane.vocab_size)
         passes = PassesBehind(asked.drafter.plain, asked.state.cache, asked.drafters_slots, inputs.drafters_start)
-        state = asked.state.behind(passes)
+        state = asked.state.behind(passes, RowsBehind())
         rows = _drafted(lane, stack, growth, state, inputs.pending)
         return growth, rows, state.cache  # type: ignore[return-value]  # as `behind` has made it
 
