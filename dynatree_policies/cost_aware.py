@@ -164,7 +164,7 @@ class CostAware:
             return False
         costs, mass = frontier.charged_costs, self._mass(frontier.tree)
         rate, behind = self._rate(costs), costs.catch_up_seconds(frontier.num_behind) / _payback(frontier)
-        less = self._less_won(costs) if self.has_looked and frontier.num_sequences > 1 else 0.0
+        less = self._less_won(frontier) if self.has_looked else 0.0
         won = mass * (self.look_value - less)
         pays = won > rate * (self._level_seconds(costs, frontier.width) + behind) and self.account >= 0
         may_pay = mass * self.free_look_value > rate * self._level_seconds(costs, frontier.width, is_free=True)
@@ -194,7 +194,7 @@ class CostAware:
         won = float(wins[num_children]) / max(sum(at_parents), 1e-6)
         is_free = frontier.proposals.is_free
         self.has_looked |= not is_free
-        less = self._less_won(costs) if frontier.num_sequences > 1 and not is_free else 0.0
+        less = 0.0 if is_free else self._less_won(frontier)
         self._learn_look(won + less, 0.1, is_free=is_free)
         if num_children == 0:
             return torch.zeros(frontier.width, dtype=torch.int64, device=device)
@@ -320,8 +320,12 @@ class CostAware:
             self._tables = costs, verify, growth
         return self._tables[1:]
 
-    def _less_won(self, costs: CostModel) -> float:
-        """Tokens that a look at a model wins less than `PRIOR_LOOK`, of a usual chain at these prices of rows."""
+    def _less_won(self, frontier: Frontier) -> float:
+        """Tokens that a look at a model wins less than `PRIOR_LOOK`, of a usual chain at the prices of rows where
+        passes are shared; none less alone."""
+        if frontier.num_sequences == 1:
+            return 0.0
+        costs = frontier.charged_costs
         if self._dear is None or self._dear[0] is not costs:
             best, accepted, plain = 0.0, 0.0, costs.plain_step_seconds()
             for rows in range(1, HORIZON + 1):
