@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dynatree_core.errors import InputError
+from dynatree_core.ops.matrix import Activations
 
 __all__ = ["StackedMatrix"]
 
@@ -56,6 +57,11 @@ class StackedMatrix:
     def dtype(self) -> torch.dtype:
         """What it is computed in."""
         return torch.float32
+
+    @property
+    def activations(self) -> Activations:
+        """How the rows are taken that it multiplies, for the reference: as they are."""
+        return "full"
 
     def unpacked(self) -> Tensor:
         """[outputs, inputs] float32, for the reference."""
