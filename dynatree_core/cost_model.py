@@ -33,6 +33,10 @@ class StepFunction:
             return self.seconds[place]
         return self.seconds[-1] * count / self.at[-1]
 
+    def table(self, count: int) -> list[float]:
+        """The seconds of 0, 1, 2, … rows or nodes, up to `count` at least."""
+        return _table(self, 1 << count.bit_length())
+
     def on_line(self, count: int) -> float:
         """The same, but that between measured counts, and between none and the first, it rises in a straight line."""
         place = bisect.bisect_left(self.at, count)
@@ -40,6 +44,11 @@ class StepFunction:
             return self(count)
         low, at_low = (self.at[place - 1], self.seconds[place - 1]) if place else (0, 0.0)
         return at_low + (self.seconds[place] - at_low) * (count - low) / (self.at[place] - low)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(step: StepFunction, count: int) -> list[float]:
+    return [step(number) for number in range(count + 1)]
 
 
 _OLD_COSTS = {"verify": "target_pass_seconds", "draft": "drafter_level_seconds"}
@@ -128,22 +137,24 @@ def _coarse(count: int) -> int:
 @functools.lru_cache(maxsize=256)
 def _charged(costs: CostModel, num_sequences: int, rows: int, width: int) -> CostModel:
     target, level = costs.target_pass_seconds, costs.drafter_level_seconds
-    shared = target(rows + 1)
-
-    def of_rows(own: int) -> float:
-        beside_the_last = num_sequences * (target(rows + own) - shared)
-        return shared + max(beside_the_last, target(num_sequences * own) - target(num_sequences))
-
-    def of_level(own: int) -> float:
-        return max(num_sequences * (level(width + own) - level(width)), level(num_sequences * own))
-
-    at_rows, at_width = range(1, target.at[-1] + 1), range(1, level.at[-1] + 1)
+    last_row, last_node = target.at[-1], level.at[-1]
+    of_rows = target.table(max(rows + last_row, num_sequences * last_row))
+    of_level = level.table(max(width + last_node, num_sequences * last_node))
+    shared, alike = of_rows[rows + 1], of_rows[num_sequences]
+    charged_rows = [
+        shared + max(num_sequences * (of_rows[rows + own] - shared), of_rows[num_sequences * own] - alike)
+        for own in range(1, last_row + 1)
+    ]
+    charged_level = [
+        max(num_sequences * (of_level[width + own] - of_level[width]), of_level[num_sequences * own])
+        for own in range(1, last_node + 1)
+    ]
     follow = costs.drafter_follow_seconds
     if follow is not None:  # a text that nobody else reads
         follow = StepFunction(follow.at, tuple(num_sequences * seconds for seconds in follow.seconds))
     return CostModel(
-        StepFunction(tuple(at_rows), tuple(map(of_rows, at_rows))),
-        StepFunction(tuple(at_width), tuple(map(of_level, at_width))),
+        StepFunction(tuple(range(1, last_row + 1)), tuple(charged_rows)),
+        StepFunction(tuple(range(1, last_node + 1)), tuple(charged_level)),
         num_sequences * costs.rest_seconds,
         follow,
     )

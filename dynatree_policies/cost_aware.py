@@ -34,6 +34,7 @@ would alone: a model is tried once, and then asked only if that has won more tha
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Sequence
@@ -73,6 +74,31 @@ def level_seconds(costs: CostModel, width: int, *, is_free: bool = False, rests:
     """A level over so many nodes: the drafter's pass, unless it did without, and what the host does besides."""
     of_host = max(rests * costs.rest_seconds, LEVEL_SHARE * costs.plain_step_seconds())
     return (0.0 if is_free else costs.drafter_level_seconds(width)) + of_host
+
+
+@functools.lru_cache(maxsize=256)
+def _seconds(costs: CostModel, num_rows: int, rests: float) -> tuple[Tensor, Tensor]:
+    """[rows] of the target's pass and of a level over 0, 1, 2, … rows, so many at least."""
+    of_host = level_seconds(costs, 0, rests=rests)
+    growth = [of_host + seconds for seconds in costs.drafter_level_seconds.table(num_rows)]
+    return torch.tensor(costs.target_pass_seconds.table(num_rows), **CPU_NUMBERS), torch.tensor(growth, **CPU_NUMBERS)
+
+
+def _less_won(frontier: Frontier) -> float:
+    """Tokens that a look at a model wins less than `PRIOR_LOOK` where passes are shared; none less alone."""
+    return 0.0 if frontier.num_sequences == 1 else max(PRIOR_LOOK - _usual_chain(frontier.charged_costs), 0.0)
+
+
+@functools.lru_cache(maxsize=256)
+def _usual_chain(costs: CostModel) -> float:
+    """Tokens that a chain wins beside others, as long as it is worth most at these prices of rows."""
+    best, accepted, plain = 0.0, 0.0, costs.plain_step_seconds()
+    for rows in range(1, HORIZON + 1):
+        accepted += PRIOR_HIT**rows
+        added = costs.target_pass_seconds(1 + rows) - costs.target_pass_seconds(1)
+        levels = (rows - 1) * level_seconds(costs, 1, rests=LEVEL_RESTS_BESIDE)
+        best = max(best, accepted - (added + levels) / plain)
+    return best
 
 
 def _payback(frontier: Frontier) -> int:
@@ -140,8 +166,6 @@ class CostAware:
     levels: list[Frontier] = attrs.field(factory=list, init=False, repr=False)  # of this iteration, that it said yes to
     costs: CostModel | None = attrs.field(default=None, init=False, repr=False)
     level_rests: float = attrs.field(default=LEVEL_RESTS, init=False, repr=False)
-    _tables: tuple[CostModel, Tensor, Tensor] | None = attrs.field(default=None, init=False, repr=False)
-    _dear: tuple[CostModel, float] | None = attrs.field(default=None, init=False, repr=False)
     _last: _Judged | None = attrs.field(default=None, init=False, repr=False)
     _wanted: _Level | None = attrs.field(default=None, init=False, repr=False)  # that branch_factor asked for last
 
@@ -164,7 +188,7 @@ class CostAware:
             return False
         costs, mass = frontier.charged_costs, self._mass(frontier.tree)
         rate, behind = self._rate(costs), costs.catch_up_seconds(frontier.num_behind) / _payback(frontier)
-        less = self._less_won(frontier) if self.has_looked else 0.0
+        less = _less_won(frontier) if self.has_looked else 0.0
         won = mass * (self.look_value - less)
         pays = won > rate * (self._level_seconds(costs, frontier.width) + behind) and self.account >= 0
         may_pay = mass * self.free_look_value > rate * self._level_seconds(costs, frontier.width, is_free=True)
@@ -194,7 +218,7 @@ class CostAware:
         won = float(wins[num_children]) / max(sum(at_parents), 1e-6)
         is_free = frontier.proposals.is_free
         self.has_looked |= not is_free
-        less = 0.0 if is_free else self._less_won(frontier)
+        less = 0.0 if is_free else _less_won(frontier)
         self._learn_look(won + less, 0.1, is_free=is_free)
         if num_children == 0:
             return torch.zeros(frontier.width, dtype=torch.int64, device=device)
@@ -302,7 +326,8 @@ class CostAware:
         hit = (PRIOR_WEIGHT * PRIOR_HIT + self.hits) / (PRIOR_WEIGHT + self.trials)
         levels = min(HORIZON, max(levels_left, 0)) + 1
         per_node = torch.tensor([sum(hit**i for i in range(level + 1)) for level in range(levels)], **CPU_NUMBERS)
-        verify, growth = self._seconds(costs, 1 + num_before + len(gained) + HORIZON)
+        num_rows = 1 + num_before + len(gained) + HORIZON
+        verify, growth = _seconds(costs, 1 << num_rows.bit_length(), self.level_rests)
         # [levels, nodes + 1]: a row begins one row of the pass later than the one before it
         passes = verify[1 + num_before :].unfold(0, len(gained), 1)[:levels] - verify[1 + num_before]
         seconds = passes + torch.arange(levels, **CPU_NUMBERS)[:, None] * growth[: len(gained)]
@@ -311,29 +336,6 @@ class CostAware:
 
     def _level_seconds(self, costs: CostModel, width: int, *, is_free: bool = False) -> float:
         return level_seconds(costs, width, is_free=is_free, rests=self.level_rests)
-
-    def _seconds(self, costs: CostModel, num_rows: int) -> tuple[Tensor, Tensor]:
-        """[rows] of the target's pass and of a level over 0, 1, 2, … rows, so many at least."""
-        if self._tables is None or self._tables[0] is not costs or len(self._tables[1]) < num_rows:
-            verify = torch.tensor([costs.target_pass_seconds(rows) for rows in range(2 * num_rows)], **CPU_NUMBERS)
-            growth = torch.tensor([self._level_seconds(costs, width) for width in range(2 * num_rows)], **CPU_NUMBERS)
-            self._tables = costs, verify, growth
-        return self._tables[1:]
-
-    def _less_won(self, frontier: Frontier) -> float:
-        """Tokens that a look at a model wins less than `PRIOR_LOOK`, of a usual chain at the prices of rows where
-        passes are shared; none less alone."""
-        if frontier.num_sequences == 1:
-            return 0.0
-        costs = frontier.charged_costs
-        if self._dear is None or self._dear[0] is not costs:
-            best, accepted, plain = 0.0, 0.0, costs.plain_step_seconds()
-            for rows in range(1, HORIZON + 1):
-                accepted += PRIOR_HIT**rows
-                added = costs.target_pass_seconds(1 + rows) - costs.target_pass_seconds(1)
-                best = max(best, accepted - (added + (rows - 1) * self._level_seconds(costs, 1)) / plain)
-            self._dear = costs, max(PRIOR_LOOK - best, 0.0)
-        return self._dear[1]
 
     def _learn_look(self, tokens: float, share: float, *, is_free: bool) -> None:
         """What a look has won, given that its level is accepted; an iteration without one leads back to the prior."""

@@ -953,7 +953,7 @@ MUTANTS = (
     ),
     Mutant(
         "a model is tried ever again where rows are dear",
-        "less = self._less_won(frontier) if self.has_looked else 0.0",
+        "less = _less_won(frontier) if self.has_looked else 0.0",
         "less = 0.0",
         ("tests/test_load.py::test_a_model_is_tried_once_where_a_usual_chain_is_not_worth_its_rows",),
     ),

@@ -53,6 +53,10 @@ def priced(monkeypatch) -> Iterator[Priced]:
 def test_a_step_function_is_as_high_as_its_next_point():
     seconds = StepFunction((1, 4, 16), (1.0, 2.0, 4.0))
     assert [seconds(n) for n in (0, 1, 2, 4, 5, 16, 17, 32)] == [0.0, 1.0, 2.0, 2.0, 4.0, 4.0, 4.25, 8.0]
+    for count in (0, 1, 15, 40):
+        table = seconds.table(count)
+        assert len(table) > count
+        assert table == [seconds(n) for n in range(len(table))]
 
 
 def test_the_costs_of_an_iteration():

@@ -50,6 +50,7 @@ from dynatree_bench.run.pairs import Models, Pair
 from dynatree_bench.run.progress import Job, in_rounds
 from dynatree_bench.studies.study import Asked, Study
 from dynatree_core import generate
+from dynatree_core.cli.loading import usual_policy
 from dynatree_core.errors import InputError
 from dynatree_core.text.prompt import chat_ids, tokenizer_of
 from dynatree_core.text.stream import decode_text
@@ -108,7 +109,7 @@ def measure(asked: Asked) -> dict[str, Any]:
     lengths = tuple(asked.max_new_tokens) or (QUICK_LENGTHS if asked.is_quick else LENGTHS)
     number = int(str(asked.num_prompts or (12 if asked.is_quick else 500)))
     rounds = asked.rounds(full=3, quick=1)
-    policies = list(dict.fromkeys([*(asked.policies or ("phase3",)), PLAIN]))
+    policies = list(dict.fromkeys([*(asked.policies or (usual_policy(asked.models.target),)), PLAIN]))
     with tempfile.TemporaryDirectory(prefix="dynatree-serve-") as folder:
         load = Load(asked, pair, questions(pair, asked, number, lengths), policies, Path(folder))
         load.run(sizes, rounds)
