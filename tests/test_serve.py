@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from serving import Running, chat_text, expected_text, new_service, running
+from serving import Running, chat_text, events, expected_text, new_service, running
 from test_docs import DOCS, first_words, table
 
 from dynatree_core.serve.schema import ChatBody, CompletionBody
@@ -61,12 +61,27 @@ def test_streams(client):
     )  # fmt: skip
     *chunks, last = stream
     assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.model_dump()["usage"] for chunk in chunks] == [None] * len(chunks)
+    assert all("usage" in chunk.model_fields_set for chunk in chunks)  # as OpenAI's API has it
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == expected_text(chat_text(MESSAGES[0]["content"]), 20)
     assert [chunk.choices[0].finish_reason for chunk in chunks][-1] in ("length", "stop")
     assert last.choices == []
     assert last.usage.completion_tokens <= 20
     assert last.usage.dynatree["iterations"] <= last.usage.completion_tokens
+
+
+@pytest.mark.parametrize("include_usage", [True, False])
+def test_each_chunk_has_the_usage_by_then_where_it_was_asked_for(server, include_usage):
+    options = {"continuous_usage_stats": True, "include_usage": include_usage}
+    body = {"model": "tiny", "prompt": PROMPTS[:2], "max_tokens": 9, "temperature": 0, "n": 2}
+    text = server.post("/v1/completions", {**body, "stream": True, "stream_options": options}).text
+    records = [*events(iter(text.splitlines()))]
+    counts = [record["usage"]["completion_tokens"] for record in records]
+    assert counts == sorted(counts)
+    assert (counts[0] < 9, counts[-1]) == (True, 36)
+    assert {record["usage"]["prompt_tokens"] for record in records} == {sum(map(len, PROMPTS[:2]))}
+    assert (records[-1]["choices"] == []) == include_usage
 
 
 def test_many_at_once(server):
@@ -100,6 +115,7 @@ def test_several_prompts(client):
 def test_models_and_tokens(server, client):
     assert [model.id for model in client.models.list()] == ["tiny", "alias"]
     assert client.models.retrieve("tiny").owned_by == "dynatree"
+    assert client.models.retrieve("tiny").root == "tiny"  # which vLLM's benchmark asks for
     assert server.post("/tokenize", {"prompt": "abc"}).json() == {"count": 3, "max_model_len": 160, "tokens": [0, 1, 2]}
     ids = server.post("/tokenize", {"messages": MESSAGES}).json()["tokens"]
     assert len(ids) == len(chat_text(MESSAGES[0]["content"]))

@@ -41,13 +41,13 @@ class Head:
     )
     created: int = attrs.field(factory=lambda: int(time.time()))
 
-    def whole(self, contents: list[Content], reasons: list[str | None], usage: dict[str, Any]) -> dict[str, Any]:
-        """A whole answer."""
+    def whole(self, contents: list[Content], reasons: list[str | None], figures: dict[str, Any]) -> dict[str, Any]:
+        """A whole answer, with the figures that say how it was made."""
         choices = [
             _choice(index, self.form.choice(content), reason, self._logprobs(content, 0))
             for index, (content, reason) in enumerate(zip(contents, reasons, strict=True))
         ]
-        return self._record(self.form.whole, choices) | {"usage": usage}
+        return self._record(self.form.whole, choices) | figures
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The first chunk of a choice, where the form has one."""
@@ -60,9 +60,9 @@ class Head:
         record = self._record(self.form.chunk, [choice])
         return record if content.steps is None else record | {"dynatree": content.steps}
 
-    def last(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The chunk with the usage."""
-        return self._record(self.form.chunk, []) | {"usage": usage}
+    def last(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """The chunk with the figures."""
+        return self._record(self.form.chunk, []) | figures
 
     def _logprobs(self, content: Content, offset: int) -> dict[str, Any] | None:
         return None if content.logprobs is None else self.form.logprobs(content.logprobs, self.token_text, offset)

@@ -34,6 +34,7 @@ class StreamOptions(Body):
     """How an answer is streamed."""
 
     include_usage: bool = False  # a chunk with the usage comes last
+    continuous_usage_stats: bool = False  # every chunk has that of what has come by then, as vLLM has it
 
 
 class OwnFields(Body):
