@@ -154,7 +154,7 @@ async def _chunks(head: Head, answers: Answers) -> AsyncIterator[dict[str, Any]]
         index, reason, content = piece.choice.index, piece.choice.finish_reason, _content(answers, piece)
         said: dict[str, Any] = {} if steps is None else steps[index].record(piece.update)
         if answers.asked.trees:
-            said |= answers.asked.trees[index].record(head.token_text)
+            said |= answers.asked.trees[index].record(head.tokens.text)
         if said:
             content = attrs.evolve(content, steps=said)
         if content.text or content.logprobs or content.steps or reason is not None:
