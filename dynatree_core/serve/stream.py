@@ -27,6 +27,7 @@ from dynatree_core.serve.schema import StreamOptions
 
 __all__ = ["event_stream", "whole_answer"]
 
+LINE_BREAKS = {number: f"\\u{number:04x}" for number in (0x85, 0x2028, 0x2029)}  # of str.splitlines, as httpx has it
 CLIENT_HAS_LEFT = 499  # nginx's number; nobody reads it but the log
 
 
@@ -116,11 +117,16 @@ async def _events(records: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[st
     try:
         async with contextlib.aclosing(records) as open_records:  # type: ignore[type-var]
             async for record in open_records:
-                yield _event(json.dumps(record, ensure_ascii=False))
+                yield _event(_in_one_line(json.dumps(record, ensure_ascii=False)))
     except ApiError as error:
         yield _event(json.dumps(error_record(error)))
         return
     yield _event("[DONE]")
+
+
+def _in_one_line(text: str) -> str:
+    """JSON without the characters at which some clients break lines beside those that JSON itself escapes."""
+    return text.translate(LINE_BREAKS)
 
 
 def _event(data: str) -> str:
