@@ -91,7 +91,7 @@ def _add_faults(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _(request: Request, error: HTTPException) -> Response:
-        return answer(request, http_fault(error))
+        return answer(request, http_fault(error, request.method, request.url.path))
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:

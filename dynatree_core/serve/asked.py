@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from dynatree_core.errors import ContextLimitError, GrammarError, InputError, PromptError
+from dynatree_core.errors import ContextLimitError, GrammarError, InputError, ParameterError, PromptError
 from dynatree_core.models.architectures import max_positions
 from dynatree_core.request.request import Request
 from dynatree_core.serve.constraints import form_options
@@ -295,7 +295,7 @@ class Reader:
 
 @contextlib.contextmanager
 def blamed_on(param: str, body: GenerationBody) -> Iterator[None]:
-    """What is wrong with a prompt or a grammar, as an error that names its field."""
+    """What is wrong with a prompt, a grammar or another option, as an error that names its field."""
     try:
         yield
     except PromptError as error:
@@ -306,6 +306,9 @@ def blamed_on(param: str, body: GenerationBody) -> Iterator[None]:
         raise refused(
             "response_format" if body.structured_outputs is None else "structured_outputs", str(error)
         ) from error
+    except ParameterError as error:  # which begins with the option's name
+        name = str(error).partition(" ")[0]
+        raise ApiError(400, str(error), name if name in type(body).model_fields else None, "invalid_value") from error
 
 
 def shorter(context: int, num_prompt: int, tokens_field: str) -> str:

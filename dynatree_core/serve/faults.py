@@ -97,8 +97,18 @@ def _is_field(part: object) -> bool:
     return isinstance(part, int) or (isinstance(part, str) and part.isidentifier() and part not in TYPES)
 
 
-def http_fault(error: HTTPException) -> ApiError:
-    """A route that is not there, or another fault of HTTP."""
-    words = {404: "there is no such route", 405: "this route takes another method", 400: "the body must be JSON"}
+def http_fault(error: HTTPException, method: str, path: str) -> ApiError:
+    """A route that is not there, or another fault of HTTP.
+
+    Args:
+        error: what was raised.
+        method: of the request.
+        path: of the request.
+    """
+    words = {
+        404: f"there is no such route, got {path:.100}; /openapi.json has those that there are",
+        405: f"this route takes another method, got {method:.20} {path:.100}; /openapi.json has those that it takes",
+        400: "the body must be JSON",
+    }
     code = "invalid_json" if error.status_code == 400 else "http_error"
     return ApiError(error.status_code, words.get(error.status_code, str(error.detail)), code=code)
