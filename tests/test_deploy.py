@@ -17,7 +17,7 @@ from dynatree_core.serve.gate import OPEN_PATHS
 
 DEPLOY = Path(__file__).parents[1] / "docs" / "deploy"
 OPTIONS = {name for option in serve.params for name in option.opts}
-FILES = ("Dockerfile", "dynatree.service", "grafana.json", "prometheus.yml", "serve.toml")
+FILES = ("Dockerfile", "Dockerfile.dockerignore", "dynatree.service", "grafana.json", "prometheus.yml", "serve.toml")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,19 @@ def test_the_options_of_a_command_line_are_the_programs(name):
     words = re.findall(r"--[a-z-]+", command)
     assert words
     assert set(words) <= OPTIONS
+
+
+def test_an_image_is_built_of_what_the_wheel_needs_and_not_of_what_git_ignores():
+    lines = (DEPLOY / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
+    left_out = {line.removeprefix("**/") for line in lines if not line.startswith("#")}
+    root = DEPLOY.parents[1]
+    ignored = (root / ".gitignore").read_text(encoding="utf-8").split()
+    assert {line.partition("/")[0] for line in ignored} <= left_out
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = {name.partition("*")[0] for name in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    files = {"LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
+    assert len(packages) == 3
+    assert not left_out & (packages | files)
 
 
 def test_the_containers_health_is_asked_where_no_key_is_needed():

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from serving import Running, chat_text, expected_text, new_service, running
+from serving import Running, chat_text, events, expected_text, new_service, running
 from test_docs import DOCS, first_words, table
 
 from dynatree_core.serve.schema import ChatBody, CompletionBody
@@ -61,12 +61,27 @@ def test_streams(client):
     )  # fmt: skip
     *chunks, last = stream
     assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.model_dump()["usage"] for chunk in chunks] == [None] * len(chunks)
+    assert all("usage" in chunk.model_fields_set for chunk in chunks)  # as OpenAI's API has it
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == expected_text(chat_text(MESSAGES[0]["content"]), 20)
     assert [chunk.choices[0].finish_reason for chunk in chunks][-1] in ("length", "stop")
     assert last.choices == []
     assert last.usage.completion_tokens <= 20
     assert last.usage.dynatree["iterations"] <= last.usage.completion_tokens
+
+
+@pytest.mark.parametrize("include_usage", [True, False])
+def test_each_chunk_has_the_usage_by_then_where_it_was_asked_for(server, include_usage):
+    options = {"continuous_usage_stats": True, "include_usage": include_usage}
+    body = {"model": "tiny", "prompt": PROMPTS[:2], "max_tokens": 9, "temperature": 0, "n": 2}
+    text = server.post("/v1/completions", {**body, "stream": True, "stream_options": options}).text
+    records = [*events(iter(text.splitlines()))]
+    counts = [record["usage"]["completion_tokens"] for record in records]
+    assert counts == sorted(counts)
+    assert (counts[0] < 9, counts[-1]) == (True, 36)
+    assert {record["usage"]["prompt_tokens"] for record in records} == {sum(map(len, PROMPTS[:2]))}
+    assert (records[-1]["choices"] == []) == include_usage
 
 
 def test_many_at_once(server):
@@ -100,6 +115,7 @@ def test_several_prompts(client):
 def test_models_and_tokens(server, client):
     assert [model.id for model in client.models.list()] == ["tiny", "alias"]
     assert client.models.retrieve("tiny").owned_by == "dynatree"
+    assert client.models.retrieve("tiny").root == "tiny"  # which vLLM's benchmark asks for
     assert server.post("/tokenize", {"prompt": "abc"}).json() == {"count": 3, "max_model_len": 160, "tokens": [0, 1, 2]}
     ids = server.post("/tokenize", {"messages": MESSAGES}).json()["tokens"]
     assert len(ids) == len(chat_text(MESSAGES[0]["content"]))
@@ -112,7 +128,7 @@ def test_models_and_tokens(server, client):
     [
         ({"frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "must have token ids for names"),
-        ({"logit_bias": {"5000": 1}}, None, "logit_bias must name token ids"),
+        ({"logit_bias": {"5000": 1}}, "logit_bias", "logit_bias must name token ids"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "less than or equal to 100"),
         ({"best_of": 2}, "best_of", "cannot be honoured"),
         ({"temprature": 1}, "temprature", "did you mean 'temperature'?"),
@@ -124,7 +140,27 @@ def test_models_and_tokens(server, client):
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 99}, "n", "16 choices at most"),
         ({"max_tokens": 5000}, "max_tokens", "4096 tokens at most"),
-        ({"max_tokens": 500}, "prompt", "context of 160"),
+        (
+            {"max_tokens": 158},
+            "prompt",
+            "maximum context length is 160 tokens, got 7 of the prompt and 158 of the answer",
+        ),
+        ({"max_tokens": 158}, "prompt", "give a max_tokens of 153 at most"),
+        ({"prompt": "a" * 160, "max_tokens": 1}, "prompt", "shorten the prompt to 159 tokens at most"),
+        ({"prompt": "a" * 161, "max_tokens": None}, "prompt", "got 161 of the prompt and 1 of the answer"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "at most 'max_tokens', 4, got 5"),
+        ({"min_tokens": 17}, "min_tokens", "at most 'max_tokens', 16, got 17"),
+        (
+            {"max_completion_tokens": 5},
+            "max_completion_tokens",
+            "no parameter of this route, but of /v1/chat/completions",
+        ),
+        ({"stop": 5}, "stop", "it should be a valid string, got 5"),
+        ({"stop": ["a"] * 17}, "stop", "at most 16 items, not 17"),
+        ({"logit_bias": [1]}, "logit_bias", "should be an object, got a list"),
+        ({"dynatree": 5}, "dynatree", "should be an object, got 5"),
+        ({"user": "a" * 999}, "user", 'at most 256 characters, got "' + "a" * 59 + "…"),
+        ({"prompt_cache_key": "a"}, "prompt_cache_key", "are found without one"),
         ({"prompt": []}, "prompt", ""),
         ({"prompt": [1, 999]}, "prompt", "vocabulary"),
         ({"stop": [""]}, "stop.0", "at least 1 character"),
@@ -142,6 +178,30 @@ def test_what_cannot_be_honoured_is_refused_by_name(server, fields, param, words
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param), error
     assert words in error["message"]
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_a_conversation_that_is_too_long_is_refused_as_clients_know_it(client, field):
+    """By the code that OpenAI's API has, after which they shorten the conversation."""
+    long = [{"role": "user", "content": "a" * 150}]
+    with pytest.raises(openai.BadRequestError, match=f"give a {field} of 8 at most") as refused:
+        client.chat.completions.create(model="tiny", messages=long, **{field: 9})
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
+    assert client.chat.completions.create(model="tiny", messages=long, **{field: 8}).choices
+    with pytest.raises(openai.BadRequestError, match="4096 tokens at most here, got 5000") as refused:
+        client.chat.completions.create(model="tiny", messages=long, **{field: 5000})
+    assert refused.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [({"role": "user", "content": "a", "name": "eve"}, "name"),
+     ({"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f"}}]}, "tool_calls")],
+)  # fmt: skip
+def test_what_the_template_does_not_show_is_refused(server, message, field):
+    answer = server.post("/v1/chat/completions", {"model": "tiny", "messages": [*MESSAGES, message]})
+    assert answer.status_code == 400
+    assert f"does nothing with the '{field}' of a message" in answer.json()["error"]["message"]
 
 
 def test_a_refusal_is_an_error_of_the_client(client):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from serving import SECONDS, Running, events, gated, new_service, running
+from tiny_folder import TEXTS, tiny_tokenizer
 
 from dynatree_core.errors import ParameterError
 from dynatree_core.report import TokenLogprob
@@ -23,6 +24,7 @@ from dynatree_core.serve.keys import Keys
 from dynatree_core.serve.logs import JsonLines, TextLines, shown
 from dynatree_core.serve.schema import ChatBody, CompletionBody
 from dynatree_core.serve.start_page import StartPage
+from dynatree_core.serve.tokens import TokenTexts
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 
@@ -317,13 +319,13 @@ def test_an_answer_that_nobody_watches_has_no_observer(stream, trees, num_watchi
 
 
 def test_parts_are_joined_in_time_that_grows_with_them():
-    logprob = TokenLogprob(1, -0.5, ())
+    logprob, tokens = TokenLogprob(TEXTS.index("ab"), -0.5, ()), TokenTexts(tiny_tokenizer())
     joined = Content.joined([Content("ab", (logprob,)) for _ in range(20_000)])
     assert (joined.text, len(joined.logprobs)) == ("ab" * 20_000, 20_000)
     assert Content.joined([Content("a"), Content("b")]) == Content("ab")
-    told = completion_logprobs([logprob] * 20_000, lambda _: "ab", 3)
+    told = completion_logprobs([logprob] * 20_000, tokens, 3)
     assert told["text_offset"] == [3 + 2 * place for place in range(20_000)]
-    assert completion_logprobs([], lambda _: "ab", 3)["text_offset"] == []
+    assert completion_logprobs([], tokens, 3)["text_offset"] == []
 
 
 # the log

@@ -349,4 +349,6 @@ def test_a_second_signal_ends_it_at_once(folder: Path) -> None:
         served.process.send_signal(signal.SIGTERM)
         assert any(line["event"] == "stopping" for line in served.lines())
         served.process.send_signal(signal.SIGTERM)
+        left = list(served.lines())
         assert served.process.wait(60) == 130
+    assert "error" not in {line["level"] for line in left}

@@ -10,7 +10,7 @@ from typing import Any
 
 import openai
 import pytest
-from serving import Running, new_service, running
+from serving import Running, events, new_service, running
 from test_grammar import SCHEMA, target, tokenizer
 
 from dynatree_core import Engine, Grammar, generate
@@ -80,6 +80,17 @@ def test_json_of_any_kind_and_text(client):
     assert found.choices[0].text == expected(40, grammar=Grammar.json_schema({"type": "object"}))
     assert found.choices[0].text.lstrip()[:1] == "{"
     assert ask(client, 40, extra_body={"response_format": {"type": "text"}}).choices[0].text == expected(40)
+
+
+def test_no_client_breaks_a_line_within_an_event(server):
+    """httpx reads lines as `str.splitlines` does; each of these characters is several tokens, too."""
+    text = "\u2028a\u2029\u0085🌲"
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 40, "temperature": 0, "stream": True}
+    asked = {**body, "structured_outputs": {"regex": text}}
+    with server.http() as http, http.stream("POST", "/v1/completions", json=asked) as stream:
+        records = [*events(stream.iter_lines())]
+    assert "".join(record["choices"][0]["text"] for record in records) == text
+    assert records[-1]["choices"][0]["finish_reason"] == "stop"
 
 
 def test_a_regex_in_a_stream(client):

@@ -259,9 +259,13 @@ def test_too_many_prompts_are_refused_before_one_is_read():
 
 def test_routes_that_are_not_there(server: Running):
     with server.http() as http:
-        for method, path, status in [("GET", "/v2", 404), ("GET", "/v1/completions", 405)]:
+        for method, path, status, words in [
+            ("GET", "/v2", 404, "no such route, got /v2;"),
+            ("GET", "/v1/completions", 405, "another method, got GET /v1/completions;"),
+        ]:
             answer = http.request(method, path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (status, "http_error")
+            assert words in answer.json()["error"]["message"]
 
 
 def test_a_request_has_an_id(server: Running):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -9,11 +10,13 @@ from typing import Any
 
 import openai
 import pytest
+from command import SAMPLES, byte_fallback_tokenizer, byte_level_tokenizer, for_transformers
 from serving import POLICIES, TARGET, Running, chat_text, new_service, running
 from tiny_folder import TEXTS, tiny_tokenizer
 
 from dynatree_core import TokenLogprob, generate
-from dynatree_core.serve.content import chat_logprobs
+from dynatree_core.serve.content import chat_logprobs, completion_logprobs
+from dynatree_core.serve.tokens import TokenTexts
 
 PROMPT = "the cat sat on the mat. the cat"
 MESSAGES = [{"role": "user", "content": "the cat sat"}]
@@ -77,11 +80,38 @@ def test_of_a_chat(client, num_top):
     ]
 
 
-def test_a_part_of_a_character_has_no_bytes():
+@pytest.mark.parametrize(
+    "tokenizer", [byte_level_tokenizer(), byte_level_tokenizer(num_merges=60), byte_fallback_tokenizer()]
+)
+@pytest.mark.parametrize("text", ["aé🎄b🌲", "日本 naïve", *SAMPLES])
+def test_bytes_of_tokens_are_those_of_the_text(tokenizer, text):
+    """Parts of characters too: together they are the text, and each offset is that of the character it is in."""
+    listed = [TokenLogprob(token_id, -0.5, ()) for token_id in tokenizer.encode(text).ids]
+    tokens = TokenTexts(for_transformers(tokenizer))
+    known = [one["bytes"] for one in chat_logprobs(listed, tokens)["content"]]
+    assert bytes(itertools.chain.from_iterable(known)).decode().strip() == text.strip()
+    record = completion_logprobs(listed, tokens, 5)
+    begun = list(itertools.accumulate(sum(byte & 0xC0 != 0x80 for byte in part) for part in known))
+    assert record["text_offset"] == [5, *(5 + number for number in begun[:-1])]
+
+
+def test_parts_of_characters_have_names_that_tell_them_apart():
+    tokenizer = byte_level_tokenizer()
+    listed = [TokenLogprob(first, -0.5, ((second, -1.0),)) for first, second in [tokenizer.encode("é").ids]]
+    tokens = TokenTexts(for_transformers(tokenizer))
+    assert completion_logprobs(listed, tokens, 0)["top_logprobs"] == [{r"bytes:\xc3": -0.5, r"bytes:\xa9": -1.0}]
+    (one,) = chat_logprobs(listed, tokens)["content"]
+    assert (one["token"], one["bytes"], one["top_logprobs"][0]["bytes"]) == ("\ufffd", [0xC3], [0xA9])
+
+
+def test_a_part_of_a_character_that_the_vocabulary_does_not_write_has_no_bytes():
+    tokens = TokenTexts(tiny_tokenizer())
+    tokens.text = ["\ufffd", "é"].__getitem__
     listed = [TokenLogprob(0, -0.5, ((1, -1.0),))]
-    (one,) = chat_logprobs(listed, ["\ufffd", "é"].__getitem__)["content"]
+    (one,) = chat_logprobs(listed, tokens)["content"]
     assert (one["token"], one["bytes"]) == ("\ufffd", None)
     assert one["top_logprobs"] == [{"token": "é", "logprob": -1.0, "bytes": [0xC3, 0xA9]}]
+    assert completion_logprobs(listed, tokens, 0)["tokens"] == ["\ufffd"]
 
 
 def test_a_stream_has_those_of_the_whole(client):

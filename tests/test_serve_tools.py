@@ -15,7 +15,8 @@ from test_grammar import target
 from dynatree_core import Engine
 
 TEMPLATE = (
-    "{% if tools %}T{{ tools | length }}<tool_call>{% endif %}{% for m in messages %}<{{ m.role[:1] }}>{{ m.content }}"
+    "{% if tools %}T{{ tools | length }}<tool_call>{% endif %}"
+    "{% for m in messages %}<{{ m.role[:1] }}{{ m.name or '' }}>{{ m.content }}"
     "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments.city }}{% endfor %}{% endfor %}"
 )
 WEATHER = {
@@ -95,9 +96,9 @@ def test_the_template_sees_tools_calls_and_results(server):
     talk = [
         *ASKED,
         {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+        {"role": "tool", "tool_call_id": "c1", "name": "north", "content": "rain"},
     ]
-    text = "<u>Paris?<a>weatherOslo<t>rain"
+    text = "<u>Paris?<a>weatherOslo<tnorth>rain"
     for tools, shown in (([WEATHER], "T1<tool_call>" + text), ([], text)):
         body = {"model": "tiny", "messages": talk, "tools": tools, "max_tokens": 1}
         answer = server.post("/v1/chat/completions", body)

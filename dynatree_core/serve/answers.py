@@ -27,6 +27,7 @@ class Choice:
     index: int
     text: AnswerText
     handle: Handle | None = None  # None: not submitted yet
+    num_tokens: int = 0  # that `pieces` has given
     finish_reason: str | None = None  # "stop", "length" or "tool_calls", at the end
 
 
@@ -122,6 +123,7 @@ class Answers:
             if update.error is not None:
                 log_fault("failed", update.error)
                 raise as_api_error(update.error) from update.error
+            choice.num_tokens += len(update.token_ids)
             text = choice.text.push(update.token_ids)
             if update.is_last:
                 num_open -= 1

@@ -21,7 +21,7 @@ from dynatree_core.serve.gate import Gate, RequestLog, error_response
 from dynatree_core.serve.logs import log_fault
 from dynatree_core.serve.metrics import CONTENT_TYPE
 from dynatree_core.serve.records import CHAT, COMPLETION, Form
-from dynatree_core.serve.schema import ChatBody, CompletionBody, GenerationBody, TokenizeBody
+from dynatree_core.serve.schema import ChatBody, CompletionBody, GenerationBody, StreamOptions, TokenizeBody
 from dynatree_core.serve.service import Service
 from dynatree_core.serve.start_page import start_page
 from dynatree_core.serve.stream import event_stream, whole_answer
@@ -87,11 +87,11 @@ def _add_faults(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _(request: Request, error: RequestValidationError) -> Response:
-        return answer(request, as_refusal(error))
+        return answer(request, as_refusal(error, request.url.path))
 
     @app.exception_handler(HTTPException)
     async def _(request: Request, error: HTTPException) -> Response:
-        return answer(request, http_fault(error))
+        return answer(request, http_fault(error, request.method, request.url.path))
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
@@ -104,8 +104,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             service.spans.watch(request.state.span, body, head, answers, engine.now)
         if not body.stream:
             return await whole_answer(request, head, answers, num_prompts)
-        has_usage = body.stream_options is not None and body.stream_options.include_usage
-        return event_stream(head, answers, num_prompts, has_usage=has_usage)
+        return event_stream(head, answers, num_prompts, body.stream_options or StreamOptions())
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -127,6 +126,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
             "object": "model",
             "created": service.created,
             "owned_by": "dynatree",
+            "root": name,  # which vLLM's benchmark asks for
             "max_model_len": service.context_limit,
             "dynatree": service.choices(),
         }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from dynatree_core.errors import ContextLimitError, GrammarError, InputError, PromptError
+from dynatree_core.errors import ContextLimitError, GrammarError, InputError, ParameterError, PromptError
 from dynatree_core.models.architectures import max_positions
 from dynatree_core.request.request import Request
 from dynatree_core.serve.constraints import form_options
@@ -33,6 +33,7 @@ __all__ = ["Asked", "Reader"]
 
 WARM_UP_TOKENS = 8
 MOST_LOGPROBS = 100_000  # of an answer, which nobody may read; some 100 bytes each in JSON, ten times that in memory
+PERHAPS_NOT_SHOWN = ("name", "tool_calls")  # fields of messages that few templates look at
 COMPLETION_TOKENS = 16  # of `/v1/completions` where the request does not say; OpenAI's own
 
 
@@ -147,12 +148,29 @@ class Reader:
     def conversation_ids(
         self, messages: list[Message], *, begins_answer: bool = True, tools: list[dict[str, Any]] | None = None
     ) -> list[int]:
-        """The tokens of a conversation, through the model's chat template."""
+        """The tokens of a conversation, through the model's chat template.
+
+        Raises:
+            ApiError: there is no template, or it shows the model nothing of what a message says.
+        """
         if self.tokenizer.chat_template is None:
             message = "the model has no chat template, so it can hold no conversation; ask /v1/completions"
             raise refused("messages", message, code="no_chat_template")
         said = [one.for_template() | {"content": checked_text(one.text, "messages")} for one in messages]
-        return chat_ids(said, self.tokenizer, begins_answer=begins_answer, tools=tools)
+        ids = chat_ids(said, self.tokenizer, begins_answer=begins_answer, tools=tools)
+        for field in PERHAPS_NOT_SHOWN:
+            bare = [{name: value for name, value in one.items() if name != field} for one in said]
+            if bare != said and self._is_same(bare, ids, begins_answer=begins_answer, tools=tools):
+                message = f"the model's chat template does nothing with the '{field}' of a message; leave it out"
+                raise refused("messages", message, code="unsupported_parameter")
+        return ids
+
+    def _is_same(self, said: list[dict[str, Any]], ids: list[int], **options: Any) -> bool:
+        """Whether a conversation has these tokens."""
+        try:
+            return chat_ids(said, self.tokenizer, **options) == ids
+        except InputError:  # the template refuses it so
+            return False
 
     def check_model(self, name: str) -> None:
         """Refuse another model's name."""
@@ -180,6 +198,11 @@ class Reader:
         self._check_trees(body)
         form = form_options(body)
         lengths = [self._max_tokens(body, len(prompt_ids), usual_tokens) for prompt_ids in prompts]
+        if body.min_tokens > min(lengths):
+            message = (
+                f"'min_tokens' must be at most '{body.tokens_field}', {min(lengths)}, got {body.min_tokens}; lower it"
+            )
+            raise refused("min_tokens", message)
         if body.num_logprobs is not None:
             refuse_large(body, lengths)
         made, trees = [], []
@@ -213,17 +236,28 @@ class Reader:
             raise refused("dynatree.trees", message)
 
     def _max_tokens(self, body: GenerationBody, num_prompt: int, usual: int | None) -> int:
-        """The most tokens that an answer may have."""
+        """The most tokens that an answer may have.
+
+        Raises:
+            ApiError: it asks for more than the server allows, or than the context has room for behind the prompt.
+        """
         limit, asked = self.settings.max_tokens, body.num_tokens_asked
-        if asked is not None:
-            if asked > limit:
-                raise refused(
-                    "max_tokens", f"an answer may have {limit} tokens at most here, got {asked}; ask for less"
-                )
-            return asked
+        if asked is not None and asked > limit:
+            raise refused(
+                body.tokens_field, f"an answer may have {limit} tokens at most here, got {asked}; ask for less"
+            )
         context = max_positions(next(iter(self.engines.values())).target)
         room = limit if context is None else max(1, context - num_prompt)
-        return min(limit, room, room if usual is None else usual)
+        found = asked if asked is not None else min(limit, room, room if usual is None else usual)
+        if context is not None and num_prompt + found > context:
+            raise refused(
+                "messages" if isinstance(body, ChatBody) else "prompt",
+                # the words by which clients know that a conversation is to be shortened, and the code
+                f"this model's maximum context length is {context} tokens, got {num_prompt} of the prompt and {found} "
+                f"of the answer; {shorter(context, num_prompt, body.tokens_field)}",
+                code="context_length_exceeded",
+            )
+        return found
 
     def _options(self, body: GenerationBody, prompt_ids: list[int]) -> dict[str, Any]:
         """What a body says beside prompt, length and policy, as options of `generate` (docs/serve.md has the table)."""
@@ -261,15 +295,27 @@ class Reader:
 
 @contextlib.contextmanager
 def blamed_on(param: str, body: GenerationBody) -> Iterator[None]:
-    """What is wrong with a prompt or a grammar, as an error that names its field."""
+    """What is wrong with a prompt, a grammar or another option, as an error that names its field."""
     try:
         yield
-    except (PromptError, ContextLimitError) as error:
+    except PromptError as error:
         raise refused(param, str(error)) from error
+    except ContextLimitError as error:  # of a drafter
+        raise refused(param, str(error), code="context_length_exceeded") from error
     except GrammarError as error:
         raise refused(
             "response_format" if body.structured_outputs is None else "structured_outputs", str(error)
         ) from error
+    except ParameterError as error:  # which begins with the option's name
+        name = str(error).partition(" ")[0]
+        raise ApiError(400, str(error), name if name in type(body).model_fields else None, "invalid_value") from error
+
+
+def shorter(context: int, num_prompt: int, tokens_field: str) -> str:
+    """What to do where prompt and answer have more tokens than the context."""
+    if num_prompt < context:
+        return f"shorten the prompt, or give a {tokens_field} of {context - num_prompt} at most"
+    return f"shorten the prompt to {context - 1} tokens at most"
 
 
 def refuse_large(body: GenerationBody, lengths: list[int]) -> None:

@@ -11,14 +11,13 @@ import attrs
 
 from dynatree_core.report import TokenLogprob
 from dynatree_core.serve.loop import Update
-from dynatree_core.text.stream import REPLACEMENT, IncrementalText
+from dynatree_core.serve.tokens import TokenTexts
+from dynatree_core.text.stream import IncrementalText
 from dynatree_core.text.tools import ToolCall
 
 __all__ = ["Content", "StepTexts", "call_records", "chat_logprobs", "completion_logprobs"]
 
 LOWEST = -9999.0  # for a token of probability 0: JSON has no infinity, and OpenAI's API has this number
-
-TokenText = Callable[[int], str]  # the text of one token
 
 
 @attrs.frozen
@@ -72,37 +71,39 @@ def call_records(calls: Sequence[ToolCall], *, is_chunk: bool) -> list[dict[str,
     ]
 
 
-def chat_logprobs(listed: Sequence[TokenLogprob], token_text: TokenText) -> dict[str, Any]:
+def chat_logprobs(listed: Sequence[TokenLogprob], tokens: TokenTexts) -> dict[str, Any]:
     """Log-probabilities as chat completions have them."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        text = token_text(token_id)
-        # a part of a character has bytes, but its text does not say which
-        known = None if REPLACEMENT in text else [*text.encode()]
-        return {"token": text, "logprob": max(logprob, LOWEST), "bytes": known}
+        known = tokens.bytes(token_id)
+        return {
+            "token": tokens.text(token_id),
+            "logprob": max(logprob, LOWEST),
+            "bytes": None if known is None else [*known],
+        }
 
-    tokens = [
+    content = [
         entry(one.token_id, one.logprob) | {"top_logprobs": [entry(*alternative) for alternative in one.top]}
         for one in listed
     ]
-    return {"content": tokens, "refusal": None}
+    return {"content": content, "refusal": None}
 
 
-def completion_logprobs(listed: Sequence[TokenLogprob], token_text: TokenText, offset: int) -> dict[str, Any]:
+def completion_logprobs(listed: Sequence[TokenLogprob], tokens: TokenTexts, offset: int) -> dict[str, Any]:
     """Log-probabilities as completions have them.
 
     Args:
         listed: of the tokens.
-        token_text: the text of one token.
+        tokens: what each says.
         offset: characters of the answer before them.
     """
-    texts = [token_text(one.token_id) for one in listed]
     alternatives = [dict([(one.token_id, one.logprob), *one.top]) for one in listed]
+    lengths = [tokens.num_begun(one.token_id) for one in listed[:-1]]
     return {
-        "tokens": texts,
+        "tokens": [tokens.name(one.token_id) for one in listed],
         "token_logprobs": [max(one.logprob, LOWEST) for one in listed],
         "top_logprobs": [
-            {token_text(token_id): max(logprob, LOWEST) for token_id, logprob in top.items()} for top in alternatives
+            {tokens.name(token_id): max(logprob, LOWEST) for token_id, logprob in top.items()} for top in alternatives
         ],
-        "text_offset": list(itertools.accumulate(map(len, texts[:-1]), initial=offset))[: len(texts)],
+        "text_offset": list(itertools.accumulate(lengths, initial=offset))[: len(listed)],
     }

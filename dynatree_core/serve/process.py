@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from types import FrameType
 
@@ -74,6 +75,7 @@ class ServerProcess(uvicorn.Server):
         """A signal has come: the first ends the server when its requests are done or cut off, the second at once."""
         if self.should_exit:
             self.force_exit = True
+            logging.getLogger("uvicorn.error").disabled = True  # that it is broken off is no error
         else:
             self._service.begin_to_stop()
         self.should_exit = True

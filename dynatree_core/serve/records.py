@@ -10,7 +10,8 @@ from typing import Any
 import attrs
 
 from dynatree_core.report import TokenLogprob
-from dynatree_core.serve.content import Content, TokenText, call_records, chat_logprobs, completion_logprobs
+from dynatree_core.serve.content import Content, call_records, chat_logprobs, completion_logprobs
+from dynatree_core.serve.tokens import TokenTexts
 
 __all__ = ["CHAT", "COMPLETION", "Form", "Head"]
 
@@ -24,8 +25,8 @@ class Form:
     chunk: str  # and that of a chunk
     choice: Callable[[Content], dict[str, Any]]  # what a choice of a whole answer has
     piece: Callable[[Content], dict[str, Any]]  # what a choice of a chunk has
-    # what a choice says of log-probabilities: from them, the text of a token, and characters before them
-    logprobs: Callable[[Sequence[TokenLogprob], TokenText, int], dict[str, Any]]
+    # what a choice says of log-probabilities: from them, the texts of tokens, and characters before them
+    logprobs: Callable[[Sequence[TokenLogprob], TokenTexts, int], dict[str, Any]]
     opening: dict[str, Any] | None = None  # of the first chunk of each choice; None: there is none
 
 
@@ -35,19 +36,19 @@ class Head:
 
     form: Form
     model: str
-    token_text: TokenText  # for log-probabilities
+    tokens: TokenTexts  # for log-probabilities
     id: str = attrs.field(
         default=attrs.Factory(lambda self: f"{self.form.id_prefix}-{secrets.token_hex(12)}", takes_self=True)
     )
     created: int = attrs.field(factory=lambda: int(time.time()))
 
-    def whole(self, contents: list[Content], reasons: list[str | None], usage: dict[str, Any]) -> dict[str, Any]:
-        """A whole answer."""
+    def whole(self, contents: list[Content], reasons: list[str | None], figures: dict[str, Any]) -> dict[str, Any]:
+        """A whole answer, with the figures that say how it was made."""
         choices = [
             _choice(index, self.form.choice(content), reason, self._logprobs(content, 0))
             for index, (content, reason) in enumerate(zip(contents, reasons, strict=True))
         ]
-        return self._record(self.form.whole, choices) | {"usage": usage}
+        return self._record(self.form.whole, choices) | figures
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The first chunk of a choice, where the form has one."""
@@ -60,12 +61,12 @@ class Head:
         record = self._record(self.form.chunk, [choice])
         return record if content.steps is None else record | {"dynatree": content.steps}
 
-    def last(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The chunk with the usage."""
-        return self._record(self.form.chunk, []) | {"usage": usage}
+    def last(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """The chunk with the figures."""
+        return self._record(self.form.chunk, []) | figures
 
     def _logprobs(self, content: Content, offset: int) -> dict[str, Any] | None:
-        return None if content.logprobs is None else self.form.logprobs(content.logprobs, self.token_text, offset)
+        return None if content.logprobs is None else self.form.logprobs(content.logprobs, self.tokens, offset)
 
     def _record(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
@@ -105,6 +106,6 @@ CHAT = Form(
     "chat.completion.chunk",
     _message,
     _delta,
-    lambda listed, token_text, _: chat_logprobs(listed, token_text),
+    lambda listed, tokens, _: chat_logprobs(listed, tokens),
     opening={"delta": {"role": "assistant", "content": ""}},
 )

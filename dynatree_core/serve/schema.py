@@ -34,6 +34,7 @@ class StreamOptions(Body):
     """How an answer is streamed."""
 
     include_usage: bool = False  # a chunk with the usage comes last
+    continuous_usage_stats: bool = False  # every chunk has that of what has come by then, as vLLM has it
 
 
 class OwnFields(Body):
@@ -122,6 +123,11 @@ class GenerationBody(Body):
         """The most tokens that an answer may have, where the request says so."""
         return self.max_tokens
 
+    @property
+    def tokens_field(self) -> str:
+        """The field that says, or could say, how many that are."""
+        return "max_tokens"
+
 
 class CompletionBody(GenerationBody):
     """The body of `/v1/completions`."""
@@ -201,6 +207,7 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], FIRST_FAULT] = ""
+    name: str | None = Field(None, max_length=64)  # of who says it, where the template shows it
     tool_calls: list[Call] = Field(default_factory=list, fail_fast=True)  # of an assistant
     tool_call_id: str | None = None  # of a tool: which call it answers
 
@@ -220,7 +227,8 @@ class Message(Body):
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
         if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        return message if self.tool_call_id is None else message | {"tool_call_id": self.tool_call_id}
+        more = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return message | {field: value for field, value in more.items() if value is not None}
 
 
 class ChatBody(GenerationBody):
@@ -241,6 +249,10 @@ class ChatBody(GenerationBody):
     @property
     def num_tokens_asked(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def tokens_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
 
 class TokenizeBody(Body):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
@@ -28,6 +27,7 @@ from dynatree_core.serve.loop import EngineLoop
 from dynatree_core.serve.metrics import Metrics
 from dynatree_core.serve.records import Form, Head
 from dynatree_core.serve.settings import Settings
+from dynatree_core.serve.tokens import TokenTexts
 from dynatree_core.text.stream import decode_text
 from dynatree_core.text.tools import text_with_marker
 
@@ -75,11 +75,7 @@ class Service:
         # a tokenizer cannot be read in one thread while another has it changed, so each thread has its own
         self.reader = Reader(self.loop.engines, copy.deepcopy(first.tokenizer), settings, observers or {})
         self._tokenizer = copy.deepcopy(first.tokenizer)
-        # decoders drop the blank of a text's first token, so a token is read behind this one
-        self._some_token = next(iter(self._tokenizer("a", add_special_tokens=False).input_ids), 0)
-        self._token_texts: dict[int, str] = {}
-        self._token_tokenizer = copy.deepcopy(first.tokenizer)
-        self._token_lock = threading.Lock()  # guards the two above: whole answers are written by several threads
+        self._token_texts = TokenTexts(copy.deepcopy(first.tokenizer))
         self._reading = anyio.CapacityLimiter(1)
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._is_stopping = False
@@ -175,25 +171,13 @@ class Service:
 
     def new_head(self, form: Form) -> Head:
         """What the records of one answer begin with."""
-        return Head(form, self.settings.model_names[0], self.token_text)
+        return Head(form, self.settings.model_names[0], self._token_texts)
 
     def decode_of(self, asked: Asked) -> Callable[[list[int]], str]:
         """What makes text of an answer's tokens: calls of tools may begin with a special one."""
         if asked.tool_form is None:
             return self.decode
         return functools.partial(text_with_marker, asked.tool_form, self._tokenizer)
-
-    def token_text(self, token_id: int) -> str:
-        """The text of one token behind others, special ones too. A part of a character shows as U+FFFD."""
-        with self._token_lock:
-            if token_id not in self._token_texts:
-                before = self._decode_all([self._some_token])
-                self._token_texts[token_id] = self._decode_all([self._some_token, token_id])[len(before) :]
-            return self._token_texts[token_id]
-
-    def _decode_all(self, token_ids: list[int]) -> str:
-        tokenizer = self._token_tokenizer
-        return str(tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of tokens, for the event loop's thread."""

@@ -20,12 +20,14 @@ from dynatree_core.serve.answers import Answers, Piece
 from dynatree_core.serve.connections import SEND_SECONDS
 from dynatree_core.serve.content import Content, StepTexts
 from dynatree_core.serve.errors import ApiError, error_record
-from dynatree_core.serve.figures import usage
+from dynatree_core.serve.figures import figures, usage_so_far
 from dynatree_core.serve.logs import log
 from dynatree_core.serve.records import Head
+from dynatree_core.serve.schema import StreamOptions
 
 __all__ = ["event_stream", "whole_answer"]
 
+LINE_BREAKS = {number: f"\\u{number:04x}" for number in (0x85, 0x2028, 0x2029)}  # of str.splitlines, as httpx has it
 CLIENT_HAS_LEFT = 499  # nginx's number; nobody reads it but the log
 
 
@@ -45,9 +47,9 @@ async def whole_answer(request: Request, head: Head, answers: Answers, num_promp
         if not collecting.done():
             return Response(status_code=CLIENT_HAS_LEFT)
         contents, reasons = collecting.result(), [choice.finish_reason for choice in answers.choices]
-        figures = usage(answers.handles, num_prompts=num_prompts)
+        told = figures(answers.handles, num_prompts=num_prompts)
         # log-probabilities may be many, and other clients are not to wait while they are written down
-        return await anyio.to_thread.run_sync(lambda: JSONResponse(head.whole(contents, reasons, figures)))
+        return await anyio.to_thread.run_sync(lambda: JSONResponse(head.whole(contents, reasons, told)))
     finally:
         for task in (collecting, leaving):
             task.cancel()
@@ -73,16 +75,16 @@ async def _departure(request: Request) -> None:
         pass
 
 
-def event_stream(head: Head, answers: Answers, num_prompts: int, *, has_usage: bool) -> Response:
+def event_stream(head: Head, answers: Answers, num_prompts: int, options: StreamOptions) -> Response:
     """The answer in chunks as it comes, then `[DONE]`; an error ends it as an event of its own.
 
     Args:
         head: of its chunks.
         answers: that were submitted.
         num_prompts: that they answer.
-        has_usage: whether a chunk with the usage comes last.
+        options: which chunks have the usage.
     """
-    records = _chunks(head, answers, num_prompts, has_usage)
+    records = _with_usage(_chunks(head, answers), head, answers, num_prompts, options)
     return EventStream(_events(records), on_end=answers.close)
 
 
@@ -115,18 +117,39 @@ async def _events(records: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[st
     try:
         async with contextlib.aclosing(records) as open_records:  # type: ignore[type-var]
             async for record in open_records:
-                yield _event(json.dumps(record, ensure_ascii=False))
+                yield _event(_in_one_line(json.dumps(record, ensure_ascii=False)))
     except ApiError as error:
         yield _event(json.dumps(error_record(error)))
         return
     yield _event("[DONE]")
 
 
+def _in_one_line(text: str) -> str:
+    """JSON without the characters at which some clients break lines beside those that JSON itself escapes."""
+    return text.translate(LINE_BREAKS)
+
+
 def _event(data: str) -> str:
     return f"data: {data}\n\n"
 
 
-async def _chunks(head: Head, answers: Answers, num_prompts: int, has_usage: bool) -> AsyncIterator[Mapping[str, Any]]:
+async def _with_usage(
+    chunks: AsyncIterator[dict[str, Any]], head: Head, answers: Answers, num_prompts: int, options: StreamOptions
+) -> AsyncIterator[Mapping[str, Any]]:
+    """The chunks, where it was asked for with the `usage` of what has come by then, and a last one with all of it."""
+    num_choices = len(answers.choices) // num_prompts
+    num_prompt = sum(len(request.prompt_ids) for request in answers.asked.requests[::num_choices])
+    async for chunk in chunks:
+        if options.continuous_usage_stats:
+            chunk["usage"] = usage_so_far(num_prompt, sum(choice.num_tokens for choice in answers.choices))
+        elif options.include_usage:
+            chunk["usage"] = None
+        yield chunk
+    if options.include_usage:
+        yield head.last(figures(answers.handles, num_prompts=num_prompts))
+
+
+async def _chunks(head: Head, answers: Answers) -> AsyncIterator[dict[str, Any]]:
     for choice in answers.choices:
         opening = head.opening(choice.index)
         if opening is not None:
@@ -137,11 +160,9 @@ async def _chunks(head: Head, answers: Answers, num_prompts: int, has_usage: boo
         index, reason, content = piece.choice.index, piece.choice.finish_reason, _content(answers, piece)
         said: dict[str, Any] = {} if steps is None else steps[index].record(piece.update)
         if answers.asked.trees:
-            said |= answers.asked.trees[index].record(head.token_text)
+            said |= answers.asked.trees[index].record(head.tokens.text)
         if said:
             content = attrs.evolve(content, steps=said)
         if content.text or content.logprobs or content.steps or reason is not None:
             yield head.chunk(index, content, reason, num_shown[index])
         num_shown[index] += len(content.text)
-    if has_usage:
-        yield head.last(usage(answers.handles, num_prompts=num_prompts))

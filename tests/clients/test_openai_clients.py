@@ -33,6 +33,11 @@ def test_langchain(server):
     logprobs = model.bind(logprobs=True, top_logprobs=2).invoke(QUESTION).response_metadata["logprobs"]["content"]
     assert "".join(one["token"] for one in logprobs) == ANSWER
     assert [one.content for one in model.batch([QUESTION] * 3)] == [ANSWER] * 3
+    # what its middleware shortens a conversation at
+    from langchain_core.exceptions import ContextOverflowError
+
+    with pytest.raises(ContextOverflowError):
+        model.invoke("a" * 160)
 
 
 def test_llama_index(server):
