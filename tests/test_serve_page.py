@@ -258,7 +258,7 @@ def test_an_error_of_the_server_is_shown(tab, server):
     set_length(tab, 119)
     say(tab, "the cat sat on the mat. " * 4)
     tab.wait("document.getElementById('error').textContent !== ''")
-    assert "context of 160" in tab.text("#error")
+    assert "context length is 160 tokens" in tab.text("#error")
     assert any("400" in line for line in tab.console())  # the browser's own word about the answer
 
 
