@@ -780,10 +780,13 @@ def test_totals(size, target):
     rows[1, 0] = 30.0  # beside which the others hardly count
     rows[2] -= 1000.0
     rows[3] += 1000.0
+    rows[4, size // 2 :] = rows[4].max()  # of equals the first
     found = ops.totals(rows)
     expected = ops.totals(rows.double())
+    assert torch.equal(ops.totals(rows)[:, 2].long(), rows.argmax(dim=1))
+    assert torch.equal(ops.totals(rows.double())[:, 2].long(), rows.argmax(dim=1))
     assert torch.equal(found[:, 0], rows.max(dim=1).values)
-    assert torch.allclose(expected.sum(dim=1), rows.double().logsumexp(dim=1), rtol=1e-12)
+    assert torch.allclose(expected[:, :2].sum(dim=1), rows.double().logsumexp(dim=1), rtol=1e-12)
     assert torch.allclose(found[:, 1].double(), expected[:, 1], rtol=1e-6, atol=1e-6)  # exp within two units
     assert torch.equal(found[5:6], ops.totals(rows[5:6]))
     with pytest.raises(InputError, match="one number at least"):
@@ -792,5 +795,7 @@ def test_totals(size, target):
 
 def test_totals_of_what_is_no_number(target):
     rows = torch.tensor([[0.0, math.nan], [math.inf, 0.0], [-math.inf, -math.inf], [-math.inf, 0.0]]).repeat(1, 20)
-    found = (rows - ops.totals(rows).sum(dim=1, keepdim=True)).isnan().any(dim=1)
+    totals = ops.totals(rows)
+    assert totals[:, 2].tolist() == rows.argmax(dim=1).tolist() == [1, 0, 0, 1]
+    found = (rows - totals[:, :2].sum(dim=1, keepdim=True)).isnan().any(dim=1)
     assert found.tolist() == [True, True, True, False]

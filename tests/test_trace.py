@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import io
 import itertools
@@ -19,9 +20,22 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_observer import DRAFTER, PROMPT, TARGET, Fails, Recorder
 
-from dynatree_core import Engine, InputError, PrefixCache, Session, generate, generate_batch, run, stream_batch
+from dynatree_core import (
+    Engine,
+    InputError,
+    PrefixCache,
+    Proposals,
+    Session,
+    generate,
+    generate_batch,
+    hookimpl,
+    run,
+    stream_batch,
+)
+from dynatree_core.drafters.base import Drafter, DraftState
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.engine.observer import Commit, Feedback, Level, Outcome, Pruning, Verification
+from dynatree_core.policy.stack import PolicyStack
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import greedy
 from dynatree_core.trace import SequenceTrace, Trace, json_schema, print_iteration, read, record, tree_lines
@@ -461,30 +475,156 @@ def test_a_full_disk_ends_the_generation(tmp_path, monkeypatch):
 
 
 def test_iterations_wait_for_others(tmp_path, monkeypatch):
-    """Sixteen at most, a second at most; `flush` and `close` write them, and with `on_record` none waits."""
+    """Sixty-four at most, a second at most; `flush` and `close` write them, and with `on_record` none waits."""
     trace, told = Trace(tmp_path / "run.jsonl"), []
-    steps = run(Session(TARGET, None, PROMPT, max_new_tokens=40, observer=trace.observer()))
-    written = []
-    for _ in itertools.islice(steps, 20):
-        written.append(len(read(trace.path).sequences[0].iterations))
-    assert written == [0] * 15 + [16] * 5
-    trace.flush()
-    assert len(read(trace.path).sequences[0].iterations) == 20
+    steps = run(Session(TARGET, None, PROMPT, max_new_tokens=90, observer=trace.observer()))
     now = [0.0]
     monkeypatch.setattr(record.time, "monotonic", lambda: now[0])
+    written = []
+    for _ in itertools.islice(steps, 68):
+        written.append(len(read(trace.path).sequences[0].iterations))
+    assert written == [0] * 63 + [64] * 5
+    trace.flush()
+    assert len(read(trace.path).sequences[0].iterations) == 68
     next(steps)
     now[0] = 1.0
-    assert len(read(trace.path).sequences[0].iterations) == 20
+    assert len(read(trace.path).sequences[0].iterations) == 68
     next(steps)
-    assert len(read(trace.path).sequences[0].iterations) == 22
+    assert len(read(trace.path).sequences[0].iterations) == 70
     next(steps)
     trace.close()
-    assert len(read(trace.path).sequences[0].iterations) == 23
+    assert len(read(trace.path).sequences[0].iterations) == 71
     list(steps)
-    assert len(read(trace.path).sequences[0].iterations) == 23
+    assert len(read(trace.path).sequences[0].iterations) == 71
     with Trace(None, on_record=told.append) as trace:
         for report in run(Session(TARGET, None, PROMPT, max_new_tokens=4, observer=trace.observer())):
             assert told[-1]["iteration"] == report.iteration
+
+
+class Rewriting:
+    """A policy whose answers and one trace of itself stand in the same memory every time."""
+
+    def __init__(self) -> None:
+        self.expands, self.widths = torch.ones(64, dtype=torch.bool), torch.zeros(64, dtype=torch.int64)
+        self.keeps, self.asked = torch.ones(64, dtype=torch.bool), []
+
+    @hookimpl
+    def should_expand(self, frontier):
+        self.expands[: frontier.width] = (torch.arange(frontier.width) + frontier.depth) % 3 != 1
+        return self.expands[: frontier.width]
+
+    @hookimpl
+    def branch_factor(self, frontier):
+        self.asked.append(frontier.iteration)
+        self.asked[:-3] = []
+        self.widths[: frontier.width] = 1 + (torch.arange(frontier.width) + frontier.iteration) % 3
+        return self.widths[: frontier.width]
+
+    @hookimpl
+    def keep_nodes(self, tree):
+        self.keeps[: tree.num_nodes] = torch.arange(tree.num_nodes) % 5 != self.asked[-1] % 5
+        return self.keeps[: tree.num_nodes]
+
+
+class InOneBuffer(Drafter):
+    """Proposes what the target's neighbour would, in the same memory every time."""
+
+    def __str__(self) -> str:
+        return "in_one_buffer"
+
+    def start(self, plan):
+        class State(DraftState):
+            prefill = commit = rollback = lambda *_: None
+
+            def __init__(self) -> None:
+                self.token_ids = torch.empty(64, 16, dtype=torch.int64)
+                self.logprobs = torch.log_softmax(-torch.arange(16.0), dim=0).repeat(64, 1)
+
+            def propose(self, committed_ids, tree, k):
+                width, last = tree.level_sizes[-1], tree.token_ids[tree.last_level]
+                self.token_ids[:width, :k] = (last[:, None] + torch.arange(k) + len(committed_ids)) % 37
+                self.logprobs[:width] -= 0.01
+                return Proposals(self.token_ids[:width, :k], self.logprobs[:width, :k])
+
+        return State()
+
+
+def test_who_writes_into_its_own_tensors_again_is_told_as_it_was(tmp_path):
+    """What was proposed and voted stands in the trace, and not what the same memory has later."""
+
+    class Copies(Everything):
+        def on_level(self, level: Level) -> None:
+            super().on_level(copy.deepcopy(level))
+            self.records[-1].outcomes  # noqa: B018  # computed now
+
+        def on_prune(self, pruning: Pruning) -> None:
+            super().on_prune(copy.deepcopy(pruning))
+
+    copies = Copies()
+    with Trace(tmp_path / "run.jsonl") as trace:
+        session = Session(
+            TARGET, InOneBuffer(), PROMPT, policy=PolicyStack({"rewriting": Rewriting()}, "rewriting"), tau=0.0,
+            max_depth=3, max_new_tokens=LENGTH, observer=[copies, trace.observer()],
+        )  # fmt: skip
+        list(run(session))
+    (sequence,) = read(trace.path).sequences
+    assert sequence.token_ids == greedy(TARGET, PROMPT, LENGTH)
+    levels, prunings = copies.of(Level), copies.of(Pruning)
+    for iteration in sequence.iterations:
+        own = [one for one in levels if one.iteration == iteration.number]
+        for level, described in zip(own, iteration.levels, strict=True):
+            votes = None if level.branch is None else level.branch.votes["rewriting"].tolist()
+            assert (described["branch"] or {}).get("rewriting") == votes
+            votes = None if level.expand is None else level.expand.votes["rewriting"].tolist()
+            assert (described["expand"] or {}).get("rewriting") == votes
+        check_iteration(iteration, [*own, *(one for one in copies.records if number_of(one) == iteration.number)])
+    assert any(one.kept is not one.drafted for one in prunings)
+    asked = {
+        one.number: one.record["policies"]["rewriting"]["asked"][1] for one in sequence.iterations if one.num_drafted
+    }
+    assert all(numbers[-1] == iteration for iteration, numbers in asked.items())
+
+
+def number_of(one: object) -> int | None:
+    """The iteration of a record, but of levels."""
+    if isinstance(one, Pruning | Verification):
+        return one.iteration
+    return one.report.iteration if isinstance(one, Commit) else None
+
+
+def test_what_cannot_be_written_loses_nothing_else(tmp_path, monkeypatch):
+    """The others that waited are in the file, and the error says which one is not."""
+    broken = {3, 5}
+
+    def dumps(value):
+        if isinstance(value, dict) and value.get("iteration") in broken and value["kind"] == "iteration":
+            raise ValueError("out of range")
+        return format_dumps(value)
+
+    format_dumps = record.dumps
+    monkeypatch.setattr(record, "dumps", dumps)
+    trace = Trace(tmp_path / "run.jsonl", tokenizer=Spelling())
+    steps = run(Session(TARGET, None, PROMPT, max_new_tokens=20, observer=trace.observer()))
+    for _ in itertools.islice(steps, 8):
+        pass
+    told = r"iteration 3 of sequence 0 cannot be written and is missing: ValueError: out of range; iteration 5 of"
+    with pytest.raises(ValueError, match=told):
+        trace.flush()
+    trace.close()
+    found = read(trace.path)
+    assert [one.number for one in found.sequences[0].iterations] == [0, 1, 2, 4, 6, 7]
+    assert all(set(one.committed) <= set(found.texts) for one in found.sequences[0].iterations)
+
+
+def test_what_a_full_disk_has_lost_is_said(tmp_path, monkeypatch):
+    trace = Trace(tmp_path / "run.jsonl")
+    steps = run(Session(TARGET, None, PROMPT, max_new_tokens=20, observer=trace.observer()))
+    for _ in itertools.islice(steps, 4):
+        pass
+    fill_disk(trace, monkeypatch)
+    with pytest.raises(OSError, match=r"iterations 0 to 3 of sequence 0 had still to be written") as raised:
+        trace.flush()
+    assert raised.value.errno == errno.ENOSPC
 
 
 def test_generations_that_alternate_are_written_in_their_order(tmp_path):

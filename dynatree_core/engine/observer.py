@@ -9,7 +9,7 @@ import enum
 import itertools
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import attrs
 import numpy as np
@@ -100,6 +100,31 @@ class Level:
             return None
         return torch.from_numpy(outcomes_of([self]).reshape(self.proposals.token_ids.shape))
 
+    def copied(self) -> Level:
+        """The same, with copies of votes and proposals: a policy or a drafter may write into its tensors again."""
+        if self.proposals is None and self.expand is None:
+            return self
+        return attrs.evolve(
+            self,
+            expand=_copied(self.expand),
+            branch=_copied(self.branch),
+            proposals=None if self.proposals is None else self.proposals.copied(),
+            conditions={
+                outcome: is_met.clone() if outcome is Outcome.NOT_EXPANDED else is_met  # which is a policy's vote
+                for outcome, is_met in self._conditions.items()
+            },
+        )
+
+
+_Answer = TypeVar("_Answer", bound=Decision[Any] | None)
+
+
+def _copied(decision: _Answer) -> _Answer:
+    if decision is None:
+        return decision
+    votes = {name: vote.clone() if isinstance(vote, Tensor) else vote for name, vote in decision.votes.items()}
+    return attrs.evolve(decision, votes=votes)
+
 
 def outcomes_of(levels: Sequence[Level]) -> npt.NDArray[np.int64]:
     """[proposals]: the `Outcome` of each child that was proposed for some levels, one level behind the other.
@@ -140,6 +165,10 @@ class Pruning:
     keep: Decision[Tensor | None]  # bool [nodes] of the drafted tree, as voted: not yet closed under ancestors
     kept: TokenTree  # the same tree where nothing was cut; `kept.draft_index` has the places in the drafted one
     sequence: int = 0  # whose, by the number of its `Handle`; 0 for a session
+
+    def copied(self) -> Pruning:
+        """The same, with copies of the votes' tensors."""
+        return self if self.keep.value is None else attrs.evolve(self, keep=_copied(self.keep))
 
 
 @attrs.frozen(eq=False)

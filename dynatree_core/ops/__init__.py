@@ -188,14 +188,16 @@ def lookup(packed: PackedMatrix, outputs: Tensor, *, out: Tensor | None = None) 
 
 
 def totals(rows: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """What a softmax of each row divides by: log-probabilities are a row less both of these numbers.
+    """What a softmax of each row divides by: log-probabilities are a row less the first two of these numbers.
 
     Args:
-        rows: [rows, size]
-        out: [rows, 2], where the result is written.
+        rows: [rows, size], less than 2^24 numbers each.
+        out: [rows, 3], where the result is written.
 
     Returns:
-        [rows, 2]: the greatest number of each row, and the logarithm of Σ exp(number - greatest).
+        [rows, 3]: the greatest number of each row; the logarithm of Σ exp(number - greatest); and the place of the
+        first that is the greatest. Where a row has what is no number, the second is none, and the place is that of
+        the first such.
     """
     check_totals(rows, out)
     result: Tensor = _of(rows.dtype).totals(rows, out=out)

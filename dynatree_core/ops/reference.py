@@ -64,8 +64,9 @@ def lookup(packed: PackedMatrix, outputs: Tensor, *, out: Tensor | None = None) 
 
 
 def totals(rows: Tensor, *, out: Tensor | None = None) -> Tensor:
-    greatest = rows.max(dim=-1, keepdim=True).values
-    return _kept(torch.cat([greatest, (rows - greatest).exp().sum(dim=-1, keepdim=True).log()], dim=-1), out)
+    greatest, place = rows.max(dim=-1, keepdim=True)  # max() puts what is no number above every number
+    total = (rows - greatest).exp().sum(dim=-1, keepdim=True)
+    return _kept(torch.cat([greatest, total.log(), place.to(rows.dtype)], dim=-1), out)
 
 
 def mlp(

@@ -334,8 +334,10 @@ def check_totals(rows: Tensor, out: Tensor | None) -> None:
     _check("rows", rows, (None, None), dtype)
     if rows.shape[1] == 0:
         raise InputError(f"rows must have one number at least, got {list(rows.shape)}")
+    if rows.shape[1] >= 1 << 24:  # so that each place is a float32
+        raise InputError(f"rows must have less than {1 << 24} numbers, got {list(rows.shape)}")
     if out is not None:
-        _check("out", out, (rows.shape[0], 2), dtype)
+        _check("out", out, (rows.shape[0], 3), dtype)
 
 
 def check_mlp(

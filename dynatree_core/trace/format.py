@@ -64,9 +64,9 @@ def dumps(value: Any) -> str:
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # made once: that takes as long as a short line
 
 
-def int_list(values: Sequence[int]) -> str:
-    """A JSON list of whole numbers."""
-    return str(list(values)).replace(" ", "")
+def int_list(values: Sequence[int | None]) -> str:
+    """A JSON list of whole numbers, and of nulls."""
+    return str(list(values)).replace(" ", "").replace("None", "null")
 
 
 def float_list(values: Sequence[float | None]) -> str:

@@ -8,6 +8,7 @@ import functools
 import gzip
 import json
 import math
+import operator
 import os
 import platform
 import threading
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import attrs
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -42,7 +42,7 @@ from dynatree_core.plugins.params import as_python
 from dynatree_core.policy.stack import Decision, PolicyStack
 from dynatree_core.report import GenerationReport
 from dynatree_core.text.stream import IncrementalText, decode_text
-from dynatree_core.trace.format import OUTCOMES, SCHEMA, dumps, float_list, is_compressed, is_trace
+from dynatree_core.trace.format import OUTCOMES, SCHEMA, dumps, float_list, int_list, is_compressed, is_trace
 from dynatree_core.trace.nodes import Nodes, nodes_of
 
 if TYPE_CHECKING:
@@ -54,15 +54,15 @@ PRUNED = OUTCOMES.index("pruned")
 REPORTED = tuple(field.name for field in attrs.fields(GenerationReport) if field.name != "steps")
 LONGEST_LIST = 64  # items of a policy's list that are recorded
 # iterations that wait to be written, and how long the first of them may: what is turned into lines right after a pass
-# finds nothing of itself in the processor's caches, which takes thrice as long; a dozen at once find each other's
-MOST_WAITING, LONGEST_WAIT = 16, 1.0  # seconds
+# finds nothing of itself in the processor's caches, which takes thrice as long; dozens at once find each other's
+MOST_WAITING, LONGEST_WAIT = 64, 1.0  # seconds
 COMPRESSION = 1  # of gzip: the fastest; a trace is numbers, and smaller by a quarter at most with the best
 
 
 class Trace:
     """A file that generations are recorded in: `observer()` gives each of them its observer.
 
-    The file is made when the first generation begins. Up to 16 iterations wait to be written together, a second at
+    The file is made when the first generation begins. Up to 64 iterations wait to be written together, a second at
     most while there are more to come: they are what is missing should the process die. What is written is flushed, so
     that it can be read while the generation runs; compressed traces (`.gz`) are not.
 
@@ -132,13 +132,14 @@ class Trace:
             OSError: naming the file. From then on nothing is written: the generation has ended with this error.
         """
         with self._lock:
-            self._write(self._taken(), line)
+            self._write(line)
 
     def write_later(self, iteration: _Iteration) -> None:
         """Write an iteration's line, with others that wait.
 
         Raises:
             OSError: as for `write`.
+            ValueError: an iteration that cannot be written. All others that waited are in the file.
         """
         with self._lock:
             now = time.monotonic()
@@ -147,22 +148,23 @@ class Trace:
             self._waiting.append(iteration)
             is_long = len(self._waiting) >= MOST_WAITING or now - self._waiting_since >= LONGEST_WAIT
             if is_long or self._on_record is not None or self._on_line is not None:
-                self._write(self._taken())
+                self._write()
 
     def flush(self) -> None:
         """Write what waits.
 
         Raises:
-            OSError: as for `write`.
+            OSError, ValueError: as for `write_later`.
         """
         with self._lock:
-            self._write(self._taken())
+            self._write()
 
     def close(self) -> None:
         """Write what waits, and close the file. Generations that are still observed write no more.
 
         Raises:
             OSError: naming the file.
+            ValueError: as for `write_later`.
         """
         with self._lock:
             try:
@@ -173,16 +175,15 @@ class Trace:
                         self._file.close()
                     self._is_closed = True
 
-    def _taken(self) -> list[_Iteration]:
+    def _write(self, *others: str) -> None:
+        """Write what waits, and these lines behind it."""
         waiting, self._waiting = self._waiting, []
-        return waiting
-
-    def _write(self, iterations: Sequence[_Iteration], *others: str) -> None:
         if self._is_closed:
             return
-        lines = [*_lines(iterations, self.texts), *others]
+        lines, error = _lines(waiting, self.texts)
+        lines += others
         if self.path is not None and lines:
-            with self._naming_the_file():
+            with self._naming_the_file(waiting):
                 file = self._opened(self.path)
                 file.write("".join(f"{line}\n" for line in lines).encode("ascii"))
                 if not isinstance(file, gzip.GzipFile):  # whose blocks would become small, and the file large
@@ -192,6 +193,8 @@ class Trace:
                 self._on_record(json.loads(line))
             if self._on_line is not None:
                 self._on_line(line)
+        if error is not None:
+            raise error
 
     def __enter__(self) -> Trace:
         return self
@@ -206,7 +209,7 @@ class Trace:
         return self._file
 
     @contextlib.contextmanager
-    def _naming_the_file(self) -> Iterator[None]:
+    def _naming_the_file(self, written: Sequence[_Iteration] = ()) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -214,7 +217,10 @@ class Trace:
             if self._file is not None:
                 with contextlib.suppress(OSError):  # it says the same again
                     self._file.close()
-            raise OSError(error.errno, error.strerror or str(error), str(self.path)) from error
+            what = error.strerror or str(error)
+            if written:
+                what += f"; {_named(written)} had still to be written, and the last of them are missing"
+            raise OSError(error.errno, what, str(self.path)) from error
 
     def _header(self) -> str:
         return dumps(
@@ -356,10 +362,10 @@ class _Generation:
     def on_level(self, level: Level) -> None:
         if level.tree.num_drafted == 0:
             self._levels = []  # a tree that is begun again, too
-        self._levels.append(level)
+        self._levels.append(level.copied())
 
     def on_prune(self, pruning: Pruning) -> None:
-        self._pruning = pruning
+        self._pruning = pruning.copied()
 
     def on_verify(self, verification: Verification) -> None:
         self._wanted = _Wanted.of(verification)
@@ -426,6 +432,7 @@ class _Generation:
         self._undrafted = None
         self._committed = list(prefill.token_ids)
         self._states = _states(prefill.stack)
+        policies = {name: _plain_fields(state) for name, state in self._states.items()}
         texts, is_private = self._trace.texts, self._trace.is_private
         self._text = texts.incremental()
         prompt = prefill.token_ids[: prefill.num_prompt_tokens]
@@ -437,11 +444,11 @@ class _Generation:
             prompt_text=None if is_private else texts.whole(prompt),
             num_prompt_tokens=prefill.num_prompt_tokens,
             policy=prefill.policy,
-            policies=self._states,
+            policies=policies,
             drafter=prefill.drafter,
             limits=limits,
             limits_by={
-                limit: [policy for policy, state in self._states.items() if state.get(limit) == value]
+                limit: [policy for policy, state in policies.items() if state.get(limit) == value]
                 for limit, value in limits.items()
             },
             settings=dict(prefill.settings),
@@ -556,12 +563,39 @@ class _Iteration:
         return "max_depth" if level.tree.max_depth >= self.max_depth else "length"
 
 
-def _lines(iterations: Sequence[_Iteration], texts: _Texts) -> list[str]:
-    """Their lines, for which the nodes of all of them are read at once."""
+def _lines(iterations: Sequence[_Iteration], texts: _Texts) -> tuple[list[str], ValueError | None]:
+    """Their lines, for which all are read at once; and what names those that cannot be written."""
     if not iterations:
-        return []
-    nodes = nodes_of([(one.pruning.drafted, one.levels) for one in iterations])
-    return [one.line(own, texts) for one, own in zip(iterations, nodes, strict=True)]
+        return [], None
+    lines, errors = [], []
+    for one, nodes in zip(iterations, _nodes(iterations), strict=True):
+        try:
+            if isinstance(nodes, Exception):
+                raise nodes
+            lines.append(one.line(nodes, texts))
+        except Exception as error:  # noqa: BLE001  # whatever is wrong with one, the others are written
+            errors.append(f"{_named([one])} cannot be written and is missing: {type(error).__name__}: {error}")
+    return lines, ValueError("; ".join(errors)) if errors else None
+
+
+def _nodes(iterations: Sequence[_Iteration]) -> Sequence[Nodes | Exception]:
+    """The nodes of each, or what is wrong with it."""
+    try:
+        return nodes_of([(one.pruning.drafted, one.levels) for one in iterations])
+    except Exception as error:  # noqa: BLE001  # of any of them
+        return [error] if len(iterations) == 1 else [found for one in iterations for found in _nodes([one])]
+
+
+def _named(iterations: Sequence[_Iteration]) -> str:
+    """Such as "iterations 3 to 7 of sequence 0, iteration 2 of sequence 1"."""
+    numbers: dict[int, list[int]] = {}
+    for one in iterations:
+        numbers.setdefault(one.sequence, []).append(one.commit.report.iteration)
+    return ", ".join(
+        f"iteration{'s' if len(found) > 1 else ''} {found[0]}{f' to {found[-1]}' if len(found) > 1 else ''} "
+        f"of sequence {sequence}"
+        for sequence, found in numbers.items()
+    )
 
 
 @attrs.frozen(eq=False)
@@ -584,13 +618,17 @@ class _Wanted:
             tokens = logits.argmax(dim=-1)
             found = torch.cat([logprobs.gather(1, tokens[:, None])[:, 0], logprobs[chosen_by, chosen]]).tolist()
             return cls(tokens.tolist(), found[: len(tokens)], found[len(tokens) :])
-        totals = ops.totals(logits.contiguous()).numpy()  # [nodes, 2]; a softmax of all tokens takes five times as long
-        on_host = logits.numpy()  # where NumPy finds the largest of a row ten times as fast as torch
-        best = on_host.argmax(axis=-1)
-        rows = [*range(len(best)), *chosen_by]
-        with np.errstate(invalid="ignore"):  # what is no number is written as null
-            found = (on_host[rows, [*best, *chosen]] - totals[rows, 0] - totals[rows, 1]).tolist()
-        return cls(best.tolist(), found[: len(best)], found[len(best) :])
+        # Little else may be done here: right after a pass nothing is in the processor's caches
+        totals = ops.totals(logits.contiguous()).tolist()  # a softmax of all tokens takes five times as long
+        return cls(
+            [int(place) for _, _, place in totals],
+            [greatest - greatest - total for greatest, total, _ in totals],  # what is no number is written as null
+            [
+                (greatest if token == place else logits[row, token].item()) - greatest - total
+                for row, token in zip(chosen_by, chosen, strict=True)
+                for greatest, total, place in [totals[row]]
+            ],
+        )
 
     def json(self, pruning: Pruning) -> str:
         """What is wanted at each drafted node, null where it was not verified, as members of a JSON object."""
@@ -600,7 +638,7 @@ class _Wanted:
             tokens, logprobs = [None] * pruning.drafted.num_nodes, [None] * pruning.drafted.num_nodes
             for place, node in enumerate(pruning.kept.draft_index.tolist()):
                 tokens[node], logprobs[node] = self.tokens[place], self.logprobs[place]
-        wanted = f'"wanted":{{"token":{dumps(tokens)},"logprob":{float_list(logprobs)}}}'
+        wanted = f'"wanted":{{"token":{int_list(tokens)},"logprob":{float_list(logprobs)}}}'
         return f'{wanted},"committed_logprob":{float_list(self.committed_logprobs)}'
 
 
@@ -617,15 +655,10 @@ class _Texts:
         # decoders such as Llama 2's take a space off the beginning of a text, so tokens are decoded behind another one
         self._before: list[int] = [] if tokenizer is None else tokenizer.encode("a", add_special_tokens=False)[-1:]
         self._before_text = self._decode([self._before])[0] if self._before else ""
-        self._table: list[str] | None = None  # of all tokens, by id
 
     def incremental(self) -> IncrementalText | None:
         """The text of one generation's tokens as they come."""
         tokenizer = self._tokenizer
-        if self._table is None and isinstance(tokenizer, PreTrainedTokenizerFast):
-            # all at once, which takes 2 µs a token: one by one would be a fifth of what recording an iteration takes
-            ids = range(len(tokenizer))
-            self._table = self._texts([*ids], tokenizer.backend_tokenizer.decode_batch)
         return None if tokenizer is None else IncrementalText(lambda token_ids: decode_text(tokenizer, token_ids))
 
     def whole(self, token_ids: Sequence[int]) -> str | None:
@@ -637,26 +670,27 @@ class _Texts:
         if self._tokenizer is None:
             return None
         new = [token for token in dict.fromkeys(token_ids) if token not in self._told]
+        texts = self._texts(new) if new else []
         self._told.update(new)
-        table = self._table or []
-        if all(token < len(table) for token in new):
-            return {str(token): table[token] for token in new}
-        return dict(zip(map(str, new), self._texts(new, self._decode), strict=True))
+        return dict(zip(map(str, new), texts, strict=True))
 
-    def _texts(self, token_ids: Sequence[int], decode: Callable[..., list[str]]) -> list[str]:
+    def _texts(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each of these tokens, as it is behind another one."""
-        texts: list[str] = decode([[*self._before, token] for token in token_ids], skip_special_tokens=False)
+        texts = self._decode([[*self._before, token] for token in token_ids])
         is_behind = [text.startswith(self._before_text) for text in texts]
         others = [[token] for token, fits in zip(token_ids, is_behind, strict=True) if not fits]
-        alone = iter(decode(others, skip_special_tokens=False) if others else ())
+        alone = iter(self._decode(others) if others else ())
         return [
             text.removeprefix(self._before_text) if fits else next(alone)
             for text, fits in zip(texts, is_behind, strict=True)
         ]
 
-    def _decode(self, sequences: list[list[int]], *, skip_special_tokens: bool = False) -> list[str]:
+    def _decode(self, sequences: list[list[int]]) -> list[str]:
         assert self._tokenizer is not None, "without one there are no texts"
-        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+        if isinstance(self._tokenizer, PreTrainedTokenizerFast):  # one by one, since its batches wake threads
+            decode = self._tokenizer.backend_tokenizer.decode
+            return [decode(one, skip_special_tokens=False) for one in sequences]
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         return self._tokenizer.batch_decode(sequences, **options)
 
 
@@ -682,26 +716,47 @@ def _votes(decision: Decision[Any] | None) -> dict[str, Any] | None:
 
 
 def _states(stack: PolicyStack) -> dict[str, dict[str, Any]]:
-    """Policy -> field -> value: parameters and what it keeps for itself, as far as these are numbers and texts."""
+    """Policy -> field -> value: parameters and what it keeps for itself, as they are now."""
     return {name: _state(policy) for name, policy in stack.policies.items()}
 
 
 def _state(policy: object) -> dict[str, Any]:
+    """The fields of a policy, of which nothing changes any more that `_plain` would write."""
     kind: type = type(policy)
-    names = _fields(kind) or tuple(getattr(policy, "__dict__", ()))
-    values = [(name, getattr(policy, name, None)) for name in names]
-    plain = [(name, value if type(value) in _PLAIN else _plain(value)) for name, value in values]
-    return {name: value for name, value in plain if value is not _NOT_PLAIN}
+    names, values_of = _reader(kind)
+    if not names:
+        names = tuple(getattr(policy, "__dict__", ()))
+        values = tuple(getattr(policy, name, None) for name in names)
+    else:
+        values = values_of(policy)
+    return dict(zip(names, [one if type(one) in _FIXED else _held(one) for one in values], strict=True))
 
 
 @functools.cache
-def _fields(kind: type) -> tuple[str, ...]:
-    """The fields of a class of attrs; none of another."""
-    return tuple(field.name for field in attrs.fields(kind)) if attrs.has(kind) else ()
+def _reader(kind: type) -> tuple[tuple[str, ...], Callable[[object], tuple[Any, ...]]]:
+    """The fields of a class of attrs, and what gets all of them from one of its instances; none of another class."""
+    names = tuple(field.name for field in attrs.fields(kind)) if attrs.has(kind) else ()
+    if len(names) == 1:
+        return names, lambda policy: (getattr(policy, names[0]),)
+    return names, operator.attrgetter(*names) if names else lambda _: ()
+
+
+def _held(value: Any) -> Any:
+    """A value that does not change with the policy's; a tensor may, and is not written."""
+    if isinstance(value, list | tuple | deque):
+        return value if len(value) > LONGEST_LIST else [*value]
+    return value if isinstance(value, Tensor) else as_python(value)
+
+
+def _plain_fields(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a policy's fields can be written: numbers, texts and short lists of them."""
+    plain = ((name, _plain(value)) for name, value in state.items())
+    return {name: value for name, value in plain if value is not _NOT_PLAIN}
 
 
 _NOT_PLAIN = object()
 _PLAIN = frozenset((int, bool, str, type(None)))
+_FIXED = _PLAIN | {float}
 
 
 def _plain(value: object) -> Any:
@@ -724,13 +779,18 @@ def _plain(value: object) -> Any:
 
 
 def _changes(before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Policy -> field -> [before, after], of what has changed."""
-    changes = {
-        policy: {
-            name: [before.get(policy, {}).get(name), value]
-            for name, value in fields.items()
-            if value != before.get(policy, {}).get(name)
-        }
-        for policy, fields in after.items()
-    }
+    """Policy -> field -> [before, after], of what has changed and can be written."""
+    changes = {policy: _changed(before.get(policy, {}), fields) for policy, fields in after.items()}
     return {policy: fields for policy, fields in changes.items() if fields}
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[Any]]:
+    changed = {}
+    for name, now in after.items():
+        then = before.get(name)
+        if then is now:
+            continue
+        old, new = _plain(then), _plain(now)
+        if new is not _NOT_PLAIN and new != (old if old is not _NOT_PLAIN else None):
+            changed[name] = [None if old is _NOT_PLAIN else old, new]
+    return changed

@@ -29,6 +29,11 @@ class Proposals:
     # of a union: each drafter that was asked, and what it has proposed; the first heard first
     heard: tuple[tuple[str, Proposals], ...] = attrs.field(default=(), repr=False)
 
+    def copied(self) -> Proposals:
+        """The same in memory of its own."""
+        heard = tuple((name, self if part is self else part.copied()) for name, part in self.heard)
+        return Proposals(self.token_ids.clone(), self.logprobs.clone(), self.is_free, heard)
+
 
 @attrs.frozen(eq=False)
 class Frontier:

@@ -1,7 +1,7 @@
 // A drawn tree with the details of a node, which the viewer's page and the start page of `dynatree serve` show.
 import type { Detail, Run } from "./data";
 import { h } from "./dom";
-import { describe, draw, type Drawn, type Kind, type TreeNode } from "./tree";
+import { describe, Picture, type Kind, type TreeNode } from "./tree";
 import { label } from "./words";
 
 /** The tree of the iteration at hand, and what there is to say of the node that is pointed at. */
@@ -12,7 +12,13 @@ export class TreePanel {
   private run: Run | null = null;
   private nodes: Detail | null = null;
   private bonus: number | null = null;
-  private drawn: Drawn | null = null;
+  private readonly picture = new Picture(
+    (node) => this.explain(node),
+    (node) => {
+      this.pinned = this.pinned === node.place ? null : node.place;
+      this.explain(node);
+    },
+  );
   private pinned: number | null = null; // a node's place
 
   /** `heading` is the level of its headings, one below what stands above it. */
@@ -33,37 +39,26 @@ export class TreePanel {
   show(run: Run, nodes: Detail, bonus: number | null, shown: ReadonlySet<Kind>): void {
     [this.run, this.nodes, this.bonus, this.pinned] = [run, nodes, bonus, null];
     if (!this.size.width) this.measure();
-    this.drawn = draw(
-      run,
-      nodes,
-      bonus,
-      shown,
-      this.size.width,
-      (node) => this.explain(node),
-      (node) => {
-        this.pinned = this.pinned === node.place ? null : node.place;
-        this.explain(node);
-      },
-    );
-    this.tree.replaceChildren(this.drawn.svg);
+    this.picture.draw(run, nodes, bonus, shown, this.size.width);
+    if (!this.picture.svg.parentNode) this.tree.append(this.picture.svg);
     this.explain(null);
   }
 
   /** Have the accepted path in sight. To be called when all else is drawn, since it costs a layout. */
   centre(): void {
-    if (this.drawn) this.tree.scrollTo(0, this.drawn.middle - this.size.height / 2);
+    if (this.nodes) this.tree.scrollTo(0, this.picture.middle - this.size.height / 2);
   }
 
   clear(): void {
-    this.drawn = this.nodes = null;
+    this.nodes = null;
     this.tree.replaceChildren();
     this.facts.replaceChildren();
   }
 
   /** Say what there is to say of a node; of the pinned one, or of none, where none is pointed at. */
   private explain(node: TreeNode | null): void {
-    if (!this.run || !this.nodes || !this.drawn) return;
-    const asked = node ?? find(this.drawn.root, this.pinned);
+    if (!this.run || !this.nodes || !this.picture.root) return;
+    const asked = node ?? find(this.picture.root, this.pinned);
     if (asked) {
       const rows = describe(this.run, this.nodes, asked, this.bonus);
       this.facts.replaceChildren(

@@ -66,19 +66,19 @@ function star(size: number): string {
 
 const diamond = (size: number): string => `M0,${-size}L${size},0L0,${size}L${-size},0Z`;
 
-/** The mark of a node: disc, ring, square, diamond or star. */
-export function mark(kind: Kind, size: number): SVGElement {
-  switch (kind) {
-    case "pruned":
-      return s("rect", { x: -size * 0.89, y: -size * 0.89, width: size * 1.78, height: size * 1.78, class: "mark" });
-    case "refused":
-      return s("path", { d: diamond(size * 1.25), class: "mark" });
-    case "bonus":
-      return s("path", { d: star(size * 1.35), class: "mark" });
-    default:
-      return s("circle", { r: size, class: "mark" });
-  }
+const disc = (size: number): string => `M${-size},0a${size},${size} 0 1 0 ${2 * size},0a${size},${size} 0 1 0 ${-2 * size},0Z`;
+
+const square = (size: number): string => `M${-size},${-size}H${size}V${size}H${-size}Z`;
+
+/** The outline of a node's mark: disc, ring, square, diamond or star. */
+function outline(kind: Kind, size: number): string {
+  if (kind === "pruned") return square(size * 0.89);
+  if (kind === "refused") return diamond(size * 1.25);
+  return kind === "bonus" ? star(size * 1.35) : disc(size);
 }
+
+/** The mark of a node. */
+export const mark = (kind: Kind, size: number): SVGElement => s("path", { d: outline(kind, size), class: "mark" });
 
 const WORDS: Record<Kind, string> = {
   root: "the last committed token, from which the tree grows",
@@ -114,115 +114,134 @@ export function describe(run: Run, detail: Detail, node: TreeNode, bonus: number
   return rows;
 }
 
-/** A drawn tree. `focus` moves the keyboard's place to a node. */
-export interface Drawn {
-  svg: SVGSVGElement;
-  root: TreeNode;
-  middle: number; // of the accepted path, from the top
+function give(element: Element, name: string, value: string | number): void {
+  if (element.getAttribute(name) !== String(value)) element.setAttribute(name, String(value));
 }
 
-/** Draw a tree, `room` pixels wide where that is possible; `show` is told of the node under the pointer or the keyboard, `pin` of one that was chosen. */
-export function draw(
-  run: Run,
-  detail: Detail,
-  bonus: number | null,
-  shown: ReadonlySet<Kind>,
-  room: number,
-  show: (node: TreeNode | null) => void,
-  pin: (node: TreeNode) => void,
-): Drawn {
-  const root = nodesOf(run, detail, bonus, shown);
-  const placed = layOut<TreeNode>().nodeSize([ROW, 1]).separation(() => 1)(hierarchy(root));
-  const all = placed.descendants();
-  const name = (node: TreeNode): string =>
-    label(run, node.place < detail.token.length ? detail.token[node.place] : bonus!, NUM_LETTERS);
-  const widths = all.map((at) => [...name(at.data)].length * LETTER);
-  const labelEnd = new Map(all.map((at, index) => [at, RADIUS + 4 + widths[index] + 5]));
-  const deepest = Math.max(...all.map((at) => at.depth));
-  const column = Array.from({ length: deepest + 1 }, () => 0);
-  all.forEach((at, index) => (column[at.depth] = Math.max(column[at.depth], widths[index])));
-  const x = [MARGIN];
-  for (let depth = 0; depth <= deepest; depth++) x.push(x[depth] + 2 * RADIUS + column[depth] + GAP);
-  const top = Math.min(...all.map((at) => at.x)) - MARGIN;
-  const height = Math.max(...all.map((at) => at.x)) - top + MARGIN;
-  const width = x[deepest + 1] - GAP + MARGIN;
+/** What a node is drawn with. All kinds have the same elements, so that the next tree's nodes are drawn with them. */
+class Marked {
+  readonly group: SVGGElement;
+  private readonly target = s("rect", { class: "target", x: -RADIUS, y: -ROW / 2, height: ROW });
+  private readonly mark = s("path", { class: "mark" });
+  private readonly text = s("text", { x: RADIUS + 4, y: 4, "aria-hidden": true });
+  private wish: SVGElement | null = null;
 
-  const lines = new Map<Kind, string[]>(); // one element for all edges of a kind: half of a step's time is elements
-  const marks = s("g", {});
-  const elements = new Map<TreeNode, SVGGElement>();
-  const nodes = new Map<Element, TreeNode>();
-  const places = new Map<TreeNode, HierarchyPointNode<TreeNode>>(all.map((at) => [at.data, at]));
-  all.forEach((at, index) => {
-    const node = at.data;
-    const size = radius(detail, node);
-    const [cx, cy] = [x[at.depth], at.x - top];
-    if (at.parent) {
-      const from = x[at.parent.depth] + labelEnd.get(at.parent)!;
-      const [py, bend] = [at.parent.x - top, (from + cx - RADIUS) / 2];
-      const line = `M${from},${py}C${bend},${py} ${bend},${cy} ${cx - size},${cy}`;
-      if (!lines.has(node.kind)) lines.set(node.kind, []);
-      lines.get(node.kind)!.push(line);
-    }
-    const drafter = node.place < detail.drafter.length ? detail.drafter[node.place] : -1;
-    const group = s(
-      "g",
-      {
+  constructor() {
+    this.group = s("g", { role: "treeitem" }, this.target, this.mark, this.text);
+  }
+
+  /** Draw a node with a mark of that size and a label of that width; `attributes` are those of the group. */
+  draw(node: TreeNode, size: number, label: string, width: number, attributes: Record<string, string | number>): void {
+    for (const [name, value] of Object.entries(attributes)) give(this.group, name, value);
+    give(this.target, "width", 2 * RADIUS + 4 + width);
+    give(this.mark, "d", outline(node.kind, size));
+    if (this.text.textContent !== label) this.text.textContent = label;
+    this.wish?.remove();
+    this.wish = node.isWish && node.kind !== "bonus" ? s("path", { class: "wish", d: star(size + 8) }) : null;
+    if (this.wish) this.mark.before(this.wish);
+  }
+}
+
+/** A place for trees, one after the other. Elements stay from tree to tree: to make and style them is most of a step. */
+export class Picture {
+  readonly svg = s("svg", {
+    role: "tree",
+    "aria-label": "The tree of this iteration. Arrow keys move between its nodes.",
+  });
+  root: TreeNode | null = null;
+  middle = 0; // of the accepted path, from the top
+  private readonly edges = s("g", { class: "edges", "aria-hidden": true });
+  private readonly marks = s("g", {});
+  private readonly marked: Marked[] = []; // some more than the tree has nodes
+  private nodes: HierarchyPointNode<TreeNode>[] = []; // each drawn with the elements at its place in `marked`
+
+  /** `show` is told of the node under the pointer or the keyboard, `pin` of one that was chosen. */
+  constructor(show: (node: TreeNode | null) => void, pin: (node: TreeNode) => void) {
+    this.svg.append(this.edges, this.marks);
+    const nodeOf = (event: Event): TreeNode | null =>
+      this.nodes[this.placeOf((event.target as Element).closest("[role=treeitem]"))]?.data ?? null;
+    this.svg.addEventListener("pointerover", (event) => show(nodeOf(event)));
+    this.svg.addEventListener("pointerleave", () => show(null));
+    this.svg.addEventListener("focusin", (event) => show(nodeOf(event)));
+    this.svg.addEventListener("click", (event) => {
+      const node = nodeOf(event);
+      if (node) pin(node);
+    });
+    this.svg.addEventListener("keydown", (event) => {
+      const here = this.placeOf(document.activeElement);
+      if (here < 0) return;
+      const next = neighbour(this.nodes[here], event.key);
+      if (event.key === "Enter" || event.key === " ") pin(this.nodes[here].data);
+      else if (!next) return;
+      else {
+        const { group } = this.marked[this.nodes.indexOf(next)];
+        this.marked[here].group.setAttribute("tabindex", "-1");
+        group.setAttribute("tabindex", "0");
+        group.focus();
+      }
+      event.preventDefault();
+      event.stopPropagation();
+    });
+  }
+
+  private placeOf(element: Element | null): number {
+    return this.marked.findIndex(({ group }) => group === element);
+  }
+
+  /** Draw a tree, `room` pixels wide where that is possible. */
+  draw(run: Run, detail: Detail, bonus: number | null, shown: ReadonlySet<Kind>, room: number): void {
+    this.root = nodesOf(run, detail, bonus, shown);
+    const placed = layOut<TreeNode>().nodeSize([ROW, 1]).separation(() => 1)(hierarchy(this.root));
+    const all = (this.nodes = placed.descendants());
+    const name = (node: TreeNode): string =>
+      label(run, node.place < detail.token.length ? detail.token[node.place] : bonus!, NUM_LETTERS);
+    const names = all.map((at) => name(at.data));
+    const widths = names.map((one) => [...one].length * LETTER);
+    const labelEnd = new Map(all.map((at, index) => [at, RADIUS + 4 + widths[index] + 5]));
+    const deepest = Math.max(...all.map((at) => at.depth));
+    const column = Array.from({ length: deepest + 1 }, () => 0);
+    all.forEach((at, index) => (column[at.depth] = Math.max(column[at.depth], widths[index])));
+    const x = [MARGIN];
+    for (let depth = 0; depth <= deepest; depth++) x.push(x[depth] + 2 * RADIUS + column[depth] + GAP);
+    const top = Math.min(...all.map((at) => at.x)) - MARGIN;
+    const height = Math.max(...all.map((at) => at.x)) - top + MARGIN;
+    const width = x[deepest + 1] - GAP + MARGIN;
+
+    const lines = new Map<Kind, string[]>(); // one element for all edges of a kind
+    all.forEach((at, index) => {
+      const node = at.data;
+      const size = radius(detail, node);
+      const [cx, cy] = [x[at.depth], at.x - top];
+      if (at.parent) {
+        const from = x[at.parent.depth] + labelEnd.get(at.parent)!;
+        const [py, bend] = [at.parent.x - top, (from + cx - RADIUS) / 2];
+        const line = `M${from},${py}C${bend},${py} ${bend},${cy} ${cx - size},${cy}`;
+        if (!lines.has(node.kind)) lines.set(node.kind, []);
+        lines.get(node.kind)!.push(line);
+      }
+      const drafter = node.place < detail.drafter.length ? detail.drafter[node.place] : -1;
+      this.marked[index] ??= new Marked();
+      this.marked[index].draw(node, size, names[index], widths[index], {
         class: `node ${node.kind} drafter-${drafter < 0 ? "none" : drafter % 6}`,
         transform: `translate(${cx},${cy})`,
-        role: "treeitem",
         tabindex: index === 0 ? 0 : -1,
         "aria-level": at.depth + 1,
         "aria-label": describe(run, detail, node, bonus)
           .map(([what, value]) => `${what} ${value}`)
           .join(", "),
-      },
-      s("rect", { class: "target", x: -RADIUS, y: -ROW / 2, width: 2 * RADIUS + 4 + widths[index], height: ROW }),
-      node.isWish && node.kind !== "bonus" ? s("path", { class: "wish", d: star(size + 8) }) : null,
-      mark(node.kind, size),
-      s("text", { x: RADIUS + 4, y: 4, "aria-hidden": true }, name(node)),
-    );
-    elements.set(node, group);
-    nodes.set(group, node);
-    marks.append(group);
-  });
-
-  const scale = Math.max(SMALLEST_SCALE, Math.min(1, room / width));
-  const svg = s("svg", {
-    width: scale * width,
-    height: scale * height,
-    viewBox: `0 0 ${width} ${height}`,
-    role: "tree",
-    "aria-label": "The tree of this iteration. Arrow keys move between its nodes.",
-  });
-  const edges = s("g", { class: "edges", "aria-hidden": true });
-  for (const [kind, parts] of lines) edges.append(s("path", { d: parts.join(""), class: `edge ${kind}` }));
-  svg.append(edges, marks);
-  const nodeOf = (event: Event): TreeNode | null =>
-    nodes.get((event.target as Element).closest("[role=treeitem]")!) ?? null;
-  svg.addEventListener("pointerover", (event) => show(nodeOf(event)));
-  svg.addEventListener("pointerleave", () => show(null));
-  svg.addEventListener("focusin", (event) => show(nodeOf(event)));
-  svg.addEventListener("click", (event) => {
-    const node = nodeOf(event);
-    if (node) pin(node);
-  });
-  svg.addEventListener("keydown", (event) => {
-    const here = [...elements].find(([, element]) => element === document.activeElement);
-    const next = here && neighbour(places.get(here[0])!, event.key);
-    if (!here) return;
-    if (event.key === "Enter" || event.key === " ") pin(here[0]);
-    else if (!next) return;
-    else {
-      elements.get(here[0])!.setAttribute("tabindex", "-1");
-      elements.get(next.data)!.setAttribute("tabindex", "0");
-      elements.get(next.data)!.focus();
-    }
-    event.preventDefault();
-    event.stopPropagation();
-  });
-  const path = all.filter((at) => at.data.kind === "root" || at.data.kind === "accepted" || at.data.isWish);
-  const middle = (Math.min(...path.map((at) => at.x)) + Math.max(...path.map((at) => at.x))) / 2 - top;
-  return { svg, root, middle: scale * middle };
+      });
+      const { group } = this.marked[index];
+      if (!group.parentNode) this.marks.append(group);
+    });
+    for (let index = all.length; this.marked[index]?.group.parentNode; index++) this.marked[index].group.remove();
+    this.edges.replaceChildren(...[...lines].map(([kind, parts]) => s("path", { d: parts.join(""), class: `edge ${kind}` })));
+    const scale = Math.max(SMALLEST_SCALE, Math.min(1, room / width));
+    give(this.svg, "width", scale * width);
+    give(this.svg, "height", scale * height);
+    give(this.svg, "viewBox", `0 0 ${width} ${height}`);
+    const path = all.filter((at) => at.data.kind === "root" || at.data.kind === "accepted" || at.data.isWish);
+    this.middle = scale * ((Math.min(...path.map((at) => at.x)) + Math.max(...path.map((at) => at.x))) / 2 - top);
+  }
 }
 
 /** Where an arrow key leads: right to the first child, left to the parent, up and down within the level. */

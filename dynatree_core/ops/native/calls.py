@@ -227,7 +227,7 @@ def lookup(packed: PackedMatrix, outputs: Tensor, *, out: Tensor | None) -> Tens
 
 def totals(rows: Tensor, *, out: Tensor | None) -> Tensor:
     num_rows, size = rows.shape
-    out = _result(out, lambda: rows.new_empty(num_rows, 2))
+    out = _result(out, lambda: rows.new_empty(num_rows, 3))
     _run(_totals_record.pack(TOTALS, rows.data_ptr(), out.data_ptr(), size), num_rows)
     return out
 

@@ -87,7 +87,7 @@ typedef struct {
 } attention_args;
 
 typedef struct { const matrix *packed; const int64_t *outputs; float *out; } lookup_args; /* out: [rows, inputs] */
-typedef struct { const float *rows; float *out; int64_t size; } totals_args; /* out: [rows, 2] */
+typedef struct { const float *rows; float *out; int64_t size; } totals_args; /* out: [rows, 3] */
 
 enum { OP_NORM, OP_LINEAR, OP_MLP, OP_ROPE_WRITE, OP_ATTENTION, OP_LOOKUP, OP_EXPERTS, OP_TOTALS };
 

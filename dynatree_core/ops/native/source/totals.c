@@ -1,4 +1,4 @@
-/* What a softmax of each row divides by. */
+/* What a softmax of each row divides by, and which number of the row is the greatest. */
 #include <math.h>
 
 #include "elementary.h"
@@ -19,6 +19,45 @@ static float greatest_of(const float *from, int64_t size) {
   return greatest;
 }
 
+/* exp of what is not above 0, or is no number; exp(-87) for what is below that, which adds nothing to a sum above 1. */
+inlined f16x exp_below16(f16x x) {
+  static const float P[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                            4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}; /* as in exp16 */
+  f16x turns, y;
+  EACH {
+    const floats low = -87.0f - (floats){0};
+    x.of[part] = choose((ints)(x.of[part] < low), low, x.of[part]);
+    turns.of[part] = (x.of[part] * 1.44269504088896341f + 12582912.0f) - 12582912.0f; /* rounds to a whole number */
+  }
+  x = fma16(turns, all16(-0.693359375f), x);
+  x = fma16(turns, all16(2.12194440e-4f), x);
+  y = polynomial(x, P, 6);
+  y = add16(fma16(y, mul16(x, x), x), all16(1.0f));
+  EACH {
+    ints power = (__builtin_convertvector(turns.of[part], ints) + 127) << 23; /* 2 to that power */
+    y.of[part] = y.of[part] * (floats)power;
+  }
+  return y;
+}
+
+/* The place of the first number that is equal to the greatest; where one is no number, of the first of these. */
+static int64_t place_of(const float *from, int64_t size, float greatest, int has_none) {
+  if (has_none) {
+    for (int64_t i = 0; i < size; i++) {
+      if (from[i] != from[i]) return i;
+    }
+  }
+  for (int64_t start = 0; start < size; start += 64) { /* of a block it is only asked whether it has one */
+    const int64_t end = start + 64 < size ? start + 64 : size;
+    int is_here = 0;
+    for (int64_t i = start; i < end; i++) is_here |= from[i] == greatest;
+    for (int64_t i = start; is_here && i < end; i++) {
+      if (from[i] == greatest) return i;
+    }
+  }
+  return 0;
+}
+
 static void totals_some(void *given, int64_t first, int64_t count) {
   const totals_args *args = ((const totals_job *)given)->args;
   const int64_t size = args->size;
@@ -28,19 +67,21 @@ static void totals_some(void *given, int64_t first, int64_t count) {
     for (int64_t start = 0; start < size; start += BLOCK) {
       const int64_t end = start + BLOCK < size ? start + BLOCK : size;
       f16x part = all16(0.0f);
-      for (int64_t i = start; i < end; i += 16) {
-        f16x x = exp16(sub16(load_some(from + i, size - i), all16(greatest)));
-        if (size - i < 16) { /* what is missing is 0, not exp(-greatest) */
-          float all[16];
-          store16(all, x);
-          x = load_some(all, size - i);
-        }
-        part = add16(part, x);
+      for (int64_t i = start; i + 16 <= end; i += 16) {
+        part = add16(part, exp_below16(sub16(load16(from + i), all16(greatest))));
+      }
+      if (end % 16) { /* what is missing is 0, not exp(-greatest) */
+        const int64_t i = end - end % 16;
+        float all[16];
+        store16(all, exp_below16(sub16(load_some(from + i, end - i), all16(greatest))));
+        part = add16(part, load_some(all, end - i));
       }
       sum = add16(sum, part);
     }
-    args->out[2 * row] = greatest;
-    args->out[2 * row + 1] = logf(sum16(sum));
+    const float total = sum16(sum);
+    args->out[3 * row] = greatest;
+    args->out[3 * row + 1] = logf(total);
+    args->out[3 * row + 2] = (float)place_of(from, size, greatest, total != total);
   }
 }
 
