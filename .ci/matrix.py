@@ -34,11 +34,13 @@ PART = (
     "test_hf_rows",
     "test_lossless",
     "test_model_state",
+    "test_native",
     "test_packed",
     "test_prefix_cache",
     "test_row_probe",
     "test_settings",
     "test_sink_cache",
+    "test_stored",
     "test_transformers_cache",
     "test_wrappers",
 )

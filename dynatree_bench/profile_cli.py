@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 
 from dynatree_core.cli import console
 from dynatree_core.cli.checks import check_names, check_settings, checkable
-from dynatree_core.cli.loading import load, load_drafter, loadable_weights
+from dynatree_core.cli.loading import load_drafter, load_target
 from dynatree_core.cli.options import (
     ACTIVATIONS,
     JSON,
@@ -67,7 +67,7 @@ def profile(
 
     limits = checkable(options)
     source: Any = check_settings(target=target, drafter=drafter, policy=options["policy"], device=device, **limits)
-    loaded = load(target, device, dtype, loadable_weights(weights, activations=activations, **options), activations)
+    loaded = load_target(target, device, dtype, weights=weights, activations=activations, **options)
     tokenizer = tokenizer_of(loaded)
     if source is None:
         source = load_drafter(drafter, loaded).model

@@ -145,6 +145,32 @@ def test_all_rows_may_go_to_the_same_experts(family: str) -> None:
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-5 * plain.abs().amax().item())
 
 
+def test_angles_are_found_where_any_release_of_transformers_keeps_them() -> None:
+    model: Any = copy.deepcopy(single("gptj"))
+    expected = blueprint_of(model).layers[0].rope
+    assert expected is not None
+    if hasattr(model.transformer, "rotary_emb"):  # from 5.24 on; before that each layer had the table
+        table = model.transformer.rotary_emb.embed_positions
+        del model.transformer.rotary_emb
+        for layer in model.transformer.h:
+            layer.attn.embed_positions = table
+    found = blueprint_of(model).layers[0].rope
+    assert found is not None
+    assert torch.equal(found.inv_freq, expected.inv_freq)
+    lost: Any = copy.deepcopy(single("llama"))
+    del lost.model.rotary_emb
+    with pytest.raises(NoBlueprintError, match="rotary embedding is not where this release of transformers"):
+        blueprint_of(lost)
+
+
+@pytest.mark.parametrize(("attention", "softcap"), [("eager", 2.0), ("sdpa", None)])
+def test_scores_are_capped_where_transformers_caps_them(attention: str, softcap: float | None) -> None:
+    """Its SDPA has no soft caps, and is what 5.17.0 chooses for Gemma 2."""
+    model: Any = copy.deepcopy(single("gemma2"))
+    model.config._attn_implementation = attention
+    assert {layer.softcap for layer in blueprint_of(model).layers} == {softcap}
+
+
 def test_a_router_that_does_not_fit_its_experts_is_a_reason_against_the_model() -> None:
     model: Any = copy.deepcopy(single("qwen3_moe"))
     model.model.layers[1].mlp.gate.weight = nn.Parameter(torch.zeros(5, 32))

@@ -12,7 +12,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from dynatree_core import ops
 from dynatree_core.errors import InputError
+from dynatree_core.ops import reference
 from dynatree_core.ops.layout import KINDS
+from dynatree_core.ops.triton.matrix import StackedMatrix
 
 MATRIX, ROWS = ops.pack(torch.zeros(3, 3)), torch.zeros(2, 3)
 PUBLISHED = [name.upper() for name in KINDS]
@@ -50,6 +52,17 @@ def test_plain_matrices_come_back(shape, dtype):
     packed = ops.pack(weight)
     assert torch.equal(packed.unpacked(), weight.to(packed.dtype))
     assert (packed.num_outputs, packed.num_inputs) == shape
+
+
+def test_the_reference_takes_matrices_of_tritons_layout():
+    """Here too where Triton is missing, whose tests compare with the reference."""
+    rows, bias = torch.randn(2, 7), torch.randn(8)
+    parts = torch.randn(5, 7), torch.randn(3, 7)
+    packed, stacked = ops.pack(parts, bias), StackedMatrix(parts, bias)
+    outer, outer_stacked = (kind(torch.ones(4, 4)) for kind in (ops.pack, lambda weight: StackedMatrix((weight,))))
+    torch.testing.assert_close(reference.linear(rows, stacked), reference.linear(rows, packed))
+    of_stacked = reference.mlp(rows, stacked, outer_stacked, activation="silu")
+    torch.testing.assert_close(of_stacked, reference.mlp(rows, packed, outer, activation="silu"))
 
 
 def test_stacked_matrices_are_one_below_the_other():

@@ -29,6 +29,7 @@ from dynatree_core.engine import recorded as recorded_steps
 from dynatree_core.errors import DrafterError, NonFiniteLogitsError
 from dynatree_core.runners import cudagraph
 from dynatree_core.runners.behind import PassesBehind
+from dynatree_core.testing.conformance import POLICY_PROPERTIES
 from dynatree_core.testing.models import perturbed, tiny_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a device is pretended where there is none")
@@ -135,6 +136,11 @@ def test_replayed_steps_do_what_steps_do_that_are_launched(stack):
     ours = played(stack)
     assert ours.num_replayed > len(ours.trees) // 3
     check_the_same(ours, plain(stack))
+
+
+@pytest.mark.parametrize("stack", RECORDED)
+def test_the_kit_finds_that_they_keep_their_promise(stack):
+    POLICY_PROPERTIES["recordable"](stack, 10)
 
 
 @given(

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Hashable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from dynatree_core import (
     DraftState,
     Frontier,
     PluginSpec,
+    PolicyStack,
     Proposals,
     StepReport,
     TokenTree,
@@ -263,6 +265,159 @@ def test_what_is_right_passes():
     assert_hook_contract(WantsTheBonus(), max_examples=30)
     assert_lossless(ours.hostile_policies, max_examples=20)
     run_state_machine_as_test(lambda: PolicyMachine(ours.HostilePolicy(3)))
+
+
+# policies that a graph may repeat
+
+
+@attrs.define
+class Recordable:
+    """Two children where the drafter is sure enough of the best one: two nodes more for each sure one."""
+
+    least: float = fraction(0.5)
+
+    is_capturable: ClassVar = True
+    is_recordable: ClassVar = True
+
+    @hookimpl
+    def branch_factor(self, frontier: Frontier) -> torch.Tensor:
+        return 1 + (frontier.confidence >= self.least).long()
+
+
+@attrs.define
+class Moves:
+    """Moves the parameter of the one beside it."""
+
+    is_capturable: ClassVar = True
+
+    @hookimpl
+    def on_iteration_end(self, report: StepReport, stack: PolicyStack) -> None:
+        one = stack.find("recordable") or stack.find("reads_its_parameter")
+        one.least = 0.9 - one.least if report.iteration % 2 else 0.4
+
+
+@attrs.define
+class Learns(Recordable):
+    """Follows what it has learnt, and says so."""
+
+    num_missed: int = attrs.field(default=0, init=False)
+
+    @property
+    def graph_key(self) -> Hashable:
+        return min(self.num_missed, 2)
+
+    @hookimpl
+    def should_expand(self, frontier: Frontier) -> bool:
+        return self.num_missed < 2
+
+    @hookimpl
+    def on_iteration_end(self, report: StepReport) -> None:
+        self.num_missed += report.num_accepted == 0
+
+
+class LearnsInSecret(Learns):
+    graph_key = None
+
+
+class CountsItsCalls(Recordable):
+    """What it has learnt comes from hooks that nobody calls when a graph is repeated."""
+
+    num_calls = 0
+
+    @hookimpl
+    def branch_factor(self, frontier: Frontier) -> int:
+        self.num_calls += 1
+        return 1 + self.num_calls % 2
+
+
+class FollowsTheIteration(Recordable):
+    @hookimpl
+    def should_expand(self, frontier: Frontier) -> bool:
+        return frontier.iteration % 2 == 0
+
+
+class FollowsCosts(Recordable):
+    @hookimpl
+    def should_expand(self, frontier: Frontier) -> bool:
+        return frontier.costs.drafter_level_seconds(1) < frontier.costs.target_pass_seconds(1)
+
+
+class ReadsItsParameter(Recordable):
+    @hookimpl
+    def should_expand(self, frontier: Frontier) -> bool:
+        return self.least > 0.45
+
+
+class ReadsNumbers(Recordable):
+    @hookimpl
+    def should_expand(self, frontier: Frontier) -> bool:
+        return bool(frontier.cum_logprob.sum() > -9)
+
+
+class CountsPadding(Recordable):
+    @hookimpl
+    def branch_factor(self, frontier: Frontier) -> torch.Tensor:
+        return 1 + (frontier.confidence >= frontier.confidence.mean()).long()
+
+
+class HasAListAsKey(Recordable):
+    graph_key: ClassVar = []
+
+
+class IsNoAttrsClass:
+    is_capturable = is_recordable = True
+
+    def __init__(self, branch: int) -> None:
+        self.branch = branch
+
+    @hookimpl
+    def branch_factor(self, frontier: Frontier) -> int:
+        return self.branch
+
+
+BROKEN_PROMISES = [
+    (
+        LearnsInSecret(),
+        r"graph_key alone, .* or leave is_recordable out\nstack: .*\nrecorded: iteration \d+, graph_key",
+    ),
+    (CountsItsCalls(), "repeats other answers; .* an earlier call has left"),
+    (FollowsTheIteration(), "repeats other answers; let what else they follow from .frontier.iteration"),
+    (FollowsCosts(), "repeats other answers; .* costs"),
+    (
+        [ReadsItsParameter(), Moves()],
+        r"here reads_its_parameter\.least, but policy 'reads_its_parameter', hook should_expand",
+    ),
+    (
+        ReadsNumbers(),
+        "is_capturable must not read a tensor's numbers on the host, got a call of __bool__; answer with a",
+    ),
+    (HasAListAsKey(), r"policy 'has_a_list_as_key' .* its graph_key must be hashable, got \[\] \(list\); a tuple is"),
+    (
+        IsNoAttrsClass(2),
+        "must be an attrs class whose parameters are numbers and strings, got IsNoAttrsClass, .* make it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("policy", "message"), BROKEN_PROMISES, ids=name_of)
+def test_promises_of_policies_that_a_graph_repeats_are_checked(policy, message):
+    with pytest.raises((PolicyError, AssertionError), match=f"(?s){message}"):
+        POLICY_PROPERTIES["recordable"](policy, 100)
+
+
+def test_the_hook_contract_has_the_promises_in_it():
+    with pytest.raises(AssertionError, match="a graph that an earlier iteration has recorded"):
+        assert_hook_contract(LearnsInSecret(), max_examples=40)
+
+
+def test_a_promise_that_depends_on_padding_is_found_before_a_graph_repeats_it():
+    with pytest.raises(AssertionError, match="must not depend on padding"):
+        assert_hook_contract(CountsPadding(), max_examples=40)
+
+
+@pytest.mark.parametrize("policy", [Recordable(), [Recordable(), Moves()], Learns()], ids=["alone", "moved", "learns"])
+def test_promises_that_are_kept_pass(policy):
+    assert_hook_contract(policy, max_examples=20)
 
 
 # drafters

@@ -208,7 +208,7 @@ def test_faults(tmp_path):
 
 def test_a_trace_tells_a_target_that_was_rounded(tmp_path, monkeypatch):
     for name, rounded in (("as it is", None), ("rounded", "weights int4")):
-        monkeypatch.setattr(type(TARGET), "set_up", rounded, raising=False)
+        monkeypatch.setattr("dynatree_core.engine.lane.rounding_of", lambda target, said=rounded: said)
         generate(TARGET, None, PROMPT, trace=tmp_path / name, max_new_tokens=2)
         (sequence,) = read(tmp_path / name).sequences
         assert sequence.begin["settings"]["rounded"] == rounded

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from dynatree_core.cli import console
 from dynatree_core.cli.checks import check_names, check_settings
-from dynatree_core.cli.loading import load, load_drafter, loadable_weights
+from dynatree_core.cli.loading import load_drafter, load_target
 from dynatree_core.cli.options import ACTIVATIONS, JSON, MODEL_OPTIONS, WEIGHTS, with_options
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def calibrate(
     from dynatree_core.engine.costs import NotKeptWarning, folder, measured_costs
 
     source = check_settings(target=target, drafter=drafter, device=device, runner=runner)
-    loaded = load(target, device, dtype, loadable_weights(weights, activations=activations, runner=runner), activations)
+    loaded = load_target(target, device, dtype, weights=weights, activations=activations, runner=runner)
     if source is None:
         source = ModelDrafter(load_drafter(drafter, loaded).model)
     with warnings.catch_warnings(record=True) as caught, console.spinner(f"measuring {rounds} rounds"):

@@ -15,7 +15,7 @@ import click
 from dynatree_core.cli import console
 from dynatree_core.cli.checks import check_names, check_settings, checkable
 from dynatree_core.cli.exits import DONE, FAILED, INTERRUPTED
-from dynatree_core.cli.loading import is_packed, load, load_drafter, loadable_weights
+from dynatree_core.cli.loading import is_packed, load_drafter, load_target
 from dynatree_core.cli.option_types import FiniteRange, Typed
 from dynatree_core.cli.options import (
     ACTIVATIONS,
@@ -98,7 +98,7 @@ def chat(
     limits = checkable(settings)
     source: Any = check_settings(target=target, drafter=drafter, policy=policy, device=device, **limits)
     recorded.check()
-    loaded = load(target, device, dtype, loadable_weights(weights, activations=activations, **settings), activations)
+    loaded = load_target(target, device, dtype, weights=weights, activations=activations, **settings)
     tokenizer = tokenizer_of(loaded)
     if tokenizer.chat_template is None:
         raise InputError(

@@ -176,6 +176,6 @@ def made_with(target: LoadedModel | None) -> dict[str, Any]:
     return {
         "device": str(target.model.device) if target is not None else None,
         "dtype": str(target.model.dtype).removeprefix("torch.") if target is not None else None,
-        "rounded": getattr(target.model, "set_up", None) if target is not None else None,
+        "rounded": target.rounded if target is not None else None,
         "versions": {name: version(name) for name in ("dynatree", "torch", "transformers")},
     }

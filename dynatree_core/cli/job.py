@@ -133,7 +133,7 @@ class Job:
             about = self.question.about if self.question is not None else {}
             click.echo(json.dumps(about | document(self.setup, self.session, compared, stop_reason)))
         elif self.screen is not None and compared is not None and not compared.is_empty:
-            set_up = getattr(target.model, "set_up", None) if target is not None else None
+            set_up = target.rounded if target is not None else None
             show_report(compared, has_legend=self.screen.is_coloured, set_up=set_up)
         return FAILED if is_different else DONE
 

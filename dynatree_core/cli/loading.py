@@ -32,7 +32,7 @@ __all__ = [
     "is_packed",
     "load",
     "load_drafter",
-    "loadable_weights",
+    "load_target",
     "registered_drafter",
     "usual_drafter",
     "usual_policy",
@@ -52,7 +52,15 @@ def load(
         return load_model(name, device=device, dtype=dtype, weights=weights, activations=activations, progress=progress)
 
 
-def loadable_weights(
+def load_target(
+    name: str | None, device: str | None, dtype: str, /, *, weights: str, activations: str, **settings: Any
+) -> LoadedModel:
+    """Load a command's target by its options, of which `runner` and `cache` count among `settings`."""
+    asked = _loadable_weights(weights, activations=activations, **settings)
+    return load(name, device, dtype, asked, activations)
+
+
+def _loadable_weights(
     weights: str, *, runner: str = "auto", cache: str | None = None, activations: str = "full", **others: Any
 ) -> str | None:
     """What `load` is asked for, for what a command was asked for.
@@ -66,8 +74,8 @@ def loadable_weights(
 
 
 def is_packed(weights: str, **settings: Any) -> bool:
-    """Whether `load` is going to look for the embedded model as it was published, as far as it shows without torch."""
-    return loadable_weights(weights, **settings) not in (None, "fp32")
+    """Whether `load_target` will look for the embedded model as it was published, as far as it shows without torch."""
+    return _loadable_weights(weights, **settings) not in (None, "fp32")
 
 
 def _quiet_libraries() -> None:

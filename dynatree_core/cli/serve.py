@@ -18,7 +18,7 @@ from dynatree_core.advice import pip_install
 from dynatree_core.cli import console
 from dynatree_core.cli.checks import check_names, check_settings, checkable
 from dynatree_core.cli.exits import DONE, INTERRUPTED
-from dynatree_core.cli.loading import is_packed, load, load_drafter, loadable_weights
+from dynatree_core.cli.loading import is_packed, load_drafter, load_target
 from dynatree_core.cli.recorded import Recorded
 from dynatree_core.cli.serve_options import name_variables, printed_config, serve_options
 from dynatree_core.errors import DynaTreeError, ParameterError
@@ -206,9 +206,7 @@ def service_of(
     from dynatree_core.serve.service import Service
     from dynatree_core.text.prompt import tokenizer_of
 
-    loaded = load(
-        target, device, dtype, loadable_weights(weights, activations=activations, **checkable(options)), activations
-    )
+    loaded = load_target(target, device, dtype, weights=weights, activations=activations, **checkable(options))
     trace = recorded.open(tokenizer_of(loaded))
     named = {name: load_drafter(name, loaded).model if source is None else source for name, source in sources.items()}
     engines = _engines(loaded, named, **options)

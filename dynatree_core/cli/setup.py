@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from dynatree_core.cli.checks import check_settings, checkable
-from dynatree_core.cli.loading import load, load_drafter, loadable_weights
+from dynatree_core.cli.loading import load_drafter, load_target
 from dynatree_core.cli.recorded import Recorded
 from dynatree_core.plugins.spec import format_stack, parse_stack
 
@@ -64,9 +64,7 @@ class Setup:
         )
         specs = [spec for given in parse_stack(self.policy) for spec in expand_preset(given)]
         self.expanded_policy = format_stack(specs)
-        self.target = load(
-            self.target_name, device, dtype, loadable_weights(weights, activations=activations, **settings), activations
-        )
+        self.target = load_target(self.target_name, device, dtype, weights=weights, activations=activations, **settings)
         self.tokenizer = tokenizer_of(self.target)
         if self.drafter is None:
             self.drafter = load_drafter(self.drafter_name, self.target).model

@@ -32,6 +32,7 @@ from dynatree_core.models.architectures import max_positions, vocab_size
 from dynatree_core.models.kept import kept_of
 from dynatree_core.models.placement import computing_device
 from dynatree_core.models.state import without_gradients
+from dynatree_core.models.stored import StoredModel, rounding_of
 from dynatree_core.runners.choice import drafters_runner, made_runner, runner_for
 from dynatree_core.runners.passes import Passes
 from dynatree_core.tree.flatten import flatten
@@ -209,7 +210,7 @@ def _identity(model: nn.Module, runner: str) -> dict[str, Any]:
         "shape": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16],
         "attention": attention,
         "dtype": str(dtype).removeprefix("torch."),
-        "weights": getattr(model, "set_up", None) or getattr(model, "weights", None),  # of a `StoredModel`
+        "weights": rounding_of(model) or (model.weights if isinstance(model, StoredModel) else None),
         "device": f"{device.type if device is not None else 'cpu'} {name}",
         "threads": torch.get_num_threads(),
         "runner": runner,

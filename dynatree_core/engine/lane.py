@@ -20,6 +20,7 @@ from dynatree_core.engine.rehearsal import Rehearsal
 from dynatree_core.engine.resources import Resources, in_blocks, slots_of
 from dynatree_core.engine.sequence import Sequence
 from dynatree_core.errors import DrafterError, DynaTreeError, InputError
+from dynatree_core.models.stored import rounding_of
 from dynatree_core.plugins.foreign import others_code
 from dynatree_core.policy.stack import PolicyStack
 from dynatree_core.report import GenerationReport, GenerationResult, StepStats
@@ -160,7 +161,7 @@ class Lane:
             "target": _model_name(target),
             "model_type": str(getattr(target.config, "model_type", "")),
             "dtype": str(target.dtype).removeprefix("torch."),
-            "rounded": getattr(target, "set_up", None),
+            "rounded": rounding_of(target),
             "device": str(self.device),
             "vocab_size": self.vocab_size,
         }

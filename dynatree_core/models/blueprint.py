@@ -289,7 +289,11 @@ def blueprint_of(model: nn.Module) -> Blueprint:
     """
     config: Any = model.config
     family = family_of(config)
-    return read_blueprint(config, _weights_of(model, family), _ropes(model, family))
+    blueprint = read_blueprint(config, _weights_of(model, family), _ropes(model, family))
+    if config._attn_implementation != "sdpa":
+        return blueprint
+    # which has no soft caps, so that a family with them has none where a release of transformers runs it so
+    return attrs.evolve(blueprint, layers=tuple(attrs.evolve(layer, softcap=None) for layer in blueprint.layers))
 
 
 def family_of(config: Any) -> Family:
@@ -488,14 +492,19 @@ def _qkv_order(config: Any, family: Family, heads: int, key_heads: int, head_dim
 
 def _ropes(model: nn.Module, family: Family) -> dict[str, Rope | None]:
     """The rotary embeddings by layer type, "all" for the one of all layers; None: there is none."""
+    config: Any = model.config
+    if config.model_type in _WITHOUT_ROPE:
+        return {"all": None}
+    # GPT-J's, a table of the default angles; in releases of transformers before 5.24 each layer has one
+    tables: list[Any] = [part.embed_positions for part in model.modules() if hasattr(part, "embed_positions")]
+    if tables:
+        pairs = tables[0].shape[1]
+        turned = torch.arange(0, pairs, 2, dtype=torch.float32) / pairs
+        return {"all": Rope(1.0 / 10000**turned, 1.0, family.is_interleaved)}
     try:
         module: Any = model.get_submodule(f"{family.base}.rotary_emb")
     except AttributeError:
-        return {"all": None}
-    if hasattr(module, "embed_positions"):  # GPT-J's, a table of the default angles
-        pairs = module.embed_positions.shape[1]
-        turned = torch.arange(0, pairs, 2, dtype=torch.float32) / pairs
-        return {"all": Rope(1.0 / 10000**turned, 1.0, family.is_interleaved)}
+        raise NoBlueprintError("rotary embedding is not where this release of transformers should have it") from None
     # frequencies that grow with the text stay as they are within the context limit (`architectures.max_positions`)
     buffers: Iterator[tuple[str, Tensor]] = module.named_buffers(recurse=False)
     ropes: dict[str, Rope | None] = {}

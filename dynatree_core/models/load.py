@@ -57,6 +57,13 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase | None  # None: its folder holds none
     name: str
 
+    @property
+    def rounded(self) -> str | None:
+        """What of it is rounded, in words; None: nothing."""
+        from dynatree_core.models.stored import rounding_of
+
+        return rounding_of(self.model)
+
 
 def load_model(
     name: str | None,

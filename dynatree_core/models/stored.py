@@ -54,6 +54,7 @@ __all__ = [
     "packer",
     "plain_config",
     "read_checkpoint",
+    "rounding_of",
     "save_packed",
 ]
 
@@ -175,6 +176,11 @@ class StoredModel(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredModel:
         return self  # it is never changed
+
+
+def rounding_of(model: nn.Module) -> str | None:
+    """What makes a model another than the published one, in words; None: nothing that is known."""
+    return model.set_up if isinstance(model, StoredModel) else None
 
 
 class StoredTable(nn.Module):

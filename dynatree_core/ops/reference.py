@@ -6,13 +6,15 @@ Products of rows in 8 bits alone have the order that is said there, and agree to
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from dynatree_core.errors import InputError
-from dynatree_core.ops.matrix import PackedMatrix
+from dynatree_core.ops.matrix import Activations, PackedMatrix
 from dynatree_core.ops.signature import (
     NO_SUCH_OUTPUT,
     Activation,
@@ -27,7 +29,28 @@ from dynatree_core.ops.signature import (
 
 GROUP = 32  # inputs of a row that are rounded with one scale
 
-__all__ = ["experts", "linear", "lookup", "mlp", "norm", "rope_write", "totals", "tree_attention"]
+__all__ = ["MatrixLike", "experts", "linear", "lookup", "mlp", "norm", "rope_write", "totals", "tree_attention"]
+
+
+class MatrixLike(Protocol):
+    """What is asked of a matrix here: of a `PackedMatrix`, and of those that other implementations have laid out."""
+
+    @property
+    def num_outputs(self) -> int: ...
+
+    @property
+    def num_inputs(self) -> int: ...
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[outputs or more], or None."""
+
+    @property
+    def activations(self) -> Activations:
+        """How the rows are taken that it multiplies; "int8" of a `PackedMatrix` only."""
+
+    def unpacked(self) -> Tensor:
+        """[outputs, inputs] float32 (float64)."""
 
 
 def norm(rows: Tensor, norm: Norm, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -36,7 +59,7 @@ def norm(rows: Tensor, norm: Norm, *, residual: Tensor | None = None, out: Tenso
 
 def linear(
     rows: Tensor,
-    packed: PackedMatrix,
+    packed: MatrixLike,
     *,
     norm: Norm | None = None,
     after: Norm | None = None,
@@ -48,6 +71,7 @@ def linear(
     rows = _normed(rows, norm)
     bias = None if packed.bias is None else packed.bias[: packed.num_outputs]
     if packed.activations == "int8":
+        assert isinstance(packed, PackedMatrix), "nothing else has codes of whole numbers"
         product = _add(_integer_product(rows, packed), bias)
     else:
         product = functional.linear(rows, packed.unpacked(), bias)
@@ -71,8 +95,8 @@ def totals(rows: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 def mlp(
     rows: Tensor,
-    inner: PackedMatrix,
-    outer: PackedMatrix,
+    inner: MatrixLike,
+    outer: MatrixLike,
     *,
     activation: Activation,
     norm: Norm | None = None,

@@ -6,7 +6,8 @@ trees of its iterations as text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,11 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from torch import Tensor, nn
 
 from dynatree_core.clock import StageClock
+from dynatree_core.cost_model import CostModel, StepFunction
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState
 from dynatree_core.drafters.build import as_drafter
 from dynatree_core.engine.session import Session
-from dynatree_core.errors import ParameterError
+from dynatree_core.errors import ParameterError, PolicyError
 from dynatree_core.generation import run
 from dynatree_core.models.state import without_gradients
 from dynatree_core.plugins.spec import format_stack, parse_stack
@@ -55,6 +57,7 @@ __all__ = [
 ]
 
 Policy = str | object | Sequence[str | object]
+Answers = tuple[list[int], list[bool]]  # children of each frontier node, and whether each node of the tree is verified
 
 
 def assert_lossless(policy: Policy, *, drafter: Any = None, max_examples: int = 50) -> None:
@@ -79,7 +82,8 @@ def assert_hook_contract(policy: Policy, *, max_examples: int = 100) -> None:
     """Every hook of this stack keeps its contract for any tree, proposals and outcome, and changes no argument.
 
     Two sessions of the stack that take turns must not influence each other. Policies that are marked `is_capturable`
-    must read no numbers on the host, and must say the same of a node whatever padding stands beside it.
+    must read no numbers on the host, and must say the same of a node whatever padding stands beside it. Policies that
+    are marked `is_recordable` must say what a graph repeats that was recorded in an earlier iteration.
 
     Args:
         policy: a stack's string, a policy object, a list of both, or a hypothesis strategy for any of them.
@@ -87,11 +91,13 @@ def assert_hook_contract(policy: Policy, *, max_examples: int = 100) -> None:
 
     Raises:
         PolicyError: an answer of the wrong type, shape, dtype or range, or an exception; it names policy and hook.
-        AssertionError: a hook changed an argument, two sessions share state, or an answer depends on padding.
+        AssertionError: a hook changed an argument, two sessions share state, an answer depends on padding, or a graph
+            would repeat another one.
     """
     _check_hooks(policy, max_examples)
     _check_independent_sessions(policy, max_examples)
     _check_capturable(policy, max_examples)
+    _check_recordable(policy, max_examples)
 
 
 def assert_drafter_contract(
@@ -347,7 +353,7 @@ class _Hooks:
         with self.watch("hook on_iteration_end", report.tree):
             self.stack.on_iteration_end(report)
 
-    def answers(self, iteration: ours.Iteration) -> tuple[list[int], list[bool]]:
+    def answers(self, iteration: ours.Iteration) -> Answers:
         """The answers of all four hooks, called in the order of a decode step."""
         own = attrs.evolve(iteration.frontier)  # it caches what is asked of it, which two stacks must not share
         answers = self.widths(own), self.kept(iteration.tree).tolist()
@@ -416,16 +422,131 @@ def _check_capturable(policy: Policy, max_examples: int) -> None:
     _search(capturable, max_examples)
 
 
+def _check_recordable(policy: Policy, max_examples: int) -> None:
+    """A stack that is marked `is_recordable` says what a graph repeats that an earlier iteration has recorded."""
+
+    @given(policy=_drawn(policy), iterations=ours.iterations())
+    def recordable(policy: Policy, iterations: list[ours.Iteration]) -> None:
+        plain, repeated = build_stack(policy), _Repeated(build_stack(policy))
+        _check_known_parameters(plain)
+        for iteration in iterations:
+            note(str(iteration))
+            hooks = _Padded(plain) if repeated.stack.is_recordable else _Hooks(plain, _unwatched)
+            expected, answers = hooks.answers(iteration), repeated.answers(iteration)
+            if answers != expected:
+                raise AssertionError(
+                    "what a policy that is marked is_recordable says must follow from the tree, the proposals, its "
+                    "parameters and its graph_key alone, but a graph that an earlier iteration has recorded with the "
+                    "same ones repeats other answers; let what else they follow from (frontier.iteration, costs, load, "
+                    "what on_iteration_end or an earlier call has left) change graph_key, or leave is_recordable out\n"
+                    f"stack:    {plain}\n"
+                    f"recorded: iteration {repeated.recorded_in}, graph_key {repeated.graph_keys()}\n"
+                    f"called:   widths {expected[0]}, kept {expected[1]}\n"
+                    f"repeated: widths {answers[0]}, kept {answers[1]}"
+                )
+
+    _search(recordable, max_examples)
+
+
+def _check_known_parameters(stack: PolicyStack) -> None:
+    """Fail where a policy's promise is not believed."""
+    for name, policy in stack.policies.items():
+        is_promised = all(getattr(policy, mark, False) is True for mark in ("is_capturable", "is_recordable"))
+        if is_promised and not PolicyStack({name: policy}, name).is_recordable:
+            raise AssertionError(
+                f"policy '{name}' is marked is_recordable, so it must be an attrs class whose parameters are numbers "
+                f"and strings, got {type(policy).__name__}, whose parameters cannot be told apart, so that it is never "
+                "recorded; make it one, with what else it keeps in fields of init=False, or leave is_recordable out"
+            )
+
+
+# a machine on which drafting is dear, for policies that promise not to ask
+_OTHER_COSTS = CostModel(StepFunction((1,), (0.001,)), StepFunction((1,), (0.1,)), 0.0)
+
+
+@attrs.define
+class _Repeated:
+    """A stack whose tree is drawn by graphs: where one is recorded, hooks of the copy in it are repeated.
+
+    The live policies are then told how iterations end, and are not asked.
+    """
+
+    stack: PolicyStack
+    recorded: dict[Hashable, tuple[PolicyStack, int]] = attrs.field(factory=dict)  # with the iteration of each
+    recorded_in: int = 0  # the iteration of what was repeated last
+
+    def graph_keys(self) -> dict[str, Hashable]:
+        """What the policies say that answers follow from, by name."""
+        return {name: getattr(policy, "graph_key", None) for name, policy in self.stack.policies.items()}
+
+    def answers(self, iteration: ours.Iteration) -> Answers:
+        """The answers of all four hooks in a decode step."""
+        if not self.stack.is_recordable:
+            return _Hooks(self.stack, _unwatched).answers(iteration)
+        key = self._key()
+        if key not in self.recorded:
+            self.recorded[key] = copy.deepcopy(self.stack), iteration.frontier.iteration
+        of_graph, self.recorded_in = self.recorded[key]
+        answers = self._repeated(copy.deepcopy(of_graph), iteration)  # a replay leaves nothing behind in a policy
+        self.stack.on_iteration_end(iteration.report)
+        return answers
+
+    def _key(self) -> Hashable:
+        """What must be as it was for a graph to be repeated, beside numbers that are tensors in it."""
+        for name, key in self.graph_keys().items():
+            try:
+                hash(key)
+            except TypeError as error:
+                raise AssertionError(
+                    f"policy '{name}' is marked is_recordable, so its graph_key must be hashable, got {key!r:.200} "
+                    f"({type(key).__name__}); a tuple is"
+                ) from error
+        fixed = [(*place, value) for place, value in _numbers(self.stack).items() if not isinstance(value, float)]
+        return *self.graph_keys().items(), *fixed
+
+    def _repeated(self, copied: PolicyStack, iteration: ours.Iteration) -> Answers:
+        """What the copy says of a tree when it is recorded, at another time."""
+        before, now = _numbers(copied), _numbers(self.stack)
+        moved = [place for place, value in now.items() if value != before[place]]
+        for policy, name in moved:
+            number = padding.unread(torch.tensor(now[policy, name], dtype=torch.float32))
+            object.__setattr__(copied.policies[policy], name, number)
+        frontier = attrs.evolve(
+            iteration.frontier, iteration=self.recorded_in, measure=lambda: _OTHER_COSTS, num_tokens_left=1
+        )
+        try:
+            return _Padded(copied).about(iteration.tree, frontier)
+        except PolicyError as error:
+            if not moved:
+                raise
+            numbers = ", ".join(map(".".join, moved))
+            raise AssertionError(
+                "a policy that is marked is_recordable must bear that a parameter which moves is a tensor without "
+                f"dimensions, here {numbers}, but {error}; or leave is_recordable out"
+            ) from error
+
+
+def _numbers(stack: PolicyStack) -> dict[tuple[str, str], Any]:
+    """The parameters by policy and name."""
+    values = stack.parameters().items()
+    return {(policy, name): value for policy, of_policy in values for name, value in of_policy.items()}
+
+
 @attrs.frozen
 class _Padded:
     """A stack's hooks on trees with padding; the answers are those about nodes."""
 
     stack: PolicyStack
 
-    @torch.inference_mode()
-    def answers(self, iteration: ours.Iteration) -> tuple[list[int], list[bool]]:
+    def answers(self, iteration: ours.Iteration) -> Answers:
         """The answers of all four hooks, called in the order of a decode step."""
-        tree, frontier = iteration.tree, iteration.frontier
+        answers = self.about(iteration.tree, iteration.frontier)
+        self.stack.on_iteration_end(iteration.report)
+        return answers
+
+    @torch.inference_mode()
+    def about(self, tree: TokenTree, frontier: Frontier) -> Answers:
+        """Those of the hooks that a graph repeats."""
         width = 1 + max(*tree.level_sizes, *frontier.tree.level_sizes)  # some padding in each level
         widths = self._widths(padding.padded_frontier(frontier, width), frontier.width)
         with_padding = padding.padded(tree, width)
@@ -434,7 +555,6 @@ class _Padded:
             keep = self.stack.keep_nodes(padding.unread_tree(with_padding)).value
             if keep is not None:
                 is_kept = with_padding.close_under_ancestors(keep.as_subclass(Tensor))
-        self.stack.on_iteration_end(iteration.report)
         return widths, is_kept[with_padding.is_live].tolist()
 
     def _widths(self, frontier: Frontier, num_nodes: int) -> list[int]:
@@ -723,6 +843,7 @@ POLICY_PROPERTIES: dict[str, Callable[[str, int], None]] = {
     "any_order": _check_any_order,
     "independent_sessions": _check_independent_sessions,
     "capturable": _check_capturable,
+    "recordable": _check_recordable,
     "prints_back": _check_prints_back,
     "lossless_alone": lambda stack, n: _check_lossless(cases(_drawn(stack)), n),
     "lossless_composed": lambda stack, n: _check_lossless(cases(_composed(stack)), n),

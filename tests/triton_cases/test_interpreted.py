@@ -117,7 +117,7 @@ def test_operator_linear_is_the_references_and_no_row_knows_its_neighbours(
 ) -> None:
     rows, matrix, given = case
     found = OPERATORS.linear(rows, matrix, **given)
-    assert_close(found, reference.linear(rows, matrix, **given), TOLERANCES[matrix.parts[0].dtype])  # type: ignore[arg-type]
+    assert_close(found, reference.linear(rows, matrix, **given), TOLERANCES[matrix.parts[0].dtype])
     for row in {0, len(rows) // 2, len(rows) - 1}:
         alone = OPERATORS.linear(rows[row : row + 1], matrix, **of_row(given, row))
         assert torch.equal(found[row], alone[0])
@@ -154,7 +154,7 @@ def test_operator_mlp_is_the_references_and_no_row_knows_its_neighbours(
 ) -> None:
     rows, inner, outer, given = case
     found = OPERATORS.mlp(rows, inner, outer, **given)
-    assert_close(found, reference.mlp(rows, inner, outer, **given), TOLERANCES[inner.parts[0].dtype])  # type: ignore[arg-type]
+    assert_close(found, reference.mlp(rows, inner, outer, **given), TOLERANCES[inner.parts[0].dtype])
     for row in {0, len(rows) - 1}:
         alone = OPERATORS.mlp(rows[row : row + 1], inner, outer, **of_row(given, row))
         assert torch.equal(found[row], alone[0])
@@ -166,7 +166,7 @@ def test_operator_mlp_has_each_activation(activation: Any) -> None:
     rows = torch.randn(3, 8, generator=random)
     matrices = [StackedMatrix((torch.randn(8, 8, generator=random),)) for _ in range(2)]
     found = OPERATORS.mlp(3 * rows, *matrices, activation=activation)
-    wanted = reference.mlp(3 * rows, *matrices, activation=activation)  # type: ignore[arg-type]
+    wanted = reference.mlp(3 * rows, *matrices, activation=activation)
     assert_close(found, wanted, TOLERANCES[torch.float32])
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import attrs
 import torch
 from torch import Tensor
 
 from dynatree_core.errors import InputError
 from dynatree_core.ops.matrix import Activations
+
+if TYPE_CHECKING:
+    from dynatree_core.ops.reference import MatrixLike
 
 __all__ = ["StackedMatrix"]
 
@@ -79,3 +84,9 @@ class StackedMatrix:
         if self.order is not None or self.num_outputs % 2 or sizes not in ([2 * middle], [middle, middle]):
             raise InputError(f"a gated matrix must be one part or two of one size, got {sizes} outputs")
         return (self.parts[0][:middle], self.parts[-1][-middle:])
+
+
+if TYPE_CHECKING:  # tests compare with the reference, but where Triton is installed only
+
+    def _of_the_reference(stacked: StackedMatrix) -> MatrixLike:
+        return stacked
