@@ -69,6 +69,15 @@ class PromptLookupState(DraftState):
         self.next_ids = self._next_tokens(committed_ids, tree.max_depth)
         return self._vote(tree.max_depth, k)
 
+    def bounds_of_rest(self, depth: int, k: int, rest_of_root: float, *, is_own: bool) -> tuple[float, float]:
+        """Where nothing is found at the root, nothing goes on below; a node of its own is the next token of one at
+        least, whose match is `depth` drafted tokens longer by then."""
+        if rest_of_root == 1:
+            return 1.0, 1.0
+        if not is_own or k < self.ends.numel():  # not all that is found has a place among the k best
+            return 0.0, 1.0
+        return 0.0, UNSEEN_WEIGHT / ((1 + DRAFTED_EVIDENCE * depth) ** 2 + UNSEEN_WEIGHT)
+
     def commit(self, draft_path: tuple[int, ...]) -> None:
         pass  # the next `propose` searches again, since the suffix has changed
 
