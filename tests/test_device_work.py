@@ -18,7 +18,7 @@ import torch
 from pretended_device import PASSES, Counts, by_stage, moved, pretended
 
 from dynatree_bench.data.synthetic import Shape, synthetic_pair
-from dynatree_core import CostModel, Session
+from dynatree_core import CostModel, Frontier, Session, generate, hookimpl
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.cost_model import StepFunction
@@ -26,6 +26,7 @@ from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import PromptLookupDrafter
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.engine import costs
+from dynatree_core.errors import PolicyError
 from dynatree_core.generation import run
 from dynatree_core.models.architectures import EXACT_FAMILIES
 from dynatree_core.runners.eager import EagerRunner
@@ -57,7 +58,13 @@ STACKS = {
 class Measured:
     counts: Counts
     num_iterations: int
-    num_levels: float  # that trees have, an iteration
+    trees: list[tuple[int, ...]]  # nodes by level
+    token_ids: list[int]  # of the whole text so far
+
+    @property
+    def num_levels(self) -> float:
+        """That trees have, an iteration."""
+        return sum(len(sizes) - 1 for sizes in self.trees) / self.num_iterations
 
     @property
     def launches(self) -> float:
@@ -99,9 +106,9 @@ def measured(
         for _ in range(WARM_UP if runner == "eager" else WARM_UP_RECORDED):
             next(steps)
         with by_stage(device), device.counting() as counts:
-            depths = [next(steps).tree.max_depth for _ in range(MEASURED)]
+            trees = [next(steps).tree.level_sizes for _ in range(MEASURED)]
         steps.close()  # type: ignore[attr-defined]
-    return Measured(counts, MEASURED, sum(depths) / MEASURED)
+    return Measured(counts, MEASURED, trees, session.new_token_ids)
 
 
 # an iteration at most: waits for each level that a tree has, other waits, launches
@@ -117,8 +124,8 @@ LIMITS = {
     ("fixed", "union"): (0, 2, 235),
     ("phase3", "union"): (0, 2, 410),
     # level by level
-    ("cost_aware", "model"): (2, 1.9, 245),  # the host decides for each level, and is told the sizes where it cuts
-    ("cost_aware", "union"): (2, 2, 455),
+    ("cost_aware", "model"): (1, 1.9, 245),  # the host decides for each level, and is told the sizes where it cuts
+    ("cost_aware", "union"): (1, 2, 450),
 }
 
 
@@ -129,6 +136,41 @@ def test_what_an_iteration_asks_outside_passes_stays_within_its_limits(stack: st
     assert found.waits <= of_a_level * found.num_levels + others, found.counts.waits
     assert found.launches <= launches, found.counts.launches
     assert found.copies < 0.5, found.counts.waits  # once in a while, as when a plan is made anew
+
+
+@pytest.mark.parametrize("drafter", ["model", "union"])
+def test_what_a_policy_reads_once_a_level_grows_the_trees_of_a_cpu(drafter: str) -> None:
+    found, pair = measured("cost_aware", drafter), pair_that_repeats()
+    model = ModelDrafter(pair.drafter)
+    session = Session(
+        pair.target, model if drafter == "model" else UnionDrafter([model, PromptLookupDrafter()]),
+        pair.source.text(0, 100), policy=STACKS["cost_aware"], max_new_tokens=200, eos_token_id=[],
+        inherit_settings=False, runner="eager", costs=COSTS, trust_model=True,
+    )  # fmt: skip
+    steps = run(session)
+    trees = [next(steps).tree.level_sizes for _ in range(WARM_UP + MEASURED)]
+    assert found.trees == trees[WARM_UP:]
+    assert len({*trees}) > 1
+    assert found.token_ids == session.new_token_ids
+
+
+@attrs.define
+class Miscounting:
+    """Says that its widths lead to one child more than they do."""
+
+    @hookimpl
+    def branch_factor(self, frontier: Frontier) -> torch.Tensor:
+        frontier.note_children(2)
+        return torch.ones_like(frontier.token_ids)
+
+
+def test_a_number_of_children_that_is_wrong_is_refused_on_a_cpu() -> None:
+    pair = pair_that_repeats()
+    options: Any = {"max_new_tokens": 5, "tau": 0.0, "on_error": "raise", "trust_model": True}
+    with pytest.raises(
+        PolicyError, match=r"'miscounting', hook branch_factor: .* note_children, got 1 where it says 2"
+    ):
+        generate(pair.target, pair.drafter, [1, 2, 3], policy=["linear(depth=1)", Miscounting()], **options)
 
 
 @pytest.mark.parametrize("stack", ["fixed", "phase3"])
