@@ -212,7 +212,7 @@ class CostAware:
         best = accepted.sort(descending=True, stable=True)
         values, places = (of[: frontier.nodes_left] for of in (best.values, best.indices))
         # all that the host has to know, by one transfer
-        best_values, best_own, at_parents = _on_host(values, own[places], at_parent)
+        best_values, best_own, at_parents = frontier.read(values, own[places], at_parent)
         wins = self._wins(best_values, tree.num_drafted, self._rate(costs), costs, self.max_depth - frontier.depth - 1)
         num_children = int(wins.argmax())
         won = float(wins[num_children]) / max(sum(at_parents), 1e-6)
@@ -226,6 +226,7 @@ class CostAware:
         num_wanted = sum(value > 0 and value >= best_values[num_children - 1] for value in best_values)
         is_wanted = torch.zeros_like(own, dtype=torch.bool).index_fill_(0, places[:num_wanted], True)
         wanted = own[torch.nonzero_static(is_wanted, size=num_wanted)[:, 0]]
+        frontier.note_children(num_wanted)
         self._wanted = _Level(tree, wanted, best_own[:num_wanted], sum(best_own[:num_wanted]))
         return is_wanted.view(frontier.width, -1).sum(dim=1)
 
@@ -234,7 +235,7 @@ class CostAware:
         if self.costs is None:
             return None
         judged = self._judged(tree)
-        (values,) = [judged.values] if judged.values is not None else _on_host(judged.acceptance[1:])
+        values = judged.acceptance[1:].tolist() if judged.values is None else judged.values
         wins = self._wins(sorted(values, reverse=True), 0, self._rate(self.costs), self.costs, 0)
         num_kept = int(wins.argmax())
         if num_kept == tree.num_drafted:
@@ -354,9 +355,3 @@ class CostAware:
         if num_trials:
             self.hits = MEMORY * self.hits + num_accepted
             self.trials = MEMORY * self.trials + num_trials
-
-
-def _on_host(*tensors: Tensor) -> list[list[float]]:
-    """The numbers of each [numbers], by one transfer."""
-    left = iter(torch.cat(tensors).tolist())
-    return [list(itertools.islice(left, one.numel())) for one in tensors]

@@ -146,8 +146,8 @@ MUTANTS = (
     ),
     Mutant(
         "padding of a padded tree may be accepted",
+        "        return self._packed[5]",
         "        return self._packed[4]",
-        "        return self._packed[3]",
         ("tests/test_padded.py::test_padding_is_not_accepted",),
     ),
     Mutant(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import attrs
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_following import BY_NODE, Rows, frontier
 from test_load import linear
 from test_student import Sure
@@ -25,6 +28,7 @@ from dynatree_core import (
     hookimpl,
 )
 from dynatree_core.clock import StageClock
+from dynatree_core.drafters import union as module
 from dynatree_core.drafters.base import DraftPlan, _ElsewhereState
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.union import UnionDrafter
@@ -180,6 +184,44 @@ def test_who_was_asked_whether_a_look_is_free_is_not_asked_again():
         there.commit(())
         plain.commit(())
         texts.clear()
+
+
+@given(
+    text=st.lists(st.integers(0, 3), min_size=1, max_size=30),
+    picks=st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=3), min_size=1, max_size=5),
+    k=st.sampled_from([2, 16]),
+    is_nested=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_a_union_need_not_read_is_what_it_would_have_read(text, picks, k, is_nested):
+    """Whom it asks is the same where it reads at each level, also where somebody else has proposed nodes."""
+    plan = DraftPlan(VOCAB, 40, 16, CPU, StageClock(CPU), tiny_model("llama"))
+    states = []
+    for _ in range(2):
+        both = union()
+        state = (UnionDrafter([both, Sure(0.2, only_even=True)]) if is_nested else both).start(plan)
+        states.append((state, state.states[0] if is_nested else state))
+    (state, inner), (plain, inner_plain) = states
+    lookup = inner_plain.states[1]
+    lookup.bounds_of_rest = lambda *_, **__: (0.0, 1.0)  # says nothing, so that all is read
+    ids = torch.tensor(text)
+    tree, was_free = TokenTree.root(ids[-1:]), False
+    with torch.inference_mode(), mock.patch.object(module, "_most_left_over", wraps=module._most_left_over) as reads:
+        for level in picks:
+            before = reads.call_count
+            found = state.propose(ids, tree, k)
+            num_read = reads.call_count - before
+            expected = plain.propose(ids, tree, k)
+            assert inner._is_of_first == inner_plain._is_of_first  # or its model is asked
+            assert torch.equal(found.token_ids, expected.token_ids)
+            assert torch.equal(found.logprobs, expected.logprobs)
+            is_known = inner._rest_of_root == 1 or (was_free and k == 16)
+            assert is_nested or num_read == (tree.max_depth == 0 or not is_known)
+            was_free = found.is_free
+            possible = (found.logprobs > -torch.inf).flatten().nonzero().flatten()
+            chosen = possible[sorted({pick % possible.numel() for pick in level})]
+            parents = tree.last_level.start + chosen // k
+            tree = tree.grow(parents, found.token_ids.flatten()[chosen], found.logprobs.flatten()[chosen])
 
 
 def test_a_drafter_that_cannot_say_has_no_free_look():

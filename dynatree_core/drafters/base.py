@@ -247,6 +247,20 @@ class DraftState(abc.ABC):
         """
         return False
 
+    def bounds_of_rest(self, depth: int, k: int, rest_of_root: float, *, is_own: bool) -> tuple[float, float]:
+        """The least and the most that `propose` leaves of a probability of 1 at a node of the level it is asked about.
+
+        A union asks its first drafter, so that it need not read what that has proposed on a GPU: a bound is enough
+        where it says whether the others are to be asked. It follows from numbers that the host has.
+
+        Args:
+            depth: of the nodes, 1 at least.
+            k: as for `propose`.
+            rest_of_root: what `propose` has left at the root.
+            is_own: whether this state alone has proposed the nodes of the level.
+        """
+        return 0.0, 1.0
+
     def num_bytes(self, num_committed: int | None = None) -> int:
         """What its caches take up: by now, or in an iteration that begins with so many committed tokens."""
         return 0
@@ -335,6 +349,9 @@ class _ElsewhereState(DraftState):
         if type(self.state).is_look_free is DraftState.is_look_free:  # nothing is copied to be told so
             return False
         return self.state.is_look_free(self._copied(committed_ids), tree.to(self.device), k)
+
+    def bounds_of_rest(self, depth: int, k: int, rest_of_root: float, *, is_own: bool) -> tuple[float, float]:
+        return self.state.bounds_of_rest(depth, k, rest_of_root, is_own=is_own)
 
     def num_bytes(self, num_committed: int | None = None) -> int:
         return self.state.num_bytes(num_committed)

@@ -24,6 +24,7 @@ __all__ = ["PromptLookupDrafter"]
 # occurrence alone gives its next token the probability n² / (n² + 4): 0.2, 0.5, 0.69, 0.8 for n = 1…4. The weights of
 # occurrences with the same next token are added up.
 UNSEEN_WEIGHT = 4.0
+LOOK_AHEAD = 8  # levels whose tokens are read together: operators of tens of numbers cost the same for hundreds
 DRAFTED_EVIDENCE = 0.5  # tokens by which a drafted one lengthens a match: less than 1, since it is not confirmed yet
 
 
@@ -66,8 +67,19 @@ class PromptLookupState(DraftState):
             self._find_matches(committed_ids)
         else:
             self._follow(tree)
-        self.next_ids = self._next_tokens(committed_ids, tree.max_depth)
+        if tree.max_depth % LOOK_AHEAD == 0:
+            self._look_ahead(committed_ids, tree.max_depth)
+        self.next_ids = self.ahead_ids[tree.max_depth % LOOK_AHEAD]  # [matches]
         return self._vote(tree.max_depth, k)
+
+    def bounds_of_rest(self, depth: int, k: int, rest_of_root: float, *, is_own: bool) -> tuple[float, float]:
+        """Where nothing is found at the root, nothing goes on below; a node of its own is the next token of one at
+        least, whose match is `depth` drafted tokens longer by then."""
+        if rest_of_root == 1:
+            return 1.0, 1.0
+        if not is_own or k < self.ends.numel():  # not all that is found has a place among the k best
+            return 0.0, 1.0
+        return 0.0, UNSEEN_WEIGHT / ((1 + DRAFTED_EVIDENCE * depth) ** 2 + UNSEEN_WEIGHT)
 
     def commit(self, draft_path: tuple[int, ...]) -> None:
         pass  # the next `propose` searches again, since the suffix has changed
@@ -98,18 +110,21 @@ class PromptLookupState(DraftState):
         parents = tree.parent[level] - first_parent
         self.is_followed = self.is_followed[parents] & (self.next_ids == tree.token_ids[level][:, None])
 
-    def _next_tokens(self, ids: Tensor, depth: int) -> Tensor:
-        """[matches]: what each occurrence's continuation has after `depth` tokens."""
-        return ids[self.begins + depth % self.periods]
+    def _look_ahead(self, ids: Tensor, depth: int) -> None:
+        """What each occurrence's continuation has after `depth` tokens and more, for several levels at once."""
+        depths = torch.arange(depth, depth + LOOK_AHEAD, device=ids.device)[:, None]
+        self.ahead_ids = ids[self.begins + depths % self.periods]  # [levels, matches]
+        if self.ends.numel():
+            # all occurrences with the same next token add their weights to the first one of them
+            is_same = self.ahead_ids[:, :, None] == self.ahead_ids[:, None]
+            self.spokesmen = is_same.view(torch.uint8).argmax(dim=2)  # [levels, matches]
 
     def _vote(self, depth: int, k: int) -> Proposals:
         """Distinct next tokens by the weight of the occurrences behind them."""
         weights = self.is_followed * (self.lengths + DRAFTED_EVIDENCE * depth).square()  # [width, matches]
         if self.ends.numel() == 0:  # a text of one token has nothing earlier
             return padded_proposals(weights.long(), weights, k)
-        # all occurrences with the same next token add their weights to the first one of them
-        spokesman = (self.next_ids[:, None] == self.next_ids).view(torch.uint8).argmax(dim=1)  # [matches]
-        votes = torch.zeros_like(weights).index_add_(1, spokesman, weights)
+        votes = torch.zeros_like(weights).index_add_(1, self.spokesmen[depth % LOOK_AHEAD], weights)
         probs = votes / (weights.sum(dim=1, keepdim=True) + UNSEEN_WEIGHT)
         top = probs.topk(min(k, self.ends.numel()), dim=1)
         return padded_proposals(self.next_ids[top.indices], top.values.log(), k)

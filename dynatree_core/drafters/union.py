@@ -107,6 +107,13 @@ class UnionState(DraftState):
         )
         # of a level, before `propose` was asked: which it is, what was proposed, and the largest rest of any node
         self._heard: tuple[tuple[int, ...], list[Proposals], float] | None = None
+        # what the first one that is heard has left at the root; None: nobody has read it
+        self._rest_of_root: float | None = None
+        self._is_of_first = False  # whether that one alone has proposed the nodes of the last level
+        self._is_whole = True  # whether nobody but this union proposes nodes
+        for state in states:
+            if isinstance(state, UnionState):
+                state._is_whole = False
 
     @property
     def is_capturable(self) -> bool:  # type: ignore[override]
@@ -126,7 +133,7 @@ class UnionState(DraftState):
 
     def proposing(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Generator[AskedPass, PassOutput, Proposals]:
         known: list[Proposals] = []
-        left_over = 1.0  # the largest rest of any node; read once for each drafter, since a device has to be waited for
+        left_over = 1.0  # the largest rest of any node; read at most once for each drafter: a device is waited for
         if self._heard is not None and self._heard[0] == _place(committed_ids, tree, k):
             _, known, left_over = self._heard
         num_summed = len(known)
@@ -136,7 +143,7 @@ class UnionState(DraftState):
         for number, (state, is_dear, name) in enumerate(self._parts):
             if heard and state.can_skip_levels:
                 if num_summed != len(heard):
-                    left_over, num_summed = _most_left_over(heard, tree), len(heard)
+                    left_over, num_summed = self._left_over(heard, tree, k), len(heard)
                 if left_over < LITTLE:
                     was_skipped = True
                     continue
@@ -147,6 +154,7 @@ class UnionState(DraftState):
             heard.append(proposals)
             names.append(name)
             was_model_asked |= is_dear and not proposals.is_free
+        self._is_of_first = len(heard) == 1
         is_free = was_skipped and not was_model_asked
         return attrs.evolve(_combined(heard, k), is_free=is_free, heard=tuple(zip(names, heard, strict=True)))
 
@@ -157,8 +165,25 @@ class UnionState(DraftState):
         place = _place(committed_ids, tree, k)
         if self._heard is None or self._heard[0] != place:
             heard = [by_itself(proposing_of(state, committed_ids, tree, k)) for state in self._first]
-            self._heard = place, heard, _most_left_over(heard, tree)
+            self._heard = place, heard, self._left_over(heard, tree, k)
         return self._heard[2] < LITTLE
+
+    def _left_over(self, heard: Sequence[Proposals], tree: TokenTree, k: int) -> float:
+        """The largest rest of any node of the last level, after all these drafters.
+
+        It is read of what they propose, for which the host waits; but where the first drafter can tell on which side
+        of `LITTLE` it is, a bound of it. So a text that is copied is read about once a tree, at the root.
+        """
+        if len(heard) == 1 and tree.max_depth > 0 and self._rest_of_root is not None:
+            least, most = self._parts[0][0].bounds_of_rest(
+                tree.max_depth, k, self._rest_of_root, is_own=self._is_whole and self._is_of_first
+            )
+            if most < LITTLE or least >= LITTLE:
+                return least if least >= LITTLE else most
+        left_over = _most_left_over(heard, tree)
+        if len(heard) == 1 and tree.max_depth == 0:
+            self._rest_of_root = left_over
+        return left_over
 
     def num_behind(self, num_committed: int) -> int:
         return sum(state.num_behind(num_committed) for state in self.states)
@@ -181,14 +206,17 @@ class UnionState(DraftState):
         return [runner for state in self.states for runner in state.runners()]
 
     def commit(self, draft_path: tuple[int, ...]) -> None:
-        self._heard = None
+        self._forget_tree()
         for state in self.states:
             state.commit(draft_path)
 
     def rollback(self) -> None:
-        self._heard = None
+        self._forget_tree()
         for state in self.states:
             state.rollback()
+
+    def _forget_tree(self) -> None:
+        self._heard, self._rest_of_root = None, None
 
 
 def _place(committed_ids: Tensor, tree: TokenTree, k: int) -> tuple[int, ...]:

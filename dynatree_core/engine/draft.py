@@ -21,6 +21,7 @@ from dynatree_core.engine.lane import Lane
 from dynatree_core.engine.observer import Level, Outcome
 from dynatree_core.engine.padded import root
 from dynatree_core.engine.proposals import SharedProposals
+from dynatree_core.errors import PolicyError
 from dynatree_core.policy.stack import Decision
 from dynatree_core.tree.frontier import Frontier
 from dynatree_core.tree.token_tree import TokenTree
@@ -49,7 +50,8 @@ def _grow_level(trees: Mapping[Lane, TokenTree], faults: Faults) -> dict[Lane, L
     shared = SharedProposals({lane: tree for lane, tree in trees.items() if _limit_reached(lane, tree) is None})
     asked = faults.each(lambda lane, tree: _ask(lane, tree, shared), trees)
     wanted = {lane: level for lane, level in asked.items() if isinstance(level, _Wanted)}
-    counts = transferred({lane: level.checks for lane, level in wanted.items()})
+    known = {lane: level.known for lane, level in wanted.items() if level.known is not None}
+    counts = known | transferred({lane: level.checks for lane, level in wanted.items() if lane not in known})
     levels = faults.each(lambda lane, level: level if isinstance(level, Level) else level.grown(counts[lane]), asked)
     return faults.each(_tell, levels)
 
@@ -101,8 +103,9 @@ def _ask(lane: Lane, tree: TokenTree, shared: SharedProposals) -> Level | _Wante
     is_admitted = functools.reduce(operator.and_, conditions.values())
     if Outcome.BELOW_TAU not in conditions:
         is_admitted = is_admitted & (scores > -torch.inf)
+    told = frontier.what_was_read().num_children if [*conditions] == [Outcome.BEYOND_WIDTH] else None
     level = functools.partial(level, expand=expand, branch=branch, proposals=frontier.proposals, conditions=conditions)
-    return _Wanted(lane, frontier, branch, scores, is_admitted, nodes_left, level)
+    return _Wanted(lane, frontier, branch, scores, is_admitted, nodes_left, told, level)
 
 
 @attrs.frozen(eq=False)
@@ -115,26 +118,28 @@ class _Wanted:
     scores: Tensor  # [width, k] log-probability of each child's path
     is_admitted: Tensor  # [width, k] bool
     nodes_left: int  # drafted nodes that the budget still allows
+    told: int | None  # children that there are by who has decided the widths; None: nobody has said
     level: Callable[..., Level]  # makes the record, of what ends the tree or of the tree grown
 
     @property
     def checks(self) -> Tensor:
         """[checks] int64 on the device: how many children there are, and what could be wrong."""
-        proposals = self.frontier.proposals
-        checks = [
-            self.is_admitted.sum(),
-            *proposals.token_ids.aminmax(),
-            (proposals.logprobs <= 1e-3).sum(),  # not NaN; rounding may exceed log 1 = 0 a little
-        ]
+        checks = [self.is_admitted.sum(), *self.frontier.proposals.checks]
         if isinstance(self.branch.value, Tensor):
             checks += self.branch.value.aminmax()
         return torch.stack(checks)
+
+    @property
+    def known(self) -> list[int] | None:
+        """What `checks` would say but for the widths, where a policy has read and said it; None: it has to be asked."""
+        read = self.frontier.what_was_read()
+        return None if self.told is None or read.proposed is None else [self.told, *read.proposed]
 
     def grown(self, checks: Sequence[int]) -> Level:
         """The level, by what its checks say.
 
         Raises:
-            PolicyError: a branch factor out of range.
+            PolicyError: a branch factor out of range, or another number of children than a policy has said.
             DrafterError: a proposal that is NaN, or a token that the target does not know.
         """
         num_children, min_id, max_id, num_sound, *widths = checks
@@ -143,6 +148,11 @@ class _Wanted:
             lane.stack.refuse_branch_factor(self.branch.decider, f"{widths[0]} to {widths[1]}", frontier.max_branch)
         is_sound = num_sound == proposals.logprobs.numel()
         lane.check_proposed(min_id, max_id, is_sound=is_sound, proposals=proposals)
+        if self.told not in (None, num_children):
+            raise PolicyError(
+                f"policy '{self.branch.decider}', hook branch_factor: the children that its widths lead to must be "
+                f"as many as it says by note_children, got {num_children} where it says {self.told}"
+            )
         if num_children == 0:
             return self.level("refused")
         chosen = self._chosen(num_children)
@@ -153,7 +163,8 @@ class _Wanted:
         """[children] int64: places in width × k of the best that fit, breadth first."""
         nodes_left = self.nodes_left
         if num_children <= nodes_left:
-            return torch.nonzero_static(self.is_admitted.flatten(), size=num_children)[:, 0]
+            # filled only where a policy has counted more than there are
+            return torch.nonzero_static(self.is_admitted.flatten(), size=num_children, fill_value=0)[:, 0]
         scores = torch.where(self.is_admitted, self.scores, -torch.inf)
         best = scores.flatten().sort(descending=True, stable=True).indices  # of equals the first, with padding too
         return best[:nodes_left].sort().values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import cached_property
 
@@ -31,8 +32,22 @@ class Proposals:
 
     def copied(self) -> Proposals:
         """The same in memory of its own."""
-        heard = tuple((name, self if part is self else part.copied()) for name, part in self.heard)
+        heard = tuple((name, part.copied()) for name, part in self.heard)
         return Proposals(self.token_ids.clone(), self.logprobs.clone(), self.is_free, heard)
+
+    @property
+    def checks(self) -> list[Tensor]:
+        """[] each: the least and the greatest token, and how many log-probabilities are sound."""
+        # not NaN; rounding may exceed log 1 = 0 a little
+        return [*self.token_ids.aminmax(), (self.logprobs <= 1e-3).sum()]
+
+
+@attrs.define(eq=False)
+class Read:
+    """What the host has read of a level, or was told, before it has to ask."""
+
+    proposed: list[int] | None = None  # least and greatest token that is proposed, and how many scores are sound
+    num_children: int | None = None  # that the widths of the policy which decides them lead to
 
 
 @attrs.frozen(eq=False)
@@ -60,6 +75,7 @@ class Frontier:
     num_tokens_left: int | None = None  # new tokens that may still be committed; None: nobody knows
     # as below, or what asks the drafter for who looks
     _is_look_free: Callable[[], bool] = attrs.field(default=lambda: False, repr=False)
+    _was_read: Read = attrs.field(factory=Read, init=False, repr=False)
 
     @cached_property
     def nodes_left(self) -> int | Tensor:
@@ -106,6 +122,33 @@ class Frontier:
     def __deepcopy__(self, memo: dict[int, object]) -> Frontier:
         """Itself: it says what was at one moment. A copy of a policy that keeps it must not copy what it asks."""
         return self
+
+    def read(self, *numbers: Tensor) -> list[list[float]]:
+        """The numbers of tensors [numbers] float32 on the host, by one transfer, for which it waits.
+
+        From a GPU comes with them what the host has to know of the proposals in any case. A policy that then says by
+        `note_children` what it has decided saves the transfer that a level would cost beside its own.
+        """
+        parts = [*numbers]
+        if self.tree.device.type != "cpu":
+            parts.append(torch.stack(self.proposals.checks).float())  # a vocabulary has fewer than 2^24 tokens
+        left = iter(torch.cat(parts).tolist())
+        of_each = [list(itertools.islice(left, part.numel())) for part in parts]
+        if len(parts) > len(numbers):
+            self._was_read.proposed = [int(number) for number in of_each.pop()]
+        return of_each
+
+    def note_children(self, number: int) -> None:
+        """Say how many children the widths lead to that `branch_factor` is about to answer, one at least.
+
+        For a policy that has read the proposals. It holds where all nodes are expanded, no path is cut by τ, and no
+        child is counted whose log-probability is -inf; a policy that is wrong is refused on a CPU.
+        """
+        self._was_read.num_children = number
+
+    def what_was_read(self) -> Read:
+        """For the engine, when the policies have answered."""
+        return self._was_read
 
     @property
     def width(self) -> int:

@@ -76,13 +76,13 @@ class PaddedSpace:
     def _empty_tree(self, device: torch.device) -> Tensor:
         """[bytes] uint8: a room with a root without a token, and with places that are empty."""
         size = self.num_places + 1
-        places = torch.zeros(5, size, dtype=torch.int64, device=device)
+        places = torch.zeros(6, size, dtype=torch.int64, device=device)
         packed_scores(places[2]).fill_(-torch.inf)
         places[1, 0] = -1
         places[2, 0] = 0
         levels = 1 + torch.arange(self.max_depth * self.width, device=device) // self.width
-        places[3, 1:-1] = places[4, 1:-1] = levels
-        places[4, -1] = -1  # padding is of no level
+        places[4, 1:-1] = places[5, 1:-1] = levels
+        places[5, -1] = -1  # padding is of no level
         mask = torch.eye(size, dtype=torch.bool, device=device)
         return torch.cat([places.view(torch.uint8).flatten(), mask.view(torch.uint8).flatten()])
 
@@ -90,16 +90,17 @@ class PaddedSpace:
         """Where a tree grows, in memory that nobody else has; it takes one kernel to empty."""
         size = self.num_places + 1
         memory = self._empty.clone()
-        places, mask = memory[: 40 * size], memory[40 * size :]
-        return Room.of_packed(places.view(torch.int64).view(5, size), mask.view(torch.bool).view(size, size))
+        places, mask = memory[: 48 * size], memory[48 * size :]
+        return Room.of_packed(places.view(torch.int64).view(6, size), mask.view(torch.bool).view(size, size))
 
     def _room_for_level(self, depth: int, device: torch.device) -> _LevelRoom:
         width = 1 if depth == 0 else self.width
         first, size = (1 + (depth - 1) * self.width if depth else 0), width * self.max_branch
-        places = torch.zeros(3, size + 1, dtype=torch.int64, device=device)
+        places = torch.zeros(4, size + 1, dtype=torch.int64, device=device)
         # padding is a child of the last place, so that parents ascend
         places[1] = first + (torch.arange(size + 1, device=device) // self.max_branch).clamp(max=width - 1)
         packed_scores(places[2]).fill_(-torch.inf)
+        places[3] = torch.arange(size + 1, device=device) % self.max_branch
         return _LevelRoom(places, torch.tensor(size, device=device))
 
     def laid_out(
@@ -144,7 +145,7 @@ class _HeardLate:
 class _LevelRoom:
     """The proposals for one level, flat, and a place for padding behind them."""
 
-    places: Tensor  # [3, places] int64: tokens, parents, and both scores
+    places: Tensor  # [4, places] int64: tokens, parents, both scores, and ranks
     last: Tensor  # [] int64: the place for padding
     num_columns: int = 0  # children of each node whose paths' log-probabilities are written
 
@@ -297,7 +298,7 @@ class PaddedRows:
     A padding row has the root's position, and sees the text and padding. Nobody sees it.
     """
 
-    _packed: Tensor = attrs.field(repr=False)  # [5, rows] int64: what is known of each; the parents of the padded tree
+    _packed: Tensor = attrs.field(repr=False)  # [6, rows] int64: what is known of each; the parents of the padded tree
     parent: Tensor  # [rows] int64, -1 for the root
     ancestor_mask: Tensor  # [rows, rows] bool, row i marks node i and its ancestors
     draft_index: Tensor  # [rows] int64: places in the padded tree
@@ -331,12 +332,12 @@ class PaddedRows:
     @property
     def depth(self) -> Tensor:
         """[rows] int64; 0 for padding."""
-        return self._packed[3]
+        return self._packed[4]
 
     @property
     def reach(self) -> Tensor:
         """[rows] int64: how far the path to each leads; less than the root for padding."""
-        return self._packed[4]
+        return self._packed[5]
 
     @property
     def num_nodes(self) -> int:
@@ -354,21 +355,18 @@ class PaddedRows:
 
     def copied(self) -> PaddedRows:
         """The same in memory of their own, as far as `tree` needs it: a graph writes into its own memory again."""
-        parent = self.drafted.parent.clone()
         return attrs.evolve(
             self,
             packed=self._packed.clone(),
             parent=self.parent.clone(),
             ancestor_mask=self.ancestor_mask.clone(),
             draft_index=self.draft_index.clone(),
-            drafted=attrs.evolve(self.drafted, parent=parent),
         )
 
     def tree(self, level_sizes: Sequence[int]) -> TokenTree:
         """The tree without padding, by what the host has learnt of its levels. Its places are views of these."""
         nodes = slice(sum(level_sizes))
         logprob, cum_logprob = packed_scores(self._packed[2])[nodes].unbind(1)
-        order, drafted = self.draft_index[nodes], self.drafted
         return TokenTree(
             token_ids=self.token_ids[nodes],
             parent=self.parent[nodes],
@@ -376,5 +374,5 @@ class PaddedRows:
             cum_logprob=cum_logprob,
             ancestor_mask=self.ancestor_mask[nodes, nodes],
             level_sizes=tuple(size for size in level_sizes if size),
-            cut=Cut(self.depth[nodes], lambda: drafted.rank.index_select(0, order), order),
+            cut=Cut(self.depth[nodes], self._packed[3, nodes], self.draft_index[nodes]),
         )

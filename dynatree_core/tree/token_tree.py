@@ -10,7 +10,7 @@ are -inf. So its sizes are known before the device has computed how many nodes t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import attrs
@@ -33,7 +33,7 @@ class Room:
     scores: Tensor  # [2, room] float32: log-probabilities of nodes and of their paths
     mask: Tensor  # [room, room] bool: ancestors; on the diagonal what every node sees, itself
     num_used: int = 0  # nodes of the largest tree in it
-    packed: Tensor | None = None  # of a padded tree: [5, room] int64, see `packed_scores` and PaddedSpace
+    packed: Tensor | None = None  # of a padded tree: [6, room] int64, see `packed_scores` and PaddedSpace
 
     @classmethod
     def for_nodes(cls, num_nodes: int, device: torch.device) -> Room:
@@ -48,7 +48,7 @@ class Room:
         """A padded tree's: all that is known of a node in one column, so that one kernel moves it.
 
         Args:
-            packed: [5, room] int64: token ids, parents, both scores, depths, and levels (-1 for padding).
+            packed: [6, room] int64: token ids, parents, both scores, ranks, depths, and levels (-1 for padding).
             mask: as above.
         """
         return cls(packed[:2], packed_scores(packed[2]).T, mask, packed=packed)
@@ -72,7 +72,7 @@ class Cut:
     """What only the tree as it was drafted knows of the nodes that pruning has left, [nodes] int64 each."""
 
     depth: Tensor
-    rank: Tensor | Callable[[], Tensor]  # or what makes it for who looks
+    rank: Tensor
     draft_index: Tensor
 
 
@@ -135,7 +135,7 @@ class TokenTree:
         )
 
     def gathered(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Some nodes of a padded tree, at places [rows] int64: what is known of each [5, rows], and their mask.
+        """Some nodes of a padded tree, at places [rows] int64: what is known of each [6, rows], and their mask.
 
         Parents are places in the tree still. The place behind all that it has room for is that of padding, which sees
         and is seen by padding only.
@@ -154,14 +154,16 @@ class TokenTree:
     def depth(self) -> Tensor:
         """[nodes] int64, 0 for the root."""
         if self._room is not None and self._room.packed is not None:
-            return self._room.packed[3, : self.num_nodes]
+            return self._room.packed[4, : self.num_nodes]
         return self.ancestor_mask.sum(dim=1) - 1 if self._cut is None else self._cut.depth
 
     @cached_property
     def rank(self) -> Tensor:
         """[nodes] int64, place among the siblings as they were drafted, before pruning, from 0 on; root 0."""
+        if self._room is not None and self._room.packed is not None:
+            return self._room.packed[3, : self.num_nodes]
         if self._cut is not None:
-            return self._cut.rank if isinstance(self._cut.rank, Tensor) else self._cut.rank()
+            return self._cut.rank
         return self.draft_index - torch.searchsorted(self.parent, self.parent)  # where the siblings of each begin
 
     @cached_property
@@ -248,8 +250,8 @@ class TokenTree:
 
         Args:
             chosen: [width] int64, places in what follows, ascending; behind them, for padding, the last place.
-            proposed: [3, places] int64: tokens, parents and scores of all that were proposed, as in a room; the last
-                place is padding's.
+            proposed: [4, places] int64: tokens, parents, scores and ranks of all that were proposed, as in a room; the
+                last place is padding's.
         """
         old, width = self.num_nodes, chosen.numel()
         room, level = self._room, slice(old, old + width)
@@ -257,7 +259,7 @@ class TokenTree:
         assert room.packed is not None, "likewise"
         assert room.num_used == old, f"a padded tree grows once, got {room.num_used} places in use behind {old}"
         assert old + width < len(room.mask), f"there is room for {len(room.mask) - 1} places, got {old + width}"
-        torch.index_select(proposed, 1, chosen, out=room.packed[:3, level])
+        torch.index_select(proposed, 1, chosen, out=room.packed[:4, level])
         torch.index_select(room.mask[:, :old], 0, room.integers[1, level], out=room.mask[level, :old])
         return TokenTree.in_room(room, (*self.level_sizes, width), is_padded=True)
 
@@ -334,6 +336,4 @@ class TokenTree:
 
     def close_under_ancestors(self, keep: Tensor) -> Tensor:
         """[nodes] bool: the kept nodes all of whose ancestors are kept too. The root always is."""
-        is_cut = ~keep
-        is_cut[:1].fill_(False)
-        return ~(self.ancestor_mask & is_cut).any(dim=1)
+        return (self.ancestor_mask[:, 1:] <= keep[1:]).all(dim=1)  # who is an ancestor is kept
