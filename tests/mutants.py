@@ -899,14 +899,14 @@ MUTANTS = (
     ),
     Mutant(
         "a tree's time counts for its own sequence only",
-        "return shared + max(beside_the_last, target(num_sequences * own) - target(num_sequences))",
-        "return target(rows + own)",
+        "shared + max(num_sequences * (of_rows[rows + own] - shared), of_rows[num_sequences * own] - alike)",
+        "of_rows[rows + own]",
         ("tests/test_load.py::test_each_second_that_a_tree_adds_counts_for_every_sequence",),
     ),
     Mutant(
         "rows that others had last make rows cheap for all",
-        "return shared + max(beside_the_last, target(num_sequences * own) - target(num_sequences))",
-        "return shared + beside_the_last",
+        "shared + max(num_sequences * (of_rows[rows + own] - shared), of_rows[num_sequences * own] - alike)",
+        "shared + num_sequences * (of_rows[rows + own] - shared)",
         ("tests/test_load.py::test_all_together_draft_no_more_than_pays",),
     ),
     Mutant(
