@@ -29,7 +29,7 @@ from dynatree_core.clock import StageClock
 from dynatree_core.drafters.base import DraftPlan
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
-from dynatree_policies.cost_aware import MAX_LOSS, STAKE, CostAware, level_seconds
+from dynatree_policies.cost_aware import FREE_MAX_LOSS, FREE_STAKE, MAX_LOSS, STAKE, CostAware, level_seconds
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 DEAR = linear(1.0, 2.0, 9.0)  # no look pays
@@ -183,13 +183,17 @@ def test_a_look_has_to_pay_its_share_of_catching_up():
     st.integers(0, 300), st.floats(0.0, 0.05), st.booleans(),
 )  # fmt: skip
 def test_what_is_lost_by_catching_up_is_bounded(iterations, prompt, a_token, is_measured):
-    """By the cost model no more than the account allows, one iteration, and what was not charged when it asked last."""
+    """By the cost model no more than the account allows, one iteration, and what was not charged when it asked last.
+
+    Looks that are free have an account of their own.
+    """
     seconds = tuple(0.1 + a_token * width for width in range(500))
     costs = attrs.evolve(BY_NODE, drafter_level_seconds=StepFunction(tuple(range(1, 501)), seconds))
     if is_measured:
         costs = attrs.evolve(costs, drafter_follow_seconds=StepFunction((1,), (a_token,)))
-    policy, losses, behind, largest, owed = CostAware(max_depth=1), [], prompt, 0.0, 0.0
-    for claim, is_right, is_free in iterations:
+    policy, behind, owed, caught = CostAware(max_depth=1), prompt, 0.0, 0.0
+    losses: dict[bool, list[float]] = {False: [0.0], True: [0.0]}  # of an iteration, by whether its look is free
+    for number, (claim, is_right, is_free) in enumerate(iterations, 1):
         root, tree, own = frontier(costs, behind, is_free=is_free), TokenTree.root(torch.tensor([0])), 0.0
         root = attrs.evolve(root, propose=lambda claim=claim, is_free=is_free: claimed(claim, is_free))
         asks = policy.should_expand(root)
@@ -197,18 +201,19 @@ def test_what_is_lost_by_catching_up_is_bounded(iterations, prompt, a_token, is_
             own = level_seconds(costs, 1, is_free=is_free)
             if policy.branch_factor(root).item():
                 tree = tree.grow(torch.tensor([0]), torch.tensor([1]), torch.tensor([claim]).log())
-            losses.append(root.catch_up_seconds)
+            caught += root.catch_up_seconds
             behind = behind if is_free else 0
         path = (1,) if is_right and tree.num_drafted else ()
         policy.on_iteration_end(StepReport(0, tree, Verdict(path, path, (1,) * (1 + len(path)))))
         step = costs.plain_step_seconds()
         own += costs.iteration_seconds(tree.num_drafted, []) - step * (1 + len(path))
-        losses.append(own)
-        largest = max(largest, own)
+        losses[asks and is_free].append(own)
         behind += 1 + len(path)
-        owed = policy.debt + policy.instalment if asks else owed
-        assert sum(losses) <= (STAKE + MAX_LOSS * len(iterations) + owed) * step + largest + 1e-6
-        assert policy.debt * step <= a_token * (prompt + len(iterations) * 3) + 1e-6
+        owed = policy.debt + policy.instalment if asks and not is_free else owed
+        lost = sum(losses[False]) + caught
+        assert lost <= (STAKE + MAX_LOSS * number + owed) * step + max(losses[False]) + 1e-6
+        assert sum(losses[True]) <= (FREE_STAKE + FREE_MAX_LOSS * number) * step + max(losses[True]) + 1e-6
+        assert policy.debt * step <= a_token * (prompt + number * 3) + 1e-6
 
 
 def claimed(claim: float, is_free: bool) -> Proposals:
