@@ -898,6 +898,12 @@ MUTANTS = (
         ("tests/test_batches.py::test_ctrl_c_within_a_step_leaves_an_engine_that_goes_on",),
     ),
     Mutant(
+        "a logit that is NaN is the greatest number",
+        "tokens[np.isnan(rows[np.arange(len(rows)), tokens])] = NOT_A_NUMBER",
+        "pass",
+        ("tests/test_verify.py::test_nan_is_an_error",),
+    ),
+    Mutant(
         "a tree's time counts for its own sequence only",
         "shared + max(num_sequences * (of_rows[rows + own] - shared), of_rows[num_sequences * own] - alike)",
         "of_rows[rows + own]",

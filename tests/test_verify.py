@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynatree_core import TokenTree
-from dynatree_core.engine.verify import longest_match
+from dynatree_core.engine.verify import _greatest, longest_match
 from dynatree_core.errors import NonFiniteLogitsError
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import VOCAB
@@ -54,6 +54,20 @@ def test_ties_are_broken_as_generate_does():
     logits[1, 4] = 1.0
     assert longest_match(chain(1), logits).token_ids == (1, 4)
     assert longest_match(chain(3), logits).token_ids == (1,)
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([-torch.inf, -1.0, 0.0, 2.0, torch.inf, torch.nan]), min_size=7, max_size=7),
+             min_size=1, max_size=5),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.booleans(),
+)  # fmt: skip
+def test_the_greatest_is_the_first_of_equals_and_nan_is_no_token(rows, dtype, is_turned):
+    logits = torch.tensor(rows, dtype=dtype)
+    if is_turned:
+        logits = logits.t().contiguous().t()
+    plain = [-1 if any(x != x for x in row) else row.index(max(row)) for row in rows]
+    assert _greatest(logits).tolist() == plain
 
 
 def test_a_pruned_tree_reports_where_its_nodes_were_drafted():

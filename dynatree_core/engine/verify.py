@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,8 +158,7 @@ def _matched(tree: TokenTree | PaddedRows, logits: Tensor, behind: Sequence[Tens
     if logits.dtype == torch.float64:
         # generate() chooses in float32; two float64 logits that are one float32 number tie there, and must tie here
         logits = logits.float()
-    top_logit, top_token = logits.max(dim=-1)  # [nodes]; max() puts NaN above every number
-    top_token.masked_fill_(top_logit.isnan(), NOT_A_NUMBER)
+    top_token = _greatest(logits)
     if tree.num_nodes == 1:
         matched = torch.nn.functional.pad(top_token, (2, 0))
         return torch.cat([matched, *behind]) if behind else matched
@@ -169,6 +169,17 @@ def _matched(tree: TokenTree | PaddedRows, logits: Tensor, behind: Sequence[Tens
     on_path = tree.ancestor_mask.index_select(0, deepest)[0]
     path = torch.nonzero_static(on_path, size=tree.max_depth + 1, fill_value=0)[:, 0]
     return torch.cat([path, tree.draft_index.index_select(0, path), top_token.index_select(0, path), *behind])
+
+
+def _greatest(logits: Tensor) -> Tensor:
+    """[nodes] int64: the token of the greatest logit, of equals the first; `NOT_A_NUMBER` where one of them is NaN."""
+    if type(logits) is Tensor and logits.device.type == "cpu" and logits.dtype == torch.float32:
+        rows = logits.detach().numpy()  # whose search takes a tenth of the time of torch's
+        tokens = rows.argmax(axis=-1)  # both put NaN above every number
+        tokens[np.isnan(rows[np.arange(len(rows)), tokens])] = NOT_A_NUMBER
+        return torch.from_numpy(tokens)
+    top_logit, top_token = logits.max(dim=-1)
+    return top_token.masked_fill_(top_logit.isnan(), NOT_A_NUMBER)
 
 
 def _verdict(outcome: Sequence[int]) -> Verdict:
