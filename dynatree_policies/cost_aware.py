@@ -226,9 +226,10 @@ class CostAware:
         num_wanted = sum(value > 0 and value >= best_values[num_children - 1] for value in best_values)
         is_wanted = torch.zeros_like(own, dtype=torch.bool).index_fill_(0, places[:num_wanted], True)
         wanted = own[torch.nonzero_static(is_wanted, size=num_wanted)[:, 0]]
-        frontier.note_children(num_wanted)
         self._wanted = _Level(tree, wanted, best_own[:num_wanted], sum(best_own[:num_wanted]))
-        return is_wanted.view(frontier.width, -1).sum(dim=1)
+        widths = is_wanted.view(frontier.width, -1).sum(dim=1)
+        frontier.note_children(widths, num_wanted)
+        return widths
 
     @hookimpl
     def keep_nodes(self, tree: TokenTree) -> Tensor | None:

@@ -33,6 +33,7 @@ from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.runners.passes import Passes
 from dynatree_core.testing.models import VARIANTS, tiny_variant
 from dynatree_core.tree.flatten import flatten
+from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a device is pretended where there is none")
@@ -160,8 +161,9 @@ class Miscounting:
 
     @hookimpl
     def branch_factor(self, frontier: Frontier) -> torch.Tensor:
-        frontier.note_children(2)
-        return torch.ones_like(frontier.token_ids)
+        widths = torch.ones_like(frontier.token_ids)
+        frontier.note_children(widths, 2)
+        return widths
 
 
 def test_a_number_of_children_that_is_wrong_is_refused_on_a_cpu() -> None:
@@ -171,6 +173,36 @@ def test_a_number_of_children_that_is_wrong_is_refused_on_a_cpu() -> None:
         PolicyError, match=r"'miscounting', hook branch_factor: .* note_children, got 1 where it says 2"
     ):
         generate(pair.target, pair.drafter, [1, 2, 3], policy=["linear(depth=1)", Miscounting()], **options)
+
+
+@attrs.define
+class Clamping:
+    """Asks another policy, and wants less."""
+
+    other: Any
+
+    @hookimpl
+    def branch_factor(self, frontier: Frontier) -> torch.Tensor:
+        self.other.branch_factor(frontier)
+        return torch.zeros_like(frontier.token_ids).index_fill_(0, torch.tensor([0]), 1)
+
+
+def test_what_is_noted_of_an_answer_counts_for_no_other() -> None:
+    pair = pair_that_repeats()
+    options: Any = {"max_new_tokens": 5, "tau": 0.0, "on_error": "raise", "trust_model": True}
+    found = generate(
+        pair.target, pair.drafter, [1, 2, 3], policy=["linear(depth=2)", Clamping(Miscounting())], **options
+    )
+    assert found.report.num_drafted_nodes > 0
+
+
+def test_reading_what_is_known_asks_no_drafter() -> None:
+    def asked() -> Proposals:
+        raise AssertionError("a policy that reads paths has not looked at proposals")
+
+    frontier = Frontier(TokenTree.root(torch.tensor([3])), 0, 8, 4, asked)
+    assert frontier.read(frontier.cum_logprob) == [[0.0]]
+    assert not frontier.is_drafter_asked
 
 
 @pytest.mark.parametrize("stack", ["fixed", "phase3"])

@@ -8,7 +8,7 @@ from collections import defaultdict
 import attrs
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import LlamaModel
 
@@ -170,6 +170,7 @@ def naive_lookup(text: list[int], path: list[int], max_ngram: int, max_matches: 
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=24), st.integers(1, 5), st.integers(1, 8), st.integers(1, 6))
+@example([1, 2, 1, 3, 2] * 40, 3, 150, 3)  # more matches than are looked ahead of together
 def test_prompt_lookup_counts_as_the_formula_says(text, max_ngram, max_matches, k):
     drafter = build_drafter(f"prompt_lookup(max_ngram={max_ngram},max_matches={max_matches})")
     state, tree = drafter.start(plan()), TokenTree.root(torch.tensor(text[-1:]))

@@ -29,8 +29,9 @@ from dynatree_core import (
 )
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters import union as module
-from dynatree_core.drafters.base import DraftPlan, _ElsewhereState
+from dynatree_core.drafters.base import DraftPlan, _ElsewhereState, bounds_of_rest_of
 from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.drafters.prompt_lookup import PromptLookupDrafter, PromptLookupState
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.runners.around import RunnerAround
 from dynatree_core.runners.eager import EagerRunner
@@ -222,6 +223,20 @@ def test_what_a_union_need_not_read_is_what_it_would_have_read(text, picks, k, i
             chosen = possible[sorted({pick % possible.numel() for pick in level})]
             parents = tree.last_level.start + chosen // k
             tree = tree.grow(parents, found.token_ids.flatten()[chosen], found.logprobs.flatten()[chosen])
+
+
+class Weighed(PromptLookupState):
+    """Leaves another rest than it says."""
+
+    def propose(self, committed_ids, tree, k):
+        found = super().propose(committed_ids, tree, k)
+        return attrs.evolve(found, logprobs=found.logprobs - 3.0)
+
+
+def test_bounds_are_not_those_of_a_state_that_proposes_otherwise():
+    drafter = PromptLookupDrafter()
+    for kind, wanted in ((PromptLookupState, (1.0, 1.0)), (Weighed, (0.0, 1.0))):
+        assert bounds_of_rest_of(kind(drafter), 1, 16, 1.0, is_own=True) == wanted
 
 
 def test_a_drafter_that_cannot_say_has_no_free_look():

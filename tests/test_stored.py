@@ -206,6 +206,14 @@ def test_routers_keep_their_bits(weights: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits, oracle, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("family", "wanted"), [("gemma2", "eager"), ("llama", "sdpa")])
+def test_a_model_with_soft_caps_has_them_in_transformers_too(family: str, wanted: str, tmp_path: Path) -> None:
+    model = published(tmp_path, family)
+    found = stored(tmp_path, model)
+    model.config._attn_implementation = "sdpa"  # which has none: so 5.17.0 loads both
+    assert found.in_transformers().config._attn_implementation == wanted
+
+
 @pytest.mark.parametrize("weights", BITS)
 def test_weights_of_fewer_bits_are_the_same_model_in_transformers(weights: str, tmp_path: Path) -> None:
     model = published(tmp_path, "llama")

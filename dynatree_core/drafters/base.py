@@ -301,6 +301,15 @@ def prefilling_of(state: DraftState, committed_ids: Tensor) -> Iterator[int]:
     return DraftState.prefilling(state, committed_ids)
 
 
+def bounds_of_rest_of(
+    state: DraftState, depth: int, k: int, rest_of_root: float, *, is_own: bool
+) -> tuple[float, float]:
+    """A state's `bounds_of_rest`, unless its `propose` was overridden later: then nobody knows."""
+    if _is_latest(state, "bounds_of_rest", "propose"):
+        return state.bounds_of_rest(depth, k, rest_of_root, is_own=is_own)
+    return 0.0, 1.0
+
+
 def takes_padding(state: DraftState) -> bool:
     """Whether a state can be asked about padded trees. One that was derived from such a state must say so itself."""
     says_so = state.is_capturable is True
@@ -351,7 +360,7 @@ class _ElsewhereState(DraftState):
         return self.state.is_look_free(self._copied(committed_ids), tree.to(self.device), k)
 
     def bounds_of_rest(self, depth: int, k: int, rest_of_root: float, *, is_own: bool) -> tuple[float, float]:
-        return self.state.bounds_of_rest(depth, k, rest_of_root, is_own=is_own)
+        return bounds_of_rest_of(self.state, depth, k, rest_of_root, is_own=is_own)
 
     def num_bytes(self, num_committed: int | None = None) -> int:
         return self.state.num_bytes(num_committed)

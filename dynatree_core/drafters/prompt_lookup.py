@@ -24,7 +24,9 @@ __all__ = ["PromptLookupDrafter"]
 # occurrence alone gives its next token the probability n² / (n² + 4): 0.2, 0.5, 0.69, 0.8 for n = 1…4. The weights of
 # occurrences with the same next token are added up.
 UNSEEN_WEIGHT = 4.0
-LOOK_AHEAD = 8  # levels whose tokens are read together: operators of tens of numbers cost the same for hundreds
+# levels whose tokens are read together, since operators of tens of numbers cost the same for thousands; one of them
+# where there are more matches than that
+LOOK_AHEAD, MANY = 8, 128
 DRAFTED_EVIDENCE = 0.5  # tokens by which a drafted one lengthens a match: less than 1, since it is not confirmed yet
 
 
@@ -67,9 +69,9 @@ class PromptLookupState(DraftState):
             self._find_matches(committed_ids)
         else:
             self._follow(tree)
-        if tree.max_depth % LOOK_AHEAD == 0:
+        if tree.max_depth % self.num_ahead == 0:
             self._look_ahead(committed_ids, tree.max_depth)
-        self.next_ids = self.ahead_ids[tree.max_depth % LOOK_AHEAD]  # [matches]
+        self.next_ids = self.ahead_ids[tree.max_depth % self.num_ahead]  # [matches]
         return self._vote(tree.max_depth, k)
 
     def bounds_of_rest(self, depth: int, k: int, rest_of_root: float, *, is_own: bool) -> tuple[float, float]:
@@ -98,6 +100,7 @@ class PromptLookupState(DraftState):
         order = lengths * earlier + torch.arange(earlier, device=ids.device)
         self.ends = order.topk(min(self.drafter.max_matches, earlier)).indices  # [matches]
         self.lengths = lengths[self.ends].float()  # [matches]
+        self.num_ahead = LOOK_AHEAD if self.ends.numel() <= MANY else 1
         # a continuation that reaches the end of the text is read again from its beginning: the text is taken for a
         # loop, whose period is the distance between the occurrence and the suffix
         self.begins, self.periods = self.ends + 1, (earlier - self.ends).clamp(min=1)  # [matches]
@@ -112,7 +115,7 @@ class PromptLookupState(DraftState):
 
     def _look_ahead(self, ids: Tensor, depth: int) -> None:
         """What each occurrence's continuation has after `depth` tokens and more, for several levels at once."""
-        depths = torch.arange(depth, depth + LOOK_AHEAD, device=ids.device)[:, None]
+        depths = torch.arange(depth, depth + self.num_ahead, device=ids.device)[:, None]
         self.ahead_ids = ids[self.begins + depths % self.periods]  # [levels, matches]
         if self.ends.numel():
             # all occurrences with the same next token add their weights to the first one of them
@@ -124,7 +127,7 @@ class PromptLookupState(DraftState):
         weights = self.is_followed * (self.lengths + DRAFTED_EVIDENCE * depth).square()  # [width, matches]
         if self.ends.numel() == 0:  # a text of one token has nothing earlier
             return padded_proposals(weights.long(), weights, k)
-        votes = torch.zeros_like(weights).index_add_(1, self.spokesmen[depth % LOOK_AHEAD], weights)
+        votes = torch.zeros_like(weights).index_add_(1, self.spokesmen[depth % self.num_ahead], weights)
         probs = votes / (weights.sum(dim=1, keepdim=True) + UNSEEN_WEIGHT)
         top = probs.topk(min(k, self.ends.numel()), dim=1)
         return padded_proposals(self.next_ids[top.indices], top.values.log(), k)

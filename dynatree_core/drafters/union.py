@@ -22,6 +22,7 @@ from dynatree_core.drafters.base import (
     DraftPlan,
     DraftState,
     OwnWeights,
+    bounds_of_rest_of,
     by_itself,
     padded_proposals,
     prefilling_of,
@@ -117,7 +118,8 @@ class UnionState(DraftState):
 
     @property
     def is_capturable(self) -> bool:  # type: ignore[override]
-        """Whether all of them know padded trees. Whom to ask is read once a level: a pass costs more than that."""
+        """Whether all of them know padded trees. Whom to ask is read once a tree, or once a level where
+        no bound says enough: a pass costs more than that."""
         return all(map(takes_padding, self.states))
 
     def prefill(self, committed_ids: Tensor) -> None:
@@ -175,9 +177,9 @@ class UnionState(DraftState):
         of `LITTLE` it is, a bound of it. So a text that is copied is read about once a tree, at the root.
         """
         if len(heard) == 1 and tree.max_depth > 0 and self._rest_of_root is not None:
-            least, most = self._parts[0][0].bounds_of_rest(
-                tree.max_depth, k, self._rest_of_root, is_own=self._is_whole and self._is_of_first
-            )
+            is_own = self._is_whole and self._is_of_first
+            first = self._parts[0][0]
+            least, most = bounds_of_rest_of(first, tree.max_depth, k, self._rest_of_root, is_own=is_own)
             if most < LITTLE or least >= LITTLE:
                 return least if least >= LITTLE else most
         left_over = _most_left_over(heard, tree)

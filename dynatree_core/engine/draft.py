@@ -103,7 +103,9 @@ def _ask(lane: Lane, tree: TokenTree, shared: SharedProposals) -> Level | _Wante
     is_admitted = functools.reduce(operator.and_, conditions.values())
     if Outcome.BELOW_TAU not in conditions:
         is_admitted = is_admitted & (scores > -torch.inf)
-    told = frontier.what_was_read().num_children if [*conditions] == [Outcome.BEYOND_WIDTH] else None
+    read = frontier.what_was_read()
+    is_told = read.widths is branch.value and [*conditions] == [Outcome.BEYOND_WIDTH]
+    told = read.num_children if is_told else None
     level = functools.partial(level, expand=expand, branch=branch, proposals=frontier.proposals, conditions=conditions)
     return _Wanted(lane, frontier, branch, scores, is_admitted, nodes_left, told, level)
 

@@ -147,6 +147,9 @@ class StoredModel(nn.Module):
                 f"this {self.config.model_type} is for the native runner alone, got another one; leave runner at 'auto'"
             )
         model = self._in_float32()
+        has_caps = any(layer.softcap is not None for layer in self.blueprint.layers)
+        if has_caps and model.config._attn_implementation == "sdpa":  # which has none; 5.17.0 takes it
+            model.set_attn_implementation("eager")
         if self.weights in _BITS:
             with torch.no_grad():
                 _copy_numbers(self.blueprint, blueprint_of(model))

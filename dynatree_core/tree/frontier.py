@@ -47,7 +47,8 @@ class Read:
     """What the host has read of a level, or was told, before it has to ask."""
 
     proposed: list[int] | None = None  # least and greatest token that is proposed, and how many scores are sound
-    num_children: int | None = None  # that the widths of the policy which decides them lead to
+    widths: Tensor | None = None  # an answer to `branch_factor`, and how many children it leads to
+    num_children: int = 0
 
 
 @attrs.frozen(eq=False)
@@ -126,11 +127,12 @@ class Frontier:
     def read(self, *numbers: Tensor) -> list[list[float]]:
         """The numbers of tensors [numbers] float32 on the host, by one transfer, for which it waits.
 
-        From a GPU comes with them what the host has to know of the proposals in any case. A policy that then says by
-        `note_children` what it has decided saves the transfer that a level would cost beside its own.
+        From a GPU comes with them what the host has to know of the proposals in any case, once somebody has looked at
+        them. A policy that then says by `note_children` what it has decided saves the transfer that a level would cost
+        beside its own.
         """
         parts = [*numbers]
-        if self.tree.device.type != "cpu":
+        if self.is_drafter_asked and self.tree.device.type != "cpu":
             parts.append(torch.stack(self.proposals.checks).float())  # a vocabulary has fewer than 2^24 tokens
         left = iter(torch.cat(parts).tolist())
         of_each = [list(itertools.islice(left, part.numel())) for part in parts]
@@ -138,13 +140,14 @@ class Frontier:
             self._was_read.proposed = [int(number) for number in of_each.pop()]
         return of_each
 
-    def note_children(self, number: int) -> None:
-        """Say how many children the widths lead to that `branch_factor` is about to answer, one at least.
+    def note_children(self, widths: Tensor, number: int) -> None:
+        """Say how many children the widths [width] int64 lead to that `branch_factor` is about to answer, one at least.
 
-        For a policy that has read the proposals. It holds where all nodes are expanded, no path is cut by τ, and no
-        child is counted whose log-probability is -inf; a policy that is wrong is refused on a CPU.
+        For a policy that has read the proposals. It counts where this very tensor decides, all nodes are expanded and
+        no path is cut by τ. No child may be counted whose log-probability is -inf; a policy that is wrong is refused on
+        a CPU.
         """
-        self._was_read.num_children = number
+        self._was_read.widths, self._was_read.num_children = widths, number
 
     def what_was_read(self) -> Read:
         """For the engine, when the policies have answered."""
