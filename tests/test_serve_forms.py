@@ -10,6 +10,8 @@ from typing import Any
 
 import openai
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from serving import Running, events, new_service, running
 from test_grammar import SCHEMA, target, tokenizer
 
@@ -91,6 +93,25 @@ def test_no_client_breaks_a_line_within_an_event(server):
         records = [*events(stream.iter_lines())]
     assert "".join(record["choices"][0]["text"] for record in records) == text
     assert records[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+@settings(max_examples=settings().max_examples // 4)
+@given(
+    text=st.text("aé🎄日\ufffd", min_size=1, max_size=8),
+    stops=st.lists(st.text("aé🎄日\ufffd", min_size=1, max_size=2), max_size=2),
+)
+@example(text="é", stops=[])  # two tokens, in two chunks
+@example(text="aab", stops=["ab"])  # its beginning is held back twice
+def test_a_stream_counts_characters_as_the_whole(client, text, stops):
+    """Also where a character, or what may become a stop text, is shown with a later chunk than its first token."""
+    fields = {"stop": stops, "logprobs": 0, "extra_body": {"structured_outputs": {"regex": text}}}
+    whole = ask(client, 40, **fields).choices[0]
+    chunks = [chunk.choices[0] for chunk in ask(client, 40, stream=True, **fields)]
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    offsets = [offset for chunk in chunks if chunk.logprobs for offset in chunk.logprobs.text_offset]
+    assert offsets == whole.logprobs.text_offset
+    begun = [place + (byte > 0) for place, character in enumerate(text) for byte in range(len(character.encode()))]
+    assert offsets == [*begun, len(text)][: len(offsets)]  # a token for each byte, and the end token
 
 
 def test_a_regex_in_a_stream(client):

@@ -95,6 +95,14 @@ def test_bytes_of_tokens_are_those_of_the_text(tokenizer, text):
     assert record["text_offset"] == [5, *(5 + number for number in begun[:-1])]
 
 
+def test_a_special_token_is_no_part_of_the_text():
+    tokenizer = for_transformers(byte_level_tokenizer(), eos_token="<end>")
+    a, end = tokenizer.convert_tokens_to_ids(["a", "<end>"])
+    listed = [TokenLogprob(token_id, -0.5, ()) for token_id in (a, end, a, a)]
+    record = completion_logprobs(listed, TokenTexts(tokenizer), 0)
+    assert (record["tokens"], record["text_offset"]) == (["a", "<end>", "a", "a"], [0, 1, 1, 2])
+
+
 def test_parts_of_characters_have_names_that_tell_them_apart():
     tokenizer = byte_level_tokenizer()
     listed = [TokenLogprob(first, -0.5, ((second, -1.0),)) for first, second in [tokenizer.encode("é").ids]]

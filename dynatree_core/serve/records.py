@@ -56,7 +56,7 @@ class Head:
         return None if form.opening is None else self._record(form.chunk, [_choice(index, form.opening, None)])
 
     def chunk(self, index: int, content: Content, reason: str | None, offset: int) -> dict[str, Any]:
-        """A chunk with more of one choice, of which a client has so many characters."""
+        """A chunk with more of one choice, before whose tokens so many characters begin."""
         choice = _choice(index, self.form.piece(content), reason, self._logprobs(content, offset))
         record = self._record(self.form.chunk, [choice])
         return record if content.steps is None else record | {"dynatree": content.steps}

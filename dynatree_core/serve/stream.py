@@ -154,7 +154,7 @@ async def _chunks(head: Head, answers: Answers) -> AsyncIterator[dict[str, Any]]
         opening = head.opening(choice.index)
         if opening is not None:
             yield opening
-    num_shown = [0 for _ in answers.choices]  # characters
+    num_begun = [0 for _ in answers.choices]  # characters, as the whole answer counts them
     steps = [StepTexts(answers.decode) for _ in answers.choices] if answers.asked.has_steps else None
     async for piece in answers.pieces():
         index, reason, content = piece.choice.index, piece.choice.finish_reason, _content(answers, piece)
@@ -164,5 +164,5 @@ async def _chunks(head: Head, answers: Answers) -> AsyncIterator[dict[str, Any]]
         if said:
             content = attrs.evolve(content, steps=said)
         if content.text or content.logprobs or content.steps or reason is not None:
-            yield head.chunk(index, content, reason, num_shown[index])
-        num_shown[index] += len(content.text)
+            yield head.chunk(index, content, reason, num_begun[index])
+        num_begun[index] += sum(head.tokens.num_begun(one.token_id) for one in content.logprobs or ())

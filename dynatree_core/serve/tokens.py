@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import pre_tokenizers
 
-from dynatree_core.text.stream import REPLACEMENT
+from dynatree_core.text.stream import REPLACEMENT, decode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +31,7 @@ class TokenTexts:
         # decoders drop the blank of a text's first token, so a token is read behind this one
         self._some_token = next(iter(tokenizer("a", add_special_tokens=False).input_ids), 0)
         self._texts: dict[int, str] = {}
+        self._begun: dict[int, int] = {}
         self._lock = threading.Lock()  # guards all of it
 
     def text(self, token_id: int) -> str:
@@ -59,9 +60,18 @@ class TokenTexts:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in known)
 
     def num_begun(self, token_id: int) -> int:
-        """Characters that begin in it."""
-        known = self.bytes(token_id)
-        return len(self.text(token_id)) if known is None else sum(byte & 0xC0 != 0x80 for byte in known)
+        """Characters of an answer that begin in it: none in a special token, which answers leave out."""
+        if token_id not in self._begun:
+            known = b"" if self._is_left_out(token_id) else self.bytes(token_id)
+            number = len(self.text(token_id)) if known is None else sum(byte & 0xC0 != 0x80 for byte in known)
+            self._begun[token_id] = number  # the same, whoever counts
+        return self._begun[token_id]
+
+    def _is_left_out(self, token_id: int) -> bool:
+        with self._lock:
+            return decode_text(self._tokenizer, [self._some_token, token_id]) == decode_text(
+                self._tokenizer, [self._some_token]
+            )
 
     def _decode(self, token_ids: list[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
