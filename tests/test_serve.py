@@ -12,6 +12,7 @@ from serving import Running, chat_text, events, expected_text, new_service, runn
 from test_docs import DOCS, first_words, table
 
 from dynatree_core.serve.schema import ChatBody, CompletionBody
+from dynatree_core.serve.text import AnswerText
 
 PROMPTS = ["the cat sat on the mat. the cat", "a man a plan a canal", "re, in the beginning"]
 MESSAGES = [{"role": "user", "content": "the cat sat on the mat"}]
@@ -178,6 +179,13 @@ def test_what_cannot_be_honoured_is_refused_by_name(server, fields, param, words
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param), error
     assert words in error["message"]
+
+
+def test_text_before_a_stop_text_that_is_complete_at_the_very_end_is_shown():
+    """The answer ends within a character, which is U+FFFD when no token will come, and so is the stop text's last."""
+    text = AnswerText(lambda ids: bytes(ids).decode(errors="replace"), ["abc", "b\ufffd"])
+    assert [text.push([byte]) for byte in b"ab\xc3"] == ["", "", ""]
+    assert (text.finish(), text.is_stopped) == ("a", True)
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])

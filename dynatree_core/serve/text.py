@@ -43,9 +43,9 @@ class AnswerText:
 
     def finish(self) -> str:
         """What was held back, when no token will come any more."""
-        piece = self._shown(self._text.finish()) + self._held
+        piece = self._shown(self._text.finish()) + self._held  # a stop text that comes here leaves nothing held
         self._held = ""
-        return self._without_calls("" if self.is_stopped else piece)
+        return self._without_calls(piece)
 
     def _without_calls(self, last: str) -> str:
         if self._tools is None:
