@@ -122,6 +122,13 @@ def test_other_templates_are_refused(template, words):
         form_of(of_template(template), TOOLS)
 
 
+@pytest.mark.parametrize("call", [{"name": "\ud800"}, {"name": "a", "arguments": {"b": "\ud800"}}], ids=str)
+def test_a_call_with_half_a_character_stays_text(call):
+    """Which no answer can have."""
+    answer = f"<tool_call>{json.dumps(call)}</tool_call>"
+    assert parted(HERMES, [answer]) == (answer, [])
+
+
 def test_arguments_are_json_whatever_letters_they_have():
     _, calls = HERMES.read('<tool_call>{"name": "say", "arguments": {"text": "größer 🌲"}}</tool_call>')
     assert json.loads(calls[0].arguments) == {"text": "größer 🌲"}

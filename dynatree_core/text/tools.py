@@ -72,8 +72,10 @@ def _call(record: Any, key: str) -> ToolCall:
         arguments = json.loads(arguments)
     if not isinstance(arguments, dict):
         raise ValueError(f"a call's {key} must be a mapping")
-    # Python reads and writes NaN and infinities, which are no JSON
-    return ToolCall(record["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    # Python reads and writes NaN, infinities and halves of characters, which are no JSON
+    call = ToolCall(record["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    (call.name + call.arguments).encode()
+    return call
 
 
 FORMS = (
