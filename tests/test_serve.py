@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import Iterator
 
@@ -11,7 +12,9 @@ import pytest
 from serving import Running, chat_text, events, expected_text, new_service, running
 from test_docs import DOCS, first_words, table
 
-from dynatree_core.serve.schema import ChatBody, CompletionBody
+from dynatree_core.errors import InputError
+from dynatree_core.serve.errors import ApiError
+from dynatree_core.serve.schema import ChatBody, CompletionBody, Message
 from dynatree_core.serve.text import AnswerText
 
 PROMPTS = ["the cat sat on the mat. the cat", "a man a plan a canal", "re, in the beginning"]
@@ -210,6 +213,51 @@ def test_what_the_template_does_not_show_is_refused(server, message, field):
     answer = server.post("/v1/chat/completions", {"model": "tiny", "messages": [*MESSAGES, message]})
     assert answer.status_code == 400
     assert f"does nothing with the '{field}' of a message" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("template", "shown", "field"),
+    [
+        ("{% if m.role == 'tool' %}{{ m.name }}{% endif %}{{ m.content }}", [0], "name"),
+        ("{% if m.name == 'eve' %}e{% endif %}{{ m.content }}", [0, 1], "name"),
+        ("{% if m.role == 'tool' %}{{ m['name'] | tojson }}{% endif %}{{ m.content }}", [0], "name"),
+        ("{{ m.content or m.tool_calls[0].function.name }}", [2], "tool_calls"),
+        ("{{ m.content or m.tool_calls | tojson }}", [2], "tool_calls"),
+    ],
+)
+def test_each_kind_of_message_must_be_shown(template, shown, field):
+    """That a field of another message is shown does not make up for one that is not."""
+    messages = [
+        {"role": "tool", "content": "b", "name": "eve"},
+        {"role": "user", "content": "a", "name": "eve"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "eve"}}]},
+        {"role": "assistant", "content": "c", "tool_calls": [{"function": {"name": "eve"}}]},
+    ]
+    reader = new_service().reader
+    reader.tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
+    alike = [place for place, message in enumerate(messages) if field in message]
+    for places in ([place] for place in alike), [alike]:
+        for some in places:
+            read = functools.partial(reader.conversation_ids, [Message(**messages[place]) for place in some])
+            missing = next((number for number, place in enumerate(some) if place not in shown), None)
+            if missing is None:
+                assert read()
+            else:
+                with pytest.raises(ApiError, match=f"'{field}' of a message such as messages.{missing};"):
+                    read()
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [("a | tojson", "{}"), ("1 // c.arguments.x", '{"x": 0}'), ("c.arguments.x", '{"x": "\\ud800"}')],
+    ids=["TypeError", "ZeroDivisionError", "UnicodeEncodeError"],
+)
+def test_what_a_template_fails_with_is_refused(call, arguments):
+    reader = new_service().reader
+    reader.tokenizer.chat_template = "{% set c = messages[0].tool_calls[0].function %}{{ " + call + " }}"
+    message = Message(role="assistant", tool_calls=[{"function": {"name": "f", "arguments": arguments}}])
+    with pytest.raises(InputError, match="must take a conversation of assistant, but refuses it"):
+        reader.conversation_ids([message])
 
 
 def test_a_refusal_is_an_error_of_the_client(client):

@@ -135,6 +135,26 @@ def test_what_cannot_be_honoured_is_refused_by_name(server, fields, param, words
     assert words in error["message"]
 
 
+def test_without_a_template_there_is_no_conversation_with_tools_either():
+    with serving(None) as server:
+        answer = server.post("/v1/chat/completions", {"model": "tiny", "messages": ASKED, "tools": [WEATHER]})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "no_chat_template")
+
+
+def test_tools_that_this_conversation_does_not_show_are_refused():
+    template = "{% if messages[0].role == 'system' %}" + TEMPLATE.replace("{% for", "{% endif %}{% for", 1)
+    system = {"role": "system", "content": "a"}
+    with serving(template) as server:
+        answers = [
+            server.post(
+                "/v1/chat/completions", {"model": "tiny", "messages": talk, "tools": [WEATHER], "max_tokens": 1}
+            )
+            for talk in ([system, *ASKED], ASKED)
+        ]
+    assert [answer.status_code for answer in answers] == [200, 400]
+    assert answers[1].json()["error"]["param"] == "tools"
+
+
 @pytest.mark.parametrize("template", ["{{ messages }}", "{% if tools %}{{ tools }}{% endif %}{{ messages }}"])
 def test_a_template_without_a_known_form_is_refused(template):
     with serving(template) as server:

@@ -118,11 +118,16 @@ def test_who_is_late_gets_the_latest_and_is_told_how_many_were_dropped(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("shows_trees", "stream", "message"), [(True, False, "set 'stream' to true"), (False, True, "--no-trees")]
+    ("name", "shows_trees", "stream", "message"),
+    [
+        ("trees", True, False, "set 'stream' to true"),
+        ("trees", False, True, "--no-trees"),
+        ("steps", True, False, "set 'stream' to true"),
+    ],
 )
-def test_trees_that_cannot_be_had_are_refused(shows_trees: bool, stream: bool, message: str) -> None:
+def test_what_no_chunk_can_carry_is_refused(name: str, shows_trees: bool, stream: bool, message: str) -> None:
     with running(new_service(shows_trees=shows_trees)) as server:
-        answer = server.post("/v1/completions", {**BODY, "stream": stream, "dynatree": {"trees": True}})
+        answer = server.post("/v1/completions", {**BODY, "stream": stream, "dynatree": {name: True}})
     assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "dynatree.trees"
+    assert answer.json()["error"]["param"] == f"dynatree.{name}"
     assert message in answer.json()["error"]["message"]

@@ -16,7 +16,7 @@ from dynatree_core.serve.constraints import form_options
 from dynatree_core.serve.errors import ApiError, refused
 from dynatree_core.serve.schema import ChatBody, CompletionBody, GenerationBody, Message, TokenizeBody
 from dynatree_core.serve.text import StopTextCriterion
-from dynatree_core.text.prompt import chat_ids
+from dynatree_core.text.prompt import chat_text, text_ids
 from dynatree_core.text.reading import checked_text
 from dynatree_core.text.stream import decode_text
 from dynatree_core.text.tools import ToolForm, ToolText, form_of
@@ -91,6 +91,7 @@ class Reader:
             raise refused("top_logprobs", message)
         self._check(body, 1)
         with blamed_on("messages", body):
+            self._check_template()
             tools = self.tools_of(body)
             form = None if tools is None else form_of(self.tokenizer, tools)
             prompt_ids = self.conversation_ids(body.messages, tools=tools)
@@ -151,25 +152,31 @@ class Reader:
         """The tokens of a conversation, through the model's chat template.
 
         Raises:
-            ApiError: there is no template, or it shows the model nothing of what a message says.
+            ApiError: there is no template, or it shows the model nothing of what a message says, or no tools.
+            InputError: the template refuses the conversation, or fails with it.
         """
+        self._check_template()
+        said = [one.for_template() | {"content": checked_text(one.text, "messages")} for one in messages]
+        text = chat_text(said, self.tokenizer, begins_answer=begins_answer, tools=tools)
+        if tools is not None and self._is_same(said, text, begins_answer=begins_answer):
+            message = "the model's chat template shows tools in no conversation of this kind; leave them out"
+            raise refused("tools", message, code="unsupported_parameter")
+        for what, bare in without_fields(said):
+            if self._is_same(bare, text, begins_answer=begins_answer, tools=tools):
+                message = f"the model's chat template does nothing with the {what}; leave it out"
+                raise refused("messages", message, code="unsupported_parameter")
+        return text_ids(text, self.tokenizer)
+
+    def _check_template(self) -> None:
         if self.tokenizer.chat_template is None:
             message = "the model has no chat template, so it can hold no conversation; ask /v1/completions"
             raise refused("messages", message, code="no_chat_template")
-        said = [one.for_template() | {"content": checked_text(one.text, "messages")} for one in messages]
-        ids = chat_ids(said, self.tokenizer, begins_answer=begins_answer, tools=tools)
-        for field in PERHAPS_NOT_SHOWN:
-            bare = [{name: value for name, value in one.items() if name != field} for one in said]
-            if bare != said and self._is_same(bare, ids, begins_answer=begins_answer, tools=tools):
-                message = f"the model's chat template does nothing with the '{field}' of a message; leave it out"
-                raise refused("messages", message, code="unsupported_parameter")
-        return ids
 
-    def _is_same(self, said: list[dict[str, Any]], ids: list[int], **options: Any) -> bool:
-        """Whether a conversation has these tokens."""
+    def _is_same(self, said: list[dict[str, Any]], text: str, **options: Any) -> bool:
+        """Whether the template writes this text of a conversation."""
         try:
-            return chat_ids(said, self.tokenizer, **options) == ids
-        except InputError:  # the template refuses it so
+            return chat_text(said, self.tokenizer, **options) == text
+        except InputError:  # it refuses the conversation so, or fails: it does look at what is missing
             return False
 
     def check_model(self, name: str) -> None:
@@ -195,7 +202,7 @@ class Reader:
         drafter = chosen("drafter", body.dynatree.drafter, self.settings.drafters)
         policy = chosen("policy", body.dynatree.policy, self.settings.policies)
         engine, seed = self.engines[drafter], first_seed(body)
-        self._check_trees(body)
+        self._check_chunks(body)
         form = form_options(body)
         lengths = [self._max_tokens(body, len(prompt_ids), usual_tokens) for prompt_ids in prompts]
         if body.min_tokens > min(lengths):
@@ -224,16 +231,15 @@ class Reader:
             trees=tuple(trees),
         )
 
-    def _check_trees(self, body: GenerationBody) -> None:
-        """Refuse trees where the server shows none, or where nothing carries them."""
-        if not body.dynatree.trees:
-            return
-        if not self.settings.shows_trees:
+    def _check_chunks(self, body: GenerationBody) -> None:
+        """Refuse trees where the server shows none, and what chunks carry where there are none."""
+        if body.dynatree.trees and not self.settings.shows_trees:
             message = "this server shows no trees (--no-trees); leave 'dynatree.trees' out"
             raise refused("dynatree.trees", message, code="not_allowed")
-        if not body.stream:
-            message = "'dynatree.trees' is about the chunks of a stream; set 'stream' to true, or leave it out"
-            raise refused("dynatree.trees", message)
+        for name in ("steps", "trees"):
+            if getattr(body.dynatree, name) and not body.stream:
+                message = f"'dynatree.{name}' is about the chunks of a stream; set 'stream' to true, or leave it out"
+                raise refused(f"dynatree.{name}", message)
 
     def _max_tokens(self, body: GenerationBody, num_prompt: int, usual: int | None) -> int:
         """The most tokens that an answer may have.
@@ -291,6 +297,27 @@ class Reader:
         tokenizer = next(iter(self.engines.values())).tokenizer
         assert tokenizer is not None, "a server reads texts"
         return decode_text(tokenizer, token_ids)
+
+
+def without_fields(said: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """What the template may not show, in words, and the conversation without it: a field of one kind of message.
+
+    A template may show a tool's name and no user's, or calls only where there is no text. By kinds and not one by one,
+    since each is read through the template, and a conversation may be long.
+    """
+    kinds = [kind_of(one) for one in said]
+    for field in PERHAPS_NOT_SHOWN:
+        for kind in dict.fromkeys(kind for kind in kinds if field in kind):
+            bare = [
+                {name: value for name, value in one.items() if its_kind != kind or name != field}
+                for one, its_kind in zip(said, kinds, strict=True)
+            ]
+            yield f"'{field}' of a message such as messages.{kinds.index(kind)}", bare
+
+
+def kind_of(message: dict[str, Any]) -> tuple[str, ...]:
+    """The role of a message, and in which fields it says something."""
+    return (message["role"], *(field for field in ("content", *PERHAPS_NOT_SHOWN) if message.get(field)))
 
 
 @contextlib.contextmanager

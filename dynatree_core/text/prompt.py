@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
     from dynatree_core.models.load import LoadedModel
 
-__all__ = ["chat_ids", "encode_messages", "encode_prompt", "tokenizer_of"]
+__all__ = ["chat_ids", "chat_text", "encode_messages", "encode_prompt", "text_ids", "tokenizer_of"]
+
+# Python's own errors that a template meets where it computes with what a message does not have, as `tojson` of it
+TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def tokenizer_of(target: LoadedModel) -> PreTrainedTokenizerBase:
@@ -36,7 +39,23 @@ def chat_ids(
     begins_answer: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
-    """The tokens of a conversation through the chat template, up to where the model's answer begins.
+    """The tokens of a conversation, as `chat_text` takes and writes it."""
+    return text_ids(chat_text(messages, tokenizer, begins_answer=begins_answer, tools=tools), tokenizer)
+
+
+def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of what a chat template has written, special ones too."""
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def chat_text(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    begins_answer: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """What the chat template writes of a conversation, up to where the model's answer begins.
 
     Args:
         messages: each with `role` and `content`.
@@ -45,7 +64,7 @@ def chat_ids(
         begins_answer: whether what the template writes before an answer stands at the end.
 
     Raises:
-        InputError: the template refuses the conversation, for example because of a system message.
+        InputError: the template refuses the conversation, for example because of a system message, or fails with it.
     """
     from jinja2 import TemplateError
 
@@ -58,12 +77,13 @@ def chat_ids(
                 tokenize=False,
             )
         )
-    except TemplateError as error:
+        text.encode()  # arguments of calls may have halves of characters, which no tokenizer takes
+    except (TemplateError, *TEMPLATE_FAULTS) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(
             f"the model's chat template must take a conversation of {roles}, but refuses it: {error}"
         ) from error
-    return list(tokenizer(text, add_special_tokens=False).input_ids)  # the template has written them
+    return text
 
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, is_chat: bool | None = None) -> list[int]:
