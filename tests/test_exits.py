@@ -46,6 +46,7 @@ def error(words: str) -> str:
         ("return None", 0, None),
         ("return 1", FAILED, None),
         ("raise DynaTreeError('a fault')", FAILED, "a fault"),
+        ("error = DynaTreeError('a fault')\nerror.add_note('another')\nraise error", FAILED, "a fault; another"),
         ("raise InputError('a mistake')", MISUSED, "a mistake"),
         ("raise click.UsageError('no such option.')", MISUSED, "no such option"),
         ("raise FileNotFoundError(2, 'No such file or directory', 'x')", FAILED, "No such file or directory: x"),

@@ -12,7 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from operations import counted
 
-from dynatree_core import CostModel, Observer, Outcome, Proposals, Session, StepFunction, generate, hookimpl, run
+from dynatree_core import (
+    CostModel,
+    Engine,
+    Observer,
+    Outcome,
+    Proposals,
+    Session,
+    StepFunction,
+    generate,
+    hookimpl,
+    run,
+)
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters.base import Drafter, DraftState
 from dynatree_core.engine.observer import Commit, Fault, Level, Prefill, Pruning, Verification
@@ -348,6 +359,27 @@ def test_an_observers_own_error_of_our_classes_is_nobody_elses_fault(hook, kind)
     session.observer = None
     list(run(session))
     assert session.new_token_ids == greedy(TARGET, PROMPT, LENGTH)
+
+
+def test_what_an_observer_raises_that_is_told_of_a_fault_is_a_note_of_it():
+    class Struck(Observer):
+        def on_fault(self, fault: Fault) -> None:
+            raise OSError("gone")
+
+    with pytest.raises(DrafterError) as caught:
+        generate(TARGET, Fails(), PROMPT, policy="fixed", on_error="raise", observer=Struck())
+    assert caught.value.__notes__ == ["an observer that was told of it has failed: OSError: gone"]
+    assert caught.value.partial.token_ids == []
+
+    Struck.on_end = lambda self, end: 1 / 0
+    engine = Engine(TARGET, Fails())
+    handle = engine.submit(engine.request(PROMPT, policy="fixed", on_error="raise", observer=Struck()))
+    engine.step()
+    with pytest.raises(DrafterError) as caught:
+        handle.result()
+    assert [note.partition("failed: ")[2] for note in caught.value.__notes__] == [
+        "OSError: gone", "ZeroDivisionError: division by zero"
+    ]  # fmt: skip
 
 
 def test_several_observers_and_logits_only_where_they_are_wanted():

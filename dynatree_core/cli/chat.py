@@ -167,7 +167,7 @@ def _converse(conversation: Conversation) -> int:
                 advice = (
                     "; /reset begins a new conversation" if conversation.results else "; shorten the text, or --system"
                 )
-            console.complain("error", f"{error}{advice}")
+            console.complain("error", f"{console.words_of(error)}{advice}")
             # at a terminal somebody has seen it and goes on; a script has to be told at the end
             exit_code = DONE if is_terminal else FAILED
 

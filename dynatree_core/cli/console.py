@@ -25,6 +25,7 @@ __all__ = [
     "show_title",
     "spinner",
     "warnings_in_one_line",
+    "words_of",
 ]
 
 LONG_PREFILL = 1.0  # seconds after which its progress is shown
@@ -127,6 +128,11 @@ def complain(kind: str, message: str) -> None:
     """Print a notice of one line to stderr."""
     with suppress(OSError):  # nobody reads it, or its disk is full: the exit status is left
         click.echo(f"dynatree: {kind}: {fold(message)}", err=True)
+
+
+def words_of(error: BaseException) -> str:
+    """An error's message, and its notes: what has failed besides."""
+    return "; ".join([str(error), *getattr(error, "__notes__", ())])
 
 
 def fold(message: str) -> str:

@@ -82,7 +82,7 @@ def _exit_code(command: Callable[[], int | None], failed: int, misused: int) -> 
     except DynaTreeError as error:
         if os.environ.get("DYNATREE_DEBUG") and isinstance(error.__cause__, SystemExit):
             raise
-        console.complain("error", str(error))
+        console.complain("error", console.words_of(error))
         return misused if isinstance(error, InputError) else failed
     except click.Abort as error:  # click turns interrupts that it sees into this, and the end of a file too
         if isinstance(error.__cause__, EOFError):

@@ -10,10 +10,11 @@ from dynatree_core.engine.decode import decode_step, decode_steps, prefill_chunk
 from dynatree_core.engine.faults import Faults
 from dynatree_core.engine.lane import Lane
 from dynatree_core.errors import DrafterError, DynaTreeError, NonFiniteLogitsError, PolicyError
+from dynatree_core.plugins.foreign import raised
 from dynatree_core.runners.passes import is_out_of_memory, out_of_memory
 from dynatree_core.tree.verdict import StepReport
 
-__all__ = ["ended_by", "filled", "named_lack_of_memory", "step", "steps"]
+__all__ = ["ended_by", "filled", "named_lack_of_memory", "note_observers", "step", "steps"]
 
 
 def filled(lane: Lane) -> Iterator[int]:
@@ -30,13 +31,22 @@ def filled(lane: Lane) -> Iterator[int]:
 def ended_by(lane: Lane, error: Exception) -> Exception:
     """The error with which a lane's sequence ends: that one, or a lack of memory by its name.
 
-    One of this package has what was committed as its `partial`, and observers are told of it.
+    One of this package has what was committed as its `partial`, and observers are told of it. What they raise then is
+    a note of that error (`__notes__`).
     """
     error = named_lack_of_memory(error)
     if isinstance(error, DynaTreeError):
         error.partial = lane.result("error")
-        lane.report_fault(error, "ended")
+        try:
+            lane.report_fault(error, "ended")
+        except Exception as other:  # noqa: BLE001  # an observer's own: the sequence ends with the first error
+            note_observers(error, other)
     return error
+
+
+def note_observers(error: BaseException, other: Exception) -> None:
+    """Have the error with which a sequence ends say what an observer has raised that was told of it."""
+    error.add_note(f"an observer that was told of it has failed: {raised(other)}")
 
 
 def named_lack_of_memory(error: Exception) -> Exception:

@@ -16,7 +16,7 @@ import attrs
 
 from dynatree_core.engine.handle import Event, Handle
 from dynatree_core.engine.lane import Lane
-from dynatree_core.engine.recovery import ended_by, filled, named_lack_of_memory, steps
+from dynatree_core.engine.recovery import ended_by, filled, named_lack_of_memory, note_observers, steps
 from dynatree_core.engine.resources import Resources
 from dynatree_core.errors import OutOfMemoryError, ParameterError, QueueFullError
 from dynatree_core.request.request import Request
@@ -352,6 +352,8 @@ class Scheduler:
         try:
             one.lane.report_end(reason)
         except Exception as raised:  # noqa: BLE001  # an observer's own: it belongs to this sequence, too
+            if error is not None:
+                note_observers(error, raised)
             reason, error = "error", error or raised
         one.lane.keep_prefix(engine.max_bytes and max(engine.max_bytes - self._num_bytes_known, 0))
         result = one.lane.result(reason)
