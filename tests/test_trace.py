@@ -35,6 +35,7 @@ from dynatree_core import (
 from dynatree_core.drafters.base import Drafter, DraftState
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.engine.observer import Commit, Feedback, Level, Outcome, Pruning, Verification
+from dynatree_core.errors import PolicyError
 from dynatree_core.policy.stack import PolicyStack
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import greedy
@@ -256,6 +257,35 @@ def test_a_full_disk_ends_the_one_whose_trace_it_is(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"run\.jsonl") as raised:
         traced_one.result()
     assert raised.value.errno == errno.ENOSPC
+
+
+class Breaks:
+    """A policy that raises in its third iteration."""
+
+    @hookimpl
+    def branch_factor(self, frontier):
+        if frontier.iteration == 2:
+            raise RuntimeError("a bug")
+
+
+def test_a_fault_that_a_full_disk_cannot_take_ends_no_other(tmp_path, monkeypatch):
+    """The sequence ends with its own error, which has the disk's as a note."""
+    engine = Engine(TARGET, DRAFTER)
+    trace = Trace(tmp_path / "run.jsonl")
+    broken = engine.submit(
+        engine.request(
+            PROMPT, max_new_tokens=LENGTH, policy=PolicyStack({"breaks": Breaks()}, "breaks"), max_depth=1,
+            on_error="raise", observer=trace.observer(),
+        )
+    )  # fmt: skip
+    other = engine.submit(engine.request(PROMPT, max_new_tokens=LENGTH))
+    engine.step()
+    fill_disk(trace, monkeypatch)
+    assert other.result().token_ids == greedy(TARGET, PROMPT, LENGTH)
+    with pytest.raises(PolicyError, match="a bug") as raised:
+        broken.result()
+    assert re.search(r"has failed: OSError: .*No space left on device.*run\.jsonl", "".join(raised.value.__notes__))
+    assert raised.value.partial.token_ids == greedy(TARGET, PROMPT, len(raised.value.partial.token_ids))
 
 
 def fill_disk(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -592,17 +622,22 @@ def number_of(one: object) -> int | None:
     return one.report.iteration if isinstance(one, Commit) else None
 
 
-def test_what_cannot_be_written_loses_nothing_else(tmp_path, monkeypatch):
-    """The others that waited are in the file, and the error says which one is not."""
-    broken = {3, 5}
+def break_lines(monkeypatch: pytest.MonkeyPatch, *iterations: int) -> None:
+    """These iterations of the sequence 0 cannot be written."""
 
     def dumps(value):
-        if isinstance(value, dict) and value.get("iteration") in broken and value["kind"] == "iteration":
+        is_first = isinstance(value, dict) and (value["kind"], value.get("sequence")) == ("iteration", 0)
+        if is_first and value["iteration"] in iterations:
             raise ValueError("out of range")
         return format_dumps(value)
 
     format_dumps = record.dumps
     monkeypatch.setattr(record, "dumps", dumps)
+
+
+def test_what_cannot_be_written_loses_nothing_else(tmp_path, monkeypatch):
+    """The others that waited are in the file, and the error says which one is not."""
+    break_lines(monkeypatch, 3, 5)
     trace = Trace(tmp_path / "run.jsonl", tokenizer=Spelling())
     steps = run(Session(TARGET, None, PROMPT, max_new_tokens=20, observer=trace.observer()))
     for _ in itertools.islice(steps, 8):
@@ -614,6 +649,86 @@ def test_what_cannot_be_written_loses_nothing_else(tmp_path, monkeypatch):
     found = read(trace.path)
     assert [one.number for one in found.sequences[0].iterations] == [0, 1, 2, 4, 6, 7]
     assert all(set(one.committed) <= set(found.texts) for one in found.sequences[0].iterations)
+
+
+def test_what_cannot_be_written_ends_its_own_sequence(tmp_path, monkeypatch):
+    """Whoever has it written."""
+    break_lines(monkeypatch, 3)
+    monkeypatch.setattr(record.time, "monotonic", lambda: 0.0)
+    engine, trace = Engine(TARGET), Trace(tmp_path / "run.jsonl")
+    requests = [engine.request(PROMPT, max_new_tokens=40, observer=trace.observer()) for _ in range(2)]
+    broken, other = [engine.submit(one) for one in requests]
+    assert other.result().token_ids == greedy(TARGET, PROMPT, 40)
+    with pytest.raises(ValueError, match=r"^iteration 3 of sequence 0 cannot be written") as raised:
+        broken.result()
+    assert "sequence 1" not in str(raised.value)
+    assert broken.num_tokens < 40  # the 64th that waits is the other's 32nd
+    trace.close()
+    first, second = read(trace.path).sequences
+    assert second.token_ids == other.result().token_ids
+    assert [one.number for one in first.iterations] == [0, 1, 2, *range(4, broken.num_tokens)]
+    assert (first.end["stop_reason"], second.end["stop_reason"]) == ("error", "length")
+
+
+def test_what_nobody_was_told_of_is_said_at_the_end(tmp_path, monkeypatch):
+    break_lines(monkeypatch, 3)
+    trace = Trace(tmp_path / "run.jsonl")
+    steps = run(Session(TARGET, None, PROMPT, max_new_tokens=20, observer=trace.observer()))
+    for _ in itertools.islice(steps, 5):
+        pass
+    result = generate(TARGET, None, PROMPT, max_new_tokens=5, trace=trace)
+    assert result.token_ids == greedy(TARGET, PROMPT, 5)
+    with pytest.raises(ValueError, match=r"^iteration 3 of sequence 0 cannot be written"):
+        trace.close()
+    trace.close()  # it was told once
+
+
+def test_a_text_is_told_in_a_line_that_is_written(tmp_path, monkeypatch):
+    """Also where the token came first in a line that could not be."""
+    whole = traced(tmp_path / "whole.jsonl", drafter=None, max_new_tokens=20)
+    first = next(  # whose token comes again, and was not in the prompt
+        place
+        for place, token in enumerate(whole.token_ids)
+        if token not in (*PROMPT, *whole.token_ids[:place]) and token in whole.token_ids[place + 1 :]
+    )
+    break_lines(monkeypatch, first)
+    trace = Trace(tmp_path / "run.jsonl", tokenizer=Spelling())
+    steps = run(Session(TARGET, None, PROMPT, max_new_tokens=20, observer=trace.observer()))
+    for _ in itertools.islice(steps, 19):
+        pass
+    with pytest.raises(ValueError, match=f"iteration {first} of sequence 0"):
+        trace.flush()
+    trace.close()
+    assert whole.token_ids[first] in read(trace.path).texts
+
+
+@attrs.define(eq=False, slots=False)
+class Keeping:
+    """A policy that keeps lists of its own, and has a field only after its first iteration."""
+
+    rows: list[list[int]] = attrs.field(factory=lambda: [[]])
+    long: list[int] = attrs.field(factory=lambda: [0] * 65)
+    last: int = attrs.field(init=False)
+
+    @hookimpl
+    def on_iteration_end(self, report, stack):
+        self.last = report.iteration
+        self.rows[-1].append(report.iteration)
+        if report.iteration == 2:
+            del self.long[3:]
+
+
+def test_fields_are_written_as_they_were(tmp_path):
+    """Though they change while the iteration waits: lists in lists, and one that becomes short enough to be written."""
+    policy = PolicyStack({"keeping": Keeping()}, "keeping")
+    with Trace(tmp_path / "run.jsonl") as trace:
+        generate(TARGET, None, PROMPT, policy=policy, max_new_tokens=4, trace=trace)
+    (sequence,) = read(trace.path).sequences
+    assert sequence.begin["policies"]["keeping"] == {"rows": [[]], "last": None}
+    changes = [one.record["policies"]["keeping"] for one in sequence.iterations]
+    assert [one["rows"] for one in changes] == [[[[*range(n)]], [[*range(n + 1)]]] for n in range(4)]
+    assert [one["last"] for one in changes] == [[None, 0], [0, 1], [1, 2], [2, 3]]
+    assert [one.get("long") for one in changes] == [None, None, [None, [0] * 3], None]
 
 
 def test_what_a_full_disk_has_lost_is_said(tmp_path, monkeypatch):
@@ -690,3 +805,21 @@ def test_sequences_of_an_engine_may_share_an_observer(tmp_path):
     assert [one.prompt for one in sequences] == prompts
     assert [one.token_ids for one in sequences] == [one.token_ids for one in results]
     assert last.token_ids == results[0].token_ids[:2]
+
+
+def test_sequences_of_an_engine_are_forgotten_however_they_end(tmp_path, monkeypatch):
+    """By an error, by a cancellation, and where the last line cannot be written."""
+    break_lines(monkeypatch, 0)
+    engine, observer = Engine(TARGET, DRAFTER), Trace(tmp_path / "run.jsonl").observer()
+    engine.submit(engine.request(PROMPT, max_new_tokens=1)).result()  # its number is that of sessions
+    breaks, left = PolicyStack({"breaks": Breaks()}, "breaks"), []
+    for options in ({"max_new_tokens": 1}, {"policy": breaks, "max_depth": 1, "on_error": "raise"}, {}):
+        handle = engine.submit(engine.request(PROMPT, observer=observer, **{"max_new_tokens": LENGTH, **options}))
+        engine.step()
+        if not options:
+            engine.cancel(handle)
+        while not handle.is_done:
+            engine.step()
+        assert handle.status == ("failed" if options else "cancelled")
+        left.append([*observer._generations])
+    assert left == [[], [], []]

@@ -8,7 +8,6 @@ import functools
 import gzip
 import json
 import math
-import operator
 import os
 import platform
 import threading
@@ -63,7 +62,7 @@ class Trace:
     """A file that generations are recorded in: `observer()` gives each of them its observer.
 
     The file is made when the first generation begins. Up to 64 iterations wait to be written together, a second at
-    most while there are more to come: they are what is missing should the process die. What is written is flushed, so
+    most while there are more to come: 64 are missing at most should the process die. What is written is flushed, so
     that it can be read while the generation runs; compressed traces (`.gz`) are not.
 
     Args:
@@ -96,6 +95,7 @@ class Trace:
         self._lock = threading.RLock()  # several generations may write at once, and who is called back may write, too
         self._waiting: list[_Iteration] = []
         self._waiting_since = 0.0  # the first of them
+        self._faults: dict[int, list[str]] = {}  # by sequence: what could not be written, and nobody was told of
         self._file: IO[bytes] | None = None  # None before the first line
         self._is_closed = False  # or broken: nothing more is written
         self._num_sequences = 0
@@ -125,21 +125,23 @@ class Trace:
             self._num_sequences += 1
             return self._num_sequences - 1
 
-    def write(self, line: str) -> None:
-        """Write a line of JSON, behind all that waits.
+    def write(self, line: str, sequence: int) -> None:
+        """Write a line of JSON of a sequence, behind all that waits.
 
         Raises:
             OSError: naming the file. From then on nothing is written: the generation has ended with this error.
+            ValueError: as for `write_later`.
         """
         with self._lock:
             self._write(line)
+            self._raise_faults(sequence)
 
     def write_later(self, iteration: _Iteration) -> None:
         """Write an iteration's line, with others that wait.
 
         Raises:
             OSError: as for `write`.
-            ValueError: an iteration that cannot be written. All others that waited are in the file.
+            ValueError: an iteration of this sequence that cannot be written, this one or one before. No other is lost.
         """
         with self._lock:
             now = time.monotonic()
@@ -149,22 +151,28 @@ class Trace:
             is_long = len(self._waiting) >= MOST_WAITING or now - self._waiting_since >= LONGEST_WAIT
             if is_long or self._on_record is not None or self._on_line is not None:
                 self._write()
+            self._raise_faults(iteration.sequence)
 
-    def flush(self) -> None:
+    def flush(self, sequence: int | None = None) -> None:
         """Write what waits.
 
+        Args:
+            sequence: whose faults are raised; None: those of all that were not told of theirs.
+
         Raises:
-            OSError, ValueError: as for `write_later`.
+            OSError: as for `write`.
+            ValueError: iterations that cannot be written. All others that waited are in the file.
         """
         with self._lock:
             self._write()
+            self._raise_faults(sequence)
 
     def close(self) -> None:
         """Write what waits, and close the file. Generations that are still observed write no more.
 
         Raises:
             OSError: naming the file.
-            ValueError: as for `write_later`.
+            ValueError: as for `flush`.
         """
         with self._lock:
             try:
@@ -180,8 +188,7 @@ class Trace:
         waiting, self._waiting = self._waiting, []
         if self._is_closed:
             return
-        lines, error = _lines(waiting, self.texts)
-        lines += others
+        lines = [*self._lines(waiting), *others]
         if self.path is not None and lines:
             with self._naming_the_file(waiting):
                 file = self._opened(self.path)
@@ -193,8 +200,24 @@ class Trace:
                 self._on_record(json.loads(line))
             if self._on_line is not None:
                 self._on_line(line)
-        if error is not None:
-            raise error
+
+    def _lines(self, iterations: Sequence[_Iteration]) -> Iterator[str]:
+        """Their lines, for which all are read at once; those that cannot be written are left out, and noted."""
+        for one, nodes in zip(iterations, _nodes(iterations) if iterations else (), strict=True):
+            try:
+                if isinstance(nodes, Exception):
+                    raise nodes
+                yield one.line(nodes, self.texts)
+            except Exception as error:  # noqa: BLE001  # whatever is wrong with one, the others are written
+                fault = f"{_named([one])} cannot be written and is missing: {type(error).__name__}: {error}"
+                self._faults.setdefault(one.sequence, []).append(fault)
+
+    def _raise_faults(self, sequence: int | None) -> None:
+        """Tell a sequence, or all, of iterations that could not be written: each once."""
+        whose = [*self._faults] if sequence is None else [sequence]
+        faults = [fault for one in whose for fault in self._faults.pop(one, ())]
+        if faults:
+            raise ValueError("; ".join(faults))
 
     def __enter__(self) -> Trace:
         return self
@@ -319,10 +342,16 @@ class Recorder(Observer):
         self._of(fault.sequence).on_fault(fault)
 
     def on_end(self, end: End) -> None:
-        found = self._of(end.sequence)
-        found.on_end(end)
-        if found.is_over and end.sequence != 0:  # an engine gives its number to nobody else
-            del self._generations[end.sequence]
+        try:
+            self._of(end.sequence).on_end(end)
+        except Exception:
+            self._forget(end.sequence)
+            raise
+        self._forget(end.sequence)
+
+    def _forget(self, sequence: int) -> None:
+        if sequence != 0:  # an engine gives its number to nobody else, and goes on with none that has ended
+            del self._generations[sequence]
 
 
 class _Generation:
@@ -331,7 +360,7 @@ class _Generation:
     def __init__(self, trace: Trace, number: int) -> None:
         self._trace = trace
         self._number = number  # of the generation
-        self._is_over = True
+        self._is_over = True  # whether what begins next is another generation
         self._begun: Prefill | None = None  # what the generation began with
         self._committed: list[int] = []  # prompt and new tokens
         self._early_faults: list[Fault] = []  # of a generation that has not begun
@@ -339,11 +368,6 @@ class _Generation:
         self._commit: Commit | None = None  # that has not been written
         self._undrafted: int | None = None  # the first iteration without a draft, because of a fault
         self._has_drafter = True
-
-    @property
-    def is_over(self) -> bool:
-        """Whether what begins next is another generation."""
-        return self._is_over
 
     # what is told
 
@@ -410,7 +434,7 @@ class _Generation:
     # what is written
 
     def _write(self, **record: Any) -> None:
-        self._trace.write(dumps(record))
+        self._trace.write(dumps(record), self._number)
 
     def _goes_on(self, prefill: Prefill) -> bool:
         """Whether it is the interrupted generation that goes on."""
@@ -424,7 +448,7 @@ class _Generation:
     def _begin(self, prefill: Prefill) -> None:
         if self._begun is not None:  # another one
             self._number = self._trace.begin_sequence()
-        self._trace.flush()  # texts of tokens stand in the first line that has them
+        self._trace.flush(self._number)  # texts of tokens stand in the first line that has them
         self._begun = prefill
         self._is_over = False
         self._commit = None
@@ -432,11 +456,11 @@ class _Generation:
         self._undrafted = None
         self._committed = list(prefill.token_ids)
         self._states = _states(prefill.stack)
-        policies = {name: _plain_fields(state) for name, state in self._states.items()}
         texts, is_private = self._trace.texts, self._trace.is_private
         self._text = texts.incremental()
         prompt = prefill.token_ids[: prefill.num_prompt_tokens]
         limits = attrs.asdict(prefill.limits)
+        new_texts = None if is_private else texts.unseen(prompt)
         self._write(
             kind="begin",
             sequence=self._number,
@@ -444,16 +468,17 @@ class _Generation:
             prompt_text=None if is_private else texts.whole(prompt),
             num_prompt_tokens=prefill.num_prompt_tokens,
             policy=prefill.policy,
-            policies=policies,
+            policies=self._states,
             drafter=prefill.drafter,
             limits=limits,
             limits_by={
-                limit: [policy for policy, state in policies.items() if state.get(limit) == value]
+                limit: [policy for policy, state in self._states.items() if state.get(limit) == value]
                 for limit, value in limits.items()
             },
             settings=dict(prefill.settings),
-            texts=None if is_private else texts.unseen(prompt),
+            texts=new_texts,
         )
+        texts.tell(new_texts)
         early, self._early_faults = self._early_faults, []
         for fault in early:
             self.on_fault(fault)
@@ -462,7 +487,7 @@ class _Generation:
         """Write what waits, and an iteration of which the policies have not learnt since something failed."""
         if self._commit is not None:
             self._write_iteration(self._commit.report.seconds, None)
-        self._trace.flush()
+        self._trace.flush(self._number)
 
     def _write_iteration(self, seconds: float, stack: PolicyStack | None) -> None:
         commit, self._commit = self._commit, None
@@ -514,6 +539,7 @@ class _Iteration:
         for node in (node for cut in pruned.values() for node in cut):
             nodes.outcome[node] = PRUNED
         stages = [stage for stage in self.commit.seconds if stage != "decode"]  # which is of the step before
+        new_texts = texts.unseen([*nodes.token, *self.wanted.tokens, *verdict.token_ids])
         line = dumps(
             {
                 "kind": "iteration",
@@ -530,10 +556,12 @@ class _Iteration:
                 "policies": _changes(self.before, self.after),
                 "levels": [self._described(level) for level in self.levels],
                 "pruned": pruned,
-                "texts": texts.unseen([*nodes.token, *self.wanted.tokens, *verdict.token_ids]),
+                "texts": new_texts,
             }
         )
-        return f"{line[:-1]},{self.wanted.json(self.pruning)},{nodes.json()}}}"
+        line = f"{line[:-1]},{self.wanted.json(self.pruning)},{nodes.json()}}}"
+        texts.tell(new_texts)  # behind all that may fail
+        return line
 
     def _described(self, level: Level) -> dict[str, Any]:
         """How a level came about, or why there is none."""
@@ -561,21 +589,6 @@ class _Iteration:
         if not self.has_drafter:
             return "no_drafter"
         return "max_depth" if level.tree.max_depth >= self.max_depth else "length"
-
-
-def _lines(iterations: Sequence[_Iteration], texts: _Texts) -> tuple[list[str], ValueError | None]:
-    """Their lines, for which all are read at once; and what names those that cannot be written."""
-    if not iterations:
-        return [], None
-    lines, errors = [], []
-    for one, nodes in zip(iterations, _nodes(iterations), strict=True):
-        try:
-            if isinstance(nodes, Exception):
-                raise nodes
-            lines.append(one.line(nodes, texts))
-        except Exception as error:  # noqa: BLE001  # whatever is wrong with one, the others are written
-            errors.append(f"{_named([one])} cannot be written and is missing: {type(error).__name__}: {error}")
-    return lines, ValueError("; ".join(errors)) if errors else None
 
 
 def _nodes(iterations: Sequence[_Iteration]) -> Sequence[Nodes | Exception]:
@@ -666,13 +679,15 @@ class _Texts:
         return None if self._tokenizer is None else self._decode([list(token_ids)])[0]
 
     def unseen(self, token_ids: Sequence[int]) -> dict[str, str] | None:
-        """The texts of these tokens that were not told before."""
+        """The texts of these tokens that were not told before; `tell` is for when they stand in a line."""
         if self._tokenizer is None:
             return None
         new = [token for token in dict.fromkeys(token_ids) if token not in self._told]
-        texts = self._texts(new) if new else []
-        self._told.update(new)
-        return dict(zip(map(str, new), texts, strict=True))
+        return dict(zip(map(str, new), self._texts(new) if new else [], strict=True))
+
+    def tell(self, texts: Mapping[str, str] | None) -> None:
+        """Note that these stand in the trace."""
+        self._told.update(map(int, texts or ()))
 
     def _texts(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each of these tokens, as it is behind another one."""
@@ -721,42 +736,22 @@ def _states(stack: PolicyStack) -> dict[str, dict[str, Any]]:
 
 
 def _state(policy: object) -> dict[str, Any]:
-    """The fields of a policy, of which nothing changes any more that `_plain` would write."""
+    """What of a policy's fields can be written: numbers, texts and short lists of them. It does not change any more."""
     kind: type = type(policy)
-    names, values_of = _reader(kind)
-    if not names:
-        names = tuple(getattr(policy, "__dict__", ()))
-        values = tuple(getattr(policy, name, None) for name in names)
-    else:
-        values = values_of(policy)
-    return dict(zip(names, [one if type(one) in _FIXED else _held(one) for one in values], strict=True))
+    names = _field_names(kind) or tuple(getattr(policy, "__dict__", ()))
+    values = [getattr(policy, name, None) for name in names]  # a field may be without a value yet
+    plain = [one if type(one) in _PLAIN else _plain(one) for one in values]
+    return {name: one for name, one in zip(names, plain, strict=True) if one is not _NOT_PLAIN}
 
 
 @functools.cache
-def _reader(kind: type) -> tuple[tuple[str, ...], Callable[[object], tuple[Any, ...]]]:
-    """The fields of a class of attrs, and what gets all of them from one of its instances; none of another class."""
-    names = tuple(field.name for field in attrs.fields(kind)) if attrs.has(kind) else ()
-    if len(names) == 1:
-        return names, lambda policy: (getattr(policy, names[0]),)
-    return names, operator.attrgetter(*names) if names else lambda _: ()
-
-
-def _held(value: Any) -> Any:
-    """A value that does not change with the policy's; a tensor may, and is not written."""
-    if isinstance(value, list | tuple | deque):
-        return value if len(value) > LONGEST_LIST else [*value]
-    return value if isinstance(value, Tensor) else as_python(value)
-
-
-def _plain_fields(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a policy's fields can be written: numbers, texts and short lists of them."""
-    plain = ((name, _plain(value)) for name, value in state.items())
-    return {name: value for name, value in plain if value is not _NOT_PLAIN}
+def _field_names(kind: type) -> tuple[str, ...]:
+    """The fields of a class of attrs; none of another class."""
+    return tuple(field.name for field in attrs.fields(kind)) if attrs.has(kind) else ()
 
 
 _NOT_PLAIN = object()
 _PLAIN = frozenset((int, bool, str, type(None)))
-_FIXED = _PLAIN | {float}
 
 
 def _plain(value: object) -> Any:
@@ -785,12 +780,4 @@ def _changes(before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mappin
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[Any]]:
-    changed = {}
-    for name, now in after.items():
-        then = before.get(name)
-        if then is now:
-            continue
-        old, new = _plain(then), _plain(now)
-        if new is not _NOT_PLAIN and new != (old if old is not _NOT_PLAIN else None):
-            changed[name] = [None if old is _NOT_PLAIN else old, new]
-    return changed
+    return {name: [before.get(name), now] for name, now in after.items() if now != before.get(name)}
