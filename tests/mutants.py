@@ -389,8 +389,8 @@ MUTANTS = (
     ),
     Mutant(
         "float64 logits are not rounded",
-        "logits = logits.float()\n    top_logit",
-        "pass\n    top_logit",
+        "logits = logits.float()\n    top_token",
+        "pass\n    top_token",
         ("tests/test_verify.py::test_ties_are_broken_as_generate_does",),
     ),
     Mutant(

@@ -41,6 +41,8 @@ class Cluster:
 
     port: int
     command: subprocess.Popen
+    words: list[str]  # of the command
+    environment: dict[str, str]
 
     def ask(self, prompt: str, session: str | None = None, max_tokens: int = 16) -> Answer:
         """The answer to a text; status 0 where the connection ended without one."""
@@ -78,7 +80,7 @@ def cluster(served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
             [sys.executable, "-m", "dynatree_core", *words], env=environment, stdout=output, stderr=output
         )
     try:
-        found = Cluster(port, command)
+        found = Cluster(port, command, words, environment)
         wait_until(lambda: command.poll() is not None or found.ask("a").status == 200)
         assert command.poll() is None, log.read_text()[-4000:]
         yield found
@@ -139,6 +141,32 @@ def test_one_replica_dies_and_clients_of_the_others_notice_nothing(cluster, expe
             assert answer == Answer(200, survivor, expected[prompt])
         else:  # an answer by the other one, or an error: never a wrong one
             assert answer.text in (None, expected[prompt])
+
+
+def test_a_later_start_replaces_replicas_under_traffic_and_nobody_notices(cluster, expected, tmp_path):
+    """The first command then ends without ending the replicas of the second one, which the cluster goes with."""
+    before = {cluster.ask(PROMPTS[0], str(number)).replica for number in range(12)}
+    log = tmp_path / "later.log"
+    with log.open("w") as output:
+        command = subprocess.Popen(
+            [sys.executable, "-m", "dynatree_core", *cluster.words, "--max-sequences", "4"],
+            env=cluster.environment | {"RAY_ADDRESS": "auto"}, stdout=output, stderr=output,
+        )  # fmt: skip
+    try:
+        answers: list[tuple[str, Answer]] = []
+        with ThreadPoolExecutor(2) as pool:
+            end = time.monotonic() + SECONDS
+            while {answer.replica for _, answer in answers[-12:]} & before or len(answers) < 12:
+                assert command.poll() is None, log.read_text()[-4000:]
+                assert time.monotonic() < end, (answers[-12:], log.read_text()[-4000:])
+                prompts = [PROMPTS[(len(answers) + place) % len(PROMPTS)] for place in range(4)]
+                sessions = [str((len(answers) + place) % 12) for place in range(4)]
+                answers += zip(prompts, pool.map(cluster.ask, prompts, sessions), strict=True)
+        assert [(answer.status, answer.text) for _, answer in answers] == [(200, expected[one]) for one, _ in answers]
+        assert len({answer.replica for _, answer in answers} - before) == 2
+    finally:
+        command.send_signal(signal.SIGTERM)
+        assert command.wait(SECONDS) == 0, log.read_text()[-4000:]
 
 
 def wait_until(is_done: Callable[[], bool]) -> None:
