@@ -77,15 +77,17 @@ def recorded(policy: object, drafter: object = DRAFTER, **options: object) -> Re
 
 # no observer, no cost
 
-# operations of torch and transfers to the host outside the models' passes, counted before there were observers
+# operations of torch and transfers to the host outside the models' passes, counted before there were observers. Since
+# then greedy decoding on a CPU has NumPy look at the logits, which counts as a transfer an iteration, though nothing is
+# moved; what a GPU waits for is counted in test_device_work.py
 COUNTS = {
-    "phase3": (4878, 61),
-    "fixed": (4571, 65),
+    "phase3": (4878, 75),
+    "fixed": (4571, 81),
     "cost_aware": (7724, 255),
     "best_first": (5850, 107),
-    "autoregressive": (2730, 39),
+    "autoregressive": (2730, 78),
     "phase3, sampling": (7568, 178),
-    "fixed, fixed_width": (6059, 93),
+    "fixed, fixed_width": (6059, 111),
 }
 ROWS = tuple(range(1, 200))
 COSTS = CostModel(StepFunction(ROWS, tuple(1.0 + 0.01 * row for row in range(199))), StepFunction((1,), (0.05,)), 0.0)
