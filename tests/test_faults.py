@@ -106,7 +106,7 @@ IN_TENSORS: dict[str, Callable[[Session, Fault], Where]] = {
     "rows that move": lambda session, fault: in_method(torch.Tensor, "__setitem__", fault),
     "rows that have moved": lambda session, fault: in_method(torch.Tensor, "__setitem__", fault, when="after"),
     "nodes and masks": lambda session, fault: in_method(torch, "index_select", fault),
-    "choices": lambda session, fault: in_method(torch.Tensor, "max", fault),
+    "choices": lambda session, fault: in_method(torch, "from_numpy", fault),
 }
 IN_SESSION: dict[str, Callable[[Session, Fault], Where]] = {
     f"{name}, {when}": lambda session, fault, owner=owner, name=name, when=when: in_method(
