@@ -21,23 +21,11 @@ static float greatest_of(const float *from, int64_t size) {
 
 /* exp of what is not above 0, or is no number; exp(-87) for what is below that, which adds nothing to a sum above 1. */
 inlined f16x exp_below16(f16x x) {
-  static const float P[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
-                            4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}; /* as in exp16 */
-  f16x turns, y;
   EACH {
     const floats low = -87.0f - (floats){0};
     x.of[part] = choose((ints)(x.of[part] < low), low, x.of[part]);
-    turns.of[part] = (x.of[part] * 1.44269504088896341f + 12582912.0f) - 12582912.0f; /* rounds to a whole number */
   }
-  x = fma16(turns, all16(-0.693359375f), x);
-  x = fma16(turns, all16(2.12194440e-4f), x);
-  y = polynomial(x, P, 6);
-  y = add16(fma16(y, mul16(x, x), x), all16(1.0f));
-  EACH {
-    ints power = (__builtin_convertvector(turns.of[part], ints) + 127) << 23; /* 2 to that power */
-    y.of[part] = y.of[part] * (floats)power;
-  }
-  return y;
+  return exp_between16(x);
 }
 
 /* The place of the first number that is equal to the greatest; where one is no number, of the first of these. */
