@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessor, StoppingCriteria
 
 from dynatree_core import Engine, Observer, generate, generate_batch, hookimpl, stream_batch
+from dynatree_core.engine.lane import Lane
 from dynatree_core.errors import (
     BatchError,
     ContextLimitError,
@@ -111,6 +112,41 @@ def test_requests_wait_in_their_order_and_the_line_has_an_end():
     assert [handle.status for handle in handles] == ["stopped"] * 3
     assert handles[2].started_at >= handles[0].ended_at
     assert engine.step() == []
+
+
+def test_a_sequence_has_its_room_at_every_moment_until_it_ends(monkeypatch):
+    """Others may submit from any thread while a step is made, so also while it starts a sequence."""
+    moments = []
+
+    def ask(moment):
+        load = engine.load
+        moments.append((moment, load.num_waiting + load.num_running))
+        with pytest.raises(QueueFullError):
+            engine.submit(PROMPTS[1])
+
+    class Asking(Observer):
+        def on_prefill(self, prefill):
+            ask("prefill")
+
+        def on_commit(self, commit):
+            ask("commit")
+
+        def on_end(self, end):
+            ask("end")
+
+    def starting(*arguments, **options):
+        lane = Lane(*arguments, **options)
+        ask("start")
+        return lane
+
+    monkeypatch.setattr("dynatree_core.engine.scheduler.Lane", starting)
+    engine = Engine(tiny_model("llama"), "prompt_lookup", max_sequences=1, max_waiting=0)
+    handle = engine.submit(PROMPTS[0], max_new_tokens=4, eos_token_id=[], observer=Asking())
+    run_dry(engine)
+    assert handle.result().token_ids == greedy(engine.target, PROMPTS[0], 4)
+    assert {moment for moment, _ in moments} == {"start", "prefill", "commit", "end"}
+    assert {number for _, number in moments} == {1}
+    assert engine.submit(PROMPTS[1], max_new_tokens=1).result().token_ids == greedy(engine.target, PROMPTS[1], 1)
 
 
 def test_a_request_that_found_no_room_may_be_submitted_later():

@@ -69,7 +69,8 @@ class Scheduler:
         self._placed: dict[Handle, Lane] = {}  # of the first in the line, which has caches, but no memory for them yet
         self._num_put_back = 0
         self._longest_pause = 0.0
-        self._lock = threading.Lock()  # of what other threads may change: the waiting line and who is cancelled
+        # of what other threads read and change: who waits, runs and is cancelled. They only add to the line's end
+        self._lock = threading.Lock()
         self._stepping = threading.Lock()
         self._stepper: int | None = None  # the thread that makes a step
 
@@ -160,39 +161,34 @@ class Scheduler:
     def _start(self, engine: Resources) -> list[Event]:
         """Give free lanes to those who have waited longest."""
         events: list[Event] = []
-        while True:
-            with self._lock:
-                if not self._waiting or len(self._running) >= self._num_lanes:
-                    return events
-                handle = self._waiting.popleft()
+        while self._waiting and len(self._running) < self._num_lanes:
+            handle = self._waiting[0]  # it stays there until it runs, so that nobody else is promised its room
             try:
                 lane = self._placed.get(handle) or self._lane_of(engine, handle)
                 self._suspended.pop(handle, None)
                 self._placed[handle] = lane
                 if not self._has_memory(engine, lane, events):
-                    with self._lock:
-                        self._waiting.appendleft(handle)
                     return events
-                del self._placed[handle]
             except Exception as error:  # noqa: BLE001  # whatever it is belongs to this sequence
+                with self._lock:
+                    self._waiting.popleft()
                 self._suspended.pop(handle, None)
                 self._placed.pop(handle, None)
                 handle.end(handle.partial_at("error"), engine.now(), named_lack_of_memory(error))
                 events.append(Event(handle, "failed"))
                 continue
-            except BaseException:  # such as Ctrl-C: it is still the first in the line
-                with self._lock:
-                    self._waiting.appendleft(handle)
-                raise
             lane.neighbours = lambda: [one.lane for one in self._running]
             handle.start(lane, engine.now())
             events.append(Event(handle, "started"))
             one = _Running(handle, lane, filled(lane))
             with self._lock:
+                self._waiting.popleft()
                 self._running.append(one)
+                del self._placed[handle]
             if lane.stop_reason is not None:  # nothing is asked for
                 self._end(engine, one)
                 events.append(Event(handle, "stopped"))
+        return events
 
     def _lane_of(self, engine: Resources, handle: Handle) -> Lane:
         """The lane of a sequence that is to start, or to go on. It has caches, which take no memory yet."""
