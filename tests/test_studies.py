@@ -117,11 +117,11 @@ def test_committed_results_are_read(file, tmp_path):
 
 
 def test_the_committed_page_has_the_numbers_of_the_committed_file():
-    """What docs/results/runners.md says of one row in bfloat16 follows from its file."""
-    _, relative = read_found(RESULTS / "runners.json").tables
-    rows = {row[0]: row for row in relative.rows}
-    assert rows["1"][1] == "1.00"
-    assert [line for line in markdown(relative) if line.startswith("| 64 |")]
+    page = (RESULTS / "runners.md").read_text(encoding="utf-8").splitlines()
+    for table in read_found(RESULTS / "runners.json").tables:
+        rows = [line for line in markdown(table) if line.startswith("|")]
+        assert len(rows) > 2
+        assert [line for line in rows if line not in page] == []
 
 
 def test_a_busy_machine_is_said(tmp_path):

@@ -62,6 +62,7 @@ def _draw(axes: Any, panel: Panel, styles: Styles) -> None:
         axes.xaxis.set_major_formatter(FormatStrFormatter("%d"))
     if panel.is_log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     else:
         axes.set_ylim(bottom=0)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))

@@ -85,7 +85,7 @@ def panels(found: Mapping[str, Any]) -> Sequence[Panel]:
     return [
         Panel(
             f"{found['provenance']['context']} tokens of context", "rows of a pass (drafted nodes and the root)",
-            f"time, 1 = one row of {PLAIN}", lines, is_doubling=True,
+            f"time, 1 = one row of {PLAIN}", lines, is_doubling=True, is_log=True,
         )
     ]  # fmt: skip
 
