@@ -132,9 +132,12 @@ class BatchError(DynaTreeError):
     """
 
     def __init__(self, message: str, errors: Mapping[int, BaseException], results: Sequence[GenerationResult]) -> None:
-        super().__init__(message)
+        super().__init__(message, errors, results)  # all of them, so that it can be copied and sent to another process
         self.errors = errors
         self.results = results
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class QueueFullError(DynaTreeError):

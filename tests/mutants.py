@@ -658,9 +658,27 @@ MUTANTS = (
     ),
     Mutant(
         "a generation method of one's own is bypassed",
-        "method = None if is_trusted else _own_generation_method(model_inside(plain) or plain)",
+        "method = None if is_trusted else _own_method(model_inside(plain) or plain, _GENERATION_METHODS)",
         "method = None",
         ("tests/test_wrappers.py::test_a_method_of_a_class_of_ones_own_is_refused",),
+    ),
+    Mutant(
+        "a decoder that was told to look ahead is taken",
+        'if not getattr(config, "is_causal", True):',
+        "if False:",
+        ("tests/test_architectures.py::test_a_model_that_was_told_to_look_ahead_is_refused",),
+    ),
+    Mutant(
+        "angles are those of the configuration, whatever the model computes with",
+        'name if _begins_anew(module, kind) else f"{prefix}inv_freq"',
+        "name",
+        ("tests/test_native.py::test_angles_are_those_that_the_model_computes_with",),
+    ),
+    Mutant(
+        "tokens are drafted that the target cannot read",
+        "DraftPlan(\n                num_known_ids(self.target),",
+        "DraftPlan(\n                self.vocab_size,",
+        ("tests/test_drafters.py::test_no_token_is_drafted_that_the_target_cannot_read",),
     ),
     Mutant(
         "a caller's cache gets the rows that it holds again",

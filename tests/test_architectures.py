@@ -135,16 +135,29 @@ def test_the_soft_caps_of_gemma_2_are_at_work():
         assert capped(text).logits.abs().max() < 3 < free.lm_head(free.model(text).last_hidden_state).abs().max()
 
 
+@pytest.mark.parametrize(
+    "fields", [{"sliding_window": 6}, {"sliding_window": 6, "layer_types": ("sliding_attention",) * 2}]
+)
 @pytest.mark.parametrize("family", [family for family, looks in EXACT_FAMILIES.items() if looks == "all"])
-def test_a_window_that_a_family_ignores_is_ignored(family):
-    """The reference is recomputation: `generate` drops keys beyond such a window."""
-    target = tiny_model(family, sliding_window=6, layer_types=("sliding_attention",) * 2)
-    prompt = list(range(20))
-    result = generate(target, target, prompt, policy="fixed(depth=8,tau=0.0)", max_new_tokens=20)
-    text = list(prompt)
-    for _ in range(20):
-        text.append(int(target(torch.tensor([text]), use_cache=False).logits[0, -1].float().argmax()))
-    assert result.token_ids == text[20:]
+def test_a_window_that_a_family_ignores_is_one_to_generate(family, fields):
+    """Its cache drops keys beyond the window, and so it says of a longer text what the model alone would not."""
+    target = copy.deepcopy(tiny_model(family, **fields))
+    prompt = list(range(5))
+    assert generate(target, target, prompt, max_new_tokens=2).token_ids == greedy(target, prompt, 2)
+    for max_new_tokens in (3, 20):
+        with pytest.raises(ContextLimitError, match=r"keeps the last 6 tokens .* model.config.sliding_window to None"):
+            generate(target, target, prompt, max_new_tokens=max_new_tokens)
+    assert generate(target, target, prompt * 3, max_new_tokens=1).token_ids == greedy(target, prompt * 3, 1)
+    target.config.sliding_window = target.config.layer_types = None
+    result = generate(target, target, prompt * 4, policy="fixed(depth=8,tau=0.0)", max_new_tokens=20)
+    assert result.token_ids == greedy(target, prompt * 4, 20)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_chunks_that_a_family_ignores_are_some_to_generate(family):
+    target = tiny_model(family, attention_chunk_size=6, sliding_window=None)
+    with pytest.raises(ContextLimitError, match=r"model\.config\.attention_chunk_size to None"):
+        generate(target, target, list(range(5)), max_new_tokens=9)
 
 
 @pytest.mark.parametrize("family", EXACT_FAMILIES)
@@ -209,6 +222,45 @@ def test_what_cannot_be_exact_is_refused_before_anything_runs(reason, model_type
     for target, drafter in [(model, None), (tiny_model("llama"), model)]:
         with pytest.raises(UnsupportedModelError, match=f"'{model_type}'.* cannot be decoded with trees: {reason}"):
             generate(target, drafter, [1, 2, 3])
+
+
+def said_to_be_causal(answer: bool) -> nn.Module:
+    model: Any = copy.deepcopy(tiny_model("llama"))
+    model.config.is_causal = answer
+    return model
+
+
+def with_a_layer_that_sees_all() -> nn.Module:
+    model: Any = copy.deepcopy(tiny_model("llama"))
+    model.model.layers[0].self_attn.is_causal = False
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: said_to_be_causal(False), with_a_layer_that_sees_all])
+def test_a_model_that_was_told_to_look_ahead_is_refused(make):
+    """As is done to make text embeddings of a decoder: masks are made by these, and by no field of Llama's."""
+    prompt = [3, 1, 4, 1, 5, 9]
+    assert greedy(make(), prompt, 12) != greedy(tiny_model("llama"), prompt, 12)
+    with pytest.raises(UnsupportedModelError, match="its tokens see later ones"):
+        generate(make(), None, prompt, max_new_tokens=12)
+
+
+def test_layers_that_may_look_ahead_and_do_not_are_fine():
+    prompt = [3, 1, 4, 1, 5, 9]
+    cross: Any = tiny_model("gpt2", add_cross_attention=True)  # whose layers look at another text, where there is one
+    for model in (said_to_be_causal(True), cross):
+        assert generate(model, model, prompt, max_new_tokens=12).token_ids == greedy(model, prompt, 12)
+    eager: Any = copy.deepcopy(tiny_model("llama", attention="eager"))
+    eager.model.layers[0].self_attn.is_causal = False  # which has a mask in any case
+    assert generate(eager, eager, prompt, max_new_tokens=12).token_ids == greedy(eager, prompt, 12)
+
+
+@pytest.mark.skipif(not hasattr(AutoConfig.for_model("llama"), "per_layer_config"), reason="transformers before 5.24")
+def test_layers_with_settings_of_their_own_are_refused():
+    model: Any = copy.deepcopy(tiny_model("llama"))
+    model.config.per_layer_config = {1: {"intermediate_size": 24}}
+    with pytest.raises(UnsupportedModelError, match=r"its layers have settings of their own \(per_layer_config\)"):
+        generate(model, None, [1, 2, 3])
 
 
 def test_layers_of_an_unknown_type_are_refused():

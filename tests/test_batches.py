@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from typing import Any
 
@@ -277,6 +278,10 @@ def test_what_fails_ends_its_own_sequence_only(options, error):
         expected = greedy(target, prompt, 12)
         assert result.token_ids == (expected[: len(result.token_ids)] if place == 1 else expected)
         assert result.stop_reason == ("error" if place == 1 else "length")
+    for again in (pickle.loads(pickle.dumps(caught.value)), copy.deepcopy(caught.value)):  # as from a pool of processes
+        assert str(again) == str(caught.value)
+        assert again.errors.keys() == {1}
+        assert [result.token_ids for result in again.results] == [one.token_ids for one in caught.value.results]
 
 
 def test_processors_for_all_prompts_are_copied_for_each():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 
@@ -17,7 +18,7 @@ from dynatree_core.cache.sink_cache import SinkWindow
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import DRAFTED_EVIDENCE, UNSEEN_WEIGHT
-from dynatree_core.errors import ModelLoadError, ParameterError, UnsupportedModelError
+from dynatree_core.errors import ModelLoadError, ParameterError, PromptError, UnsupportedModelError
 from dynatree_core.testing import assert_drafter_contract
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.conformance import DRAFTER_PROPERTIES
@@ -257,3 +258,25 @@ def test_unusable_drafter_models():
         ModelDrafter(LlamaModel(tiny_model("llama").config).eval())
     with pytest.raises(ParameterError, match="must be a model, a folder or a hub id, got 3"):
         generate(tiny_model("llama"), "model(model=3)", [1])
+
+
+def with_a_larger_head(more: int, seed: int = 0) -> torch.nn.Module:
+    """A model that can say more tokens than it can read, as where a head alone is padded."""
+    model = copy.deepcopy(tiny_model("llama", seed, vocab_size=200))
+    head = torch.nn.Linear(32, 200 + more, bias=False).double()
+    with torch.no_grad():
+        head.weight[:200] = model.lm_head.weight
+        head.weight[200:] = 0.01 if seed == 0 else 3 * model.lm_head.weight[:more]  # never said, and often
+    model.lm_head = head
+    return model
+
+
+def test_no_token_is_drafted_that_the_target_cannot_read():
+    target, drafter, prompt = with_a_larger_head(3), with_a_larger_head(3, seed=1), [3, 1, 4, 1, 5, 9]
+    text = torch.tensor([prompt])
+    assert (drafter(text).logits[0].argmax(dim=-1) >= 200).any()
+    for policy in ("fixed(depth=4,tau=0.0)", "phase3"):
+        result = generate(target, drafter, prompt, policy=policy, max_new_tokens=16)
+        assert result.token_ids == greedy(target, prompt, 16)
+    with pytest.raises(PromptError, match="prompt tokens must be from 0 to 199"):
+        generate(target, drafter, [3, 201])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import array
+import collections
 import copy
 import functools
 import gc
+import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -111,6 +115,99 @@ def test_kept_rows_do_not_cross_a_change_of_what_a_hook_reads(attach):
     cache = PrefixCache()
     for value, num_reused in ((1.0, 0), (1.0, 4), (2.5, 0), (2.5, 4)):
         scale["of values"] = value
+        result = generate(model, None, PROMPT, max_new_tokens=8, prefix_cache=cache)
+        assert result.token_ids == greedy(model, PROMPT, 8)
+        assert result.report.num_reused_tokens == num_reused
+
+
+def of_a_module(scale):
+    made = nn.Linear(1, 1).double()
+    with torch.no_grad():
+        made.weight.fill_(scale)
+    return made
+
+
+def set_number(module, scale):
+    with torch.no_grad():
+        module.weight.fill_(scale)
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self):
+        self.scale = 1.0
+
+
+class OfClass:
+    scale = 1.0
+
+    def __call__(self):
+        return self.scale
+
+
+class OfAnotherClass:
+    def __call__(self):
+        return OfClass.scale
+
+
+def nested():
+    kept = Slotted()
+    kept.scale = {"of": [types.SimpleNamespace(values=[1.0])]}
+    return kept
+
+
+SETTINGS = types.ModuleType("settings_of_somebody")
+
+# what code may read a number from: (make it, read it, set it)
+SOURCES = {
+    "numpy": (lambda: np.ones(1), lambda it: float(it[0]), lambda it, to: it.__setitem__(0, to)),
+    "deque": (lambda: collections.deque([1.0]), lambda it: it[0], lambda it, to: it.__setitem__(0, to)),
+    "array": (lambda: array.array("d", [1.0]), lambda it: it[0], lambda it, to: it.__setitem__(0, to)),
+    "slots": (Slotted, lambda it: it.scale, lambda it, to: setattr(it, "scale", to)),
+    "class": (lambda: None, lambda _: OfClass.scale, lambda _, to: setattr(OfClass, "scale", to)),
+    "class of an object": (OfClass, lambda it: it(), lambda it, to: setattr(OfClass, "scale", to)),
+    "class of an object, by name": (OfClass, lambda it: it.scale, lambda it, to: setattr(OfClass, "scale", to)),
+    "class in a call": (OfAnotherClass, lambda it: it(), lambda it, to: setattr(OfClass, "scale", to)),
+    "package": (lambda: None, lambda _: SETTINGS.scale, lambda _, to: setattr(SETTINGS, "scale", to)),
+    "module's weight": (lambda: of_a_module(1.0), lambda it: it.weight.detach()[0, 0], set_number),
+    "module's attribute": (lambda: nn.ReLU(), lambda it: it.scale, lambda it, to: setattr(it, "scale", to)),
+    "nested": (
+        nested,
+        lambda it: it.scale["of"][0].values[0],
+        lambda it, to: it.scale["of"][0].values.__setitem__(0, to),
+    ),
+}
+
+
+def with_hook(layer, read, source):
+    layer.register_forward_hook(lambda part, args, out: out * read(source))
+
+
+def with_forward(layer, read, source):
+    class Scaled(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, rows):
+            return self.inner(rows) * read(source)
+
+    layer.inner = Scaled(layer.inner)
+
+
+@pytest.mark.parametrize("attach", [with_hook, with_forward])
+@pytest.mark.parametrize("name", SOURCES)
+def test_kept_rows_do_not_cross_a_change_of_whatever_code_reads(name, attach):
+    make, read, write = SOURCES[name]
+    source = make()
+    write(source, 1.0)
+    model, layer = adapted()
+    attach(layer, read, source)
+    cache = PrefixCache()
+    for value, num_reused in ((None, 0), (None, 4), (2.5, 0), (None, 4)):
+        if value is not None:
+            write(source, value)
         result = generate(model, None, PROMPT, max_new_tokens=8, prefix_cache=cache)
         assert result.token_ids == greedy(model, PROMPT, 8)
         assert result.report.num_reused_tokens == num_reused

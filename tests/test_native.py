@@ -7,7 +7,7 @@ import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -37,7 +37,7 @@ from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.runners.native import NativeRunner, Twin
 from dynatree_core.runners.workspace import ANGLES
 from dynatree_core.testing import strategies as ours
-from dynatree_core.testing.models import ROPES, VARIANTS, greedy, perturbed, tiny_model, tiny_variant
+from dynatree_core.testing.models import CONTEXT, ROPES, VARIANTS, VOCAB, greedy, perturbed, tiny_model, tiny_variant
 from dynatree_core.trace.replaying import KnownTarget
 from dynatree_core.tree.flatten import FlatTrees, flatten, flatten_chain
 from dynatree_core.tree.token_tree import TokenTree
@@ -190,6 +190,57 @@ def test_rotary_embeddings_of_all_kinds_are_the_models_own(rope: str) -> None:
     twin = Twin(blueprint_of(model).packed(pack_narrowest))
     plain, found = logits_of(EagerRunner(model), [TEXT]), logits_of(twin, [TEXT])
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-4)
+
+
+def slowed(model: Any, by: float) -> None:
+    """The model with other frequencies than its configuration says, as is done to stretch a context."""
+    model.model.rotary_emb.inv_freq *= by
+
+
+def longer(model: Any) -> None:
+    """A text beyond the limit, with which some frequencies grow."""
+    with torch.no_grad():
+        model(torch.arange(CONTEXT + 20)[None] % VOCAB)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("change", [functools.partial(slowed, by=0.25), longer], ids=["slowed", "after a longer text"])
+def test_angles_are_those_that_the_model_computes_with(rope: str, change: Callable[[Any], None]) -> None:
+    model = copy.deepcopy(tiny_model("llama", rope_parameters=frozen({"rope_type": rope, **ROPES[rope]}))).float()
+    change(model)
+    twin = Twin(blueprint_of(model).packed(pack_narrowest))
+    plain, found = logits_of(EagerRunner(model), [TEXT]), logits_of(twin, [TEXT])
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-4)
+
+
+def test_embeddings_are_scaled_as_the_model_scales_them() -> None:
+    model: Any = copy.deepcopy(single("gemma3_text"))
+    model.model.embed_tokens.embed_scale *= 0.5
+    twin = Twin(blueprint_of(model).packed(pack_narrowest))
+    plain, found = logits_of(EagerRunner(model), [TEXT]), logits_of(twin, [TEXT])
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-5 * plain.abs().amax().item())
+
+
+def test_a_table_of_angles_that_was_changed_is_a_reason_against_the_model() -> None:
+    model: Any = copy.deepcopy(single("gptj"))
+    blueprint_of(copy.deepcopy(model).bfloat16())  # which rounds the table
+    for part in model.modules():
+        if hasattr(part, "embed_positions"):
+            part.embed_positions = part.embed_positions.roll(1, 0)
+    with pytest.raises(NoBlueprintError, match="table of angles is not the usual one"):
+        blueprint_of(model)
+
+
+@pytest.mark.parametrize("role", ["embedding", "head"])
+def test_layers_in_the_place_of_a_matrix_are_a_reason_against_the_model(role: str) -> None:
+    model: Any = copy.deepcopy(single("llama"))
+    if role == "head":
+        model.lm_head = nn.Sequential(model.lm_head, nn.Tanh()).eval()
+    else:
+        model.model.embed_tokens = nn.Sequential(model.model.embed_tokens, nn.Linear(32, 32)).eval()
+    with pytest.raises(NoBlueprintError, match=f"{role} is a Sequential"):
+        blueprint_of(model)
+    assert generate(model, None, TEXT, max_new_tokens=12).token_ids == greedy(model, TEXT, 12)
 
 
 class frozen(dict):  # type: ignore[type-arg]
@@ -439,6 +490,10 @@ def test_a_module_that_was_replaced_or_set_otherwise_is_a_reason_against_the_mod
     assert altered_part(model) is None
     model.model.layers[1].self_attn.scaling *= 2
     assert altered_part(model) == "'model.layers.1.self_attn' is another one"
+    model = copy.deepcopy(single("llama"))
+    assert altered_part(model) is None
+    model.config.rms_norm_eps = 0.5  # which the norms, made before, do not have
+    assert altered_part(model) == "'model.layers.0.input_layernorm' is another one"
     model = copy.deepcopy(single("qwen3"))
     del model.model.layers[1].self_attn.q_norm
     assert "self_attn.q_norm' is missing" in str(altered_part(model))

@@ -13,7 +13,7 @@ from transformers import GenerationMixin, LlamaForCausalLM
 from dynatree_core import generate, hf
 from dynatree_core.errors import UnsupportedModelError
 from dynatree_core.models.architectures import cache_argument, forward_parameters
-from dynatree_core.models.wrappers import _GENERATION_METHODS, plain_model
+from dynatree_core.models.wrappers import _BEFORE_THE_LOOP, _GENERATION_METHODS, plain_model
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -102,6 +102,26 @@ def test_a_generate_of_ones_own_is_called_or_refused(make, monkeypatch):
     with pytest.raises(UnsupportedModelError, match=r"has a generate of its own.*custom_generate=dynatree_core\.hf"):
         generate(model, None, PROMPT, max_new_tokens=16)
     assert generate(model, None, PROMPT, max_new_tokens=16, trust_model=True).token_ids == plain
+
+
+@pytest.mark.parametrize("name", [name for name in _BEFORE_THE_LOOP if hasattr(LlamaForCausalLM, name)])
+def test_a_method_that_prepares_a_generation_is_called_or_refused(name):
+    calls = []
+
+    def method(self, *args, **given):
+        calls.append(name)
+        return getattr(super(kind, self), name)(*args, **given)
+
+    kind = type("Own", (LlamaForCausalLM,), {name: method, "__module__": __name__})
+    model = as_class(kind)
+    with pytest.raises(UnsupportedModelError, match=f"has a {name} of its own, which is not called here"):
+        generate(model, None, PROMPT, max_new_tokens=4)
+    expected = greedy(tiny_model("llama"), PROMPT, 4)
+    assert not calls
+    found = model.generate(torch.tensor([PROMPT]), max_new_tokens=4, custom_generate=hf.generate)
+    assert found[0, len(PROMPT) :].tolist() == expected
+    if name != "_maybe_initialize_input_ids_for_generation":  # of a model that is given embeddings, in some versions
+        assert calls
 
 
 def test_methods_of_transformers_own_models_are_fine():

@@ -28,7 +28,7 @@ from dynatree_core.cost_model import CostModel, StepFunction
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, device_of
 from dynatree_core.files.folders import cache_root
 from dynatree_core.files.writing import write_text
-from dynatree_core.models.architectures import max_positions, vocab_size
+from dynatree_core.models.architectures import max_positions, num_known_ids
 from dynatree_core.models.kept import kept_of
 from dynatree_core.models.placement import computing_device
 from dynatree_core.models.state import without_gradients
@@ -306,7 +306,7 @@ class _TargetBench:
     def __init__(self, target: nn.Module, runner: str) -> None:
         self.device = computing_device(target)
         self.num_prefix = _prefix_len(target)
-        self.size = vocab_size(target)
+        self.size = num_known_ids(target)
         made = made_runner(target, runner)
         self.passes = Passes(made, StageClock(self.device))
         self.cache = made.new_cache(self.num_prefix + max(ROWS))
@@ -347,7 +347,7 @@ class _DrafterBench:
     ) -> None:
         self.device = computing_device(target)
         num_prefix = min(_prefix_len(target), _room(drafter.context_limit(target)))
-        self.size = size = vocab_size(target)
+        self.size = size = num_known_ids(target)
         # a text that repeats nothing, since a union does not ask its model where prompt lookup knows enough
         limits = (max_positions(target), drafter.context_limit(target))
         self.text = torch.arange(min(size, *(_room(limit, max(FOLLOWED) + 1) for limit in limits)), device=self.device)

@@ -25,7 +25,7 @@ from dynatree_core.engine.costs import measured_costs
 from dynatree_core.engine.observer import observers_of
 from dynatree_core.engine.row_probe import refuse_dependent_rows
 from dynatree_core.errors import DrafterError, ForwardPassError, OutOfMemoryError, ParameterError
-from dynatree_core.models.architectures import vocab_size
+from dynatree_core.models.architectures import num_known_ids, vocab_size
 from dynatree_core.models.kept import kept_of
 from dynatree_core.models.placement import computing_device, num_processes
 from dynatree_core.models.state import can_infer
@@ -326,7 +326,7 @@ class Resources:
             return None
         state = self.drafter.begin(
             DraftPlan(
-                self.vocab_size,
+                num_known_ids(self.target),
                 request.num_tokens,
                 max(request.limits.max_nodes, 0 if padded_space is None else padded_space.num_places),
                 self.device,

@@ -34,7 +34,7 @@ from transformers import DynamicCache
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import ForwardPassError, UnsupportedModelError
-from dynatree_core.models.architectures import cache_argument, max_positions, vocab_size
+from dynatree_core.models.architectures import cache_argument, max_positions, num_known_ids
 from dynatree_core.models.comparable import comparable, noting_hooks_that_keep
 from dynatree_core.models.placement import computing_device
 from dynatree_core.models.state import foreign_parts, hooks_of, state_of, without_gradients
@@ -191,7 +191,7 @@ class _Probe:
         limit = max_positions(model)
         num_prefix = PREFIX if limit is None else max(1, min(PREFIX, limit - 4))
         draw = random.Random(0)
-        size = vocab_size(model)
+        size = num_known_ids(model)
         text = [draw.randrange(size) for _ in range(num_prefix + 2)]
         hidden = [[draw.randrange(size) for _ in range(NUM_NODES - 2)] for _ in range(1 + NUM_OTHERS)]
         device = computing_device(model)
@@ -216,7 +216,7 @@ class _Probe:
         """The root and so many children that a pass has as many rows as any."""
         draw = random.Random(1)
         tree = TokenTree.root(self._one(self.root))
-        children = [draw.randrange(vocab_size(self.model)) for _ in range(WIDE_ROWS - 1)]
+        children = [draw.randrange(num_known_ids(self.model)) for _ in range(WIDE_ROWS - 1)]
         children[1] = self.child
         return self._level(tree, [0] * len(children), children)
 

@@ -25,11 +25,13 @@ __all__ = [
     "attention_layout",
     "cache_argument",
     "check_causal_lm",
+    "dropped_beyond",
     "forward_parameters",
     "grouped_bias",
     "max_positions",
     "model_inside",
     "num_embeddings",
+    "num_known_ids",
     "vocab_size",
 ]
 
@@ -179,6 +181,8 @@ def check_causal_lm(model: nn.Module, role: str) -> None:
 
 def _reason_against(model: nn.Module, config: Any) -> str | None:
     model_type = config.model_type
+    if getattr(config, "is_heterogeneous", False):  # whose fields cannot be asked for, from transformers 5.24 on
+        return f"its layers have settings of their own (per_layer_config), which is not known for trees{_GENERATE}"
     kinds = set(getattr(config, "layer_types", None) or ())
     dropping = [name for name, part in model.named_modules() if part.training and _drops(part)]
     if model.training or dropping:
@@ -193,7 +197,7 @@ def _reason_against(model: nn.Module, config: Any) -> str | None:
         )
     if getattr(config, "text_config", None) is not None:
         return "it wraps its text model together with others; take that out of it and pass it alone"
-    if _sees_later_tokens(config):
+    if _sees_later_tokens(model, config):
         return "its tokens see later ones, so a text cannot be decoded from its cache; choose a causal model"
     if any(_mixes_rows(type(part)) for part in model.modules()):
         return (
@@ -228,13 +232,24 @@ def _mixes_rows(layer: type) -> bool:
     return is_dynamic or (layer.__module__.startswith("bitsandbytes.") and layer.__name__ == "Linear8bitLt")
 
 
-def _sees_later_tokens(config: Any) -> bool:
+def _sees_later_tokens(model: nn.Module, config: Any) -> bool:
+    # by this field transformers makes masks, also in families that do not have it
+    if not getattr(config, "is_causal", True):
+        return True
+    # where there is no padding, its SDPA has no mask in a prefill, and goes by what each layer says
+    if config._attn_implementation == "sdpa" and any(map(_is_not_causal, model.modules())):
+        return True
     if type(config) is PreTrainedConfig:  # of a `StoredModel`; the import below takes more than a second
         return bool(getattr(config, "use_bidirectional_attention", None))
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     return is_encoder or bool(getattr(config, "use_bidirectional_attention", None))
+
+
+def _is_not_causal(layer: Any) -> bool:
+    own = vars(layer)
+    return own.get("is_causal") is False and not own.get("is_cross_attention", False)
 
 
 def max_positions(model: nn.Module) -> int | None:
@@ -257,6 +272,22 @@ def max_positions(model: nn.Module) -> int | None:
     return int(limit) if limit else None
 
 
+def dropped_beyond(model: nn.Module) -> tuple[str, int] | None:
+    """After how many tokens generate() drops keys that the model looks at, with the field that says so; None: never.
+
+    Its cache goes by the configuration alone, also where a family has no such windows.
+    """
+    config: Any = model.config
+    looks_back = EXACT_FAMILIES.get(config.model_type, "layer")
+    kinds = getattr(config, "layer_types", None)
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    if looks_back == "layer" or (kinds and _SLIDING not in kinds):
+        return None
+    if window is not None:
+        return None if looks_back == "every" else ("sliding_window", int(window))
+    return None if chunk is None or kinds else ("attention_chunk_size", int(chunk))
+
+
 def vocab_size(model: nn.Module) -> int:
     """Number of token ids that the model's head gives a logit to, padding included.
 
@@ -268,6 +299,11 @@ def vocab_size(model: nn.Module) -> int:
 def num_embeddings(model: nn.Module) -> int:
     """Number of token ids that the model can read."""
     return _num_rows(model.get_input_embeddings(), model)  # type: ignore[operator]
+
+
+def num_known_ids(model: nn.Module) -> int:
+    """Number of token ids that the model can read and say; a head may be padded beyond the embeddings."""
+    return min(num_embeddings(model), vocab_size(model))
 
 
 def _num_rows(table: Any, model: nn.Module) -> int:

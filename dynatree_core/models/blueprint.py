@@ -9,7 +9,7 @@ Each family was read in transformers' source; `tests/test_native.py` compares ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -290,6 +290,10 @@ def blueprint_of(model: nn.Module) -> Blueprint:
     config: Any = model.config
     family = family_of(config)
     blueprint = read_blueprint(config, _weights_of(model, family), _ropes(model, family))
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    table = getattr(table, "table", table)  # a student's is its target's
+    if hasattr(table, "embed_scale"):  # a number that Gemma's families keep there
+        blueprint = attrs.evolve(blueprint, embedding_scale=float(table.embed_scale.to(table.weight.dtype)))
     if config._attn_implementation != "sdpa":
         return blueprint
     # which has no soft caps, so that a family with them has none where a release of transformers runs it so
@@ -346,6 +350,9 @@ def _weights_of(model: nn.Module, family: Family) -> dict[str, Tensor]:
     modules: Any = model
     table, head = modules.get_input_embeddings(), modules.get_output_embeddings()
     table = getattr(table, "table", table)  # a student's is its target's
+    for role, part in (("embedding", table), ("head", head)):
+        if not isinstance(getattr(part, "weight", None), Tensor):  # such as a sequence of layers
+            raise NoBlueprintError(f"{role} is a {type(part).__name__}")
     if getattr(table, "max_norm", None) is not None:
         raise NoBlueprintError("embeddings are scaled down to a length when they are looked up")
     weights: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
@@ -499,24 +506,39 @@ def _ropes(model: nn.Module, family: Family) -> dict[str, Rope | None]:
     tables: list[Any] = [part.embed_positions for part in model.modules() if hasattr(part, "embed_positions")]
     if tables:
         pairs = tables[0].shape[1]
-        turned = torch.arange(0, pairs, 2, dtype=torch.float32) / pairs
-        return {"all": Rope(1.0 / 10000**turned, 1.0, family.is_interleaved)}
+        inv_freq = 1.0 / 10000 ** (torch.arange(0, pairs, 2, dtype=torch.float32) / pairs)
+        angles = torch.arange(tables[0].shape[0], dtype=torch.float32)[:, None] * inv_freq
+        expected = torch.cat([angles.sin(), angles.cos()], dim=1)
+        close = max(torch.finfo(tables[0].dtype).eps, 1e-6)
+        if not all(torch.allclose(table.float().cpu(), expected, rtol=0, atol=close) for table in tables):
+            raise NoBlueprintError("table of angles is not the usual one")
+        return {"all": Rope(inv_freq, 1.0, family.is_interleaved)}
     try:
         module: Any = model.get_submodule(f"{family.base}.rotary_emb")
     except AttributeError:
         raise NoBlueprintError("rotary embedding is not where this release of transformers should have it") from None
-    # frequencies that grow with the text stay as they are within the context limit (`architectures.max_positions`)
-    buffers: Iterator[tuple[str, Tensor]] = module.named_buffers(recurse=False)
     ropes: dict[str, Rope | None] = {}
-    for name, inv_freq in buffers:
+    for name, _ in module.named_buffers(recurse=False):
         if not name.endswith("original_inv_freq"):
             continue
-        kind = name.removesuffix("original_inv_freq").removesuffix("_")
-        scaling = getattr(module, f"{kind}_attention_scaling" if kind else "attention_scaling")
-        ropes[kind or "all"] = Rope(inv_freq.detach().float(), float(scaling), family.is_interleaved)
+        prefix = name.removesuffix("original_inv_freq")  # "" or a layer type and "_"
+        kind = prefix.removesuffix("_")
+        frequencies: Tensor = getattr(module, name if _begins_anew(module, kind) else f"{prefix}inv_freq")
+        scaling = getattr(module, f"{prefix}attention_scaling")
+        ropes[kind or "all"] = Rope(frequencies.detach().float(), float(scaling), family.is_interleaved)
     if not ropes:
         raise NoBlueprintError(f"rotary embedding is a {type(module).__name__} without frequencies")
     return ropes
+
+
+def _begins_anew(rotary: Any, kind: str) -> bool:
+    """Whether the next pass within the context limit (`architectures.max_positions`) has the frequencies of the start.
+
+    Those that grow with the text have grown in a longer one. All others are as somebody may have set them.
+    """
+    rope_type = rotary.rope_type[kind] if kind else rotary.rope_type
+    num_cached = getattr(rotary, f"{kind}_max_seq_len_cached", rotary.max_seq_len_cached)
+    return rope_type == "longrope" or ("dynamic" in rope_type and bool(num_cached > rotary.original_max_seq_len))
 
 
 def ropes_of_config(config: Any) -> dict[str, Rope | None]:

@@ -6,23 +6,28 @@ A snapshot may outlive the objects it was made of, so no address or id is compar
 from __future__ import annotations
 
 import functools
+import inspect
+import logging
 import types
 import weakref
 import zlib
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, MutableSequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import GenerationConfig, PreTrainedConfig
 
-__all__ = ["comparable", "hooks_state", "is_plain", "noting_hooks_that_keep", "tensor_state"]
+__all__ = ["class_state", "comparable", "hooks_state", "is_plain", "is_small", "noting_hooks_that_keep", "tensor_state"]
 
-_MAX_DEPTH = 4  # levels of containers and objects that are compared by content; deeper ones are compared by identity
-# compared by identity: a model's modules and configuration have snapshots of their own
-_WHOLE = (nn.Module, PreTrainedConfig, GenerationConfig, type, types.ModuleType)
+_MAX_DEPTH = 8  # levels of containers and objects that are compared by content; deeper ones are compared by identity
+# compared by identity: a model's configuration has a snapshot of its own, and of the others code reads what it names
+_WHOLE = (PreTrainedConfig, GenerationConfig, type, types.ModuleType, logging.Logger)
+
+_SMALL = 2**18  # elements of a tensor up to which it is checksummed in any case
 
 _keeping: set[int] = set()  # registration numbers of hooks that change what they read, such as counters
 
@@ -48,7 +53,14 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) or type(tensor) is getattr(nn, "Buffer", None)
 
 
-def comparable(value: object, *, reads_code: bool = False, depth: int = 0) -> Hashable:
+def is_small(tensor: Tensor) -> bool:
+    """Whether a tensor is checksummed in any case."""
+    return is_plain(tensor) and tensor.numel() <= _SMALL
+
+
+def comparable(
+    value: object, *, reads_code: bool = False, depth: int = 0, seen: dict[int, tuple[object, int]] | None = None
+) -> Hashable:
     """A snapshot of a value: equal to a later one as long as the value is unchanged.
 
     Args:
@@ -56,24 +68,44 @@ def comparable(value: object, *, reads_code: bool = False, depth: int = 0) -> Ha
         reads_code: whether to look into objects and functions too: attributes, arguments, enclosed and global
             variables. Otherwise they are compared by identity.
         depth: nesting of the value in the one that was asked about.
+        seen: what has a snapshot in that of the one that was asked about, by id, with its nesting there.
     """
     if value is None or isinstance(value, int | float | complex | str | bytes | torch.dtype | torch.device):
         return type(value).__name__, value  # 1, 1.0 and True are not the same setting
     if isinstance(value, Tensor):
         return tensor_state(value)
+    if isinstance(value, np.ndarray):
+        return _Same(value), zlib.crc32(value.tobytes()) if value.size <= _SMALL and not value.dtype.hasobject else 0
+    if isinstance(value, nn.Module):  # those of a model have snapshots of their own, but code may read others
+        return _Same(value), *(map(_of_module, value.modules()) if reads_code else ())
     if type(value).__module__.startswith("accelerate."):  # its maps of offloaded weights would read them from the disk
         return _Same(value)
-    within = functools.partial(comparable, reads_code=reads_code, depth=depth + 1)
-    if depth < _MAX_DEPTH:
+    seen = {} if seen is None else seen
+    within = functools.partial(comparable, reads_code=reads_code, depth=depth + 1, seen=seen)
+    if depth < min(_MAX_DEPTH, seen.get(id(value), (value, _MAX_DEPTH))[1]):
+        seen[id(value)] = value, depth
         if isinstance(value, Mapping):
             return tuple((within(key), within(held)) for key, held in value.items())
-        if isinstance(value, list | tuple):
+        if isinstance(value, tuple | MutableSequence):
             return (type(value).__name__, *map(within, value))
         if isinstance(value, set | frozenset):
             return frozenset(map(within, value))
         if reads_code and not isinstance(value, _WHOLE):
             return _Same(getattr(value, "__func__", value)), *map(within, _read_by(value))
     return _Same(getattr(value, "__func__", value))  # each access makes a new method object
+
+
+def _of_module(part: nn.Module) -> Hashable:
+    """A snapshot of a module that some code reads: its tensors and its plain attributes."""
+    tensors = [tensor for tensor in (*part._parameters.values(), *part._buffers.values()) if tensor is not None]
+    plain = [(name, comparable(value)) for name, value in vars(part).items() if isinstance(value, int | float | str)]
+    return tuple(tensor_state(tensor, is_small(tensor)) for tensor in tensors), tuple(plain)
+
+
+def class_state(kind: type[nn.Module]) -> Hashable:
+    """A snapshot of what the forward of a class reads besides the module's own attributes."""
+    forward: Any = kind.forward
+    return tuple(comparable(value, reads_code=True) for value in (forward, *_named_of(kind, _names(forward))))
 
 
 def hooks_state(hooks: Mapping[int, Any], *, reads_code: bool) -> Hashable:
@@ -111,17 +143,51 @@ def _is_data(value: object) -> bool:
     return value is None or isinstance(value, int | float | str)
 
 
-def _read_by(code: Any) -> list[object]:
-    """The values that a function or object depends on: attributes, default arguments, enclosed and global variables."""
+def _read_by(code: Any) -> Iterator[object]:
+    """The values that a function or object depends on: attributes, default arguments, enclosed and global variables.
+
+    Of classes and packages, an object's own among them, it is what the code names of them.
+    """
     if isinstance(code, functools.partial):
-        return [code.func, code.args, code.keywords]
-    if isinstance(code, types.MethodType):
-        return [code.__self__, *_read_by(code.__func__)]
-    if not isinstance(code, types.FunctionType):
-        return [getattr(code, "__dict__", None)]
-    held = [cell.cell_contents for cell in code.__closure__ or () if not _is_empty(cell)]
-    globally = [code.__globals__[name] for name in code.__code__.co_names if name in code.__globals__]
-    return [code.__defaults__, code.__kwdefaults__, *held, *globally]
+        yield from (code.func, code.args, code.keywords)
+    elif isinstance(code, types.MethodType):
+        yield code.__self__
+        yield from _named_of(code.__self__, _names(code.__func__))
+        yield from _read_by(code.__func__)
+    elif isinstance(code, types.FunctionType):
+        yield from (code.__defaults__, code.__kwdefaults__)
+        names = _names(code)
+        held = [cell.cell_contents for cell in code.__closure__ or () if not _is_empty(cell)]
+        for thing in (*held, *(code.__globals__[name] for name in names if name in code.__globals__)):
+            yield thing
+            yield from _named_of(thing, names)
+    else:
+        yield getattr(code, "__dict__", None)
+        for kind in type(code).__mro__:
+            slots = getattr(kind, "__slots__", ())
+            yield from (getattr(code, name, None) for name in ((slots,) if isinstance(slots, str) else slots))
+        called = inspect.getattr_static(type(code), "__call__", None)
+        if isinstance(called, types.FunctionType):
+            yield from _named_of(code, _names(called))
+            yield from _read_by(called)
+
+
+def _names(function: Any) -> frozenset[str]:
+    """The names of globals and attributes in a function and in those inside of it."""
+    found: set[str] = set()
+    codes = [function.__code__] if isinstance(function, types.FunctionType) else []
+    for code in codes:
+        found.update(code.co_names)
+        codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    return frozenset(found)
+
+
+def _named_of(thing: object, names: frozenset[str]) -> Iterator[object]:
+    """What a class, package or object has under these names, without calling properties or functions."""
+    for name in sorted(names):
+        value = inspect.getattr_static(thing, name, None)
+        if not callable(value) and not inspect.isdatadescriptor(value):
+            yield value
 
 
 def _is_empty(cell: types.CellType) -> bool:

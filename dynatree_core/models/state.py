@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from dynatree_core.models.authorship import is_known_class, replacements
-from dynatree_core.models.comparable import comparable, hooks_state, is_plain, tensor_state
+from dynatree_core.models.comparable import class_state, comparable, hooks_state, is_plain, is_small, tensor_state
 
 __all__ = [
     "can_infer",
@@ -29,7 +29,6 @@ __all__ = [
     "without_gradients",
 ]
 
-_SMALL = 2**18  # elements of a tensor up to which it is checksummed in any case
 _WRAPPED = ("base_layer", "original_module")  # attributes in which layers of PEFT hold the layer that they wrap
 _NO_STATE = frozenset(vars(nn.Module())) - {"training"}  # torch's own attributes of a module
 
@@ -110,15 +109,15 @@ def state_of(model: nn.Module, *, reads_weights: bool = True, reads_code: bool =
         reads_weights: whether to checksum large tensors, which takes most of the time: 15 of 20 ms for 135 million
             parameters. Without it only adapters are, since PEFT's `hotswap_adapter` writes through `.data`; changes of
             other large tensors are noticed only where torch counts them.
-        reads_code: whether to compare the data that others' hooks and functions read: attributes, enclosed and global
-            variables.
+        reads_code: whether to compare the data that others' hooks, functions and classes read: attributes, enclosed
+            and global variables.
     """
     adapters = {id(tensor) for tensor in _adapter_tensors(model)}
 
     def seen(tensor: Tensor) -> Hashable:
         if id(tensor) in adapters:
             return tensor_state(tensor, waits=True)
-        return tensor_state(tensor, reads_weights or _is_small(tensor))
+        return tensor_state(tensor, reads_weights or is_small(tensor))
 
     modules = []
     for part in model.modules():
@@ -132,10 +131,12 @@ def state_of(model: nn.Module, *, reads_weights: bool = True, reads_code: bool =
                 tuple(hooks_state(kind, reads_code=reads_code) for kind in hooks),
             )
         )
+    kinds = dict.fromkeys(type(part) for part in model.modules()) if reads_code else ()
     everywhere = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     config: Any = model.config
     return (
         tuple(modules),
+        tuple(class_state(kind) for kind in kinds if not is_known_class(kind)),
         tuple(hooks_state(kind, reads_code=reads_code) for kind in everywhere),
         tuple((one.place, comparable(one.function, reads_code=reads_code)) for one in replacements(model)),
         config._attn_implementation,
@@ -167,10 +168,6 @@ def _adapter_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 def _is_around_a_layer(part: nn.Module) -> bool:
     return any(name in part._modules for name in _WRAPPED)
-
-
-def _is_small(tensor: Tensor) -> bool:
-    return is_plain(tensor) and tensor.numel() <= _SMALL
 
 
 def _plain_attributes(part: nn.Module, reads_code: bool) -> Hashable:

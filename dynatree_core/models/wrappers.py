@@ -7,7 +7,7 @@ trees do not call these methods, so a model is accepted only where they are tran
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -31,11 +31,24 @@ _GENERATION_METHODS = (
     "_update_model_kwargs_for_generation",
     "_get_logits_processor",
     "_get_stopping_criteria",
+    "_merge_criteria_processor_list",
+    "_has_unfinished_sequences",
+    "_optimize_model_for_decode",
+)
+# methods by which it changes what generate() begins with, which has called them before it calls another loop
+_BEFORE_THE_LOOP = (
+    "generate",
+    "_prepare_generation_config",
+    "_prepare_model_inputs",
+    "_maybe_initialize_input_ids_for_generation",
+    "_prepare_special_tokens",
+    "_prepare_generated_length",
+    "_expand_inputs_for_generation",
 )
 
 
 def refuse_own_generate(model: Any) -> None:
-    """Refuse a target whose generate() is not transformers', unless it is that one which has called.
+    """Refuse a target whose generate() is not transformers', or prepares otherwise, unless it has called.
 
     A generate() from the model's folder (`custom_generate`) is a partial that transformers puts on the model.
 
@@ -43,12 +56,12 @@ def refuse_own_generate(model: Any) -> None:
         UnsupportedModelError: what its generate() does is not done here.
     """
     plain = getattr(model, "_orig_mod", model)
-    method = getattr(plain, "generate", None)
-    if method is None or isinstance(method, functools.partial):
+    if isinstance(getattr(plain, "generate", None), functools.partial):
         return
-    if is_others(method) or not _is_inherited(plain, "generate", method):
+    name = _own_method(plain, _BEFORE_THE_LOOP)
+    if name is not None:
         raise UnsupportedModelError(
-            f"the target ({type(plain).__name__}) has a generate of its own, which is not called here; call it with "
+            f"the target ({type(plain).__name__}) has a {name} of its own, which is not called here; call it with "
             "custom_generate=dynatree_core.hf.generate, or, if it changes nothing, give trust_model=True"
         )
 
@@ -67,7 +80,7 @@ def plain_model(model: nn.Module, role: str, *, is_trusted: bool = False) -> nn.
     """
     plain = _unwrapped(model, role)
     check_causal_lm(plain, role)
-    method = None if is_trusted else _own_generation_method(model_inside(plain) or plain)
+    method = None if is_trusted else _own_method(model_inside(plain) or plain, _GENERATION_METHODS)
     if method is not None:
         raise UnsupportedModelError(
             f"the {role} ({type(plain).__name__}) has a {method} of its own, by which generate() decides what its "
@@ -117,10 +130,10 @@ def _counts_tokens(variant: object) -> bool:
     return type(variant).__name__.startswith("ALora")
 
 
-def _own_generation_method(model: Any) -> str | None:
-    """The name of a generation method that is not transformers' own."""
+def _own_method(model: Any, names: Sequence[str]) -> str | None:
+    """The first of these methods that is not transformers' own."""
     model = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
-    for name in _GENERATION_METHODS:
+    for name in names:
         method = getattr(model, name, None)
         if method is None:
             continue

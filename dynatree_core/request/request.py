@@ -14,8 +14,14 @@ from torch import Tensor, nn
 from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 from dynatree_core.cache.sink_cache import SinkWindow, refuse_beside
-from dynatree_core.errors import ParameterError
-from dynatree_core.models.architectures import forward_parameters, max_positions, vocab_size
+from dynatree_core.errors import ContextLimitError, ParameterError
+from dynatree_core.models.architectures import (
+    dropped_beyond,
+    forward_parameters,
+    max_positions,
+    num_known_ids,
+    vocab_size,
+)
 from dynatree_core.models.placement import computing_device, num_processes
 from dynatree_core.models.wrappers import refuse_own_generate
 from dynatree_core.policy.build import build_stack
@@ -170,7 +176,7 @@ class Request:
             position_ids = input_ids.get("position_ids") if position_ids is None else position_ids
             refuse_other_inputs(input_ids, forward_parameters(target))
             input_ids = input_ids.get("input_ids", ())
-        given_ids = checked_prompt(input_ids, vocab)
+        given_ids = checked_prompt(input_ids, num_known_ids(target))
         config = settings_of(
             (target if caller is None else caller) if options.inherit_settings else None,
             options.generation_config,
@@ -195,6 +201,8 @@ class Request:
             len(given_ids) - padding if positions is None else max(positions) + 1,
             max_positions(target) if kept is None else None,
         )
+        if kept is None:
+            refuse_dropped_keys(target, len(given_ids), max_new_tokens)
         device = computing_device(target)
         added = penalties(
             options.logit_bias,
@@ -248,6 +256,23 @@ class Request:
             on_prefill=options.on_prefill,
             observer=options.observer,
             on_error=options.on_error,
+        )
+
+
+def refuse_dropped_keys(target: nn.Module, num_prompt: int, max_new_tokens: int) -> None:
+    """Refuse a text of which generate() would drop keys that the model looks at.
+
+    Raises:
+        ContextLimitError: naming the field of the configuration by which it drops them.
+    """
+    found = dropped_beyond(target)
+    # keys are dropped behind a pass, and the last token goes through none
+    if found is not None and max_new_tokens > 1 and num_prompt + max_new_tokens - 1 > found[1]:
+        field, limit = found
+        raise ContextLimitError(
+            f"generate() keeps the last {limit} tokens of the target's cache, by its config.{field}, though its "
+            f"attention looks back all the way; got {num_prompt} + {max_new_tokens} tokens. Set model.config.{field} "
+            f"to None, with which both see all of them, or have {limit + 1} tokens at most"
         )
 
 

@@ -22,9 +22,10 @@ def altered_part(model: nn.Module) -> str | None:
     """What of a model's modules is not as its configuration says, such as an activation that was replaced.
 
     A blueprint is read from the configuration, so it would not follow. Compared are classes and plain attributes with
-    those of a model that is made of the configuration, without weights; once, as long as they stay as they are.
+    those of a model that is made of the configuration, without weights; once, as long as both stay as they are.
     """
-    found = _structure(model)
+    config: Any = model.config
+    found = _structure(model), config.to_json_string(use_diff=False)
     known = _structures.get(model)
     if known is None or known[0] != found:
         known = _structures[model] = found, _difference(model)
