@@ -89,7 +89,7 @@ class Browser:
 
         ActionChains(self.driver).move_to_element(self.driver.find_element("css selector", selector)).perform()
 
-    def wait(self, code: str, seconds: float = 10) -> None:
+    def wait(self, code: str, seconds: float = 60) -> None:
         """Until an expression of the page is true; so long at most."""
         from selenium.webdriver.support.ui import WebDriverWait
 

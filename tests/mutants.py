@@ -881,14 +881,14 @@ MUTANTS = (
     ),
     Mutant(
         "the waiting line has no end",
-        "if len(self._waiting) >= max(num_free, 0) + self.max_waiting:",
+        "if len(requests) > num_free:",
         "if False:",
         ("tests/test_batches.py::test_requests_wait_in_their_order_and_the_line_has_an_end",),
     ),
     Mutant(
         "the last in the line is the first",
-        "handle = self._waiting.popleft()",
-        "handle = self._waiting.pop()",
+        "handle = self._waiting[0]",
+        "handle = self._waiting[-1]",
         ("tests/test_batches.py::test_requests_wait_in_their_order_and_the_line_has_an_end",),
     ),
     Mutant(
@@ -905,9 +905,27 @@ MUTANTS = (
     ),
     Mutant(
         "every sequence draws from torch's generator",
-        "if request.do_sample and request.seed is None:",
-        "if False:",
+        "if not request.do_sample or request.seed is not None:",
+        "if True:",
         ("tests/test_batches.py::test_sampling_without_a_seed_is_as_if_each_had_its_own",),
+    ),
+    Mutant(
+        "the last reports are lost where another thread ends a sequence",
+        "            if is_done:\n                break",
+        "            if self._done.is_set():\n                break",
+        ("tests/test_threads.py::test_reports_are_all_there_when_another_thread_makes_the_last_steps",),
+    ),
+    Mutant(
+        "who is cancelled when a step has looked for the last time goes on",
+        "        finally:\n            self._drop_between_steps(engine)",
+        "        finally:\n            pass",
+        ("tests/test_threads.py::test_who_is_cancelled_at_any_moment_of_a_step_has_ended_when_it_is_over",),
+    ),
+    Mutant(
+        "a client is counted until its request has ended in the server",
+        'if message["type"] == "http.response.body" and not message.get("more_body", False):\n            end()',
+        "if False:\n            end()",
+        ("tests/test_serve_limits.py::test_a_client_may_ask_again_as_soon_as_it_has_its_answer",),
     ),
     Mutant(
         "after Ctrl-C sequences go on with what the step has left",

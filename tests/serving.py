@@ -7,6 +7,7 @@ import json
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -112,7 +113,7 @@ class Gate:
         self.submitted: queue.SimpleQueue[Handle] = queue.SimpleQueue()
         self.cancelled = threading.Event()
         loop, (engine,) = service.loop, service.loop.engines.values()
-        loop.submit = self._then(loop.submit, self.submitted.put)
+        loop.submit = self._then(loop.submit, lambda handles: [self.submitted.put(handle) for handle in handles])
         loop.cancel = self._then(loop.cancel, lambda _: self.cancelled.set())
         loop.cancel_all = self._then(loop.cancel_all, lambda _: self.cancelled.set())
         step = engine.step
@@ -156,6 +157,14 @@ def gated(service: Service) -> Iterator[tuple[Running, Gate]]:
             yield server, gate
         finally:
             gate.open()
+
+
+def until(holds: Callable[[], object]) -> None:
+    """Wait until something holds."""
+    begin = time.monotonic()
+    while not holds():
+        assert time.monotonic() < begin + SECONDS, "what is waited for comes"
+        time.sleep(0.01)
 
 
 def events(lines: Iterator[str]) -> Iterator[Any]:

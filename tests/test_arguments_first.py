@@ -156,6 +156,7 @@ def broken_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     endpoint = Endpoint(hangs_up=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint.url)
+    monkeypatch.setattr("dynatree_core.models.hub.SECONDS", 60.0)  # it hangs up, however busy the machine is
     hub._unreachable.cache_clear()
     yield endpoint
     hub._unreachable.cache_clear()

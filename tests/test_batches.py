@@ -162,6 +162,23 @@ def test_a_request_that_found_no_room_may_be_submitted_later():
         engine.submit(request)
 
 
+def test_of_several_requests_all_are_taken_or_none():
+    engine = Engine(tiny_model("llama"), max_sequences=1, max_waiting=1)
+    requests = [engine.request(prompt, max_new_tokens=4, eos_token_id=[]) for prompt in PROMPTS[:3]]
+    with pytest.raises(QueueFullError, match="got 3 more where 2 fit"):
+        engine.submit_all(requests)
+    assert (engine.load.num_waiting, engine.load.num_running) == (0, 0)
+    with pytest.raises(ParameterError, match="good for one sequence"):
+        engine.submit_all([requests[0], requests[0]])
+    handles = engine.submit_all(requests[:2])
+    with pytest.raises(ParameterError, match="submitted before"):
+        engine.submit_all(requests[1:])
+    assert [handle.result().token_ids for handle in handles] == [greedy(engine.target, p, 4) for p in PROMPTS[:2]]
+    (last,) = engine.submit_all(requests[2:])
+    assert (last.number, last.result().token_ids) == (2, greedy(engine.target, PROMPTS[2], 4))
+    assert engine.submit_all([]) == []
+
+
 def test_a_handle_says_when_what_came():
     ticks = iter(range(10**6))
     engine = Engine(tiny_model("llama"), "prompt_lookup", now=lambda: float(next(ticks)))

@@ -104,21 +104,32 @@ class Terminal:
         self.timer = threading.Timer(120, self.process.kill)  # then reading ends, and the test fails
         self.timer.start()
         self.seen = b""
+        self.num_seen = 0  # bytes, from the beginning
 
     def wait_for(self, text: bytes) -> None:
         """Read on until this text comes; what came before it is done with."""
         while text not in self.seen:
-            self.seen += next(self.pieces)
+            piece = next(self.pieces)
+            self.seen += piece
+            self.num_seen += len(piece)
         self.seen = self.seen.partition(text)[2]
 
     def type(self, text: bytes) -> None:
         os.write(self.master, text)
 
     def interrupt_input(self) -> None:
-        """Ctrl-C at the prompt, once readline waits there: one that comes before counts with the next key only."""
+        """Ctrl-C at the prompt. One that comes before readline waits there counts with the next signal or key only, so
+        signals follow that do nothing else.
+        """
         self.wait_for(b"> ")
-        time.sleep(0.5)
         self.process.send_signal(signal.SIGINT)
+        threading.Thread(target=self._nudge, args=(self.num_seen,), daemon=True).start()
+
+    def _nudge(self, num_seen: int) -> None:
+        """Tell the process that its window may have another size, until it has written something."""
+        while self.num_seen == num_seen and self.process.poll() is None:
+            time.sleep(0.1)
+            self.process.send_signal(signal.SIGWINCH)
 
     def end(self) -> tuple[int, bytes]:
         """Exit code, and what was written last."""

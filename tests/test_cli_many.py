@@ -13,6 +13,7 @@ from command import ON_CPU, Dynatree, dynatree, folders, generate, is_one_error_
 from filelock import FileLock
 
 from dynatree_core import Engine
+from dynatree_core.cli.answers import Answers
 from dynatree_core.engine.handle import Event
 
 __all__ = ["dynatree", "folders", "generate", "more_plugins"]  # fixtures
@@ -244,6 +245,25 @@ def test_settings_that_no_prompt_can_have_end_the_command(generate: Dynatree, pr
     assert ran.code == 2
     assert is_one_error_line(ran, f"{prompts}, line 1: ", "20000")
     assert not out.exists()
+
+
+def test_what_another_run_has_added_until_the_file_is_free_is_there(
+    generate: Dynatree, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends while this one loads its models: between the look at the file and the lock."""
+    out = tmp_path / "answers.jsonl"
+    options = ("--max-new-tokens", 2, "--prompts", prompts, "--out", out, "--json")
+    assert generate(*options).code == 0
+    whole, opened = out.read_text(), Answers.opened
+    out.write_text("".join(whole.splitlines(keepends=True)[:2]))
+
+    def opened_later(self: Answers) -> Any:
+        out.write_text(whole)
+        return opened(self)
+
+    monkeypatch.setattr(Answers, "opened", opened_later)
+    assert generate(*options).document["num_found"] == 4
+    assert out.read_text() == whole
 
 
 def test_two_runs_do_not_write_to_one_file(generate: Dynatree, prompts: Path, tmp_path: Path) -> None:

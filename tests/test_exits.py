@@ -107,12 +107,14 @@ def test_a_full_disk_behind_standard_output_is_named() -> None:
 
 
 CLICK = """
-import sys, time, click
+import select, sys, click
 from dynatree_core.cli.exits import end_process, without_exits
 
 @click.command()
 def command():
-    time.sleep(0.5)
+    leaving = select.poll()
+    leaving.register(sys.stdout.fileno(), 0)  # nothing is asked for but an error: that nobody reads any more
+    leaving.poll(60_000)
     try:
         {write}
     finally:

@@ -6,6 +6,7 @@ The plain model is the request alone: transformers' `generate`, or what it says 
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -58,10 +59,13 @@ class EngineMachine(RuleBasedStateMachine):
     )  # fmt: skip
     def begin(self, family: str, drafter: str, max_sequences: int, budget: int | None, keeps: bool) -> None:
         self.family = family
+        # on a clock of its own: else a governor's trees, and with them what may come next, would differ from run to run
+        ticks = itertools.count()
         made: dict[str, Any] = {"near": perturbed(family), "far": tiny_model(family, 3), "none": None}
         self.engine = Engine(
             tiny_model(family), made.get(drafter, drafter), max_sequences=max_sequences, max_waiting=MAX_WAITING,
             max_bytes=budget, prefix_cache=PrefixCache() if keeps else None, costs=NOMINAL_COSTS,
+            now=lambda: float(next(ticks)),
         )  # fmt: skip
         self.handles: list[Any] = []
         self.expected: dict[Any, list[int]] = {}

@@ -362,7 +362,7 @@ from pathlib import Path
 from dynatree_core import embedded
 from dynatree_core.advice import pip_install
 
-source, folder, log, sha256, seconds = *map(Path, sys.argv[1:4]), sys.argv[4], float(sys.argv[5])
+source, folder, log, sha256 = *map(Path, sys.argv[1:4]), sys.argv[4]
 
 def say(message):
     with log.open("a") as stream:
@@ -370,7 +370,8 @@ def say(message):
 
 def convert(source, folder):
     (folder / "model.safetensors").write_bytes(source.read_bytes()[:5])
-    time.sleep(seconds)
+    while "another" not in log.read_text().split():
+        time.sleep(0.001)
     (folder / "model.safetensors").write_bytes(source.read_bytes())
 
 say("ready")
@@ -381,13 +382,13 @@ embedded.prepare(source, folder, source_sha256=sha256, convert=convert, progress
 
 
 @contextlib.contextmanager
-def other_process(source: Path, folder: Path, log: Path, *, seconds: float) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that prepares the folder once the log says "go"; converting takes it `seconds`.
+def other_process(source: Path, folder: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that prepares the folder once the log says "go"; converting takes it until the log says "another".
 
     The first word of whatever it reports goes into the log.
     """
     log.touch()
-    arguments = [str(source), str(folder), str(log), SOURCE_SHA256, str(seconds)]
+    arguments = [str(source), str(folder), str(log), SOURCE_SHA256]
     root = Path(embedded.__file__).parents[1]
     process = subprocess.Popen([sys.executable, "-c", PROCESS, *arguments], cwd=root)
     try:
@@ -415,10 +416,10 @@ def test_of_two_processes_at_once_only_one_converts(source: Path, tmp_path: Path
     folder, log = tmp_path / "model", tmp_path / "log"
 
     def convert_slowly(source: Path, partial: Path) -> None:
-        time.sleep(0.3)
+        wait_for(log, "another")
         copy_source(source, partial)
 
-    with other_process(source, folder, log, seconds=0.3) as other:
+    with other_process(source, folder, log) as other:
         append(log, "go")
         embedded.prepare(
             source,
@@ -436,7 +437,7 @@ def test_of_two_processes_at_once_only_one_converts(source: Path, tmp_path: Path
 def test_process_killed_while_converting_is_relieved(source: Path, tmp_path: Path) -> None:
     folder, log = tmp_path / "model", tmp_path / "log"
     messages: list[str] = []
-    with other_process(source, folder, log, seconds=600) as other:
+    with other_process(source, folder, log) as other:
         append(log, "go")
         wait_for(log, "converting")
 

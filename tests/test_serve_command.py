@@ -22,7 +22,7 @@ import pytest
 from command import Dynatree, dynatree, is_one_error_line, spawn
 from serving import expected_text, new_service, running
 from test_docs import DOCS, code_words, table
-from test_serve_spans import BODY, Kept, ended
+from test_serve_spans import BODY, Kept
 from tiny_folder import save_tiny
 
 from dynatree_core import Engine
@@ -118,7 +118,7 @@ def test_the_page_lists_every_attribute_of_a_span() -> None:
     kept = Kept()
     with running(new_service(spans=kept.spans)) as server:
         server.post("/v1/completions", BODY)
-        found = {*ended(kept, server).attributes, "error.type"}
+        found = {*kept.next().attributes, "error.type"}
     rows = table(DOCS / "serve.md", "attribute", "what it says")
     listed = {name for row in rows for name in code_words(row["attribute"])}
     kinds = tuple(name.removesuffix("*") for name in listed if name.endswith("*"))
@@ -227,10 +227,12 @@ def made_ray(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_a_command_ends_the_replicas_that_it_has_made(
     made_ray: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, is_replaced: bool, ended: list[str]
 ) -> None:
-    def wait(_: threading.Event) -> None:
-        made_ray.deployed_at += is_replaced
+    class Event(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            made_ray.deployed_at += is_replaced
+            return True
 
-    monkeypatch.setattr(threading.Event, "wait", wait)
+    monkeypatch.setattr(on_ray, "threading", SimpleNamespace(Event=Event))
     on_ray.run_on_ray(lambda: None, on_ray.Replicas(), host="127.0.0.1", port=8000)  # type: ignore[arg-type,return-value]
     assert made_ray.calls == ["init", "start", "run", *ended, "ray.shutdown"]
 
@@ -241,7 +243,7 @@ def test_a_cluster_of_its_own_ends_with_the_command_and_tells_nobody(
     monkeypatch.delenv("RAY_ADDRESS")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")  # and it is forgotten after the test
-    monkeypatch.setattr(threading.Event, "wait", lambda _: None)
+    monkeypatch.setattr(on_ray, "threading", SimpleNamespace(Event=lambda: SimpleNamespace(wait=lambda: True)))
     on_ray.run_on_ray(lambda: None, on_ray.Replicas(), host="127.0.0.1", port=8000)  # type: ignore[arg-type,return-value]
     assert made_ray.calls == ["init", "start", "run", "delete", "shutdown", "ray.shutdown"]
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"

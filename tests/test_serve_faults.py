@@ -150,7 +150,7 @@ def test_warming_up_waits_where_others_have_filled_the_line(monkeypatch):
     service = new_service({"prompt_lookup": engine}, warms_up=True)
     gate, submit, refused = Gate(service), service.loop.submit, threading.Event()
 
-    def noting(*arguments: Any) -> Handle:
+    def noting(*arguments: Any) -> list[Handle]:
         try:
             return submit(*arguments)
         except QueueFullError:

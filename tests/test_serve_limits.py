@@ -10,6 +10,7 @@ import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 
 import attrs
 import httpx2
@@ -19,10 +20,13 @@ from pydantic import ValidationError
 from serving import SECONDS, Gate, Running, events, expected_text, gated, new_engine, new_service, running
 
 from dynatree_core.errors import InputError
-from dynatree_core.serve.answers import Piece
+from dynatree_core.serve.answers import Piece, _listener
+from dynatree_core.serve.clients import Clients
 from dynatree_core.serve.errors import ApiError
+from dynatree_core.serve.gate import Gate as BodyGate
 from dynatree_core.serve.keys import Keys, load_keys
 from dynatree_core.serve.logs import JsonLines, TextLines
+from dynatree_core.serve.loop import Update
 from dynatree_core.serve.process import Listen
 from dynatree_core.serve.schema import ChatBody, CompletionBody
 from dynatree_core.serve.service import Service
@@ -105,6 +109,21 @@ def test_a_full_line_is_told_at_once_and_all_choices_come_or_none():
         assert client.completions.create(model="tiny", prompt="a", max_tokens=2, temperature=0).choices
 
 
+def test_what_was_refused_takes_no_room():
+    """Not for a moment: nothing of it is in the line, where it would wait for the engine's next step to be gone."""
+    with gated(one_lane(1)) as (server, gate), ThreadPoolExecutor() as pool:
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 2, "temperature": 0}
+        answers = [pool.submit(server.post, "/v1/completions", body)]
+        gate.next_handle()
+        refused = server.post("/v1/completions", {**body, "n": 2})
+        assert refused.json()["error"]["code"] == "queue_full"
+        answers.append(pool.submit(server.post, "/v1/completions", body))
+        gate.next_handle()
+        gate.open()
+        assert [one.result().json()["choices"][0]["text"] for one in answers] == [expected_text("a", 2)] * 2
+    assert server.service.metrics.text().count(b'finished_reason="abort"') == 0
+
+
 def test_when_there_may_be_room_is_guessed_from_how_long_answers_take():
     service = one_lane(3)
     loop = service.loop
@@ -129,6 +148,37 @@ def test_a_client_has_so_many_requests_at_once():
             gate.open()
             assert [*events(first.iter_lines())]
         assert server.post("/v1/completions", LONG).status_code == 200
+
+
+def test_a_client_may_ask_again_as_soon_as_it_has_its_answer():
+    """Whatever else its request still does in the server."""
+
+    async def asked_twice() -> list[int]:
+        sent, begun = [], asyncio.Event()
+
+        async def lingering(scope, receive, send) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"a", "more_body": True})
+            await send({"type": "http.response.body", "body": b"b", "more_body": False})
+            begun.set()
+            await asyncio.Event().wait()
+
+        async def send(message) -> None:
+            sent.append(message.get("status"))
+
+        async def receive():
+            return {"type": "http.request"}
+
+        door = BodyGate(lingering, Keys.of([]), Clients(1), 100)
+        scope = {"type": "http", "method": "POST", "path": "/", "client": ("10.0.0.1", 1), "state": {"line": {}}}
+        scope["headers"] = [(b"content-type", b"application/json")]
+        for _ in range(2):
+            asking = asyncio.ensure_future(door(scope, receive, send))
+            await asyncio.wait({asking, asyncio.ensure_future(begun.wait())}, return_when=asyncio.FIRST_COMPLETED)
+            begun.clear()
+        return [status for status in sent if status is not None]
+
+    assert asyncio.run(asked_twice()) == [200, 200]
 
 
 def test_a_client_is_counted_while_its_body_arrives():
@@ -363,6 +413,23 @@ def test_what_is_not_finished_in_time_is_cut_off_with_an_error():
             gate.step()
             *_, last = events(stream.iter_lines())
         assert last["error"]["code"] == "stopping"
+
+
+def test_who_is_told_when_the_server_has_ended_is_not_waited_for():
+    """Its event loop may be closed at any moment: then nobody waits, and the engines' thread must not fail."""
+
+    class Closing:
+        is_over = False
+
+        def is_closed(self) -> bool:
+            before, self.is_over = self.is_over, True
+            return before
+
+        def call_soon_threadsafe(self, *_: object) -> None:
+            self.is_over = True
+            raise RuntimeError("Event loop is closed")
+
+    _listener(Closing(), asyncio.Queue(), None)(Update(is_last=True))
 
 
 # the log

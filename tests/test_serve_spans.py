@@ -7,6 +7,7 @@ import itertools
 import json
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,11 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
-from serving import Running, expected_text, gated, new_engine, new_service, running
+from serving import SECONDS, Running, expected_text, gated, new_engine, new_service, running, until
 from test_serve_limits import LONG, one_lane
 
 from dynatree_core.errors import ParameterError
+from dynatree_core.serve import spans as spans_module
 from dynatree_core.serve.spans import Spans, spans_of_environment
 
 __all__ = ["dynatree"]  # a fixture
@@ -43,6 +45,12 @@ class Kept:
         self._exporter.clear()
         return found
 
+    def next(self) -> ReadableSpan:
+        """The one that ends next: after a client has its answer."""
+        until(self._exporter.get_finished_spans)
+        (span,) = self.taken()
+        return span
+
 
 @pytest.fixture(scope="module")
 def kept() -> Kept:
@@ -55,14 +63,6 @@ def server(kept: Kept) -> Iterator[Running]:
         yield server
 
 
-def ended(kept: Kept, server: Running) -> ReadableSpan:
-    """The one span; the server ends it after a client has its answer, so another request goes first."""
-    with server.http() as client:
-        client.get("/health")
-    (span,) = kept.taken()
-    return span
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("form", ["completions", "chat/completions"])
 def test_a_request_has_one_span_with_times_and_figures(kept, server, form, stream):
@@ -72,7 +72,7 @@ def test_a_request_has_one_span_with_times_and_figures(kept, server, form, strea
         del body["prompt"]
     answer = server.post(f"/v1/{form}", body, headers={"traceparent": PARENT, "tracestate": "a=1"})
     assert answer.status_code == 200
-    span = ended(kept, server)
+    span = kept.next()
     assert (span.name, span.kind) == (f"POST /v1/{form}", SpanKind.SERVER)
     assert f"{span.context.trace_id:032x}" == PARENT.split("-")[1]
     assert f"{span.parent.span_id:016x}" == PARENT.split("-")[2]
@@ -104,14 +104,17 @@ def test_a_request_has_one_span_with_times_and_figures(kept, server, form, strea
 
 
 def test_no_text_stands_in_a_span(kept, server):
-    server.post("/v1/completions", {**BODY, "stop": "secret", "user": "secret", "prompt": "secret cat"})
-    server.post("/v1/completions", {**BODY, "prompt": "secret cat", "temprature": "secret"})
-    server.post("/v1/completions", {**BODY, "model": "secret"})
+    spans = []
     with server.http() as client:
+        for fields in (
+            {"stop": "secret", "user": "secret", "prompt": "secret cat"},
+            {"prompt": "secret cat", "temprature": "secret"},
+            {"model": "secret"},
+        ):
+            client.post("/v1/completions", json={**BODY, **fields})
+            spans.append(kept.next())
         client.post("/v1/completions", content=b'{"secret', headers={"Content-Type": "application/json"})
-        client.get("/health")
-    spans = kept.taken()
-    assert len(spans) == 4
+        spans.append(kept.next())
     assert "secret" not in "".join(span.to_json() for span in spans)
     assert [span.attributes.get("error.type") for span in spans] == [
         None, "unknown_parameter", "model_not_found", "invalid_json",
@@ -123,9 +126,9 @@ def test_texts_stand_in_a_span_where_they_were_asked_for():
     kept = Kept(has_texts=True)
     with running(new_service(spans=kept.spans)) as server:
         server.post("/v1/completions", BODY)
-        whole = ended(kept, server)
+        whole = kept.next()
         server.post("/v1/chat/completions", {**BODY, "prompt": None, "messages": [{"role": "user", "content": "the"}]})
-        chat = ended(kept, server)
+        chat = kept.next()
     said = json.loads(whole.attributes["gen_ai.input.messages"])
     assert said == [{"role": "user", "parts": [{"type": "text", "content": "the cat sat"}]}]
     written = json.loads(whole.attributes["gen_ai.output.messages"])
@@ -143,7 +146,7 @@ def test_other_routes_have_none(kept, server):
 
 def test_a_parent_that_is_none_begins_a_trace(kept, server):
     server.post("/v1/completions", BODY, headers={"traceparent": "00-zz"})
-    assert ended(kept, server).parent is None
+    assert kept.next().parent is None
 
 
 def test_a_client_that_goes_leaves_a_span():
@@ -153,7 +156,7 @@ def test_a_client_that_goes_leaves_a_span():
             gate.next_handle()
             gate.step(2)
             next(stream.iter_lines())
-        assert gate.cancelled.wait(60)
+        assert gate.cancelled.wait(SECONDS)
         gate.open()
     (span,) = kept.taken()
     assert span.attributes["gen_ai.response.finish_reasons"] == ("cut",)
@@ -175,6 +178,24 @@ def test_what_fails_is_an_error_in_its_span():
     (span,) = kept.taken()
     assert span.status.status_code == StatusCode.ERROR
     assert span.attributes["error.type"] == "engine_dead"
+
+
+def test_times_of_a_span_are_right_though_the_thread_is_left_out_between_two_looks_at_clocks(monkeypatch):
+    """Ten seconds, each time but one: before the look at the system's clock or behind it."""
+    elapsed = [100.0]
+    waits = iter([10.0, 0.0, 0.0, 10.0, 0.001, 0.0, 10.0, 0.0, 0.0, 10.0])
+
+    def now():
+        return elapsed[0]
+
+    def wall():
+        elapsed[0] += next(waits)
+        told = round(elapsed[0] * 1e9) + 7_000_000_000
+        elapsed[0] += next(waits)
+        return told
+
+    monkeypatch.setattr(spans_module, "time", SimpleNamespace(time_ns=wall))
+    assert spans_module._begin_ns(now) == pytest.approx(7e9, abs=1e6)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +249,7 @@ def test_a_collector_gets_the_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     thread = threading.Thread(target=collector.serve_forever)
     thread.start()
     try:
+        monkeypatch.setattr("dynatree_core.serve.spans.SHUTDOWN_SECONDS", SECONDS)
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
         with running(new_service(spans=spans_of_environment({}))) as server:
             server.post("/v1/completions", BODY)
@@ -247,7 +269,7 @@ def test_a_collector_that_does_not_answer_is_not_waited_for(monkeypatch, caplog)
 
     class Waiting(InMemorySpanExporter):
         def shutdown(self) -> None:
-            answered.wait(5)
+            answered.wait()
 
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(Waiting()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -175,10 +175,12 @@ def test_max_time():
         generate(TARGET, DRAFTER, PROMPT, max_time="soon")
 
 
-def test_max_time_counts_from_the_start():
+def test_max_time_counts_from_the_start(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("transformers.generation.stopping_criteria.time", SimpleNamespace(time=lambda: now[0]))
     session = Session(TARGET, DRAFTER, PROMPT, policy="fixed", max_new_tokens=100, max_time=0.2)
     for _ in run(session):
-        time.sleep(0.25)
+        now[0] += 0.25
     assert session.stop_reason == "time"
     assert session.num_iterations == 2
 

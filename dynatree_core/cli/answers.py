@@ -85,6 +85,7 @@ class Answers:
     def __init__(self, path: Path | None, fingerprints: Fingerprints) -> None:
         self.path = path
         self.fingerprints = fingerprints
+        self._wanted: dict[int, Prompt] = {}  # by index, those that are asked this time
         self._found: dict[Place, dict[str, Any]] = {}
         self._order: list[Place] = []
 
@@ -96,17 +97,17 @@ class Answers:
         """
         if self.path is None:
             return
-        wanted = dict(zip(prompts.places, prompts.prompts, strict=True))
-        check_out(self.path, MADE_BY, lambda path: self._is_own(path, wanted), is_file=True)
+        self._wanted = dict(zip(prompts.places, prompts.prompts, strict=True))
+        check_out(self.path, MADE_BY, self._is_own, is_file=True)
 
-    def _is_own(self, path: Path, prompts: Mapping[int, Prompt]) -> bool:
+    def _is_own(self, path: Path) -> bool:
         """Whether every whole line is an answer with the same settings, and to the prompt of that index."""
         self._found, self._order = {}, []
         for record in _whole_lines(path):
             place = _place(record)
             if place is None or not self.fingerprints.is_of(record.get("request")):
                 return False
-            prompt = prompts.get(place[0])  # None: not among those that are taken this time
+            prompt = self._wanted.get(place[0])  # None: not among those that are taken this time
             if prompt is not None and record["request"] != self.fingerprints.of_question(prompt, place[1]):
                 return False
             if record.get("error") is None:
@@ -118,8 +119,10 @@ class Answers:
     def opened(self) -> Iterator[None]:
         """Keep other runs out of the file while the block writes, and leave it in the order of the prompts.
 
+        The answers are those that are there now: another run may have added some, and ended, since `check`.
+
         Raises:
-            InputError: another run is writing to it.
+            InputError: another run is writing to it, or has made something else of it.
         """
         if self.path is None:
             yield
@@ -134,6 +137,8 @@ class Answers:
                 "wait for that, or choose another"
             ) from error
         try:
+            self._found, self._order = {}, []
+            check_out(self.path, MADE_BY, self._is_own, is_file=True)
             self._rewrite(self._order)
             yield
             self._rewrite(sorted(self._order))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -72,8 +73,10 @@ class ManyAnswers:
         engine = Engine(self.setup.target.model, self.setup.drafter, max_sequences=self.batch_size, **of_engine)
         begin = time.monotonic()
         num_questions = num_asked(self.prompts, self.is_played)
-        self.num_found = sum(self.answers.find(place) is not None for place in self._places())
-        with self.answers.opened(), console.answers_bar(num_questions, self.num_found) as show:
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(self.answers.opened())
+            self.num_found = sum(self.answers.find(place) is not None for place in self._places())
+            show = opened.enter_context(console.answers_bar(num_questions, self.num_found))
             try:
                 talks = self._talks()
                 while True:

@@ -128,22 +128,40 @@ class Engine(Resources):
             request = input_ids
         else:
             request = self.request(input_ids, **options)
-        self.admit(is_fixed_width=request.is_fixed_width)
+        (handle,) = self._submitted([request], on_report)
+        return handle
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Handle]:
+        """Have several sequences generated, or none where there is no room for all of them.
+
+        May be called from any thread.
+
+        Args:
+            requests: made by `request`, each for one sequence.
+
+        Raises:
+            InputError: one of them cannot be used; nothing was run.
+            QueueFullError: as for `submit`; the same requests may be submitted later.
+        """
+        return self._submitted(requests, None)
+
+    def _submitted(
+        self, requests: Sequence[Request], on_report: Callable[[Handle, StepReport], object] | None
+    ) -> list[Handle]:
+        for request in requests:
+            self.admit(is_fixed_width=request.is_fixed_width)
         with self._lock:
-            if request in self._given:
+            if len({*requests}) < len(requests) or any(request in self._given for request in requests):
                 raise ParameterError(
                     "a request is good for one sequence, since its policies and processors remember calls, got one "
                     "that was submitted before; make another by Engine.request"
                 )
-            self._given.add(request)
-        seeded = request
-        if request.do_sample and request.seed is None:  # torch's generator cannot be everybody's at once
-            seeded = attrs.evolve(request, seed=int(torch.randint(2**62, ()).item()))
+            self._given.update(requests)
         try:
-            return self._scheduler.submit(self, seeded, self.step, on_report)
-        except QueueFullError:  # nothing of it was called, so it may come again
+            return self._scheduler.submit(self, [*map(_seeded, requests)], self.step, on_report)
+        except QueueFullError:  # nothing of them was called, so they may come again
             with self._lock:
-                self._given.discard(request)
+                self._given.difference_update(requests)
             raise
 
     def step(self) -> list[Event]:
@@ -168,3 +186,10 @@ class Engine(Resources):
     def load(self) -> Load:
         """How many sequences wait and run."""
         return self._scheduler.load
+
+
+def _seeded(request: Request) -> Request:
+    """The request with a seed where it draws: torch's generator cannot be everybody's at once."""
+    if not request.do_sample or request.seed is not None:
+        return request
+    return attrs.evolve(request, seed=int(torch.randint(2**62, ()).item()))

@@ -107,12 +107,21 @@ class Handle:
     @property
     def partial(self) -> GenerationResult:
         """What there is by now."""
-        return self._result or self.partial_at("interrupted")
+        lane = self._lane  # read before the result: another thread's step may end it in between
+        return self._result or self._result_of(lane, "interrupted")
 
     def partial_at(self, stop_reason: str) -> GenerationResult:
         """What there is by now, of a sequence that ends for this reason."""
-        lane = self._lane
-        return unstarted_result(self._engine, self.request, stop_reason) if lane is None else lane.result(stop_reason)
+        return self._result_of(self._lane, stop_reason)
+
+    def _result_of(self, lane: Lane | None, stop_reason: str) -> GenerationResult:
+        if lane is None:
+            return unstarted_result(self._engine, self.request, stop_reason)
+        while True:
+            num_iterations = lane.num_iterations
+            result = lane.result(stop_reason)
+            if lane.num_iterations == num_iterations:  # else another thread's step came in between
+                return result
 
     def new_tokens(self) -> list[int]:
         """The tokens since the last call. It does not wait."""
@@ -121,7 +130,8 @@ class Handle:
 
     def new_logprobs(self) -> list[TokenLogprob]:
         """What the target thought of the tokens since the last call, where that was asked for. It does not wait."""
-        found, self._logprobs = self._logprobs, []
+        found = self._logprobs[:]  # another thread's step may add to the end meanwhile
+        del self._logprobs[: len(found)]
         return found
 
     def reports(self) -> Iterator[StepReport]:
@@ -131,12 +141,15 @@ class Handle:
             BaseException: what has ended it.
         """
         self._keeps_reports = True
+        is_done = False
         while True:
             while self._reports:
                 yield self._reports.pop(0)
-            if self._done.is_set():
+            if is_done:
                 break
-            self._step()
+            is_done = self._done.is_set()  # another thread's step may have brought more: what there is then is the rest
+            if not is_done:
+                self._step()
         if self.error is not None:
             raise self.error
 
@@ -185,7 +198,7 @@ class Handle:
         sequence = self._lane.sequence
         token_ids = sequence.new_ids_from(len(self._token_ids))
         if token_ids and self.request.num_logprobs is not None:
-            self._logprobs += sequence.logprobs_from(len(self._token_ids))
+            self._logprobs.extend(sequence.logprobs_from(len(self._token_ids)))
         self.token_times += [now] * len(token_ids)
         self._token_ids += token_ids
 

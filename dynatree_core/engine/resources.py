@@ -100,7 +100,9 @@ class Resources:
         self._now = now
         self._make_runner = make_runner
         self.pads_trees = self.device.type != "cpu" if pads_trees is None else pads_trees
-        self._lock = threading.Lock()  # sessions of several threads must not get the same memory
+        # sessions of several threads must not get the same memory. One thread may come here twice: garbage collection
+        # may close whatever ends a generation at any point
+        self._lock = threading.RLock()
         self.refresh()
 
     @functools.cached_property

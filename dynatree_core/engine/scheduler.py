@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 
@@ -69,10 +69,11 @@ class Scheduler:
         self._placed: dict[Handle, Lane] = {}  # of the first in the line, which has caches, but no memory for them yet
         self._num_put_back = 0
         self._longest_pause = 0.0
-        # of what other threads read and change: who waits, runs and is cancelled. They only add to the line's end
-        self._lock = threading.Lock()
+        # of what other threads read and change: who waits, runs and is cancelled. They only add to the line's end. One
+        # thread may come here twice: garbage collection may close whatever cancels a sequence at any point
+        self._lock = threading.RLock()
         self._stepping = threading.Lock()
-        self._stepper: int | None = None  # the thread that makes a step
+        self._stepper: int | None = None  # the thread that makes a step, or ends a sequence between two
 
     @property
     def load(self) -> Load:
@@ -82,43 +83,40 @@ class Scheduler:
     def submit(
         self,
         engine: Resources,
-        request: Request,
+        requests: Sequence[Request],
         step: Callable[[], object],
         on_report: Callable[[Handle, StepReport], object] | None,
-    ) -> Handle:
-        """Put a request at the end of the waiting line.
+    ) -> list[Handle]:
+        """Put requests at the end of the waiting line: all, or none.
 
         Args:
-            engine: which computes it.
-            request: what is asked.
-            step: has the engine make a step, for who waits for the sequence's end.
-            on_report: called after each iteration of the sequence.
+            engine: which computes them.
+            requests: what is asked.
+            step: has the engine make a step, for who waits for a sequence's end.
+            on_report: called after each iteration of one of them.
 
         Raises:
-            QueueFullError: the line is full.
+            QueueFullError: the line has no room for all.
         """
         with self._lock:
-            num_free = self.max_sequences - len(self._running)
-            if len(self._waiting) >= max(num_free, 0) + self.max_waiting:
+            num_free = self.max_sequences + self.max_waiting - len(self._running) - len(self._waiting)
+            if len(requests) > num_free:
+                more = "one more" if len(requests) == 1 else f"{len(requests)} more where {num_free} fit"
                 raise QueueFullError(
                     f"an engine has room for {self.max_sequences} running and {self.max_waiting} waiting requests, got "
-                    "one more; submit it again when others are done, or give the engine a larger max_waiting"
+                    f"{more}; submit again when others are done, or give the engine a larger max_waiting"
                 )
-            handle = Handle(engine, request, self._num_submitted, step, on_report)
-            self._num_submitted += 1
-            self._waiting.append(handle)
-        return handle
+            first, self._num_submitted = self._num_submitted, self._num_submitted + len(requests)
+            handles = [Handle(engine, one, number, step, on_report) for number, one in enumerate(requests, start=first)]
+            self._waiting += handles
+        return handles
 
     def cancel(self, engine: Resources, handle: Handle) -> None:
-        """End a sequence: at once where no step is being made, else within that step. It may be done already."""
+        """End a sequence: at once where no step is being made, else with that step. It may be done already."""
         with self._lock:
             if not handle.is_done:
                 self._cancelled.add(handle)
-        if self._stepping.acquire(blocking=False):
-            try:
-                self._drop_cancelled(engine)
-            finally:
-                self._stepping.release()
+        self._drop_between_steps(engine)
 
     def step(self, engine: Resources) -> list[Event]:
         """One iteration of everybody who can take part; before it, waiting ones start and a chunk is filled in.
@@ -131,17 +129,33 @@ class Scheduler:
                 "a step of an engine cannot be made inside of another one, got a call from a callback of it; ask for "
                 "`handle.new_tokens()` or `handle.partial` there, and for results outside"
             )
-        with self._stepping:
-            self._stepper = threading.get_ident()
+        try:
+            with self._stepping:
+                self._stepper = threading.get_ident()
+                try:
+                    events = self._drop_cancelled(engine)
+                    events += self._start(engine)
+                    events += self._fill(engine)
+                    events += self._make_room(engine)
+                    events += self._iterate(engine)
+                    return events + self._drop_cancelled(engine)
+                finally:
+                    self._stepper = None
+        finally:
+            self._drop_between_steps(engine)
+
+    def _drop_between_steps(self, engine: Resources) -> None:
+        """End who is cancelled, unless a step is being made: then whoever makes it comes here when it is over.
+
+        So nobody is left who is cancelled after a step has looked for the last time and before it is over.
+        """
+        while self._cancelled and self._stepping.acquire(blocking=False):
+            self._stepper = threading.get_ident()  # an observer that is told of an end makes no step either
             try:
-                events = self._drop_cancelled(engine)
-                events += self._start(engine)
-                events += self._fill(engine)
-                events += self._make_room(engine)
-                events += self._iterate(engine)
-                return events + self._drop_cancelled(engine)
+                self._drop_cancelled(engine)
             finally:
                 self._stepper = None
+                self._stepping.release()
 
     def _drop_cancelled(self, engine: Resources) -> list[Event]:
         with self._lock:

@@ -88,13 +88,16 @@ class Answers:
         """The same from another thread than the event loop's, since an engine's first request takes a pass."""
         if self._max_seconds is not None:
             self._deadline = event_loop.time() + self._max_seconds
+        listeners = {
+            request: _listener(event_loop, self._updates, choice)
+            for choice, request in zip(self.choices, self.asked.requests, strict=True)
+        }
         try:
-            for choice, request in zip(self.choices, self.asked.requests, strict=True):
-                listener = _listener(event_loop, self._updates, choice)
-                choice.handle = self._loop.submit(self.asked.drafter, request, listener)
+            handles = self._loop.submit(self.asked.drafter, listeners)
         except Exception as error:
-            self.close()
             raise as_api_error(error, retry_after=self._loop.seconds_to_room) from error
+        for choice, handle in zip(self.choices, handles, strict=True):
+            choice.handle = handle
 
     def at_close(self, callback: Callable[[], object]) -> None:
         """Have something called by `close`."""
@@ -162,7 +165,10 @@ def _listener(
     event_loop: asyncio.AbstractEventLoop, updates: asyncio.Queue[tuple[Choice, Update]], choice: Choice
 ) -> Callable[[Update], None]:
     def tell(update: Update) -> None:
-        if not event_loop.is_closed():  # else the server has ended, and nobody waits
+        try:
             event_loop.call_soon_threadsafe(updates.put_nowait, (choice, update))
+        except RuntimeError:
+            if not event_loop.is_closed():  # else the server has ended, and nobody waits
+                raise
 
     return tell

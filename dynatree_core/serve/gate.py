@@ -89,7 +89,8 @@ class Gate:
     """Lets a request through to the routes, or answers it with what is in the way.
 
     A client's requests are counted from before their bodies are read, since reading many large ones takes memory and
-    time, too. Those without a body, such as health checks, are not.
+    time, too, until the last byte of the answer, after which the client may ask again. Those without a body, such as
+    health checks, are not.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class Gate:
                 if body is None:  # the client has gone
                     return
                 receive = _replayed(body, receive)
-            await app(scope, receive, send)
+            await app(scope, receive, _telling_the_end(send, counted.close))
 
     def _check_host(self, host: str) -> None:
         """Refuse a name that somebody else may have pointed at this server, so that a page of theirs can ask it.
@@ -223,6 +224,20 @@ def is_own_host(header: str, names: Sequence[str]) -> bool:
         return True
     allowed = [name.lower().rstrip(".") for name in names]
     return any(name in ("*", host) or (name.startswith("*.") and host.endswith(name[1:])) for name in allowed)
+
+
+def _telling_the_end(send: Send, end: Callable[[], object]) -> Send:
+    """A `send` that calls `end` with an answer's last bytes, before anything else can come on a connection.
+
+    Routes return some turns of the event loop later, when what they have begun beside the answer has ended.
+    """
+
+    async def telling(message: Message) -> None:
+        await send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            end()
+
+    return telling
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

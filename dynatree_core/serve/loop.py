@@ -67,10 +67,10 @@ class EngineLoop:
         self.on_events: Callable[[list[Event]], None] | None = None
         self._open: dict[Handle, _Open] = {}  # sequences that are not done
         self._to_cancel: set[Handle] = set()
-        self._usual_seconds = 0.0  # from lane to end, of the latest sequences
         self._is_stopping = False
         self._fault: BaseException | None = None  # that somebody else has found, and that ends the thread
         self._changed = threading.Condition()  # guards the four above
+        self._usual_seconds = 0.0  # from lane to end, of the latest sequences; the thread's own
         self._thread = threading.Thread(target=self._run, name="dynatree-engines", daemon=True)
 
     def start(self) -> None:
@@ -107,26 +107,28 @@ class EngineLoop:
         """How busy each engine is."""
         return [engine.load for engine in self.engines.values()]
 
-    def submit(self, drafter: str, request: Request, listener: Listener) -> Handle:
-        """Have a sequence computed by the engine with this drafter. May be called from any thread.
+    def submit(self, drafter: str, listeners: Mapping[Request, Listener]) -> list[Handle]:
+        """Have sequences computed by the engine with this drafter: all, or none. May be called from any thread.
 
         Args:
             drafter: the name of one of the engines.
-            request: made by that engine's `request`.
-            listener: is told of each update, until one `is_last`.
+            listeners: for each request, made by that engine's `request`, who is told of each update, until one
+                `is_last`.
 
         Raises:
-            QueueFullError: as many as may are waiting.
+            QueueFullError: the waiting line has no room for all.
             EngineDeadError: the thread has ended.
         """
         with self._changed:
             if self.error is not None or self._is_stopping:
                 raise EngineDeadError("sequences are computed while the engines' thread runs, but it has ended")
             engine = self.engines[drafter]
-            handle = engine.submit(request)
-            self._open[handle] = _Open(engine, listener)
+            handles = engine.submit_all([*listeners])
+            self._open |= {
+                handle: _Open(engine, listener) for handle, listener in zip(handles, listeners.values(), strict=True)
+            }
             self._changed.notify()
-        return handle
+        return handles
 
     def cancel(self, handle: Handle) -> None:
         """End a sequence before the next step. May be called from any thread, also for one that is done."""

@@ -104,7 +104,7 @@ class Spans:
     def _close(self, span: Span, body: GenerationBody, answers: Answers, now: Callable[[], float]) -> None:
         num_prompts = len(answers.asked.requests) // body.n
         span.set_attributes(_answered(answers, num_prompts))
-        begin_ns = time.time_ns() - round(now() * 1e9)  # of the engine's clock
+        begin_ns = _begin_ns(now)
         for choice, handle in enumerate(answers.handles):
             for name, seconds in _moments(handle):
                 span.add_event(name, {"dynatree.choice": choice}, begin_ns + round(seconds * 1e9))
@@ -181,6 +181,15 @@ def _answered(answers: Answers, num_prompts: int) -> dict[str, Any]:
         "gen_ai.usage.cache_read.input_tokens": told["prompt_tokens_details"]["cached_tokens"],
         "gen_ai.response.finish_reasons": [choice.finish_reason or "cut" for choice in answers.choices],
     }
+
+
+def _begin_ns(now: Callable[[], float]) -> int:
+    """When the engine's clock was 0, on that of spans: by the two readings in a row between which least time passed."""
+    readings = []
+    for _ in range(5):  # a machine may leave this thread out between two
+        before, at_ns, after = now(), time.time_ns(), now()
+        readings.append((after - before, at_ns - round((before + after) / 2 * 1e9)))
+    return min(readings)[1]
 
 
 def _moments(handle: Handle) -> Iterator[tuple[str, float]]:
