@@ -204,8 +204,7 @@ class CostAware:
     def branch_factor(self, frontier: Frontier) -> Tensor:
         tree, costs, device = frontier.tree, frontier.charged_costs, frontier.tree.device
         at_parent = self._judged(tree).acceptance[tree.last_level]
-        rank = torch.arange(frontier.max_branch, device=device)
-        given_parent = self.estimator.predict(frontier.top_logprobs, rank, frontier.depth + 1)
+        given_parent = self.estimator.predict(frontier.top_logprobs, None, frontier.depth + 1)
         own = (at_parent[:, None] * given_parent).flatten()  # [width · k]
         # a child comes with those of lower rank, so it is worth no more than the least of them; of equals these first
         accepted = own.view(frontier.width, -1).cummin(dim=1).values.flatten()
@@ -225,10 +224,11 @@ class CostAware:
         # who is worth as much as the last of them may be held down by a sibling, and comes too
         num_wanted = sum(value > 0 and value >= best_values[num_children - 1] for value in best_values)
         is_wanted = torch.zeros_like(own, dtype=torch.bool).index_fill_(0, places[:num_wanted], True)
-        wanted = own[torch.nonzero_static(is_wanted, size=num_wanted)[:, 0]]
+        chosen = places[:num_wanted].sort().values
+        wanted = own[chosen]
         self._wanted = _Level(tree, wanted, best_own[:num_wanted], sum(best_own[:num_wanted]))
         widths = is_wanted.view(frontier.width, -1).sum(dim=1)
-        frontier.note_children(widths, num_wanted)
+        frontier.note_children(widths, num_wanted, places=chosen)
         return widths
 
     @hookimpl
@@ -241,9 +241,9 @@ class CostAware:
         num_kept = int(wins.argmax())
         if num_kept == tree.num_drafted:
             return None
-        best = judged.acceptance[1:].argsort(descending=True, stable=True)
+        best = judged.acceptance.argsort(descending=True, stable=True)  # the root first
         keep = torch.zeros(tree.num_nodes, dtype=torch.bool, device=tree.device)
-        return keep.index_fill_(0, best[:num_kept] + 1, True)
+        return keep.index_fill_(0, best[: 1 + num_kept], True)
 
     @hookimpl
     def on_iteration_end(self, report: StepReport) -> None:
@@ -290,14 +290,16 @@ class CostAware:
         before, wanted = self._last, self._wanted
         if before is not None and before.tree is tree:
             return before
-        if before is not None and wanted is not None and wanted.is_grown_to(tree):
+        values: list[float] | None = None
+        if tree.num_drafted == 0:
+            acceptance, values = tree.cum_logprob.exp(), []  # the root is accepted: 1
+        elif before is not None and wanted is not None and wanted.is_grown_to(tree):
             acceptance = torch.cat([before.acceptance, wanted.acceptance])
             values = None if before.values is None else [*before.values, *wanted.values]
         else:
             given_parent = self.estimator.predict(tree.logprob, tree.rank, tree.depth).clamp(min=1e-9)
             given_parent[:1].fill_(1.0)
             acceptance = (tree.ancestor_mask.float() @ given_parent.log()).exp()
-            values = None if tree.num_drafted else []
         self._last, self._wanted = _Judged(tree, acceptance, values), None
         return self._last
 

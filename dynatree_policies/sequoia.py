@@ -83,9 +83,9 @@ class Sequoia:
         return self.nodes
 
     @property
-    def max_width(self) -> int:
-        """Nodes of a level at most."""
-        return self.nodes
+    def max_width(self) -> int | tuple[int, ...]:
+        """Nodes of a level at most, of each as soon as there is a plan."""
+        return self.nodes if self.plan is None else tuple(sum(widths) for widths in self.plan.shape[:-1])
 
     @hookimpl
     def should_expand(self, frontier: Frontier) -> bool:

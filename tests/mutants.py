@@ -241,8 +241,8 @@ MUTANTS = (
     ),
     Mutant(
         "a pruned tree forgets where it was drafted",
-        "Cut(self.depth[index], self.rank[index], self.draft_index[index])",
-        "Cut(self.depth[index], self.rank[index], torch.arange(index.numel(), device=self.device))",
+        "self.draft_index[index] if self.is_cut else index)",
+        "torch.arange(index.numel(), device=self.device))",
         ("tests/test_tree.py::test_pruning_keeps_the_invariants",),
     ),
     Mutant(
@@ -377,20 +377,21 @@ MUTANTS = (
     # verification
     Mutant(
         "the bonus token is the root's",
-        "top_token.index_select(0, path), *behind])",
-        "top_token.index_select(0, path).roll(1), *behind])",
+        "chosen.append(choose(child, chosen))",
+        "chosen.append(choose(0, chosen))",
         (WALK,),
     ),
     Mutant(
-        "a node is accepted without its ancestors",
-        "is_alive = (tree.ancestor_mask[:, 1:] <= matches).all(dim=1)",
-        "is_alive = torch.nn.functional.pad(matches, (1, 0), value=True)",
+        "a node is accepted whose parent is another one",
+        "        child = children.get((child, chosen[-1]))\n",
+        "        below = [one for (_, token), one in children.items() if token == chosen[-1] and one > child]\n"
+        "        child = min(below, default=None)\n",
         (WALK,),
     ),
     Mutant(
         "float64 logits are not rounded",
-        "logits = logits.float()\n    top_token",
-        "pass\n    top_token",
+        "        logits = logits.float()\n    if type(logits)",
+        "        pass\n    if type(logits)",
         ("tests/test_verify.py::test_ties_are_broken_as_generate_does",),
     ),
     Mutant(
@@ -407,8 +408,8 @@ MUTANTS = (
     ),
     Mutant(
         "a token of a broken step is chosen anew",
-        "choices = lane.sequence.pending.choices\n",
-        "choices = lane.sequence.pending.choices\n        del choices[len(chosen) :]\n",
+        "        if len(before) == len(choices):\n",
+        "        del choices[len(before) :]\n        if len(before) == len(choices):\n",
         ("tests/test_faults.py::test_a_callers_own_processor_or_criterion[criterion]",),
     ),
     Mutant(

@@ -134,6 +134,7 @@ class PretendedDevice:
         self._pinned: dict[int, Tensor] = {}  # memory of the host that the device can read by itself, by its address
         self.host_seconds = 0.0  # the host's clock, which runs while it launches and while it waits
         self.done_seconds = 0.0  # on the same clock: when the device will be done with what was launched
+        self.idle_seconds = 0.0  # that the device had nothing to do
 
     def now(self) -> float:
         """The host's clock."""
@@ -210,6 +211,7 @@ class PretendedDevice:
 
     def launch(self, what: str, number: int = 1) -> None:
         self.host_seconds += number * LAUNCH_SECONDS
+        self.idle_seconds += max(self.host_seconds - self.done_seconds, 0.0)
         self.done_seconds = self.reached() + number * KERNEL_SECONDS
         if self.counts is not None:
             self.counts.launches[self._stages[-1]] += number
@@ -372,6 +374,14 @@ class _Event:
 
     def record(self, stream: object = None) -> None:
         self.at = PretendedDevice.current().reached()
+
+    def synchronize(self) -> None:
+        """No wait where that moment is over, or where the device has something to do behind it: it does not run dry."""
+        device = PretendedDevice.current()
+        if device.done_seconds > self.at:
+            device.host_seconds = max(self.at, device.now())
+        elif not self.query():
+            device.wait("synchronize")
 
     def query(self) -> bool:
         return PretendedDevice.current().now() >= self.at

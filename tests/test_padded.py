@@ -28,7 +28,7 @@ from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
 from dynatree_core.drafters.prompt_lookup import PromptLookupDrafter
 from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.engine.rehearsal import Rehearsal
-from dynatree_core.engine.verify import _matched
+from dynatree_core.engine.verify import outcome_of, told
 from dynatree_core.errors import DrafterError, PolicyError
 from dynatree_core.runners.choice import runner_for
 from dynatree_core.testing import conformance
@@ -158,9 +158,11 @@ def test_padding_is_not_accepted():
     rows = PaddedRows.of(tree, None, growth, None)
     assert rows.token_ids.tolist() == [3, 2, 0]
     chosen = torch.tensor([0, 4, 1])  # at the root padding's token, which is no child's
-    assert _matched(rows, torch.eye(5)[chosen]).tolist()[4:] == [0, 0]
-    assert rows.level_sizes.tolist() == [1, 1]
-    assert rows.tree([1, 1]).level_sizes == (1, 1)
+    session = Session(tiny_model("llama"), perturbed("llama"), [3], policy="fixed(depth=1)", max_new_tokens=9)
+    session.growth = growth
+    known, verdict = told(session, rows, outcome_of(session, rows, torch.eye(5)[chosen]).tolist())
+    assert known.level_sizes == (1, 1)
+    assert (verdict.path, verdict.token_ids) == ((), (0,))
 
 
 def test_padded_trees_are_drafted_once_the_policies_were_seen_to_bear_them():
@@ -177,6 +179,16 @@ def test_padded_trees_are_drafted_once_the_policies_were_seen_to_bear_them():
 )
 def test_a_level_has_the_least_width_that_is_enough(most, width):
     assert least_width(*most) == width
+
+
+def test_a_plan_says_of_each_level_how_many_nodes_it_has():
+    stack = build_stack("sequoia(nodes=12,depth=4,size='full')")
+    assert (stack.max_width, stack.max_width_of("sequoia", 0)) == (12, 12)
+    stack.should_expand(Frontier(TokenTree.root(torch.tensor([3])), 0, 12, 16, pytest.fail))
+    depth = stack.find("sequoia").plan.depth
+    widths = [stack.max_width_of("sequoia", level) for level in range(depth)]
+    assert sum(widths) == 12
+    assert (stack.max_width, stack.max_width_of("sequoia", depth)) == (max(widths), None)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,7 @@ class PromptLookupState(DraftState):
         """What each occurrence's continuation has after `depth` tokens and more, for several levels at once."""
         depths = torch.arange(depth, depth + self.num_ahead, device=ids.device)[:, None]
         self.ahead_ids = ids[self.begins + depths % self.periods]  # [levels, matches]
+        self.weights = self.lengths.add(depths, alpha=DRAFTED_EVIDENCE).square()  # [levels, matches]
         if self.ends.numel():
             # all occurrences with the same next token add their weights to the first one of them
             is_same = self.ahead_ids[:, :, None] == self.ahead_ids[:, None]
@@ -124,7 +125,7 @@ class PromptLookupState(DraftState):
 
     def _vote(self, depth: int, k: int) -> Proposals:
         """Distinct next tokens by the weight of the occurrences behind them."""
-        weights = self.is_followed * (self.lengths + DRAFTED_EVIDENCE * depth).square()  # [width, matches]
+        weights = self.is_followed * self.weights[depth % self.num_ahead]  # [width, matches]
         if self.ends.numel() == 0:  # a text of one token has nothing earlier
             return padded_proposals(weights.long(), weights, k)
         votes = torch.zeros_like(weights).index_add_(1, self.spokesmen[depth % self.num_ahead], weights)

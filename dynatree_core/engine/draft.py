@@ -23,7 +23,7 @@ from dynatree_core.engine.padded import root
 from dynatree_core.engine.proposals import SharedProposals
 from dynatree_core.errors import PolicyError
 from dynatree_core.policy.stack import Decision
-from dynatree_core.tree.frontier import Frontier
+from dynatree_core.tree.frontier import Frontier, Read
 from dynatree_core.tree.token_tree import TokenTree
 
 __all__ = ["draft"]
@@ -95,19 +95,15 @@ def _ask(lane: Lane, tree: TokenTree, shared: SharedProposals) -> Level | _Wante
         shared.leave(lane)
         return level("width", expand, branch, frontier.proposals if frontier.is_drafter_asked else None)
     if growth is not None:
-        most = lane.stack.max_width_of(branch.decider)
+        most = lane.stack.max_width_of(branch.decider, tree.max_depth)
         grown = growth.grown(frontier, expand.value, branch.value, most, branch.decider)
         return level(None, expand, branch, frontier.proposals, grown=grown)
     scores = frontier.cum_logprob[:, None] + frontier.top_logprobs  # [width, k] of each proposed child's path
     conditions = _conditions(lane, frontier, expand, branch, scores)
-    is_admitted = functools.reduce(operator.and_, conditions.values())
-    if Outcome.BELOW_TAU not in conditions:
-        is_admitted = is_admitted & (scores > -torch.inf)
     read = frontier.what_was_read()
     is_told = read.widths is branch.value and [*conditions] == [Outcome.BEYOND_WIDTH]
-    told = read.num_children if is_told else None
     level = functools.partial(level, expand=expand, branch=branch, proposals=frontier.proposals, conditions=conditions)
-    return _Wanted(lane, frontier, branch, scores, is_admitted, nodes_left, told, level)
+    return _Wanted(lane, frontier, branch, scores, conditions, nodes_left, read if is_told else None, level)
 
 
 @attrs.frozen(eq=False)
@@ -118,10 +114,16 @@ class _Wanted:
     frontier: Frontier
     branch: Decision[Tensor | int]
     scores: Tensor  # [width, k] log-probability of each child's path
-    is_admitted: Tensor  # [width, k] bool
+    conditions: Mapping[Outcome, Tensor]  # that a child must meet
     nodes_left: int  # drafted nodes that the budget still allows
-    told: int | None  # children that there are by who has decided the widths; None: nobody has said
+    told: Read | None  # what is known by who has decided the widths; None: nobody has said
     level: Callable[..., Level]  # makes the record, of what ends the tree or of the tree grown
+
+    @functools.cached_property
+    def is_admitted(self) -> Tensor:
+        """[width, k] bool."""
+        is_admitted = functools.reduce(operator.and_, self.conditions.values())
+        return is_admitted if Outcome.BELOW_TAU in self.conditions else is_admitted & (self.scores > -torch.inf)
 
     @property
     def checks(self) -> Tensor:
@@ -134,8 +136,9 @@ class _Wanted:
     @property
     def known(self) -> list[int] | None:
         """What `checks` would say but for the widths, where a policy has read and said it; None: it has to be asked."""
-        read = self.frontier.what_was_read()
-        return None if self.told is None or read.proposed is None else [self.told, *read.proposed]
+        if self.told is None or self.told.proposed is None:
+            return None
+        return [self.told.num_children, *self.told.proposed]
 
     def grown(self, checks: Sequence[int]) -> Level:
         """The level, by what its checks say.
@@ -150,23 +153,32 @@ class _Wanted:
             lane.stack.refuse_branch_factor(self.branch.decider, f"{widths[0]} to {widths[1]}", frontier.max_branch)
         is_sound = num_sound == proposals.logprobs.numel()
         lane.check_proposed(min_id, max_id, is_sound=is_sound, proposals=proposals)
-        if self.told not in (None, num_children):
-            raise PolicyError(
-                f"policy '{self.branch.decider}', hook branch_factor: the children that its widths lead to must be "
-                f"as many as it says by note_children, got {num_children} where it says {self.told}"
-            )
+        if self.told is not None and self.told.num_children != num_children:
+            raise self._refused("as many as", num_children, self.told.num_children)
         if num_children == 0:
             return self.level("refused")
         chosen = self._chosen(num_children)
         grown = frontier.tree.grow_among(chosen, proposals.token_ids, proposals.logprobs, self.scores)
         return self.level(None, chosen=chosen, grown=grown)
 
+    def _refused(self, what: str, got: object, told: object) -> PolicyError:
+        return PolicyError(
+            f"policy '{self.branch.decider}', hook branch_factor: the children that its widths lead to must be "
+            f"{what} it says by note_children, got {got} where it says {told}"
+        )
+
     def _chosen(self, num_children: int) -> Tensor:
         """[children] int64: places in width × k of the best that fit, breadth first."""
         nodes_left = self.nodes_left
         if num_children <= nodes_left:
+            places = None if self.told is None else self.told.places
+            if self.known is not None and places is not None and places.shape == (num_children,):
+                return places
             # filled only where a policy has counted more than there are
-            return torch.nonzero_static(self.is_admitted.flatten(), size=num_children, fill_value=0)[:, 0]
+            chosen = torch.nonzero_static(self.is_admitted.flatten(), size=num_children, fill_value=0)[:, 0]
+            if places is not None and not torch.equal(places, chosen):
+                raise self._refused("in the places that", chosen.tolist(), places.tolist())
+            return chosen
         scores = torch.where(self.is_admitted, self.scores, -torch.inf)
         best = scores.flatten().sort(descending=True, stable=True).indices  # of equals the first, with padding too
         return best[:nodes_left].sort().values

@@ -21,9 +21,10 @@ from dynatree_core.errors import ParameterError
 from dynatree_core.tree.padded import NO_TOKEN, PaddedGrowth, PaddedRows, least_width
 from dynatree_core.tree.token_tree import TokenTree
 
-__all__ = ["growth_of", "has_rehearsed", "known_tree", "root", "settle", "what_to_know"]
+__all__ = ["NUM_CHECKS", "checks_of", "growth_of", "has_rehearsed", "known_tree", "root", "settle"]
 
 NUM_REHEARSED = 2  # iterations of a generation with a tree
+NUM_CHECKS = 4  # numbers
 
 
 def root(lane: Lane) -> TokenTree:
@@ -34,7 +35,7 @@ def root(lane: Lane) -> TokenTree:
         return lane.growth.root(token_id)
     if lane.growth is not None and lane.num_iterations >= lane.rehearse_from:
         lane.rehearsal = _rehearsal(lane, lane.growth)
-    return TokenTree.root(token_id.clone())
+    return TokenTree.root(token_id)
 
 
 def has_rehearsed(lane: Lane) -> bool:
@@ -93,24 +94,30 @@ def _grow_by_levels(lane: Lane, why: str) -> None:
     )
 
 
-def what_to_know(lane: Lane, rows: PaddedRows) -> list[Tensor]:
-    """[numbers] int64 on the device, in parts: what `known_tree` has to know of a padded tree."""
+def checks_of(lane: Lane, rows: PaddedRows) -> list[Tensor]:
+    """`NUM_CHECKS` numbers [1] int64 on the device: what could be wrong with a padded tree."""
     assert lane.growth is not None, "a padded tree grows by what its lane keeps"
-    return [rows.level_sizes, *lane.growth.checks(rows.drafted)]
+    return lane.growth.checks(rows.drafted)
 
 
-def known_tree(lane: Lane, rows: PaddedRows, numbers: Sequence[int]) -> TokenTree:
+def known_tree(lane: Lane, rows: PaddedRows, reach: Sequence[int], checks: Sequence[int]) -> TokenTree:
     """The tree without padding, by what the host has been told.
+
+    Args:
+        lane: whose tree it is.
+        rows: in which it was verified.
+        reach: of each row, see `PaddedRows.reach`.
+        checks: what `checks_of` says.
 
     Raises:
         PolicyError: a branch factor out of range.
         DrafterError: a proposal that is NaN, or a token that the target does not know.
     """
     assert lane.growth is not None, "a padded tree grows by what its lane keeps"
-    *level_sizes, min_id, max_id, min_width, max_width = numbers
+    min_id, max_id, min_width, max_width = checks
     max_branch = lane.sequence.limits.max_branch
     if not 0 <= min_width <= max_width <= max_branch:
         decider = lane.growth.first_beyond(max_branch)
         lane.stack.refuse_branch_factor(decider, f"{min_width} to {max_width}", max_branch)
     lane.check_proposed(min_id, max_id, is_sound=min_id != NO_TOKEN, proposals=lane.growth.proposals)
-    return rows.tree(level_sizes)
+    return rows.tree([reach.count(depth) for depth in range(1 + rows.max_depth)])

@@ -301,7 +301,8 @@ def _drafted(
         branch = stack.branch_factor(frontier)
         if isinstance(branch.value, int) and branch.value == 0:
             break
-        tree = growth.grown(frontier, expand.value, branch.value, stack.max_width_of(branch.decider), branch.decider)
+        most = stack.max_width_of(branch.decider, tree.max_depth)
+        tree = growth.grown(frontier, expand.value, branch.value, most, branch.decider)
     if not tree.num_drafted:
         raise RuntimeError("the policies draft nothing")
     return PaddedRows.of(tree, stack.keep_nodes(tree).value, growth, stack.max_kept)

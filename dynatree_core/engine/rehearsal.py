@@ -74,7 +74,7 @@ class Rehearsal:
             if level.grown is None:
                 break
             assert not isinstance(expand, bool) or expand, "a level was grown that should_expand has refused"
-            most = self.stack.max_width_of(branch.decider)
+            most = self.stack.max_width_of(branch.decider, level.tree.max_depth)
             if most is not None and level.grown.level_sizes[-1] > most:
                 return f"more nodes are wanted {where} than max_width={most}"
             tree = self.growth.grown(frontier, expand, branch.value, most)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from dynatree_core.engine.faults import Faults, transferred
 from dynatree_core.engine.lane import Lane
 from dynatree_core.engine.logprobs import with_logprobs
 from dynatree_core.engine.observer import Verification
-from dynatree_core.engine.padded import known_tree, what_to_know
+from dynatree_core.engine.padded import NUM_CHECKS, checks_of, known_tree
 from dynatree_core.errors import NonFiniteLogitsError
 from dynatree_core.tree.padded import PaddedRows
 from dynatree_core.tree.token_tree import TokenTree
@@ -40,9 +40,9 @@ def verify(
     outcomes = transferred({lane: outcome_of(lane, trees[lane], logits[lane]) for lane in logits if _is_greedy(lane)})
 
     def verdict_of(lane: Lane, own_logits: Tensor) -> tuple[TokenTree, Verdict]:
-        tree, outcome = trees[lane], outcomes.get(lane, [])
+        tree = trees[lane]
         if _is_greedy(lane):
-            tree, verdict = told(lane, tree, outcome)
+            tree, verdict = told(lane, tree, outcomes[lane])
         else:
             assert isinstance(tree, TokenTree), "padded trees are of greedy decoding"
             verdict = follow(lane, tree, own_logits)
@@ -62,17 +62,45 @@ def _is_greedy(lane: Lane) -> bool:
 
 
 def outcome_of(lane: Lane, tree: TokenTree | PaddedRows, logits: Tensor) -> Tensor:
-    """[numbers] int64: what `_matched` says, and behind it of a padded tree what `known_tree` has to know."""
-    behind = what_to_know(lane, tree) if isinstance(tree, PaddedRows) else []
-    return _matched(tree, logits, behind)
+    """[numbers] int64: all that the host has to know of a tree to walk down it, for `told`.
+
+    That is a number a node, column by column: the target's token, and where there is a choice the node's own token, its
+    parent, and its place when it was drafted. Of a padded tree the levels and what was checked come behind.
+    """
+    columns = [_greatest(logits), *([] if tree.num_nodes == 1 else _of_nodes(tree))]
+    if isinstance(tree, PaddedRows):
+        columns += [tree.reach, *checks_of(lane, tree)]
+    return columns[0] if len(columns) == 1 else torch.cat(columns)
+
+
+def _of_nodes(tree: TokenTree | PaddedRows) -> list[Tensor]:
+    is_cut = isinstance(tree, PaddedRows) or tree.is_cut
+    return [tree.token_ids, tree.parent, *([tree.draft_index] if is_cut else [])]
 
 
 def told(lane: Lane, tree: TokenTree | PaddedRows, outcome: Sequence[int]) -> tuple[TokenTree, Verdict]:
-    """The tree without padding, and the verdict on it, by what `outcome_of` says."""
+    """The tree without padding, and the verdict on it, by what `outcome_of` says.
+
+    Raises:
+        NonFiniteLogitsError: a logit on the accepted path is NaN.
+    """
+    rows = tree.num_nodes
     if isinstance(tree, PaddedRows):
-        num_matched = 3 * (1 + tree.max_depth)
-        tree, outcome = known_tree(lane, tree, outcome[num_matched:]), outcome[:num_matched]
-    return tree, _until_stop(lane, _verdict(outcome))
+        outcome, checks = outcome[:-NUM_CHECKS], outcome[-NUM_CHECKS:]
+    best, *columns = [outcome[first : first + rows] for first in range(0, len(outcome), rows)]
+    if isinstance(tree, PaddedRows):
+        tree = known_tree(lane, tree, columns.pop(), checks)
+        columns = [column[: tree.num_nodes] for column in columns]  # nobody has padding as a child
+    return tree, _until_stop(lane, _along(best, columns))
+
+
+def _until_stop(lane: Lane, verdict: Verdict) -> Verdict:
+    """The verdict, cut after the first token at which the generation stops."""
+    for end in range(1, len(verdict.token_ids) + 1):
+        reason = lane.sequence.reason_to_stop(verdict.token_ids[:end])
+        if reason is not None:
+            return Verdict(verdict.path[:end], verdict.draft_path[:end], verdict.token_ids[:end], reason)
+    return verdict
 
 
 def follow(lane: Lane, tree: TokenTree, logits: Tensor) -> Verdict:
@@ -82,23 +110,43 @@ def follow(lane: Lane, tree: TokenTree, logits: Tensor) -> Verdict:
     row, as by generate(): what they count or remember stays right. It costs a transfer to the host for each token.
     A token that was chosen in a step that was broken off is not chosen again.
     """
-    parents, token_ids, draft_index = torch.stack([tree.parent, tree.token_ids, tree.draft_index]).tolist()
-    children = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, token_ids, strict=True))}
+    choices = lane.sequence.pending.choices
+
+    def choose(node: int, before: list[int]) -> int:
+        if len(before) == len(choices):
+            choices.append(_choose(lane, before, logits[node : node + 1]))
+        return choices[len(before)]
+
+    columns = torch.stack(_of_nodes(tree)).tolist() if tree.num_drafted else []
+    return _walk(columns, choose, lane.sequence.reason_to_stop)
+
+
+def _walk(
+    columns: Sequence[Sequence[int]],
+    choose: Callable[[int, list[int]], int],
+    reason_to_stop: Callable[[list[int]], str | None],
+) -> Verdict:
+    """Go down from the root while a child carries the token that is chosen, up to where the generation stops.
+
+    Args:
+        columns: of all nodes their tokens, parents and, of a tree that was cut, places when drafted; none for a root.
+        choose: says the token behind a node, given those that were chosen before it.
+        reason_to_stop: why the generation ends with the last of some tokens; None: it goes on.
+    """
+    token_ids, parents, *draft_index = columns or [[], []]
+    # of siblings with one token the first: they carry the same text
+    children = {(parents[node], token_ids[node]): node for node in reversed(range(1, len(parents)))}
     path: list[int] = []
     chosen: list[int] = []
-    node = 0
-    while True:
-        choices = lane.sequence.pending.choices
-        if len(chosen) == len(choices):
-            choices.append(_choose(lane, chosen, logits[node : node + 1]))
-        chosen.append(choices[len(chosen)])
-        child = children.get((node, chosen[-1]))
-        if child is not None:
-            path.append(child)
-        reason = lane.sequence.reason_to_stop(chosen)
-        if child is None or reason is not None:
-            return Verdict(tuple(path), tuple(draft_index[i] for i in path), tuple(chosen), reason)
-        node = child
+    child: int | None = 0
+    reason = None
+    while child is not None and reason is None:
+        chosen.append(choose(child, chosen))
+        child = children.get((child, chosen[-1]))
+        path += [] if child is None else [child]
+        reason = reason_to_stop(chosen)
+    draft_path = [draft_index[0][node] for node in path] if draft_index else path
+    return Verdict(tuple(path), tuple(draft_path), tuple(chosen), reason)
 
 
 def _choose(lane: Lane, before: list[int], logits: Tensor) -> int:
@@ -117,21 +165,8 @@ def _choose(lane: Lane, before: list[int], logits: Tensor) -> int:
     return int(lane.sampler.draw(scores))
 
 
-def _until_stop(lane: Lane, verdict: Verdict) -> Verdict:
-    """The verdict, cut after the first token at which the generation stops."""
-    for end in range(1, len(verdict.token_ids) + 1):
-        reason = lane.sequence.reason_to_stop(verdict.token_ids[:end])
-        if reason is not None:
-            return Verdict(verdict.path[:end], verdict.draft_path[:end], verdict.token_ids[:end], reason)
-    return verdict
-
-
 def longest_match(tree: TokenTree, logits: Tensor) -> Verdict:
-    """Accept the deepest path of which every token is the target's argmax at its parent.
-
-    A node is alive when it and all its ancestors match: one comparison and one reduction with the
-    ancestor mask, no loop over nodes. Greedy decoding leaves one alive node a level at most, since siblings
-    have different tokens; were there two, either carries the same text.
+    """Accept the path of which every token is the target's argmax at its parent.
 
     Args:
         tree: the tree that was verified.
@@ -141,38 +176,25 @@ def longest_match(tree: TokenTree, logits: Tensor) -> Verdict:
         The accepted path and its tokens, with the target's argmax after the last of them as bonus token.
 
     Raises:
-        NonFiniteLogitsError: a logit on the accepted path is NaN.
+        NonFiniteLogitsError: a logit on the accepted path is NaN. Off the path it does no harm: a wrong draft may
+            overflow where the target's own text never goes.
     """
-    return _verdict(_matched(tree, logits).tolist())
+    best, *columns = torch.stack([_greatest(logits), *_of_nodes(tree)]).tolist()
+    return _along(best, columns)
 
 
-def _matched(tree: TokenTree | PaddedRows, logits: Tensor, behind: Sequence[Tensor] = ()) -> Tensor:
-    """[3 · levels] int64: the path's nodes from the root on, behind its end the root again; the places that they had
-    when drafted; and the target's tokens at them, which are what is committed. Behind them whatever else the host is to
-    be told, [numbers] int64 each.
-
-    Nothing is indexed by a number that the host would have to be told. What is NaN has the token −1: it is no child's,
-    so no path goes on from there. Off the path it does no harm: a wrong draft may overflow where the target's own text
-    never goes.
-    """
-    if logits.dtype == torch.float64:
-        # generate() chooses in float32; two float64 logits that are one float32 number tie there, and must tie here
-        logits = logits.float()
-    top_token = _greatest(logits)
-    if tree.num_nodes == 1:
-        matched = torch.nn.functional.pad(top_token, (2, 0))
-        return torch.cat([matched, *behind]) if behind else matched
-    matches = tree.token_ids[1:] == top_token.index_select(0, tree.parent[1:])
-    is_alive = (tree.ancestor_mask[:, 1:] <= matches).all(dim=1)  # who is an ancestor matches
-    reach = tree.reach if isinstance(tree, PaddedRows) else tree.depth
-    deepest = (reach * is_alive).argmax(dim=0, keepdim=True)  # of equals the first: the root, if nothing matches
-    on_path = tree.ancestor_mask.index_select(0, deepest)[0]
-    path = torch.nonzero_static(on_path, size=tree.max_depth + 1, fill_value=0)[:, 0]
-    return torch.cat([path, tree.draft_index.index_select(0, path), top_token.index_select(0, path), *behind])
+def _along(best: Sequence[int], columns: Sequence[Sequence[int]]) -> Verdict:
+    """Go down along the target's tokens, one for each node."""
+    verdict = _walk(columns, lambda node, _: best[node], lambda chosen: None)
+    _check_number(NOT_A_NUMBER in verdict.token_ids)
+    return verdict
 
 
 def _greatest(logits: Tensor) -> Tensor:
     """[nodes] int64: the token of the greatest logit, of equals the first; `NOT_A_NUMBER` where one of them is NaN."""
+    if logits.dtype == torch.float64:
+        # generate() chooses in float32; two float64 logits that are one float32 number tie there, and must tie here
+        logits = logits.float()
     if type(logits) is Tensor and logits.device.type == "cpu" and logits.dtype == torch.float32:
         rows = logits.detach().numpy()  # whose search takes a tenth of the time of torch's
         tokens = rows.argmax(axis=-1)  # both put NaN above every number
@@ -180,15 +202,6 @@ def _greatest(logits: Tensor) -> Tensor:
         return torch.from_numpy(tokens)
     top_logit, top_token = logits.max(dim=-1)
     return top_token.masked_fill_(top_logit.isnan(), NOT_A_NUMBER)
-
-
-def _verdict(outcome: Sequence[int]) -> Verdict:
-    levels = len(outcome) // 3
-    nodes, draft_nodes, token_ids = (tuple(outcome[i * levels :][:levels]) for i in range(3))
-    num_accepted = sum(node > 0 for node in nodes)
-    token_ids = token_ids[: num_accepted + 1]
-    _check_number(NOT_A_NUMBER in token_ids)
-    return Verdict(nodes[1 : num_accepted + 1], draft_nodes[1 : num_accepted + 1], token_ids)
 
 
 def _check_number(is_nan: bool) -> None:

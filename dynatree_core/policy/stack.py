@@ -136,15 +136,15 @@ class PolicyStack:
     @property
     def max_width(self) -> int | None:
         """Nodes of one level that any policy which may decide widths wants, by their `max_width`; None: unknown."""
-        known = [self.max_width_of(name) for name, _ in self.callers["branch_factor"]]
+        known = [_promised_width(self.policies[name]) for name, _ in self.callers["branch_factor"]]
         widths = [width for width in known if width is not None]
         if len(widths) < len(known):
             return None
         return max(widths, default=1)  # where nobody answers, each node gets one child
 
-    def max_width_of(self, name: str | None) -> int | None:
-        """What one policy wants at most; None: unknown."""
-        return _promised(self.policies.get(name or ""), "max_width")
+    def max_width_of(self, name: str | None, depth: int) -> int | None:
+        """Nodes that one policy wants at most as children of a level at this depth; None: unknown."""
+        return _promised_width(self.policies.get(name or ""), depth)
 
     @property
     def max_kept(self) -> int | None:
@@ -228,7 +228,20 @@ def _is_recordable(policy: object) -> bool:
 
 def _promised(policy: object, name: str) -> int | None:
     """A number of nodes that a policy promises not to exceed; None where it says nothing."""
-    most = getattr(policy, name, None)
+    return _number(getattr(policy, name, None))
+
+
+def _promised_width(policy: object, depth: int | None = None) -> int | None:
+    """The same of a policy's `max_width`, of the level below this depth; None: of any."""
+    most = getattr(policy, "max_width", None)
+    if not isinstance(most, tuple):
+        return _number(most)
+    widths = [_number(width) for width in (most if depth is None else most[depth : depth + 1])]
+    known = [width for width in widths if width is not None]
+    return max(known) if known and len(known) == len(widths) else None
+
+
+def _number(most: object) -> int | None:
     return most if isinstance(most, int) and not isinstance(most, bool) and most > 0 else None
 
 

@@ -147,7 +147,7 @@ def flatten_level(tree: TokenTree, prefix_len: int, num_cached: int | None = Non
     while places_rows < rows:
         num_places += 1
         places_rows += tree.level_sizes[-num_places]
-    if num_places == 1 and tree.is_padded:
+    if num_places == 1 and tree.device.type != "cpu":
         positions = _positions(tree.max_depth + prefix_len, tree.device)[-1:].expand(rows)
     elif num_places == 1:
         positions = torch.full((rows,), tree.max_depth + prefix_len - 1, device=tree.device)

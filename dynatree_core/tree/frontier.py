@@ -49,6 +49,7 @@ class Read:
     proposed: list[int] | None = None  # least and greatest token that is proposed, and how many scores are sound
     widths: Tensor | None = None  # an answer to `branch_factor`, and how many children it leads to
     num_children: int = 0
+    places: Tensor | None = None  # [children] int64, where they are in the flattened proposals; None: nobody has said
 
 
 @attrs.frozen(eq=False)
@@ -140,14 +141,20 @@ class Frontier:
             self._was_read.proposed = [int(number) for number in of_each.pop()]
         return of_each
 
-    def note_children(self, widths: Tensor, number: int) -> None:
+    def note_children(self, widths: Tensor, number: int, *, places: Tensor | None = None) -> None:
         """Say how many children the widths [width] int64 lead to that `branch_factor` is about to answer, one at least.
 
         For a policy that has read the proposals. It counts where this very tensor decides, all nodes are expanded and
         no path is cut by τ. No child may be counted whose log-probability is -inf; a policy that is wrong is refused on
         a CPU.
+
+        Args:
+            widths: what is about to be answered.
+            number: of children.
+            places: [number] int64, which of the flattened proposals [width × k] they are, ascending, where the policy
+                knows: nobody looks for them again then.
         """
-        self._was_read.widths, self._was_read.num_children = widths, number
+        self._was_read.widths, self._was_read.num_children, self._was_read.places = widths, number, places
 
     def what_was_read(self) -> Read:
         """For the engine, when the policies have answered."""

@@ -140,6 +140,10 @@ class _HeardLate:
         has_come = self._events[level].query()  # type: ignore[no-untyped-call]
         return int(self._numbers[level]) if has_come else None
 
+    def wait_for(self, level: int) -> None:
+        """Let the device come up to a level. It does not run dry where it has a later one to do."""
+        self._events[level].synchronize()
+
 
 @attrs.define(eq=False)
 class _LevelRoom:
@@ -190,9 +194,14 @@ class PaddedGrowth:
 
     @property
     def is_over(self) -> bool:
-        """Whether the host knows that the last level is empty. It may know too late, which costs passes and no node."""
+        """Whether the host knows that a level is empty. It may know too late, which costs a pass and no node.
+
+        The host is ahead of the device by a level at most: it would launch all levels behind an empty one otherwise.
+        """
         heard = self.space.heard
         if heard is not None:
+            if len(self._sent) > 1:
+                heard.wait_for(self._sent[-2][0])
             self._is_over |= any(heard.number(level) == nothing for level, nothing in self._sent)
         return self._is_over
 
@@ -304,7 +313,6 @@ class PaddedRows:
     draft_index: Tensor  # [rows] int64: places in the padded tree
     max_depth: int  # levels of the padded tree
     drafted: TokenTree  # the padded tree
-    _depths: Tensor = attrs.field(repr=False)  # [levels] int64: 0, 1, 2, …
 
     @classmethod
     def of(cls, tree: TokenTree, keep: Tensor | None, growth: PaddedGrowth, max_kept: int | None) -> PaddedRows:
@@ -322,7 +330,7 @@ class PaddedRows:
         packed, mask = tree.gathered(order)
         parent = torch.searchsorted(order, packed[1])
         parent[:1].fill_(-1)
-        return cls(packed, parent, mask, order, tree.max_depth, tree, space.depths[: 1 + tree.max_depth])
+        return cls(packed, parent, mask, order, tree.max_depth, tree)
 
     @property
     def token_ids(self) -> Tensor:
@@ -347,11 +355,6 @@ class PaddedRows:
     @property
     def device(self) -> torch.device:
         return self.draft_index.device
-
-    @property
-    def level_sizes(self) -> Tensor:
-        """[levels] int64: nodes at depth 0, 1, …; from some depth on 0."""
-        return (self.reach == self._depths[:, None]).sum(dim=1)
 
     def copied(self) -> PaddedRows:
         """The same in memory of their own, as far as `tree` needs it: a graph writes into its own memory again."""

@@ -10,6 +10,7 @@ are -inf. So its sizes are known before the device has computed how many nodes t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -36,6 +37,14 @@ class Room:
     packed: Tensor | None = None  # of a padded tree: [6, room] int64, see `packed_scores` and PaddedSpace
 
     @classmethod
+    def of_root(cls, token_id: Tensor) -> Room:
+        """A new one, with a root that has this token [1] int64; it takes four kernels, as small as it is."""
+        empty = _first_room(token_id.device)
+        room = cls(empty.integers.clone(), empty.scores.clone(), empty.mask.clone())
+        room.integers[0, :1] = token_id
+        return room
+
+    @classmethod
     def for_nodes(cls, num_nodes: int, device: torch.device) -> Room:
         return cls(
             torch.empty(2, num_nodes, dtype=torch.int64, device=device),
@@ -60,6 +69,17 @@ class Room:
             and num_nodes <= self.mask.shape[0]
             and self.mask.is_inference() == torch.is_inference_mode_enabled()  # else torch lets nobody write into it
         )
+
+
+@functools.cache
+def _first_room(device: torch.device) -> Room:
+    """With a root without a token."""
+    with torch.inference_mode(False):
+        room = Room.for_nodes(FIRST_ROOM, device)
+        room.integers.zero_()
+        room.integers[1, 0] = -1
+        room.scores.zero_()
+        return room
 
 
 def packed_scores(column: Tensor) -> Tensor:
@@ -99,8 +119,10 @@ class TokenTree:
     def root(cls, token_id: Tensor) -> TokenTree:
         """A tree that holds only the last committed token, given as a [1] int64 tensor on its device."""
         device = token_id.device  # nothing is shared with other trees: who writes into one harms that one alone
+        if device.type != "cpu":  # fewer kernels, with room to grow; on a CPU a root that never grows is quicker below
+            return cls.in_room(Room.of_root(token_id), (1,))
         return cls(
-            token_ids=token_id,
+            token_ids=token_id.clone(),
             parent=torch.full((1,), -1, device=device),
             logprob=torch.zeros(1, dtype=torch.float32, device=device),
             cum_logprob=torch.zeros(1, dtype=torch.float32, device=device),
@@ -172,6 +194,11 @@ class TokenTree:
         return torch.arange(self.num_nodes, device=self.device) if self._cut is None else self._cut.draft_index
 
     @property
+    def is_cut(self) -> bool:
+        """Whether pruning has taken nodes out, so that `draft_index` is no longer 0, 1, 2, …"""
+        return self._cut is not None
+
+    @property
     def num_nodes(self) -> int:
         """Nodes with the root."""
         return sum(self.level_sizes)
@@ -214,7 +241,10 @@ class TokenTree:
         logprob = logprob.float()
         cum_logprob = self.cum_logprob[parent] + logprob
         every = torch.arange(parent.numel(), device=self.device)
-        return self._grown(parent, every, token_ids, logprob, cum_logprob)
+        new = self.num_nodes + parent.numel()
+        room = self._room_for(new)
+        room.integers[1, self.num_nodes : new] = parent
+        return self._grown(room, every, token_ids, logprob, cum_logprob)
 
     def grow_among(self, chosen: Tensor, token_ids: Tensor, logprobs: Tensor, scores: Tensor) -> TokenTree:
         """The tree with one more level, of some of the children that were proposed for its last one.
@@ -225,25 +255,25 @@ class TokenTree:
             logprobs: [width, k] float32, natural log of the draft probability given the parent.
             scores: [width, k] float32, log-probability of the path.
         """
-        parent = torch.div(chosen, token_ids.shape[1], rounding_mode="floor") + self.last_level.start
-        return self._grown(parent, chosen, token_ids.flatten(), logprobs.flatten(), scores.flatten())
+        new = self.num_nodes + chosen.numel()
+        room = self._room_for(new)
+        parent = room.integers[1, self.num_nodes : new]
+        torch.div(chosen, token_ids.shape[1], rounding_mode="floor", out=parent).add_(self.last_level.start)
+        return self._grown(room, chosen, token_ids.flatten(), logprobs.flatten(), scores.flatten())
 
-    def _grown(
-        self, parent: Tensor, chosen: Tensor, token_ids: Tensor, logprob: Tensor, cum_logprob: Tensor
-    ) -> TokenTree:
-        """The tree with these parents' children, those at the chosen places of what follows [proposed].
+    def _grown(self, room: Room, chosen: Tensor, token_ids: Tensor, logprob: Tensor, cum_logprob: Tensor) -> TokenTree:
+        """The tree with one more level, whose parents are in the room: the chosen places of what follows [proposed].
 
         Each of its tensors is written once, where it stays: a child sees what its parent sees, and itself.
         """
-        old, new = self.num_nodes, self.num_nodes + parent.numel()
-        room = self._room_for(new)
+        old, new = self.num_nodes, self.num_nodes + chosen.numel()
         integers, scores, level = room.integers, room.scores, slice(old, new)
-        integers[1, level] = parent
+        parent = integers[1, level]
         torch.index_select(token_ids, 0, chosen, out=integers[0, level])
         torch.index_select(logprob, 0, chosen, out=scores[0, level])
         torch.index_select(cum_logprob, 0, chosen, out=scores[1, level])
         torch.index_select(room.mask[:, :old], 0, parent, out=room.mask[level, :old])
-        return TokenTree.in_room(room, (*self.level_sizes, parent.numel()))
+        return TokenTree.in_room(room, (*self.level_sizes, chosen.numel()))
 
     def grow_padded(self, chosen: Tensor, proposed: Tensor) -> TokenTree:
         """The padded tree with one more level, of as many nodes as places are chosen.
@@ -325,7 +355,7 @@ class TokenTree:
             cum_logprob=self.cum_logprob[index],
             ancestor_mask=self.ancestor_mask[index[:, None], index],
             level_sizes=tuple(size for size in level_sizes if size),
-            cut=Cut(self.depth[index], self.rank[index], self.draft_index[index]),
+            cut=Cut(self.depth[index], self.rank[index], self.draft_index[index] if self.is_cut else index),
         )
 
     def first_chain(self) -> TokenTree:
