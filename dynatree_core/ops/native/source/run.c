@@ -21,8 +21,6 @@ static void run_all(void *given, team *team) {
 
 int dynatree_run(const op *ops, int64_t count, int64_t rows, int64_t threads) {
   call c = {ops, count, rows, 0};
-  /* a few rows' totals take less than having a team: a trace asks for them where its threads may have gone to sleep */
-  if (count == 1 && ops->code == OP_TOTALS && rows < 4) threads = 1;
   if (rows > 0) with_team(run_all, &c, threads);
   return c.failed;
 }
