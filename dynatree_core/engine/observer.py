@@ -104,15 +104,21 @@ class Level:
         """The same, with copies of votes and proposals: a policy or a drafter may write into its tensors again."""
         if self.proposals is None and self.expand is None:
             return self
-        return attrs.evolve(
-            self,
+        conditions = self._conditions
+        if Outcome.NOT_EXPANDED in conditions:  # which is a policy's vote
+            conditions = {**conditions, Outcome.NOT_EXPANDED: conditions[Outcome.NOT_EXPANDED].clone()}
+        return Level(  # attrs.evolve takes thrice as long, for each level of each tree that is recorded
+            iteration=self.iteration,
+            tree=self.tree,
+            nodes_left=self.nodes_left,
+            end=self.end,
             expand=_copied(self.expand),
             branch=_copied(self.branch),
             proposals=None if self.proposals is None else self.proposals.copied(),
-            conditions={
-                outcome: is_met.clone() if outcome is Outcome.NOT_EXPANDED else is_met  # which is a policy's vote
-                for outcome, is_met in self._conditions.items()
-            },
+            conditions=conditions,
+            chosen=self._chosen,
+            grown=self.grown,
+            sequence=self.sequence,
         )
 
 
@@ -120,7 +126,7 @@ _Answer = TypeVar("_Answer", bound=Decision[Any] | None)
 
 
 def _copied(decision: _Answer) -> _Answer:
-    if decision is None:
+    if decision is None or not any(isinstance(vote, Tensor) for vote in decision.votes.values()):
         return decision
     votes = {name: vote.clone() if isinstance(vote, Tensor) else vote for name, vote in decision.votes.items()}
     return attrs.evolve(decision, votes=votes)

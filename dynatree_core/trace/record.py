@@ -40,7 +40,7 @@ from dynatree_core.files.outputs import check_out
 from dynatree_core.plugins.params import as_python
 from dynatree_core.policy.stack import Decision, PolicyStack
 from dynatree_core.report import GenerationReport
-from dynatree_core.text.stream import IncrementalText, decode_text
+from dynatree_core.text.stream import IncrementalText
 from dynatree_core.trace.format import OUTCOMES, SCHEMA, dumps, float_list, int_list, is_compressed, is_trace
 from dynatree_core.trace.nodes import Nodes, nodes_of
 
@@ -671,8 +671,9 @@ class _Texts:
 
     def incremental(self) -> IncrementalText | None:
         """The text of one generation's tokens as they come."""
-        tokenizer = self._tokenizer
-        return None if tokenizer is None else IncrementalText(lambda token_ids: decode_text(tokenizer, token_ids))
+        if self._tokenizer is None:
+            return None
+        return IncrementalText(lambda token_ids: self._decode([token_ids], skip_special_tokens=True)[0])
 
     def whole(self, token_ids: Sequence[int]) -> str | None:
         """The text of a prompt, its special tokens among it."""
@@ -700,12 +701,13 @@ class _Texts:
             for text, fits in zip(texts, is_behind, strict=True)
         ]
 
-    def _decode(self, sequences: list[list[int]]) -> list[str]:
+    def _decode(self, sequences: list[list[int]], *, skip_special_tokens: bool = False) -> list[str]:
         assert self._tokenizer is not None, "without one there are no texts"
-        if isinstance(self._tokenizer, PreTrainedTokenizerFast):  # one by one, since its batches wake threads
+        if isinstance(self._tokenizer, PreTrainedTokenizerFast):
+            # one by one, since its batches wake threads; its own decode() first looks at each token in Python
             decode = self._tokenizer.backend_tokenizer.decode
-            return [decode(one, skip_special_tokens=False) for one in sequences]
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+            return [decode(one, skip_special_tokens=skip_special_tokens) for one in sequences]
+        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
         return self._tokenizer.batch_decode(sequences, **options)
 
 

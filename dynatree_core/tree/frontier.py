@@ -32,8 +32,15 @@ class Proposals:
 
     def copied(self) -> Proposals:
         """The same in memory of its own."""
-        heard = tuple((name, part.copied()) for name, part in self.heard)
-        return Proposals(self.token_ids.clone(), self.logprobs.clone(), self.is_free, heard)
+        token_ids, logprobs = self.token_ids.clone(), self.logprobs.clone()
+        heard = tuple(
+            # where one drafter alone was asked, its proposals are the union's: two copies fewer for each level
+            (name, Proposals(token_ids, logprobs, part.is_free))
+            if part.token_ids is self.token_ids and not part.heard
+            else (name, part.copied())
+            for name, part in self.heard
+        )
+        return Proposals(token_ids, logprobs, self.is_free, heard)
 
     @property
     def checks(self) -> list[Tensor]:

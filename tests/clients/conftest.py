@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
+from test_docs import DOCS, blocks
 from tiny_folder import save_tiny
 
 from dynatree_core.hf.export import LOOP, Chosen, write_folder
@@ -59,6 +61,24 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(place / "modules"))
         patch.setattr(sys, "path", [*sys.path])
         yield found
+
+
+@pytest.fixture
+def run_shown(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
+    """Runs the block of docs/use-it-from.md that needs a module, on the tiny target's folder; what it has defined."""
+
+    def run(module: str) -> dict[str, Any]:
+        page = DOCS / "use-it-from.md"
+        [block] = [one for one in blocks(page) if one.marker == f"client: {module}"]
+        (tmp_path / "smollm2-trees").symlink_to(served.trees)
+        monkeypatch.chdir(tmp_path)
+        namespace: dict[str, Any] = {"__name__": "shown"}
+        before = served.num_calls
+        exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec", dont_inherit=True), namespace)
+        assert served.num_calls > before
+        return namespace
+
+    return run
 
 
 @pytest.fixture

@@ -76,3 +76,14 @@ def test_chat(pair):
         for llm, arguments in ((plain, {}), (trees, more))
     ]
     assert said[0] == said[1] != ""
+
+
+def test_what_is_shown(run_shown, served, capsys):
+    langchain = pytest.importorskip("langchain_huggingface", reason="it is in the extra [clients]")
+    shown = run_shown("langchain_huggingface")
+    printed = capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(served.plain)
+    pipe = pipeline("text-generation", model=model, tokenizer=shown["tokenizer"])
+    expected = langchain.HuggingFacePipeline(pipeline=pipe).invoke("The sky is", pipeline_kwargs=shown["asked"])
+    assert printed.startswith(f"{expected}\n{expected}")
+    assert len(printed) > 2 * len(expected) + 2  # the chat's answer

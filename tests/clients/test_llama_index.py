@@ -100,3 +100,12 @@ def test_a_stream_ends_where_a_generation_fails(served, make):
     reader.join(60)
     assert not reader.is_alive()
     assert "".join(pieces) == ""
+
+
+def test_what_is_shown(run_shown, make, served, capsys):
+    shown = run_shown("llama_index.llms.huggingface")
+    printed = capsys.readouterr().out
+    plain = make(served.plain)
+    plain.max_new_tokens = shown["llm"].max_new_tokens
+    expected = plain.complete("The sky is").text
+    assert printed == f"{expected}\n{expected}"

@@ -10,12 +10,17 @@ inlined f16x polynomial(f16x x, const float *coefficients, int count) { /* highe
   return y;
 }
 
-/* exp of what is between -88 and 88.3, within two units in the last place; of what is no number too. */
-inlined f16x exp_between16(f16x x) {
+/* Within two units in the last place; 0 below -87.3, and no more than about 2.4e38. */
+inlined f16x exp16(f16x x) {
   static const float P[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                             4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-  f16x turns, y;
-  EACH turns.of[part] = (x.of[part] * 1.44269504088896341f + 12582912.0f) - 12582912.0f; /* rounds to a whole number */
+  f16x given = x, turns, y;
+  EACH {
+    floats high = 88.3762626f - (floats){0}, low = -88.0f - (floats){0};
+    x.of[part] = choose((ints)(x.of[part] > high), high, x.of[part]);
+    x.of[part] = choose((ints)(x.of[part] < low), low, x.of[part]);
+    turns.of[part] = (x.of[part] * 1.44269504088896341f + 12582912.0f) - 12582912.0f; /* rounds to a whole number */
+  }
   x = fma16(turns, all16(-0.693359375f), x);
   x = fma16(turns, all16(2.12194440e-4f), x);
   y = polynomial(x, P, 6);
@@ -23,20 +28,8 @@ inlined f16x exp_between16(f16x x) {
   EACH {
     ints power = (__builtin_convertvector(turns.of[part], ints) + 127) << 23; /* 2 to that power */
     y.of[part] = y.of[part] * (floats)power;
+    y.of[part] = choose((ints)(given.of[part] < -87.3f), (floats){0}, y.of[part]);
   }
-  return y;
-}
-
-/* Within two units in the last place; 0 below -87.3, and no more than about 2.4e38. */
-inlined f16x exp16(f16x x) {
-  f16x given = x, y;
-  EACH {
-    floats high = 88.3762626f - (floats){0}, low = -88.0f - (floats){0};
-    x.of[part] = choose((ints)(x.of[part] > high), high, x.of[part]);
-    x.of[part] = choose((ints)(x.of[part] < low), low, x.of[part]);
-  }
-  y = exp_between16(x);
-  EACH y.of[part] = choose((ints)(given.of[part] < -87.3f), (floats){0}, y.of[part]);
   return y;
 }
 
