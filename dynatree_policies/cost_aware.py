@@ -39,9 +39,10 @@ import itertools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import attrs
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -52,12 +53,10 @@ MEMORY = 0.97  # share of what is known that another iteration leaves: it takes 
 PRIOR_HIT, PRIOR_LOOK = 0.6, 0.5  # before anything is known: chance that a chain goes on, and tokens that a look wins
 PRIOR_WEIGHT = 4.0
 # the hooks and the bookkeeping of a level, in times that a small tree takes to be laid out and committed (both are work
-# of the host, however quick the passes are), and as a share of a step at least, where the costs know of no such work.
-# Without it, levels of a drafter that costs nothing would be free
-LEVEL_RESTS, LEVEL_SHARE = 1.5, 0.04
-# the same where sequences share their passes. What a level takes the host was counted there, 2 ms beside a rest of 0.5,
-# and each of them waits for it; alone, what it wins makes up for a price that is too low
-LEVEL_RESTS_BESIDE = 4.0
+# of the host, however quick the passes are), and as a share of a step at least, where the costs know of no such work:
+# levels of a drafter that costs nothing would be free. Counted on two cores: 2.7 ms beside a rest of 0.8 to 1.0 in a
+# sequence alone, 2 ms beside one of 0.5 where four share passes
+LEVEL_RESTS, LEVEL_SHARE = 3.5, 0.04
 STAKE, MAX_LOSS = 0.75, 0.015  # steps: what drafting may lose, and what an iteration adds to that
 FREE_STAKE, FREE_MAX_LOSS = 0.375, 0.0075  # the same for iterations whose looks are all free
 FIRST_DEPTH = 4
@@ -67,21 +66,21 @@ IDLE_SHARE = 0.002  # of the way back to the prior, for each iteration without s
 
 NOT_FREE_SHARE = 0.05  # the same, to nothing, of what free looks win, for each that turns out to cost something
 
-CPU_NUMBERS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+Numbers = npt.NDArray[np.float32]  # on the host, where torch takes five times as long for so few
 
 
-def level_seconds(costs: CostModel, width: int, *, is_free: bool = False, rests: float = LEVEL_RESTS) -> float:
+def level_seconds(costs: CostModel, width: int, *, is_free: bool = False) -> float:
     """A level over so many nodes: the drafter's pass, unless it did without, and what the host does besides."""
-    of_host = max(rests * costs.rest_seconds, LEVEL_SHARE * costs.plain_step_seconds())
+    of_host = max(LEVEL_RESTS * costs.rest_seconds, LEVEL_SHARE * costs.plain_step_seconds())
     return (0.0 if is_free else costs.drafter_level_seconds(width)) + of_host
 
 
 @functools.lru_cache(maxsize=256)
-def _seconds(costs: CostModel, num_rows: int, rests: float) -> tuple[Tensor, Tensor]:
+def _seconds(costs: CostModel, num_rows: int) -> tuple[Numbers, Numbers]:
     """[rows] of the target's pass and of a level over 0, 1, 2, … rows, so many at least."""
-    of_host = level_seconds(costs, 0, rests=rests)
+    of_host = level_seconds(costs, 0)
     growth = [of_host + seconds for seconds in costs.drafter_level_seconds.table(num_rows)]
-    return torch.tensor(costs.target_pass_seconds.table(num_rows), **CPU_NUMBERS), torch.tensor(growth, **CPU_NUMBERS)
+    return np.array(costs.target_pass_seconds.table(num_rows), np.float32), np.array(growth, np.float32)
 
 
 def _less_won(frontier: Frontier) -> float:
@@ -96,7 +95,7 @@ def _usual_chain(costs: CostModel) -> float:
     for rows in range(1, HORIZON + 1):
         accepted += PRIOR_HIT**rows
         added = costs.target_pass_seconds(1 + rows) - costs.target_pass_seconds(1)
-        levels = (rows - 1) * level_seconds(costs, 1, rests=LEVEL_RESTS_BESIDE)
+        levels = (rows - 1) * level_seconds(costs, 1)
         best = max(best, accepted - (added + levels) / plain)
     return best
 
@@ -165,7 +164,6 @@ class CostAware:
     is_recalled: bool = attrs.field(default=False, init=False, repr=False)
     levels: list[Frontier] = attrs.field(factory=list, init=False, repr=False)  # of this iteration, that it said yes to
     costs: CostModel | None = attrs.field(default=None, init=False, repr=False)
-    level_rests: float = attrs.field(default=LEVEL_RESTS, init=False, repr=False)
     _last: _Judged | None = attrs.field(default=None, init=False, repr=False)
     _wanted: _Level | None = attrs.field(default=None, init=False, repr=False)  # that branch_factor asked for last
 
@@ -180,7 +178,6 @@ class CostAware:
     def should_expand(self, frontier: Frontier) -> bool:
         if frontier.depth == 0:
             self.levels, self.costs = [], frontier.charged_costs
-            self.level_rests = LEVEL_RESTS if frontier.num_sequences == 1 else LEVEL_RESTS_BESIDE
             if not self.is_recalled:  # again: each session has a copy, and others may have kept more since
                 self._recall()
                 self.is_recalled = True
@@ -190,8 +187,8 @@ class CostAware:
         rate, behind = self._rate(costs), costs.catch_up_seconds(frontier.num_behind) / _payback(frontier)
         less = _less_won(frontier) if self.has_looked else 0.0
         won = mass * (self.look_value - less)
-        pays = won > rate * (self._level_seconds(costs, frontier.width) + behind) and self.account >= 0
-        may_pay = mass * self.free_look_value > rate * self._level_seconds(costs, frontier.width, is_free=True)
+        pays = won > rate * (level_seconds(costs, frontier.width) + behind) and self.account >= 0
+        may_pay = mass * self.free_look_value > rate * level_seconds(costs, frontier.width, is_free=True)
         if not pays and may_pay and self.free_account >= 0:
             pays = frontier.is_look_free  # a search of the text, so only where it decides
             if not pays and frontier.depth == 0:
@@ -255,7 +252,7 @@ class CostAware:
         if self.costs is not None:
             seconds = self.costs.iteration_seconds(report.tree.num_drafted, [])
             for level in asked:
-                seconds += self._level_seconds(level.charged_costs, level.width, is_free=level.proposals.is_free)
+                seconds += level_seconds(level.charged_costs, level.width, is_free=level.proposals.is_free)
                 if level.num_behind and not level.proposals.is_free:
                     self.debt += level.catch_up_seconds / self.costs.plain_step_seconds()
                     self.instalment = max(self.instalment, self.debt / _payback(level))
@@ -318,7 +315,7 @@ class CostAware:
 
     def _wins(
         self, accepted: Sequence[float], num_before: int, rate: float, costs: CostModel, levels_left: int
-    ) -> Tensor:
+    ) -> Numbers:
         """[nodes + 1] float32: tokens that the first 0, 1, 2, … of some nodes win, less what the seconds are worth.
 
         Args:
@@ -326,20 +323,18 @@ class CostAware:
             num_before: drafted nodes beside them.
             levels_left: levels that may follow; chains of as many as pay are counted in.
         """
-        gained = torch.tensor([0.0, *itertools.accumulate(accepted)], **CPU_NUMBERS)
+        gained = np.array([0.0, *itertools.accumulate(accepted)], np.float32)
         hit = (PRIOR_WEIGHT * PRIOR_HIT + self.hits) / (PRIOR_WEIGHT + self.trials)
-        levels = min(HORIZON, max(levels_left, 0)) + 1
-        per_node = torch.tensor([sum(hit**i for i in range(level + 1)) for level in range(levels)], **CPU_NUMBERS)
+        levels = np.arange(min(HORIZON, max(levels_left, 0)) + 1)[:, None]
+        per_node = np.array([*itertools.accumulate(hit**level for level in range(len(levels)))], np.float32)
         num_rows = 1 + num_before + len(gained) + HORIZON
-        verify, growth = _seconds(costs, 1 << num_rows.bit_length(), self.level_rests)
+        verify, growth = _seconds(costs, 1 << num_rows.bit_length())
         # [levels, nodes + 1]: a row begins one row of the pass later than the one before it
-        passes = verify[1 + num_before :].unfold(0, len(gained), 1)[:levels] - verify[1 + num_before]
-        seconds = passes + torch.arange(levels, **CPU_NUMBERS)[:, None] * growth[: len(gained)]
+        rows = 1 + num_before + levels + np.arange(len(gained))
+        seconds = verify[rows] - verify[1 + num_before] + levels.astype(np.float32) * growth[: len(gained)]
         seconds[:, 0] = 0.0
-        return (gained * per_node[:, None] - rate * seconds).amax(dim=0)
-
-    def _level_seconds(self, costs: CostModel, width: int, *, is_free: bool = False) -> float:
-        return level_seconds(costs, width, is_free=is_free, rests=self.level_rests)
+        wins: Numbers = (gained * per_node[:, None] - np.float32(rate) * seconds).max(axis=0)
+        return wins
 
     def _learn_look(self, tokens: float, share: float, *, is_free: bool) -> None:
         """What a look has won, given that its level is accepted; an iteration without one leads back to the prior."""

@@ -488,8 +488,8 @@ MUTANTS = (
     ),
     Mutant(
         "seconds are worth nothing",
-        "return (gained * per_node[:, None] - rate * seconds).amax(dim=0)",
-        "return (gained * per_node[:, None] - 0 * seconds).amax(dim=0)",
+        "(gained * per_node[:, None] - np.float32(rate) * seconds).max(axis=0)",
+        "(gained * per_node[:, None] - 0 * seconds).max(axis=0)",
         ("tests/test_cost_aware.py::test_a_child_is_worth_its_row",),
     ),
     Mutant(

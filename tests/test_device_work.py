@@ -44,7 +44,7 @@ WARM_UP, WARM_UP_RECORDED, MEASURED = 6, 12, 8  # iterations
 COSTS = CostModel(
     StepFunction((1, 8, 16, 32, 64), (2.4e-3, 2.45e-3, 2.5e-3, 2.6e-3, 2.8e-3)),
     StepFunction((1, 8, 32), (0.45e-3, 0.46e-3, 0.5e-3)),
-    0.6e-3,
+    0.2e-3,
 )
 STACKS = {
     "fixed": "fixed(depth=5,branch=2,max_nodes=16,tau=0.02)",
@@ -129,7 +129,7 @@ LIMITS = {
     ("fixed", "union"): (0, 2, 191),
     ("phase3", "union"): (0, 2, 345),
     # level by level
-    ("cost_aware", "model"): (1, 1.9, 151),  # the host decides for each level, and is told the sizes where it cuts
+    ("cost_aware", "model"): (1, 2, 154),  # the host decides for each level, and is told the sizes where it cuts
     ("cost_aware", "union"): (1, 2, 305),
 }
 
