@@ -238,9 +238,9 @@ class CostAware:
         num_kept = int(wins.argmax())
         if num_kept == tree.num_drafted:
             return None
-        best = judged.acceptance.argsort(descending=True, stable=True)  # the root first
+        best = judged.acceptance[1:].argsort(descending=True, stable=True)
         keep = torch.zeros(tree.num_nodes, dtype=torch.bool, device=tree.device)
-        return keep.index_fill_(0, best[: 1 + num_kept], True)
+        return keep.index_fill_(0, best[:num_kept] + 1, True)
 
     @hookimpl
     def on_iteration_end(self, report: StepReport) -> None:

@@ -677,7 +677,7 @@ MUTANTS = (
     ),
     Mutant(
         "tokens are drafted that the target cannot read",
-        "DraftPlan(\n                num_known_ids(self.target),",
+        "DraftPlan(\n                self.num_known_ids,",
         "DraftPlan(\n                self.vocab_size,",
         ("tests/test_drafters.py::test_no_token_is_drafted_that_the_target_cannot_read",),
     ),

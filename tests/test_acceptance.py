@@ -154,3 +154,9 @@ def test_another_file_is_refused(tmp_path, text):
     file.write_text(text)
     with pytest.raises(InputError, match="must hold acceptance counts"):
         AcceptanceEstimator().load(file)
+
+
+def test_the_weights_of_priors_may_be_a_list():
+    given, usual = AcceptanceEstimator(weights=[8.0, 16.0, 16.0]), AcceptanceEstimator()
+    logprob = torch.tensor([-0.5, -2.0, -torch.inf])
+    assert torch.equal(given.predict(logprob, None, 1), usual.predict(logprob, None, 1))

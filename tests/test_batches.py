@@ -170,6 +170,8 @@ def test_of_several_requests_all_are_taken_or_none():
     assert (engine.load.num_waiting, engine.load.num_running) == (0, 0)
     with pytest.raises(ParameterError, match="good for one sequence"):
         engine.submit_all([requests[0], requests[0]])
+    with pytest.raises(ParameterError, match=r"must be made by Engine\.request, got list"):
+        engine.submit_all([PROMPTS[0]])
     handles = engine.submit_all(requests[:2])
     with pytest.raises(ParameterError, match="submitted before"):
         engine.submit_all(requests[1:])

@@ -13,12 +13,23 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import LlamaModel
 
-from dynatree_core import DraftPlan, Frontier, Proposals, Session, TokenTree, build_drafter, generate, hookimpl, run
+from dynatree_core import (
+    DraftPlan,
+    Engine,
+    Frontier,
+    Proposals,
+    Session,
+    TokenTree,
+    build_drafter,
+    generate,
+    hookimpl,
+    run,
+)
 from dynatree_core.cache.sink_cache import SinkWindow
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import DRAFTED_EVIDENCE, UNSEEN_WEIGHT
-from dynatree_core.errors import ModelLoadError, ParameterError, PromptError, UnsupportedModelError
+from dynatree_core.errors import DrafterError, ModelLoadError, ParameterError, PromptError, UnsupportedModelError
 from dynatree_core.testing import assert_drafter_contract
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.conformance import DRAFTER_PROPERTIES
@@ -269,6 +280,22 @@ def with_a_larger_head(more: int, seed: int = 0) -> torch.nn.Module:
         head.weight[200:] = 0.01 if seed == 0 else 3 * model.lm_head.weight[:more]  # never said, and often
     model.lm_head = head
     return model
+
+
+class Unreadable(ModelDrafter):
+    """Says a token that the target can say, but not read."""
+
+    def start(self, plan):
+        state = super().start(plan)
+        state.num_outputs, state.token_of = 200, torch.full((200,), 201)
+        return state
+
+
+@pytest.mark.parametrize("pads_trees", [False, True])
+def test_a_drafter_that_says_what_the_target_cannot_read_is_to_blame(pads_trees):
+    engine = Engine(with_a_larger_head(3), Unreadable(tiny_model("llama", 1, vocab_size=200)), pads_trees=pads_trees)
+    with pytest.raises(DrafterError, match="token ids must be from 0 to 199"):
+        engine.submit([3, 1, 4, 1, 5, 9], policy="fixed(depth=2,tau=0.0)", max_new_tokens=8).result()
 
 
 def test_no_token_is_drafted_that_the_target_cannot_read():

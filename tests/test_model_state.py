@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from dynatree_core import PrefixCache, generate
+from dynatree_core.models import comparable
 from dynatree_core.models.state import can_infer, foreign_parts, is_untouched, state_of
 from dynatree_core.testing.models import greedy, perturbed, tiny_model
 
@@ -163,6 +164,7 @@ SETTINGS = types.ModuleType("settings_of_somebody")
 SOURCES = {
     "numpy": (lambda: np.ones(1), lambda it: float(it[0]), lambda it, to: it.__setitem__(0, to)),
     "deque": (lambda: collections.deque([1.0]), lambda it: it[0], lambda it, to: it.__setitem__(0, to)),
+    "large numpy": (lambda: np.ones((1024, 1024)), lambda it: it[0, 0], lambda it, to: it.fill(to)),
     "array": (lambda: array.array("d", [1.0]), lambda it: it[0], lambda it, to: it.__setitem__(0, to)),
     "slots": (Slotted, lambda it: it.scale, lambda it, to: setattr(it, "scale", to)),
     "class": (lambda: None, lambda _: OfClass.scale, lambda _, to: setattr(OfClass, "scale", to)),
@@ -194,6 +196,87 @@ def with_forward(layer, read, source):
             return self.inner(rows) * read(source)
 
     layer.inner = Scaled(layer.inner)
+
+
+class Scaled(nn.Module):
+    scale = 1.0
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    @torch.no_grad()
+    def forward(self, rows):
+        return self._times(self.inner(rows))
+
+    def _times(self, rows):
+        return rows * self.scale
+
+
+class Inheriting(Scaled):
+    def forward(self, rows):
+        return super().forward(rows)
+
+
+@pytest.mark.parametrize("kind", [Scaled, Inheriting])
+def test_kept_rows_do_not_cross_a_change_of_a_class_that_a_decorated_or_inherited_forward_reads(kind, monkeypatch):
+    model, layer = adapted()
+    layer.inner = kind(layer.inner)
+    cache = PrefixCache()
+    for value, num_reused in ((1.0, 0), (1.0, 4), (2.5, 0), (2.5, 4)):
+        monkeypatch.setattr(Scaled, "scale", value)
+        result = generate(model, None, PROMPT, max_new_tokens=8, prefix_cache=cache)
+        assert result.token_ids == greedy(model, PROMPT, 8)
+        assert result.report.num_reused_tokens == num_reused
+
+
+class Counting(Scaled):
+    num_calls = 0
+
+    def forward(self, rows):
+        type(self).num_calls += 1
+        return self.inner(rows)
+
+
+def test_a_class_that_counts_leaves_kept_rows_as_they_are():
+    model, layer = adapted()
+    layer.inner = Counting(layer.inner)
+    cache = PrefixCache()
+    for num_reused in (0, 4):
+        result = generate(model, None, PROMPT, max_new_tokens=8, prefix_cache=cache)
+        assert result.token_ids == greedy(model, PROMPT, 8)
+        assert result.report.num_reused_tokens == num_reused
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_part_that_was_compiled_by_torchscript_has_a_snapshot():
+    model, _ = adapted()
+    model.model.layers[0].mlp.act_fn = torch.jit.script(nn.SiLU())
+    assert state_of(model, reads_code=True) == state_of(model, reads_code=True)
+
+
+def test_a_model_is_not_read_once_more_for_each_hook_that_reaches_it(monkeypatch):
+    class Steering:
+        def __init__(self, model):
+            self.model = model
+
+        def hook(self, part, args, out):
+            return out
+
+    def num_read(num_hooks):
+        model, _ = adapted()
+        steering, read = Steering(model), []
+        for part in [*model.modules()][:num_hooks]:
+            part.register_forward_hook(steering.hook)
+        tensor_state = comparable.tensor_state
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                comparable, "tensor_state", lambda *told, **more: read.append(1) or tensor_state(*told, **more)
+            )
+            state_of(model, reads_code=True)
+        return len(read)
+
+    assert num_read(8) == num_read(1)
 
 
 @pytest.mark.parametrize("attach", [with_hook, with_forward])

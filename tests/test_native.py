@@ -483,6 +483,10 @@ def test_a_setting_that_is_not_known_is_a_reason_against_the_model() -> None:
 def test_a_module_that_was_replaced_or_set_otherwise_is_a_reason_against_the_model() -> None:
     assert all(altered_part(single(name)) is None for name in FITTING)
     assert altered_part(new_student(single("llama"), [1], HEAD_IDS)) is None
+    padded = copy.deepcopy(single("llama"))
+    for pad_token_id in (3, 10**6):  # which only gradients go by; the second is that of a table that was not enlarged
+        assert altered_part(padded) is None
+        padded.config.pad_token_id = pad_token_id
     model: Any = copy.deepcopy(single("llama"))
     model.model.layers[0].mlp.act_fn = nn.ReLU()  # which a blueprint, read from the configuration, would not follow
     assert altered_part(model) == "'model.layers.0.mlp.act_fn' is another one"

@@ -192,6 +192,30 @@ def test_a_plan_says_of_each_level_how_many_nodes_it_has():
 
 
 @pytest.mark.parametrize(
+    ("promised", "most", "of_each"),
+    [
+        ((4, 8, 0), 8, [4, 8, 1]),
+        ((0,), 1, [1]),
+        ((4, -1), None, [4, None]),
+        ((), None, []),
+        ((4, None), None, [4, None]),
+    ],
+)
+def test_a_level_that_leads_to_nothing_is_promised_by_0(promised, most, of_each):
+    class Promising:
+        max_width = promised
+
+        @hookimpl
+        def branch_factor(self, frontier):
+            return 1
+
+    stack = build_stack([Promising()])
+    (name,) = stack.policies
+    assert stack.max_width == most
+    assert [stack.max_width_of(name, depth) for depth in range(len(promised))] == of_each
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"do_sample": True, "seed": 1},

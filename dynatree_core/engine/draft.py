@@ -173,7 +173,7 @@ class _Wanted:
         if num_children <= nodes_left:
             places = None if self.told is None else self.told.places
             if self.known is not None and places is not None and places.shape == (num_children,):
-                return places
+                return places.clone()  # which the policy may write into again
             # filled only where a policy has counted more than there are
             chosen = torch.nonzero_static(self.is_admitted.flatten(), size=num_children, fill_value=0)[:, 0]
             if places is not None and not torch.equal(places, chosen):

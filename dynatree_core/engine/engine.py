@@ -143,6 +143,9 @@ class Engine(Resources):
             InputError: one of them cannot be used; nothing was run.
             QueueFullError: as for `submit`; the same requests may be submitted later.
         """
+        others = [type(request).__name__ for request in requests if not isinstance(request, Request)]
+        if others:
+            raise ParameterError(f"requests must be made by Engine.request, got {others[0]} among them")
         return self._submitted(requests, None)
 
     def _submitted(

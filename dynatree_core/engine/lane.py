@@ -306,8 +306,8 @@ class Lane:
         fault = None
         if not is_sound:
             fault = "log-probabilities must be numbers of at most 0"
-        elif not 0 <= min_id <= max_id < self.vocab_size:
-            fault = f"token ids must be from 0 to {self.vocab_size - 1}"
+        elif not 0 <= min_id <= max_id < self.engine.num_known_ids:
+            fault = f"token ids must be from 0 to {self.engine.num_known_ids - 1}"
         if fault:
             raise DrafterError(f"drafter '{self.drafter_name}' made a bad proposal: {fault}, got {proposals}")
 

@@ -62,7 +62,7 @@ def growth_of(lane: Lane) -> PaddedGrowth | None:
     width = least_width(limits.max_nodes, limits.tau, lane.stack.max_width)
     if width is None or width > space.width:  # parameters of a policy were changed
         return None
-    return PaddedGrowth(space, max_nodes=limits.max_nodes, tau=limits.tau, vocab_size=lane.vocab_size)
+    return PaddedGrowth(space, max_nodes=limits.max_nodes, tau=limits.tau, vocab_size=lane.engine.num_known_ids)
 
 
 def settle(lane: Lane, keep: Tensor | None) -> None:

@@ -233,7 +233,8 @@ def _compared(asked: _Asked, moving: set[Place]) -> _Recorded:
     own_space.heard = None  # the host hears of no level: all are launched
 
     def draft() -> tuple[PaddedGrowth, PaddedRows, RowsBehind]:
-        growth = PaddedGrowth(own_space, max_nodes=limits.max_nodes, tau=limits.tau, vocab_size=lane.vocab_size)
+        vocab_size = lane.engine.num_known_ids
+        growth = PaddedGrowth(own_space, max_nodes=limits.max_nodes, tau=limits.tau, vocab_size=vocab_size)
         passes = PassesBehind(asked.drafter.plain, asked.state.cache, asked.drafters_slots, inputs.drafters_start)
         state = asked.state.behind(passes, RowsBehind())
         rows = _drafted(lane, stack, growth, state, inputs.pending)

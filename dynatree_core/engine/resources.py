@@ -91,6 +91,7 @@ class Resources:
         self.target = plain_model(target, "target", is_trusted=trust_model)
         self.device = computing_device(self.target)
         self.vocab_size = vocab_size(self.target)
+        self.num_known_ids = num_known_ids(self.target)
         self.runner = runner
         self.tokenizer = tokenizer
         self.prefix_cache = prefix_cache
@@ -328,7 +329,7 @@ class Resources:
             return None
         state = self.drafter.begin(
             DraftPlan(
-                num_known_ids(self.target),
+                self.num_known_ids,
                 request.num_tokens,
                 max(request.limits.max_nodes, 0 if padded_space is None else padded_space.num_places),
                 self.device,

@@ -35,7 +35,7 @@ from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.errors import ForwardPassError, UnsupportedModelError
 from dynatree_core.models.architectures import cache_argument, max_positions, num_known_ids
-from dynatree_core.models.comparable import comparable, noting_hooks_that_keep
+from dynatree_core.models.comparable import comparable, noting_what_keeps
 from dynatree_core.models.placement import computing_device
 from dynatree_core.models.state import foreign_parts, hooks_of, state_of, without_gradients
 from dynatree_core.request.arguments import DEFAULT_MAX_NODES
@@ -115,7 +115,7 @@ def row_fault(model: nn.Module, caller: nn.Module | None = None) -> RowFault | N
         # random layers of somebody's own must not move the generators that sampling draws from
         device = computing_device(model)
         unmoved = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with unmoved, without_gradients(model, caller), noting_hooks_that_keep(hooks_of(model)):
+        with unmoved, without_gradients(model, caller), noting_what_keeps(model, hooks_of(model)):
             fault = _asked(model, caller)
         while len(known) >= MAX_STATES:
             del known[next(iter(known))]

@@ -150,8 +150,8 @@ class Scheduler:
         So nobody is left who is cancelled after a step has looked for the last time and before it is over.
         """
         while self._cancelled and self._stepping.acquire(blocking=False):
-            self._stepper = threading.get_ident()  # an observer that is told of an end makes no step either
             try:
+                self._stepper = threading.get_ident()  # an observer that is told of an end makes no step either
                 self._drop_cancelled(engine)
             finally:
                 self._stepper = None

@@ -237,7 +237,7 @@ def _sees_later_tokens(model: nn.Module, config: Any) -> bool:
     if not getattr(config, "is_causal", True):
         return True
     # where there is no padding, its SDPA has no mask in a prefill, and goes by what each layer says
-    if config._attn_implementation == "sdpa" and any(map(_is_not_causal, model.modules())):
+    if getattr(config, "_attn_implementation", None) == "sdpa" and any(map(_is_not_causal, model.modules())):
         return True
     if type(config) is PreTrainedConfig:  # of a `StoredModel`; the import below takes more than a second
         return bool(getattr(config, "use_bidirectional_attention", None))

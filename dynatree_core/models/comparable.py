@@ -5,6 +5,7 @@ A snapshot may outlive the objects it was made of, so no address or id is compar
 
 from __future__ import annotations
 
+import array
 import functools
 import inspect
 import logging
@@ -21,7 +22,19 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import GenerationConfig, PreTrainedConfig
 
-__all__ = ["class_state", "comparable", "hooks_state", "is_plain", "is_small", "noting_hooks_that_keep", "tensor_state"]
+from dynatree_core.models.authorship import is_known_class, is_others
+
+__all__ = [
+    "Seen",
+    "classes_state",
+    "comparable",
+    "hooks_state",
+    "is_plain",
+    "is_small",
+    "known_parts",
+    "noting_what_keeps",
+    "tensor_state",
+]
 
 _MAX_DEPTH = 8  # levels of containers and objects that are compared by content; deeper ones are compared by identity
 # compared by identity: a model's configuration has a snapshot of its own, and of the others code reads what it names
@@ -30,6 +43,9 @@ _WHOLE = (PreTrainedConfig, GenerationConfig, type, types.ModuleType, logging.Lo
 _SMALL = 2**18  # elements of a tensor up to which it is checksummed in any case
 
 _keeping: set[int] = set()  # registration numbers of hooks that change what they read, such as counters
+_counting: weakref.WeakSet[type] = weakref.WeakSet()  # classes of modules that do
+
+Seen = dict[int, tuple[object, int]]  # what has a snapshot already, by id, with its nesting there
 
 
 class _Same:
@@ -58,9 +74,12 @@ def is_small(tensor: Tensor) -> bool:
     return is_plain(tensor) and tensor.numel() <= _SMALL
 
 
-def comparable(
-    value: object, *, reads_code: bool = False, depth: int = 0, seen: dict[int, tuple[object, int]] | None = None
-) -> Hashable:
+def known_parts(model: nn.Module) -> Seen:
+    """A model's modules, which have snapshots of their own: whoever reaches them compares them by identity."""
+    return {id(part): (part, -1) for part in model.modules()}
+
+
+def comparable(value: object, *, reads_code: bool = False, depth: int = 0, seen: Seen | None = None) -> Hashable:
     """A snapshot of a value: equal to a later one as long as the value is unchanged.
 
     Args:
@@ -68,28 +87,32 @@ def comparable(
         reads_code: whether to look into objects and functions too: attributes, arguments, enclosed and global
             variables. Otherwise they are compared by identity.
         depth: nesting of the value in the one that was asked about.
-        seen: what has a snapshot in that of the one that was asked about, by id, with its nesting there.
+        seen: what has a snapshot beside that of the one that was asked about, or in it. It is added to.
     """
     if value is None or isinstance(value, int | float | complex | str | bytes | torch.dtype | torch.device):
         return type(value).__name__, value  # 1, 1.0 and True are not the same setting
     if isinstance(value, Tensor):
         return tensor_state(value)
     if isinstance(value, np.ndarray):
-        return _Same(value), zlib.crc32(value.tobytes()) if value.size <= _SMALL and not value.dtype.hasobject else 0
-    if isinstance(value, nn.Module):  # those of a model have snapshots of their own, but code may read others
-        return _Same(value), *(map(_of_module, value.modules()) if reads_code else ())
+        numbers = value.reshape(-1)[:: 1 + value.size // _SMALL]
+        return _Same(value), 0 if value.dtype.hasobject else zlib.crc32(numbers.tobytes())
+    if isinstance(value, bytearray | array.array):
+        return _Same(value), zlib.crc32(value)
     if type(value).__module__.startswith("accelerate."):  # its maps of offloaded weights would read them from the disk
         return _Same(value)
     seen = {} if seen is None else seen
     within = functools.partial(comparable, reads_code=reads_code, depth=depth + 1, seen=seen)
     if depth < min(_MAX_DEPTH, seen.get(id(value), (value, _MAX_DEPTH))[1]):
         seen[id(value)] = value, depth
+        if isinstance(value, nn.Module):  # another model's, or one that belongs to none
+            parts = [part for part in value.modules() if part is value or id(part) not in seen] if reads_code else []
+            return _Same(value), *map(_of_module, parts)
         if isinstance(value, Mapping):
-            return tuple((within(key), within(held)) for key, held in value.items())
+            return tuple((within(key), within(held)) for key, held in [*value.items()])
         if isinstance(value, tuple | MutableSequence):
             return (type(value).__name__, *map(within, value))
         if isinstance(value, set | frozenset):
-            return frozenset(map(within, value))
+            return frozenset(map(within, [*value]))
         if reads_code and not isinstance(value, _WHOLE):
             return _Same(getattr(value, "__func__", value)), *map(within, _read_by(value))
     return _Same(getattr(value, "__func__", value))  # each access makes a new method object
@@ -102,13 +125,40 @@ def _of_module(part: nn.Module) -> Hashable:
     return tuple(tensor_state(tensor, is_small(tensor)) for tensor in tensors), tuple(plain)
 
 
-def class_state(kind: type[nn.Module]) -> Hashable:
-    """A snapshot of what the forward of a class reads besides the module's own attributes."""
-    forward: Any = kind.forward
-    return tuple(comparable(value, reads_code=True) for value in (forward, *_named_of(kind, _names(forward))))
+def classes_state(model: nn.Module, seen: Seen) -> Hashable:
+    """A snapshot of what forwards of somebody else's classes read besides the modules' own attributes.
+
+    Args:
+        model: the model. Classes that change what they read in a pass are left out.
+        seen: as for `comparable`.
+    """
+    return tuple(_of_class(kind, seen) for kind in _others_classes(model) if kind not in _counting)
 
 
-def hooks_state(hooks: Mapping[int, Any], *, reads_code: bool) -> Hashable:
+def _others_classes(model: nn.Module) -> list[type[nn.Module]]:
+    """Classes of a model's modules that are not transformers' or ours, or torch's plain layers."""
+    return [kind for kind in dict.fromkeys(type(part) for part in model.modules()) if not is_known_class(kind)]
+
+
+def _of_class(kind: type[nn.Module], seen: Seen) -> Hashable:
+    # what was compiled by TorchScript has no Python to read
+    forwards = [vars(base).get("forward") for base in kind.__mro__ if not is_known_class(base)]
+    functions = [forward for forward in forwards if isinstance(forward, types.FunctionType)]
+    names: set[str] = set()
+    for function in functions:  # and the methods that they name
+        names |= _names(function) | _names(inspect.unwrap(function))
+        methods = [inspect.getattr_static(kind, name, None) for name in sorted(names)]
+        functions += [one for one in methods if _is_others_function(one) and one not in functions]
+    return tuple(
+        comparable(one, reads_code=True, seen=seen) for one in (*functions, *_named_of(kind, frozenset(names)))
+    )
+
+
+def _is_others_function(method: object) -> bool:
+    return isinstance(method, types.FunctionType) and is_others(method)
+
+
+def hooks_state(hooks: Mapping[int, Any], *, reads_code: bool, seen: Seen | None = None) -> Hashable:
     """A snapshot of hooks, by the number that torch gives each registration and never reuses.
 
     A partial function with plain arguments, such as PEFT's for `adapter_names`, is compared by these arguments.
@@ -117,24 +167,34 @@ def hooks_state(hooks: Mapping[int, Any], *, reads_code: bool) -> Hashable:
         hooks: of one kind, of one module.
         reads_code: as for `comparable`. A hook that records what it sees is compared by its number alone: otherwise it
             would differ after each pass.
+        seen: as for `comparable`.
     """
-    return tuple(_hook(number, hook, reads_code and number not in _keeping) for number, hook in hooks.items())
+    return tuple(_hook(number, hook, reads_code and number not in _keeping, seen) for number, hook in hooks.items())
 
 
 @contextmanager
-def noting_hooks_that_keep(hooks: Mapping[int, Any]) -> Iterator[None]:
-    """Find the hooks that change their own data in a pass: their snapshots differ after the block's passes."""
-    before = {number: comparable(hook, reads_code=True) for number, hook in hooks.items()}
+def noting_what_keeps(model: nn.Module, hooks: Mapping[int, Any]) -> Iterator[None]:
+    """Find the hooks and classes that change their own data in a pass: their snapshots differ after the block's."""
+
+    def now() -> tuple[dict[int, Hashable], dict[type, Hashable]]:
+        of_hooks = {
+            number: comparable(hook, reads_code=True, seen=known_parts(model)) for number, hook in hooks.items()
+        }
+        return of_hooks, {kind: _of_class(kind, known_parts(model)) for kind in _others_classes(model)}
+
+    hooks_before, kinds_before = now()
     yield
-    _keeping.update(number for number, hook in hooks.items() if comparable(hook, reads_code=True) != before[number])
+    hooks_after, kinds_after = now()
+    _keeping.update(number for number, state in hooks_after.items() if state != hooks_before[number])
+    _counting.update(kind for kind, state in kinds_after.items() if state != kinds_before.get(kind, state))
 
 
-def _hook(number: int, hook: Any, reads_code: bool) -> Hashable:
+def _hook(number: int, hook: Any, reads_code: bool, seen: Seen | None) -> Hashable:
     if isinstance(hook, functools.partial) and getattr(hook.func, "__qualname__", "<locals>").isidentifier():
         arguments = (*hook.args, *hook.keywords.values())
         if all(_is_data(argument) for argument in arguments):
             return hook.func.__module__, hook.func.__qualname__, comparable(hook.args), comparable(hook.keywords)
-    return (number, comparable(hook, reads_code=True)) if reads_code else number
+    return (number, comparable(hook, reads_code=True, seen=seen)) if reads_code else number
 
 
 def _is_data(value: object) -> bool:
@@ -152,12 +212,16 @@ def _read_by(code: Any) -> Iterator[object]:
         yield from (code.func, code.args, code.keywords)
     elif isinstance(code, types.MethodType):
         yield code.__self__
-        yield from _named_of(code.__self__, _names(code.__func__))
+        if is_others(code):
+            yield from _named_of(code.__self__, _names(code.__func__))
         yield from _read_by(code.__func__)
     elif isinstance(code, types.FunctionType):
         yield from (code.__defaults__, code.__kwdefaults__)
-        names = _names(code)
         held = [cell.cell_contents for cell in code.__closure__ or () if not _is_empty(cell)]
+        if not is_others(code):  # whose globals nobody changes: of transformers, torch or Python
+            yield from held
+            return
+        names = _names(code)
         for thing in (*held, *(code.__globals__[name] for name in names if name in code.__globals__)):
             yield thing
             yield from _named_of(thing, names)

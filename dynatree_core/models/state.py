@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from dynatree_core.models.authorship import is_known_class, replacements
-from dynatree_core.models.comparable import class_state, comparable, hooks_state, is_plain, is_small, tensor_state
+from dynatree_core.models.comparable import (
+    Seen,
+    classes_state,
+    comparable,
+    hooks_state,
+    is_plain,
+    is_small,
+    known_parts,
+    tensor_state,
+)
 
 __all__ = [
     "can_infer",
@@ -114,11 +123,12 @@ def state_of(model: nn.Module, *, reads_weights: bool = True, reads_code: bool =
     """
     adapters = {id(tensor) for tensor in _adapter_tensors(model)}
 
-    def seen(tensor: Tensor) -> Hashable:
+    def of_tensor(tensor: Tensor) -> Hashable:
         if id(tensor) in adapters:
             return tensor_state(tensor, waits=True)
         return tensor_state(tensor, reads_weights or is_small(tensor))
 
+    seen = known_parts(model)
     modules = []
     for part in model.modules():
         tensors = [tensor for tensor in (*part._parameters.values(), *part._buffers.values()) if tensor is not None]
@@ -126,19 +136,18 @@ def state_of(model: nn.Module, *, reads_weights: bool = True, reads_code: bool =
         modules.append(
             (
                 comparable(part),
-                tuple(map(seen, tensors)),
-                _plain_attributes(part, reads_code),
-                tuple(hooks_state(kind, reads_code=reads_code) for kind in hooks),
+                tuple(map(of_tensor, tensors)),
+                _plain_attributes(part, reads_code, seen),
+                tuple(hooks_state(kind, reads_code=reads_code, seen=seen) for kind in hooks),
             )
         )
-    kinds = dict.fromkeys(type(part) for part in model.modules()) if reads_code else ()
     everywhere = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     config: Any = model.config
     return (
         tuple(modules),
-        tuple(class_state(kind) for kind in kinds if not is_known_class(kind)),
-        tuple(hooks_state(kind, reads_code=reads_code) for kind in everywhere),
-        tuple((one.place, comparable(one.function, reads_code=reads_code)) for one in replacements(model)),
+        classes_state(model, seen) if reads_code else (),
+        tuple(hooks_state(kind, reads_code=reads_code, seen=seen) for kind in everywhere),
+        tuple((one.place, comparable(one.function, reads_code=reads_code, seen=seen)) for one in replacements(model)),
         config._attn_implementation,
         config.to_json_string(use_diff=False),
     )
@@ -170,6 +179,6 @@ def _is_around_a_layer(part: nn.Module) -> bool:
     return any(name in part._modules for name in _WRAPPED)
 
 
-def _plain_attributes(part: nn.Module, reads_code: bool) -> Hashable:
-    named = vars(part).items()
-    return tuple((name, comparable(value, reads_code=reads_code)) for name, value in named if name not in _NO_STATE)
+def _plain_attributes(part: nn.Module, reads_code: bool, seen: Seen) -> Hashable:
+    named = [(name, value) for name, value in vars(part).items() if name not in _NO_STATE]
+    return tuple((name, comparable(value, reads_code=reads_code, seen=seen)) for name, value in named)

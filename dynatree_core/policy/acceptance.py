@@ -49,7 +49,8 @@ class AcceptanceEstimator:
     A policy keeps one in a field of its own: `attrs.field(factory=AcceptanceEstimator, init=False)`.
     """
 
-    weights: tuple[float, float, float] = (8.0, 16.0, 16.0)  # of each step's prior, in observations
+    # of each step's prior, in observations
+    weights: tuple[float, float, float] = attrs.field(default=(8.0, 16.0, 16.0), converter=tuple)
     # [2, cells]: accepted and judged, of all steps one behind the other, so that one operation serves them all
     _counts: Tensor = attrs.field(factory=_no_counts, init=False, repr=False)
     # [2, cells]: slope and offset of the estimate over the draft probability, which follow from the counts; None: anew

@@ -236,9 +236,10 @@ def _promised_width(policy: object, depth: int | None = None) -> int | None:
     most = getattr(policy, "max_width", None)
     if not isinstance(most, tuple):
         return _number(most)
-    widths = [_number(width) for width in (most if depth is None else most[depth : depth + 1])]
-    known = [width for width in widths if width is not None]
-    return max(known) if known and len(known) == len(widths) else None
+    widths = most if depth is None else most[depth : depth + 1]
+    if not widths or not all(width == 0 or _number(width) for width in widths):
+        return None
+    return max(1, *map(int, widths))  # a level that leads to nothing needs no more
 
 
 def _number(most: object) -> int | None:

@@ -12,8 +12,8 @@ from torch import nn
 
 __all__ = ["altered_part"]
 
-# attributes of modules that a pass, a mode or a way of loading sets
-_NO_SETTINGS = frozenset({"training", "max_seq_len_cached", "name_or_path", "is_gradient_checkpointing"})
+# attributes of modules that a pass, a mode or a way of loading sets, or that only gradients go by
+_NO_SETTINGS = frozenset({"training", "max_seq_len_cached", "name_or_path", "is_gradient_checkpointing", "padding_idx"})
 
 _structures: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, str | None]] = weakref.WeakKeyDictionary()
 
@@ -38,7 +38,7 @@ def _difference(model: nn.Module) -> str | None:
     try:
         with torch.device("meta"):
             fresh = dict(_structure(kind(copy.deepcopy(config))))
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
         return f"'{kind.__name__}' cannot be made of a configuration alone ({type(error).__name__}: {error})"
     modules: Any = model
     # those of a student are its target's

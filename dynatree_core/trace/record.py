@@ -703,12 +703,18 @@ class _Texts:
 
     def _decode(self, sequences: list[list[int]], *, skip_special_tokens: bool = False) -> list[str]:
         assert self._tokenizer is not None, "without one there are no texts"
-        if isinstance(self._tokenizer, PreTrainedTokenizerFast):
+        if _is_plain(self._tokenizer):
             # one by one, since its batches wake threads; its own decode() first looks at each token in Python
-            decode = self._tokenizer.backend_tokenizer.decode
+            decode: Any = self._tokenizer.backend_tokenizer.decode
             return [decode(one, skip_special_tokens=skip_special_tokens) for one in sequences]
         options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
         return self._tokenizer.batch_decode(sequences, **options)
+
+
+def _is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether its decoding is that of its backend; a class of its own may do more, as CPM's does with spaces."""
+    own, plain = type(tokenizer), PreTrainedTokenizerFast
+    return issubclass(own, plain) and own._decode is plain._decode and own.decode is plain.decode
 
 
 def _pruned(pruning: Pruning, parent: Sequence[int]) -> dict[str, list[int]]:

@@ -36,7 +36,7 @@ class Proposals:
         heard = tuple(
             # where one drafter alone was asked, its proposals are the union's: two copies fewer for each level
             (name, Proposals(token_ids, logprobs, part.is_free))
-            if part.token_ids is self.token_ids and not part.heard
+            if part.token_ids is self.token_ids and part.logprobs is self.logprobs and not part.heard
             else (name, part.copied())
             for name, part in self.heard
         )
