@@ -172,7 +172,7 @@ def test_the_last_bytes_that_nobody_reads_keep_no_connection(monkeypatch, watche
 
 def test_who_reads_slowly_is_not(monkeypatch):
     """Each look finds that it has read `LEAST_BYTES` since the one before: the time between two passes when it has."""
-    monkeypatch.setattr("dynatree_core.serve.app.start_page", lambda: StartPage("x" * 16_000_000, {}))
+    monkeypatch.setattr("dynatree_core.serve.app.start_page", lambda: StartPage("x" * 64_000_000, {}))
     looks = []
 
     class Looked(BoundedConnection):
@@ -192,7 +192,7 @@ def test_who_reads_slowly_is_not(monkeypatch):
                 num_looks += 1
                 sending.loop.call_soon_threadsafe(sending._check_sending, num_left)
                 until(lambda number=num_looks: len(looks) > number)
-        assert num_read > 16_000_000
+        assert num_read > 64_000_000
         assert num_looks == 3
 
 

@@ -98,7 +98,9 @@ def comparable(value: object, *, reads_code: bool = False, depth: int = 0, seen:
         return _Same(value), 0 if value.dtype.hasobject else zlib.crc32(numbers.tobytes())
     if isinstance(value, bytearray | array.array):
         return _Same(value), zlib.crc32(value)
-    if type(value).__module__.startswith("accelerate."):  # its maps of offloaded weights would read them from the disk
+    # accelerate's maps of offloaded weights would read them from the disk, and matrices as they are stored, which
+    # nobody changes, note what a pass has made of them
+    if type(value).__module__.startswith(("accelerate.", "dynatree_core.")) and not isinstance(value, nn.Module):
         return _Same(value)
     seen = {} if seen is None else seen
     within = functools.partial(comparable, reads_code=reads_code, depth=depth + 1, seen=seen)
