@@ -8,7 +8,18 @@ from collections.abc import Callable, Iterator
 from types import FrameType, FunctionType
 from typing import Any
 
-__all__ = ["each_moment"]
+__all__ = ["each_moment", "traced"]
+
+
+@contextlib.contextmanager
+def traced(trace: Callable[[FrameType, str, Any], Any]) -> Iterator[None]:
+    """Have Python call this for what the block calls, in place of what it calls otherwise."""
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 class _Moment:
@@ -34,12 +45,8 @@ class _Moment:
                     happens()
             return trace
 
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
+        with traced(trace):
             yield
-        finally:
-            sys.settrace(before)
 
 
 def each_moment(

@@ -160,43 +160,31 @@ def test_what_a_policy_reads_once_a_level_grows_the_trees_of_a_cpu(drafter: str)
 
 
 @attrs.define
-class Miscounting:
-    """Says that its widths lead to one child more than they do."""
+class Misstating:
+    """Says of the children which its widths lead to that they are so many, or in these places."""
+
+    number: int
+    places: torch.Tensor | None
 
     @hookimpl
     def branch_factor(self, frontier: Frontier) -> torch.Tensor:
         widths = torch.ones_like(frontier.token_ids)
-        frontier.note_children(widths, 2)
+        frontier.note_children(widths, self.number, places=self.places)
         return widths
 
 
-def test_a_number_of_children_that_is_wrong_is_refused_on_a_cpu() -> None:
-    pair = pair_that_repeats()
+@pytest.mark.parametrize(
+    ("number", "places", "message"),
+    [(2, None, "got 1 where it says 2"), (1, torch.tensor([1]), r"got \[0\] where it says \[1\]")],
+    ids=["number", "places"],
+)
+def test_what_a_policy_says_wrongly_of_its_children_is_refused_on_a_cpu(
+    number: int, places: torch.Tensor | None, message: str
+) -> None:
+    pair, policy = pair_that_repeats(), Misstating(number, places)
     options: Any = {"max_new_tokens": 5, "tau": 0.0, "on_error": "raise", "trust_model": True}
-    with pytest.raises(
-        PolicyError, match=r"'miscounting', hook branch_factor: .* note_children, got 1 where it says 2"
-    ):
-        generate(pair.target, pair.drafter, [1, 2, 3], policy=["linear(depth=1)", Miscounting()], **options)
-
-
-@attrs.define
-class Misplacing:
-    """Says that the children which its widths lead to are others than they are."""
-
-    @hookimpl
-    def branch_factor(self, frontier: Frontier) -> torch.Tensor:
-        widths = torch.ones_like(frontier.token_ids)
-        frontier.note_children(widths, 1, places=torch.tensor([1]))
-        return widths
-
-
-def test_places_of_children_that_are_wrong_are_refused_on_a_cpu() -> None:
-    pair = pair_that_repeats()
-    options: Any = {"max_new_tokens": 5, "tau": 0.0, "on_error": "raise", "trust_model": True}
-    with pytest.raises(
-        PolicyError, match=r"'misplacing', hook branch_factor: .* note_children, got \[0\] where it says \[1\]"
-    ):
-        generate(pair.target, pair.drafter, [1, 2, 3], policy=["linear(depth=1)", Misplacing()], **options)
+    with pytest.raises(PolicyError, match=f"'misstating', hook branch_factor: .* note_children, {message}"):
+        generate(pair.target, pair.drafter, [1, 2, 3], policy=["linear(depth=1)", policy], **options)
 
 
 @attrs.define
@@ -215,7 +203,7 @@ def test_what_is_noted_of_an_answer_counts_for_no_other() -> None:
     pair = pair_that_repeats()
     options: Any = {"max_new_tokens": 5, "tau": 0.0, "on_error": "raise", "trust_model": True}
     found = generate(
-        pair.target, pair.drafter, [1, 2, 3], policy=["linear(depth=2)", Clamping(Miscounting())], **options
+        pair.target, pair.drafter, [1, 2, 3], policy=["linear(depth=2)", Clamping(Misstating(2, None))], **options
     )
     assert found.report.num_drafted_nodes > 0
 

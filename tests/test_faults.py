@@ -10,7 +10,6 @@ import contextlib
 import copy
 import functools
 import itertools
-import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from interleaved import traced
 from test_prefix_cache import check_rows
 from test_settings import Countdown, Grudge
 
@@ -410,12 +410,8 @@ def at_line(called: Callable[[str, str, int, FrameType], None]) -> Iterator[None
             called(frame.f_code.co_filename, frame.f_code.co_name, frame.f_lineno, frame)
         return line
 
-    before = sys.gettrace()
-    sys.settrace(enter)
-    try:
+    with traced(enter):
         yield
-    finally:
-        sys.settrace(before)
 
 
 def asked(kind: str) -> dict[str, object]:

@@ -179,10 +179,9 @@ def noting_what_keeps(model: nn.Module, hooks: Mapping[int, Any]) -> Iterator[No
     """Find the hooks and classes that change their own data in a pass: their snapshots differ after the block's."""
 
     def now() -> tuple[dict[int, Hashable], dict[type, Hashable]]:
-        of_hooks = {
-            number: comparable(hook, reads_code=True, seen=known_parts(model)) for number, hook in hooks.items()
-        }
-        return of_hooks, {kind: _of_class(kind, known_parts(model)) for kind in _others_classes(model)}
+        parts = known_parts(model)
+        of_hooks = {number: comparable(hook, reads_code=True, seen={**parts}) for number, hook in hooks.items()}
+        return of_hooks, {kind: _of_class(kind, {**parts}) for kind in _others_classes(model)}
 
     hooks_before, kinds_before = now()
     yield
