@@ -239,8 +239,9 @@ class CostAware:
         if num_kept == tree.num_drafted:
             return None
         best = judged.acceptance[1:].argsort(descending=True, stable=True)
-        keep = torch.zeros(tree.num_nodes, dtype=torch.bool, device=tree.device)
-        return keep.index_fill_(0, best[:num_kept] + 1, True)
+        keep = tree.parent < 0  # the root
+        keep[1:].index_fill_(0, best[:num_kept], True)
+        return keep
 
     @hookimpl
     def on_iteration_end(self, report: StepReport) -> None:

@@ -173,7 +173,9 @@ class _Wanted:
         if num_children <= nodes_left:
             places = None if self.told is None else self.told.places
             if self.known is not None and places is not None and places.shape == (num_children,):
-                return places.clone()  # which the policy may write into again
+                # whoever is told of the level keeps them, and the policy may write into its own again
+                is_kept = self.lane.observer is not None or self.lane.rehearsal is not None
+                return places.clone() if is_kept else places
             # filled only where a policy has counted more than there are
             chosen = torch.nonzero_static(self.is_admitted.flatten(), size=num_children, fill_value=0)[:, 0]
             if places is not None and not torch.equal(places, chosen):
