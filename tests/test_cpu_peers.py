@@ -319,7 +319,7 @@ def test_a_text_that_took_no_time_is_no_speed():
 
 
 @needs_native
-@pytest.mark.parametrize("where", ["OpenVINO decodes", "llama.cpp computes", "a process of its memory"])
+@pytest.mark.parametrize("where", ["OpenVINO decodes", "llama.cpp computes", "a process of its own"])
 def test_an_engine_that_fails_is_left_out_and_the_others_go_on(
     where, source, fake_llama_cpp, fake_openvino, monkeypatch, tmp_path
 ):
@@ -335,7 +335,7 @@ def test_an_engine_that_fails_is_left_out_and_the_others_go_on(
         return real(pipeline, inputs, how) if len(decoded) < 3 else failing()
 
     def memory(name, *arguments):
-        if where == "a process of its memory" and name.startswith(OPENVINO):
+        if where == "a process of its own" and name.startswith(OPENVINO):
             raise MethodError("its process ended with -11: ")
         return {"imported": 1, "peak": 2}
 
@@ -363,10 +363,11 @@ def test_an_engine_that_fails_is_left_out_and_the_others_go_on(
                 f"llama.cpp {kind}: llama.cpp: cannot compute {kind}.gguf (no such operation)"
                 for kind in ("Q4_1", "F32")
             ],
-            "a process of its memory": [f"memory of {openvino}: its process ended with -11: "],
+            "a process of its own": [f"{openvino}: its process ended with -11: "],
         }[where]
     )
-    assert (openvino in found["speeds"]) == (where != "OpenVINO decodes"), "some prompts are not all"
+    # some prompts are not all, and what ends a process of its own would end the study's
+    assert (openvino in found["speeds"]) == (where == "llama.cpp computes")
     assert (openvino in found["memory"]) == (where == "llama.cpp computes")
     assert ("llama.cpp Q4_1" in found["passes"]) == (where != "llama.cpp computes")
     assert {"native Q4_1, plain", "llama.cpp Q4_1, plain"} <= set(found["speeds"])

@@ -166,13 +166,14 @@ def _measured(asked: Asked, source: Path, folder: Path) -> dict[str, Any]:
     )
     slots = max(CONTEXT, max(map(len, prompts)) + tokens) + max(ROWS) + max(LOOKUPS)
     peers, left_out = _peers(files, slots)
+    plain = [way for way in peers if way.how == PLAIN]
+    memory, ended = _memory(files, folder, pair, plain)  # first, since who ends that process would end this one too
+    peers = {way: peer for way, peer in peers.items() if str(attrs.evolve(way, how=PLAIN)) not in ended}
     of_device = limit_jobs(torch.device("cpu"), torch.float32, run.bandwidth, run.flops)
     jobs = [*of_device, *_pass_jobs(run, pair, pairs, peers), *_decoding_jobs(run, pair, pairs, peers)]
     in_rounds(jobs, len(prompts))
     num_weights, _ = matrix_sizes(source)
-    plain = [way for way in peers if way.how == PLAIN and str(way) not in run.failed]
-    memory, unmeasured = _memory(files, folder, pair, plain)
-    failures = [f"{way}: {reason}" for way, reason in run.failed.items()]
+    failures = [f"{way}: {reason}" for way, reason in (ended | run.failed).items()]
     return {
         "provenance": {
             "model": f"{embedded.NAME}, {STORED}",
@@ -182,13 +183,13 @@ def _measured(asked: Asked, source: Path, folder: Path) -> dict[str, Any]:
             "context": CONTEXT,
             "prompt_tokens": [len(prompt) for prompt in prompts],
             "max_new_tokens": tokens,
-            "left_out": [*left_out, *failures, *unmeasured],
+            "left_out": [*left_out, *failures],
         },
         "bandwidth": run.bandwidth,
         "flops": run.flops,
         "passes": run.passes,
         "speeds": _with_agreement(run),
-        "memory": memory,
+        "memory": {way: numbers for way, numbers in memory.items() if way not in run.failed},
         "starts": {name: _start(program) for name, program in STARTS.items()},
     }
 
@@ -333,25 +334,25 @@ def _num_equal(text: Sequence[int], reference: Sequence[int]) -> int:
 
 def _memory(
     files: Mapping[str, Path], folder: Path, pair: Pair, of_peers: Sequence[Way]
-) -> tuple[dict[str, dict[str, int]], list[str]]:
+) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
     """Way -> bytes of its process: "imported" when the engine's library is imported, "peak" at most.
 
-    And a line for each other engine whose process failed.
+    And the ways of other engines whose process failed, with the reason.
     """
     drafter = str(pair.drafter)
     asked = [(Way(NATIVE, kind, how), folder / kind) for kind in files for how in (PLAIN, STACK)]
     asked = [(way, place) for way, place in asked if way.how == STACK or way.kind == STORED]
     asked += [(Way("packed", "F32", STACK), folder / "F32")] if can_pack(pair.target.model) else []
     asked += [(way, files[way.kind]) for way in of_peers]
-    found, left_out = {}, []
+    found, failed = {}, {}
     for way, place in asked:
         try:
             found[str(way)] = _in_process(str(way), str(place), drafter, str(torch.get_num_threads()))
         except MethodError as error:
             if way not in of_peers:  # ours have to
                 raise
-            left_out.append(f"memory of {way}: {error}")
-    return found, left_out
+            failed[str(way)] = str(error)
+    return found, failed
 
 
 def _in_process(*arguments: str) -> dict[str, int]:
