@@ -93,6 +93,13 @@ def test_a_line_has_one_colour_in_all_panels_of_a_figure(tmp_path):
     assert drawn == {styles["b"]["color"], styles["someone's"]["color"]}
 
 
+def test_a_line_goes_from_left_to_right_whatever_was_measured_first(tmp_path):
+    one, two, four = (Spread.of([value]) for value in (1.0, 2.0, 4.0))
+    for name, line in {"in order": {1: one, 2: two, 4: four}, "mixed": {1: one, 4: four, 2: two}}.items():
+        draw_panels([Panel("title", "x", "y", {"phase3": line})], "figure", "foot", tmp_path / f"{name}.svg")
+    assert (tmp_path / "mixed.svg").read_text() == (tmp_path / "in order.svg").read_text()
+
+
 COMMITTED = {
     "drafter_value.json": ("drafter-value", "agreement-distilled"),
     "long-context.json": ("long-context", "passes"),

@@ -53,9 +53,10 @@ def draw_panels(panels: Sequence[Panel], name: str, foot: str, path: Any) -> Non
 
 def _draw(axes: Any, panel: Panel, styles: Styles) -> None:
     for label, line in panel.lines.items():
-        found = list(line.values())
+        places = sorted(line)  # whatever the order they were measured in
+        found = [line[place] for place in places]
         bars = [[one.median - one.low for one in found], [one.high - one.median for one in found]]
-        axes.errorbar(list(line), [one.median for one in found], yerr=bars, label=label, capsize=2, **styles[label])
+        axes.errorbar(places, [one.median for one in found], yerr=bars, label=label, capsize=2, **styles[label])
     axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
     if panel.is_doubling:
         axes.set_xscale("log", base=2)
