@@ -670,6 +670,18 @@ MUTANTS = (
         ("tests/test_architectures.py::test_a_model_that_was_told_to_look_ahead_is_refused",),
     ),
     Mutant(
+        "a part with a configuration of its own is taken",
+        'if role == "target" and not reason:',
+        'if role == "drafter" and not reason:',
+        ("tests/test_architectures.py::test_a_part_with_a_configuration_that_says_something_else_is_refused",),
+    ),
+    Mutant(
+        "files are read with parameters that the model does not have",
+        "    _check_parameters(found, config, family)\n",
+        "",
+        ("tests/test_stored.py::test_files_with_other_parameters_than_the_model_has_are_left_to_transformers",),
+    ),
+    Mutant(
         "angles are those of the configuration, whatever the model computes with",
         'name if _begins_anew(module, kind) else f"{prefix}inv_freq"',
         "name",

@@ -245,6 +245,46 @@ def test_a_model_that_was_told_to_look_ahead_is_refused(make):
         generate(make(), None, prompt, max_new_tokens=12)
 
 
+def with_a_window_inside() -> nn.Module:
+    model: Any = copy.deepcopy(tiny_model("mistral", sliding_window=None))
+    model.config = copy.deepcopy(model.config)  # so that the model inside keeps the old one, by which it makes masks
+    model.model.config.sliding_window = 4
+    return model
+
+
+def with_eager_attention_in_a_layer() -> nn.Module:
+    model: Any = copy.deepcopy(tiny_model("llama", attention="eager"))
+    model.model.layers[0] = copy.deepcopy(model.model.layers[0])
+    model.set_attn_implementation("sdpa")  # which the copied layer does not hear of
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (with_a_window_inside, "'model' has a configuration of its own, which says something else of sliding_window"),
+        (with_eager_attention_in_a_layer, r"'model.layers.0.self_attn' .* something else of attn_implementation"),
+    ],
+)
+def test_a_part_with_a_configuration_that_says_something_else_is_refused(make, reason):
+    model, prompt = make(), [3, 1, 4, 1, 5, 9]
+    with pytest.raises(UnsupportedModelError, match=reason):
+        generate(model, None, prompt, max_new_tokens=12)
+    for part in model.modules():
+        if "config" in vars(part):
+            part.config = model.config
+    assert generate(model, None, prompt, max_new_tokens=12).token_ids == greedy(model, prompt, 12)
+
+
+def test_layers_of_another_model_and_names_in_a_configuration_are_fine():
+    model: Any = copy.deepcopy(tiny_model("llama"))
+    model.model.layers[0] = copy.deepcopy(tiny_model("llama", seed=1, num_hidden_layers=3)).model.layers[0]
+    model.config = copy.deepcopy(model.config)
+    model.config.pad_token_id = 3
+    prompt = [3, 1, 4, 1, 5, 9]
+    assert generate(model, None, prompt, max_new_tokens=12).token_ids == greedy(model, prompt, 12)
+
+
 def test_layers_that_may_look_ahead_and_do_not_are_fine():
     prompt = [3, 1, 4, 1, 5, 9]
     cross: Any = tiny_model("gpt2", add_cross_attention=True)  # whose layers look at another text, where there is one

@@ -498,6 +498,11 @@ def test_a_module_that_was_replaced_or_set_otherwise_is_a_reason_against_the_mod
     assert altered_part(model) is None
     model.config.rms_norm_eps = 0.5  # which the norms, made before, do not have
     assert altered_part(model) == "'model.layers.0.input_layernorm' is another one"
+    model, other = (copy.deepcopy(single("olmo")) for _ in range(2))
+    model.model.layers[1] = other.model.layers[1]  # with a configuration of its own, which says the same
+    assert altered_part(model) is None
+    other.config.clip_qkv = 0.5  # which a layer reads in its passes
+    assert altered_part(model) == "'model.layers.1.self_attn' is another one"
     model = copy.deepcopy(single("qwen3"))
     del model.model.layers[1].self_attn.q_norm
     assert "self_attn.q_norm' is missing" in str(altered_part(model))

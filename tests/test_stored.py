@@ -27,7 +27,7 @@ from dynatree_core.cli.loading import load_target
 from dynatree_core.errors import ModelLoadError, ParameterError
 from dynatree_core.files.tensors import ALIGNMENT, load_tensors, mapped_tensors, save_aligned
 from dynatree_core.models.architectures import vocab_size
-from dynatree_core.models.blueprint import Mixture, NoBlueprintError, Rope, blueprint_of, ropes_of_config
+from dynatree_core.models.blueprint import Mixture, NoBlueprintError, Rope, blueprint_of, family_of, ropes_of_config
 from dynatree_core.models.stored import (
     StoredModel,
     _changed,
@@ -146,6 +146,20 @@ def test_rotary_embeddings_follow_from_the_configuration(name: str) -> None:
         assert any(isinstance(one, Rope) and one.scaling == rope.scaling for one in found.values())
 
 
+@pytest.mark.parametrize("name", FITTING)
+def test_heads_are_turned_in_part_where_the_family_reads_that_setting(name: str) -> None:
+    model: Any = single(name)
+    config = copy.deepcopy(model.config)
+    described = getattr(config, "rope_parameters", None)
+    if config.model_type in ("gpt2", "opt", "gptj") or any(isinstance(part, dict) for part in described.values()):
+        return  # without such a setting, or with one for each layer type
+    described |= {"rope_type": "default", "partial_rotary_factor": 0.5}
+    rotary = type(model.get_submodule(f"{family_of(config).base}.rotary_emb"))(config)
+    rope = ropes_of_config(config)["all"]
+    assert rope is not None
+    assert torch.equal(rope.inv_freq, rotary.inv_freq)
+
+
 def test_embeddings_that_are_the_head_are_kept_once(tmp_path: Path) -> None:
     model = published(tmp_path, "llama", tie_word_embeddings=True)
     found = stored(tmp_path, model)
@@ -171,6 +185,40 @@ def test_files_that_are_not_as_transformers_writes_them_are_left_to_it(tmp_path:
     other.config.quantization_config = {"bits": 4}
     with pytest.raises(NoBlueprintError, match="quantised in a way of their own"):
         read_checkpoint(tmp_path / "other", other.config, "stored")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        ("model.layers.0.self_attn.q_proj.bias", (32,), r"\(32,\), which should be None"),  # llama asks for none
+        ("model.norm.weight", (), r"None, which should be \(32,\)"),
+        ("model.layers.1.mlp.up_proj.weight", (8, 32), r"\(8, 32\), which should be \(\d+, 32\)"),
+    ],
+)
+def test_files_with_other_parameters_than_the_model_has_are_left_to_transformers(
+    name: str, shape: tuple[int, ...], reason: str, tmp_path: Path
+) -> None:
+    model = published(tmp_path, "llama")
+    tensors = load_tensors(tmp_path / "model.safetensors", advice="")
+    tensors.pop(name, None)
+    if shape:
+        tensors[name] = torch.ones(shape)
+    save_aligned(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NoBlueprintError, match=f"files have '{name}' in the shape {reason}"):
+        read_checkpoint(tmp_path, model.config, "stored")
+
+
+def test_an_adapter_in_the_folder_is_left_to_transformers(tmp_path: Path) -> None:
+    model = published(tmp_path, "llama")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(NoBlueprintError, match="folder has an adapter"):
+        read_checkpoint(tmp_path, model.config, "stored")
+
+
+def test_one_file_counts_before_an_index_of_several(tmp_path: Path) -> None:
+    model = published(tmp_path, "llama")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "other.safetensors"}}')
+    read_checkpoint(tmp_path, model.config, "stored")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])

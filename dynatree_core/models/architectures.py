@@ -78,6 +78,11 @@ EXACT_FAMILIES = {
     "starcoder2": "every",
 }
 
+# settings that no pass goes by
+_NAMES = frozenset({"_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id"}) | {
+    "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
 _GENERATE = "; decode it with its own generate"
 _ALIBI = "its ALiBi position biases follow the order of the cache, not the positions in the tree" + _GENERATE
 # model type -> reason for refusal that cannot be read off its configuration
@@ -169,9 +174,8 @@ def check_causal_lm(model: nn.Module, role: str) -> None:
             "load it with AutoModelForCausalLM.from_pretrained"
         )
     reason = _reason_against(model, config)
-    inner = model_inside(model)
-    if role == "target" and inner is not None and not reason:  # a drafter's errors cost acceptance, not correctness
-        reason = f"it hands its passes on to a {type(inner).__name__} whose parts are not its own; give that model"
+    if role == "target" and not reason:  # a drafter's errors cost acceptance, not correctness
+        reason = _reason_against_parts(model, config)
     if reason:
         raise UnsupportedModelError(
             f"the {role} ({type(model).__name__}, model type '{config.model_type}') "
@@ -218,6 +222,42 @@ def _reason_against(model: nn.Module, config: Any) -> str | None:
     if "position_ids" not in forward_parameters(model):
         return "its forward takes no position_ids, so siblings could not share a position"
     return reason_against_place(model)
+
+
+def _reason_against_parts(model: nn.Module, config: Any) -> str | None:
+    """Why the model's passes do not follow from its configuration; None: they do."""
+    inner = model_inside(model)
+    if inner is not None:
+        return f"it hands its passes on to a {type(inner).__name__} whose parts are not its own; give that model"
+    for name, part in model.named_modules():
+        settings = _own_settings(part, config)
+        if settings:
+            return (
+                f"its part '{name}' has a configuration of its own, which says something else of {settings[0]}, so "
+                "masks and caches would not fit each other; set the config of each part to model.config, or change the "
+                "model's in place rather than replace it"
+            )
+    return None
+
+
+def _own_settings(part: Any, config: Any) -> list[str]:
+    """The settings in which a part's own configuration decides otherwise than the model's.
+
+    Transformers makes masks by that of the model inside, `model.model`, and caches by that of the whole one. A layer's
+    says how its attention takes masks. Where the model has SDPA, a prefill has none, and eager attention would see
+    later tokens; SDPA takes any mask.
+    """
+    own = vars(part).get("config")
+    if own is config or not isinstance(own, PreTrainedConfig):
+        return []
+    if own._attn_implementation not in ("sdpa", config._attn_implementation):
+        return ["attn_implementation"]
+    if not hasattr(part, "set_attn_implementation"):  # a layer, which may be of a model with more or fewer of them
+        return []
+    theirs, ours = own.to_dict(), config.to_dict()
+    return sorted(
+        name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name) and name not in _NAMES
+    )
 
 
 def _drops(part: Any) -> bool:

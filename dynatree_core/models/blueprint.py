@@ -24,6 +24,7 @@ from dynatree_core.ops import ACTIVATIONS, Activation, Norm, PackedMatrix
 __all__ = [
     "FAMILIES",
     "Blueprint",
+    "Family",
     "Layer",
     "Matrix",
     "Mixture",
@@ -209,6 +210,7 @@ class Family:
     is_parallel: bool = False
     activation: str = "hidden_act"
     is_interleaved: bool = False
+    turns_part: bool = False  # of each head, as partial_rotary_factor says; others do so in scaled embeddings only
     is_transposed: bool = False  # matrices are [inputs, outputs], as GPT-2's Conv1D has them
     details: Callable[[Any, _Reader], dict[str, Any]] | None = None  # more fields of Blueprint
     layer_details: Callable[[Any, int], dict[str, Any]] | None = None  # further fields of one Layer
@@ -555,15 +557,17 @@ def ropes_of_config(config: Any) -> dict[str, Rope | None]:
         raise NoBlueprintError("rotary embedding is not described")
     nested = {kind: part for kind, part in described.items() if isinstance(part, dict)}
     if not nested:
-        return {"all": Rope(*_frequencies(config, described, None), family.is_interleaved)}
-    return {kind: Rope(*_frequencies(config, part, kind), family.is_interleaved) for kind, part in nested.items()}
+        return {"all": Rope(*_frequencies(config, family, described, None), family.is_interleaved)}
+    return {
+        kind: Rope(*_frequencies(config, family, part, kind), family.is_interleaved) for kind, part in nested.items()
+    }
 
 
-def _frequencies(config: Any, rope: Mapping[str, Any], kind: str | None) -> tuple[Tensor, float]:
+def _frequencies(config: Any, family: Family, rope: Mapping[str, Any], kind: str | None) -> tuple[Tensor, float]:
     """[frequencies] float32, and the scaling, as transformers computes them for a layer type."""
     if rope["rope_type"] == "default":
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        turned = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+        turned = int(head_dim * rope.get("partial_rotary_factor", 1.0)) if family.turns_part else head_dim
         return 1.0 / rope["rope_theta"] ** (torch.arange(0, turned, 2, dtype=torch.float) / turned), 1.0
     if rope["rope_type"] not in ROPE_INIT_FUNCTIONS:
         raise NoBlueprintError(f"rotary embedding is of type '{rope['rope_type']}'")
@@ -721,7 +725,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(**_NEW_GEMMA),
     "gemma3_text": Family(**_NEW_GEMMA, query_key_norms=_PER_HEAD),
     "glm4": Family(
-        up=("gate_up_proj",), is_interleaved=True, attention_post_norm="post_self_attn_layernorm",
+        up=("gate_up_proj",), is_interleaved=True, turns_part=True, attention_post_norm="post_self_attn_layernorm",
         mlp_post_norm="post_mlp_layernorm",
     ),
     "gpt2": Family(
@@ -731,7 +735,7 @@ FAMILIES: dict[str, Family] = {
         layer_details=_gpt2_layer, refuses=_refused_gpt2,
     ),
     "gpt_neox": Family(
-        **_LAYER, base="gpt_neox", embedding="embed_in", head_in_files="embed_out",
+        **_LAYER, turns_part=True, base="gpt_neox", embedding="embed_in", head_in_files="embed_out",
         final_norm="final_layer_norm", eps="layer_norm_eps",
         attention="attention", qkv=("query_key_value",), qkv_order="by_head", output="dense", up=("dense_h_to_4h",),
         down="dense_4h_to_h", layer_details=_neox_layer,
@@ -757,17 +761,18 @@ FAMILIES: dict[str, Family] = {
         activation="activation_function", details=_opt, refuses=_refused_opt,
     ),
     "phi": Family(
-        **_LAYER, final_norm="final_layernorm", eps="layer_norm_eps", output="dense", mlp_norm=None, is_parallel=True,
-        query_key_norms=("q_layernorm", "k_layernorm"), up=("fc1",), down="fc2",
+        **_LAYER, turns_part=True, final_norm="final_layernorm", eps="layer_norm_eps", output="dense", mlp_norm=None,
+        is_parallel=True, query_key_norms=("q_layernorm", "k_layernorm"), up=("fc1",), down="fc2",
     ),
-    "phi3": Family(qkv=("qkv_proj",), up=("gate_up_proj",)),
+    "phi3": Family(turns_part=True, qkv=("qkv_proj",), up=("gate_up_proj",)),
     "qwen2": Family(),
     "qwen2_moe": Family(adds_up="norm_topk_prob"),
     "qwen3": Family(query_key_norms=_PER_HEAD),
     "qwen3_moe": Family(query_key_norms=_PER_HEAD, adds_up="norm_topk_prob"),
     "smollm3": Family(layer_details=_smollm3_layer),
     "stablelm": Family(
-        **_LAYER, eps="layer_norm_eps", query_key_norms=("q_layernorm", "k_layernorm"), variant=_parallel_stablelm,
+        **_LAYER, turns_part=True, eps="layer_norm_eps", query_key_norms=("q_layernorm", "k_layernorm"),
+        variant=_parallel_stablelm,
     ),
     "starcoder2": Family(**_LAYER, eps="norm_epsilon", up=("c_fc",), down="c_proj"),
 }  # fmt: skip

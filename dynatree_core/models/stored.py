@@ -9,6 +9,7 @@ as the oracle of the tests.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import threading
@@ -28,6 +29,7 @@ from dynatree_core.files.writing import write_text
 from dynatree_core.models.architectures import cache_argument
 from dynatree_core.models.blueprint import (
     Blueprint,
+    Family,
     Layer,
     Mixture,
     Mlp,
@@ -331,6 +333,8 @@ def read_checkpoint(folder: Path, config: PreTrainedConfig, weights: str) -> Blu
     """
     if getattr(config, "quantization_config", None) is not None:
         raise NoBlueprintError("weights are quantised in a way of their own")
+    if (folder / "adapter_config.json").is_file():
+        raise NoBlueprintError("folder has an adapter, which transformers puts on")
     family = family_of(config)
     found = _checkpoint_tensors(folder)
     table = found.get(f"{family.base}.{family.embedding}.weight")
@@ -349,18 +353,42 @@ def read_checkpoint(folder: Path, config: PreTrainedConfig, weights: str) -> Blu
     strange = sorted({str(tensor.dtype) for tensor in found.values() if tensor.dtype not in _DTYPES})
     if strange:
         raise NoBlueprintError(f"files have tensors of {', '.join(strange)}")
+    _check_parameters(found, config, family)
     blueprint = read_blueprint(config, found, ropes_of_config(config))
     packed = blueprint.packed(packer(weights), pack_narrowest)
     return attrs.evolve(packed, embedding=_packed(packed.head)) if is_tied else packed
 
 
+def _check_parameters(found: Mapping[str, Tensor], config: Any, family: Family) -> None:
+    """See that files have the parameters of transformers' model, each in its shape.
+
+    It leaves out what files have besides, such as biases that the configuration does not ask for.
+
+    Raises:
+        NoBlueprintError: they have others. Those of single experts, which it puts together, are not compared.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING  # looking a class up imports its family
+
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"):
+        model = kind(copy.deepcopy(config))
+    head = f"{family.head_in_files}."
+    wanted = {name.replace(head, "lm_head."): tensor.shape for name, tensor in model.state_dict().items()}
+    for name in sorted(found.keys() | wanted.keys()):
+        shapes = [
+            None if one is None else tuple(one) for one in (getattr(found.get(name), "shape", None), wanted.get(name))
+        ]
+        if ".experts." not in name and shapes[0] != shapes[1]:
+            raise NoBlueprintError(f"files have '{name}' in the shape {shapes[0]}, which should be {shapes[1]}")
+
+
 def _checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
+    if single.is_file():  # which transformers looks for first
+        files = [single]
+    elif index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         files = [folder / name for name in sorted(names)]
-    elif single.is_file():
-        files = [single]
     else:
         raise NoBlueprintError("folder has no safetensors")
     found: dict[str, Tensor] = {}

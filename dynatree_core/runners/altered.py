@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 __all__ = ["altered_part"]
 
@@ -51,8 +52,19 @@ def _difference(model: nn.Module) -> str | None:
 
 
 def _structure(model: nn.Module) -> tuple[tuple[str, Hashable], ...]:
-    """Classes and plain attributes of a model's modules, by their names."""
-    return tuple((name, (type(part), _settings(part))) for name, part in model.named_modules())
+    """Classes, plain attributes and configurations of their own of a model's modules, by their names."""
+    return tuple(
+        (name, (type(part), _settings(part), _own_config(part, model.config))) for name, part in model.named_modules()
+    )
+
+
+def _own_config(part: nn.Module, config: Any) -> str | None:
+    """What a part, such as a layer of another model, computes by in the place of the model's configuration."""
+    own: Any = vars(part).get("config")
+    if own is config or not isinstance(own, PreTrainedConfig):
+        return None
+    said: str = own.to_json_string(use_diff=False)
+    return None if said == config.to_json_string(use_diff=False) else said
 
 
 def _settings(part: nn.Module) -> Hashable:
