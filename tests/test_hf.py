@@ -194,12 +194,28 @@ def test_a_dict_without_scores():
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "has no output_hidden_states"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "has no output_attentions"),
         ({"guidance_scale": 1.5}, "has no guidance_scale"),
+        ({"force_words_ids": [[4]]}, "has no force_words_ids"),
+        ({"constraints": ["a phrase"]}, "has no constraints"),
+        ({"penalty_alpha": 0.6}, "has no penalty_alpha"),
+        ({"dola_layers": "high"}, "has no dola_layers"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_is_refused(asked, message):
     with pytest.raises(ParameterError, match=message):
         TARGET.generate(PROMPT, **PLAIN, **asked, **TREES)
+
+
+@pytest.mark.parametrize("answer", [torch.tensor([False, True]), torch.tensor([2]), torch.tensor([]), 0.5])
+def test_a_criterion_that_answers_neither_true_nor_false_is_refused(answer):
+    class Odd(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return answer
+
+    with pytest.raises(ParameterError, match=r"must answer True or False.*from Odd; return one bool"):
+        generate(TARGET, DRAFTER, PROMPT, stopping_criteria=[Odd()], max_new_tokens=4)
+    with pytest.raises(ParameterError, match="must answer True or False"):
+        TARGET.generate(PROMPT, **PLAIN, stopping_criteria=[Odd()], **TREES)
 
 
 def test_healing_is_refused_before_generate_asks_for_a_tokenizer():

@@ -132,6 +132,7 @@ def test_models_and_tokens(server, client):
     [
         ({"frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "must have token ids for names"),
+        ({"logit_bias": {"05": 100, "5": -100}}, "logit_bias", "such as \"17\", got '05'"),
         ({"logit_bias": {"5000": 1}}, "logit_bias", "logit_bias must name token ids"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "less than or equal to 100"),
         ({"best_of": 2}, "best_of", "cannot be honoured"),

@@ -126,6 +126,14 @@ def test_a_regex_in_a_stream(client):
     ("fields", "param", "words"),
     [
         ({"response_format": {"type": "json_schema"}}, "response_format", "must have a 'json_schema'"),
+        (
+            {"response_format": {"type": "json_object", "json_schema": {"schema": {"type": "integer"}}}},
+            "response_format", "of the type 'json_object' has no schema",
+        ),
+        (
+            {"response_format": {"type": "text", "json_schema": {"schema": {"type": "integer"}}}},
+            "response_format", "of the type 'text' has no schema",
+        ),
         ({"response_format": {"type": "xml"}}, "response_format.type", "should be 'text'"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "objec"}}}},

@@ -21,15 +21,17 @@ class RefusedSetting:
 
 
 REFUSED = {
+    "constraints": RefusedSetting(None, "constrained search takes beams, and a tree goes on from one text", True),
     "dola_layers": RefusedSetting(None, "DoLa compares the logits of layers, and a pass gives those of the last", True),
     "encoder_no_repeat_ngram_size": RefusedSetting(0, "there is no encoder", False),
     "encoder_repetition_penalty": RefusedSetting(1, "the prompt is no encoder's input", False),
+    "force_words_ids": RefusedSetting(None, "constrained search takes beams, and a tree goes on from one text", True),
     "guidance_scale": RefusedSetting(1, "guidance takes a second pass over a text without the prompt", True),
     "num_beams": RefusedSetting(1, "beams go on from several texts, and a tree from one", True),
     "num_return_sequences": RefusedSetting(1, "a call gives one text", False),
     "output_attentions": RefusedSetting(False, "passes over trees keep no attention weights", True),
     "output_hidden_states": RefusedSetting(False, "passes over trees keep no hidden states", True),
-    "penalty_alpha": RefusedSetting(None, "contrastive search compares hidden states, which are not kept", True),
+    "penalty_alpha": RefusedSetting(0, "contrastive search compares hidden states, which are not kept", True),
     "token_healing": RefusedSetting(False, "it changes the prompt before the first token", False),
 }
 

@@ -28,8 +28,20 @@ class Criterion:
     is_done: StoppingCriteria  # called with the text [1, tokens] after each new token
 
     def __call__(self, text: Tensor) -> bool:
-        """Whether the generation ends with this text [1, tokens]."""
-        return bool(torch.as_tensor(self.is_done(text, None)).any())
+        """Whether the generation ends with this text [1, tokens].
+
+        Raises:
+            ParameterError: the criterion answers neither True nor False, where generate() fails or looks at its bits.
+        """
+        answer = self.is_done(text, None)
+        found = torch.as_tensor(answer)
+        value = found.item() if found.numel() == 1 else None
+        if value not in (0, 1):
+            raise ParameterError(
+                "a stopping criterion must answer True or False for the one sequence that it is shown, got "
+                f"{answer!r:.60} from {type(self.is_done).__name__}; return one bool, or a tensor [1] of bool"
+            )
+        return bool(value)
 
 
 def stopping_criteria(

@@ -30,13 +30,20 @@ def form_options(body: GenerationBody) -> dict[str, Any]:
 
 
 def _token_id(name: str) -> int:
-    if not (name.isascii() and name.isdecimal() and len(name) < 10):
+    # "05" would be a second name for "5", and one of two biases would be lost
+    if not (name.isascii() and name.isdecimal() and len(name) < 10 and name == str(int(name))):
         raise refused("logit_bias", f"'logit_bias' must have token ids for names, such as \"17\", got '{name:.60}'")
     return int(name)
 
 
 def _grammar(body: GenerationBody) -> Grammar | None:
     asked, other = body.response_format, body.structured_outputs
+    if asked is not None and asked.type != "json_schema" and asked.json_schema is not None:
+        raise refused(
+            "response_format",
+            f"'response_format' of the type '{asked.type}' has no schema, got a 'json_schema' beside it; make the type "
+            "'json_schema', or leave the schema out",
+        )
     if other is not None:
         if asked is not None and asked.type != "text":
             raise refused(
