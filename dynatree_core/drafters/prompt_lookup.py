@@ -97,7 +97,7 @@ class PromptLookupState(DraftState):
         windows = padded.unfold(0, n, 1)[:-1]  # [earlier, n]: the n tokens that end at each place
         # matching from the right for as long as every token matches
         lengths = (windows == ids[-n:]).flip(1).cumprod(dim=1).sum(dim=1)
-        order = lengths * earlier + torch.arange(earlier, device=ids.device)
+        order = torch.arange(earlier, device=ids.device).add_(lengths, alpha=earlier)
         self.ends = order.topk(min(self.drafter.max_matches, earlier)).indices  # [matches]
         self.lengths = lengths[self.ends].float()  # [matches]
         self.num_ahead = LOOK_AHEAD if self.ends.numel() <= MANY else 1

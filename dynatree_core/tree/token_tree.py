@@ -38,11 +38,20 @@ class Room:
 
     @classmethod
     def of_root(cls, token_id: Tensor) -> Room:
-        """A new one, with a root that has this token [1] int64; it takes four kernels, as small as it is."""
-        empty = _first_room(token_id.device)
-        room = cls(empty.integers.clone(), empty.scores.clone(), empty.mask.clone())
+        """A new one, with a root that has this token [1] int64; it is one block of memory, so it takes two kernels."""
+        room = cls.of_block(_first_block(token_id.device).clone())
         room.integers[0, :1] = token_id
         return room
+
+    @classmethod
+    def of_block(cls, block: Tensor) -> Room:
+        """The room for `FIRST_ROOM` nodes in a block of memory [bytes] uint8."""
+        integers, scores, mask = torch.split(block, [16 * FIRST_ROOM, 8 * FIRST_ROOM, FIRST_ROOM**2])
+        return cls(
+            integers.view(torch.int64).view(2, FIRST_ROOM),
+            scores.view(torch.float32).view(2, FIRST_ROOM),
+            mask.view(torch.bool).view(FIRST_ROOM, FIRST_ROOM),
+        )
 
     @classmethod
     def for_nodes(cls, num_nodes: int, device: torch.device) -> Room:
@@ -72,14 +81,14 @@ class Room:
 
 
 @functools.cache
-def _first_room(device: torch.device) -> Room:
-    """With a root without a token."""
+def _first_block(device: torch.device) -> Tensor:
+    """[bytes] uint8: the room of a root without a token."""
     with torch.inference_mode(False):
-        room = Room.for_nodes(FIRST_ROOM, device)
-        room.integers.zero_()
+        block = torch.zeros(FIRST_ROOM * (24 + FIRST_ROOM), dtype=torch.uint8, device=device)
+        room = Room.of_block(block)
         room.integers[1, 0] = -1
-        room.scores.zero_()
-        return room
+        room.mask.fill_diagonal_(True)
+        return block
 
 
 def packed_scores(column: Tensor) -> Tensor:
@@ -345,8 +354,7 @@ class TokenTree:
     def _kept(self, keep: Tensor, level_sizes: Sequence[int]) -> TokenTree:
         # how many they are is known here, so the device need not be asked
         index = torch.nonzero_static(keep, size=sum(level_sizes))[:, 0]
-        new_index = torch.cumsum(keep, 0) - 1
-        parent = new_index[self.parent[index].clamp_(min=0)]
+        parent = torch.searchsorted(index, self.parent[index])  # its place among the kept ones, to which it belongs
         parent[:1].fill_(-1)
         return TokenTree(
             token_ids=self.token_ids[index],
