@@ -12,14 +12,15 @@ from typing import Any
 import attrs
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from dynatree_core.engine.observer import Level, Outcome, outcomes_of
+from dynatree_core.engine.observer import Level, Outcome, on_host, outcomes_of
 from dynatree_core.trace.format import dumps, float_list, int_list
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
 
-__all__ = ["Nodes", "nodes_of", "on_host"]
+__all__ = ["Nodes", "nodes_of"]
 
 Numbers = npt.NDArray[Any]
 
@@ -44,11 +45,6 @@ class Nodes:
         integers = ",".join(f'"{name}":{int_list(getattr(self, name))}' for name in names)
         floats = f'"logprob":{float_list(self.logprob)},"cum_logprob":{float_list(self.cum_logprob)}'
         return f'"sources":{dumps(self.sources or None)},"nodes":{{{integers},{floats}}}'
-
-
-def on_host(tensors: Sequence[Tensor]) -> Numbers:
-    """The numbers of all these tensors, one behind the other."""
-    return np.concatenate([tensor.cpu().numpy().reshape(-1) for tensor in tensors])
 
 
 def nodes_of(drafts: Sequence[tuple[TokenTree, Sequence[Level]]]) -> list[Nodes]:
@@ -137,23 +133,40 @@ def _sources(proposals: Sequence[Proposals], sources: Sequence[list[str]]) -> Nu
         names += [name for name, _ in one.heard if name not in names]
     alone = [names.index(one.heard[0][0]) if one.heard else -1 for one, names in zip(proposals, sources, strict=True)]
     found = np.repeat(alone, [one.token_ids.numel() for one in proposals])
-    start = 0
-    for one, names in zip(proposals, sources, strict=True):
-        end = start + one.token_ids.numel()
+    starts = itertools.accumulate((one.token_ids.numel() for one in proposals), initial=0)
+    alike: dict[tuple[int, ...], list[tuple[Proposals, list[str], int]]] = {}  # by widths, with where each begins
+    for one, names, start in zip(proposals, sources, starts, strict=False):
         if len(one.heard) > 1:
-            found[start:end] = np.array([names.index(name) for name, _ in one.heard])[_most_from(one)]
-        start = end
+            widths = (one.token_ids.shape[1], *(part.token_ids.shape[1] for _, part in one.heard))
+            alike.setdefault(widths, []).append((one, names, start))
+    for group in alike.values():
+        ends = np.cumsum([len(one.token_ids) for one, _, _ in group])
+        most = np.split(_most_from([one for one, _, _ in group]), ends)  # behind the last end is nothing
+        for (one, names, start), places in zip(group, most, strict=False):
+            found[start : start + places.size] = np.array([names.index(name) for name, _ in one.heard])[places.ravel()]
     return found
 
 
-def _most_from(proposals: Proposals) -> Numbers:
-    """[width · k] places in `heard`, of the drafter that adds most to a proposal's probability."""
-    token_ids = proposals.token_ids.cpu().numpy()[:, :, None]
+def _most_from(alike: Sequence[Proposals]) -> Numbers:
+    """[width of all, k] places in `heard`, of the drafter that adds most to a proposal's probability.
+
+    Args:
+        alike: as wide as each other, and so is what their drafters have proposed.
+    """
+    token_ids = _rows([one.token_ids for one in alike])[:, :, None]
     left_over = np.ones((len(token_ids), 1))
     shares = []  # of each drafter, [width, k]; the first one heard first
-    for _, part in proposals.heard:
-        probs = left_over * np.exp(part.logprobs.cpu().numpy().astype(np.float64))  # [width, its k]
-        shares.append(((token_ids == part.token_ids.cpu().numpy()[:, None, :]) * probs[:, None, :]).sum(axis=-1))
+    for place in range(len(alike[0].heard)):
+        parts = [one.heard[place][1] for one in alike]
+        part_ids, logprobs = _rows([one.token_ids for one in parts]), _rows([one.logprobs for one in parts])
+        probs = left_over * np.exp(logprobs.astype(np.float64))  # [width, its k]
+        shares.append(((token_ids == part_ids[:, None, :]) * probs[:, None, :]).sum(axis=-1))
         left_over = np.maximum(left_over - probs.sum(axis=-1, keepdims=True), 0.0)
-    most: Numbers = np.argmax(shares, axis=0).reshape(-1)
+    most: Numbers = np.argmax(shares, axis=0)
     return most
+
+
+def _rows(tensors: Sequence[Tensor]) -> Numbers:
+    """[rows of all, k] the numbers of tensors [rows, k]."""
+    rows: Numbers = torch.cat([*tensors]).cpu().numpy()
+    return rows
