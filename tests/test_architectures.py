@@ -281,6 +281,9 @@ def test_layers_of_another_model_and_names_in_a_configuration_are_fine():
     model.model.layers[0] = copy.deepcopy(tiny_model("llama", seed=1, num_hidden_layers=3)).model.layers[0]
     model.config = copy.deepcopy(model.config)
     model.config.pad_token_id = 3
+    model.config.tie_word_embeddings = not model.config.tie_word_embeddings
+    config: Any = type(model.config)(**model.config.to_dict())  # of no model, so without an attention
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
     prompt = [3, 1, 4, 1, 5, 9]
     assert generate(model, None, prompt, max_new_tokens=12).token_ids == greedy(model, prompt, 12)
 

@@ -206,7 +206,7 @@ def test_what_is_refused(asked, message):
         TARGET.generate(PROMPT, **PLAIN, **asked, **TREES)
 
 
-@pytest.mark.parametrize("answer", [torch.tensor([False, True]), torch.tensor([2]), torch.tensor([]), 0.5])
+@pytest.mark.parametrize("answer", [torch.tensor([False, True]), torch.tensor([2]), torch.tensor([]), 0.5, None])
 def test_a_criterion_that_answers_neither_true_nor_false_is_refused(answer):
     class Odd(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
@@ -214,8 +214,9 @@ def test_a_criterion_that_answers_neither_true_nor_false_is_refused(answer):
 
     with pytest.raises(ParameterError, match=r"must answer True or False.*from Odd; return one bool"):
         generate(TARGET, DRAFTER, PROMPT, stopping_criteria=[Odd()], max_new_tokens=4)
-    with pytest.raises(ParameterError, match="must answer True or False"):
-        TARGET.generate(PROMPT, **PLAIN, stopping_criteria=[Odd()], **TREES)
+    for kept in ({}, {"output_scores": True, "return_dict_in_generate": True}):
+        with pytest.raises(ParameterError, match=r"must answer True or False.*from Odd; return one bool"):
+            TARGET.generate(PROMPT, **PLAIN, **kept, stopping_criteria=[Odd()], **TREES)
 
 
 def test_healing_is_refused_before_generate_asks_for_a_tokenizer():

@@ -151,8 +151,9 @@ def test_heads_are_turned_in_part_where_the_family_reads_that_setting(name: str)
     model: Any = single(name)
     config = copy.deepcopy(model.config)
     described = getattr(config, "rope_parameters", None)
-    if config.model_type in ("gpt2", "opt", "gptj") or any(isinstance(part, dict) for part in described.values()):
-        return  # without such a setting, or with one for each layer type
+    if not described or config.model_type == "gptj" or any(isinstance(part, dict) for part in described.values()):
+        assert not family_of(config).turns_part  # without such a setting, or with one for each layer type
+        return
     described |= {"rope_type": "default", "partial_rotary_factor": 0.5}
     rotary = type(model.get_submodule(f"{family_of(config).base}.rotary_emb"))(config)
     rope = ropes_of_config(config)["all"]
@@ -190,9 +191,17 @@ def test_files_that_are_not_as_transformers_writes_them_are_left_to_it(tmp_path:
 @pytest.mark.parametrize(
     ("name", "shape", "reason"),
     [
-        ("model.layers.0.self_attn.q_proj.bias", (32,), r"\(32,\), which should be None"),  # llama asks for none
-        ("model.norm.weight", (), r"None, which should be \(32,\)"),
-        ("model.layers.1.mlp.up_proj.weight", (8, 32), r"\(8, 32\), which should be \(\d+, 32\)"),
+        (
+            "model.layers.0.self_attn.q_proj.bias",
+            (32,),
+            "have '{}', which a LlamaForCausalLM of",
+        ),  # llama asks for none
+        ("model.norm.weight", (), "lack '{}'"),
+        (
+            "model.layers.1.mlp.up_proj.weight",
+            (8, 32),
+            r"have '{}' of the shape \(8, 32\), which should be \(\d+, 32\)",
+        ),
     ],
 )
 def test_files_with_other_parameters_than_the_model_has_are_left_to_transformers(
@@ -204,7 +213,16 @@ def test_files_with_other_parameters_than_the_model_has_are_left_to_transformers
     if shape:
         tensors[name] = torch.ones(shape)
     save_aligned(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(NoBlueprintError, match=f"files have '{name}' in the shape {reason}"):
+    with pytest.raises(NoBlueprintError, match=f"files {reason.format(name)}"):
+        read_checkpoint(tmp_path, model.config, "stored")
+    if "bias" in name:  # which transformers leaves out
+        assert not isinstance(load_model(str(tmp_path), device="cpu", weights="stored").model, StoredModel)
+
+
+def test_a_configuration_that_no_model_can_be_made_of_is_left_to_transformers(tmp_path: Path) -> None:
+    model = published(tmp_path, "llama")
+    model.config.pad_token_id = model.config.vocab_size  # no row of the embeddings
+    with pytest.raises(NoBlueprintError, match="configuration no LlamaForCausalLM can be made of"):
         read_checkpoint(tmp_path, model.config, "stored")
 
 
@@ -218,7 +236,7 @@ def test_an_adapter_in_the_folder_is_left_to_transformers(tmp_path: Path) -> Non
 def test_one_file_counts_before_an_index_of_several(tmp_path: Path) -> None:
     model = published(tmp_path, "llama")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "other.safetensors"}}')
-    read_checkpoint(tmp_path, model.config, "stored")
+    assert len(read_checkpoint(tmp_path, model.config, "stored").layers) == model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])

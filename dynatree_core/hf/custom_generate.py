@@ -417,7 +417,12 @@ def _ended(streamer: Any, *, only_after_errors: bool = False) -> Iterator[_Ended
 
 def _with_scores(criterion: StoppingCriteria, scores: list[Tensor]) -> Callable[[Tensor, Any], Any]:
     """The criterion, which is told the scores of all new tokens so far, as by generate() where it keeps them."""
-    return lambda input_ids, _: criterion(input_ids, tuple(scores))
+
+    def with_scores(input_ids: Tensor, _: Any) -> Any:
+        return criterion(input_ids, tuple(scores))
+
+    with_scores.__name__ = type(criterion).__name__  # as errors name it
+    return with_scores
 
 
 def _only_sampling(do_sample: bool | None) -> GenerationConfig:

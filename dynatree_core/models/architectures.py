@@ -79,8 +79,9 @@ EXACT_FAMILIES = {
 }
 
 # settings that no pass goes by
-_NAMES = frozenset({"_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id"}) | {
-    "torch_dtype", "transformers_version", "use_cache",
+_NAMES = frozenset({"_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label"}) | {
+    "initializer_range", "label2id", "pad_token_id", "problem_type", "tie_word_embeddings", "torch_dtype",
+    "transformers_version", "use_cache",
 }  # fmt: skip
 
 _GENERATE = "; decode it with its own generate"
@@ -230,34 +231,35 @@ def _reason_against_parts(model: nn.Module, config: Any) -> str | None:
     if inner is not None:
         return f"it hands its passes on to a {type(inner).__name__} whose parts are not its own; give that model"
     for name, part in model.named_modules():
-        settings = _own_settings(part, config)
-        if settings:
+        setting = _own_setting(part, config)
+        if setting is not None:
             return (
-                f"its part '{name}' has a configuration of its own, which says something else of {settings[0]}, so "
+                f"its part '{name}' has a configuration of its own, which says something else of {setting}, so "
                 "masks and caches would not fit each other; set the config of each part to model.config, or change the "
                 "model's in place rather than replace it"
             )
     return None
 
 
-def _own_settings(part: Any, config: Any) -> list[str]:
-    """The settings in which a part's own configuration decides otherwise than the model's.
+def _own_setting(part: Any, config: Any) -> str | None:
+    """A setting in which a part's own configuration decides otherwise than the model's; None: there is none.
 
-    Transformers makes masks by that of the model inside, `model.model`, and caches by that of the whole one. A layer's
-    says how its attention takes masks. Where the model has SDPA, a prefill has none, and eager attention would see
-    later tokens; SDPA takes any mask.
+    Transformers makes masks by that of the model inside, `model.model`, and caches by that of the whole one. An
+    attention's says how it takes masks. Where the model has SDPA, a prefill has none, and eager attention would see
+    later tokens; SDPA takes any mask. What other parts compute does not depend on the order of a text.
     """
     own = vars(part).get("config")
     if own is config or not isinstance(own, PreTrainedConfig):
-        return []
-    if own._attn_implementation not in ("sdpa", config._attn_implementation):
-        return ["attn_implementation"]
-    if not hasattr(part, "set_attn_implementation"):  # a layer, which may be of a model with more or fewer of them
-        return []
+        return None
+    is_model = hasattr(part, "set_attn_implementation")
+    is_attention = "is_causal" in vars(part)
+    if (is_model or is_attention) and own._attn_implementation not in ("sdpa", config._attn_implementation):
+        return "attn_implementation"
+    if not is_model:  # a layer, which may be of a model with more or fewer of them
+        return None
     theirs, ours = own.to_dict(), config.to_dict()
-    return sorted(
-        name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name) and name not in _NAMES
-    )
+    names = (theirs.keys() | ours.keys()) - _NAMES
+    return next((name for name in sorted(names) if theirs.get(name) != ours.get(name)), None)
 
 
 def _drops(part: Any) -> bool:

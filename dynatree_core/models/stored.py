@@ -1,7 +1,7 @@
 """Models whose weights stay in their published bits: a blueprint with packed matrices, without transformers' modules.
 
-Decoding needs neither transformers' model code, whose import takes seconds, nor a second copy of the weights. A model
-can be saved as one file, which is mapped into memory rather than read.
+Decoding needs neither transformers' modules nor a second copy of the weights. A model can be saved as one file, which
+is mapped into memory rather than read; then transformers' model code, whose import takes seconds, is not needed either.
 
 `StoredModel.in_transformers` is the same model as transformers has it, in float32: for runners that need modules, and
 as the oracle of the tests.
@@ -365,21 +365,30 @@ def _check_parameters(found: Mapping[str, Tensor], config: Any, family: Family) 
     It leaves out what files have besides, such as biases that the configuration does not ask for.
 
     Raises:
-        NoBlueprintError: they have others. Those of single experts, which it puts together, are not compared.
+        NoBlueprintError: they have others, or there is no such model. Those of single experts, which it puts together,
+            are not compared.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING  # looking a class up imports its family
 
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with torch.device("meta"):
-        model = kind(copy.deepcopy(config))
+    try:
+        with torch.device("meta"):
+            model = kind(copy.deepcopy(config))
+    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ImportError) as error:
+        raise NoBlueprintError(
+            f"configuration no {kind.__name__} can be made of ({type(error).__name__}: {error})"
+        ) from error
     head = f"{family.head_in_files}."
-    wanted = {name.replace(head, "lm_head."): tensor.shape for name, tensor in model.state_dict().items()}
-    for name in sorted(found.keys() | wanted.keys()):
-        shapes = [
-            None if one is None else tuple(one) for one in (getattr(found.get(name), "shape", None), wanted.get(name))
-        ]
-        if ".experts." not in name and shapes[0] != shapes[1]:
-            raise NoBlueprintError(f"files have '{name}' in the shape {shapes[0]}, which should be {shapes[1]}")
+    wanted = {name.replace(head, "lm_head."): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    for name in sorted(shapes.keys() | wanted.keys()):
+        if ".experts." in name or shapes.get(name) == wanted.get(name):
+            continue
+        if name not in wanted:
+            raise NoBlueprintError(f"files have '{name}', which a {kind.__name__} of this configuration has not")
+        if name not in shapes:
+            raise NoBlueprintError(f"files lack '{name}'")
+        raise NoBlueprintError(f"files have '{name}' of the shape {shapes[name]}, which should be {wanted[name]}")
 
 
 def _checkpoint_tensors(folder: Path) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -33,13 +33,17 @@ class Criterion:
         Raises:
             ParameterError: the criterion answers neither True nor False, where generate() fails or looks at its bits.
         """
-        answer = self.is_done(text, None)
-        found = torch.as_tensor(answer)
+        answer: Any = self.is_done(text, None)
+        try:
+            found = torch.as_tensor(answer)
+        except (TypeError, ValueError, RuntimeError):  # None, for one, where a `return` was forgotten
+            found = torch.empty(0)
         value = found.item() if found.numel() == 1 else None
         if value not in (0, 1):
+            name = getattr(self.is_done, "__name__", type(self.is_done).__name__)
             raise ParameterError(
                 "a stopping criterion must answer True or False for the one sequence that it is shown, got "
-                f"{answer!r:.60} from {type(self.is_done).__name__}; return one bool, or a tensor [1] of bool"
+                f"{answer!r:.60} from {name}; return one bool, or a tensor [1] of bool"
             )
         return bool(value)
 

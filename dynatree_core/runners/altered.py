@@ -53,18 +53,20 @@ def _difference(model: nn.Module) -> str | None:
 
 def _structure(model: nn.Module) -> tuple[tuple[str, Hashable], ...]:
     """Classes, plain attributes and configurations of their own of a model's modules, by their names."""
-    return tuple(
-        (name, (type(part), _settings(part), _own_config(part, model.config))) for name, part in model.named_modules()
-    )
+    config: Any = model.config
+    told: dict[int, str | None] = {id(config): None}  # by configuration: what it says, if that is something else
 
+    def own_config(part: nn.Module) -> str | None:
+        """What a part, such as a layer of another model, computes by in the place of the model's configuration."""
+        own: Any = vars(part).get("config")
+        if not isinstance(own, PreTrainedConfig):
+            return None
+        if id(own) not in told:
+            said: str = own.to_json_string(use_diff=False)
+            told[id(own)] = None if said == config.to_json_string(use_diff=False) else said
+        return told[id(own)]
 
-def _own_config(part: nn.Module, config: Any) -> str | None:
-    """What a part, such as a layer of another model, computes by in the place of the model's configuration."""
-    own: Any = vars(part).get("config")
-    if own is config or not isinstance(own, PreTrainedConfig):
-        return None
-    said: str = own.to_json_string(use_diff=False)
-    return None if said == config.to_json_string(use_diff=False) else said
+    return tuple((name, (type(part), _settings(part), own_config(part))) for name, part in model.named_modules())
 
 
 def _settings(part: nn.Module) -> Hashable:
