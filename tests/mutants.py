@@ -818,7 +818,7 @@ MUTANTS = (
         "a drafter forgets that a replay has followed the text",
         "        self.num_settled = self.cache.length - 1  # as in `proposing`\n        self.cache.append(num_rows)",
         "        self.num_settled = self.cache.length - 1  # as in `proposing`",
-        (RECORDED_STEPS,),
+        ("tests/test_recorded.py::test_a_parameter_that_moves_needs_no_new_graph",),
     ),
     Mutant(
         "folded heads stand in the order of rows",

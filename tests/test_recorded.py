@@ -175,6 +175,9 @@ def test_a_parameter_that_moves_needs_no_new_graph():
         ours = played("phase3")
     kinds = [one[:3] for one in recordings]
     assert len(kinds) == len(set(kinds)) > 0, "each kind is recorded once"
+    assert {num_followed for num_followed, *_ in kinds} == {1}, (
+        "accepted nodes have their rows from when they were drafted"
+    )
     assert ours.num_replayed > 2 * len(kinds)
     assert all(moving == {("confidence", "high")} for *_, moving in recordings)
 
