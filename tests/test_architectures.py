@@ -316,6 +316,17 @@ def test_layers_of_an_unknown_type_are_refused():
         check_causal_lm(model, "target")
 
 
+@pytest.mark.parametrize("listed", [None, ["full_attention"]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_layers_without_a_type_are_refused(listed, dtype):
+    model: Any = copy.deepcopy(tiny_model("qwen2")).to(dtype)
+    model.config.layer_types = listed
+    with pytest.raises(UnsupportedModelError, match=r"its 2 layers have their masks by config.layer_types, which is"):
+        generate(model, None, [1, 2, 3])
+    model.config.layer_types = ["full_attention"] * 2
+    assert generate(model, model, [1, 2, 3], max_new_tokens=5).token_ids == greedy(model, [1, 2, 3], 5)
+
+
 @pytest.mark.parametrize(
     ("module", "name"),
     [("torch.ao.nn.quantized.dynamic.modules.linear", "Linear"), ("bitsandbytes.nn.modules", "Linear8bitLt")],

@@ -92,6 +92,19 @@ def test_kept_rows_do_not_cross_a_change(change):
     assert result.token_ids == greedy(model, PROMPT, 8)
 
 
+@pytest.mark.parametrize("runner", ["eager", "packed"])
+def test_a_change_of_a_configuration_that_a_layer_has_of_its_own_is_seen(runner):
+    """OLMo's layers read in each pass where queries, keys and values are cut."""
+    model, other = (copy.deepcopy(tiny_model("olmo")).float() for _ in range(2))
+    model.model.layers[0] = other.model.layers[0]
+    cache = PrefixCache()
+    for clip, num_reused in ((1.0, 0), (1.0, 4), (0.1, 0), (1.0, 4)):
+        other.config.clip_qkv = clip
+        result = generate(model, None, PROMPT, max_new_tokens=8, prefix_cache=cache, runner=runner)
+        assert result.report.num_reused_tokens == num_reused
+        assert result.token_ids == greedy(model, PROMPT, 8)
+
+
 def with_scaled(layer, scale):
     """The layer with an output that a function of its own scales."""
     layer.register_forward_hook(lambda part, args, out: out * scale["of values"])

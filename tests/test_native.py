@@ -32,7 +32,7 @@ from dynatree_core.ops.native import loading
 from dynatree_core.runners import choice
 from dynatree_core.runners.altered import altered_part
 from dynatree_core.runners.base import Rows
-from dynatree_core.runners.choice import make_runner, runner_for
+from dynatree_core.runners.choice import made_runner, make_runner, runner_for
 from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.runners.native import NativeRunner, Twin
 from dynatree_core.runners.workspace import ANGLES
@@ -466,6 +466,25 @@ def test_a_model_without_a_blueprint_is_left_to_others(name: str) -> None:
         blueprint_of(single(name))
 
 
+IGNORED = {"num_key_value_heads": 1, "head_dim": 16}  # by these families, with four heads of eight numbers
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["gpt2", "gptj", "opt"])
+def test_heads_are_those_of_the_matrices_whatever_a_configuration_says_of_them(name: str) -> None:
+    model = copy.deepcopy(tiny_model(name, **IGNORED)).float()
+    assert runner_for(model, "auto") == "native"
+    plain, found = (logits_of(made_runner(model, runner), [TEXT]) for runner in ("eager", "native"))
+    torch.testing.assert_close(found / plain.abs().amax(), plain / plain.abs().amax(), rtol=0, atol=1e-5)
+
+
+def test_matrices_that_do_not_fit_the_heads_are_a_reason_against_the_model() -> None:
+    model: Any = copy.deepcopy(single("gpt2"))
+    model.config.num_attention_heads = 3
+    with pytest.raises(NoBlueprintError, match=r"'transformer\.h\.0\.attn' has matrices that do not fit its 3 heads"):
+        blueprint_of(model)
+
+
 def test_a_parameter_that_no_layer_takes_is_a_reason_against_the_model() -> None:
     model: Any = copy.deepcopy(single("llama"))
     model.model.layers[1].mlp.extra = nn.Linear(2, 2)
@@ -503,6 +522,9 @@ def test_a_module_that_was_replaced_or_set_otherwise_is_a_reason_against_the_mod
     assert altered_part(model) is None
     other.config.clip_qkv = 0.5  # which a layer reads in its passes
     assert altered_part(model) == "'model.layers.1.self_attn' is another one"
+    model = copy.deepcopy(single("phi"))
+    model.config.rope_parameters = {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}  # one is missing
+    assert "cannot be made of a configuration alone (KeyError: 'partial_rotary_factor')" in str(altered_part(model))
     model = copy.deepcopy(single("qwen3"))
     del model.model.layers[1].self_attn.q_norm
     assert "self_attn.q_norm' is missing" in str(altered_part(model))

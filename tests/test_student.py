@@ -9,6 +9,7 @@ import os
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import attrs
 import pytest
@@ -31,7 +32,7 @@ from dynatree_core.models.student import CARD, WEIGHTS, is_student, load_student
 from dynatree_core.plugins.registry import DRAFTERS, plugin_table
 from dynatree_core.testing import assert_drafter_contract, assert_lossless
 from dynatree_core.testing import strategies as ours
-from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model
+from dynatree_core.testing.models import VOCAB, greedy, perturbed, tiny_model, tiny_variant
 
 CPU = torch.device("cpu")
 FAMILIES = ["llama", "gpt_neox", "gpt2", "gemma2", "qwen3"]
@@ -97,6 +98,18 @@ def test_layers_that_are_not_there():
             new_student(tiny_model("llama"), layers, HEAD_IDS)
 
 
+def test_layers_are_what_they_were_in_the_target():
+    """SmolLM3 says of each layer whether it turns its heads; StableLM's layers have lists of norms inside."""
+    target: Any = tiny_model("smollm3")
+    student: Any = new_student(target, [1, 0], HEAD_IDS, dtype=torch.float64)
+    turned = [[layer.self_attn.use_rope for layer in model.model.layers] for model in (target, student)]
+    assert turned[0] == turned[1][::-1] == [1, 0]
+    target = tiny_variant("stablelm, parallel")
+    student = new_student(target, [1], HEAD_IDS, dtype=torch.float64)
+    norms = [model.model.layers[-1].self_attn.q_layernorm.norms[3].weight for model in (target, student)]
+    assert torch.equal(*norms)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_stored_is_what_is_loaded(family, tmp_path):
     target = tiny_model(family)
@@ -146,6 +159,16 @@ def test_another_target(tmp_path):
     (tmp_path / "student.json").write_text(json.dumps({**card, "hidden_size": 64}))
     with pytest.raises(VocabularyMismatchError, match=r"its target, tiny: 37 tokens of 64 numbers.* 37 of 32"):
         generate(tiny_model("llama"), DistilledDrafter(str(tmp_path)), [1, 2], max_new_tokens=2)
+
+
+def test_a_target_that_was_given_fewer_tokens(tmp_path):
+    target: Any = copy.deepcopy(tiny_model("llama"))
+    save_student(tiny_student(target), tmp_path, torch.float64, {"target": "llama"})
+    drafter = DistilledDrafter(str(tmp_path))
+    generate(target, drafter, [1, 2, 3], max_new_tokens=4)
+    target.resize_token_embeddings(VOCAB - 5)
+    with pytest.raises(VocabularyMismatchError, match=r"shares the embeddings of its target, llama: 37 .* 32 of 32"):
+        generate(target, drafter, [1, 2, 3], max_new_tokens=4)
 
 
 def test_the_distilled_drafter_by_name(tmp_path):

@@ -64,7 +64,8 @@ class DistilledDrafter(Drafter):
     def start(self, plan: DraftPlan) -> ModelDraftState:
         weights, dtype = self.folder / WEIGHTS, self._dtype_on(plan.device)
         written = weights.stat().st_mtime_ns if weights.exists() else None
-        key = ("distilled", weights.resolve(), written, dtype, plan.device)
+        # a target that was given more or fewer tokens is another one, which may be refused
+        key = ("distilled", weights.resolve(), written, dtype, plan.device, plan.vocab_size)
         with _loading, torch.inference_mode(False):  # a later generation may run in another mode than this one
             if key not in plan.store:
                 plan.store[key] = load_student(self.folder, cast("PreTrainedModel", plan.target), dtype)

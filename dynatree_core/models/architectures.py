@@ -220,6 +220,12 @@ def _reason_against(model: nn.Module, config: Any) -> str | None:
         return _REASONS[model_type]
     if model_type not in EXACT_FAMILIES:
         return f"it has not been shown to be exact there; known to be: {', '.join(EXACT_FAMILIES)}"
+    listed = getattr(config, "layer_types", None)
+    if EXACT_FAMILIES[model_type] == "layer" and len(listed or ()) < config.num_hidden_layers:
+        return (
+            f"its {config.num_hidden_layers} layers have their masks by config.layer_types, which is {listed}; set it "
+            f"to a list that says '{_FULL}' or '{_SLIDING}' for each layer"
+        )
     if "position_ids" not in forward_parameters(model):
         return "its forward takes no position_ids, so siblings could not share a position"
     return reason_against_place(model)

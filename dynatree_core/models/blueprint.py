@@ -61,6 +61,10 @@ class Matrix:
     def num_outputs(self) -> int:
         return sum(len(part) for part in self.parts) if self.order is None else len(self.order)
 
+    @property
+    def num_inputs(self) -> int:
+        return self.parts[0].shape[1]
+
     def packed(self, pack: Packer) -> PackedMatrix:
         """The matrix as the operators take it."""
         if self.order is None:
@@ -372,10 +376,15 @@ def _layer(
     name: str, index: int, config: Any, family: Family, reader: _Reader, ropes: Mapping[str, Rope | None]
 ) -> Layer:
     attention = f"{name}.{family.attention}"
+    # some families ignore a head_dim or num_key_value_heads of their configuration, so these are seen by the matrices
     heads = int(config.num_attention_heads)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    key_heads = _num_key_heads(config)
-    order, key_heads = _qkv_order(config, family, heads, key_heads, head_dim)
+    output = reader.matrix(f"{attention}.{family.output}")
+    head_dim = output.num_inputs // heads
+    order = _qkv_order(config, family, heads, head_dim)
+    qkv = reader.matrix(*(f"{attention}.{part}" for part in family.qkv), order=order)
+    key_heads = (qkv.num_outputs // head_dim - heads) // 2
+    if output.num_inputs != heads * head_dim or qkv.num_outputs != (heads + 2 * key_heads) * head_dim:
+        raise NoBlueprintError(f"'{attention}' has matrices that do not fit its {heads} heads")
     kinds = getattr(config, "layer_types", None)
     kind = kinds[index] if kinds and EXACT_FAMILIES[config.model_type] == "layer" else "all"
     query_norm = key_norm = None
@@ -383,8 +392,8 @@ def _layer(
         query_norm, key_norm = (reader.norm(f"{attention}.{norm}", config) for norm in family.query_key_norms)
     mlp = f"{name}.{family.mlp}" if family.mlp else name
     parts: dict[str, Any] = {
-        "qkv": reader.matrix(*(f"{attention}.{part}" for part in family.qkv), order=order),
-        "output": reader.matrix(f"{attention}.{family.output}"),
+        "qkv": qkv,
+        "output": output,
         "mlp": _mixture(mlp, config, family, reader) or _mlp(mlp, config, family, reader),
         "num_heads": heads,
         "num_key_heads": key_heads,
@@ -468,11 +477,6 @@ def _experts(name: str, number: int, config: Any, family: Family, reader: _Reade
     ]
 
 
-def _num_key_heads(config: Any) -> int:
-    given = getattr(config, "num_key_value_heads", None)
-    return int(config.num_attention_heads if given is None else given)
-
-
 def _window(config: Any, kind: str) -> int | None:
     """How far back a layer sees, as `architectures.attention_layout` has it."""
     looks_back = EXACT_FAMILIES[config.model_type]
@@ -482,21 +486,21 @@ def _window(config: Any, kind: str) -> int | None:
     return None
 
 
-def _qkv_order(config: Any, family: Family, heads: int, key_heads: int, head_dim: int) -> tuple[Tensor | None, int]:
-    """The rows of a fused matrix as queries, keys and values one below the other, and how many key heads that makes."""
+def _qkv_order(config: Any, family: Family, heads: int, head_dim: int) -> Tensor | None:
+    """The rows of a fused matrix as queries, keys and values one below the other; None: they stand so."""
     if family.qkv_order == "by_head":  # GPT-NeoX: query, key and value of the first head, then of the second
         rows = torch.arange(3 * heads * head_dim).view(heads, 3, head_dim)
-        return rows.transpose(0, 1).reshape(-1), heads
+        return rows.transpose(0, 1).reshape(-1)
     if family.qkv_order == "by_group":  # Falcon
         if not config.new_decoder_architecture and config.multi_query:
-            return None, 1
+            return None
         groups = int(config.num_kv_heads) if config.new_decoder_architecture else heads
         rows = torch.arange((heads + 2 * groups) * head_dim).view(groups, -1, head_dim)
         queries, keys, values = rows[:, :-2], rows[:, -2:-1], rows[:, -1:]
         # transformers keeps a key and a value for each head in the cache, so as many are made here
         repeated = (part.expand(-1, heads // groups, -1) for part in (keys, values))
-        return torch.cat([queries.reshape(-1), *(part.reshape(-1) for part in repeated)]), heads
-    return None, key_heads
+        return torch.cat([queries.reshape(-1), *(part.reshape(-1) for part in repeated)])
+    return None
 
 
 def _ropes(model: nn.Module, family: Family) -> dict[str, Rope | None]:

@@ -2,7 +2,7 @@
 
 A packed copy, a probe's result or cached rows are valid as long as the state is equal. It consists of weights, plain
 attributes of modules (numbers, names, and lists and dicts of them, such as a LoRA layer's active adapters), hooks,
-replaced functions and the configuration.
+replaced functions, the configuration, and those that parts have of their own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from transformers import PreTrainedConfig
 
 from dynatree_core.models.authorship import is_known_class, replacements
 from dynatree_core.models.comparable import (
@@ -142,14 +143,12 @@ def state_of(model: nn.Module, *, reads_weights: bool = True, reads_code: bool =
             )
         )
     everywhere = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
-    config: Any = model.config
     return (
         tuple(modules),
         classes_state(model, seen) if reads_code else (),
         tuple(hooks_state(kind, reads_code=reads_code, seen=seen) for kind in everywhere),
         tuple((one.place, comparable(one.function, reads_code=reads_code, seen=seen)) for one in replacements(model)),
-        config._attn_implementation,
-        config.to_json_string(use_diff=False),
+        tuple((one._attn_implementation, one.to_json_string(use_diff=False)) for one in _configurations(model)),
     )
 
 
@@ -159,6 +158,13 @@ def hooks_of(model: nn.Module) -> dict[int, Any]:
     for part in model.modules():
         found |= {**part._forward_hooks, **part._forward_pre_hooks}
     return found
+
+
+def _configurations(model: Any) -> list[Any]:
+    """A model's configuration, and those that parts of it, such as layers of another model, have of their own."""
+    held = [vars(part).get("config") for part in model.modules()]
+    own = [one for one in held if isinstance(one, PreTrainedConfig)]
+    return list({id(one): one for one in (model.config, *own)}.values())
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -122,10 +122,12 @@ def new_student(
         raise ValueError(f"the student's layers must be from 0 to {num_layers - 1}, got {list(layers)}")
     config = copy.deepcopy(target.config)
     config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in layers]
+    for setting in ("layer_types", "no_rope_layers"):  # which say something of each layer
+        if getattr(config, setting, None):
+            setattr(config, setting, [getattr(config, setting)[layer] for layer in layers])
     student = _assembled(config, target, head_ids, dtype)
-    [stack] = [name for name, part in target.named_modules() if isinstance(part, nn.ModuleList)]
+    # the first one; layers may have others inside, such as norms of each head
+    stack = next(name for name, part in target.named_modules() if isinstance(part, nn.ModuleList))
     weights = dict(target.state_dict())
     own = {}
     for name in student.state_dict():

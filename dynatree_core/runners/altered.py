@@ -39,7 +39,7 @@ def _difference(model: nn.Module) -> str | None:
     try:
         with torch.device("meta"):
             fresh = dict(_structure(kind(copy.deepcopy(config))))
-    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, AssertionError, RuntimeError) as error:
         return f"'{kind.__name__}' cannot be made of a configuration alone ({type(error).__name__}: {error})"
     modules: Any = model
     # those of a student are its target's
