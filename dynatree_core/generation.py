@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -312,15 +312,18 @@ def _requests(
     new_observer: Callable[[], Observer] | None,
 ) -> list[Request]:
     """A request for each prompt, with the options that all have and its own."""
+    wanted = f"each must have a mapping of options for each of the {len(prompts)} prompts"
+    if isinstance(each, Mapping | str) or not isinstance(each, Iterable | None):
+        raise ParameterError(f"{wanted}, got {_kind(each)}; give a list of mappings")
     own_options = [{}] * len(prompts) if each is None else list(each)
     if len(own_options) != len(prompts):
-        raise ParameterError(
-            f"each must have a mapping of options for each of the {len(prompts)} prompts, got {len(own_options)}"
-        )
+        raise ParameterError(f"{wanted}, got {len(own_options)}")
     requests = []
     for place, (prompt, own) in enumerate(zip(prompts, own_options, strict=True)):
-        of_engine_too = [name for name in own if name in ENGINE_OPTIONS]
         try:
+            if not isinstance(own, Mapping):
+                raise ParameterError(f"its options must be a mapping, got {_kind(own)}; give {{}} for none")
+            of_engine_too = [name for name in own if name in ENGINE_OPTIONS]
             if of_engine_too:
                 raise ParameterError(
                     f"{', '.join(of_engine_too)} must be the same for all prompts, got a value of its own; give it to "
@@ -342,7 +345,8 @@ def _prompts(prompts: Prompts) -> list[Prompt]:
                 f"prompts of a tokenizer must have input_ids [prompts, tokens], got {_kind(ids)}; ask it for "
                 "return_tensors='pt' and padding, or give a list of prompts"
             )
-        return [{name: value[row : row + 1] for name, value in prompts.items()} for row in range(ids.shape[0])]
+        given = {name: value for name, value in prompts.items() if value is not None}
+        return [{name: value[row : row + 1] for name, value in given.items()} for row in range(ids.shape[0])]
     if isinstance(prompts, str) or not isinstance(prompts, Sequence | Tensor):
         raise PromptError(f"prompts must be a list of prompts, got {_kind(prompts)}; give [prompt] for one")
     return [*prompts]

@@ -87,6 +87,9 @@ def test_no_prompts_give_no_results():
     [
         ([[1], []], {}, PromptError, "prompt 1: "),
         ([[1]], {"each": []}, ParameterError, "a mapping of options for each of the 1 prompts, got 0"),
+        ([[1]], {"each": [None]}, ParameterError, "prompt 0: its options must be a mapping, got a NoneType"),
+        ([[1]], {"each": {"seed": 1}}, ParameterError, "of the 1 prompts, got a dict; give a list of mappings"),
+        ([[1]], {"on_prefill": 5}, ParameterError, "prompt 0: on_prefill must be something to call"),
         ([[1]], {"each": [{"runner": "eager"}]}, ParameterError, "prompt 0: runner must be the same for all"),
         ([[1]], {"max_sequences": 0}, ParameterError, "max_sequences must be an integer of at least 1"),
         ("text", {}, PromptError, "prompts must be a list of prompts, got a str"),

@@ -127,6 +127,11 @@ def test_help_and_quit(say: Callable[..., Ran]) -> None:
         assert word in ran.err
 
 
+def test_behind_a_blank_it_is_said(say: Callable[..., Ran], folders: SimpleNamespace) -> None:
+    assert say(" /quit").out == as_shown(expected_answers(folders.plain, "/quit"))
+    assert say("/quit now", "abc").out == ""
+
+
 def test_a_command_that_is_none(say: Callable[..., Ran], folders: SimpleNamespace) -> None:
     ran = say("/polcy fixed", " /polcy fixed")
     assert ran.err.startswith("dynatree: error: '/polcy' is no command (did you mean '/policy'?)")

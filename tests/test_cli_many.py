@@ -139,6 +139,28 @@ def test_files_of_somebody_else_and_other_prompts_are_refused(
     assert is_one_error_line(other, "which holds something else")
 
 
+def test_a_file_that_was_joined_with_itself_has_each_answer_once(
+    generate: Dynatree, prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "answers.jsonl"
+    ask = ("--max-new-tokens", 2, "--prompts", prompts, "--out", out)
+    assert generate(*ask).code == 0
+    once = out.read_text()
+    out.write_text(once * 2)
+    assert generate(*ask).code == 0
+    assert out.read_text() == once
+
+
+def test_a_home_that_is_nobodys_is_a_file_that_is_not_there(dynatree: Dynatree, prompts: Path, tmp_path: Path) -> None:
+    """As in a shell, which leaves such a name as it is."""
+    ran = dynatree("generate", "--prompts", "~nobody-of-that-name/prompts", "--out", tmp_path / "out")
+    assert is_one_error_line(ran, "~nobody-of-that-name/prompts must be a file that can be read")
+    ran = dynatree(
+        "generate", "--target", "~nobody-of-that-name/model", "--prompts", prompts, "--out", tmp_path / "out"
+    )
+    assert is_one_error_line(ran, "cannot load '~nobody-of-that-name/model'")
+
+
 def test_what_does_not_go_with_many_prompts_is_refused_first(dynatree: Dynatree, prompts: Path) -> None:
     for args, words in [
         (("--out", "f", "abc"), "--out is about a file of prompts, and needs --prompts FILE"),

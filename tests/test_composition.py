@@ -93,6 +93,11 @@ def test_unknown_parameters(text, message):
         build_stack(text)
 
 
+def test_a_value_that_is_none_is_named_as_it_is_written():
+    with pytest.raises(StackSyntaxError, match=r"\(two is not a number, string, True, False or None\)"):
+        build_stack("fixed(depth=two)")
+
+
 def test_a_policy_stands_in_a_stack_once():
     with pytest.raises(StackSyntaxError, match="got 'fixed' twice"):
         build_stack("fixed+confidence+fixed")

@@ -223,6 +223,17 @@ def test_ids_and_categories(read):
     assert [prompt.where.rpartition(os.sep)[2] for prompt in found] == [f"mine.jsonl, line {i}" for i in (1, 2, 3)]
 
 
+def test_what_requests_to_a_server_set_is_told_not_to_be_applied(read):
+    body = {"model": "m", "messages": [{"role": "user", "content": "a"}], "stream": False}
+    assert not read(lines([{"body": body}, {"body": {**body, "seed": None}}, {"body": body["messages"][0]}])).notes
+    found = read(lines([{"body": body}, {"body": {**body, "temperature": 0.5, "max_tokens": 2}}]))
+    [note] = found.notes
+    assert (
+        note.partition(": ")[2]
+        == "what its requests set is not applied (max_tokens, temperature); give options instead"
+    )
+
+
 def test_silent_conversations_are_left_out_and_counted(read):
     rows = [{"conversations": []}, {"conversations": [{"from": "human", "value": "a"}]}]
     found = read(lines(rows))

@@ -245,6 +245,48 @@ def test_bad_settings(option, message):
         generate(TARGET, DRAFTER, PROMPT, **option)
 
 
+BEYOND = 10**6  # no token of the vocabulary
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"forced_bos_token_id": BEYOND},
+            "forced_bos_token_id must be from 0 to 36, the target's vocabulary, got 1000000",
+        ),
+        ({"forced_bos_token_id": "a"}, "forced_bos_token_id must be a token id or several, integers, got 'a'"),
+        ({"forced_eos_token_id": [3, BEYOND]}, "forced_eos_token_id must be from 0 to 36"),
+        ({"forced_eos_token_id": True}, "forced_eos_token_id must be a token id or several"),
+        ({"bad_words_ids": [[3, BEYOND]]}, "bad_words_ids must be from 0 to 36"),
+        ({"sequence_bias": [[[BEYOND], 1.0]]}, "sequence_bias must be from 0 to 36"),
+        (
+            {"exponential_decay_length_penalty": (0, 1.5), "eos_token_id": [BEYOND]},
+            "eos_token_id, which exponential_decay_length_penalty favours, must be from 0 to 36",
+        ),
+        ({"exponential_decay_length_penalty": (0, "a"), "eos_token_id": 3}, "needs a place and a factor, got 'a'"),
+    ],
+)
+def test_tokens_that_the_vocabulary_lacks_are_refused_where_generate_fails(asked, message):
+    with pytest.raises(ParameterError, match=message):
+        generate(TARGET, DRAFTER, PROMPT[:1], max_new_tokens=3, **asked)
+    with pytest.raises((IndexError, TypeError, ValueError)):
+        greedy(TARGET, PROMPT[:1], 3, **asked)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [
+        (PROMPT[:1], {"suppress_tokens": [BEYOND, -2], "begin_suppress_tokens": [BEYOND]}),
+        (PROMPT[:1], {"forced_bos_token_id": [4, 9]}),
+        (PROMPT, {"forced_bos_token_id": BEYOND}),
+    ],
+)
+def test_tokens_that_the_vocabulary_lacks_change_nothing_where_generate_goes_on(prompt, asked):
+    mine = generate(TARGET, DRAFTER, prompt, max_new_tokens=4, eos_token_id=[], **asked)
+    assert mine.token_ids == greedy(TARGET, prompt, 4, **asked)
+
+
 def test_a_given_configuration_is_filled_up_from_the_targets():
     expected = greedy(TARGET, PROMPT, 20, [9], repetition_penalty=1.7, no_repeat_ngram_size=2)
     own = TARGET.generation_config

@@ -31,6 +31,7 @@ from dynatree_bench.data.prompts import BUILT_IN
 from dynatree_bench.data.synthetic import MarkovSource
 from dynatree_core import InputError, LoadedModel
 from dynatree_core.errors import nearest_match
+from dynatree_core.files.folders import expanded
 from dynatree_core.models.hub import unreachable_reason
 from dynatree_core.text.columns import TEXT, Prompt
 from dynatree_core.text.prompt import encode_messages, tokenizer_of
@@ -132,7 +133,7 @@ def _whole_workload(spec: str, picks: Picks) -> Workload:
     if name in KNOWN:
         local = os.environ.get(local_variable(name))
         return _from_file(local, name, picks) if local else _from_hub(name, KNOWN[name], picks)
-    if spec == STANDARD_INPUT or is_url(spec) or Path(spec).expanduser().exists():
+    if spec == STANDARD_INPUT or is_url(spec) or expanded(spec).exists():
         return _from_file(spec, None, picks)
     if spec.count("/") != 1 or spec.startswith((".", "/", "~")):
         raise InputError(

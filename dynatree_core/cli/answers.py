@@ -14,6 +14,7 @@ import click
 from filelock import FileLock, Timeout
 
 from dynatree_core.errors import InputError
+from dynatree_core.files.folders import expanded
 from dynatree_core.files.outputs import check_out
 from dynatree_core.files.writing import write_text
 from dynatree_core.text.columns import Prompt
@@ -40,7 +41,7 @@ class Fingerprints:
     def of(cls, target: str | None, **settings: Any) -> Fingerprints:
         """Of a command's settings, JSON's types by name; models by their names, and a folder by its files too."""
         name = target or "default"
-        asked = {"target": name, "files": _files(Path(name).expanduser()), **settings}
+        asked = {"target": name, "files": _files(expanded(name)), **settings}
         return cls(_digest(asked))
 
     def of_question(self, prompt: Prompt, turn: int) -> str:
@@ -111,8 +112,9 @@ class Answers:
             if prompt is not None and record["request"] != self.fingerprints.of_question(prompt, place[1]):
                 return False
             if record.get("error") is None:
+                if place not in self._found:  # or it came twice, as in files that somebody has joined
+                    self._order.append(place)
                 self._found[place] = record
-                self._order.append(place)
         return True
 
     @contextlib.contextmanager

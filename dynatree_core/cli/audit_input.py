@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from dynatree_core.errors import InputError, PromptError
+from dynatree_core.files.folders import expanded
 from dynatree_core.text.prompt import encode_prompt
 from dynatree_core.text.reading import first_fault, read_source
 from dynatree_core.text.tables import Row, read_json
@@ -148,7 +149,7 @@ def target_of(given: Given, asked: str | None) -> str | None:
     made_by: str | None = given.document.get("target")
     if asked is None or made_by is None:
         return asked or made_by
-    if Path(asked).expanduser().resolve() != Path(made_by).expanduser().resolve():  # ids on the hub are compared too
+    if expanded(asked).resolve() != expanded(made_by).resolve():  # ids on the hub are compared too
         raise InputError(
             f"an output must be audited with the target that it was made by, '{made_by}', got --target '{asked}'; "
             'leave --target out, or take "target" out of the file if the two are one model'

@@ -151,7 +151,7 @@ def _converse(conversation: Conversation) -> int:
         try:
             line = _read_line(is_terminal)
             was_interrupted = False
-            if line is None or line.strip() == "/quit":
+            if line is None or line.partition(" ")[0].rstrip() == "/quit":
                 return exit_code
             with console.warnings_in_one_line():
                 obey_or_answer(conversation, line)

@@ -14,6 +14,7 @@ from dynatree_core.cli.completion import complete_drafter
 from dynatree_core.cli.loading import USUAL_DRAFTERS, load, usual_drafter
 from dynatree_core.cli.options import POLICY, TARGET
 from dynatree_core.errors import InputError, ParameterError, nearest_match
+from dynatree_core.files.folders import expanded
 from dynatree_core.models import embedded
 from dynatree_core.plugins.registry import check_runner_name
 from dynatree_core.plugins.spec import format_stack, parse_stack
@@ -70,7 +71,7 @@ def hf_folder(
     from dynatree_core.hf.export import Chosen, check_place, write_folder
     from dynatree_core.models.load import model_folder
 
-    check_place(out, None if target is None else Path(target).expanduser())
+    check_place(out, None if target is None else expanded(target))
     settings = checkable(chosen_options)
     source = check_settings(target=target, drafter=drafter, policy=policy, device="cpu", **settings)
     chosen = Chosen(_spelt_out(drafter, source), policy, chosen_options)
@@ -116,11 +117,11 @@ def _spelt_out(drafter: str, source: Drafter | None) -> str:
         )
     import torch
 
-    folder = Path(drafter).expanduser()
+    folder = expanded(drafter)
     if any(own.folder == folder for own in source.own_weights(torch.device("cpu"))):  # a student's, named by it alone
         return f"distilled(path={str(folder.absolute())!r})"
     specs = [
-        attrs.evolve(spec, parameters={**spec.parameters, "path": str(Path(path).expanduser().absolute())})
+        attrs.evolve(spec, parameters={**spec.parameters, "path": str(expanded(path).absolute())})
         if isinstance(path := spec.parameters.get("path"), str)
         else spec
         for spec in parse_stack(drafter)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dynatree_core.cli import console
 from dynatree_core.cli.imports import importing
 from dynatree_core.errors import ModelLoadError, UnknownPluginError, VocabularyMismatchError, nearest_match
+from dynatree_core.files.folders import expanded
 from dynatree_core.plugins.registry import DRAFTERS, plugin_table
 from dynatree_core.plugins.spec import canonical_name, parse_stack
 from dynatree_core.request.defaults import DEFAULT_POLICY
@@ -47,7 +48,7 @@ def load(
         from dynatree_core.models.load import DEFAULT_MODEL, load_model
 
     _quiet_libraries()
-    is_here = name is None or name == DEFAULT_MODEL or Path(name).expanduser().exists()
+    is_here = name is None or name == DEFAULT_MODEL or expanded(name).exists()
     with console.spinner(f"loading {name or 'the default model'}", is_animated=is_here) as progress:
         return load_model(name, device=device, dtype=dtype, weights=weights, activations=activations, progress=progress)
 
@@ -130,7 +131,7 @@ def registered_drafter(text: str) -> Drafter | None:
 
     if _first_name(text) in plugin_table(DRAFTERS):
         return build_drafter(text)
-    return DistilledDrafter(text) if is_student(Path(text).expanduser()) else None
+    return DistilledDrafter(text) if is_student(expanded(text)) else None
 
 
 def check_drafter_model(name: str) -> None:

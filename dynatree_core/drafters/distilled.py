@@ -16,6 +16,7 @@ from torch import nn
 from dynatree_core.drafters.base import Drafter, DraftPlan, OwnWeights
 from dynatree_core.drafters.model import ModelDraftState
 from dynatree_core.errors import ModelLoadError, ParameterError
+from dynatree_core.files.folders import expanded
 from dynatree_core.models.student import WEIGHTS, is_student, load_student
 from dynatree_core.plugins.spec import PluginSpec
 
@@ -45,7 +46,7 @@ class DistilledDrafter(Drafter):
             raise ParameterError(f"dtype must be one of auto, {', '.join(_DTYPES)}, got {dtype!r}")
         self.path = path
         self.dtype = dtype
-        self.folder = EMBEDDED_STUDENT if path is None else Path(path).expanduser()
+        self.folder = EMBEDDED_STUDENT if path is None else expanded(path)
         if not is_student(self.folder):
             raise ModelLoadError(
                 f"a distilled drafter needs a folder made by `dynatree distill`, got '{self.folder}' without a student"

@@ -17,7 +17,7 @@ from dynatree_core.engine.handle import Event, Handle
 from dynatree_core.engine.resources import ENGINE_OPTIONS, Resources
 from dynatree_core.engine.scheduler import Load, Scheduler
 from dynatree_core.errors import ParameterError, QueueFullError
-from dynatree_core.request.arguments import checked_count
+from dynatree_core.request.arguments import check_callable, checked_count
 from dynatree_core.request.request import Request
 from dynatree_core.runners.base import Runner
 from dynatree_core.runners.choice import made_runner
@@ -151,6 +151,7 @@ class Engine(Resources):
     def _submitted(
         self, requests: Sequence[Request], on_report: Callable[[Handle, StepReport], object] | None
     ) -> list[Handle]:
+        check_callable("on_report", on_report)
         for request in requests:
             self.admit(is_fixed_width=request.is_fixed_width)
         with self._lock:

@@ -32,7 +32,7 @@ from dynatree_core.models.state import can_infer
 from dynatree_core.models.stored import StoredModel
 from dynatree_core.models.wrappers import plain_model
 from dynatree_core.plugins.foreign import others_code, raised
-from dynatree_core.request.arguments import checked_count
+from dynatree_core.request.arguments import check_callable, checked_count
 from dynatree_core.request.request import Options, Request
 from dynatree_core.runners.base import Runner
 from dynatree_core.runners.choice import drafters_runner, load_runner, made_runner, runner_for
@@ -98,6 +98,7 @@ class Resources:
         self.trust_model = trust_model
         self._given_drafter = drafter
         self._given_costs = costs
+        check_callable("now", now)
         self._now = now
         self._make_runner = make_runner
         self.pads_trees = self.device.type != "cpu" if pads_trees is None else pads_trees

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from dynatree_core import ops
 from dynatree_core.errors import ModelLoadError, ParameterError
+from dynatree_core.files.folders import expanded
 from dynatree_core.files.writing import unreadable
 from dynatree_core.models import embedded, hub
 from dynatree_core.models.blueprint import NoBlueprintError
@@ -304,7 +305,7 @@ def _location(name: str, is_folder: bool, progress: Callable[[str], None] | None
         return str(embedded.path(progress=progress))
     if not is_folder:
         return name if hub.offline_reason() is None else str(hub.fetched_folder(name))
-    folder = Path(os.path.expanduser(name)).absolute()  # os.path leaves an unknown user's ~ as it is
+    folder = expanded(name).absolute()
     if name and (closed := unreadable(folder / "config.json")) is not None:
         raise ModelLoadError(_closed(name, closed))
     if name and (folder / "config.json").is_file():

@@ -129,7 +129,7 @@ def _parse_parameters(parameters: str, part: str) -> dict[str, ParameterValue]:
         for keyword in call.keywords:
             if keyword.arg is None or keyword.arg in values:
                 raise ValueError("a name that is missing or given twice")
-            values[keyword.arg] = ast.literal_eval(keyword.value)
+            values[keyword.arg] = _literal(keyword.value)
             if not isinstance(values[keyword.arg], ParameterValue):
                 raise ValueError(f"{keyword.arg} is not a number, string, True, False or None")
     except (SyntaxError, ValueError) as error:
@@ -138,3 +138,11 @@ def _parse_parameters(parameters: str, part: str) -> dict[str, ParameterValue]:
             f"cannot read '{part.strip()}' ({error.args[0] if error.args else error})"
         ) from error
     return values
+
+
+def _literal(written: ast.expr) -> ParameterValue:
+    try:
+        value: ParameterValue = ast.literal_eval(written)
+    except ValueError as error:  # whose words name an object of the parser
+        raise ValueError(f"{ast.unparse(written)} is not a number, string, True, False or None") from error
+    return value

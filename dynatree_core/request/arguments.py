@@ -20,6 +20,8 @@ from dynatree_core.request.limits import Limits
 from dynatree_core.request.refused import refused_settings
 
 __all__ = [
+    "check_callable",
+    "check_token_ids",
     "checked_count",
     "checked_list",
     "checked_logprobs",
@@ -288,13 +290,29 @@ def end_token_ids(config: GenerationConfig, eos_token_id: int | Sequence[int] | 
     """None means those of the configuration, as in generate(); an empty sequence means never to stop at a token."""
     if eos_token_id is None:
         eos_token_id = config.eos_token_id
-    if eos_token_id is None:
-        return frozenset()
+    return frozenset() if eos_token_id is None else frozenset(_token_ids("eos_token_id", eos_token_id))
+
+
+def check_token_ids(name: str, given: object, vocab: int) -> None:
+    """Refuse tokens that are not in the target's vocabulary.
+
+    Raises:
+        ParameterError: naming the option.
+    """
+    ids = _token_ids(name, given)
+    if ids and not 0 <= min(ids) <= max(ids) < vocab:
+        wrong = next(token_id for token_id in ids if not 0 <= token_id < vocab)
+        raise ParameterError(f"{name} must be from 0 to {vocab - 1}, the target's vocabulary, got {wrong}")
+
+
+def _token_ids(name: str, given: object) -> list[int]:
     try:
-        ids = torch.as_tensor(eos_token_id)
-        return frozenset(operator.index(token_id) for token_id in ids.flatten().tolist())
+        ids = torch.as_tensor(given)
+        if ids.dtype == torch.bool:
+            raise TypeError("truth values")
+        return [operator.index(token_id) for token_id in ids.flatten().tolist()]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ParameterError(f"eos_token_id must be a token id or several, integers, got {eos_token_id!r}") from error
+        raise ParameterError(f"{name} must be a token id or several, integers, got {given!r:.60}") from error
 
 
 def settings_of(
@@ -423,6 +441,16 @@ def _asked(stack: PolicyStack, name: str, given: float | None) -> list[Any]:
             raise ParameterError(f"policy '{policy_name}': its {name} must be {wanted}, got {value!r}")
         values.append(value)
     return values
+
+
+def check_callable(name: str, given: object) -> None:
+    """Refuse what cannot be called; None is none.
+
+    Raises:
+        ParameterError: naming the option.
+    """
+    if given is not None and not callable(given):
+        raise ParameterError(f"{name} must be something to call, such as a function, got {given!r:.60}")
 
 
 def checked_count(name: str, value: object, minimum: int) -> int:

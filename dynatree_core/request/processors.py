@@ -5,6 +5,9 @@ They are called once for each emitted token, with the text up to there (see veri
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
+
 import torch
 from transformers import (
     EpsilonLogitsWarper,
@@ -34,7 +37,8 @@ from transformers import (
 )
 
 from dynatree_core.errors import ParameterError
-from dynatree_core.request.arguments import merged
+from dynatree_core.plugins.params import as_python
+from dynatree_core.request.arguments import check_token_ids, merged
 
 __all__ = ["PROCESSORS", "logits_processors"]
 
@@ -75,11 +79,13 @@ def logits_processors(
         device: where the logits are.
 
     Raises:
-        ParameterError: a setting has a value that its processor refuses.
+        ParameterError: a setting has a value that its processor refuses, or a token that the vocabulary lacks.
     """
     eos = torch.tensor(sorted(eos_token_ids), device=device) if eos_token_ids else None
     try:
         asked = [*added, *_from_settings(config, eos, num_prompt, num_padding, max_length, str(device))]
+        for name, token_ids in _tokens_of(asked, num_prompt):
+            check_token_ids(name, token_ids, vocab)
         last = _for_sampling(config, str(device)) if config.do_sample else []
         if config.watermarking_config is not None:
             last.append(config.watermarking_config.construct_processor(vocab, str(device)))
@@ -120,6 +126,9 @@ def _from_settings(
     if config.exponential_decay_length_penalty is not None:
         if eos is None:
             raise ValueError("exponential_decay_length_penalty needs an end token, got none")
+        _, factor = config.exponential_decay_length_penalty
+        if not isinstance(as_python(factor), int | float):
+            raise ValueError(f"exponential_decay_length_penalty needs a place and a factor, got {factor!r:.60} for it")
         processors.append(ExponentialDecayLengthPenalty(config.exponential_decay_length_penalty, eos, num_prompt))
     if config.suppress_tokens is not None:
         processors.append(SuppressTokensLogitsProcessor(config.suppress_tokens, device=device))
@@ -128,6 +137,24 @@ def _from_settings(
         begin = num_prompt + (num_prompt == 1 and config.forced_bos_token_id is not None)
         processors.append(SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, begin, device=device))
     return processors
+
+
+def _tokens_of(processors: Sequence[LogitsProcessor], num_prompt: int) -> Iterator[tuple[str, object]]:
+    """Tokens that these look up in the scores, where one that is not there ends the generation, and who names them.
+
+    What is suppressed is not among them: there, tokens that do not exist have no effect.
+    """
+    for one in processors:
+        if isinstance(one, NoBadWordsLogitsProcessor):
+            yield "bad_words_ids", [*itertools.chain(*one.sequence_bias)]
+        elif isinstance(one, SequenceBiasLogitsProcessor):
+            yield "sequence_bias", [*itertools.chain(*one.sequence_bias)]
+        elif isinstance(one, ForcedBOSTokenLogitsProcessor) and num_prompt == 1:  # behind others it does nothing
+            yield "forced_bos_token_id", one.bos_token_id
+        elif isinstance(one, ForcedEOSTokenLogitsProcessor):
+            yield "forced_eos_token_id", one.eos_token_id
+        elif isinstance(one, ExponentialDecayLengthPenalty):
+            yield "eos_token_id, which exponential_decay_length_penalty favours,", one.eos_token_id
 
 
 def _for_sampling(config: GenerationConfig, device: str) -> list[LogitsProcessor]:

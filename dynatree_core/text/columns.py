@@ -13,7 +13,7 @@ from dynatree_core.errors import InputError, nearest_match
 from dynatree_core.text.reading import first_fault
 from dynatree_core.text.tables import Row
 
-__all__ = ["COLUMNS", "TEXT", "Message", "Prompt", "column_of", "columns_of", "prompt_of"]
+__all__ = ["COLUMNS", "TEXT", "Message", "Prompt", "column_of", "columns_of", "prompt_of", "settings_beside"]
 
 TEXT = "text"  # the column of running text
 # columns that hold a prompt, the first that a file has is read
@@ -34,6 +34,7 @@ COLUMNS = (
 )
 PLAYED = ("turns", "conversations", "conversation", "messages")  # whole conversations, which are preferred to play them
 REQUESTS = ("prompt", "messages", "body", "input")  # whose last words, where they are the user's, are to be answered
+NO_SETTINGS = ("messages", "prompt", "input", "model", "stream")  # fields of a request that do not change its answer
 IDS = ("custom_id", "question_id", "task_id", "prompt_id", "conversation_id")  # beside "id"
 SYSTEM = ("system", "system_prompt")
 ROLES = {
@@ -141,6 +142,16 @@ def prompt_of(row: Row, column: str, name: str, index: int) -> Prompt | None:
         category=_label(columns.get("category"), "category", row) or name,
         text=text, before=before, later=later, where=row.where,
     )  # fmt: skip
+
+
+def settings_beside(rows: Sequence[Row], column: str) -> list[str]:
+    """What requests to a server set for their answers, such as a temperature, which nobody reads here."""
+    if column != "body":
+        return []
+    bodies = [columns_of(row).get(column) for row in rows]
+    requests = [body for body in bodies if isinstance(body, Mapping) and not {"role", "from"} & {*body}]
+    names = {str(name) for body in requests for name, value in body.items() if value is not None}
+    return sorted(names - {*NO_SETTINGS})
 
 
 def _id(columns: Mapping[str, Any], name: str, index: int, row: Row) -> str:

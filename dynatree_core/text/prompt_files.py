@@ -9,7 +9,7 @@ from pathlib import Path
 import attrs
 
 from dynatree_core.errors import InputError
-from dynatree_core.text.columns import COLUMNS, TEXT, Prompt, column_of, columns_of, prompt_of
+from dynatree_core.text.columns import COLUMNS, TEXT, Prompt, column_of, columns_of, prompt_of, settings_beside
 from dynatree_core.text.passages import cut
 from dynatree_core.text.reading import STANDARD_INPUT, is_url, other_kind, read_sources
 from dynatree_core.text.tables import Row, read_rows
@@ -160,6 +160,8 @@ def prompts_of_rows(
         notes.append(f"{where}: {num_silent:,} of {len(rows):,} rows are left out, in which no user says anything")
     if num_blank:
         notes.append(f"{where}: {num_blank:,} of {len(rows):,} rows are left out, which are blank")
+    if settings := settings_beside(rows, column):
+        notes.append(f"{where}: what its requests set is not applied ({', '.join(settings)}); give options instead")
     return Prompts(name, tuple(prompts), False, tuple(notes))
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import attrs
 
 from dynatree_core.errors import InputError, PromptError
+from dynatree_core.files.folders import expanded
 
 __all__ = [
     "STANDARD_INPUT",
@@ -95,7 +96,7 @@ def read_sources(place: str | Path) -> list[Source]:
     Raises:
         InputError: it cannot be read or unpacked, or the folder has no file.
     """
-    path = Path(place).expanduser()
+    path = expanded(place)
     if str(place) == STANDARD_INPUT or is_url(str(place)) or not path.is_dir():
         return [read_source(place)]
     files = [
@@ -118,7 +119,7 @@ def read_source(place: str | Path) -> Source:
         return read_standard_input()
     if is_url(str(place)):
         return Source(str(place), unpacked(_fetched(str(place)), str(place)))
-    path = Path(place).expanduser()
+    path = expanded(place)
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:  # a path with NUL in it is a ValueError
