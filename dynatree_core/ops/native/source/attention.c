@@ -33,6 +33,10 @@ static seen seen_by(const attention_args *a, int64_t row) {
 
 /* The slots of up to 16 places from `first` on; returns how many there are. The rest is filled up with the last. */
 static int64_t slots_at(const seen *s, int64_t first, int64_t slots[PLACES]) {
+  if (first + PLACES <= s->run) {
+    for (int64_t i = 0; i < PLACES; i++) slots[i] = s->start + first + i;
+    return PLACES;
+  }
   const int64_t count = s->num - first < PLACES ? s->num - first : PLACES;
   for (int64_t i = 0; i < PLACES; i++) {
     const int64_t place = first + (i < count ? i : count - 1);

@@ -20,6 +20,9 @@ enum { MAX_BLOCKS = 4 };
 enum { CHUNK = 128 }; /* inputs that are decoded before rows multiply them: whole groups of every kind */
 enum { BAND = 96 };   /* rows that share what was decoded, and whose sums wait */
 
+/* Rows of a band's tile, and blocks: with 32 registers two blocks share each input that was loaded. */
+enum { BAND_ROWS = WIDTH == 16 ? 12 : MAX_ROWS, BAND_BLOCKS = WIDTH == 16 ? 2 : 1 };
+
 /* Bytes that are fetched ahead of a block's reading: hardware stops at the end of a page. Several blocks of a tile fetch
  * their places in the next ones instead, of which all but the first would begin unfetched, unless that is too far. */
 enum { AHEAD = 4096, FAR_AHEAD = 65536 };
@@ -37,15 +40,28 @@ inlined int form_of(int64_t kind) {
 
 /* Rows of a tile at most whose weights are decoded in it: measured. With 16 registers there is not much room beside scales
  * and codes. */
-inlined int64_t most_rows(int form) { return WIDTH != 8 || form <= HALVES ? MAX_ROWS : form <= NIBBLES ? 5 : 3; }
-
-/* Blocks of a tile: measured, the fastest for each. */
-inlined int64_t most_blocks(int form, int64_t rows) {
-#if WIDTH == 4 && !defined(__aarch64__)
-  return 1;
+inlined int64_t most_rows(int form) {
+#if WIDTH == 16
+  return form == BRAINS || form == HALVES ? MAX_ROWS : BAND_ROWS;
+#elif WIDTH == 8
+  return form <= HALVES ? MAX_ROWS : form <= NIBBLES ? 5 : 3;
 #else
+  (void)form;
+  return MAX_ROWS;
+#endif
+}
+
+/* Blocks of a tile of so many rows: measured, the fastest for each. */
+inlined int64_t most_blocks(int form, int64_t rows) {
+#if WIDTH == 16
+  if (rows > most_rows(form)) return BAND_BLOCKS;
+  return rows <= (form <= HALVES ? 6 : 4) ? 4 : rows <= 12 ? 2 : 1;
+#elif WIDTH == 8 || defined(__aarch64__)
   if (rows == 1) return WIDTH == 8 && form >= BYTES ? 2 : 4;
   return form <= HALVES && rows <= 3 ? 2 : 1;
+#else
+  (void)form, (void)rows;
+  return 1;
 #endif
 }
 
@@ -222,8 +238,10 @@ typedef void tile_fn(int64_t kind, const uint8_t *const *block, int64_t inputs, 
   X(form, 1, 1) X(form, 1, 2) X(form, 1, 4) X(form, 2, 1) X(form, 2, 2) X(form, 3, 1) X(form, 3, 2) X(form, 4, 1)
 #if WIDTH == 16
 #define ALL_ROWS(form, X)                                                                                       \
-  FEW_ROWS(form, X) X(form, 5, 1) X(form, 6, 1) X(form, 7, 1) X(form, 8, 1) X(form, 9, 1) X(form, 10, 1)        \
-  X(form, 11, 1) X(form, 12, 1) X(form, 13, 1) X(form, 14, 1) X(form, 15, 1) X(form, 16, 1)
+  FEW_ROWS(form, X) X(form, 2, 4) X(form, 3, 4) X(form, 4, 2) X(form, 4, 4) X(form, 5, 1) X(form, 5, 2)         \
+  X(form, 5, 4) X(form, 6, 1) X(form, 6, 2) X(form, 6, 4) X(form, 7, 1) X(form, 7, 2) X(form, 8, 1)             \
+  X(form, 8, 2) X(form, 9, 1) X(form, 9, 2) X(form, 10, 1) X(form, 10, 2) X(form, 11, 1) X(form, 11, 2)         \
+  X(form, 12, 1) X(form, 12, 2) X(form, 13, 1) X(form, 14, 1) X(form, 15, 1) X(form, 16, 1)
 #elif WIDTH == 8 || defined(__aarch64__)
 #define ALL_ROWS(form, X) FEW_ROWS(form, X) X(form, 5, 1) X(form, 6, 1)
 #else
@@ -483,27 +501,31 @@ static void multiply_few(const product_job *job, int64_t first, int64_t num_bloc
   write_sums(job, first, num_blocks, 0, job->num_rows, sums);
 }
 
-/* Some of more rows than that: tiles of about the same size, which share each chunk of a block, as it lies or decoded. */
-static void multiply_band(const product_job *job, int64_t block, int64_t row, int64_t num_rows) {
+/* Some of more rows than that: tiles of about the same size, which share each chunk of the blocks, as it lies or decoded. */
+static void multiply_band(const product_job *job, int64_t block, int64_t num_blocks, int64_t row, int64_t num_rows) {
   const matrix *m = job->packed;
-  const int64_t inputs = m->inputs, num_tiles = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
-  float sums[BAND * LANES] __attribute__((aligned(64)));
-  float panel[CHUNK * LANES] __attribute__((aligned(64)));
-  reading now = {.at = m->data + block * m->block_bytes};
-  memset(sums, 0, (size_t)(num_rows * LANES) * sizeof *sums);
+  const int64_t inputs = m->inputs, num_tiles = (num_rows + BAND_ROWS - 1) / BAND_ROWS;
+  const int is_plain = m->kind == FLOAT32;
+  float sums[BAND * BAND_BLOCKS * LANES] __attribute__((aligned(64)));
+  float panels[BAND_BLOCKS][CHUNK * LANES] __attribute__((aligned(64)));
+  const uint8_t *weights[BAND_BLOCKS];
+  reading now[BAND_BLOCKS] = {0};
+  for (int64_t b = 0; b < num_blocks; b++) now[b].at = m->data + (block + b) * m->block_bytes;
+  memset(sums, 0, (size_t)(num_rows * num_blocks * LANES) * sizeof *sums);
   for (int64_t first = 0; first < inputs; first += CHUNK) {
     const int64_t count = at_most(inputs - first, CHUNK);
     const float *rows = job->rows + row * inputs + first;
-    const int is_plain = m->kind == FLOAT32;
-    const uint8_t *weights = is_plain ? now.at + 64 * first : (const uint8_t *)panel;
-    if (!is_plain) decode(m->kind, &now, count, panel);
+    for (int64_t b = 0; b < num_blocks; b++) {
+      weights[b] = is_plain ? now[b].at + 64 * first : (const uint8_t *)panels[b];
+      if (!is_plain) decode(m->kind, &now[b], count, panels[b]);
+    }
     for (int64_t t = 0, done = 0, some; t < num_tiles; t++, done += some) {
       some = (num_rows - done + num_tiles - t - 1) / (num_tiles - t);
-      tile_fn *multiply = tiles[is_plain && t == 0 ? FLOATS : KEPT][some][1];
-      multiply(FLOAT32, &weights, count, rows + done * inputs, inputs, sums + LANES * done);
+      tile_fn *multiply = tiles[is_plain && t == 0 ? FLOATS : KEPT][some][num_blocks];
+      multiply(FLOAT32, weights, count, rows + done * inputs, inputs, sums + LANES * num_blocks * done);
     }
   }
-  write_sums(job, block, 1, row, num_rows, sums);
+  write_sums(job, block, num_blocks, row, num_rows, sums);
 }
 
 /* Rounded rows: tiles of about the same size, each of which reads the block. */
@@ -527,16 +549,14 @@ static void multiply_blocks(const product_job *job, int64_t first, int64_t count
     for (int64_t b = first; b < first + count; b++) multiply_rounded(job, b);
     return;
   }
-  if (num_rows <= most_rows(form_of(job->packed->kind))) {
-    for (int64_t done = 0, step; done < count; done += step) {
-      const int64_t left = count - done, wide = job->tile_blocks;
-      step = left >= wide ? wide : left >= 2 && wide >= 2 ? 2 : 1;
-      multiply_few(job, first + done, step);
+  const int are_few = num_rows <= most_rows(form_of(job->packed->kind));
+  for (int64_t done = 0, step; done < count; done += step) {
+    const int64_t left = count - done, wide = job->tile_blocks;
+    step = left >= wide ? wide : left >= 2 && wide >= 2 ? 2 : 1;
+    if (are_few) multiply_few(job, first + done, step);
+    for (int64_t row = 0; row < num_rows && !are_few; row += BAND) {
+      multiply_band(job, first + done, step, row, at_most(num_rows - row, BAND));
     }
-    return;
-  }
-  for (int64_t b = first; b < first + count; b++) {
-    for (int64_t row = 0; row < num_rows; row += BAND) multiply_band(job, b, row, at_most(num_rows - row, BAND));
   }
 }
 
