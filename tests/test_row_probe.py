@@ -47,8 +47,8 @@ def with_layer(change, family="llama", dtype=torch.float64, seed=0):
     return model
 
 
-def with_hook(hook):
-    model = copy.deepcopy(tiny_model("llama"))
+def with_hook(hook, family="llama", dtype=torch.float64):
+    model = copy.deepcopy(tiny_model(family)).to(dtype)
     model.model.layers[0].register_forward_hook(hook)
     return model
 
@@ -96,6 +96,10 @@ class Counter:
 
 def centred(rows):
     return rows - rows.mean(dim=1, keepdim=True)
+
+
+def nothing(part, args, out):
+    """A hook that looks and changes nothing."""
 
 
 def at_last(part, args, out):
@@ -169,7 +173,7 @@ ROW_BY_ROW = {
     "low rank": lambda dtype: with_layer(lambda rows: rows + 0.1 * rows.flip(-1), dtype=dtype),
     "gpt2": lambda dtype: with_layer(torch.tanh, "gpt2", dtype),
     "window": lambda dtype: with_layer(torch.tanh, "mistral", dtype),
-    "experts": lambda dtype: with_layer(torch.tanh, "olmo2", dtype),
+    "experts": lambda dtype: with_hook(nothing, "mixtral", dtype),
 }
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "dropped_beyond",
     "forward_parameters",
     "grouped_bias",
+    "has_experts",
     "max_positions",
     "model_inside",
     "num_embeddings",
@@ -77,6 +78,9 @@ EXACT_FAMILIES = {
     "stablelm": "all",
     "starcoder2": "every",
 }
+
+# by one of these settings the families above say how many experts a layer has
+_NUM_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 
 # settings that no pass goes by
 _NAMES = frozenset({"_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label"}) | {
@@ -334,6 +338,11 @@ def dropped_beyond(model: nn.Module) -> tuple[str, int] | None:
     if window is not None:
         return None if looks_back == "every" else ("sliding_window", int(window))
     return None if chunk is None or kinds else ("attention_chunk_size", int(chunk))
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether layers are mixtures of experts, each of which multiplies the rows of a pass that have chosen it."""
+    return any(getattr(model.config, name, None) for name in _NUM_EXPERTS)
 
 
 def vocab_size(model: nn.Module) -> int:
