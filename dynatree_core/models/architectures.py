@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from dynatree_core.errors import UnsupportedModelError
+from dynatree_core.models.authorship import own_config
 from dynatree_core.models.placement import reason_against_place
 from dynatree_core.tree.flatten import FlatTrees
 
@@ -230,9 +231,21 @@ def _reason_against(model: nn.Module, config: Any) -> str | None:
             f"its {config.num_hidden_layers} layers have their masks by config.layer_types, which is {listed}; set it "
             f"to a list that says '{_FULL}' or '{_SLIDING}' for each layer"
         )
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < 1 and _has_windows(config):
+        return (
+            f"its config.sliding_window is {window}, and a token that sees so many does not see itself; set it to None "
+            "for layers that see all tokens, or to 1 at least"
+        )
     if "position_ids" not in forward_parameters(model):
         return "its forward takes no position_ids, so siblings could not share a position"
     return reason_against_place(model)
+
+
+def _has_windows(config: Any) -> bool:
+    """Whether some layers of a family above go by config.sliding_window."""
+    looks_back = EXACT_FAMILIES[config.model_type]
+    return looks_back == "every" or (looks_back == "layer" and _SLIDING in config.layer_types)
 
 
 def _reason_against_parts(model: nn.Module, config: Any) -> str | None:
@@ -258,8 +271,8 @@ def _own_setting(part: Any, config: Any) -> str | None:
     attention's says how it takes masks. Where the model has SDPA, a prefill has none, and eager attention would see
     later tokens; SDPA takes any mask. What other parts compute does not depend on the order of a text.
     """
-    own = vars(part).get("config")
-    if own is config or not isinstance(own, PreTrainedConfig):
+    own = own_config(part)
+    if own is config or own is None:
         return None
     is_model = hasattr(part, "set_attn_implementation")
     is_attention = "is_causal" in vars(part)
