@@ -41,7 +41,7 @@ _MAX_DEPTH = 8  # levels of containers and objects that are compared by content;
 _WHOLE = (PreTrainedConfig, GenerationConfig, type, types.ModuleType, logging.Logger)
 
 _SMALL = 2**18  # elements of a tensor up to which it is checksummed in any case
-_WHOLE_ELEMENTS = 2**16  # up to which all of them count, such as those of norms and adapters
+_WHOLE_ELEMENTS = 2**14  # up to which all of them count, such as those of norms and small adapters
 
 _keeping: set[int] = set()  # registration numbers of hooks that change what they read, such as counters
 _counting: weakref.WeakSet[type] = weakref.WeakSet()  # classes of modules that do
