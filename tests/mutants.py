@@ -599,8 +599,8 @@ MUTANTS = (
     ),
     Mutant(
         "layers that are not alike are one product",
-        "and len(set(map(_kind, layers))) == 1:",
-        "and True:",
+        "all(map(_is_packable, layers)) and len(set(map(_kind, layers))) == 1",
+        "all(map(_is_packable, layers))",
         ("tests/test_packed.py::test_only_layers_alike_are_one_product",),
     ),
     Mutant(

@@ -153,6 +153,18 @@ def test_a_window_that_a_family_ignores_is_one_to_generate(family, fields):
     assert result.token_ids == greedy(target, prompt * 4, 20)
 
 
+@pytest.mark.parametrize("name", ["mistral", "mixtral, window", "qwen2, window", "gemma3_text"])
+def test_a_window_of_no_token_is_refused(name):
+    """generate() fails on most of them, and says with each cache and attention something else on the others."""
+    target: Any = copy.deepcopy(tiny_variant(name))
+    target.config.sliding_window = 0
+    with pytest.raises(UnsupportedModelError, match=r"config.sliding_window is 0, .* set it to None"):
+        generate(target, target, [1, 2, 3], max_new_tokens=3)
+    target.config.layer_types = ["full_attention"] * 2
+    if name in ("qwen2, window", "gemma3_text"):  # whose layers have windows by their types
+        check_causal_lm(target, "target")
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_chunks_that_a_family_ignores_are_some_to_generate(family):
     target = tiny_model(family, attention_chunk_size=6, sliding_window=None)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynatree_core import Engine, PrefixCache
+from dynatree_core import Engine, PrefixCache, generate
 from dynatree_core.cache.prefix_cache import PrefixReuse
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.drafters.base import DraftPlan
@@ -134,6 +134,14 @@ def test_logits_of_full_trees_count():
     with pytest.raises(OutOfMemoryError, match=r"must fit into max_bytes=20480, got \d+ bytes .* lower max_nodes"):
         engine.submit([1, 2], max_new_tokens=2, max_nodes=100).result()
     assert engine.submit([1, 2], max_new_tokens=2, max_nodes=5, eos_token_id=[]).result().token_ids
+
+
+@pytest.mark.parametrize("max_nodes", [10**18, 10**30])  # more bytes, or slots, than an integer of 64 bits says
+def test_trees_of_sizes_that_no_memory_has(max_nodes):
+    with pytest.raises(
+        OutOfMemoryError, match=r"more memory than the device has left; .* lower max_new_tokens or max_nodes"
+    ):
+        generate(tiny_model("llama"), None, [1, 2], max_new_tokens=2, max_nodes=max_nodes)
 
 
 def test_a_sequence_that_never_fits_takes_nothing():

@@ -198,6 +198,14 @@ def test_path_without_a_model_says_what_is_there(name: str, tmp_path: Path, monk
         load_model(name)
 
 
+@pytest.mark.parametrize(("name", "came"), [("gguf", "a folder without it"), ("gguf/m.gguf", "a file")])
+def test_a_gguf_says_how_it_is_loaded(name: str, came: str, tmp_path: Path) -> None:
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "m.gguf").touch()
+    with pytest.raises(ModelLoadError, match=rf"got {came} and a GGUF; in Python .*gguf', gguf_file='m\.gguf'\) makes"):
+        load_model(str(tmp_path / name))
+
+
 @pytest.mark.parametrize("name", ["nobody/has-this", "nobody-has-this", "not an id"])
 def test_unreachable_id_says_what_to_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

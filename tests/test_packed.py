@@ -105,6 +105,18 @@ def test_only_layers_alike_are_one_product():
         assert layer.mlp.gate_proj.product is layer.mlp.up_proj.product
 
 
+def test_layers_that_are_used_at_two_places_are_packed_once():
+    model = single("llama")
+    first, second = model.model.layers[:2]
+    second.self_attn.k_proj = first.self_attn.k_proj
+    second.mlp.up_proj = second.mlp.gate_proj
+    twin = pack(model)
+    first, second = twin.model.layers[:2]
+    assert first.self_attn.q_proj.product is first.self_attn.k_proj.product is not second.self_attn.q_proj.product
+    plain, packed = tree_logits(model, "eager"), tree_logits(model, "packed")
+    torch.testing.assert_close(packed, plain, rtol=0, atol=2e-4 * float(plain.abs().amax()))
+
+
 def projections() -> tuple[list[nn.Linear], list[nn.Linear]]:
     """Queries, keys and values of a layer, plain ones with biases, and their one product."""
     attention = single("qwen2").model.layers[0].self_attn

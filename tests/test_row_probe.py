@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dynatree_core import generate
+from dynatree_core import generate, generate_batch
 from dynatree_core.audit import audit_generation
 from dynatree_core.engine import row_probe
 from dynatree_core.engine.row_probe import row_fault
@@ -47,8 +47,8 @@ def with_layer(change, family="llama", dtype=torch.float64, seed=0):
     return model
 
 
-def with_hook(hook):
-    model = copy.deepcopy(tiny_model("llama"))
+def with_hook(hook, family="llama", dtype=torch.float64):
+    model = copy.deepcopy(tiny_model(family)).to(dtype)
     model.model.layers[0].register_forward_hook(hook)
     return model
 
@@ -96,6 +96,10 @@ class Counter:
 
 def centred(rows):
     return rows - rows.mean(dim=1, keepdim=True)
+
+
+def nothing(part, args, out):
+    """A hook that looks and changes nothing."""
 
 
 def at_last(part, args, out):
@@ -169,7 +173,7 @@ ROW_BY_ROW = {
     "low rank": lambda dtype: with_layer(lambda rows: rows + 0.1 * rows.flip(-1), dtype=dtype),
     "gpt2": lambda dtype: with_layer(torch.tanh, "gpt2", dtype),
     "window": lambda dtype: with_layer(torch.tanh, "mistral", dtype),
-    "experts": lambda dtype: with_layer(torch.tanh, "olmo2", dtype),
+    "experts": lambda dtype: with_hook(nothing, "mixtral", dtype),
 }
 
 
@@ -182,6 +186,27 @@ def test_layers_that_look_at_one_row_are_taken(kind, dtype):
     if dtype == torch.float64:
         result = generate(model, perturbed("llama"), PROMPT, policy="fixed(tau=0.0)", max_new_tokens=24)
         assert result.token_ids == greedy(model, PROMPT, 24)
+
+
+class PassedOver(nn.Module):
+    """In the place of a layer that was taken out."""
+
+    def forward(self, rows, *others, **more):
+        return rows
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("is_drafter", [False, True])
+def test_a_layer_may_be_passed_over(layer, is_drafter):
+    """Keys and values of some layers are none then, the first one among them."""
+    model = copy.deepcopy(tiny_model("llama"))
+    model.model.layers[layer] = PassedOver()
+    target, drafter = (tiny_model("llama"), model) if is_drafter else (model, perturbed("llama"))
+    asked = {"policy": "fixed(tau=0.0)", "max_new_tokens": 24}
+    assert generate(target, drafter, PROMPT, **asked).token_ids == greedy(target, PROMPT, 24)
+    texts = [PROMPT, PROMPT[:3]]
+    found = [result.token_ids for result in generate_batch(target, drafter, texts, **asked)]
+    assert found == [greedy(target, text, 24) for text in texts]
 
 
 @pytest.mark.parametrize("seed", range(3))

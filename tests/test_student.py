@@ -51,6 +51,29 @@ def test_a_student_of_all_layers_and_tokens_is_its_target(family):
         torch.testing.assert_close(student(token_ids).logits, target(token_ids).logits, rtol=0, atol=1e-12)
 
 
+WITH_DENSE_LAYERS = {
+    "deepseek_v3": {},  # the first layer has no experts
+    "qwen2_moe": {"mlp_only_layers": (0,)},
+    "qwen3_moe": {"decoder_sparse_step": 2},
+}
+
+
+@pytest.mark.parametrize("family", WITH_DENSE_LAYERS)
+def test_any_layers_of_a_target_of_which_some_have_no_experts(family):
+    target = tiny_model(family, **WITH_DENSE_LAYERS[family])
+    whole = dict(target.state_dict())
+    for layers in ([0], [1], [0, 1], [1, 1]):
+        own = new_student(target, layers, HEAD_IDS, dtype=torch.float64).state_dict()
+        for place, layer in enumerate(layers):
+            begin, origin = f"model.layers.{place}.", f"model.layers.{layer}."
+            found = {name.removeprefix(begin): own[name] for name in own if name.startswith(begin)}
+            assert found.keys() == {name.removeprefix(origin) for name in whole if name.startswith(origin)}
+            assert all(torch.equal(weight, whole[origin + name].to(weight.dtype)) for name, weight in found.items())
+    if family == "deepseek_v3":
+        with pytest.raises(ValueError, match=r"without experts, those below 1, must come first, got \[1, 0\]"):
+            new_student(target, [1, 0], HEAD_IDS)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_restricted_head_says_its_tokens_as_before_and_no_others(family):
     """Against the whole head: the same logits for its tokens, normalised among themselves."""

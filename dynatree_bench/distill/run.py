@@ -23,7 +23,7 @@ from dynatree_core.files.outputs import check_out
 from dynatree_core.models import embedded
 from dynatree_core.models.architectures import vocab_size
 from dynatree_core.models.load import DEFAULT_MODEL, LoadedModel, load_config, load_model, resolve_device
-from dynatree_core.models.student import load_student, new_student, read_card, save_student
+from dynatree_core.models.student import config_of_layers, load_student, new_student, read_card, save_student
 
 WIDTHS = (1, 2, 4, 8, 16)
 WORK = "work"  # in the drafter's folder: what an interrupted run goes on with
@@ -113,11 +113,16 @@ def _told_target(name: str | None) -> str:
 
 
 def _check_layers(request: Request) -> None:
-    """Refuse layers that the target does not have, before it is loaded."""
-    num_layers = int(load_config(request.target).num_hidden_layers)
+    """Refuse layers that no student can have, before the target is loaded."""
+    config = load_config(request.target)
+    num_layers = int(config.num_hidden_layers)
     if not all(0 <= layer < num_layers for layer in request.layers):
         name = DEFAULT_MODEL if request.target is None else request.target
         raise InputError(f"--layers must be from 0 to {num_layers - 1} for '{name}', got {list(request.layers)}")
+    try:
+        config_of_layers(request.layers, config)
+    except ValueError as error:
+        raise InputError(f"--layers: {error}") from error
 
 
 def _taught(teacher: LoadedModel, request: Request, material: Material, work: Path) -> Taught:

@@ -63,8 +63,8 @@ class TreeCache(Cache, KeyValueCache):
 
     @property
     def block_len(self) -> int:
-        """Undecided rows behind the committed ones, in each lane."""
-        return self._block_lens[0] if self._block_lens else 0
+        """Undecided rows behind the committed ones, in each lane; a layer that a model passes over has none."""
+        return max(self._block_lens, default=0)
 
     @property
     def next_place(self) -> int:

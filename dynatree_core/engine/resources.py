@@ -32,7 +32,7 @@ from dynatree_core.models.state import can_infer
 from dynatree_core.models.stored import StoredModel
 from dynatree_core.models.wrappers import plain_model
 from dynatree_core.plugins.foreign import others_code, raised
-from dynatree_core.request.arguments import check_callable, checked_count
+from dynatree_core.request.arguments import check_callable, check_flag, checked_count
 from dynatree_core.request.request import Options, Request
 from dynatree_core.runners.base import Runner
 from dynatree_core.runners.choice import drafters_runner, load_runner, made_runner, runner_for
@@ -86,6 +86,9 @@ class Resources:
     ) -> None:
         if not isinstance(prefix_cache, PrefixCache | None):
             raise ParameterError(f"prefix_cache must be a PrefixCache, got {prefix_cache!r:.60}")
+        if not isinstance(costs, CostModel | None):
+            raise ParameterError(f"costs must be a CostModel, or None to have them measured, got {costs!r:.60}")
+        check_flag("trust_model", trust_model)
         self.max_bytes = None if max_bytes is None else checked_count("max_bytes", max_bytes, 1)
         self.caller = target  # as the caller knows it, such as PEFT's wrapper
         self.target = plain_model(target, "target", is_trusted=trust_model)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from dynatree_core.errors import UnsupportedModelError
+from dynatree_core.models.authorship import own_config
 from dynatree_core.models.placement import reason_against_place
 from dynatree_core.tree.flatten import FlatTrees
 
@@ -28,6 +29,7 @@ __all__ = [
     "dropped_beyond",
     "forward_parameters",
     "grouped_bias",
+    "has_experts",
     "max_positions",
     "model_inside",
     "num_embeddings",
@@ -77,6 +79,9 @@ EXACT_FAMILIES = {
     "stablelm": "all",
     "starcoder2": "every",
 }
+
+# by one of these settings the families above say how many experts a layer has
+_NUM_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 
 # settings that no pass goes by
 _NAMES = frozenset({"_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label"}) | {
@@ -226,9 +231,21 @@ def _reason_against(model: nn.Module, config: Any) -> str | None:
             f"its {config.num_hidden_layers} layers have their masks by config.layer_types, which is {listed}; set it "
             f"to a list that says '{_FULL}' or '{_SLIDING}' for each layer"
         )
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < 1 and _has_windows(config):
+        return (
+            f"its config.sliding_window is {window}, and a token that sees so many does not see itself; set it to None "
+            "for layers that see all tokens, or to 1 at least"
+        )
     if "position_ids" not in forward_parameters(model):
         return "its forward takes no position_ids, so siblings could not share a position"
     return reason_against_place(model)
+
+
+def _has_windows(config: Any) -> bool:
+    """Whether some layers of a family above go by config.sliding_window."""
+    looks_back = EXACT_FAMILIES[config.model_type]
+    return looks_back == "every" or (looks_back == "layer" and _SLIDING in config.layer_types)
 
 
 def _reason_against_parts(model: nn.Module, config: Any) -> str | None:
@@ -254,8 +271,8 @@ def _own_setting(part: Any, config: Any) -> str | None:
     attention's says how it takes masks. Where the model has SDPA, a prefill has none, and eager attention would see
     later tokens; SDPA takes any mask. What other parts compute does not depend on the order of a text.
     """
-    own = vars(part).get("config")
-    if own is config or not isinstance(own, PreTrainedConfig):
+    own = own_config(part)
+    if own is config or own is None:
         return None
     is_model = hasattr(part, "set_attn_implementation")
     is_attention = "is_causal" in vars(part)
@@ -334,6 +351,11 @@ def dropped_beyond(model: nn.Module) -> tuple[str, int] | None:
     if window is not None:
         return None if looks_back == "every" else ("sliding_window", int(window))
     return None if chunk is None or kinds else ("attention_chunk_size", int(chunk))
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether layers are mixtures of experts, each of which multiplies the rows of a pass that have chosen it."""
+    return any(getattr(model.config, name, None) for name in _NUM_EXPERTS)
 
 
 def vocab_size(model: nn.Module) -> int:

@@ -15,8 +15,9 @@ from typing import Any
 import attrs
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
-__all__ = ["Replacement", "function_of", "is_known_class", "is_others", "replacements"]
+__all__ = ["Replacement", "function_of", "is_known_class", "is_others", "own_config", "replacements"]
 
 _PACKAGES = frozenset({"torch", "transformers", "dynatree_core", "dynatree_policies", "dynatree_bench"})
 # whose decorators and helpers transformers' models use
@@ -39,6 +40,12 @@ class Replacement:
 
     place: str  # such as "transformers.models.llama.modeling_llama.LlamaMLP.forward"
     function: Any
+
+
+def own_config(part: nn.Module) -> PreTrainedConfig | None:
+    """The configuration that a module holds itself, such as the layer of another model; None: it holds none."""
+    held = vars(part).get("config")
+    return held if isinstance(held, PreTrainedConfig) else None
 
 
 def is_known_class(kind: type) -> bool:

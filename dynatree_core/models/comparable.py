@@ -41,6 +41,7 @@ _MAX_DEPTH = 8  # levels of containers and objects that are compared by content;
 _WHOLE = (PreTrainedConfig, GenerationConfig, type, types.ModuleType, logging.Logger)
 
 _SMALL = 2**18  # elements of a tensor up to which it is checksummed in any case
+_WHOLE_ELEMENTS = 2**14  # up to which all of them count, such as those of norms and small adapters
 
 _keeping: set[int] = set()  # registration numbers of hooks that change what they read, such as counters
 _counting: weakref.WeakSet[type] = weakref.WeakSet()  # classes of modules that do
@@ -288,12 +289,12 @@ def _inner_tensors(tensor: Any) -> list[Tensor]:
 
 
 def _sample(tensor: Tensor) -> int:
-    """A checksum of one element of each row; the column moves on from row to row.
+    """A checksum of a small tensor, and of one element of each row of others; the column moves on from row to row.
 
     It is there for changes that torch's version counter misses: through `.data`, and of tensors made in inference mode.
     """
     if tensor.device.type == "meta" or tensor.layout != torch.strided:
         return 0
-    stride = max(tensor.shape[-1] - 1, 1) if tensor.ndim > 1 else 1
+    stride = max(tensor.shape[-1] - 1, 1) if tensor.numel() > _WHOLE_ELEMENTS and tensor.ndim > 1 else 1
     numbers = tensor.detach().reshape(-1)[::stride].clone(memory_format=torch.contiguous_format)
     return zlib.crc32(numbers.cpu().view(torch.uint8).numpy().tobytes())

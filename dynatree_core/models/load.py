@@ -311,6 +311,14 @@ def _location(name: str, is_folder: bool, progress: Callable[[str], None] | None
     if name and (folder / "config.json").is_file():
         return str(folder)
     came = "a folder without it" if name and folder.is_dir() else "a file" if folder.is_file() else "nothing there"
+    files = [folder] if folder.is_file() else folder.glob("*.gguf") if name and folder.is_dir() else ()
+    gguf = next((file for file in files if file.suffix.lower() == ".gguf"), None)
+    if gguf is not None:
+        raise ModelLoadError(
+            f"cannot load '{name}': expected a folder with a config.json, got {came} and a GGUF; in Python give the "
+            f"model that AutoModelForCausalLM.from_pretrained({str(gguf.parent)!r}, gguf_file={gguf.name!r}) makes, or "
+            "the folder of the model that it was made from"
+        )
     raise ModelLoadError(
         f"cannot load '{name}': expected a folder with a config.json, got {came}; give a folder made by "
         "save_pretrained, an id on the model hub (owner/name), or no name for the default model"

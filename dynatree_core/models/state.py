@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformers import PreTrainedConfig
 
-from dynatree_core.models.authorship import is_known_class, replacements
+from dynatree_core.models.authorship import is_known_class, own_config, replacements
 from dynatree_core.models.comparable import (
     Seen,
     classes_state,
@@ -111,8 +110,8 @@ def _name(function: Any) -> str:
 def state_of(model: nn.Module, *, reads_weights: bool = True, reads_code: bool = False) -> Hashable:
     """A snapshot of a model: equal to a later one as long as the model was not changed.
 
-    Changes through `.data`, which torch does not count, may be missed: one element of each row is checksummed, on a
-    CPU, and on any device for adapters.
+    Changes through `.data`, which torch does not count, may be missed in tensors of more than 16,384 elements: one
+    element of each row of these is checksummed, on a CPU, and on any device for adapters.
 
     Args:
         model: the model.
@@ -162,9 +161,8 @@ def hooks_of(model: nn.Module) -> dict[int, Any]:
 
 def _configurations(model: Any) -> list[Any]:
     """A model's configuration, and those that parts of it, such as layers of another model, have of their own."""
-    held = [vars(part).get("config") for part in model.modules()]
-    own = [one for one in held if isinstance(one, PreTrainedConfig)]
-    return list({id(one): one for one in (model.config, *own)}.values())
+    held = (model.config, *map(own_config, model.modules()))
+    return list({id(one): one for one in held if one is not None}.values())
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

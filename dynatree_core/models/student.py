@@ -34,6 +34,7 @@ __all__ = [
     "WEIGHTS",
     "RestrictedHead",
     "SharedEmbedding",
+    "config_of_layers",
     "is_student",
     "load_student",
     "new_student",
@@ -115,17 +116,12 @@ def new_student(
         dtype: of the student.
 
     Raises:
-        ValueError: layers that the target does not have.
+        ValueError: layers that the target does not have, or in an order that its family cannot have them in.
     """
     num_layers = int(target.config.num_hidden_layers)
     if not layers or not all(0 <= layer < num_layers for layer in layers):
         raise ValueError(f"the student's layers must be from 0 to {num_layers - 1}, got {list(layers)}")
-    config = copy.deepcopy(target.config)
-    config.num_hidden_layers = len(layers)
-    for setting in ("layer_types", "no_rope_layers"):  # which say something of each layer
-        if getattr(config, setting, None):
-            setattr(config, setting, [getattr(config, setting)[layer] for layer in layers])
-    student = _assembled(config, target, head_ids, dtype)
+    student = _assembled(config_of_layers(layers, target.config), target, head_ids, dtype)
     # the first one; layers may have others inside, such as norms of each head
     stack = next(name for name, part in target.named_modules() if isinstance(part, nn.ModuleList))
     weights = dict(target.state_dict())
@@ -138,6 +134,33 @@ def new_student(
         own[name] = weights[source].to(dtype)
     student.load_state_dict(own)
     return student.eval()  # type: ignore[no-any-return, no-untyped-call]  # transformers leaves it unannotated
+
+
+def config_of_layers(layers: Sequence[int], whole: Any) -> Any:
+    """The configuration of a model of some layers, each of them as it was among all.
+
+    Raises:
+        ValueError: a layer with experts before one without, where the configuration says how many have none.
+    """
+    config = copy.deepcopy(whole)
+    config.num_hidden_layers = len(layers)
+    for setting in ("layer_types", "no_rope_layers"):  # which say something of each layer
+        if getattr(config, setting, None):
+            setattr(config, setting, [getattr(config, setting)[layer] for layer in layers])
+    num_dense = getattr(config, "first_k_dense_replace", None)  # the first ones, which have no experts
+    if num_dense is not None:
+        config.first_k_dense_replace = sum(layer < num_dense for layer in layers)
+        if not all(layer < num_dense for layer in layers[: config.first_k_dense_replace]):
+            raise ValueError(
+                f"the student's layers without experts, those below {num_dense}, must come first, got {list(layers)}"
+            )
+    if getattr(config, "mlp_only_layers", None) is not None:
+        dense, step = config.mlp_only_layers, config.decoder_sparse_step
+        config.mlp_only_layers = [
+            place for place, layer in enumerate(layers) if layer in dense or (layer + 1) % step != 0
+        ]
+        config.decoder_sparse_step = 1
+    return config
 
 
 def save_student(student: PreTrainedModel, folder: Path, dtype: torch.dtype, card: Mapping[str, Any]) -> None:

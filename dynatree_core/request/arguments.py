@@ -21,6 +21,7 @@ from dynatree_core.request.refused import refused_settings
 
 __all__ = [
     "check_callable",
+    "check_flag",
     "check_token_ids",
     "checked_count",
     "checked_list",
@@ -80,6 +81,7 @@ SAMPLING_SETTINGS = (
     "top_p",
     "typical_p",
 )
+_COUNTS = ("min_length", "min_new_tokens", "no_repeat_ngram_size", "top_k")  # of these
 # generate()'s caches that round keys and values or keep them off the device
 _OTHER_CACHES = ("quantized", "offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked", "paged")
 
@@ -293,6 +295,16 @@ def end_token_ids(config: GenerationConfig, eos_token_id: int | Sequence[int] | 
     return frozenset() if eos_token_id is None else frozenset(_token_ids("eos_token_id", eos_token_id))
 
 
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is no truth value: "False" and "no" would count as True.
+
+    Raises:
+        ParameterError: naming the option.
+    """
+    if not isinstance(value, bool):
+        raise ParameterError(f"{name} must be True or False, got {value!r:.60}")
+
+
 def check_token_ids(name: str, given: object, vocab: int) -> None:
     """Refuse tokens that are not in the target's vocabulary.
 
@@ -356,8 +368,11 @@ def settings_of(
         config.top_k = DEFAULT_TOP_K
     try:
         config.update(**settings)  # type: ignore[no-untyped-call]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise ParameterError(f"the settings of this generation cannot be used: {error}") from error
+    for name in _COUNTS:
+        if getattr(config, name) is True:  # which torch does not take for 1, as transformers' own checks do
+            raise ParameterError(f"{name} must be an integer, got True; None turns it off")
     config.do_sample = bool(do_sample)
     if config.cache_implementation in _OTHER_CACHES:
         raise ParameterError(

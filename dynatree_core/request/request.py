@@ -28,6 +28,7 @@ from dynatree_core.policy.build import build_stack
 from dynatree_core.policy.stack import PolicyStack
 from dynatree_core.request.arguments import (
     check_callable,
+    check_flag,
     checked_list,
     checked_logprobs,
     checked_positions,
@@ -170,6 +171,7 @@ class Request:
             refuse_own_generate(target)
         if options.on_error not in ("raise", "fallback"):
             raise ParameterError(f"on_error must be 'raise' or 'fallback', got {options.on_error!r}")
+        check_flag("inherit_settings", options.inherit_settings)
         check_callable("on_prefill", options.on_prefill)
         vocab = vocab_size(target)
         attention_mask, position_ids = options.attention_mask, options.position_ids

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+
+from dynatree_core.models.authorship import own_config
 
 __all__ = ["altered_part"]
 
@@ -56,17 +57,17 @@ def _structure(model: nn.Module) -> tuple[tuple[str, Hashable], ...]:
     config: Any = model.config
     told: dict[int, str | None] = {id(config): None}  # by configuration: what it says, if that is something else
 
-    def own_config(part: nn.Module) -> str | None:
+    def another_config(part: nn.Module) -> str | None:
         """What a part, such as a layer of another model, computes by in the place of the model's configuration."""
-        own: Any = vars(part).get("config")
-        if not isinstance(own, PreTrainedConfig):
+        own: Any = own_config(part)
+        if own is None:
             return None
         if id(own) not in told:
             said: str = own.to_json_string(use_diff=False)
             told[id(own)] = None if said == config.to_json_string(use_diff=False) else said
         return told[id(own)]
 
-    return tuple((name, (type(part), _settings(part), own_config(part))) for name, part in model.named_modules())
+    return tuple((name, (type(part), _settings(part), another_config(part))) for name, part in model.named_modules())
 
 
 def _settings(part: nn.Module) -> Hashable:

@@ -281,14 +281,17 @@ def _packed_copy(model: nn.Module) -> nn.Module:
 
 
 def _products(model: nn.Module) -> list[list[Any]]:
-    """The layers that can be packed, those together that read the same rows."""
+    """The layers that can be packed, those together that read the same rows; one that is used twice by itself."""
     together: list[list[Any]] = []
+    done: set[int] = set()
     for part in model.modules():
         for names in READ_THE_SAME:
             layers = [getattr(part, name, None) for name in names]
-            if all(map(_is_packable, layers)) and len(set(map(_kind, layers))) == 1:
+            own = {id(layer) for layer in layers}
+            are_alike = all(map(_is_packable, layers)) and len(set(map(_kind, layers))) == 1
+            if are_alike and len(own) == len(layers) and done.isdisjoint(own):
                 together.append(layers)
-    done = {id(layer) for layers in together for layer in layers}
+                done |= own
     return together + [[part] for part in model.modules() if _is_packable(part) and id(part) not in done]
 
 

@@ -161,8 +161,10 @@ def _together(group: Sequence[AskedPass]) -> Sequence[PassOutput] | None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that the device has no memory left."""
-    # torch.OutOfMemoryError is a CUDA allocator's; the CPU's raises a plain RuntimeError
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    # torch.OutOfMemoryError is a CUDA allocator's; the CPU's raises a plain RuntimeError, as do numbers of bytes, and
+    # of slots, that fit into no integer
+    told = "can't allocate memory", "Storage size calculation overflowed", "Overflow when unpacking long"
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in told)
 
 
 def out_of_memory(what: str, error: Exception) -> OutOfMemoryError:
