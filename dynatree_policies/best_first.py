@@ -57,6 +57,11 @@ class BestFirst:
         return self.min_gain == 0
 
     @property
+    def reads_on_host(self) -> bool:
+        """Whether something is."""
+        return not self.is_capturable
+
+    @property
     def max_width(self) -> int:
         """Nodes of a level at most."""
         return self.nodes

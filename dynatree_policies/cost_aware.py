@@ -39,6 +39,7 @@ import itertools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import attrs
 import numpy as np
@@ -145,6 +146,8 @@ class CostAware:
     max_depth: int = count(16)
     tau: float = fraction(0.0)
     remember: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
+
+    reads_on_host: ClassVar = True
 
     estimator: AcceptanceEstimator = attrs.field(factory=AcceptanceEstimator, init=False, repr=False)
     tokens: float = attrs.field(default=0.0, init=False, repr=False)  # of late, and the seconds that they took

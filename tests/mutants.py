@@ -876,9 +876,21 @@ MUTANTS = (
     ),
     Mutant(
         "numbers of several sequences are handed out in the wrong order",
-        "left = iter(torch.cat([*numbers.values()]).tolist() if numbers else ())",
-        "left = iter(torch.cat([*numbers.values()][::-1]).tolist() if numbers else ())",
+        "left = iter(torch.cat([*there.values()]).tolist())",
+        "left = iter(torch.cat([*there.values()][::-1]).tolist())",
         ("tests/test_batches.py::test_a_batch_gives_what_each_prompt_gives_alone",),
+    ),
+    Mutant(
+        "policies that promise nothing are shown trees of the host beside a GPU",
+        "or not request.stack.can_draft_on_host:",
+        ":",
+        ("tests/test_device_work.py::test_trees_grow_where_they_are_read",),
+    ),
+    Mutant(
+        "the text that trees of the host grow behind stays as it was",
+        "            self._tree_ids[self.num_committed :][: len(token_ids)] = torch.tensor(token_ids)\n",
+        "            pass\n",
+        ("tests/test_device_work.py::test_a_policy_that_reads_grows_the_trees_of_a_cpu",),
     ),
     Mutant(
         "a cancelled sequence keeps its lane",
@@ -967,7 +979,7 @@ MUTANTS = (
     Mutant(
         "a sequence that is put back begins anew",
         "self._take_place(is_drafting=self._was_drafting)",
-        "self.sequence = Sequence(self.request, self.device)\n        self._take_place(is_drafting=self._was_drafting)",
+        "self.sequence = Sequence(self.request, self.device, self.device)\n        self._take_place()",
         ("tests/test_batches.py::test_who_is_put_back_when_memory_is_short_goes_on_later_as_if_nothing_had_been",),
     ),
     Mutant(

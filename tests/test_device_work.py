@@ -18,7 +18,7 @@ import torch
 from pretended_device import PASSES, Counts, by_stage, moved, pretended
 
 from dynatree_bench.data.synthetic import Shape, synthetic_pair
-from dynatree_core import CostModel, Frontier, Session, generate, hookimpl
+from dynatree_core import CostModel, Engine, Frontier, Observer, Session, generate, hookimpl
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.cost_model import StepFunction
@@ -52,6 +52,7 @@ STACKS = {
     "best_first": "best_first(nodes=16,depth=5)",
     "sequoia": "sequoia(nodes=16,depth=5,size='full')",
     "cost_aware": "cost_aware(max_nodes=16,max_depth=5)",
+    "best_first that reads": "best_first(nodes=16,depth=5,min_gain=0.2)",
     "autoregressive": "autoregressive",
 }
 
@@ -90,7 +91,12 @@ def pair_that_repeats(num_layers: int = 4) -> Any:
 
 
 def measured(
-    stack: str, drafter: str, num_layers: int = 4, runner: str = "eager", prompt: list[int] | None = None
+    stack: str,
+    drafter: str,
+    num_layers: int = 4,
+    runner: str = "eager",
+    prompt: list[int] | None = None,
+    observer: Observer | None = None,
 ) -> Measured:
     pair = pair_that_repeats(num_layers)
     with pretended() as device:
@@ -103,7 +109,7 @@ def measured(
         }[drafter]()
         session = Session(
             target, made, prompt or pair.source.text(0, 100), policy=STACKS[stack], max_new_tokens=200, eos_token_id=[],
-            inherit_settings=False, runner=runner, costs=COSTS, trust_model=True,
+            inherit_settings=False, runner=runner, costs=COSTS, trust_model=True, observer=observer,
         )  # fmt: skip
         steps = run(session)
         for _ in range(WARM_UP if runner == "eager" else WARM_UP_RECORDED):
@@ -121,16 +127,18 @@ LIMITS = {
     ("autoregressive", "none"): (0, 1, 10),
     # padded trees: the host reads the verdict and nothing else
     ("fixed", "model"): (0, 1, 116),
-    ("fixed", "prompt_lookup"): (0, 1, 182),
     ("phase3", "model"): (0, 1, 230),  # of its 8 levels one behind an empty one, since the host is ahead of the device
     ("best_first", "model"): (0, 1, 188),
     ("sequoia", "model"): (0, 1.4, 140),  # and sometimes what it has counted, to plan anew
     # padded trees, at whose root the host decides whether the model is asked
     ("fixed", "union"): (0, 2, 190),
     ("phase3", "union"): (0, 2, 344),
-    # level by level
-    ("cost_aware", "model"): (1, 2, 149),  # the host decides for each level, and is told the sizes where it cuts
-    ("cost_aware", "union"): (1, 2, 302),
+    # trees on the host, which reads what a model proposes for a level, and what is copied from the text without asking
+    ("cost_aware", "model"): (1, 1, 31),
+    ("cost_aware", "union"): (0, 1, 8),
+    ("best_first that reads", "model"): (1, 1, 54),
+    ("fixed", "prompt_lookup"): (0, 1, 8),
+    ("phase3", "prompt_lookup"): (0, 1, 8),
 }
 
 
@@ -143,9 +151,10 @@ def test_what_an_iteration_asks_outside_passes_stays_within_its_limits(stack: st
     assert found.copies < 0.5, found.counts.waits  # once in a while, as when a plan is made anew
 
 
+@pytest.mark.parametrize("observer", [None, Observer()], ids=["on the host", "on the device"])
 @pytest.mark.parametrize("drafter", ["model", "union"])
-def test_what_a_policy_reads_once_a_level_grows_the_trees_of_a_cpu(drafter: str) -> None:
-    found, pair = measured("cost_aware", drafter), pair_that_repeats()
+def test_a_policy_that_reads_grows_the_trees_of_a_cpu(drafter: str, observer: Observer | None) -> None:
+    found, pair = measured("cost_aware", drafter, observer=observer), pair_that_repeats()
     model = ModelDrafter(pair.drafter)
     session = Session(
         pair.target, model if drafter == "model" else UnionDrafter([model, PromptLookupDrafter()]),
@@ -157,6 +166,67 @@ def test_what_a_policy_reads_once_a_level_grows_the_trees_of_a_cpu(drafter: str)
     assert found.trees == trees[WARM_UP:]
     assert len({*trees}) > 1
     assert found.token_ids == session.new_token_ids
+
+
+class Unmarked:
+    """Promises nothing, so it may hold tensors of the models' device."""
+
+    @hookimpl
+    def branch_factor(self, frontier: Frontier) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "drafter", "options", "expected"),
+    [
+        ("cost_aware", "model", {}, "cpu"),
+        ("best_first(min_gain=0.1)+phase3", "model", {}, "cpu"),
+        ("phase3", "prompt_lookup", {}, "cpu"),
+        ("phase3", "model", {}, "cuda"),
+        (["cost_aware", Unmarked()], "model", {}, "cuda"),
+        (["phase3", Unmarked()], "prompt_lookup", {}, "cuda"),
+        ("cost_aware", "model", {"observer": Observer()}, "cuda"),
+        ("cost_aware", None, {}, "cuda"),
+    ],
+)
+def test_trees_grow_where_they_are_read(policy: Any, drafter: str | None, options: Any, expected: str) -> None:
+    """Only if all policies take the device from what they are shown."""
+    pair = pair_that_repeats(1)
+    with pretended():
+        made: Any = ModelDrafter(moved(pair.drafter)) if drafter == "model" else drafter
+        session = Session(
+            moved(pair.target),
+            made,
+            [1, 2, 3],
+            policy=policy,
+            max_new_tokens=9,
+            costs=COSTS,
+            trust_model=True,
+            **options,
+        )
+        assert session.tree_ids.device.type == expected
+        assert session.tree_ids.tolist() == session.committed_ids.tolist() == [1, 2, 3]
+
+
+def test_sequences_whose_trees_grow_on_the_host_and_on_the_device_share_passes() -> None:
+    """Some are level by level on the device, where they are rehearsed, some padded."""
+    policies = ["cost_aware", "phase3", "best_first(min_gain=0.1)", "fixed(depth=3)"]
+
+    def outcomes(pair: Any) -> list[object]:
+        drafter = UnionDrafter([ModelDrafter(pair.drafter), PromptLookupDrafter()])
+        engine = Engine(pair.target, drafter, runner="eager", costs=COSTS, trust_model=True)
+        prompts = [pair.source.text(place, 60 + place) for place in range(len(policies))]
+        handles = [
+            engine.submit(prompt, policy=policy, max_new_tokens=16, eos_token_id=[])
+            for prompt, policy in zip(prompts, policies, strict=True)
+        ]
+        results = [handle.result() for handle in handles]
+        return [(one.token_ids, [step.num_drafted for step in one.report.steps]) for one in results]
+
+    expected = outcomes(pair_that_repeats(1))
+    with pretended():
+        pair = pair_that_repeats(1)
+        assert outcomes(attrs.evolve(pair, target=moved(pair.target), drafter=moved(pair.drafter))) == expected
 
 
 @attrs.define

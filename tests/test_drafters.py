@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
+from unittest import mock
 
 import attrs
 import pytest
@@ -27,6 +28,7 @@ from dynatree_core import (
 )
 from dynatree_core.cache.sink_cache import SinkWindow
 from dynatree_core.clock import StageClock
+from dynatree_core.drafters import prompt_lookup
 from dynatree_core.drafters.model import ModelDrafter
 from dynatree_core.drafters.prompt_lookup import DRAFTED_EVIDENCE, UNSEEN_WEIGHT
 from dynatree_core.errors import DrafterError, ModelLoadError, ParameterError, PromptError, UnsupportedModelError
@@ -181,9 +183,22 @@ def naive_lookup(text: list[int], path: list[int], max_ngram: int, max_matches: 
     return {token: vote / total for token, vote in votes.items()}
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=24), st.integers(1, 5), st.integers(1, 8), st.integers(1, 6))
-@example([1, 2, 1, 3, 2] * 40, 3, 150, 3)  # more matches than are looked ahead of together
-def test_prompt_lookup_counts_as_the_formula_says(text, max_ngram, max_matches, k):
+@given(
+    text=st.lists(st.integers(0, 3), min_size=1, max_size=24),
+    max_ngram=st.integers(1, 5),
+    max_matches=st.integers(1, 8),
+    k=st.integers(1, 6),
+    is_long=st.booleans(),
+)
+@example(
+    text=[1, 2, 1, 3, 2] * 40, max_ngram=3, max_matches=150, k=3, is_long=False
+)  # more matches than are looked ahead of together
+def test_prompt_lookup_counts_as_the_formula_says(text, max_ngram, max_matches, k, is_long):
+    with mock.patch.object(prompt_lookup, "LONG", 1 if is_long else 2048):
+        check_lookup(text, max_ngram, max_matches, k)
+
+
+def check_lookup(text: list[int], max_ngram: int, max_matches: int, k: int) -> None:
     drafter = build_drafter(f"prompt_lookup(max_ngram={max_ngram},max_matches={max_matches})")
     state, tree = drafter.start(plan()), TokenTree.root(torch.tensor(text[-1:]))
     committed = torch.tensor(text)

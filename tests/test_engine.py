@@ -190,7 +190,7 @@ def test_every_option_is_documented():
 
 def endless(num_tokens: int) -> Sequence:
     request = Request.parse(tiny_model("llama"), PROMPT, Options(max_new_tokens=num_tokens, cache="sinks=2,window=16"))
-    return Sequence(request, torch.device("cpu"))
+    return Sequence(request, torch.device("cpu"), torch.device("cpu"))
 
 
 def test_recording_a_step_costs_as_much_after_a_long_text_as_after_a_short_one():

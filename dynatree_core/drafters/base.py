@@ -28,6 +28,7 @@ from dynatree_core.runners.choice import drafters_runner, made_runner
 from dynatree_core.runners.passes import AskedPass, Passes
 from dynatree_core.tree.frontier import Proposals
 from dynatree_core.tree.token_tree import TokenTree
+from dynatree_core.tree.transfer import send, together_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,7 +123,10 @@ class Drafter(abc.ABC):
         return min((limit for limit in map(max_positions, self.models(target)) if limit is not None), default=None)
 
     def runs_on(self, target: nn.Module) -> torch.device | None:
-        """The device of its ids, trees and proposals; None: the target's. By default, that of its first model."""
+        """The device of its ids, trees and proposals; None: any, so they are where trees grow, as `plan.device` says.
+
+        By default, that of its first model.
+        """
         return next((device_of(model) for model in self.models(target)), None)
 
     def price_class(self) -> str:
@@ -327,10 +331,10 @@ def _is_latest(state: DraftState, name: str, plain: str) -> bool:
 
 
 class _ElsewhereState(DraftState):
-    """A state on another device than the target: ids and trees are copied there, and proposals back."""
+    """A state on another device than the trees: ids and trees are copied there, and proposals back."""
 
     def __init__(self, state: DraftState, plan: DraftPlan, device: torch.device) -> None:
-        self.state, self.targets_device, self.device = state, plan.device, device
+        self.state, self.trees_device, self.device = state, plan.device, device
         self.can_skip_levels = state.can_skip_levels
         self.ids = torch.zeros(plan.num_tokens, dtype=torch.int64, device=device)
         self.num_ids = 0  # of the committed tokens, those that have been copied
@@ -376,12 +380,12 @@ class _ElsewhereState(DraftState):
         """The committed tokens on the drafter's device. Only the new ones are copied."""
         end = committed_ids.numel()
         if end > self.num_ids:
-            self.ids[self.num_ids : end].copy_(committed_ids[self.num_ids :])
+            send(committed_ids[self.num_ids :], self.ids[self.num_ids : end])
             self.num_ids = end
         return self.ids[:end]
 
     def _back(self, proposals: Proposals) -> Proposals:
-        token_ids, logprobs = (one.to(self.targets_device) for one in (proposals.token_ids, proposals.logprobs))
+        token_ids, logprobs = together_on(self.trees_device, [proposals.token_ids, proposals.logprobs])
         return attrs.evolve(proposals, token_ids=token_ids, logprobs=logprobs)
 
 

@@ -27,6 +27,9 @@ UNSEEN_WEIGHT = 4.0
 # levels whose tokens are read together, since operators of tens of numbers cost the same for thousands; one of them
 # where there are more matches than that
 LOOK_AHEAD, MANY = 8, 128
+LONG = (
+    2048  # tokens of a text from which on comparing its windows with the suffix takes a CPU longer than choosing some
+)
 DRAFTED_EVIDENCE = 0.5  # tokens by which a drafted one lengthens a match: less than 1, since it is not confirmed yet
 
 
@@ -95,8 +98,11 @@ class PromptLookupState(DraftState):
         n = max(min(self.drafter.max_ngram, earlier), 1)
         padded = torch.nn.functional.pad(ids, (n - 1, 0), value=-1)
         windows = padded.unfold(0, n, 1)[:-1]  # [earlier, n]: the n tokens that end at each place
-        # matching from the right for as long as every token matches
-        lengths = (windows == ids[-n:]).flip(1).cumprod(dim=1).sum(dim=1)
+        if ids.device.type == "cpu" and earlier >= LONG:
+            places = (ids[:-1] == ids[-1]).nonzero()[:, 0]  # of few tokens, for which a GPU would be waited for
+            lengths = torch.zeros_like(ids[:-1]).index_copy_(0, places, _matched(windows[places], ids[-n:]))
+        else:
+            lengths = _matched(windows, ids[-n:])
         order = torch.arange(earlier, device=ids.device).add_(lengths, alpha=earlier)
         self.ends = order.topk(min(self.drafter.max_matches, earlier)).indices  # [matches]
         self.lengths = lengths[self.ends].float()  # [matches]
@@ -132,3 +138,8 @@ class PromptLookupState(DraftState):
         probs = votes / (weights.sum(dim=1, keepdim=True) + UNSEEN_WEIGHT)
         top = probs.topk(min(k, self.ends.numel()), dim=1)
         return padded_proposals(self.next_ids[top.indices], top.values.log(), k)
+
+
+def _matched(windows: Tensor, suffix: Tensor) -> Tensor:
+    """[places] int64: tokens of the suffix [n] that windows [places, n] match, from the right as long as each does."""
+    return (windows == suffix).flip(1).cumprod(dim=1).sum(dim=1)

@@ -73,7 +73,7 @@ def _chunks(lane: Lane) -> Iterator[int]:
     if lane.draft_state is None:
         return
     with lane.blame_drafter():
-        parts = prefilling_of(lane.draft_state, lane.committed_ids[:-1])
+        parts = prefilling_of(lane.draft_state, lane.tree_ids[:-1])
     while True:
         with lane.blame_drafter():
             num_tokens = next(parts, None)
@@ -138,6 +138,8 @@ def note_rows_beside(steps: Mapping[Lane, tuple[TokenTree, Verdict]]) -> None:
 
 
 def _asked_pass(lane: Lane, tree: TokenTree | PaddedRows) -> AskedPass:
+    if isinstance(tree, TokenTree) and tree.device != lane.device:  # it has grown on the host
+        tree = tree.to(lane.device)
     flat = flatten([tree], [lane.cache.next_place], **lane.pass_shape)
     return AskedPass(lane.target, flat, lane.cache, "verify", can_be_shared=not lane.request.is_fixed_width)
 

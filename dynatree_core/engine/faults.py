@@ -42,8 +42,13 @@ class Faults:
 
 
 def transferred(numbers: Mapping[Lane, Tensor]) -> dict[Lane, list[int]]:
-    """Integers [numbers] of each lane, by one transfer to the host."""
-    if len(numbers) == 1:  # a session has no operation more
-        return {lane: own.tolist() for lane, own in numbers.items()}
-    left = iter(torch.cat([*numbers.values()]).tolist() if numbers else ())
-    return {lane: list(itertools.islice(left, own.numel())) for lane, own in numbers.items()}
+    """Integers [numbers] of each lane, by one transfer to the host for all that are on a device."""
+    found: dict[Lane, list[int]] = {}
+    for device in dict.fromkeys(own.device for own in numbers.values()):
+        there = {lane: own for lane, own in numbers.items() if own.device == device}
+        if len(there) == 1:  # a session has no operation more
+            found |= {lane: own.tolist() for lane, own in there.items()}
+        else:
+            left = iter(torch.cat([*there.values()]).tolist())
+            found |= {lane: list(itertools.islice(left, own.numel())) for lane, own in there.items()}
+    return found

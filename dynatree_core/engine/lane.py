@@ -52,7 +52,7 @@ class Lane:
     def __init__(self, engine: Resources, request: Request, *, number: int = 0, is_growing: bool = False) -> None:
         engine.admit(is_fixed_width=request.is_fixed_width)
         self.engine = engine
-        self.sequence = Sequence(request, engine.device)
+        self.sequence = Sequence(request, engine.device, engine.trees_device(request))
         self._callers_errors: list[BaseException] = []  # raised by what the caller has given, so nobody else's fault
         self._on_prefill = request.on_prefill and _noting(request.on_prefill, self._callers_errors)
         self._is_growing = is_growing
@@ -95,6 +95,7 @@ class Lane:
                     self.prefix,
                     self._on_prefill,
                     self.padded_space,
+                    trees_device=self.tree_ids.device,
                     is_growing=self._is_growing,
                 )
         except DrafterError as error:
@@ -197,6 +198,11 @@ class Lane:
     def committed_ids(self) -> Tensor:
         """[committed] int64 on the device: prompt and new tokens."""
         return self.sequence.committed_ids
+
+    @property
+    def tree_ids(self) -> Tensor:
+        """[committed] int64: the same where trees grow."""
+        return self.sequence.tree_ids
 
     @property
     def num_iterations(self) -> int:

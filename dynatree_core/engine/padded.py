@@ -29,7 +29,7 @@ NUM_CHECKS = 4  # numbers
 
 def root(lane: Lane) -> TokenTree:
     """The tree to grow behind the last committed token: a padded one where the lane is seen to bear it."""
-    token_id = lane.committed_ids[-1:]
+    token_id = lane.tree_ids[-1:]
     lane.growth, lane.rehearsal = growth_of(lane), None
     if lane.growth is not None and has_rehearsed(lane):
         return lane.growth.root(token_id)

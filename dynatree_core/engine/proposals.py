@@ -58,7 +58,7 @@ class SharedProposals:
             return False
         assert lane.draft_state is not None, "a lane without a drafter has no level to look at"
         with lane.clock.measure("draft", on_device=True), lane.blame_drafter():
-            return lane.draft_state.is_look_free(lane.committed_ids, tree, lane.sequence.limits.max_branch)
+            return lane.draft_state.is_look_free(lane.tree_ids, tree, lane.sequence.limits.max_branch)
 
     def leave(self, lane: Lane) -> None:
         """Its tree ends here, whether it has asked or not.
@@ -104,4 +104,4 @@ class SharedProposals:
 def _steps(lane: Lane, tree: TokenTree) -> Steps:
     assert lane.draft_state is not None, "a lane without a drafter never asks for proposals"
     with lane.blame_drafter():
-        return proposing_of(lane.draft_state, lane.committed_ids, tree, lane.sequence.limits.max_branch)
+        return proposing_of(lane.draft_state, lane.tree_ids, tree, lane.sequence.limits.max_branch)

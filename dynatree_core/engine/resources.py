@@ -313,10 +313,20 @@ class Resources:
         is_plain = not observers_of(request.observer) and request.kept is None and not request.is_fixed_width
         if not (self.pads_trees and is_greedy and is_plain and limits.max_depth and request.stack.is_capturable):
             return None
-        if self._num_processes > 1:
+        if self._num_processes > 1 or self.trees_device(request) != self.device:  # on the host nothing has to be padded
             return None
         width = least_width(limits.max_nodes, limits.tau, request.stack.max_width)
         return None if width is None else PaddedSpace(width, limits.max_branch, limits.max_depth, self.device)
+
+    def trees_device(self, request: Request) -> torch.device:
+        """Where the trees of one generation grow: on the host where policies read numbers, or no model drafts.
+
+        Observers are shown trees on the models' device, and may put those of several generations together.
+        """
+        if self.drafter is None or observers_of(request.observer) or not request.stack.can_draft_on_host:
+            return self.device
+        has_model = bool(self.drafter.models(self.target))
+        return torch.device("cpu") if request.stack.reads_on_host or not has_model else self.device
 
     def start_drafter(
         self,
@@ -326,6 +336,7 @@ class Resources:
         on_prefill: Callable[[int, int], None] | None,
         padded_space: PaddedSpace | None,
         *,
+        trees_device: torch.device,
         is_growing: bool = False,
     ) -> DraftState | None:
         """The drafter in one generation; None without one. If `is_growing`, its caches get slots as the text grows."""
@@ -336,7 +347,7 @@ class Resources:
                 self.num_known_ids,
                 request.num_tokens,
                 max(request.limits.max_nodes, 0 if padded_space is None else padded_space.num_places),
-                self.device,
+                trees_device,
                 clock,
                 self.target,
                 request.kept,

@@ -55,9 +55,10 @@ class Sequence:
     Args:
         request: what is asked.
         device: where the tokens are.
+        trees_device: where trees grow.
     """
 
-    def __init__(self, request: Request, device: torch.device) -> None:
+    def __init__(self, request: Request, device: torch.device, trees_device: torch.device) -> None:
         self.request = request
         self.stack: PolicyStack = request.stack
         self.limits: Limits = request.limits
@@ -67,6 +68,7 @@ class Sequence:
         num_given = len(request.given_ids)
         self._ids = torch.zeros(num_given + request.max_new_tokens, dtype=torch.int64, device=device)
         self._ids[:num_given] = torch.tensor(request.given_ids)
+        self._tree_ids = self._ids if trees_device == device else self._ids.to(trees_device)
         # where the tokens of a step wait until a GPU fetches them; before the next step is recorded it has, since the
         # host has read the verdict in between
         is_fetched, most = device.type == "cuda", 1 + request.limits.max_depth
@@ -137,6 +139,11 @@ class Sequence:
     def committed_ids(self) -> Tensor:
         """[committed] int64 on the device: prompt and new tokens."""
         return self._ids[self.request.num_padding : self.num_committed]
+
+    @property
+    def tree_ids(self) -> Tensor:
+        """[committed] int64: the same where trees grow."""
+        return self._tree_ids[self.request.num_padding : self.num_committed]
 
     @property
     def stop_reason(self) -> str | None:
@@ -225,6 +232,8 @@ class Sequence:
 
     def _append(self, token_ids: SequenceOf[int]) -> None:
         """Write tokens behind the committed ones. The host waits for no copy."""
+        if self._tree_ids is not self._ids:
+            self._tree_ids[self.num_committed :][: len(token_ids)] = torch.tensor(token_ids)
         if self._sent is None or len(token_ids) == 1:
             for place, token_id in enumerate(token_ids, start=self.num_committed):
                 self._ids[place].fill_(token_id)  # an argument of its kernel

@@ -65,9 +65,10 @@ def outcome_of(lane: Lane, tree: TokenTree | PaddedRows, logits: Tensor) -> Tens
     """[numbers] int64: all that the host has to know of a tree to walk down it, for `told`.
 
     That is a number a node, column by column: the target's token, and where there is a choice the node's own token, its
-    parent, and its place when it was drafted. Of a padded tree the levels and what was checked come behind.
+    parent, and its place when it was drafted, unless the host has the tree. Of a padded tree the levels and what was
+    checked come behind.
     """
-    columns = [_greatest(logits), *([] if tree.num_nodes == 1 else _of_nodes(tree))]
+    columns = [_greatest(logits), *([] if tree.num_nodes == 1 or tree.device != logits.device else _of_nodes(tree))]
     if isinstance(tree, PaddedRows):
         columns += [tree.reach, *checks_of(lane, tree)]
     return columns[0] if len(columns) == 1 else torch.cat(columns)
@@ -91,6 +92,8 @@ def told(lane: Lane, tree: TokenTree | PaddedRows, outcome: Sequence[int]) -> tu
     if isinstance(tree, PaddedRows):
         tree = known_tree(lane, tree, columns.pop(), checks)
         columns = [column[: tree.num_nodes] for column in columns]  # nobody has padding as a child
+    elif not columns and tree.num_drafted:  # it has grown on the host
+        columns = [column.tolist() for column in _of_nodes(tree)]
     return tree, _until_stop(lane, _along(best, columns))
 
 

@@ -1,7 +1,7 @@
 """The hooks that a tree policy may implement: their specifications, and what of the stack one of them is given.
 
 A policy is any object with one or more of these as methods marked `@hookimpl`. Hooks run once per tree level
-or once per iteration, never per node, and speak in tensors on the model's device. An implementation may
+or once per iteration, never per node, and speak in tensors on the tree's device. An implementation may
 leave out arguments that it does not need; it must not give them default values.
 """
 

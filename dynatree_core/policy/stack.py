@@ -122,6 +122,20 @@ class PolicyStack:
         return all(getattr(policy, "is_capturable", False) is True for policy in self.policies.values())
 
     @property
+    def reads_on_host(self) -> bool:
+        """Whether a policy says by an attribute `reads_on_host = True` that it reads numbers at each level."""
+        return any(getattr(policy, "reads_on_host", False) is True for policy in self.policies.values())
+
+    @property
+    def can_draft_on_host(self) -> bool:
+        """Whether trees may grow in the host's memory beside a GPU: see "Hooks that read numbers" in docs/hooks.
+
+        Each policy has to be marked `reads_on_host` or `is_capturable`: both take the device from what they are shown.
+        """
+        marks = ("reads_on_host", "is_capturable")
+        return all(any(getattr(policy, mark, False) is True for mark in marks) for policy in self.policies.values())
+
+    @property
     def is_recordable(self) -> bool:
         """Whether every policy that has a say in a tree promises that a CUDA graph may repeat what it says.
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dynatree_core.errors import TreeError
+from dynatree_core.tree.transfer import together_on
 
 __all__ = ["TokenTree"]
 
@@ -227,12 +228,11 @@ class TokenTree:
         return self.token_ids.device
 
     def to(self, device: torch.device) -> TokenTree:
-        """The same tree on another device: three copies, one for each dtype."""
-        integers = torch.stack([self.token_ids, self.parent, self.depth, self.rank, self.draft_index]).to(device)
-        token_ids, parent, *others = integers
-        logprob, cum_logprob = torch.stack([self.logprob, self.cum_logprob]).to(device)
-        mask = self.ancestor_mask.to(device)
-        return TokenTree(token_ids, parent, logprob, cum_logprob, mask, self.level_sizes, Cut(*others))
+        """The same tree on another device, by one copy."""
+        integers = [self.token_ids, self.parent, self.depth, self.rank, self.draft_index]
+        numbers = [*integers, self.logprob, self.cum_logprob, self.ancestor_mask]
+        token_ids, parent, *cut, logprob, cum_logprob, mask = together_on(device, numbers)
+        return TokenTree(token_ids, parent, logprob, cum_logprob, mask, self.level_sizes, Cut(*cut))
 
     @property
     def last_level(self) -> slice:
