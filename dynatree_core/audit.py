@@ -389,7 +389,7 @@ def _autoregressive_logits(session: Session, output: list[int]) -> Tensor:
     session.target.prefill(ids[:start], session.cache)
     rows = []
     for root in torch.split(ids[start:-1], 1):
-        flat = flatten([TokenTree.root(root)], [session.cache.length], **session.pass_shape)
+        flat = flatten([TokenTree.root(root)], [session.cache.length], **session.pass_shape, wants_totals=False)
         rows.append(session.target.forward(flat, session.cache, stage="verify").logits[0, 0])
         session.cache.commit([[0]])
     return torch.stack(rows)

@@ -1125,9 +1125,9 @@ MUTANTS = (
         ("tests/test_ops_native.py::test_attention_depends_on_a_rows_text_alone",),
     ),
     Mutant(
-        "what a row's total has is not made smaller by a greater number",
-        "total *= exp((double)greatest - own);",
-        "total *= 1.0;",
+        "what a part of a row adds up to is not made smaller where another has a greater number",
+        "add_exp16(sum, sub16(load16(most + i), all), load16(sums + i))",
+        "add_exp16(sum, all16(0.0f), load16(sums + i))",
         ("tests/test_ops_native.py::test_totals",),
     ),
     Mutant(

@@ -174,11 +174,11 @@ def test_a_verifier_that_chooses_badly_is_a_bug(dtype, monkeypatch):
     """Also where the token is nearly the best: the run's own logits speak against it."""
     verify = decode_module.verify
 
-    def second_best(trees, logits, faults):
-        verdicts = verify(trees, logits, faults)
+    def second_best(trees, outputs, faults):
+        verdicts = verify(trees, outputs, faults)
         for lane, (tree, verdict) in verdicts.items():
             last = ([0, *verdict.path])[-1]
-            second = int(logits[lane][last].topk(2).indices[1])
+            second = int(outputs[lane].logits[0, last].topk(2).indices[1])
             verdicts[lane] = tree, attrs.evolve(verdict, token_ids=(*verdict.token_ids[:-1], second))
         return verdicts
 

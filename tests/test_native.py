@@ -262,6 +262,17 @@ def test_what_goes_into_the_head_is_the_plain_passes(name: str) -> None:
     torch.testing.assert_close(last.logits, plain.logits[:, -1:], rtol=0, atol=1e-4)
 
 
+def test_a_pass_gives_the_totals_of_its_logits_where_they_are_wanted() -> None:
+    parts = [Rows(flatten([tree], [0], wants_totals=True), TreeCache(40)) for tree in (bushy_tree(), bushy_tree())]
+    with torch.inference_mode():
+        found = twin_of("gemma2").forward_together(parts)
+        unasked = twin_of("gemma2").forward(flatten([bushy_tree()], [0]), TreeCache(40))
+    assert unasked.totals is None
+    for one in found:
+        assert one.totals is not None
+        assert torch.equal(one.totals[0], ops.totals(one.logits[0]))
+
+
 def test_lanes_of_different_lengths_have_the_rows_that_each_has_alone() -> None:
     trees = [bushy_tree(), TokenTree.root(torch.tensor([7]))]
     texts = [TEXT[:5], TEXT[:14]]

@@ -791,8 +791,36 @@ def test_totals(size, target):
     assert torch.allclose(expected[:, :2].sum(dim=1), rows.double().logsumexp(dim=1), rtol=1e-12)
     assert torch.allclose(found[:, 1].double(), expected[:, 1], rtol=1e-6, atol=1e-6)  # exp within two units
     assert torch.equal(found[5:6], ops.totals(rows[5:6]))
-    with pytest.raises(InputError, match="one number at least"):
+    with pytest.raises(InputError, match="1 to 16777215 numbers, got 0"):
         ops.totals(rows[:, :0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "activations"), [("bfloat16", "full"), ("float32", "full"), ("Q4_0", "int8"), ("8", "full")]
+)
+def test_a_products_totals_have_the_bits_of_its_results(kind, activations, target):
+    """Whatever stands beside a row, and however many threads there are: parts are joined in one order."""
+    packed = ops.with_activations(matrix(kind, 1000, 64, bias=kind != "Q4_0"), activations)
+    rows, residual = torch.randn(NUM_ROWS, 64), torch.randn(NUM_ROWS, 1000)
+    rows[4] = math.nan
+    for num_rows in (1, 2, 3, 7, NUM_ROWS):
+        totals = torch.zeros(num_rows, 3)
+        found = ops.linear(rows[:num_rows], packed, residual=residual[:num_rows], soft_cap=3.0, totals=totals)
+        assert same(found, ops.linear(rows[:num_rows], packed, residual=residual[:num_rows], soft_cap=3.0))
+        assert same(totals, ops.totals(found))
+        assert totals[:, 2].tolist() == found.argmax(dim=1).tolist()
+    with ops.using("reference"):
+        wanted = torch.zeros(NUM_ROWS, 3)
+        assert same(wanted, ops.totals(ops.linear(rows, packed, residual=residual, soft_cap=3.0, totals=wanted)))
+    torch.testing.assert_close(totals[:, 1], wanted[:, 1], equal_nan=True)
+
+
+def test_a_products_totals_are_those_of_its_last_step():
+    packed, norm = matrix("float32", 16, 8), ops.Norm("rms", torch.ones(16), 1e-6)
+    with pytest.raises(InputError, match="without a norm after it"):
+        ops.linear(torch.zeros(2, 8), packed, after=norm, totals=torch.zeros(2, 3))
+    with pytest.raises(InputError, match=r"totals must be contiguous \[2, 3\]"):
+        ops.linear(torch.zeros(2, 8), packed, totals=torch.zeros(2, 2))
 
 
 def test_totals_of_what_is_no_number(target):

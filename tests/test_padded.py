@@ -30,6 +30,7 @@ from dynatree_core.drafters.union import UnionDrafter
 from dynatree_core.engine.rehearsal import Rehearsal
 from dynatree_core.engine.verify import outcome_of, told
 from dynatree_core.errors import DrafterError, PolicyError
+from dynatree_core.runners.base import PassOutput
 from dynatree_core.runners.choice import runner_for
 from dynatree_core.testing import conformance
 from dynatree_core.testing.conformance import POLICY_PROPERTIES, without_database
@@ -160,7 +161,7 @@ def test_padding_is_not_accepted():
     chosen = torch.tensor([0, 4, 1])  # at the root padding's token, which is no child's
     session = Session(tiny_model("llama"), perturbed("llama"), [3], policy="fixed(depth=1)", max_new_tokens=9)
     session.growth = growth
-    known, verdict = told(session, rows, outcome_of(session, rows, torch.eye(5)[chosen]).tolist())
+    known, verdict = told(session, rows, outcome_of(session, rows, PassOutput(torch.eye(5)[None, chosen])).tolist())
     assert known.level_sizes == (1, 1)
     assert (verdict.path, verdict.token_ids) == ((), (0,))
 

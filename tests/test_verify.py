@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynatree_core import TokenTree
+from dynatree_core import TokenTree, ops
 from dynatree_core.engine.verify import _greatest, longest_match
 from dynatree_core.errors import NonFiniteLogitsError
 from dynatree_core.testing import strategies as ours
@@ -68,6 +68,8 @@ def test_the_greatest_is_the_first_of_equals_and_nan_is_no_token(rows, dtype, is
         logits = logits.t().contiguous().t()
     plain = [-1 if any(x != x for x in row) else row.index(max(row)) for row in rows]
     assert _greatest(logits).tolist() == plain
+    if dtype == torch.float32:  # in which passes give totals
+        assert _greatest(logits, ops.totals(logits.contiguous())[None]).tolist() == plain
 
 
 def test_a_pruned_tree_reports_where_its_nodes_were_drafted():

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import attrs
-from torch import Tensor
 
 from dynatree_core.drafters.base import prefilling_of
 from dynatree_core.engine.commit import commit
@@ -16,7 +15,8 @@ from dynatree_core.engine.feedback import feedback
 from dynatree_core.engine.lane import Lane
 from dynatree_core.engine.observer import Prefill
 from dynatree_core.engine.prune import prune
-from dynatree_core.engine.verify import verify
+from dynatree_core.engine.verify import verify, wants_totals
+from dynatree_core.runners.base import PassOutput
 from dynatree_core.runners.passes import AskedPass, computed
 from dynatree_core.tree.flatten import flatten
 from dynatree_core.tree.padded import PaddedRows
@@ -102,8 +102,8 @@ def decode_steps(lanes: Sequence[Lane]) -> dict[Lane, StepReport | Exception]:
         if steps is None:
             drafted = draft(lanes, faults)  # rooted at the last committed tokens
             trees = faults.each(prune, drafted)  # what the policies think worth verifying
-            logits = forward(trees, faults)  # one pass: ids, positions, who sees whom
-            steps = verify(trees, logits, faults)  # accepted paths and bonus tokens, up to a stop
+            outputs = forward(trees, faults)  # one pass: ids, positions, who sees whom
+            steps = verify(trees, outputs, faults)  # accepted paths and bonus tokens, up to a stop
         note_rows_beside(steps)
         reports = faults.each(commit, steps)  # keep the paths' cache rows, append the tokens
         return {**faults.each(feedback, reports), **faults.errors}  # tell the policies
@@ -118,16 +118,16 @@ def replayed(lanes: Sequence[Lane], faults: Faults) -> dict[Lane, tuple[TokenTre
     return recorded.replayed(lanes[0], faults)
 
 
-def forward(trees: Mapping[Lane, TokenTree | PaddedRows], faults: Faults) -> dict[Lane, Tensor]:
-    """The target's logits [nodes, vocab] at the nodes of each tree, by one pass for all that may share one."""
+def forward(trees: Mapping[Lane, TokenTree | PaddedRows], faults: Faults) -> dict[Lane, PassOutput]:
+    """What the target says at the nodes of each tree, [1, nodes, ...], by one pass for all that may share one."""
     asked = faults.each(_asked_pass, trees)
-    logits = {}
+    outputs = {}
     for lane, output in zip(asked, computed([*asked.values()]), strict=True):
         if isinstance(output, Exception):
             faults.errors[lane] = output
         else:
-            logits[lane] = output.logits[0, : trees[lane].num_nodes]  # a row a node, and padding
-    return logits
+            outputs[lane] = output.first_rows(trees[lane].num_nodes)  # a row a node, and padding
+    return outputs
 
 
 def note_rows_beside(steps: Mapping[Lane, tuple[TokenTree, Verdict]]) -> None:
@@ -140,7 +140,7 @@ def note_rows_beside(steps: Mapping[Lane, tuple[TokenTree, Verdict]]) -> None:
 def _asked_pass(lane: Lane, tree: TokenTree | PaddedRows) -> AskedPass:
     if isinstance(tree, TokenTree) and tree.device != lane.device:  # it has grown on the host
         tree = tree.to(lane.device)
-    flat = flatten([tree], [lane.cache.next_place], **lane.pass_shape)
+    flat = flatten([tree], [lane.cache.next_place], **lane.pass_shape, wants_totals=wants_totals(lane))
     return AskedPass(lane.target, flat, lane.cache, "verify", can_be_shared=not lane.request.is_fixed_width)
 
 

@@ -187,6 +187,7 @@ class Verification:
     tree: TokenTree
     verdict: Verdict
     logits: Tensor | None  # [nodes, vocab] at each node; None unless the observer wants them
+    totals: Tensor | None = None  # [nodes, 3], `ops.totals` of the logits, where the pass has given them
     sequence: int = 0  # whose, by the number of its `Handle`; 0 for a session
 
 

@@ -250,7 +250,7 @@ def _compared(asked: _Asked, moving: set[Place]) -> _Recorded:
     def verdict() -> tuple[Tensor, Tensor]:
         passes = PassesBehind(asked.target.plain, lane.cache, asked.slots, inputs.start)
         output = passes.forward(flatten([rows], [0]), RowsBehind(), stage="verify")
-        return outcome_of(lane, rows, output.logits[0]), output.logits
+        return outcome_of(lane, rows, output), output.logits
 
     launch_verdict = recorder.recorded(verdict, device)
     block = [buffer[:, :, first : first + rows.num_nodes] for buffer in (*lane.cache.keys, *lane.cache.values)]

@@ -14,33 +14,35 @@ from dynatree_core.engine.logprobs import with_logprobs
 from dynatree_core.engine.observer import Verification
 from dynatree_core.engine.padded import NUM_CHECKS, checks_of, known_tree
 from dynatree_core.errors import NonFiniteLogitsError
+from dynatree_core.runners.base import PassOutput
 from dynatree_core.tree.padded import PaddedRows
 from dynatree_core.tree.token_tree import TokenTree
 from dynatree_core.tree.verdict import Verdict
 
-__all__ = ["follow", "longest_match", "outcome_of", "told", "verify"]
+__all__ = ["follow", "longest_match", "outcome_of", "told", "verify", "wants_totals"]
 
 NOT_A_NUMBER = -1  # in the place of a token
 
 
 def verify(
-    trees: Mapping[Lane, TokenTree | PaddedRows], logits: Mapping[Lane, Tensor], faults: Faults
+    trees: Mapping[Lane, TokenTree | PaddedRows], outputs: Mapping[Lane, PassOutput], faults: Faults
 ) -> dict[Lane, tuple[TokenTree, Verdict]]:
     """For each tree the path that the target follows in it, with its tokens, up to where the generation stops.
 
     Args:
         trees: the trees that were verified, or the rows of padded ones.
-        logits: [nodes, vocab] for each, the target's output at each node, in the tree's order.
+        outputs: what the target says of each, [1, nodes, ...] in the tree's order.
         faults: gets the error of who fails, such as a `NonFiniteLogitsError` for NaN on the path.
 
     Returns:
         The trees, and the verdicts, without those of who fails. What greedy decoding chooses costs one transfer to the
         host for all, and so does what has to be known of padded trees.
     """
-    outcomes = transferred({lane: outcome_of(lane, trees[lane], logits[lane]) for lane in logits if _is_greedy(lane)})
+    greedy = {lane: output for lane, output in outputs.items() if _is_greedy(lane)}
+    outcomes = transferred({lane: outcome_of(lane, trees[lane], output) for lane, output in greedy.items()})
 
-    def verdict_of(lane: Lane, own_logits: Tensor) -> tuple[TokenTree, Verdict]:
-        tree = trees[lane]
+    def verdict_of(lane: Lane, output: PassOutput) -> tuple[TokenTree, Verdict]:
+        tree, own_logits = trees[lane], output.logits[0]
         if _is_greedy(lane):
             tree, verdict = told(lane, tree, outcomes[lane])
         else:
@@ -50,10 +52,16 @@ def verify(
             verdict = with_logprobs(verdict, own_logits, lane.request.num_logprobs)
         if lane.observer is not None:
             wanted = own_logits if lane.observer.wants_logits else None
-            lane.observer.tell(Verification(lane.num_iterations, tree, verdict, wanted))
+            totals = None if wanted is None or output.totals is None else output.totals[0]
+            lane.observer.tell(Verification(lane.num_iterations, tree, verdict, wanted, totals=totals))
         return tree, verdict
 
-    return faults.each(verdict_of, logits)
+    return faults.each(verdict_of, outputs)
+
+
+def wants_totals(lane: Lane) -> bool:
+    """Whether `PassOutput.totals` serve: greedy decoding takes tokens from them, and an observer probabilities."""
+    return _is_greedy(lane) or (lane.observer is not None and lane.observer.wants_logits)
 
 
 def _is_greedy(lane: Lane) -> bool:
@@ -61,14 +69,15 @@ def _is_greedy(lane: Lane) -> bool:
     return not lane.request.logits_processors and lane.sampler is None
 
 
-def outcome_of(lane: Lane, tree: TokenTree | PaddedRows, logits: Tensor) -> Tensor:
+def outcome_of(lane: Lane, tree: TokenTree | PaddedRows, output: PassOutput) -> Tensor:
     """[numbers] int64: all that the host has to know of a tree to walk down it, for `told`.
 
     That is a number a node, column by column: the target's token, and where there is a choice the node's own token, its
     parent, and its place when it was drafted, unless the host has the tree. Of a padded tree the levels and what was
     checked come behind.
     """
-    columns = [_greatest(logits), *([] if tree.num_nodes == 1 or tree.device != logits.device else _of_nodes(tree))]
+    logits, is_known = output.logits[0], tree.num_nodes == 1 or tree.device != output.logits.device
+    columns = [_greatest(logits, output.totals), *([] if is_known else _of_nodes(tree))]
     if isinstance(tree, PaddedRows):
         columns += [tree.reach, *checks_of(lane, tree)]
     return columns[0] if len(columns) == 1 else torch.cat(columns)
@@ -193,14 +202,20 @@ def _along(best: Sequence[int], columns: Sequence[Sequence[int]]) -> Verdict:
     return verdict
 
 
-def _greatest(logits: Tensor) -> Tensor:
-    """[nodes] int64: the token of the greatest logit, of equals the first; `NOT_A_NUMBER` where one of them is NaN."""
+def _greatest(logits: Tensor, totals: Tensor | None = None) -> Tensor:
+    """[nodes] int64: the token of the greatest logit, of equals the first; `NOT_A_NUMBER` where one of them is NaN.
+
+    Args:
+        logits: [nodes, vocab]
+        totals: [1, nodes, 3] of these, where the pass has given them.
+    """
     if logits.dtype == torch.float64:
         # generate() chooses in float32; two float64 logits that are one float32 number tie there, and must tie here
         logits = logits.float()
     if type(logits) is Tensor and logits.device.type == "cpu" and logits.dtype == torch.float32:
         rows = logits.detach().numpy()  # whose search takes a tenth of the time of torch's
-        tokens = rows.argmax(axis=-1)  # both put NaN above every number
+        # all put NaN above every number
+        tokens = rows.argmax(axis=-1) if totals is None else totals[0].numpy()[:, 2].astype(np.int64)
         tokens[np.isnan(rows[np.arange(len(rows)), tokens])] = NOT_A_NUMBER
         return torch.from_numpy(tokens)
     top_logit, top_token = logits.max(dim=-1)

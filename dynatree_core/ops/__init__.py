@@ -148,6 +148,7 @@ def linear(
     scale: float = 1.0,
     soft_cap: float | None = None,
     out: Tensor | None = None,
+    totals: Tensor | None = None,
 ) -> Tensor:
     """Multiply rows with a matrix: residual + scale * after(norm(rows) @ matrix.T + bias).
 
@@ -160,13 +161,22 @@ def linear(
         scale: of the product.
         soft_cap: cap * tanh(product / cap), as of Gemma 2's logits, before the residual; None: none.
         out: [rows, outputs], where the result is written; may be `residual`, but not `rows`.
+        totals: [rows, 3], where `totals` of the result is written, while the result is in the caches. Not with `after`.
 
     Returns:
         [rows, outputs]
     """
-    check_linear(rows, packed, norm, after, residual, out)
+    check_linear(rows, packed, norm, after, residual, out, totals)
     result: Tensor = _of(rows.dtype).linear(
-        rows, packed, norm=norm, after=after, residual=residual, scale=scale, soft_cap=soft_cap, out=out
+        rows,
+        packed,
+        norm=norm,
+        after=after,
+        residual=residual,
+        scale=scale,
+        soft_cap=soft_cap,
+        out=out,
+        totals=totals,
     )
     return result
 

@@ -67,6 +67,7 @@ def linear(
     scale: float = 1.0,
     soft_cap: float | None = None,
     out: Tensor | None = None,
+    totals: Tensor | None = None,
 ) -> Tensor:
     rows = _normed(rows, norm)
     bias = None if packed.bias is None else packed.bias[: packed.num_outputs]
@@ -78,7 +79,10 @@ def linear(
     product = _normed(product, after) * scale
     if soft_cap is not None:
         product = torch.tanh(product / soft_cap) * soft_cap
-    return _kept(_add(product, residual), out)
+    product = _add(product, residual)
+    if totals is not None:
+        totals.copy_(_totals(product))
+    return _kept(product, out)
 
 
 def lookup(packed: PackedMatrix, outputs: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -88,9 +92,7 @@ def lookup(packed: PackedMatrix, outputs: Tensor, *, out: Tensor | None = None) 
 
 
 def totals(rows: Tensor, *, out: Tensor | None = None) -> Tensor:
-    greatest, place = rows.max(dim=-1, keepdim=True)  # max() puts what is no number above every number
-    total = (rows - greatest).exp().sum(dim=-1, keepdim=True)
-    return _kept(torch.cat([greatest, total.log(), place.to(rows.dtype)], dim=-1), out)
+    return _kept(_totals(rows), out)
 
 
 def mlp(
@@ -234,6 +236,12 @@ def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     nearest = (groups / scales[..., None]).clamp(-127, 127).round()
     codes = torch.where(scales[..., None] > 0, nearest, 0.0)
     return codes, scales, scales * codes.sum(dim=-1)
+
+
+def _totals(rows: Tensor) -> Tensor:
+    greatest, place = rows.max(dim=-1, keepdim=True)  # max() puts what is no number above every number
+    total = (rows - greatest).exp().sum(dim=-1, keepdim=True)
+    return torch.cat([greatest, total.log(), place.to(rows.dtype)], dim=-1)
 
 
 def _kept(result: Tensor, out: Tensor | None) -> Tensor:

@@ -31,8 +31,8 @@ ones that with the lower number first, and a row's weights are their shares, or 
 greatest on. The sum of a row begins at 0 and takes its experts by number, the shared one last: each result times its
 weight, rounded, then added.
 
-*Totals*: the greatest is taken from all; the exponentials have 16 lanes as of a norm, each 1,024 elements by
-themselves, which are then added lane by lane.
+*Totals*: each 128 elements are a part, whose exponentials, less the part's greatest, have 16 lanes as of a norm. The
+sums of the parts, each times the exponential of its greatest less that of all, have 16 lanes over the parts' order.
 
 *exp, tanh, erf* are polynomials of the library, the same for every element wherever it stands.
 
@@ -308,6 +308,7 @@ def check_linear(
     after: Norm | None,
     residual: Tensor | None,
     out: Tensor | None,
+    totals: Tensor | None = None,
 ) -> None:
     """Raise InputError unless `linear` can be computed as it is called."""
     dtype = packed.dtype
@@ -319,6 +320,10 @@ def check_linear(
     for name, tensor in (("residual", residual), ("out", out)):
         if tensor is not None:
             _check(name, tensor, (rows.shape[0], packed.num_outputs), dtype)
+    if totals is not None:
+        _check_totals(rows.shape[0], packed.num_outputs, dtype, totals)
+        if after is not None:
+            raise InputError("totals are of a product without a norm after it; call `totals` on the result")
 
 
 def check_lookup(outputs: Tensor, packed: PackedMatrix, out: Tensor | None) -> None:
@@ -332,12 +337,14 @@ def check_totals(rows: Tensor, out: Tensor | None) -> None:
     """Raise InputError unless `totals` can be computed as it is called."""
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     _check("rows", rows, (None, None), dtype)
-    if rows.shape[1] == 0:
-        raise InputError(f"rows must have one number at least, got {list(rows.shape)}")
-    if rows.shape[1] >= 1 << 24:  # so that each place is a float32
-        raise InputError(f"rows must have less than {1 << 24} numbers, got {list(rows.shape)}")
-    if out is not None:
-        _check("out", out, (rows.shape[0], 3), dtype)
+    _check_totals(rows.shape[0], rows.shape[1], dtype, out)
+
+
+def _check_totals(num_rows: int, size: int, dtype: torch.dtype, totals: Tensor | None) -> None:
+    if not 0 < size < 1 << 24:  # so that each place is a float32
+        raise InputError(f"totals are of rows of 1 to {(1 << 24) - 1} numbers, got {size}")
+    if totals is not None:
+        _check("totals", totals, (num_rows, 3), dtype)
 
 
 def check_mlp(

@@ -32,6 +32,13 @@ class PassOutput:
 
     logits: Tensor  # [lanes, rows, vocab]; [lanes, 1, vocab] where only the last row's were asked for
     hidden: Tensor | None = None  # [lanes, rows, hidden]: what goes into the head, where asked for
+    # [lanes, rows, 3] float32: `ops.totals` of these very logits, where the pass has made them on its way. Tokens are
+    # taken from them, so whoever changes the logits leaves them out
+    totals: Tensor | None = None
+
+    def first_rows(self, num_rows: int) -> PassOutput:
+        """The logits of the first rows and their totals."""
+        return PassOutput(self.logits[:, :num_rows], totals=None if self.totals is None else self.totals[:, :num_rows])
 
 
 @attrs.frozen(eq=False)

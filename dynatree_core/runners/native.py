@@ -177,13 +177,22 @@ class Twin:
             pairs = zip(owned, shapes, strict=True)
             wanted = joined([own.view(*shape, -1)[:, -1] for own, shape in pairs])
         sizes = [lanes * (1 if last_row_only else num_rows) for lanes, num_rows in shapes]
-        logits = _split(self._logits(wanted), sizes)
+        # tokens are chosen in float32, so float64 logits' own totals are none that serve
+        wants_totals = self._dtype == torch.float32 and any(part.flat.wants_totals for part in parts)
+        totals = wanted.new_empty(len(wanted), 3) if wants_totals else None
+        logits = _split(self._logits(wanted, totals), sizes)
         found = [one.view(lanes, -1, self._head.num_outputs) for one, (lanes, _) in zip(logits, shapes, strict=True)]
-        if not hidden:
-            return [PassOutput(one) for one in found]
-        norm = self.blueprint.final_norm
-        normed = _split(rows if norm is None else ops.norm(rows, norm), [len(own) for own in owned])
-        return [PassOutput(one, own.view(*shape, -1)) for one, own, shape in zip(found, normed, shapes, strict=True)]
+        nothing = [None] * len(parts)
+        all_totals: Sequence[Tensor | None] = nothing
+        if totals is not None:
+            owned_totals = zip(_split(totals, sizes), shapes, strict=True)
+            all_totals = [one.view(lanes, -1, 3) for one, (lanes, _) in owned_totals]
+        all_hidden: Sequence[Tensor | None] = nothing
+        if hidden:
+            norm = self.blueprint.final_norm
+            normed = _split(rows if norm is None else ops.norm(rows, norm), [len(own) for own in owned])
+            all_hidden = [own.view(*shape, -1) for own, shape in zip(normed, shapes, strict=True)]
+        return [PassOutput(*one) for one in zip(found, all_hidden, all_totals, strict=True)]
 
     def _embedded(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[rows, hidden]: what goes into the first layer."""
@@ -282,8 +291,8 @@ class Twin:
             out=work.rows,
         )
 
-    def _logits(self, rows: Tensor) -> Tensor:
-        """[rows, vocab]"""
+    def _logits(self, rows: Tensor, totals: Tensor | None) -> Tensor:
+        """[rows, vocab]; their totals are written into what is given for them."""
         plan = self.blueprint
         return ops.linear(
             rows,
@@ -291,6 +300,7 @@ class Twin:
             norm=plan.final_norm,
             scale=plan.logit_scale,
             soft_cap=plan.logit_softcap,
+            totals=totals,
         )
 
 

@@ -632,7 +632,10 @@ class _Wanted:
             found = torch.cat([logprobs.gather(1, tokens[:, None])[:, 0], logprobs[chosen_by, chosen]]).tolist()
             return cls(tokens.tolist(), found[: len(tokens)], found[len(tokens) :])
         # Little else may be done here: right after a pass nothing is in the processor's caches
-        totals = ops.totals(logits.contiguous()).tolist()  # a softmax of all tokens takes five times as long
+        given = verification.totals
+        if given is None:
+            given = ops.totals(logits.contiguous())  # a softmax of all tokens takes five times as long
+        totals = given.tolist()
         return cls(
             [int(place) for _, _, place in totals],
             [greatest - greatest - total for greatest, total, _ in totals],  # what is no number is written as null

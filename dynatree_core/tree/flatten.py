@@ -30,6 +30,7 @@ class FlatTrees:
     _slot_positions: Tensor | Callable[[], Tensor]  # as below, or what makes them for who looks
     num_places: int  # different positions that the rows have, from that of the first row on
     model_positions: Tensor | None = None  # [lanes, rows] int64: what the model is told in place of position_ids
+    wants_totals: bool = False  # whether `PassOutput.totals` serve; a runner that has none leaves them out
 
     @cached_property
     def slot_positions(self) -> Tensor:
@@ -42,7 +43,12 @@ class FlatTrees:
 
 
 def flatten(
-    trees: Sequence[TokenTree | PaddedRows], prefix_lens: Sequence[int], *, min_rows: int = 0, min_slots: int = 0
+    trees: Sequence[TokenTree | PaddedRows],
+    prefix_lens: Sequence[int],
+    *,
+    min_rows: int = 0,
+    min_slots: int = 0,
+    wants_totals: bool = False,
 ) -> FlatTrees:
     """Lay out whole trees, the root as row 0, for the target.
 
@@ -51,6 +57,7 @@ def flatten(
         prefix_lens: committed rows of each lane of the cache; the root is not among them.
         min_rows: rows of the pass at least.
         min_slots: cache slots that the mask spans at least; those behind the rows are seen by nobody.
+        wants_totals: see `FlatTrees`.
 
     Returns:
         Rows and slots are padded to the longest. A padding row sees only itself (a row that sees nothing
@@ -60,7 +67,7 @@ def flatten(
     rows = max(min_rows, *(tree.num_nodes for tree in trees))
     slots = max(min_slots, max(prefix_lens) + rows)
     if lanes == 1 and rows == trees[0].num_nodes and slots == prefix_lens[0] + rows:
-        return _unpadded(trees[0], prefix_lens[0])
+        return _unpadded(trees[0], prefix_lens[0], wants_totals=wants_totals)
     token_ids = torch.zeros(lanes, rows, dtype=torch.int64, device=device)
     position_ids = torch.zeros(lanes, rows, dtype=torch.int64, device=device)
     visible = torch.zeros(lanes, rows, slots, dtype=torch.bool, device=device)
@@ -75,10 +82,10 @@ def flatten(
             visible[lane, nodes:, prefix_len + nodes : prefix_len + rows].diagonal().fill_(True)
         slot_positions[lane, prefix_len : prefix_len + nodes] = position_ids[lane, :nodes]
     num_places = 1 + max(tree.max_depth for tree in trees)
-    return FlatTrees(token_ids, position_ids, visible, slot_positions, num_places)
+    return FlatTrees(token_ids, position_ids, visible, slot_positions, num_places, wants_totals=wants_totals)
 
 
-def _unpadded(tree: TokenTree | PaddedRows, prefix_len: int) -> FlatTrees:
+def _unpadded(tree: TokenTree | PaddedRows, prefix_len: int, *, wants_totals: bool) -> FlatTrees:
     """One tree alone."""
     positions = tree.depth + prefix_len
     return FlatTrees(
@@ -87,6 +94,7 @@ def _unpadded(tree: TokenTree | PaddedRows, prefix_len: int) -> FlatTrees:
         _behind_prefix(tree.ancestor_mask, prefix_len)[None],
         functools.partial(_counted_up_to, prefix_len, positions),
         num_places=1 + tree.max_depth,
+        wants_totals=wants_totals,
     )
 
 

@@ -50,7 +50,7 @@ ACTIVATION_CODES = {name: code for code, name in enumerate(get_args(Activation))
 _matrix_fields = struct.Struct("=7q")
 _norm_fields = struct.Struct("=4q2d")
 _norm_record = struct.Struct("=q qq qddqq q 184x")
-_linear_record = struct.Struct("=q qq qddqq q 184x")
+_linear_record = struct.Struct("=q qq qddqq qq 176x")
 _mlp_record = struct.Struct("=q qq qddqq qqq 168x")
 _rope_record = struct.Struct("=q 3q 5q 2q 2q 2q 4q dq 88x")
 _attention_record = struct.Struct("=q 4q 5q 5q q 2d 112x")
@@ -198,6 +198,7 @@ def linear(
     scale: float,
     soft_cap: float | None,
     out: Tensor | None,
+    totals: Tensor | None,
 ) -> Tensor:
     num_rows, num_inputs = rows.shape
     out = _result(out, lambda: rows.new_empty(num_rows, packed.num_outputs))
@@ -212,6 +213,7 @@ def linear(
             _address(residual),
             out.data_ptr(),
             _matrix_address(packed),
+            _address(totals),
         ),
         num_rows,
     )

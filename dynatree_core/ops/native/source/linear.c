@@ -465,7 +465,8 @@ typedef struct {
   int64_t num_rows;
   const ending *end; /* NULL: only the bias */
   const rounded *codes; /* [num_rows, groups] where rows are rounded, else NULL */
-  int64_t num_blocks, tile_blocks; /* of the matrix, and of an item of the job */
+  int64_t num_blocks, tile_blocks, item_blocks; /* of the matrix, of a tile, and of an item of the job */
+  float *parts; /* where each part of the result is noted, for its totals, or NULL */
 } product_job;
 
 /* What follows a sum, where it needs no whole row. */
@@ -560,16 +561,21 @@ static void multiply_blocks(const product_job *job, int64_t first, int64_t count
   }
 }
 
-/* Items are as many blocks as a tile has, so that only the matrix's last ones are ever by themselves. */
+/* Items are whole tiles, so that only the matrix's last blocks are ever by themselves; where totals are wanted, whole
+ * parts. */
 static void multiply(void *given, int64_t first, int64_t count) {
   const product_job *job = given;
-  const int64_t begin = first * job->tile_blocks, end = (first + count) * job->tile_blocks;
-  multiply_blocks(job, begin, (end < job->num_blocks ? end : job->num_blocks) - begin);
+  const int64_t begin = first * job->item_blocks, end = (first + count) * job->item_blocks;
+  multiply_blocks(job, begin, at_most(job->num_blocks, end) - begin);
+  for (int64_t part = first; job->parts && part < first + count; part++) {
+    for (int64_t row = 0; row < job->num_rows; row++) note_part(job->parts, job->out, job->packed->outputs, row, part);
+  }
 }
 
-/* out = rows @ packed.T + bias, and what follows where it needs no whole row. Returns 0, or that memory is missing. */
-static int product(const matrix *packed, const float *rows, float *out, const ending *end, int64_t num_rows,
-                    team *team) {
+/* out = rows @ packed.T + bias, and what follows where it needs no whole row. Returns 0, or that memory is missing.
+ * `parts` is where parts of the result are noted, or NULL. */
+static int product(const matrix *packed, const float *rows, float *out, const ending *end, float *parts,
+                   int64_t num_rows, team *team) {
   if (!num_rows) return 0;
   const int64_t num_blocks = (packed->outputs + LANES - 1) / LANES;
   const int64_t blocks = packed->rounds_rows ? 1 : most_blocks(form_of(packed->kind), num_rows);
@@ -581,8 +587,9 @@ static int product(const matrix *packed, const float *rows, float *out, const en
     rounding_job rounding = {rows, codes, packed->inputs, form_of(packed->kind)};
     run_job(round_rows, &rounding, num_rows, 1, num_rows * packed->inputs < 8192 ? NULL : team);
   }
-  product_job job = {packed, rows, out, num_rows, end, codes, num_blocks, blocks};
-  run_job(multiply, &job, (num_blocks + blocks - 1) / blocks, MAX_BLOCKS / blocks, team);
+  const int64_t item = parts ? PART / LANES : blocks, piece = parts ? 1 : MAX_BLOCKS / blocks;
+  product_job job = {packed, rows, out, num_rows, end, codes, num_blocks, blocks, item, parts};
+  run_job(multiply, &job, (num_blocks + item - 1) / item, piece, team);
   return 0;
 }
 
@@ -595,16 +602,22 @@ static const float *normed(const norm *how, const float *rows, int64_t num_rows,
 
 /* A product and all that follows it. */
 static int ended_product(const matrix *packed, const float *rows, const ending *end, int64_t num_rows, team *team) {
-  if (!end->after) return product(packed, rows, end->out, end, num_rows, team);
+  if (!end->after) return product(packed, rows, end->out, end, NULL, num_rows, team);
   float *to = scratch(SCRATCH_PRODUCT, 4 * num_rows * packed->outputs); /* out may be the residual */
-  if (!to || product(packed, rows, to, NULL, num_rows, team)) return NO_MEMORY;
+  if (!to || product(packed, rows, to, NULL, NULL, num_rows, team)) return NO_MEMORY;
   end_rows(end, to, packed->outputs, num_rows, team);
   return 0;
 }
 
 int run_linear(const linear_args *args, int64_t num_rows, team *team) {
   const float *rows = normed(args->norm, args->rows, num_rows, team);
-  return !rows || ended_product(args->packed, rows, &args->end, num_rows, team);
+  if (!rows) return NO_MEMORY;
+  if (!args->totals) return ended_product(args->packed, rows, &args->end, num_rows, team);
+  const int64_t size = args->packed->outputs;
+  float *parts = room_for_parts(num_rows, size);
+  if (!parts || product(args->packed, rows, args->end.out, &args->end, parts, num_rows, team)) return NO_MEMORY;
+  join_parts(parts, args->end.out, num_rows, size, args->totals);
+  return 0;
 }
 
 typedef struct {
@@ -631,7 +644,7 @@ int run_mlp(const mlp_args *args, int64_t num_rows, team *team) {
   const int64_t size = args->outer->inputs, width = args->inner->outputs;
   float *hidden = scratch(SCRATCH_HIDDEN, 4 * num_rows * (width + size));
   const float *rows = normed(args->norm, args->rows, num_rows, team);
-  if (!hidden || !rows || product(args->inner, rows, hidden, NULL, num_rows, team)) return NO_MEMORY;
+  if (!hidden || !rows || product(args->inner, rows, hidden, NULL, NULL, num_rows, team)) return NO_MEMORY;
   float *activated = hidden + num_rows * width;
   activation_job job = {hidden, activated, size, args->activation, width != size};
   run_job(activate, &job, num_rows, 1, num_rows * size < 8192 ? NULL : team);

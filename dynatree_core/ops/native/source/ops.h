@@ -33,7 +33,13 @@ typedef struct {
 } ending;
 
 typedef struct { const float *rows; const norm *norm; ending end; int64_t size; } norm_args;
-typedef struct { const float *rows; const norm *norm; ending end; const matrix *packed; } linear_args;
+typedef struct {
+  const float *rows;
+  const norm *norm;
+  ending end; /* without `after` where there are totals */
+  const matrix *packed;
+  float *totals; /* of the result: [rows, 3] as of OP_TOTALS, or NULL */
+} linear_args;
 typedef struct {
   const float *rows;
   const norm *norm;
@@ -119,6 +125,14 @@ int run_rope_write(const rope_args *args, int64_t rows, team *team);
 int run_attention(const attention_args *args, int64_t rows, team *team);
 int run_lookup(const lookup_args *args, int64_t rows);
 int run_totals(const totals_args *args, int64_t rows, team *team);
+
+/* Totals of rows [rows, size] by their parts, each of PART numbers: the greatest of a part, and what its exponentials
+ * add up to. Parts may be noted in any order and at once, so that whoever computes a row's numbers can note them while
+ * they are in the nearest cache. Joined, they have one order. */
+enum { PART = 128 };
+float *room_for_parts(int64_t rows, int64_t size); /* NULL where there is no memory */
+void note_part(float *parts, const float *rows, int64_t size, int64_t row, int64_t part);
+void join_parts(const float *parts, const float *rows, int64_t num_rows, int64_t size, float *out);
 
 /* One row of a norm; `to` may be `from`. */
 void norm_row(const norm *how, const float *weight, const float *bias, const float *from, float *to);

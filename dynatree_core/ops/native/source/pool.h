@@ -23,5 +23,6 @@ void with_team(void (*lead)(void *given, team *team), void *given, int64_t threa
  * NULL where there is none. */
 void *scratch(int slot, int64_t bytes);
 enum {
-  SCRATCH_ROWS, SCRATCH_CODES, SCRATCH_HIDDEN, SCRATCH_PRODUCT, SCRATCH_SCORES, SCRATCH_EXPERTS, SCRATCH_SLOTS
+  SCRATCH_ROWS, SCRATCH_CODES, SCRATCH_HIDDEN, SCRATCH_PRODUCT, SCRATCH_SCORES, SCRATCH_EXPERTS, SCRATCH_PARTS,
+  SCRATCH_SLOTS
 };

@@ -163,11 +163,12 @@ inlined void store_sums(float *to, const f16x *x, const int count) {
 }
 
 inlined float greatest16(f16x x) {
-  float all[16], greatest;
+  float all[16];
   store16(all, x);
-  greatest = all[0];
-  for (int i = 1; i < 16; i++) greatest = all[i] > greatest ? all[i] : greatest;
-  return greatest;
+  UNROLLED for (int half = 8; half; half /= 2) {
+    UNROLLED for (int i = 0; i < half; i++) all[i] = all[i] > all[i + half] ? all[i] : all[i + half];
+  }
+  return all[0];
 }
 
 /* Products of bytes. A word holds four of them, of one output; all sums are exact, so that their order is no matter. */
