@@ -22,6 +22,7 @@ from dynatree_core.cost_model import CostModel
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, SlotBudget, device_of
 from dynatree_core.drafters.build import as_drafter
 from dynatree_core.engine.costs import measured_costs
+from dynatree_core.engine.fused import level_writer
 from dynatree_core.engine.observer import observers_of
 from dynatree_core.engine.row_probe import refuse_dependent_rows
 from dynatree_core.errors import DrafterError, ForwardPassError, OutOfMemoryError, ParameterError
@@ -313,7 +314,10 @@ class Resources:
         if self._num_processes > 1:
             return None
         width = least_width(limits.max_nodes, limits.tau, request.stack.max_width)
-        return None if width is None else PaddedSpace(width, limits.max_branch, limits.max_depth, self.device)
+        if width is None:
+            return None
+        write = level_writer(self.device, width, limits.max_branch)
+        return PaddedSpace(width, limits.max_branch, limits.max_depth, self.device, write)
 
     def start_drafter(
         self,

@@ -17,8 +17,9 @@ from pretended_device import OnDevice, moved, pretended
 from test_native import EagerRunner, logits_of, single
 from torch import Tensor, nn
 
-from dynatree_core import generate
+from dynatree_core import Engine, Session, generate, run
 from dynatree_core.cache.tree_cache import TreeCache
+from dynatree_core.engine import fused, resources
 from dynatree_core.errors import CacheError, ForwardPassError, InputError, ParameterError
 from dynatree_core.ops import ACTIVATIONS, Norm, Rotary, Slabs, Visible, reference
 from dynatree_core.ops.triton.matrix import StackedMatrix
@@ -292,6 +293,33 @@ def test_operator_visible_is_what_the_mask_says(data: st.DataObject) -> None:
     for row, wanted in enumerate(mask):
         own = seen.own[int(seen.own_start[row]) : int(seen.own_start[row + 1])].tolist()
         assert [*range(int(seen.start[row]), int(seen.end[row])), *own] == wanted.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(("width", "max_branch"), [(1, 1), (1, 3), (3, 4), (16, 2)])
+def test_operator_level_is_the_one_that_plain_torch_writes(width: int, max_branch: int) -> None:
+    """Over made-up trees whose scores tie, and whose levels are cut by thresholds, widths and budgets."""
+    cpu = torch.device("cpu")
+    write = fused.FusedLevels(width, max_branch, cpu)
+    assert all(fused._are_same(write, width, max_branch, cpu, seed) for seed in range(8))
+
+
+@pytest.mark.parametrize("policy", ["phase3", "best_first(nodes=5,depth=3,beam=2)", "fixed(depth=3,max_nodes=9,tau=0)"])
+def test_operator_level_grows_the_trees_of_plain_torch(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for is_fused in (False, True):
+
+        def level_writer(device: torch.device, width: int, max_branch: int, one: bool = is_fused) -> Any:
+            return fused.FusedLevels(width, max_branch, device) if one else None
+
+        monkeypatch.setattr(resources, "level_writer", level_writer)
+        engine = Engine(tiny_model("llama"), perturbed("llama", 0, 0.03), pads_trees=True, runner="eager")
+        session = Session.on(engine, TEXT, policy=policy, max_new_tokens=8, max_branch=4, eos_token_id=[])
+        trees = [report.tree for report in run(session)]
+        assert session.growth is not None
+        assert isinstance(session.padded_space.write, fused.FusedLevels) == is_fused
+        found.append([(tree.token_ids.tolist(), tree.ancestor_mask.tolist(), tree.rank.tolist()) for tree in trees])
+    assert found[0] == found[1]
+    assert any(len(ids) > 2 for ids, *_ in found[0])
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 19])
