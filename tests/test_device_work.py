@@ -120,17 +120,17 @@ def measured(
 LIMITS = {
     ("autoregressive", "none"): (0, 1, 10),
     # padded trees: the host reads the verdict and nothing else
-    ("fixed", "model"): (0, 1, 62),
-    ("fixed", "prompt_lookup"): (0, 1, 128),
-    ("phase3", "model"): (0, 1, 137),  # of its 8 levels one behind an empty one, since the host is ahead of the device
-    ("best_first", "model"): (0, 1, 138),
-    ("sequoia", "model"): (0, 1.4, 93),  # and sometimes what it has counted, to plan anew
+    ("fixed", "model"): (0, 1, 61),
+    ("fixed", "prompt_lookup"): (0, 1, 105),
+    ("phase3", "model"): (0, 1, 129),  # of its 8 levels one behind an empty one, since the host is ahead of the device
+    ("best_first", "model"): (0, 1, 137),
+    ("sequoia", "model"): (0, 1.4, 92),  # and sometimes what it has counted, to plan anew
     # padded trees, at whose root the host decides whether the model is asked
-    ("fixed", "union"): (0, 2, 136),
-    ("phase3", "union"): (0, 2, 245),
+    ("fixed", "union"): (0, 2, 111),
+    ("phase3", "union"): (0, 2, 188),
     # level by level
     ("cost_aware", "model"): (1, 2, 149),  # the host decides for each level, and is told the sizes where it cuts
-    ("cost_aware", "union"): (1, 2, 302),
+    ("cost_aware", "union"): (1, 2, 278),
 }
 
 
@@ -147,7 +147,7 @@ def test_without_triton_torch_writes_the_same_trees_by_more_kernels(monkeypatch:
     fused = measured("phase3", "model")
     monkeypatch.setattr(PretendedDevice, "write_level", staticmethod(write_plainly))
     plain = measured("phase3", "model")
-    assert fused.launches < plain.launches <= 228
+    assert fused.launches < plain.launches <= 220
     assert (plain.trees, plain.token_ids) == (fused.trees, fused.token_ids)
 
 
