@@ -35,8 +35,9 @@ class Confidence:
 
     @hookimpl
     def branch_factor(self, frontier: Frontier) -> Tensor:
-        # numbers, a tensor [] on the host too, are arguments of these kernels; `torch.where` would have each written to
-        # the device first
-        is_unsure, default = frontier.confidence < self.low, torch.tensor(self.default_branch)
+        # numbers are arguments of these kernels, one in a tensor on the host too; `torch.where` would have each written
+        # to the device first
+        default = torch.tensor(self.default_branch, device="cpu")
+        is_unsure = frontier.confidence < self.low
         wanted = torch.add(default, is_unsure, alpha=self.max_branch - self.default_branch)
         return wanted.masked_fill_(frontier.confidence > self.high, self.min_branch)

@@ -159,7 +159,7 @@ MUTANTS = (
     Mutant(
         "a kernel that writes other levels than torch is believed",
         "    if is_same:\n        return write\n",
-        "    if is_same or write:\n        return write\n",
+        "    if is_same or why:\n        return write\n",
         ("tests/test_padded.py::test_a_kernel_that_writes_other_levels_than_torch_is_told_and_not_used",),
     ),
     Mutant(

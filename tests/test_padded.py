@@ -187,14 +187,14 @@ def fails(room: Any, level: slice) -> None:
 def test_a_kernel_that_writes_other_levels_than_torch_is_told_and_not_used(write, words):
     cpu = torch.device("cpu")
     with pytest.warns(RuntimeWarning, match=f"levels of 4 places cannot be written by one .*{words}"):
-        assert checked(write, 4, 3, cpu) is None
+        assert checked(lambda: write, 4, 3, cpu) is None
 
 
 def test_a_kernel_that_writes_what_torch_writes_is_used_and_none_on_a_cpu():
     plain = written(None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert all(checked(plain, width, 3, torch.device("cpu")) is plain for width in (1, 4, 16))
+        assert all(checked(lambda: plain, width, 3, torch.device("cpu")) is plain for width in (1, 4, 16))
     assert level_writer(torch.device("cpu"), 16, 16) is None
 
 

@@ -22,6 +22,7 @@ from dynatree_core.tree.token_tree import Room, TokenTree
 
 __all__ = ["FusedLevels", "checked", "level_writer"]
 
+MOST_PROPOSED = 1024  # children for one level, since every program of the kernel compares each with each
 CHECKED_DEPTH = 3  # levels of a tree that is made up
 VOCAB_SIZE = 50  # of its tokens
 
@@ -31,11 +32,9 @@ def level_writer(device: torch.device, width: int, max_branch: int) -> WriteLeve
     """What writes levels of so many places by one kernel; None where `write_plainly` does it."""
     if device.type != "cuda" or reason_unavailable() is not None:
         return None
-    from dynatree_core.ops.triton.levels import MOST_PROPOSED  # a command on a CPU starts without Triton
-
     if width * max_branch > MOST_PROPOSED:
         return None
-    return checked(FusedLevels(width, max_branch, device), width, max_branch, device)
+    return checked(lambda: FusedLevels(width, max_branch, device), width, max_branch, device)
 
 
 class FusedLevels:
@@ -48,7 +47,7 @@ class FusedLevels:
     """
 
     def __init__(self, width: int, max_branch: int, device: torch.device) -> None:
-        from dynatree_core.ops.triton.levels import write_level
+        from dynatree_core.ops.triton.levels import write_level  # a command on a CPU starts without Triton
 
         self._write_level = write_level
         is_interpreted = device.type == "cpu"  # in tests
@@ -80,9 +79,10 @@ class FusedLevels:
             )
 
 
-def checked(write: WriteLevel, width: int, max_branch: int, device: torch.device) -> WriteLevel | None:
+def checked(make: Callable[[], WriteLevel], width: int, max_branch: int, device: torch.device) -> WriteLevel | None:
     """A writer of levels, if it writes on this device what torch does; None, with a warning, where it does not."""
     try:
+        write = make()
         is_same = all(_are_same(write, width, max_branch, device, seed) for seed in range(4))
         why = "they come out otherwise"
     except Exception as error:  # noqa: BLE001  # whatever it is, torch writes the levels

@@ -22,6 +22,7 @@ from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.engine import fused, resources
 from dynatree_core.errors import CacheError, ForwardPassError, InputError, ParameterError
 from dynatree_core.ops import ACTIVATIONS, Norm, Rotary, Slabs, Visible, reference
+from dynatree_core.ops.triton.levels import write_level
 from dynatree_core.ops.triton.matrix import StackedMatrix
 from dynatree_core.ops.triton.operators import TritonOperators, is_interpreted, launched, slab_table
 from dynatree_core.ops.triton.visible import visible_of
@@ -301,6 +302,20 @@ def test_operator_level_is_the_one_that_plain_torch_writes(width: int, max_branc
     cpu = torch.device("cpu")
     write = fused.FusedLevels(width, max_branch, cpu)
     assert all(fused._are_same(write, width, max_branch, cpu, seed) for seed in range(8))
+
+
+def test_operator_level_takes_what_does_not_lie_side_by_side() -> None:
+    """Answers of one number for all nodes, and proposals that are columns of a larger tensor."""
+    given = torch.arange(24, dtype=torch.int64).view(4, 6)
+    flat = {"expand": torch.tensor([True]).expand(2), "branch": torch.tensor([3]).expand(2)}
+    parts = {**flat, "logprobs": -given.float().T[:2, :3], "token_ids": given[:2, ::2]}
+    found = []
+    for asked in (parts, {name: one.contiguous() for name, one in parts.items()}):
+        room = torch.zeros(6, 9, dtype=torch.int64), torch.eye(9, dtype=torch.bool)
+        write_level(*room, **asked, old=3, width=4, least=-99.0, max_nodes=9, vocab_size=50)
+        found.append(torch.cat([room[0], room[1].long()]))
+    assert torch.equal(*found)
+    assert found[0][0, 3:7].unique().numel() > 2
 
 
 @pytest.mark.parametrize("policy", ["phase3", "best_first(nodes=5,depth=3,beam=2)", "fixed(depth=3,max_nodes=9,tau=0)"])

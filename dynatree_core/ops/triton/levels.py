@@ -12,9 +12,7 @@ from torch import Tensor
 from dynatree_core.ops.triton.level_kernel import level_kernel
 from dynatree_core.ops.triton.operators import Launch, launched
 
-__all__ = ["MOST_PROPOSED", "write_level"]
-
-MOST_PROPOSED = 1024  # for one level, since every program compares each with each
+__all__ = ["write_level"]
 
 
 def write_level(
@@ -54,7 +52,8 @@ def write_level(
     launch(
         level_kernel,
         (width,),
-        *(packed, mask.view(torch.uint8), logprobs, token_ids, expand.view(torch.uint8), branch.contiguous()),
+        *(packed, mask.view(torch.uint8), logprobs, token_ids),
+        *(expand.contiguous().view(torch.uint8), branch.contiguous()),  # a policy may have expanded one number
         *(num_nodes, old - num_nodes, old, packed.shape[1], max_nodes, vocab_size - 1, least),
         *(logprobs.stride(0), token_ids.stride(0)),
         K=k,
