@@ -330,7 +330,7 @@ class PaddedGrowth:
             self._widths.append(_Widths(branch, tree.last_level, frontier.cum_logprob, decider))
         self.proposals.append(frontier.proposals)
         grown = tree.grow_padded(space.width, lambda room, level: space.write(space, wanted, room, level))
-        self._note(grown, grown.packed_score)
+        self._note(grown, grown.first_packed_score())
         return grown
 
     def most_rows(self, max_kept: int | None) -> int:

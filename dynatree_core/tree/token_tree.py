@@ -299,8 +299,7 @@ class TokenTree:
         write(room, slice(old, old + width))
         return TokenTree.in_room(room, (*self.level_sizes, width), is_padded=True)
 
-    @property
-    def packed_score(self) -> Tensor:
+    def first_packed_score(self) -> Tensor:
         """[1] int64 of a padded tree: both scores of the first place of its last level, as one number."""
         assert self._room is not None, "a padded tree has a room"
         assert self._room.packed is not None, "which is packed"
