@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import attrs
+import torch
 from torch import Tensor
 
 from dynatree_core import Frontier, count, fraction, hookimpl
@@ -34,6 +35,9 @@ class Confidence:
 
     @hookimpl
     def branch_factor(self, frontier: Frontier) -> Tensor:
-        # numbers are arguments of these kernels; `torch.where` would have each written to the device first
-        unsure = (frontier.confidence < self.low) * (self.max_branch - self.default_branch) + self.default_branch
-        return unsure.masked_fill_(frontier.confidence > self.high, self.min_branch)
+        # numbers are arguments of these kernels, one in a tensor on the host too; `torch.where` would have each written
+        # to the device first
+        default = torch.tensor(self.default_branch, device="cpu")
+        is_unsure = frontier.confidence < self.low
+        wanted = torch.add(default, is_unsure, alpha=self.max_branch - self.default_branch)
+        return wanted.masked_fill_(frontier.confidence > self.high, self.min_branch)

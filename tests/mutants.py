@@ -152,9 +152,15 @@ MUTANTS = (
     ),
     Mutant(
         "padded levels forget the budget",
-        "is_chosen &= self.space.places[: is_chosen.numel()] < self.nodes_left(tree)",
-        "self.nodes_left(tree)",
+        "is_chosen &= space.places[: is_chosen.numel()] < nodes_left(wanted.tree, wanted.max_nodes)",
+        "nodes_left(wanted.tree, wanted.max_nodes)",
         ("tests/test_padded.py::test_a_stack_drafts_the_trees_that_it_drafts_without_padding",),
+    ),
+    Mutant(
+        "a kernel that writes other levels than torch is believed",
+        "    if is_same:\n        return write\n",
+        "    if is_same or why:\n        return write\n",
+        ("tests/test_padded.py::test_a_kernel_that_writes_other_levels_than_torch_is_told_and_not_used",),
     ),
     Mutant(
         "policies whose answers depend on padding are believed",

@@ -27,12 +27,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from dynatree_core.engine import decode
+from dynatree_core.engine import decode, resources
 from dynatree_core.engine.proposals import SharedProposals
 from dynatree_core.policy.stack import PolicyStack
 from dynatree_core.runners import cudagraph
 from dynatree_core.runners.cudagraph import Recorder
 from dynatree_core.runners.eager import EagerRunner
+from dynatree_core.tree.padded import WantedLevel, write_plainly
 
 CUDA = torch.device("cuda:0")
 LAUNCH_SECONDS, KERNEL_SECONDS = 4e-6, 10e-6  # so that the host runs ahead where nothing makes it wait
@@ -131,6 +132,7 @@ class PretendedDevice:
         self.counts: Counts | None = None  # None: nothing is counted
         self._stages = ["outside"]
         self._tape: list[Callable[[], None]] | None = None  # what is being recorded, to be done again; None: nothing
+        self._is_in_kernel = False  # whether what is computed is one kernel, which was counted
         self._pinned: dict[int, Tensor] = {}  # memory of the host that the device can read by itself, by its address
         self.host_seconds = 0.0  # the host's clock, which runs while it launches and while it waits
         self.done_seconds = 0.0  # on the same clock: when the device will be done with what was launched
@@ -209,7 +211,18 @@ class PretendedDevice:
         if self.counts is not None:
             self.counts.waits[self._stages[-1], f"{what}: {_asking_line()}"] += 1
 
+    def write_level(self, space: Any, wanted: WantedLevel, room: Any, level: slice) -> None:
+        """The kernel of `FusedLevels`, which a GPU would be given: it counts as one, and plain torch computes it."""
+        self.launch("write_level")
+        self._is_in_kernel = True
+        try:
+            write_plainly(space, wanted, room, level)
+        finally:
+            self._is_in_kernel = False
+
     def launch(self, what: str, number: int = 1) -> None:
+        if self._is_in_kernel:
+            return
         self.host_seconds += number * LAUNCH_SECONDS
         self.idle_seconds += max(self.host_seconds - self.done_seconds, 0.0)
         self.done_seconds = self.reached() + number * KERNEL_SECONDS
@@ -411,6 +424,7 @@ def pretended() -> Iterator[PretendedDevice]:
         undo.enter_context(mock.patch.object(PretendedDevice, "_current", device))
         # its tensors are no plain ones, so that nobody could say whether a model of them can be recorded
         undo.enter_context(mock.patch.object(cudagraph, "is_replayable", return_value=True))
+        undo.enter_context(mock.patch.object(resources, "level_writer", return_value=device.write_level))
         undo.enter_context(mock.patch.object(Recorder, "recorded", lambda self, run, on: device.recorded(run)))
         for name, instead in {
             "_lazy_init": lambda: None,

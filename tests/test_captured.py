@@ -27,6 +27,7 @@ from dynatree_core import Engine, Session, generate, run
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters.model import ModelDrafter
+from dynatree_core.engine.fused import level_writer
 from dynatree_core.errors import CacheError, ParameterError
 from dynatree_core.models.architectures import EXACT_FAMILIES
 from dynatree_core.models.state import is_replayable
@@ -39,6 +40,7 @@ from dynatree_core.runners.passes import Passes
 from dynatree_core.testing import strategies as ours
 from dynatree_core.testing.models import CONTEXT, greedy, perturbed, tiny_model, tiny_variant
 from dynatree_core.tree.flatten import flatten
+from dynatree_core.tree.padded import WIDTHS
 from dynatree_core.tree.token_tree import TokenTree
 
 CPU = torch.device("cpu")
@@ -554,6 +556,15 @@ def test_generations_on_a_gpu_are_greedy(family):
         found = generate(model, drafter, PROMPT, policy=policy, max_new_tokens=100, runner="cudagraph", eos_token_id=[])
         assert found.report.runner == "cudagraph"
         check_the_same_up_to_a_tie(copy.deepcopy(model).cpu(), PROMPT, found.token_ids, expected)
+
+
+@needs_cuda
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_kernel_on_a_gpu_writes_the_levels_that_torch_writes(width):
+    device = torch.device("cuda", torch.cuda.current_device())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert level_writer(device, width, 16) is not None
 
 
 @needs_cuda

@@ -30,7 +30,7 @@ from dynatree_core.cache.sink_cache import SinkWindow
 from dynatree_core.clock import StageClock
 from dynatree_core.drafters import prompt_lookup
 from dynatree_core.drafters.model import ModelDrafter
-from dynatree_core.drafters.prompt_lookup import DRAFTED_EVIDENCE, UNSEEN_WEIGHT
+from dynatree_core.drafters.prompt_lookup import DRAFTED_EVIDENCE, LOOK_AHEAD, UNSEEN_WEIGHT
 from dynatree_core.errors import DrafterError, ModelLoadError, ParameterError, PromptError, UnsupportedModelError
 from dynatree_core.testing import assert_drafter_contract
 from dynatree_core.testing import strategies as ours
@@ -189,12 +189,16 @@ def naive_lookup(text: list[int], path: list[int], max_ngram: int, max_matches: 
     max_matches=st.integers(1, 8),
     k=st.integers(1, 6),
     is_long=st.booleans(),
+    tabulates=st.booleans(),
 )
 @example(
-    text=[1, 2, 1, 3, 2] * 40, max_ngram=3, max_matches=150, k=3, is_long=False
+    text=[1, 2, 1, 3, 2] * 40, max_ngram=3, max_matches=150, k=3, is_long=False, tabulates=True
 )  # more matches than are looked ahead of together
-def test_prompt_lookup_counts_as_the_formula_says(text, max_ngram, max_matches, k, is_long):
-    with mock.patch.object(prompt_lookup, "LONG", 1 if is_long else 2048):
+def test_prompt_lookup_counts_as_the_formula_says(text, max_ngram, max_matches, k, is_long, tabulates):
+    with (
+        mock.patch.object(prompt_lookup, "LONG", 1 if is_long else 2048),
+        mock.patch.object(prompt_lookup, "tabulates", return_value=tabulates),  # as on a GPU
+    ):
         check_lookup(text, max_ngram, max_matches, k)
 
 
@@ -202,7 +206,7 @@ def check_lookup(text: list[int], max_ngram: int, max_matches: int, k: int) -> N
     drafter = build_drafter(f"prompt_lookup(max_ngram={max_ngram},max_matches={max_matches})")
     state, tree = drafter.start(plan()), TokenTree.root(torch.tensor(text[-1:]))
     committed = torch.tensor(text)
-    for _ in range(4):
+    for _ in range(LOOK_AHEAD + 2):
         proposals = state.propose(committed, tree, k)
         assert proposals.logprobs.shape == proposals.token_ids.shape == (tree.level_sizes[-1], k)
         children = []
@@ -221,8 +225,7 @@ def check_lookup(text: list[int], max_ngram: int, max_matches: int, k: int) -> N
             assert logprobs == sorted(logprobs, reverse=True)
             children += [(node, token, logprob) for token, logprob in zip(
                 proposals.token_ids[row].tolist(), logprobs, strict=True) if logprob > -math.inf]  # fmt: skip
-        if not children:
-            break
+        children.append((tree.num_nodes - 1, 9, -1.0))  # as another drafter has proposed it: nothing goes on there
         parents, tokens, logprobs = map(list, zip(*children, strict=True))
         tree = tree.grow(torch.tensor(parents), torch.tensor(tokens), torch.tensor(logprobs))
 

@@ -27,6 +27,7 @@ from dynatree_core.drafters.base import Drafter, DraftPlan, takes_padding
 from dynatree_core.drafters.model import ModelDrafter, ModelDraftState
 from dynatree_core.drafters.prompt_lookup import PromptLookupDrafter
 from dynatree_core.drafters.union import UnionDrafter
+from dynatree_core.engine.fused import checked, level_writer
 from dynatree_core.engine.rehearsal import Rehearsal
 from dynatree_core.engine.verify import outcome_of, told
 from dynatree_core.errors import DrafterError, PolicyError
@@ -35,7 +36,7 @@ from dynatree_core.runners.choice import runner_for
 from dynatree_core.testing import conformance
 from dynatree_core.testing.conformance import POLICY_PROPERTIES, without_database
 from dynatree_core.testing.models import perturbed, reference, tiny_model
-from dynatree_core.tree.padded import PaddedGrowth, PaddedRows, PaddedSpace, least_width
+from dynatree_core.tree.padded import PaddedGrowth, PaddedRows, PaddedSpace, least_width, write_plainly
 
 STACKS = [
     "fixed(depth=3,branch=2)",
@@ -147,6 +148,55 @@ def test_a_stack_drafts_the_trees_that_it_drafts_without_padding(stack):
     plain, padded = (decoded(stack, [7, 8, 9, 3], drafter=drafter, pads=pads) for pads in (False, True))
     assert padded.growth is not None
     assert [one[:6] for one in outcomes(plain)] == [one[:6] for one in outcomes(padded)]
+
+
+def written(spoil: Any, **changes: Any) -> Any:
+    """What writes levels as torch does, but for what is changed of what is wanted, or spoilt afterwards."""
+
+    def write(space, wanted, room, level):
+        write_plainly(space, attrs.evolve(wanted, **changes), room, level)
+        if spoil is not None:
+            spoil(room, level)
+
+    return write
+
+
+def sees_a_sibling(room: Any, level: slice) -> None:
+    room.mask[level.stop - 1, level.start] = True
+
+
+def of_another_rank(room: Any, level: slice) -> None:
+    room.packed[3, level.start] += 1
+
+
+def fails(room: Any, level: slice) -> None:
+    raise OSError("no compiler")
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (written(sees_a_sibling), "come out otherwise"),
+        (written(of_another_rank), "come out otherwise"),
+        (written(None, max_nodes=99, fits_budget=False), "come out otherwise"),
+        (written(None, least=-3.0), "come out otherwise"),
+        (written(None, expand=True), "come out otherwise"),
+        (written(None, vocab_size=9), "come out otherwise"),
+        (written(fails), "OSError: no compiler"),
+    ],
+)
+def test_a_kernel_that_writes_other_levels_than_torch_is_told_and_not_used(write, words):
+    cpu = torch.device("cpu")
+    with pytest.warns(RuntimeWarning, match=f"levels of 4 places cannot be written by one .*{words}"):
+        assert checked(lambda: write, 4, 3, cpu) is None
+
+
+def test_a_kernel_that_writes_what_torch_writes_is_used_and_none_on_a_cpu():
+    plain = written(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(checked(lambda: plain, width, 3, torch.device("cpu")) is plain for width in (1, 4, 16))
+    assert level_writer(torch.device("cpu"), 16, 16) is None
 
 
 def test_padding_is_not_accepted():

@@ -396,8 +396,8 @@ def device_of(model: nn.Module) -> torch.device | None:
 
 
 def padded_proposals(token_ids: Tensor, logprobs: Tensor, k: int) -> Proposals:
-    """Proposals of exactly k children from [width, at most k] tensors: what is missing has probability 0."""
-    missing = k - logprobs.shape[1]
+    """Proposals of exactly k children from [..., at most k] tensors: what is missing has probability 0."""
+    missing = k - logprobs.shape[-1]
     if missing == 0:
         return Proposals(token_ids, logprobs)
     pad = torch.nn.functional.pad

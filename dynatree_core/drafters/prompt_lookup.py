@@ -8,6 +8,8 @@ different ways, and its probabilities come from counts, which lets every policy 
 
 from __future__ import annotations
 
+import functools
+
 import attrs
 import torch
 from torch import Tensor
@@ -24,8 +26,8 @@ __all__ = ["PromptLookupDrafter"]
 # occurrence alone gives its next token the probability n² / (n² + 4): 0.2, 0.5, 0.69, 0.8 for n = 1…4. The weights of
 # occurrences with the same next token are added up.
 UNSEEN_WEIGHT = 4.0
-# levels whose tokens are read together, since operators of tens of numbers cost the same for thousands; one of them
-# where there are more matches than that
+# levels that are looked up together, since operators of tens of numbers cost the same for thousands; one by one where
+# there are more matches than that
 LOOK_AHEAD, MANY = 8, 128
 LONG = (
     2048  # tokens of a text from which on comparing its windows with the suffix takes a CPU longer than choosing some
@@ -63,6 +65,7 @@ class PromptLookupState(DraftState):
 
     def __init__(self, drafter: PromptLookupDrafter) -> None:
         self.drafter = drafter
+        self.of_any: Proposals | None = None  # [levels, 1 + matches, k], see `followed_by_any`
 
     def prefill(self, committed_ids: Tensor) -> None:
         pass  # `propose` is given the whole text each time
@@ -70,12 +73,24 @@ class PromptLookupState(DraftState):
     def propose(self, committed_ids: Tensor, tree: TokenTree, k: int) -> Proposals:
         if tree.max_depth == 0:
             self._find_matches(committed_ids)
-        else:
+        if self.ends.numel() == 0:  # a text of one token has nothing earlier
+            nothing = committed_ids.new_zeros(tree.level_sizes[-1], 0)
+            return padded_proposals(nothing, nothing.float(), k)
+        if tree.max_depth > 0:
             self._follow(tree)
-        if tree.max_depth % self.num_ahead == 0:
+        ahead = tree.max_depth % self.num_ahead
+        if ahead == 0:
             self._look_ahead(committed_ids, tree.max_depth)
-        self.next_ids = self.ahead_ids[tree.max_depth % self.num_ahead]  # [matches]
-        return self._vote(tree.max_depth, k)
+        self.next_ids = self.ahead_ids[ahead]  # [matches]
+        if not self.has_tables:
+            return _vote(self.followed, self.next_ids, self.spokesmen[ahead], self.weights[ahead], k)
+        if self.of_any is None or self.of_any.token_ids.shape[-1] != k:  # what is proposed in any of these levels
+            each = self.ahead_ids[:, None], self.spokesmen[:, None], self.weights[:, None]
+            self.of_any = _vote(self.followed_by_any, *each, k)
+        # whoever is followed last stands for all that are: they have the same tokens so far
+        rows = self.followed.amax(dim=1)
+        token_ids, logprobs = self.of_any.token_ids[ahead], self.of_any.logprobs[ahead]
+        return Proposals(token_ids.index_select(0, rows), logprobs.index_select(0, rows))
 
     def bounds_of_rest(self, depth: int, k: int, rest_of_root: float, *, is_own: bool) -> tuple[float, float]:
         """Where nothing is found at the root, nothing goes on below; a node of its own is the next token of one at
@@ -110,34 +125,66 @@ class PromptLookupState(DraftState):
         # a continuation that reaches the end of the text is read again from its beginning: the text is taken for a
         # loop, whose period is the distance between the occurrence and the suffix
         self.begins, self.periods = self.ends + 1, (earlier - self.ends).clamp(min=1)  # [matches]
-        self.is_followed = (self.lengths > 0)[None]  # [width, matches]: which occurrences agree with a node's path
+        self.has_tables = self.num_ahead > 1 and tabulates(ids.device)
+        self.followed = (self.lengths > 0)[None]  # [width, matches]: which occurrences agree with a node's path
+        if self.has_tables:  # by their numbers, from 1 on
+            self.followed = self.followed * _numbers(self.ends.numel(), ids.device)
 
     def _follow(self, tree: TokenTree) -> None:
         """Move from the parents to the frontier: keep the occurrences whose next token is the node's."""
         level = tree.last_level
         first_parent = level.start - tree.level_sizes[-2]
         parents = tree.parent[level] - first_parent
-        self.is_followed = self.is_followed[parents] & (self.next_ids == tree.token_ids[level][:, None])
+        self.followed = self.followed[parents] * (self.next_ids == tree.token_ids[level][:, None])
 
     def _look_ahead(self, ids: Tensor, depth: int) -> None:
         """What each occurrence's continuation has after `depth` tokens and more, for several levels at once."""
-        depths = torch.arange(depth, depth + self.num_ahead, device=ids.device)[:, None]
-        self.ahead_ids = ids[self.begins + depths % self.periods]  # [levels, matches]
-        self.weights = self.lengths.add(depths, alpha=DRAFTED_EVIDENCE).square()  # [levels, matches]
-        if self.ends.numel():
-            # all occurrences with the same next token add their weights to the first one of them
-            is_same = self.ahead_ids[:, :, None] == self.ahead_ids[:, None]
-            self.spokesmen = is_same.view(torch.uint8).argmax(dim=2)  # [levels, matches]
+        depths = _numbers(self.num_ahead, ids.device) + (depth - 1)
+        self.ahead_ids = ids[self.begins + depths[:, None] % self.periods]  # [levels, matches]
+        self.weights = self.lengths.add(depths[:, None], alpha=DRAFTED_EVIDENCE).square()  # [levels, matches]
+        # all occurrences with the same next token add their weights to the first one of them
+        is_same = (self.ahead_ids[:, :, None] == self.ahead_ids[:, None]).view(torch.uint8)
+        self.spokesmen = is_same.argmax(dim=2)  # [levels, matches]
+        if not self.has_tables:
+            return
+        if depth == 0:  # all that was found agrees so far
+            self.agree = (self.followed > 0).view(torch.uint8).expand(is_same.shape[1:])
+        agree = torch.cat([self.agree[None], is_same]).cumprod(dim=0, dtype=torch.uint8)
+        # [levels, 1 + matches, matches] 1 or 0: what a node follows for which an occurrence stands, and one without any
+        self.followed_by_any = torch.nn.functional.pad(agree[:-1], (0, 0, 1, 0))
+        self.agree, self.of_any = agree[-1], None
 
-    def _vote(self, depth: int, k: int) -> Proposals:
-        """Distinct next tokens by the weight of the occurrences behind them."""
-        weights = self.is_followed * self.weights[depth % self.num_ahead]  # [width, matches]
-        if self.ends.numel() == 0:  # a text of one token has nothing earlier
-            return padded_proposals(weights.long(), weights, k)
-        votes = torch.zeros_like(weights).index_add_(1, self.spokesmen[depth % self.num_ahead], weights)
-        probs = votes / (weights.sum(dim=1, keepdim=True) + UNSEEN_WEIGHT)
-        top = probs.topk(min(k, self.ends.numel()), dim=1)
-        return padded_proposals(self.next_ids[top.indices], top.values.log(), k)
+
+def _vote(is_followed: Tensor, next_ids: Tensor, spokesmen: Tensor, weights: Tensor, k: int) -> Proposals:
+    """Distinct next tokens by the weight of the occurrences behind them.
+
+    Args:
+        is_followed: [nodes, matches] bool, or [levels, nodes, matches] 1 or 0.
+        next_ids: [matches] or [levels, 1, matches]: the token that each has next.
+        spokesmen: likewise, the first that has the same one.
+        weights: likewise, float32.
+        k: children of each node.
+    """
+    weights = is_followed * weights
+    votes = torch.zeros_like(weights).scatter_add_(-1, spokesmen.expand_as(weights), weights)
+    probs = votes / (weights.sum(dim=-1, keepdim=True) + UNSEEN_WEIGHT)
+    top = probs.topk(min(k, weights.shape[-1]), dim=-1)
+    return padded_proposals(next_ids.expand_as(weights).gather(-1, top.indices), top.values.log(), k)
+
+
+def tabulates(device: torch.device) -> bool:
+    """Whether what follows any occurrence is found at once for all levels that are looked up.
+
+    That leaves seven kernels for a level in place of fifteen. A CPU is quicker level by level, for trees of few levels.
+    """
+    return device.type != "cpu"
+
+
+@functools.cache
+def _numbers(number: int, device: torch.device) -> Tensor:
+    """[number] int64: 1, 2, 3, …; nobody may write into it."""
+    with torch.inference_mode(False):
+        return torch.arange(1, number + 1, device=device)
 
 
 def _matched(windows: Tensor, suffix: Tensor) -> Tensor:

@@ -238,7 +238,7 @@ def _most_left_over(heard: Sequence[Proposals], tree: TokenTree) -> float:
     """The largest rest of any node of the last level, after all these drafters. The host waits for the device."""
     rests = [(1 - proposals.logprobs.exp().sum(dim=1)).clamp_(min=0) for proposals in heard]
     left_over = functools.reduce(operator.mul, rests)
-    if tree.is_padded:
+    if tree.is_padded and tree.max_depth > 0:  # there is no padding beside a root
         left_over *= tree.cum_logprob[tree.last_level] > -torch.inf
     return float(left_over.max())
 

@@ -229,7 +229,7 @@ def _compared(asked: _Asked, moving: set[Place]) -> _Recorded:
     inputs, stack = _Inputs.of(asked, moving), copy.deepcopy(lane.stack)
     for (policy, name), number in inputs.moving.items():
         object.__setattr__(stack.policies[policy], name, number)  # its own check asks for a number of Python
-    own_space = PaddedSpace(space.width, space.max_branch, min(space.max_depth, MAX_LEVELS), device)
+    own_space = PaddedSpace(space.width, space.max_branch, min(space.max_depth, MAX_LEVELS), device, space.write)
     own_space.heard = None  # the host hears of no level: all are launched
 
     def draft() -> tuple[PaddedGrowth, PaddedRows, RowsBehind]:

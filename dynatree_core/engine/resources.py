@@ -22,6 +22,7 @@ from dynatree_core.cost_model import CostModel
 from dynatree_core.drafters.base import Drafter, DraftPlan, DraftState, SlotBudget, device_of
 from dynatree_core.drafters.build import as_drafter
 from dynatree_core.engine.costs import measured_costs
+from dynatree_core.engine.fused import level_writer
 from dynatree_core.engine.observer import observers_of
 from dynatree_core.engine.row_probe import refuse_dependent_rows
 from dynatree_core.errors import DrafterError, ForwardPassError, OutOfMemoryError, ParameterError
@@ -316,7 +317,10 @@ class Resources:
         if self._num_processes > 1 or self.trees_device(request) != self.device:  # on the host nothing has to be padded
             return None
         width = least_width(limits.max_nodes, limits.tau, request.stack.max_width)
-        return None if width is None else PaddedSpace(width, limits.max_branch, limits.max_depth, self.device)
+        if width is None:
+            return None
+        write = level_writer(self.device, width, limits.max_branch)
+        return PaddedSpace(width, limits.max_branch, limits.max_depth, self.device, write)
 
     def trees_device(self, request: Request) -> torch.device:
         """Where the trees of one generation grow: on the host where policies read numbers, or no model drafts.

@@ -9,7 +9,7 @@ there are is read once, together with what the target says of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 import torch
@@ -18,10 +18,21 @@ from torch import Tensor
 from dynatree_core.tree.frontier import Frontier, Proposals
 from dynatree_core.tree.token_tree import Cut, Room, TokenTree, packed_scores
 
-__all__ = ["WIDTHS", "PaddedGrowth", "PaddedRows", "PaddedSpace", "least_width"]
+__all__ = [
+    "WIDTHS",
+    "PaddedGrowth",
+    "PaddedRows",
+    "PaddedSpace",
+    "WantedLevel",
+    "WriteLevel",
+    "least_width",
+    "write_plainly",
+]
 
 WIDTHS = (1, 16, 32, 64)  # places that a level may have
+LEAST_SCORE = torch.finfo(torch.float32).min  # of a path that is possible at all
 NO_TOKEN = -(2**40)  # less than anything that a drafter could take for one
+NO_NODE = -(2**55) + 2**32 - 2**23  # both scores of padding, -inf, as one number
 FIRST_HEARD = 2  # level of whose children the host hears before the verdict whether there are any
 
 
@@ -51,10 +62,14 @@ class PaddedSpace:
         max_branch: children that are proposed for each.
         max_depth: levels of a tree at most.
         device: of the trees.
+        write: what writes a level; None: `write_plainly`.
     """
 
-    def __init__(self, width: int, max_branch: int, max_depth: int, device: torch.device) -> None:
+    def __init__(
+        self, width: int, max_branch: int, max_depth: int, device: torch.device, write: WriteLevel | None = None
+    ) -> None:
         self.width, self.max_branch, self.max_depth = width, max_branch, max_depth
+        self.write = write_plainly if write is None else write
         with torch.inference_mode(False):  # so that iterations in and outside of that mode may write into it
             self.places = torch.arange(width, device=device)
             self.ranks = torch.arange(max_branch, device=device)
@@ -103,16 +118,15 @@ class PaddedSpace:
         places[3] = torch.arange(size + 1, device=device) % self.max_branch
         return _LevelRoom(places, torch.tensor(size, device=device))
 
-    def laid_out(
-        self, depth: int, proposals: Proposals, cum_logprob: Tensor, num_columns: int, vocab_size: int
-    ) -> _LevelRoom:
+    def laid_out(self, wanted: WantedLevel, cum_logprob: Tensor) -> _LevelRoom:
         """Lay out proposals [width, k] for nodes whose paths have these log-probabilities [width].
 
         The first `num_columns` children of each get the log-probability of their path, the others -inf.
         """
-        room, shape = self._levels[depth], proposals.logprobs.shape
+        proposals, num_columns = wanted.proposals, wanted.num_columns
+        room, shape = self._levels[wanted.tree.max_depth], proposals.logprobs.shape
         # a token that nobody knows is refused when the host looks; until then it must have an embedding
-        torch.clamp(proposals.token_ids, 0, vocab_size - 1, out=room.places[0, :-1].view(shape))
+        torch.clamp(proposals.token_ids, 0, wanted.vocab_size - 1, out=room.places[0, :-1].view(shape))
         scores = room.scores[:-1].view(*shape, 2)
         if num_columns < room.num_columns:
             scores[:, num_columns:].fill_(-torch.inf)
@@ -160,6 +174,68 @@ class _LevelRoom:
 
 
 @attrs.frozen(eq=False)
+class WantedLevel:
+    """What the next level of a padded tree is to be made of: the best children that fit."""
+
+    tree: TokenTree  # so far
+    proposals: Proposals  # of the nodes of its last level
+    expand: Tensor | bool  # bool [width], or True: which of these are expanded
+    branch: Tensor | int  # int64 [width], or one number: children that each is wanted to have
+    num_columns: int  # the most that `branch` can say
+    least: float  # log-probability that a path must have
+    max_nodes: int  # drafted nodes of the tree at most
+    vocab_size: int  # token ids that the target knows
+    fits: bool  # whether the level has a place for all children that there can be
+    fits_budget: bool  # whether the tree has
+
+    @property
+    def cum_logprob(self) -> Tensor:
+        """[width] float32: log-probabilities of the paths to the nodes."""
+        return self.tree.cum_logprob[self.tree.last_level]
+
+
+# what writes the columns of a level into a room, and what its nodes see of the places before
+WriteLevel = Callable[[PaddedSpace, WantedLevel, Room, slice], None]
+
+
+def write_plainly(space: PaddedSpace, wanted: WantedLevel, room: Room, level: slice) -> None:
+    """Write a level by plain torch; nothing but its nodes' places among themselves is written elsewhere."""
+    assert room.packed is not None, "a padded tree's room is packed"
+    cum_logprob = wanted.cum_logprob
+    if isinstance(wanted.expand, Tensor):
+        cum_logprob = torch.where(wanted.expand, cum_logprob, space.impossible)
+    proposed = space.laid_out(wanted, cum_logprob)
+    is_admitted = proposed.scores[:-1, 1] >= wanted.least
+    if isinstance(wanted.branch, Tensor):
+        is_admitted &= (space.ranks < wanted.branch[:, None]).flatten()
+    chosen = _chosen(space, wanted, proposed, is_admitted)
+    torch.index_select(proposed.places, 1, chosen, out=room.packed[:4, level])
+    old = level.start
+    torch.index_select(room.mask[:, :old], 0, room.integers[1, level], out=room.mask[level, :old])
+
+
+def _chosen(space: PaddedSpace, wanted: WantedLevel, proposed: _LevelRoom, is_admitted: Tensor) -> Tensor:
+    """[width] int64: places of the best children that fit, ascending; behind them that of padding."""
+    width, nothing = space.width, is_admitted.numel()
+    if wanted.fits and wanted.fits_budget:
+        return torch.nonzero_static(is_admitted, size=width, fill_value=nothing)[:, 0]
+    # stable: of equals the first, as without padding
+    of_paths = torch.where(is_admitted, proposed.scores[:-1, 1], space.impossible)
+    values, places = of_paths.sort(descending=True, stable=True)
+    is_chosen = values[:width] > -torch.inf
+    if not wanted.fits_budget:
+        is_chosen &= space.places[: is_chosen.numel()] < nodes_left(wanted.tree, wanted.max_nodes)
+    chosen = torch.where(is_chosen, places[:width], proposed.last).sort().values
+    num_missing = width - chosen.numel()
+    return torch.nn.functional.pad(chosen, (0, num_missing), value=nothing) if num_missing else chosen
+
+
+def nodes_left(tree: TokenTree, max_nodes: int) -> Tensor:
+    """[] int64: drafted nodes that a padded tree may still have, of so many."""
+    return max_nodes + 1 - tree.is_live.sum()
+
+
+@attrs.frozen(eq=False)
 class _Widths:
     """What a policy wants of the nodes of one level, as a tensor."""
 
@@ -182,9 +258,10 @@ class PaddedGrowth:
     def __init__(self, space: PaddedSpace, *, max_nodes: int, tau: float, vocab_size: int) -> None:
         self.space, self.max_nodes, self.vocab_size = space, max_nodes, vocab_size
         self._tau = tau
+        self._least = math.log(tau) if tau > 0 else LEAST_SCORE
         self._most = [1]  # nodes that each level has at most
         self.proposals: list[Proposals] = []  # of each level
-        self._sent: list[tuple[int, int]] = []  # levels of which the host will hear, and what it hears of empty ones
+        self._sent: list[int] = []  # levels of whose children the host will hear
         self._is_over = False
         self._widths: list[_Widths] = []  # where a policy answered with a tensor
 
@@ -201,21 +278,27 @@ class PaddedGrowth:
         heard = self.space.heard
         if heard is not None:
             if len(self._sent) > 1:
-                heard.wait_for(self._sent[-2][0])
-            self._is_over |= any(heard.number(level) == nothing for level, nothing in self._sent)
+                heard.wait_for(self._sent[-2])
+            self._is_over |= any(heard.number(level) == NO_NODE for level in self._sent)
         return self._is_over
 
-    def _note(self, level: int, chosen: Tensor, nothing: int) -> None:
-        """Let the host hear of a level whether it is empty; the first levels hardly ever are."""
-        if chosen.device.type == "cpu":
-            self._is_over = int(chosen[0]) == nothing
+    def _note(self, tree: TokenTree, first_score: Tensor) -> None:
+        """Let the host hear of a tree's last level whether it is empty; the first levels hardly ever are.
+
+        Args:
+            tree: that has grown.
+            first_score: [1] int64, both scores of the level's first place.
+        """
+        level = tree.max_depth - 1
+        if first_score.device.type == "cpu":
+            self._is_over = int(first_score) == NO_NODE
         elif self.space.heard is not None and FIRST_HEARD <= level < self.space.max_depth - 1:
-            self.space.heard.send(level, chosen[:1])
-            self._sent.append((level, nothing))
+            self.space.heard.send(level, first_score)
+            self._sent.append(level)
 
     def nodes_left(self, tree: TokenTree) -> Tensor:
         """[] int64: drafted nodes that the budget still allows."""
-        return self.max_nodes + 1 - tree.is_live.sum()
+        return nodes_left(tree, self.max_nodes)
 
     def grown(
         self,
@@ -234,41 +317,21 @@ class PaddedGrowth:
             max_width: nodes of a level that whoever has said so wants at most; None: nobody knows.
             decider: who that is.
         """
-        tree, proposals, space = frontier.tree, frontier.proposals, self.space
+        tree, space = frontier.tree, self.space
         num_columns = min(branch, space.max_branch) if isinstance(branch, int) else space.max_branch
-        cum_logprob = frontier.cum_logprob
-        if isinstance(expand, Tensor):
-            cum_logprob = torch.where(expand, cum_logprob, space.impossible)
-        room = space.laid_out(tree.max_depth, proposals, cum_logprob, num_columns, self.vocab_size)
-        of_paths = room.scores[:-1, 1]
-        is_admitted = of_paths >= math.log(self._tau) if self._tau > 0 else of_paths > -torch.inf
-        if isinstance(branch, Tensor):
-            is_admitted &= (space.ranks < branch[:, None]).flatten()
-            self._widths.append(_Widths(branch, tree.last_level, frontier.cum_logprob, decider))
-        self.proposals.append(proposals)
-        chosen = self._chosen(tree, room, is_admitted, num_columns, max_width)
-        self._note(tree.max_depth, chosen, of_paths.numel())
-        return tree.grow_padded(chosen, room.places)
-
-    def _chosen(
-        self, tree: TokenTree, room: _LevelRoom, is_admitted: Tensor, num_columns: int, max_width: int | None
-    ) -> Tensor:
-        """[width] int64: places of the best children that fit, ascending; behind them that of padding."""
-        width, nothing = self.space.width, is_admitted.numel()
         most = _most_admitted(self._most[-1] * num_columns, self._tau, max_width)
         fits_budget = sum(self._most[1:]) + most <= self.max_nodes
-        self._most.append(min(most, width, self.max_nodes))
-        if most <= width and fits_budget:
-            return torch.nonzero_static(is_admitted, size=width, fill_value=nothing)[:, 0]
-        # stable: of equals the first, as without padding
-        of_paths = torch.where(is_admitted, room.scores[:-1, 1], self.space.impossible)
-        values, places = of_paths.sort(descending=True, stable=True)
-        is_chosen = values[:width] > -torch.inf
-        if not fits_budget:
-            is_chosen &= self.space.places[: is_chosen.numel()] < self.nodes_left(tree)
-        chosen = torch.where(is_chosen, places[:width], room.last).sort().values
-        num_missing = width - chosen.numel()
-        return torch.nn.functional.pad(chosen, (0, num_missing), value=nothing) if num_missing else chosen
+        self._most.append(min(most, space.width, self.max_nodes))
+        wanted = WantedLevel(
+            tree, frontier.proposals, expand, branch, num_columns, self._least, self.max_nodes, self.vocab_size,
+            fits=most <= space.width, fits_budget=fits_budget,
+        )  # fmt: skip
+        if isinstance(branch, Tensor):
+            self._widths.append(_Widths(branch, tree.last_level, frontier.cum_logprob, decider))
+        self.proposals.append(frontier.proposals)
+        grown = tree.grow_padded(space.width, lambda room, level: space.write(space, wanted, room, level))
+        self._note(grown, grown.first_packed_score())
+        return grown
 
     def most_rows(self, max_kept: int | None) -> int:
         """Rows that are enough for the tree's nodes, of which policies keep so many drafted ones at most."""

@@ -11,7 +11,7 @@ are -inf. So its sizes are known before the device has computed how many nodes t
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import attrs
@@ -284,23 +284,27 @@ class TokenTree:
         torch.index_select(room.mask[:, :old], 0, parent, out=room.mask[level, :old])
         return TokenTree.in_room(room, (*self.level_sizes, chosen.numel()))
 
-    def grow_padded(self, chosen: Tensor, proposed: Tensor) -> TokenTree:
-        """The padded tree with one more level, of as many nodes as places are chosen.
+    def grow_padded(self, width: int, write: Callable[[Room, slice], None]) -> TokenTree:
+        """The padded tree with one more level, of so many places.
 
         Args:
-            chosen: [width] int64, places in what follows, ascending; behind them, for padding, the last place.
-            proposed: [4, places] int64: tokens, parents, scores and ranks of all that were proposed, as in a room; the
-                last place is padding's.
+            width: places, with those for padding.
+            write: writes the level's columns into the room, as far as the room does not know them, and what they see.
         """
-        old, width = self.num_nodes, chosen.numel()
-        room, level = self._room, slice(old, old + width)
+        old = self.num_nodes
+        room = self._room
         assert room is not None, "a padded tree begins with `padded_root`"
-        assert room.packed is not None, "likewise"
         assert room.num_used == old, f"a padded tree grows once, got {room.num_used} places in use behind {old}"
         assert old + width < len(room.mask), f"there is room for {len(room.mask) - 1} places, got {old + width}"
-        torch.index_select(proposed, 1, chosen, out=room.packed[:4, level])
-        torch.index_select(room.mask[:, :old], 0, room.integers[1, level], out=room.mask[level, :old])
+        write(room, slice(old, old + width))
         return TokenTree.in_room(room, (*self.level_sizes, width), is_padded=True)
+
+    def first_packed_score(self) -> Tensor:
+        """[1] int64 of a padded tree: both scores of the first place of its last level, as one number."""
+        assert self._room is not None, "a padded tree has a room"
+        assert self._room.packed is not None, "which is packed"
+        first = self.last_level.start
+        return self._room.packed[2, first : first + 1]
 
     def _room_for(self, num_nodes: int) -> Room:
         """Where a tree of so many nodes is, of which this one's are there already."""

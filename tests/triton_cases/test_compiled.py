@@ -15,6 +15,7 @@ from triton.compiler import ASTSource, compile
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.ops import Norm, Rotary, Slabs, Visible
 from dynatree_core.ops.triton import kernels
+from dynatree_core.ops.triton.levels import write_level
 from dynatree_core.ops.triton.matrix import StackedMatrix
 from dynatree_core.ops.triton.operators import TritonOperators, is_interpreted, slab_table
 from dynatree_core.runners.base import Rows
@@ -23,6 +24,7 @@ from dynatree_core.tree.flatten import flatten_chain
 
 NAMES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.uint8: "*u8",
 }  # fmt: skip
 SHARED_BYTES = 99 << 10  # that a block may have on the smallest of the GPUs: capability 8.6 and 8.9
 
@@ -135,3 +137,21 @@ def test_compiled_kernels_do_not_follow_the_number_of_rows() -> None:
         assert [one.name for one in kernel.params if one.do_not_specialize] == ["num_rows"]
     for kernel in (kernels.rope_write_kernel, kernels.attention_kernel, kernels.norm_kernel, kernels.angles_kernel):
         assert "num_rows" not in kernel.arg_names, "rows are programs there"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiled_level_is_one_kernel_for_all_levels_of_a_width(capability: int) -> None:
+    """The root's children apart: for them fewer are proposed."""
+    compiler = Compiler(capability)
+    packed, mask = torch.zeros(6, 200, dtype=torch.int64), torch.zeros(200, 200, dtype=torch.bool)
+    for old, width in [(1, 16), (17, 16), (33, 16), (1, 64), (65, 64), (129, 64)]:
+        num_nodes = 1 if old == 1 else width
+        write_level(
+            packed, mask, torch.zeros(num_nodes, 16), torch.zeros(num_nodes, 16, dtype=torch.int64),
+            torch.ones(num_nodes, dtype=torch.bool), torch.ones(num_nodes, dtype=torch.int64),
+            old=old, width=width, least=-1.0 / old, max_nodes=old, vocab_size=old, launch=compiler,
+        )  # fmt: skip
+    codes = compiler.compiled["level_kernel"]
+    assert len(codes) == 4
+    for code in codes:
+        check(code)

@@ -17,10 +17,12 @@ from pretended_device import OnDevice, moved, pretended
 from test_native import EagerRunner, logits_of, single
 from torch import Tensor, nn
 
-from dynatree_core import generate
+from dynatree_core import Engine, Session, generate, run
 from dynatree_core.cache.tree_cache import TreeCache
+from dynatree_core.engine import fused, resources
 from dynatree_core.errors import CacheError, ForwardPassError, InputError, ParameterError
 from dynatree_core.ops import ACTIVATIONS, Norm, Rotary, Slabs, Visible, reference
+from dynatree_core.ops.triton.levels import write_level
 from dynatree_core.ops.triton.matrix import StackedMatrix
 from dynatree_core.ops.triton.operators import TritonOperators, is_interpreted, launched, slab_table
 from dynatree_core.ops.triton.visible import visible_of
@@ -292,6 +294,47 @@ def test_operator_visible_is_what_the_mask_says(data: st.DataObject) -> None:
     for row, wanted in enumerate(mask):
         own = seen.own[int(seen.own_start[row]) : int(seen.own_start[row + 1])].tolist()
         assert [*range(int(seen.start[row]), int(seen.end[row])), *own] == wanted.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(("width", "max_branch"), [(1, 1), (1, 3), (3, 4), (16, 2)])
+def test_operator_level_is_the_one_that_plain_torch_writes(width: int, max_branch: int) -> None:
+    """Over made-up trees whose scores tie, and whose levels are cut by thresholds, widths and budgets."""
+    cpu = torch.device("cpu")
+    write = fused.FusedLevels(width, max_branch, cpu)
+    assert all(fused._are_same(write, width, max_branch, cpu, seed) for seed in range(8))
+
+
+def test_operator_level_takes_what_does_not_lie_side_by_side() -> None:
+    """Answers of one number for all nodes, and proposals that are columns of a larger tensor."""
+    given = torch.arange(24, dtype=torch.int64).view(4, 6)
+    flat = {"expand": torch.tensor([True]).expand(2), "branch": torch.tensor([3]).expand(2)}
+    parts = {**flat, "logprobs": -given.float().T[:2, :3], "token_ids": given[:2, ::2]}
+    found = []
+    for asked in (parts, {name: one.contiguous() for name, one in parts.items()}):
+        room = torch.zeros(6, 9, dtype=torch.int64), torch.eye(9, dtype=torch.bool)
+        write_level(*room, **asked, old=3, width=4, least=-99.0, max_nodes=9, vocab_size=50)
+        found.append(torch.cat([room[0], room[1].long()]))
+    assert torch.equal(*found)
+    assert found[0][0, 3:7].unique().numel() > 2
+
+
+@pytest.mark.parametrize("policy", ["phase3", "best_first(nodes=5,depth=3,beam=2)", "fixed(depth=3,max_nodes=9,tau=0)"])
+def test_operator_level_grows_the_trees_of_plain_torch(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for is_fused in (False, True):
+
+        def level_writer(device: torch.device, width: int, max_branch: int, one: bool = is_fused) -> Any:
+            return fused.FusedLevels(width, max_branch, device) if one else None
+
+        monkeypatch.setattr(resources, "level_writer", level_writer)
+        engine = Engine(tiny_model("llama"), perturbed("llama", 0, 0.03), pads_trees=True, runner="eager")
+        session = Session.on(engine, TEXT, policy=policy, max_new_tokens=8, max_branch=4, eos_token_id=[])
+        trees = [report.tree for report in run(session)]
+        assert session.growth is not None
+        assert isinstance(session.padded_space.write, fused.FusedLevels) == is_fused
+        found.append([(tree.token_ids.tolist(), tree.ancestor_mask.tolist(), tree.rank.tolist()) for tree in trees])
+    assert found[0] == found[1]
+    assert any(len(ids) > 2 for ids, *_ in found[0])
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 19])
