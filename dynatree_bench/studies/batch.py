@@ -3,12 +3,13 @@
 Question: tokens per second in total and of one sequence, with 1, 2, 4, 8 and 16 sequences at once: our own plain
 decoding, policies, and transformers' two ways, `generate` on a batch padded at the left and its continuous batching.
 
-Method: as a server does it. Three times as many prompts as lanes are submitted at once, those that find no free lane
-wait in a line, and what a method takes is the time from there to the last token, prefill included. A batch that begins
-and ends together would last as long as its slowest sequence: what the others gain by trees would not show. At the end
-of the line lanes stay empty all the same, which share of the time is told, and how fast it was before that. `generate`
-takes the same prompts in batches, one after the other. All methods and sizes take turns, in rotating order, several
-times over in one process after a warm-up of all of it; medians are shown, with quartiles. Continuous batching is timed
+Method: as a server does it. Four times as many prompts as lanes are submitted at once, those that find no free lane
+wait in a line, and tokens are counted while all lanes are full: from where the first prompt is done to where a lane stays
+empty. Prefill is included, of prompts that come when a lane is free. A batch that begins and ends together would last
+as long as its slowest sequence: what the others gain by trees would not show. How fast it was from the first prompt's
+submission to the last token is told beside it, and in which share of that time lanes were empty. `generate` takes the
+same prompts in batches, one after the other. All methods and sizes take turns, in rotating order, several times over in
+one process after a warm-up of all of it; medians are shown, with quartiles. The whole of continuous batching is timed
 from where its first request runs, so that the start of its thread and the allocation of its cache, which a server pays
 once, do not count. Every output is compared with plain decoding of its prompt alone. What the host does besides is a
 step of the engine less the passes of both models, in steps in which nobody's prompt is filled in.
@@ -24,7 +25,7 @@ import itertools
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -51,8 +52,7 @@ PLAIN = "autoregressive"
 POLICIES = (PLAIN, "phase3", "cost_aware", "phase3+governor")
 PADDED, CONTINUOUS = "hf generate, padded", "hf continuous batching"
 SIZES, QUICK_SIZES = (1, 2, 4, 8, 16), (1, 2)
-LINE = 3  # prompts for each lane
-MIN_SEQUENCES = 4  # that a size decodes in a round, so that a small one has more than a few prompts
+LINE = 4  # prompts for each lane
 NUM_PROMPTS = 16
 WARM_UP_TOKENS = 3
 LONG_TOKENS, PAUSED = 2048, 4  # of the prompt that comes between, and sequences that run meanwhile
@@ -97,12 +97,30 @@ class Batch:
     """What became of some prompts."""
 
     outputs: Sequence[Sequence[int]]  # new tokens of each
-    seconds: float
+    seconds: float  # from the first to the last
     each: Sequence[float] = ()  # tokens/s of each sequence from where it began to run
     numbers: Mapping[str, float | None] = attrs.field(factory=dict)  # more of it, by name
 
 
 Method = Callable[[Sequence[Sequence[int]], int, int], Batch]  # prompts, how many at once, new tokens of each
+
+
+def while_full(
+    size: int, begin: float, ends: Sequence[float], token_times: Iterable[Sequence[float]]
+) -> dict[str, float | None]:
+    """Tokens/s while so many lanes are full, and the share of the whole time in which they are not.
+
+    Counted from where the first sequence is done: others are on their way then as they are when the line is empty.
+
+    Args:
+        begin: when the first one was submitted.
+        ends: when each was done.
+        token_times: of each sequence, when its tokens came.
+    """
+    in_order = sorted(ends)
+    first, last = in_order[0], in_order[len(ends) - size]  # so many less one are still running then
+    num_tokens = sum(first < at <= last for times in token_times for at in times)
+    return {"total": num_tokens / (last - first), "partly": (in_order[-1] - last) / (in_order[-1] - begin)}
 
 
 @attrs.define
@@ -181,9 +199,8 @@ class Batches:
         self._plain: dict[tuple[int, ...], list[int]] = {}
 
     def line(self, size: int) -> list[list[int]]:
-        """The prompts that a round decodes with so many lanes: whole batches."""
-        num_batches = max(LINE, -(-MIN_SEQUENCES // size))
-        return list(itertools.islice(itertools.cycle(self.prompts), num_batches * size))
+        """The prompts that a round decodes with so many lanes."""
+        return list(itertools.islice(itertools.cycle(self.prompts), LINE * size))
 
     def plain(self, prompt: Sequence[int]) -> list[int]:
         """What plain decoding makes of a prompt alone."""
@@ -198,8 +215,10 @@ class Batches:
 
     def note(self, name: str, size: int, prompts: Sequence[Sequence[int]], found: Batch) -> None:
         """Keep what one method did with the prompts of one size in a round."""
+        whole = sum(map(len, found.outputs)) / found.seconds
         numbers: dict[str, float | None] = {
-            "total": sum(map(len, found.outputs)) / found.seconds,
+            "total": whole,  # unless lanes were empty in the end
+            "whole": whole,
             "each": statistics.fmean(found.each),
             **found.numbers,
         }
@@ -218,7 +237,6 @@ class Batches:
         engine, meter = self._engine(policy, size)
         rows, computed = meter.num_rows, meter.num_computed
         host: list[float] = []
-        begin = end = now(engine.device)
         requests = [
             engine.request(
                 list(prompt), policy=policy, max_new_tokens=new_tokens, eos_token_id=self.pair.end_token_ids,
@@ -227,29 +245,24 @@ class Batches:
             for prompt in prompts
         ]  # fmt: skip
         handles = engine.submit_all(requests)
-        full_until, num_while_full = begin, 0  # where a lane is empty for the first time, and tokens before that
         while not all(handle.is_done for handle in handles):
-            load, in_passes, step_begin = engine.load, meter.seconds, time.perf_counter()
+            in_passes, step_begin = meter.seconds, time.perf_counter()
             kinds = [event.kind for event in engine.step()]
             spent = time.perf_counter() - step_begin - (meter.seconds - in_passes)
-            end = now(engine.device)
             if kinds == ["tokens"] * size:  # everybody, and nothing else
                 host.append(spent)
-            if load.num_waiting > 0 or load.num_running == size:
-                full_until, num_while_full = end, sum(handle.num_tokens for handle in handles)
-        seconds = end - begin
+        ends = [cast(float, handle.ended_at) for handle in handles]
         results = [handle.result() for handle in handles]
         reports = [result.report for result in results]
         num_iterations = sum(report.num_iterations for report in reports)
         rows, computed = meter.num_rows - rows, meter.num_computed - computed
         return Batch(
             [result.token_ids for result in results],
-            seconds,
-            [len(result.token_ids) / (cast(float, handle.ended_at) - cast(float, handle.started_at))
-             for result, handle in zip(results, handles, strict=True)],
+            max(ends) - handles[0].submitted_at,
+            [len(result.token_ids) / (end - cast(float, handle.started_at))
+             for result, handle, end in zip(results, handles, ends, strict=True)],
             {
-                "full": num_while_full / (full_until - begin) if num_while_full else None,
-                "partly": 1 - (full_until - begin) / seconds,
+                **while_full(size, handles[0].submitted_at, ends, [handle.token_times for handle in handles]),
                 # a GPU's passes are only begun in their calls, so nothing tells the two apart there
                 "host": 1000 * statistics.median(host) if host and engine.device.type == "cpu" else None,
                 "drafted": sum(report.num_drafted_nodes for report in reports) / num_iterations,
@@ -308,18 +321,21 @@ class Batches:
         with self._counter.counting(self.pair.target.model):
             found = self._plain_model().generate_batch(
                 [list(prompt) for prompt in prompts], generation_config=self._config(new_tokens),
-                continuous_batching_config=settings,
+                continuous_batching_config=settings, record_timestamps=True,
             )  # fmt: skip
         in_order = [found[name] for name in sorted(found, key=lambda name: int(name.rpartition("_")[2]))]
         if len(in_order) != len(prompts) or any(one.error for one in in_order):
             raise RuntimeError(next((one.error for one in in_order if one.error), "an output is missing"))
         outputs = [self._until_end(one.generated_tokens) for one in in_order]
-        begin = min(one.lifespan[0] for one in in_order)
+        begin, ends = min(one.lifespan[0] for one in in_order), [one.lifespan[1] for one in in_order]
         return Batch(
             outputs,
-            max(one.lifespan[1] for one in in_order) - begin,
+            max(ends) - begin,
             [len(output) / (one.lifespan[1] - one.lifespan[0]) for output, one in zip(outputs, in_order, strict=True)],
-            {"padding": self._wasted(prompts, outputs, self._counter.num_rows - before)},
+            {
+                **while_full(size, begin, ends, [one.timestamps for one in in_order]),
+                "padding": self._wasted(prompts, outputs, self._counter.num_rows - before),
+            },
         )
 
     def _plain_model(self) -> Any:
@@ -384,7 +400,7 @@ def _job(bench: Batches, name: str, method: Method, size: int) -> Job:
             return
         try:
             if not turn:
-                method(prompts[:size], size, WARM_UP_TOKENS)
+                method(prompts[: 2 * size], size, WARM_UP_TOKENS)
                 return
             found = method(prompts, size, bench.new_tokens)
         except Exception as error:
@@ -399,8 +415,8 @@ def _job(bench: Batches, name: str, method: Method, size: int) -> Job:
 
 # what is told beside the speed: its title, and the digits that are shown
 MORE = {
-    "full": ("Tokens/s in total while all lanes were full", 1),
-    "partly": ("Time in which a lane stayed empty, as a share", 2),
+    "whole": ("Tokens/s in total from the first prompt to the last token", 1),
+    "partly": ("Time of that in which a lane stayed empty, as a share", 2),
     "host": ("Host time of an iteration outside passes, ms", 2),
     "drafted": ("Drafted nodes of a sequence's iteration", 1),
     "committed": ("Tokens of a sequence's iteration", 2),
@@ -446,12 +462,12 @@ def tables(found: Mapping[str, Any]) -> Sequence[Table | None]:
     ]
     host = [[*row, growth(found, row[0])] for row in _rows(found, "host", MORE["host"][1])]
     return [
-        simple("total", "Tokens/s in total", note, header, _rows(found, "total", 1)),
+        simple("total", "Tokens/s in total", f"While all lanes are full. {note}", header, _rows(found, "total", 1)),
         simple("each", "Tokens/s of a sequence", note, header, _rows(found, "each", 1)),
         simple("relative", "In total, relative to our plain decoding", "In the same round.", header, ratios),
         *(
             simple(name, MORE[name][0], "", header, _rows(found, name, MORE[name][1]))
-            for name in ("full", "partly", "drafted", "committed", "padding")
+            for name in ("whole", "partly", "drafted", "committed", "padding")
         ),
         simple("host", MORE["host"][0], "", (*header, "for each further sequence"), host),
         simple(
