@@ -4,15 +4,15 @@ Question: tokens per second in total and of one sequence, with 1, 2, 4, 8 and 16
 decoding, policies, and transformers' two ways, `generate` on a batch padded at the left and its continuous batching.
 
 Method: as a server does it. Four times as many prompts as lanes are submitted at once, those that find no free lane
-wait in a line, and tokens are counted while all lanes are full: from where the first prompt is done to where a lane stays
-empty. Prefill is included, of prompts that come when a lane is free. A batch that begins and ends together would last
-as long as its slowest sequence: what the others gain by trees would not show. How fast it was from the first prompt's
-submission to the last token is told beside it, and in which share of that time lanes were empty. `generate` takes the
-same prompts in batches, one after the other. All methods and sizes take turns, in rotating order, several times over in
-one process after a warm-up of all of it; medians are shown, with quartiles. The whole of continuous batching is timed
-from where its first request runs, so that the start of its thread and the allocation of its cache, which a server pays
-once, do not count. Every output is compared with plain decoding of its prompt alone. What the host does besides is a
-step of the engine less the passes of both models, in steps in which nobody's prompt is filled in.
+wait in a line, and tokens are counted while all lanes are full: from where the first prompt is done to where a lane
+stays empty. Prefill is included, of prompts that come when a lane is free. A batch that begins and ends together would
+last as long as its slowest sequence: what the others gain by trees would not show. How fast it was from the first
+prompt's submission to the last token is told beside it, and in which share of that time lanes were empty. `generate`
+takes the same prompts in batches, one after the other. All methods and sizes take turns, in rotating order, several
+times over in one process after a warm-up of all of it; medians are shown, with quartiles. The whole of continuous
+batching is timed from where its first request runs, so that the start of its thread and the allocation of its cache,
+which a server pays once, do not count. Every output is compared with plain decoding of its prompt alone. What the host
+does besides is a step of the engine less the passes of both models, in steps in which nobody's prompt is filled in.
 
 Output: tables of speed, speed relative to our plain decoding, trees, host time, rows that were computed for nothing,
 and the pause of running sequences while a long prompt is filled in; a figure.
