@@ -283,6 +283,18 @@ def test_bfloat16_where_the_device_has_it(monkeypatch):
     assert fast_dtype(torch.device("cuda")) == torch.bfloat16
 
 
+@pytest.mark.parametrize(("reason", "expected"), [(None, torch.float32), ("no library", torch.bfloat16)])
+def test_float32_where_the_native_runner_can_be_used(monkeypatch, tmp_path, reason, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr("dynatree_core.ops.reason_unavailable", lambda: reason)
+    save_student(new_student(tiny_model("llama"), [0], torch.arange(4)), tmp_path, torch.float32, {})
+    for device, dtype in (("cpu", expected), ("cuda", torch.bfloat16)):
+        (weights,) = DistilledDrafter(str(tmp_path)).own_weights(torch.device(device))
+        assert weights.dtype == dtype
+        (weights,) = DistilledDrafter(str(tmp_path), "float16").own_weights(torch.device(device))
+        assert weights.dtype == torch.float16
+
+
 def test_there_is_a_drafter_of_each_kind_here():
     for_adapted_targets = {"adapter_off"}  # see tests/libraries/test_adapter_off.py
     assert set(drafter_of_each_kind(tiny_model("llama"))) == set(plugin_table(DRAFTERS)) - for_adapted_targets

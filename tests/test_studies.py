@@ -248,8 +248,8 @@ def test_batches_on_a_tiny_model(character_target, tmp_path):
     assert numbers["errors"] == {}
     assert list(numbers["total"]) == sorted(methods, key=list(numbers["total"]).index)
     assert set(numbers["total"]) == set(methods)
-    # 4 batches of one prompt and 2 of three
-    assert numbers["same"] == {name: [10, 10] for name in methods}
+    # 4 prompts for one lane, and 12 for three
+    assert numbers["same"] == {name: [16, 16] for name in methods}
     for name in methods:
         assert {size: len(values) for size, values in numbers["total"][name].items()} == {"1": 1, "3": 1}
         # a runner that does not go through its model's embedding, such as `native`, tells nothing of padding
@@ -259,13 +259,24 @@ def test_batches_on_a_tiny_model(character_target, tmp_path):
     assert numbers["drafted"][batch.PLAIN] == {"1": [0], "3": [0]}
     assert numbers["drafted"]["linear(depth=2)"]["3"][0] > 0
     assert numbers["committed"][batch.PLAIN] == {"1": [1], "3": [1]}
+    assert set(numbers["partly"]) == {*methods} - {batch.PADDED}
+    for by_size in numbers["partly"].values():
+        assert by_size["1"] == [0]  # one lane is full to the end
+        assert 0 < by_size["3"][0] < 1
     assert numbers["pause"]["longest"] >= numbers["pause"]["usual_meanwhile"] > 0
     assert [table.name for table in found.tables] == [
-        "total", "each", "relative", "drafted", "committed", "padding", "host", "pause",
+        "total", "each", "relative", "whole", "partly", "drafted", "committed", "padding", "host", "pause",
     ]  # fmt: skip
-    assert "all 30 outputs of ours are those of each sequence alone" in found.sentences
+    assert "all 48 outputs of ours are those of each sequence alone" in found.sentences
     page = write_report(found, tmp_path / "report")
     assert "what trees are worth" in (page.parent / "figures" / "batch.svg").read_text()
+
+
+def test_tokens_count_while_all_lanes_are_full():
+    """Two lanes, four sequences that end at 2, 3, 5 and 7: from 2 to 5 both are full."""
+    times = [[1.0, 2.0], [1.0, 2.0, 3.0], [3.0, 4.0, 5.0], [4.0, 5.0, 6.0, 7.0]]
+    found = batch.while_full(2, 0.0, [2.0, 3.0, 5.0, 7.0], times)
+    assert found == {"total": 6 / 3, "partly": 2 / 7}
 
 
 def batch_found(**total: dict[str, list[float]]) -> dict[str, object]:

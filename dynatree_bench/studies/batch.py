@@ -3,13 +3,16 @@
 Question: tokens per second in total and of one sequence, with 1, 2, 4, 8 and 16 sequences at once: our own plain
 decoding, policies, and transformers' two ways, `generate` on a batch padded at the left and its continuous batching.
 
-Method: each batch is decoded from its prompts to its ends, prefill included, and what a method takes is the time from
-the first prompt's submission to the last token. Sizes up to 4 decode the same four prompts. All methods and sizes take
-turns, in rotating order, several times over in one process after a warm-up of all of it; medians are shown, with
-quartiles. Continuous batching is timed from where its first request runs, so that the start of its thread and the
-allocation of its cache, which a server pays once, do not count. Every output is compared with plain decoding of its
-prompt alone. What the host does besides is a step of the engine less the passes of both models, in steps in which
-nobody's prompt is filled in.
+Method: as a server does it. Four times as many prompts as lanes are submitted at once, those that find no free lane
+wait in a line, and tokens are counted while all lanes are full: from where the first prompt is done to where a lane
+stays empty. Prefill is included, of prompts that come when a lane is free. A batch that begins and ends together would
+last as long as its slowest sequence: what the others gain by trees would not show. How fast it was from the first
+prompt's submission to the last token is told beside it, and in which share of that time lanes were empty. `generate`
+takes the same prompts in batches, one after the other. All methods and sizes take turns, in rotating order, several
+times over in one process after a warm-up of all of it; medians are shown, with quartiles. The whole of continuous
+batching is timed from where its first request runs, so that the start of its thread and the allocation of its cache,
+which a server pays once, do not count. Every output is compared with plain decoding of its prompt alone. What the host
+does besides is a step of the engine less the passes of both models, in steps in which nobody's prompt is filled in.
 
 Output: tables of speed, speed relative to our plain decoding, trees, host time, rows that were computed for nothing,
 and the pause of running sequences while a long prompt is filled in; a figure.
@@ -22,7 +25,7 @@ import itertools
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -49,7 +52,7 @@ PLAIN = "autoregressive"
 POLICIES = (PLAIN, "phase3", "cost_aware", "phase3+governor")
 PADDED, CONTINUOUS = "hf generate, padded", "hf continuous batching"
 SIZES, QUICK_SIZES = (1, 2, 4, 8, 16), (1, 2)
-MIN_SEQUENCES = 4  # that a size decodes in a round, so that a small one has more than one prompt
+LINE = 4  # prompts for each lane
 NUM_PROMPTS = 16
 WARM_UP_TOKENS = 3
 LONG_TOKENS, PAUSED = 2048, 4  # of the prompt that comes between, and sequences that run meanwhile
@@ -91,12 +94,33 @@ def measure(asked: Asked) -> dict[str, Any]:
 
 @attrs.frozen(eq=False)
 class Batch:
-    """What became of one batch."""
+    """What became of some prompts."""
 
-    outputs: Sequence[Sequence[int]]  # new tokens of each prompt
-    seconds: float
-    each: Sequence[float] = ()  # tokens/s of each sequence, where it is known when each ended
+    outputs: Sequence[Sequence[int]]  # new tokens of each
+    seconds: float  # from the first to the last
+    each: Sequence[float] = ()  # tokens/s of each sequence from where it began to run
     numbers: Mapping[str, float | None] = attrs.field(factory=dict)  # more of it, by name
+
+
+Method = Callable[[Sequence[Sequence[int]], int, int], Batch]  # prompts, how many at once, new tokens of each
+
+
+def while_full(
+    size: int, begin: float, ends: Sequence[float], token_times: Iterable[Sequence[float]]
+) -> dict[str, float | None]:
+    """Tokens/s while so many lanes are full, and the share of the whole time in which they are not.
+
+    Counted from where the first sequence is done: others are on their way then as they are when the line is empty.
+
+    Args:
+        begin: when the first one was submitted.
+        ends: when each was done.
+        token_times: of each sequence, when its tokens came.
+    """
+    in_order = sorted(ends)
+    first, last = in_order[0], in_order[len(ends) - size]  # so many less one are still running then
+    num_tokens = sum(first < at <= last for times in token_times for at in times)
+    return {"total": num_tokens / (last - first), "partly": (in_order[-1] - last) / (in_order[-1] - begin)}
 
 
 @attrs.define
@@ -174,11 +198,9 @@ class Batches:
         self._engines: dict[tuple[str, int], tuple[Engine, Meter]] = {}
         self._plain: dict[tuple[int, ...], list[int]] = {}
 
-    def groups(self, size: int) -> list[list[list[int]]]:
-        """The batches of a size that a round decodes."""
-        prompts = itertools.cycle(self.prompts)
-        num_groups = -(-MIN_SEQUENCES // size)
-        return [list(itertools.islice(prompts, size)) for _ in range(num_groups)]
+    def line(self, size: int) -> list[list[int]]:
+        """The prompts that a round decodes with so many lanes."""
+        return list(itertools.islice(itertools.cycle(self.prompts), LINE * size))
 
     def plain(self, prompt: Sequence[int]) -> list[int]:
         """What plain decoding makes of a prompt alone."""
@@ -191,57 +213,56 @@ class Batches:
             self._plain[key] = result.token_ids
         return self._plain[key]
 
-    def note(self, name: str, size: int, prompts: Sequence[Sequence[int]], batches: Sequence[Batch]) -> None:
-        """Keep what one method did with the batches of one size in a round."""
-        num_tokens = sum(len(output) for batch in batches for output in batch.outputs)
-        each = [speed for batch in batches for speed in batch.each]
+    def note(self, name: str, size: int, prompts: Sequence[Sequence[int]], found: Batch) -> None:
+        """Keep what one method did with the prompts of one size in a round."""
+        whole = sum(map(len, found.outputs)) / found.seconds
         numbers: dict[str, float | None] = {
-            "total": num_tokens / sum(batch.seconds for batch in batches),
-            "each": statistics.fmean(each) if each else None,
+            "total": whole,  # unless lanes were empty in the end
+            "whole": whole,
+            "each": statistics.fmean(found.each),
+            **found.numbers,
         }
-        for key in MORE:
-            known = [value for batch in batches if (value := batch.numbers.get(key)) is not None]
-            numbers[key] = statistics.fmean(known) if known else None
         for key, value in numbers.items():
             if value is not None:
                 self.found[key][name][str(size)].append(value)
         same = self.found["same"][name]
-        for prompt, output in zip(prompts, (one for batch in batches for one in batch.outputs), strict=True):
+        for prompt, output in zip(prompts, found.outputs, strict=True):
             same[0] += list(output) == self.plain(prompt)
             same[1] += 1
 
-    # ways to decode a batch
+    # ways to decode prompts, so many at once
 
-    def ours(self, policy: str, prompts: Sequence[Sequence[int]], new_tokens: int) -> Batch:
+    def ours(self, policy: str, prompts: Sequence[Sequence[int]], size: int, new_tokens: int) -> Batch:
         """By an engine of ours."""
-        engine, meter = self._engine(policy, len(prompts))
+        engine, meter = self._engine(policy, size)
         rows, computed = meter.num_rows, meter.num_computed
         host: list[float] = []
-        begin = now(engine.device)
-        handles = [
-            engine.submit(
+        requests = [
+            engine.request(
                 list(prompt), policy=policy, max_new_tokens=new_tokens, eos_token_id=self.pair.end_token_ids,
                 inherit_settings=False,
             )
             for prompt in prompts
         ]  # fmt: skip
+        handles = engine.submit_all(requests)
         while not all(handle.is_done for handle in handles):
             in_passes, step_begin = meter.seconds, time.perf_counter()
             kinds = [event.kind for event in engine.step()]
             spent = time.perf_counter() - step_begin - (meter.seconds - in_passes)
-            if kinds == ["tokens"] * len(prompts):  # everybody, and nothing else
+            if kinds == ["tokens"] * size:  # everybody, and nothing else
                 host.append(spent)
-        seconds = now(engine.device) - begin
+        ends = [cast(float, handle.ended_at) for handle in handles]
         results = [handle.result() for handle in handles]
         reports = [result.report for result in results]
         num_iterations = sum(report.num_iterations for report in reports)
         rows, computed = meter.num_rows - rows, meter.num_computed - computed
         return Batch(
             [result.token_ids for result in results],
-            seconds,
-            [len(result.token_ids) / (cast(float, handle.ended_at) - handle.submitted_at)
-             for result, handle in zip(results, handles, strict=True)],
+            max(ends) - handles[0].submitted_at,
+            [len(result.token_ids) / (end - cast(float, handle.started_at))
+             for result, handle, end in zip(results, handles, ends, strict=True)],
             {
+                **while_full(size, handles[0].submitted_at, ends, [handle.token_times for handle in handles]),
                 # a GPU's passes are only begun in their calls, so nothing tells the two apart there
                 "host": 1000 * statistics.median(host) if host and engine.device.type == "cpu" else None,
                 "drafted": sum(report.num_drafted_nodes for report in reports) / num_iterations,
@@ -258,53 +279,63 @@ class Batches:
                 None if policy == PLAIN else self.pair.drafter,
                 tokenizer=self.pair.target.tokenizer,
                 max_sequences=size,
+                max_waiting=len(self.line(size)),
                 make_runner=meter.runner,
             )
             self._engines[policy, size] = engine, meter
         return self._engines[policy, size]
 
-    def padded(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Batch:
-        """By transformers' `generate`, on prompts that are padded at the left."""
+    def padded(self, prompts: Sequence[Sequence[int]], size: int, new_tokens: int) -> Batch:
+        """By transformers' `generate`, batch after batch, on prompts that are padded at the left."""
         device: Any = self.pair.target.model.device
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        before, begin = self._counter.num_rows, now(device)
-        with self._counter.counting(self.pair.target.model):
-            output = self._plain_model().generate(ids, attention_mask=mask, generation_config=self._config(new_tokens))
-        seconds = now(device) - begin
-        outputs = [self._until_end(row) for row in output[:, longest:].tolist()]
-        # a row that has ended is computed on with the others, and its tokens come when all are done
-        return Batch(
-            outputs, seconds, [len(one) / seconds for one in outputs],
-            {"padding": self._wasted(prompts, outputs, self._counter.num_rows - before)},
-        )  # fmt: skip
+        outputs: list[list[int]] = []
+        each: list[float] = []
+        before, seconds = self._counter.num_rows, 0.0
+        for batch in (prompts[start : start + size] for start in range(0, len(prompts), size)):
+            longest = max(map(len, batch))
+            ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in batch], device=device)
+            mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch], device=device)
+            begin = now(device)
+            with self._counter.counting(self.pair.target.model):
+                config = self._config(new_tokens)
+                output = self._plain_model().generate(ids, attention_mask=mask, generation_config=config)
+            took = now(device) - begin
+            seconds += took
+            of_batch = [self._until_end(row) for row in output[:, longest:].tolist()]
+            outputs += of_batch
+            # a row that has ended is computed on with the others, and its tokens come when all are done
+            each += [len(one) / took for one in of_batch]
+        wasted = self._wasted(prompts, outputs, self._counter.num_rows - before)
+        return Batch(outputs, seconds, each, {"padding": wasted})
 
-    def continuous(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Batch:
+    def continuous(self, prompts: Sequence[Sequence[int]], size: int, new_tokens: int) -> Batch:
         """By transformers' continuous batching, with a cache of just the size that is needed."""
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-        blocks = sum(-(-(len(prompt) + new_tokens) // PAGE) for prompt in prompts)
+        blocks = size * -(-(max(map(len, prompts)) + new_tokens) // PAGE)
         # its own defaults fill a share of the memory, which takes most of a minute on a CPU
         settings = ContinuousBatchingConfig(
-            page_size=PAGE, num_blocks=blocks + 2, max_batch_tokens=max(PAGE, len(prompts)) * 2
+            page_size=PAGE, num_blocks=blocks + 2, max_batch_tokens=max(PAGE, size) * 2, max_requests_per_batch=size
         )
         before = self._counter.num_rows
         with self._counter.counting(self.pair.target.model):
             found = self._plain_model().generate_batch(
                 [list(prompt) for prompt in prompts], generation_config=self._config(new_tokens),
-                continuous_batching_config=settings,
+                continuous_batching_config=settings, record_timestamps=True,
             )  # fmt: skip
         in_order = [found[name] for name in sorted(found, key=lambda name: int(name.rpartition("_")[2]))]
         if len(in_order) != len(prompts) or any(one.error for one in in_order):
             raise RuntimeError(next((one.error for one in in_order if one.error), "an output is missing"))
         outputs = [self._until_end(one.generated_tokens) for one in in_order]
-        begin = min(one.lifespan[0] for one in in_order)
+        begin, ends = min(one.lifespan[0] for one in in_order), [one.lifespan[1] for one in in_order]
         return Batch(
             outputs,
-            max(one.lifespan[1] for one in in_order) - begin,
-            [len(output) / (one.lifespan[1] - begin) for output, one in zip(outputs, in_order, strict=True)],
-            {"padding": self._wasted(prompts, outputs, self._counter.num_rows - before)},
+            max(ends) - begin,
+            [len(output) / (one.lifespan[1] - one.lifespan[0]) for output, one in zip(outputs, in_order, strict=True)],
+            {
+                **while_full(size, begin, ends, [one.timestamps for one in in_order]),
+                "padding": self._wasted(prompts, outputs, self._counter.num_rows - before),
+            },
         )
 
     def _plain_model(self) -> Any:
@@ -360,30 +391,32 @@ class Batches:
         }  # fmt: skip
 
 
-def _job(bench: Batches, name: str, method: Callable[[Sequence[Sequence[int]], int], Batch], size: int) -> Job:
-    """One method on the batches of one size."""
+def _job(bench: Batches, name: str, method: Method, size: int) -> Job:
+    """One method on the prompts of one size."""
 
     def job(turn: int) -> None:
-        groups = bench.groups(size)
+        prompts = bench.line(size)
         if name in bench.found["errors"]:
             return
         try:
             if not turn:
-                method(groups[0], WARM_UP_TOKENS)
+                method(prompts[: 2 * size], size, WARM_UP_TOKENS)
                 return
-            batches = [method(group, bench.new_tokens) for group in groups]
+            found = method(prompts, size, bench.new_tokens)
         except Exception as error:
             if name not in (PADDED, CONTINUOUS):
                 raise
             bench.found["errors"][name] = f"{type(error).__name__}: {error}"  # a result, too
             return
-        bench.note(name, size, [prompt for group in groups for prompt in group], batches)
+        bench.note(name, size, prompts, found)
 
     return job
 
 
 # what is told beside the speed: its title, and the digits that are shown
 MORE = {
+    "whole": ("Tokens/s in total from the first prompt to the last token", 1),
+    "partly": ("Time of that in which a lane stayed empty, as a share", 2),
     "host": ("Host time of an iteration outside passes, ms", 2),
     "drafted": ("Drafted nodes of a sequence's iteration", 1),
     "committed": ("Tokens of a sequence's iteration", 2),
@@ -429,12 +462,12 @@ def tables(found: Mapping[str, Any]) -> Sequence[Table | None]:
     ]
     host = [[*row, growth(found, row[0])] for row in _rows(found, "host", MORE["host"][1])]
     return [
-        simple("total", "Tokens/s in total", note, header, _rows(found, "total", 1)),
+        simple("total", "Tokens/s in total", f"While all lanes are full. {note}", header, _rows(found, "total", 1)),
         simple("each", "Tokens/s of a sequence", note, header, _rows(found, "each", 1)),
         simple("relative", "In total, relative to our plain decoding", "In the same round.", header, ratios),
         *(
             simple(name, MORE[name][0], "", header, _rows(found, name, MORE[name][1]))
-            for name in ("drafted", "committed", "padding")
+            for name in ("whole", "partly", "drafted", "committed", "padding")
         ),
         simple("host", MORE["host"][0], "", (*header, "for each further sequence"), host),
         simple(

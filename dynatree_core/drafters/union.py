@@ -252,6 +252,13 @@ def backed_off(first: Proposals, second: Proposals, k: int) -> Proposals:
     # a token that both propose: the first entry collects both shares, the other one goes
     is_same = (token_ids[:, :, None] == token_ids[:, None, :]) & (probs[:, None, :] > 0)
     total = (is_same * probs[:, None, :]).sum(dim=2)
-    is_first = ~is_same.tril(-1).any(dim=2) & (probs > 0)
+    is_first = ~(is_same & _earlier(2 * k, probs.device)).any(dim=2) & (probs > 0)
     top = torch.where(is_first, total, 0).topk(k, dim=1)
     return padded_proposals(token_ids.gather(1, top.indices), top.values.clamp(max=1).log(), k)
+
+
+@functools.cache  # torch's `tril` of a batch wakes all threads, which takes milliseconds where these are busy
+def _earlier(number: int, device: torch.device) -> Tensor:
+    """[number, number] bool: whether the second is before the first."""
+    with torch.inference_mode(False):
+        return torch.ones(number, number, dtype=torch.bool, device=device).tril(-1)

@@ -50,7 +50,7 @@ FOLLOWED = (4, 16, 64, 256)  # token counts to measure of texts that the drafter
 PREFIX = 32  # committed tokens behind which passes are measured, fewer where the context is shorter
 ROUNDS = 3  # after a first round to warm up; `dynatree calibrate` makes more
 PATIENCE = 3.0  # seconds
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 # a kept measurement is replaced if a pass over one row now takes more than this many times as long, or as little
 STALE_FACTOR = 1.5
 
