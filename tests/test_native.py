@@ -20,7 +20,7 @@ from students import HEAD_IDS
 from test_architectures import bushy_tree
 from torch import Tensor, nn
 
-from dynatree_core import generate, ops
+from dynatree_core import Engine, generate, ops
 from dynatree_core.cache.tree_cache import TreeCache
 from dynatree_core.errors import CacheError, ParameterError
 from dynatree_core.models.architectures import EXACT_FAMILIES
@@ -31,7 +31,7 @@ from dynatree_core.models.student import new_student
 from dynatree_core.ops.native import loading
 from dynatree_core.runners import choice
 from dynatree_core.runners.altered import altered_part
-from dynatree_core.runners.base import Rows
+from dynatree_core.runners.base import PassOutput, Rows
 from dynatree_core.runners.choice import made_runner, make_runner, runner_for
 from dynatree_core.runners.eager import EagerRunner
 from dynatree_core.runners.native import NativeRunner, Twin
@@ -263,14 +263,33 @@ def test_what_goes_into_the_head_is_the_plain_passes(name: str) -> None:
 
 
 def test_a_pass_gives_the_totals_of_its_logits_where_they_are_wanted() -> None:
-    parts = [Rows(flatten([tree], [0], wants_totals=True), TreeCache(40)) for tree in (bushy_tree(), bushy_tree())]
+    trees = [bushy_tree(), TokenTree.root(torch.tensor([7]))]
+    one_asks = [Rows(flatten([tree], [0], wants_totals=tree is trees[0]), TreeCache(40)) for tree in trees]
+    both_ask = [Rows(flatten([tree], [0], wants_totals=True), TreeCache(40)) for tree in trees]
     with torch.inference_mode():
-        found = twin_of("gemma2").forward_together(parts)
+        found = [one for parts in (one_asks, both_ask) for one in twin_of("gemma2").forward_together(parts)]
         unasked = twin_of("gemma2").forward(flatten([bushy_tree()], [0]), TreeCache(40))
     assert unasked.totals is None
     for one in found:
         assert one.totals is not None
         assert torch.equal(one.totals[0], ops.totals(one.logits[0]))
+
+
+class Biased(NativeRunner):
+    """Likes one token, and says no word of the totals that it has inherited."""
+
+    def forward_together(self, parts: Sequence[Rows], **asked: Any) -> list[PassOutput]:
+        outputs = super().forward_together(parts, **asked)
+        for output in outputs:
+            output.logits[..., 5] += 1000
+        return outputs
+
+
+@pytest.mark.parametrize("num_prompts", [1, 2])
+def test_tokens_follow_a_runner_that_changes_the_logits_of_this_one(num_prompts: int) -> None:
+    engine = Engine(single("llama"), None, make_runner=lambda model, name: Biased(model))
+    handles = [engine.submit(TEXT[: 3 + place], max_new_tokens=3, eos_token_id=[]) for place in range(num_prompts)]
+    assert [handle.result().token_ids for handle in handles] == [[5, 5, 5]] * num_prompts
 
 
 def test_lanes_of_different_lengths_have_the_rows_that_each_has_alone() -> None:

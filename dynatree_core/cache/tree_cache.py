@@ -7,6 +7,7 @@ rest; `rollback` forgets all of it. The cost of a commit follows the path's leng
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -290,6 +291,7 @@ class TreeCache(Cache, KeyValueCache):
 
     def _allocate(self, states: Tensor, num_buffers: int, capacity: int) -> Tensor:
         """[buffers, lanes, heads, capacity, head_dim] for rows [lanes, heads, any number, head_dim]."""
+        capacity = min(capacity, sys.maxsize)  # more slots fit into no integer, and so many into no memory
         with torch.inference_mode(False):  # so that passes in and outside of that mode may write into it
             buffer = states.new_empty(num_buffers, len(self.lengths), states.shape[1], capacity, states.shape[3])
         if self._is_zeroed:

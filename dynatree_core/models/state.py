@@ -110,7 +110,7 @@ def _name(function: Any) -> str:
 def state_of(model: nn.Module, *, reads_weights: bool = True, reads_code: bool = False) -> Hashable:
     """A snapshot of a model: equal to a later one as long as the model was not changed.
 
-    Changes through `.data`, which torch does not count, may be missed in tensors of more than 16,384 elements: one
+    Changes through `.data`, which torch does not count, may be missed in matrices of more than 16,384 elements: one
     element of each row of these is checksummed, on a CPU, and on any device for adapters.
 
     Args:

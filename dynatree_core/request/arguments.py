@@ -359,8 +359,8 @@ def settings_of(
                 f"are applied: {', '.join(known)}"
             )
     do_sample = settings.get("do_sample", generation_config.do_sample if generation_config is not None else False)
-    if do_sample not in (None, True, False):
-        raise ParameterError(f"do_sample must be True or False, got {do_sample!r}")
+    if do_sample is not None:
+        check_flag("do_sample", do_sample)
     for name, value in vars(getattr(target, "generation_config", None) or config).items():
         if getattr(config, name, None) is None:
             setattr(config, name, copy.deepcopy(value))

@@ -33,7 +33,7 @@ class PassOutput:
     logits: Tensor  # [lanes, rows, vocab]; [lanes, 1, vocab] where only the last row's were asked for
     hidden: Tensor | None = None  # [lanes, rows, hidden]: what goes into the head, where asked for
     # [lanes, rows, 3] float32: `ops.totals` of these very logits, where the pass has made them on its way. Tokens are
-    # taken from them, so whoever changes the logits leaves them out
+    # taken from them, so they count for a class only that says `gives_totals` itself
     totals: Tensor | None = None
 
     def first_rows(self, num_rows: int) -> PassOutput:
@@ -61,6 +61,8 @@ class Runner(abc.ABC):
         has_equal_bits: whether a row's logits depend, to the last bit, on its text alone: not on the rows beside it,
             nor on their number. Then what is decoded with trees equals what is decoded without, in any precision.
         num_layers: that its passes cache, where it knows; the buffers of a cache are made together then.
+        gives_totals: whether its passes add `PassOutput.totals` where they serve. It is not inherited: a class whose
+            logits may be others than those of the class above has to say it again.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Runner(abc.ABC):
     takes_any_cache: bool = True
     has_equal_bits: bool = False
     num_layers: int = 1
+    gives_totals: bool = False
 
     @classmethod
     def reason_against(cls, model: nn.Module) -> str | None:

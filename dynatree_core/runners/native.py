@@ -55,6 +55,7 @@ class NativeRunner(Runner):
     name = "native"
     takes_any_cache = False
     has_equal_bits = True
+    gives_totals = True
 
     def __init__(self, model: nn.Module) -> None:
         if isinstance(model, StoredModel):

@@ -64,9 +64,10 @@ class Passes:
         """
         flat = self.prepared(flat, cache)
         with _named_failure(flat), self.clock.measure(stage, on_device=True):
-            return self.runner.forward(
+            output = self.runner.forward(
                 flat, cache, hidden=hidden, last_row_only=last_row_only, is_prompt=stage == PREFILL
             )
+        return with_own_totals(self.runner, output)
 
     def prepared(self, flat: FlatTrees, cache: KeyValueCache) -> FlatTrees:
         """Rows as the runner takes them: with what the cache shows them, and the prompt's own positions."""
@@ -152,18 +153,30 @@ def _together(group: Sequence[AskedPass]) -> Sequence[PassOutput] | None:
         with ExitStack() as clocks:
             for one in group:
                 clocks.enter_context(one.passes.clock.measure(first.stage, on_device=True))
-            return first.passes.runner.forward_together(parts, last_row_only=first.last_row_only)
+            outputs = first.passes.runner.forward_together(parts, last_row_only=first.last_row_only)
+        return [with_own_totals(first.passes.runner, output) for output in outputs]
     except Exception:  # noqa: BLE001  # whatever a model raises comes again for the one that it belongs to
         for one, rows in zip(group, before, strict=True):
             one.cache.cut_block(rows)
         return None
 
 
+def with_own_totals(runner: Runner, output: PassOutput) -> PassOutput:
+    """A pass's output, without totals unless the runner's own class says that it gives them.
+
+    Tokens are taken from totals. A runner that calls another one, or inherits from it, may have changed the logits that
+    they are of, so it is not believed for what it has inherited.
+    """
+    if output.totals is None or vars(type(runner)).get("gives_totals", False):
+        return output
+    return attrs.evolve(output, totals=None)
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that the device has no memory left."""
-    # torch.OutOfMemoryError is a CUDA allocator's; the CPU's raises a plain RuntimeError, as do numbers of bytes, and
-    # of slots, that fit into no integer
-    told = "can't allocate memory", "Storage size calculation overflowed", "Overflow when unpacking long"
+    # torch.OutOfMemoryError is a CUDA allocator's; the CPU's raises a plain RuntimeError, as do numbers of bytes that
+    # fit into no integer
+    told = "can't allocate memory", "Storage size calculation overflowed"
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in told)
 
 

@@ -16,7 +16,7 @@ def send(numbers: Tensor, to: Tensor) -> None:
         to.copy_(numbers)
         return
     # torch gives this memory to others when the GPU has read it
-    fetched = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True).copy_(numbers)
+    fetched = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True).copy_(numbers)
     to.copy_(fetched, non_blocking=True)
 
 
