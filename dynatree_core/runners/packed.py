@@ -281,7 +281,7 @@ def _packed_copy(model: nn.Module) -> nn.Module:
 
 
 def _products(model: nn.Module) -> list[list[Any]]:
-    """The layers that can be packed, those together that read the same rows; one that is used at two places belongs to the first."""
+    """The layers that can be packed, together those that read the same rows; one of two places belongs to the first."""
     together: list[list[Any]] = []
     done: set[int] = set()
     for part in model.modules():
