@@ -29,9 +29,8 @@ UNSEEN_WEIGHT = 4.0
 # levels that are looked up together, since operators of tens of numbers cost the same for thousands; one by one where
 # there are more matches than that
 LOOK_AHEAD, MANY = 8, 128
-LONG = (
-    2048  # tokens of a text from which on comparing its windows with the suffix takes a CPU longer than choosing some
-)
+# tokens of a text from which on comparing all its windows with the suffix takes a CPU longer than choosing some first
+LONG = 2048
 DRAFTED_EVIDENCE = 0.5  # tokens by which a drafted one lengthens a match: less than 1, since it is not confirmed yet
 
 

@@ -72,7 +72,7 @@ class Sequence:
         # where the tokens of a step wait until a GPU fetches them; before the next step is recorded it has, since the
         # host has read the verdict in between
         is_fetched, most = device.type == "cuda", 1 + request.limits.max_depth
-        self._sent = torch.empty(most, dtype=torch.int64, pin_memory=True) if is_fetched else None
+        self._sent = torch.empty(most, dtype=torch.int64, device="cpu", pin_memory=True) if is_fetched else None
         # what processors and criteria are shown: they may write into it, as into generate()'s text
         is_shown = request.logits_processors or request.stopping_criteria
         self._shown = self._ids.clone() if is_shown else self._ids

@@ -141,7 +141,7 @@ class _HeardLate:
     """Numbers of the device that the host hears of without waiting, when they have come, for one of each level."""
 
     def __init__(self, num_levels: int) -> None:
-        self._numbers = torch.empty(num_levels, dtype=torch.int64, pin_memory=True)
+        self._numbers = torch.empty(num_levels, dtype=torch.int64, device="cpu", pin_memory=True)
         self._events = [torch.cuda.Event() for _ in range(num_levels)]  # type: ignore[no-untyped-call]
 
     def send(self, level: int, number: Tensor) -> None:

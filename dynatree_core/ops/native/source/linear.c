@@ -554,8 +554,11 @@ static void multiply_blocks(const product_job *job, int64_t first, int64_t count
   for (int64_t done = 0, step; done < count; done += step) {
     const int64_t left = count - done, wide = job->tile_blocks;
     step = left >= wide ? wide : left >= 2 && wide >= 2 ? 2 : 1;
-    if (are_few) multiply_few(job, first + done, step);
-    for (int64_t row = 0; row < num_rows && !are_few; row += BAND) {
+    if (are_few) {
+      multiply_few(job, first + done, step);
+      continue;
+    }
+    for (int64_t row = 0; row < num_rows; row += BAND) {
       multiply_band(job, first + done, step, row, at_most(num_rows - row, BAND));
     }
   }
